@@ -1,0 +1,1 @@
+"""Fusions: how vision tokens reach the language model."""

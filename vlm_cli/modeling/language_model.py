@@ -1,0 +1,171 @@
+"""What we need to know of any causal language model of Transformers, found by structure.
+
+The model itself stays untouched: no layer is wrapped, no table replaced, no class swapped.
+B batch, T positions, d channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from vlm_cli.errors import LanguageModelError
+from vlm_cli.registry import suggest
+
+__all__ = ["Widths", "check_causal", "decoder_layers", "forward_arguments", "update_hidden_states", "widths"]
+
+_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
+
+#: Types that AutoModelForCausalLM lists although none of them can stand alone as an autoregressive text decoder.
+_UNSUITABLE = {
+    "an encoder whose published weights are not causal": (
+        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+        "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
+    ),
+    "the decoder half of an encoder-decoder model": (
+        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper"
+    ),
+    "not causal: later tokens change earlier logits": "xlm xlnet cpmant",
+    "a model of audio codebooks, not of text": "musicgen musicgen_melody",
+    "a drafter that needs the cache of another model": "gemma4_assistant gemma4_unified_assistant",
+    "a model of byte patches whose forward fails in Transformers itself": "blt",
+}
+_REASONS = {name: reason for reason, names in _UNSUITABLE.items() for name in names.split()}
+
+
+def check_causal(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what is not an autoregressive decoder of text, before anything of it is downloaded or allocated.
+
+    Raises:
+        LanguageModelError: with the reason.
+    """
+    kind = config.model_type
+    usable = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(_REASONS))
+    advice = "Choose a decoder-only model; run `vlm list language-models` to see the supported types."
+    if getattr(config, "is_encoder_decoder", False):
+        raise LanguageModelError(f"{name!r} ({kind}) is an encoder-decoder model, not a causal one. {advice}")
+    if kind in _REASONS:
+        raise LanguageModelError(f"{name!r} ({kind}) is {_REASONS[kind]}. {advice}")
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
+        raise LanguageModelError(
+            f"{name!r} has type {kind!r}, which is not a causal language model.{suggest(kind, usable)} {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels at the three places where we touch a language model; they differ in some (OPT-350m)."""
+
+    embedding: int
+    layer: int
+    head: int
+
+
+def widths(lm: PreTrainedModel) -> Widths:
+    """Channels of the input embeddings, of the decoder layers and of the head.
+
+    Raises:
+        LanguageModelError: if the model has no input embedding or no head.
+    """
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if embedding is None or head is None:
+        raise LanguageModelError(f"{type(lm).__name__} has no {'head' if embedding is not None else 'embedding'}.")
+    layer = lm.config.get_text_config(decoder=True).hidden_size
+    return Widths(embedding=embedding.weight.shape[1], layer=layer, head=head.weight.shape[1])
+
+
+def decoder_layers(lm: PreTrainedModel, name: str | None = None) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order.
+
+    The stack is the heaviest `nn.ModuleList` as long as the configuration says, outside of vision and audio towers;
+    where none is, the heaviest whose elements Transformers itself keeps whole (`_no_split_modules`). Works on the meta
+    device.
+
+    Args:
+        lm: the model.
+        name: dotted name of the layers, if the search is to be skipped.
+
+    Raises:
+        LanguageModelError: if there is no such stack.
+    """
+    if name is not None:
+        try:
+            layers = lm.get_submodule(name)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList):
+            lists = ", ".join(n for n, m in lm.named_modules() if isinstance(m, nn.ModuleList))
+            raise LanguageModelError(f"{type(lm).__name__} has no list of layers at {name!r}. It has: {lists}.")
+        return layers
+    text = lm.config.get_text_config(decoder=True)
+    depth = next((v for key in _DEPTH if isinstance(v := getattr(text, key, None), int)), None)
+    stacks = _own_stacks(lm, type(text))
+    whole = set(lm._no_split_modules or ())
+    found = [s for s in stacks if len(s) == depth] or [s for s in stacks if {type(x).__name__ for x in s} <= whole]
+    if not found:
+        raise LanguageModelError(
+            f"cannot find the decoder layers of {type(lm).__name__}. Name them: --set language_model.decoder_layers=…"
+        )
+    return max(found, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+
+
+def _own_stacks(lm: PreTrainedModel, text_config: type) -> list[nn.ModuleList]:
+    """The module lists that belong to the text decoder, not to another tower of the model."""
+    owners: dict[str, PreTrainedModel] = {}
+    stacks = []
+    for name, module in lm.named_modules():
+        parent = owners.get(name.rpartition(".")[0], lm)
+        owner = owners[name] = module if isinstance(module, PreTrainedModel) else parent
+        mine = type(owner.config.get_text_config(decoder=True)) is text_config
+        if mine and isinstance(module, nn.ModuleList) and len(module):
+            stacks.append(module)
+    return stacks
+
+
+def forward_arguments(lm: PreTrainedModel) -> frozenset[str]:
+    """Names that the model's forward takes."""
+    return frozenset(inspect.signature(lm.forward).parameters)
+
+
+def update_hidden_states(
+    update: Callable[[Tensor], Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    shape: torch.Size,
+    dim: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a decoder layer with its hidden states passed through `update`.
+
+    Nearly all layers take float[B, T, d]. Models with several residual streams do not; there the update is computed
+    from one stream and added:
+
+    - float[S, B, T, d], AltUp (gemma3n): on stream 0, the active one;
+    - float[B, T, S, d] and float[B, T, S·d], hyper-connections (deepseek_v4, qwen4_exp): from the mean, to all.
+
+    Args:
+        update: float[B, T, d] -> float[B, T, d].
+        args, kwargs: arguments of the layer; hidden states come first, or as `hidden_states`.
+        shape: (B, T).
+        dim: d.
+    """
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if hidden.shape[-1] != dim:
+        streams = hidden.unflatten(-1, (-1, dim))
+        mean = streams.mean(-2)
+        hidden = (streams + (update(mean) - mean).unsqueeze(-2)).flatten(-2)
+    elif hidden.ndim == 3:
+        hidden = update(hidden)
+    elif hidden.shape[:2] == shape:
+        mean = hidden.mean(-2)
+        hidden = hidden + (update(mean) - mean).unsqueeze(-2)
+    else:
+        hidden = torch.cat([update(hidden[0])[None], hidden[1:]])
+    return ((hidden, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, "hidden_states": hidden})

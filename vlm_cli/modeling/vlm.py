@@ -1,0 +1,723 @@
+"""`VLM` and its two fusions: any OpenCLIP tower, any vision tokenizer, any causal language model.
+
+    prompt ──► lang_x (B, T_txt) ─────────────────────────────┐
+    files ───► vision_x (B, T_img, F, C, H, W)                │
+                 │ vision encoder                             ▼
+                 ▼ features (B, T_img, F, v, d)            fusion ──► language model ──► logits (B, T_txt, V)
+                 │ vision tokenizer                           ▲
+                 ▼ vision tokens (B, T_img, n, d) ────────────┘
+
+The language model is hooked, not changed: at its boundary, its input embedding, its head and, for cross-attention, its
+decoder layers. The hooks read a `Conditioning` that lives for one call; without one they do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from vlm_cli.composition import PARTS, Composition
+from vlm_cli.modeling.added_tokens import AddedTokens
+from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttention, MediaVisibility
+from vlm_cli.modeling.fusion.language_stream import Expansion, compact, expand, place
+from vlm_cli.modeling.language_model import decoder_layers, forward_arguments, update_hidden_states, widths
+from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower
+from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
+
+__all__ = ["VLM", "Conditioning", "VLMConfig", "VLMWithCrossAttention", "VLMWithLanguageStream"]
+
+
+class VLMConfig(PreTrainedConfig):
+    """A composition together with the configurations of its two pretrained parts.
+
+    Attributes:
+        text_config: configuration of the language model.
+        vision_config: of the OpenCLIP tower: `embed_dim`, `vision_cfg`, `quick_gelu` as in OpenCLIP, `preprocess`,
+            and `num_patches` and `dim`, the shape of its features.
+        composition: `Composition.to_dict()`.
+        added_tokens: tokens that the language model does not have, in the order of their ids.
+        first_added_id: id of the first of them.
+        media_token_id: id of `<image>`.
+    """
+
+    model_type = "vlm"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | None = None
+    composition: dict[str, Any] | None = None
+    added_tokens: list[str] | None = None
+    first_added_id: int | None = None
+    media_token_id: int | None = None
+    pad_token_id: int | None = None
+    # The language model ties its own weights; nothing of ours is tied.
+    tie_word_embeddings: bool = False
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        # The language model may itself be composite (gemma3, mllama, …).
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def parts(self) -> Composition:
+        return Composition.from_dict(self.composition)
+
+    @property
+    def image_token_id(self) -> int | None:
+        return self.media_token_id
+
+
+@dataclass
+class Conditioning:
+    """What the hooks read while the language model runs.
+
+    Attributes:
+        media: the fusion's own form of the vision tokens, one row for each row of the prompt; None without media.
+        media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
+        media_positions: int[B, T], number of media tokens at or before each position.
+        hide_media_logit: whether `<image>` gets no chance.
+        ids: int[B, T] of the running call, as the user wrote them.
+        visibility: what each position sees; set by the cross-attention.
+        head_input: float[B, T, d] that the head read last.
+    """
+
+    media: Tensor | None
+    media_mask: Tensor | None
+    media_positions: Tensor
+    hide_media_logit: bool = False
+    ids: Tensor | None = None
+    visibility: MediaVisibility | None = None
+    head_input: Tensor | None = None
+
+    def at(self, ids: Tensor, media_token_id: int) -> Conditioning:
+        """The same for one call of the language model, whose rows may be repeated and whose prompt may be over."""
+        repeats = ids.shape[0] // self.media_positions.shape[0]
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            return x if x is None or repeats == 1 else x.repeat_interleave(repeats, dim=0)
+
+        positions = rows(self.media_positions)
+        if ids.shape[1] != positions.shape[1]:
+            before = positions[:, -1:] if ids.shape[1] < positions.shape[1] else 0
+            positions = before + (ids == media_token_id).cumsum(-1)
+        return replace(
+            self, ids=ids, media_positions=positions, media=rows(self.media), media_mask=rows(self.media_mask)
+        )
+
+
+class VLM(PreTrainedModel, GenerationMixin):
+    """A vision-language model. `VLM(config)` and `VLM.from_pretrained(…)` return the class of its fusion.
+
+    Args:
+        config: the composition and the configurations of its parts.
+        vision_encoder: a tower that is already loaded; None builds one with random weights.
+        lang_model: a language model that is already loaded; None builds one with random weights.
+    """
+
+    config_class = VLMConfig
+    config: VLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _no_split_modules = ["GatedCrossAttentionBlock", "ResidualAttentionBlock"]
+
+    def __new__(cls, config: VLMConfig | None = None, *args: Any, **kwargs: Any) -> VLM:
+        # `copy` and `pickle` call it without a configuration, on the fusion's class.
+        return super().__new__(FUSIONS[config.parts.fusion.type].load() if cls is VLM else cls)
+
+    def __init__(
+        self,
+        config: VLMConfig,
+        *,
+        vision_encoder: VisionEncoder | None = None,
+        lang_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        parts = config.parts
+        self.vision_encoder = vision_encoder or VisionEncoder(
+            build_tower(config.vision_config), parts.vision_encoder.layer
+        )
+        self.lang_model = lang_model or AutoModelForCausalLM.from_config(config.text_config)
+        width = widths(self.lang_model)
+        dim_out = parts.vision_tokenizer.options.dim_out
+        self.vision_tokenizer = VISION_TOKENIZERS[parts.vision_tokenizer.type].load()(
+            parts.vision_tokenizer.options,
+            dim_in=config.vision_config["dim"],
+            num_patches=config.vision_config["num_patches"],
+            dim_out=self.media_width(width.embedding) if dim_out is None else dim_out,
+        )
+        self.added_tokens = AddedTokens(
+            len(config.added_tokens),
+            config.first_added_id,
+            dim_embedding=width.embedding,
+            dim_head=width.head,
+            bias=getattr(self.lang_model.get_output_embeddings(), "bias", None) is not None,
+        )
+        self._build_fusion(parts, width.layer)
+        self._conditioning: Conditioning | None = None
+        self._attach_hooks()
+        self._is_stateful = self.lang_model._is_stateful
+        if vision_encoder is not None:
+            # `post_init` draws anew whatever is not marked as loaded.
+            for x in (*vision_encoder.modules(), *vision_encoder.parameters()):
+                x._is_hf_initialized = True
+        self.post_init()
+        self.set_trainable(parts.trainable)
+
+    # -- what a fusion defines ------------------------------------------------------------------------------------
+
+    @classmethod
+    def media_width(cls, dim_embedding: int) -> int | None:
+        """Channels that the fusion wants of vision tokens; None takes any."""
+        raise TypeError(f"{cls.__name__} is no fusion.")
+
+    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+        """Make `self.fusion`, the fusion's own modules."""
+        raise TypeError(f"{type(self).__name__} is no fusion.")
+
+    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+        """What of the vision tokens is the same at every decoded token, computed once: float[B, …]."""
+        raise TypeError(f"{type(self).__name__} is no fusion.")
+
+    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None) -> Expansion | None:
+        """The prompt over the language model's positions; None where each token has one."""
+        return None
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> VLM:
+        """Load a directory or a hub id; see `PreTrainedModel.from_pretrained`."""
+        if cls is not VLM:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = kwargs.get("config")
+        if config is None:
+            hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+            config = VLMConfig.from_pretrained(
+                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            )
+        fusion = FUSIONS[config.parts.fusion.type].load()
+        return fusion.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # True would be handed down to the language model, some of whose buffers would then never be filled (falcon_h1).
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Everything outside of the language model starts as its authors wrote it. timm's rotary and relative-position
+        # buffers are not in checkpoints and are computed here.
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def _attach_hooks(self) -> None:
+        self.lang_model.register_forward_pre_hook(self._enter_language_model, with_kwargs=True)
+        self.lang_model.get_input_embeddings().register_forward_hook(self._embed)
+        self.lang_model.get_output_embeddings().register_forward_hook(self._extend_logits)
+
+    @cached_property
+    def _language_model_arguments(self) -> frozenset[str]:
+        return forward_arguments(self.lang_model)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lang_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.lang_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lang_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.lang_model.get_decoder()
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def _enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """No table inside ever sees an id that it does not have."""
+        if self._conditioning is None:
+            return None
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError("a conditioned language model takes input_ids; inputs_embeds would bypass the media.")
+        self._conditioning = self._at_call(ids)
+        safe = ids.masked_fill(ids >= self.config.first_added_id, 0)
+        return ((safe, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": safe})
+
+    def _at_call(self, ids: Tensor) -> Conditioning:
+        return self._conditioning.at(ids, self.config.media_token_id)
+
+    def _embed(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
+        c = self._conditioning
+        # Some models embed other things with the same table.
+        if c is None or c.ids is None or embeddings.shape[:-1] != c.ids.shape:
+            return None
+        return self._embed_media(self.added_tokens.embed(c.ids, embeddings), c)
+
+    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
+        return embeddings
+
+    def _extend_logits(self, module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
+        c = self._conditioning
+        if c is None:
+            return None
+        c.head_input = args[0]
+        return self._with_added_logits(args[0], logits, c)
+
+    def _with_added_logits(self, hidden: Tensor, logits: Tensor, c: Conditioning) -> Tensor:
+        logits = self.added_tokens.append_logits(hidden, logits)
+        if c.hide_media_logit:
+            logits[..., self.config.media_token_id] = torch.finfo(logits.dtype).min
+        return logits
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def encode_vision(self, vision_x: Tensor, vision_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Vision tokens of media.
+
+        Args:
+            vision_x: float[B, T_img, F, C, H, W]; F, and T_img with it, may be left out where it is 1.
+            vision_mask: bool[B, T_img, F], true for frames that are there; None for all.
+
+        Returns:
+            float[B, T_img, n, d] and bool[B, T_img, n], true for the tokens that stand for something.
+
+        Raises:
+            ValueError: for another number of dimensions or another image size.
+        """
+        vision_x = self._as_media(vision_x)
+        dtype = next(self.vision_encoder.parameters()).dtype
+        features = self.vision_encoder(vision_x.to(dtype))
+        frames = vision_mask if vision_mask is not None else torch.ones_like(features[..., 0, 0], dtype=torch.bool)
+        tokens = self.vision_tokenizer(features, vision_mask)
+        return tokens, self.vision_tokenizer.token_mask(frames.bool())
+
+    def _as_media(self, vision_x: Tensor) -> Tensor:
+        missing = 6 - vision_x.ndim
+        if missing not in (0, 1, 2) or vision_x.shape[-3] != 3:
+            raise ValueError(f"vision_x must be (B, T_img, F, 3, H, W), got {tuple(vision_x.shape)}.")
+        for _ in range(missing):
+            vision_x = vision_x.unsqueeze(-4)
+        return vision_x
+
+    @contextmanager
+    def conditioned(
+        self,
+        lang_x: Tensor,
+        vision_tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        media_mask: Tensor | None = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Condition the language model, so that its own `forward` or `generate` can be called.
+
+            with model.conditioned(lang_x, vision_tokens) as inputs:
+                model.lang_model.generate(**inputs, max_new_tokens=20)
+
+        Args:
+            lang_x: int[B, T_txt] of the prompt.
+            vision_tokens: float[B, T_img, n, d], as `encode_vision` returns them.
+            attention_mask: int[B, T_txt].
+            media_mask: bool[B, T_img, n]; None for all.
+
+        Yields:
+            `input_ids` and `attention_mask` for the language model.
+        """
+        if vision_tokens is not None and media_mask is None:
+            media_mask = torch.ones_like(vision_tokens[..., 0], dtype=torch.bool)
+        self._check_media(lang_x, media_mask)
+        media = None if vision_tokens is None else self.prepare_media(vision_tokens, media_mask)
+        ids, mask, _ = self._spread(lang_x, attention_mask, media_mask)
+        positions = self._count_media(ids)
+        with self._condition(Conditioning(media, media_mask, positions, hide_media_logit=True)):
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+
+    @contextmanager
+    def _condition(self, conditioning: Conditioning) -> Iterator[None]:
+        before, self._conditioning = self._conditioning, conditioning
+        try:
+            yield
+        finally:
+            self._conditioning = before
+
+    def _count_media(self, ids: Tensor) -> Tensor:
+        """int[B, T] -> int[B, T]: media tokens at or before each position."""
+        return (ids == self.config.media_token_id).cumsum(-1)
+
+    def _check_media(self, lang_x: Tensor, media_mask: Tensor | None) -> None:
+        """Each row needs as many media as it has media tokens.
+
+        Raises:
+            ValueError: naming the row.
+        """
+        if torch.compiler.is_compiling() or lang_x.is_meta:
+            return
+        tokens = (lang_x == self.config.media_token_id).sum(-1)
+        there = tokens.new_zeros(len(tokens), 1) if media_mask is None else media_mask.any(-1).long()
+        if not torch.equal(there, there.cumprod(-1)):
+            raise ValueError("vision_mask has padding before a medium; padding comes last in each row.")
+        media = there.sum(-1)
+        if not torch.equal(tokens, media):
+            row = int((tokens != media).nonzero()[0])
+            raise ValueError(
+                f"row {row} of lang_x has {int(tokens[row])} media tokens, but vision_x has {int(media[row])} media "
+                "for it. Give one of each, or mark the padding of vision_x in vision_mask."
+            )
+
+    def _spread(
+        self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Expansion | None]:
+        expansion = None if media_mask is None else self.spread(lang_x, attention_mask, media_mask)
+        if expansion is None:
+            return lang_x, attention_mask, None
+        return expansion.ids, expansion.attention_mask, expansion
+
+    def forward(
+        self,
+        vision_x: Tensor | None = None,
+        lang_x: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        vision_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        media: Tensor | None = None,
+        media_mask: Tensor | None = None,
+        media_positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, and the loss if there are labels.
+
+        Args:
+            vision_x: float[B, T_img, F, C, H, W]; the k-th medium of a row belongs to its k-th media token.
+            lang_x: int[B, T_txt], with one media token for each medium.
+            attention_mask: int[B, T_txt], 0 at padding; with a cache, over its positions too.
+            labels: int[B, T_txt], -100 where there is no loss; shifted inside.
+            past_key_values: cache of the language model.
+            use_cache: whether to return one.
+            vision_mask: bool[B, T_img, F], false at padding media and frames.
+            input_ids: other name of `lang_x`, used by Transformers.
+            pixel_values: other name of `vision_x`, used by Transformers.
+            media: media in the fusion's own form (`prepare_media`), instead of `vision_x`.
+            media_mask: bool[B, T_img, n] of `media`.
+            media_positions: int[B, T], media tokens at or before each position of the row, where `lang_x` is not the
+                row's beginning; `lang_x` is then taken as it is, one id for each position of the language model.
+            position_ids: int[B, T] for the language model.
+            logits_to_keep: number of last positions to compute logits for; 0 for all.
+            kwargs: for the language model.
+
+        Returns:
+            The language model's own output. Its `logits` are float[B, T_txt, V + added tokens]; those at a media token
+            are of the last position that its medium takes.
+
+        Raises:
+            ValueError: if media and media tokens do not match.
+        """
+        lang_x = input_ids if lang_x is None else lang_x
+        vision_x = pixel_values if vision_x is None else vision_x
+        if lang_x is None:
+            raise ValueError("lang_x is missing: forward needs int[B, T_txt] tokens.")
+        if past_key_values is not None:
+            kwargs[self._cache_argument] = past_key_values
+        if vision_x is not None:
+            vision_tokens, media_mask = self.encode_vision(vision_x, vision_mask)
+            media = self.prepare_media(vision_tokens, media_mask)
+        expansion = None
+        if media_positions is None:
+            self._check_media(lang_x, media_mask)
+            lang_x, attention_mask, expansion = self._spread(lang_x, attention_mask, media_mask)
+            media_positions = self._count_media(lang_x)
+            if expansion is not None:
+                position_ids, logits_to_keep = None, 0
+            if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -lang_x.shape[1] :]
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "position_ids": position_ids,
+            "logits_to_keep": logits_to_keep,
+        }
+        num_items = kwargs.pop("num_items_in_batch", None)
+        output = self._run_language_model(lang_x, Conditioning(media, media_mask, media_positions), kwargs)
+        if expansion is not None:
+            output.logits = expansion.fold(output.logits)
+        if labels is not None:
+            output.loss = ForCausalLMLoss(
+                output.logits, labels, vocab_size=output.logits.shape[-1], num_items_in_batch=num_items
+            )
+        return output
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        """What the language model calls its cache; the name changed between releases of Transformers."""
+        names = ("cache", "past_key_values", "cache_params", "state")
+        return next((x for x in names if x in self._language_model_arguments), "past_key_values")
+
+    def _run_language_model(self, ids: Tensor, conditioning: Conditioning, kwargs: dict[str, Any]) -> Any:
+        known = self._language_model_arguments
+        kwargs = {key: x for key, x in kwargs.items() if key in known or ("kwargs" in known and x is not None)}
+        if "kwargs" in known and "position_ids" not in known:
+            kwargs.pop("position_ids", None)
+        if "logits_to_keep" not in known:
+            kwargs.pop("logits_to_keep", None)
+        with self._condition(conditioning):
+            output = self.lang_model(input_ids=ids, **kwargs)
+            c = self._conditioning
+        if output.logits.shape[-1] != self.config.first_added_id + self.added_tokens.num_tokens:
+            # The model cuts its head's output down to its own vocabulary (inkling2).
+            hidden = c.head_input[:, -output.logits.shape[1] :]
+            output.logits = self._with_added_logits(hidden, output.logits, c)
+        return output
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        vision_x: Tensor | None = None,
+        lang_x: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        vision_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts; every option of `GenerationMixin.generate` applies.
+
+        Media are encoded once, `<image>` is never generated, and rows are best padded at the left.
+
+        Args:
+            inputs: other name of `lang_x`.
+            generation_config: as in Transformers.
+            vision_x: float[B, T_img, F, C, H, W].
+            lang_x: int[B, T_txt].
+            attention_mask: int[B, T_txt]; None takes every token that is not padding.
+            vision_mask: bool[B, T_img, F].
+            input_ids: other name of `lang_x`.
+            pixel_values: other name of `vision_x`.
+            logits_processor: as in Transformers.
+            kwargs: as in Transformers.
+
+        Returns:
+            int[B, T_txt + new tokens], or Transformers' output object with such `sequences`.
+        """
+        lang_x = next((x for x in (lang_x, input_ids, inputs) if x is not None), None)
+        vision_x = pixel_values if vision_x is None else vision_x
+        if lang_x is None:
+            raise ValueError("lang_x is missing: generate needs int[B, T_txt] tokens.")
+        media = media_mask = None
+        if vision_x is not None:
+            vision_tokens, media_mask = self.encode_vision(vision_x, vision_mask)
+            media = self.prepare_media(vision_tokens, media_mask)
+        self._check_media(lang_x, media_mask)
+        if attention_mask is None and self.config.pad_token_id is not None:
+            attention_mask = (lang_x != self.config.pad_token_id).long()
+        ids, mask, expansion = self._spread(lang_x, attention_mask, media_mask)
+        output = super().generate(
+            ids,
+            generation_config,
+            logits_processor=LogitsProcessorList([*(logits_processor or []), _Never(self.config.media_token_id)]),
+            attention_mask=mask,
+            media=media,
+            media_mask=media_mask,
+            # Grown, repeated for beams and cut into chunks by GenerationMixin, which knows this name.
+            mm_token_type_ids=(ids == self.config.media_token_id).long(),
+            **kwargs,
+        )
+        return output if expansion is None else _with_prompt(output, lang_x, ids.shape[1])
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool = False,
+        media: Tensor | None = None,
+        media_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # The language model drops, slices and adds what its own forward needs.
+        inputs = self.lang_model.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        counts = self._count_media(input_ids)
+        if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > counts.shape[1]:
+            counts = mm_token_type_ids.cumsum(-1)  # `input_ids` is one chunk of the prompt
+        inputs["media_positions"] = counts[:, -inputs["input_ids"].shape[1] :]
+        return inputs | {"media": media, "media_mask": media_mask}
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # Transformers chooses the kind of cache by the class of the model.
+        return self.lang_model._prepare_cache_for_generation(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if hasattr(generator, "vocab_size"):
+            generator.vocab_size = self.config.first_added_id + self.added_tokens.num_tokens
+        return generator
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        theirs = self._language_model_arguments
+        super()._validate_model_kwargs({key: x for key, x in model_kwargs.items() if key not in theirs})
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def part_modules(self) -> dict[str, nn.Module]:
+        """The module of each part, by its name in `PARTS`."""
+        modules = (
+            self.vision_encoder, self.vision_tokenizer, self.fusion, self.added_tokens, self.lang_model
+        )  # fmt: skip
+        return dict(zip(PARTS, modules, strict=True))
+
+    def set_trainable(self, parts: Iterable[str]) -> None:
+        """Train these parts and freeze the others.
+
+        Args:
+            parts: names from `PARTS`.
+
+        Raises:
+            ValueError: for another name.
+        """
+        parts = {parts} if isinstance(parts, str) else set(parts)
+        if unknown := parts - set(PARTS):
+            raise ValueError(f"unknown parts {sorted(unknown)}. Known: {', '.join(PARTS)}.")
+        for name, module in self.part_modules().items():
+            module.requires_grad_(name in parts)
+        self.vision_encoder.train(self.training)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for an optimizer: trainable parameters with and without the composition's weight decay."""
+        composition = self.config.parts
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, module in self.part_modules().items():
+            group = decayed if name in composition.weight_decay_on else others
+            group += [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": decayed, "weight_decay": composition.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+
+class _Never(LogitsProcessor):
+    """A token that is not generated. Not Transformers' own class, which would displace `suppress_tokens`."""
+
+    def __init__(self, token_id: int) -> None:
+        self.token_id = token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.tensor([self.token_id], device=scores.device), -torch.inf)
+
+
+def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
+    """Generated sequences that begin with the prompt as it was given, not as it was spread over `length` positions."""
+
+    def fold(sequences: Tensor) -> Tensor:
+        repeats = sequences.shape[0] // lang_x.shape[0]
+        return torch.cat([lang_x.repeat_interleave(repeats, dim=0), sequences[:, length:]], dim=1)
+
+    if isinstance(output, Mapping):
+        output["sequences"] = fold(output["sequences"])
+        return output
+    return fold(output)
+
+
+class VLMWithCrossAttention(VLM):
+    """Gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)."""
+
+    @classmethod
+    def media_width(cls, dim_embedding: int) -> int | None:
+        return None
+
+    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+        options = parts.fusion.options
+        layers = decoder_layers(self.lang_model, parts.language_model.decoder_layers)
+        numbers = [i for i in range(len(layers)) if (i + 1) % options.every == 0]
+        self.fusion = GatedCrossAttention(options, dim_layer, self.vision_tokenizer.dim_out, numbers)
+        for slot, i in enumerate(numbers):
+            layers[i].register_forward_pre_hook(_BeforeLayer(self, str(i), slot), with_kwargs=True)
+
+    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+        """Keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
+        return self.fusion.project(vision_tokens)
+
+    def _at_call(self, ids: Tensor) -> Conditioning:
+        c = super()._at_call(ids)
+        if c.media is not None:
+            c.visibility = self.fusion.visibility(c.media_positions, c.media_mask)
+        return c
+
+
+class _BeforeLayer:
+    """The hook that runs a gated cross-attention block before its decoder layer."""
+
+    def __init__(self, model: VLMWithCrossAttention, key: str, slot: int) -> None:
+        self.model, self.key, self.slot = model, key, slot
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        c = self.model._conditioning
+        if c is None or c.media is None:
+            return None
+        block = self.model.fusion.blocks[self.key]
+
+        def update(hidden: Tensor) -> Tensor:
+            return block(hidden, c.media[:, self.slot].to(hidden), c.visibility)
+
+        return update_hidden_states(update, args, kwargs, c.ids.shape, block.dim)
+
+
+class VLMWithLanguageStream(VLM):
+    """Vision tokens take the place of the media token among the text tokens (Kosmos, BLIP-2, LLaVA)."""
+
+    @classmethod
+    def media_width(cls, dim_embedding: int) -> int | None:
+        return dim_embedding
+
+    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+        self.fusion = nn.Module()
+
+    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+        """The tokens of a row in order, padding last: float[B, T_img·n, d]."""
+        return compact(vision_tokens, media_mask)
+
+    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None) -> Expansion | None:
+        is_media = lang_x == self.config.media_token_id
+        pad_id = self.config.pad_token_id or 0
+        past = 0 if attention_mask is None else attention_mask.shape[1] - lang_x.shape[1]
+        mask = attention_mask if past == 0 else attention_mask[:, past:]
+        expansion = expand(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
+        if past == 0:
+            return expansion
+        whole = torch.cat([attention_mask[:, :past], expansion.attention_mask], dim=1)
+        return replace(expansion, attention_mask=whole)
+
+    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
+        if c.media is None:
+            return embeddings
+        return place(embeddings, c.media, c.ids == self.config.media_token_id, c.media_positions)
