@@ -1,0 +1,40 @@
+"""Compose, inspect and run vision-language models.
+
+Names load on first use, so that importing the package is cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_cli.checkpoint.create import create, plan
+    from vlm_cli.checkpoint.directory import load
+    from vlm_cli.composition import Composition
+    from vlm_cli.modeling.vlm import VLM, VLMConfig, VLMWithCrossAttention, VLMWithLanguageStream
+    from vlm_cli.processor import VLMProcessor
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Composition": "vlm_cli.composition",
+    "VLM": "vlm_cli.modeling.vlm",
+    "VLMConfig": "vlm_cli.modeling.vlm",
+    "VLMProcessor": "vlm_cli.processor",
+    "VLMWithCrossAttention": "vlm_cli.modeling.vlm",
+    "VLMWithLanguageStream": "vlm_cli.modeling.vlm",
+    "create": "vlm_cli.checkpoint.create",
+    "load": "vlm_cli.checkpoint.directory",
+    "plan": "vlm_cli.checkpoint.create",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,6 +18,7 @@ without a traceback and exits with `exit_code`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 
 __all__ = [
     "CheckpointError",
@@ -30,6 +31,7 @@ __all__ = [
     "UsageError",
     "VLMError",
     "VisionEncoderError",
+    "first_line",
 ]
 
 
@@ -84,3 +86,9 @@ class VisionEncoderError(VLMError):
 
 class CheckpointError(VLMError):
     """A directory or weight file that cannot be read or written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says went wrong, at a length that can be read."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shorten(lines[0], 300, placeholder=" …").rstrip(".")

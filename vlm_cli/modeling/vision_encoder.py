@@ -24,7 +24,13 @@ def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
 
     # Without this, timm would fetch ImageNet weights.
     vision_cfg = CLIPVisionCfg(**{**vision_config["vision_cfg"], "timm_model_pretrained": False})
-    return _build_vision_tower(vision_config["embed_dim"], vision_cfg, vision_config.get("quick_gelu", False))
+    tower = _build_vision_tower(vision_config["embed_dim"], vision_cfg, vision_config.get("quick_gelu", False))
+    # OpenCLIP builds a timm model at that model's own size, and takes note of `image_size` only.
+    trunk = getattr(tower, "trunk", None)
+    own_size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    if hasattr(trunk, "set_input_size") and own_size != tower.image_size:
+        tower.set_input_size(tower.image_size)
+    return tower
 
 
 def patch_features(tower: nn.Module, pixels: Tensor, layer: int = -1) -> Tensor:

@@ -199,16 +199,20 @@ class VLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> VLM:
         """Load a directory or a hub id; see `PreTrainedModel.from_pretrained`."""
-        if cls is not VLM:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = kwargs.get("config")
-        if config is None:
-            hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-            config = VLMConfig.from_pretrained(
-                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
-            )
-        fusion = FUSIONS[config.parts.fusion.type].load()
-        return fusion.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if cls is VLM:
+            config = kwargs.get("config")
+            if config is None:
+                hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+                config = VLMConfig.from_pretrained(
+                    pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+                )
+            cls = FUSIONS[config.parts.fusion.type].load()
+            return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        # Loading puts new parameters in the place of those that the constructor froze.
+        model.set_trainable(model.config.parts.trainable)
+        return result
 
     @classmethod
     def is_custom_code(cls) -> bool:

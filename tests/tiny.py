@@ -1,0 +1,343 @@
+"""The smallest parts of each kind, and models and prompts made of them.
+
+Language models have `VOCABULARY` tokens, two layers and weights large enough for every token to matter; towers read
+images of 32 pixels. All of it is deterministic.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import timm.models
+import torch
+from timm.models.eva import Eva
+from timm.models.fastvit import FastVit
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
+from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, tower_shape
+from vlm_cli.modeling.vlm import VLM, VLMConfig
+
+VOCABULARY = 80  # tokens
+PAD = 0
+STOP, IMAGE = VOCABULARY, VOCABULARY + 1  # ids of the added tokens
+SIZE = 32  # pixels
+
+
+def _register(name: str, model: type[nn.Module], **sizes: Any) -> str:
+    """Give timm, and so OpenCLIP, a small model of a family that has none."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return timm.models.build_model_with_cfg(model, name, pretrained, **sizes, **kwargs)
+
+    entry.__name__, entry.__module__ = name, __name__
+    logging.getLogger("timm.models._builder").setLevel(logging.ERROR)  # it would tell us that there are no weights
+    timm.models.register_model(entry)
+    return name
+
+
+_EVA = _register(
+    "tiny_eva",
+    Eva,
+    img_size=24,  # resized to the tower's size, as a tower that is asked for another size is
+    patch_size=16,
+    embed_dim=32,
+    depth=2,
+    num_heads=2,
+    mlp_ratio=2,
+    qkv_fused=False,
+    swiglu_mlp=True,
+    scale_mlp=True,
+    use_rot_pos_emb=True,
+    ref_feat_shape=(2, 2),
+)
+_SWIN = _register(
+    "tiny_swin", SwinTransformer, img_size=16, window_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
+)
+_FASTVIT = _register(
+    "tiny_fastvit",
+    FastVit,
+    layers=(1, 1),
+    embed_dims=(16, 32),
+    mlp_ratios=(2, 2),
+    token_mixers=("repmixer", "repmixer"),
+    downsamples=(False, True),
+    se_downsamples=(False, False),
+    pos_embs=(None, None),
+)
+
+
+def _timm(name: str, pool: str, proj: str = "linear") -> dict[str, Any]:
+    return {"image_size": SIZE, "timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
+
+
+_VIT = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+
+#: OpenCLIP configurations of image towers.
+VISION: dict[str, dict[str, Any]] = {
+    "vit": {"embed_dim": 24, "vision_cfg": _VIT},
+    "resnet": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+    },
+    "siglip": {"embed_dim": 64, "vision_cfg": _timm("test_vit", "map", "none")},
+    "convnext": {"embed_dim": 24, "vision_cfg": _timm("test_convnext", "avg")},
+    "eva02": {"embed_dim": 24, "vision_cfg": _timm(_EVA, "token")},
+    "swin": {"embed_dim": 24, "vision_cfg": _timm(_SWIN, "avg")},
+    "fastvit": {"embed_dim": 24, "vision_cfg": _timm(_FASTVIT, "avg")},
+    "coca": {
+        "embed_dim": 24,
+        "vision_cfg": _VIT | {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
+    },
+}
+
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "perceiver": {"type": "perceiver", "depth": 1, "num_heads": 2, "head_dim": 8, "num_latents": 3, "ff_mult": 2},
+    "qformer": {
+        "type": "qformer",
+        "num_queries": 3,
+        "depth": 2,
+        "dim": 16,
+        "num_heads": 2,
+        "dim_ff": 24,
+        "dropout": 0.0,
+    },
+    "linear": {"type": "linear"},
+    "mlp": {"type": "mlp"},
+}
+
+FUSIONS: dict[str, dict[str, Any]] = {
+    "cross-attention": {"type": "cross-attention", "num_heads": 2, "head_dim": 8, "ff_mult": 2},
+    "language-stream": {"type": "language-stream"},
+}
+
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+_NEOX = {key: x for key, x in _LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
+_OPT = _NEOX | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2, "dropout": 0.0}
+_SSM = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "expand": 2}
+_GPT2_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+#: Configurations of causal language models; `model_type` is the part before a dash.
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128} | _GPT2_DROPOUT,
+    "opt": _OPT,
+    "opt-projected": _OPT | {"word_embed_proj_dim": 16},
+    "gpt_neox": _NEOX,
+    "llama": _LLAMA | {"tie_word_embeddings": False},
+    "llama-tied": _LLAMA | {"tie_word_embeddings": True},
+    "mistral": _LLAMA | {"sliding_window": 5},
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA | {"sliding_window": 5, "query_pre_attn_scalar": 8},
+    "gemma3_text": _LLAMA | {"sliding_window": 5, "query_pre_attn_scalar": 8},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 48},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2},
+    "mamba": _SSM,
+    "mamba2": _SSM | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 4},
+    "jamba": _NEOX
+    | {
+        "num_key_value_heads": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "falcon_h1": _LLAMA
+    | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 4},
+    "zamba2": _NEOX
+    | {
+        "num_key_value_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 1,
+        "chunk_size": 4,
+        "adapter_rank": 4,
+        "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid"],
+    },
+}
+
+
+def language_model_config(name: str) -> Any:
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes = {"vocab_size": VOCABULARY, "initializer_range": 0.2} | LANGUAGE_MODELS[name] | special
+    return AutoConfig.for_model(name.partition("-")[0], **sizes)
+
+
+@cache
+def language_model(name: str) -> PreTrainedModel:
+    """The bare language model, that of every VLM built here; not to be changed."""
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(language_model_config(name)).eval()
+
+
+@cache
+def tower(name: str) -> nn.Module:
+    """An OpenCLIP tower, shared by all VLMs built here; not to be changed."""
+    torch.manual_seed(2)
+    visual = build_tower(VISION[name]).eval()
+    stir(visual, 0.1)  # some blocks start as the identity, and images then look alike
+    return visual
+
+
+@torch.no_grad()
+def stir(module: nn.Module, scale: float) -> None:
+    """Add noise to every parameter."""
+    for parameter in module.parameters():
+        parameter += scale * torch.randn_like(parameter)
+
+
+def config(
+    vision: str = "vit",
+    tokenizer: str = "perceiver",
+    fusion: str = "cross-attention",
+    language_model: str = "llama",
+    **overrides: Any,
+) -> VLMConfig:
+    """The configuration of a VLM of such parts; `overrides` are parts of the composition."""
+    parts = Composition.compose(
+        None,
+        {
+            "vision_encoder": vision,
+            "vision_tokenizer": TOKENIZERS[tokenizer],
+            "fusion": FUSIONS[fusion],
+            "language_model": language_model,
+            "added_tokens": [END_OF_CHUNK, MEDIA_TOKEN],
+        },
+        overrides,
+    )
+    num_patches, dim = _tower_shape(vision, parts.vision_encoder.layer)
+    return VLMConfig(
+        text_config=language_model_config(language_model),
+        vision_config=VISION[vision] | {"num_patches": num_patches, "dim": dim},
+        composition=parts.to_dict(),
+        added_tokens=list(parts.added_tokens),
+        first_added_id=VOCABULARY,
+        media_token_id=VOCABULARY + parts.added_tokens.index(MEDIA_TOKEN),
+        pad_token_id=PAD,
+    )
+
+
+_tower_shape = cache(lambda vision, layer: tower_shape(VISION[vision], layer))
+
+
+def build(
+    vision: str = "vit",
+    tokenizer: str = "perceiver",
+    fusion: str = "cross-attention",
+    language_model: str = "llama",
+    *,
+    seed: int = 0,
+    **overrides: Any,
+) -> VLM:
+    """A VLM in float32 and eval mode; its gates are closed and its tower is shared with others."""
+    lm = copy.deepcopy(globals()["language_model"](language_model))
+    torch.manual_seed(seed)
+    settings = config(vision, tokenizer, fusion, language_model, **overrides)
+    encoder = VisionEncoder(tower(vision), settings.parts.vision_encoder.layer)
+    return VLM(settings, vision_encoder=encoder, lang_model=lm).eval()
+
+
+@torch.no_grad()
+def open_gates(model: VLM, seed: int = 3) -> VLM:
+    """Draw what is ours anew, large enough for media to matter, and open the gates."""
+    torch.manual_seed(seed)
+    for part in (model.vision_tokenizer, model.fusion, model.added_tokens):
+        stir(part, 0.2)
+        for name, parameter in part.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(0.7)
+    return model
+
+
+@dataclass
+class Row:
+    """One prompt: float[1, T_img, F, C, H, W] or None, and int[1, T_txt]."""
+
+    vision_x: Tensor | None
+    lang_x: Tensor
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        return {"vision_x": self.vision_x, "lang_x": self.lang_x}
+
+
+def row(model: VLM, num_media: int, length: int = 7, *, frames: int = 1, seed: int = 0) -> Row:
+    """A random prompt of `length` tokens, `num_media` of them `<image>`, never two on end, one `<|endofchunk|>`."""
+    torch.manual_seed(100 * seed + num_media)
+    lang_x = torch.randint(1, VOCABULARY, (1, length))
+    lang_x[0, -2] = STOP
+    lang_x[0, 1 : 2 * num_media : 2] = IMAGE
+    size = model.config.vision_config["vision_cfg"]["image_size"]
+    return Row(torch.randn(1, num_media, frames, 3, size, size) if num_media else None, lang_x)
+
+
+def rows(model: VLM, counts: Sequence[int] = (1, 0, 3), *, frames: int = 1) -> list[Row]:
+    """Prompts of different lengths with so many media."""
+    return [row(model, n, 8 + i % 3, frames=frames, seed=i) for i, n in enumerate(counts)]
+
+
+def collate(rows: Sequence[Row], side: str = "left", garbage: float = 0.0) -> dict[str, Tensor | None]:
+    """Pad prompts to one batch; what stands in the padding of media is `garbage` times noise."""
+    length = max(r.lang_x.shape[1] for r in rows)
+    lang_x = torch.full((len(rows), length), PAD)
+    attention_mask = torch.zeros_like(lang_x)
+    shapes = [r.vision_x.shape[1:] for r in rows if r.vision_x is not None]
+    most = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    vision_x = garbage * torch.randn(len(rows), *most) if shapes else None
+    vision_mask = torch.zeros(len(rows), *most[:2], dtype=torch.bool) if shapes else None
+    for i, r in enumerate(rows):
+        at = slice(length - r.lang_x.shape[1], None) if side == "left" else slice(r.lang_x.shape[1])
+        lang_x[i, at], attention_mask[i, at] = r.lang_x[0], 1
+        if r.vision_x is not None:
+            media, frames = r.vision_x.shape[1:3]
+            vision_x[i, :media, :frames], vision_mask[i, :media, :frames] = r.vision_x[0], True
+    return {"vision_x": vision_x, "lang_x": lang_x, "attention_mask": attention_mask, "vision_mask": vision_mask}
+
+
+def batch(model: VLM, counts: Sequence[int] = (1, 0, 3), *, side: str = "left", frames: int = 1) -> dict[str, Any]:
+    return collate(rows(model, counts, frames=frames), side)
+
+
+@contextmanager
+def nudged(parameter: nn.Parameter | Tensor, by: float = 0.5) -> Iterator[None]:
+    """A parameter with one weight changed, for as long as the block runs."""
+    flat = parameter.detach().view(-1)
+    before = flat[0].clone()
+    flat[0] += by
+    try:
+        yield
+    finally:
+        flat[0] = before
+
+
+def covering() -> list[tuple[str, str, str, str]]:
+    """(vision, tokenizer, fusion, language model): each language model and each encoder with both fusions, and each
+    tokenizer with both fusions."""
+    vision, tokenizers = itertools.cycle(VISION), itertools.cycle(TOKENIZERS)
+    return [
+        (v, t, fusion, lm)
+        for lm, v, t in zip(LANGUAGE_MODELS, vision, tokenizers, strict=False)
+        for fusion in FUSIONS
+    ]

@@ -1,0 +1,218 @@
+"""From a composition to a model: find the parts, check that they fit, load them, put them together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from vlm_cli.checkpoint.language_models import LanguageModelSource, find_language_model
+from vlm_cli.checkpoint.openclip import Tower, find_tower, load_tower
+from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
+from vlm_cli.errors import CompositionError, VLMError
+from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
+from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
+
+__all__ = ["Blueprint", "create", "plan"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A composition that was checked: everything about the model but its weights.
+
+    Attributes:
+        config: of the model.
+        tower: the vision encoder that was found.
+        language_model: the language model that was found.
+        tokenizer: with the added tokens; None where none was needed.
+    """
+
+    config: VLMConfig
+    tower: Tower
+    language_model: LanguageModelSource
+    tokenizer: Tokenizer | None
+
+    @cached_property
+    def meta_model(self) -> VLM:
+        """The model on the meta device, where weights have shapes and no bytes."""
+        with torch.device("meta"):
+            return VLM(self.config)
+
+    @property
+    def processor(self) -> VLMProcessor:
+        return VLMProcessor(OpenCLIPImageProcessor(self.tower.config["preprocess"]), self.tokenizer)
+
+
+def plan(composition: Composition, *, trust_remote_code: bool = False, need_tokenizer: bool = True) -> Blueprint:
+    """Find the parts and check that they fit, before any weight is fetched or allocated.
+
+    Args:
+        composition: the parts.
+        trust_remote_code: run the language model's own code from its repository.
+        need_tokenizer: whether a language model without a tokenizer is an error.
+
+    Raises:
+        VLMError: one, or a CompositionError with all that were found.
+    """
+    problems: list[VLMError] = []
+
+    def attempt(find: Callable[[], Any]) -> Any:
+        try:
+            return find()
+        except VLMError as error:
+            problems.append(error)
+            return None
+
+    tower = attempt(lambda: find_tower(composition.vision_encoder))
+    shape = attempt(lambda: _shape(tower, composition)) if tower else None
+    lm = attempt(lambda: find_language_model(composition.language_model, trust_remote_code=trust_remote_code))
+    other = composition.language_model.tokenizer
+    tokenizer = attempt(lambda: lm.tokenizer(other)) if lm and (need_tokenizer or other) else None
+    _raise(problems)
+    rows = _num_rows(lm)
+    if tokenizer is None:
+        added, first = list(composition.added_tokens), rows
+        media_id, pad_id = first + added.index(MEDIA_TOKEN), lm.config.get_text_config().pad_token_id
+    else:
+        added, first = add_tokens(tokenizer, composition.added_tokens, rows)
+        media_id, pad_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN), tokenizer.pad_token_id
+    config = VLMConfig(
+        text_config=lm.config,
+        vision_config={**tower.config, "num_patches": shape[0], "dim": shape[1]},
+        composition=composition.to_dict(),
+        added_tokens=added,
+        first_added_id=first,
+        media_token_id=media_id,
+        pad_token_id=pad_id,
+        architectures=["VLM"],
+    )
+    blueprint = Blueprint(config, tower, lm, tokenizer)
+    _check_fit(blueprint)
+    return blueprint
+
+
+def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
+    options = composition.vision_encoder
+    try:
+        return tower_shape(tower.config, options.layer)
+    except Exception as error:
+        raise CompositionError(
+            f"vision encoder {options.name!r} does not give features with layer={options.layer} and "
+            f"image_size={options.image_size}: {error}"
+        ) from None
+
+
+def _num_rows(lm: LanguageModelSource) -> int:
+    """Rows of the language model's embedding, from its configuration."""
+    return lm.config.get_text_config(decoder=True).vocab_size
+
+
+def _check_fit(blueprint: Blueprint) -> None:
+    """
+    Raises:
+        CompositionError: with each misfit between parts that exist.
+    """
+    parts, text = blueprint.config.parts, blueprint.config.get_text_config(decoder=True)
+    model = blueprint.meta_model
+    problems: list[VLMError] = []
+    width = model.media_width(model.get_input_embeddings().weight.shape[1])
+    if width is not None and model.vision_tokenizer.dim_out != width:
+        problems.append(
+            CompositionError(
+                f"vision_tokenizer.dim_out={model.vision_tokenizer.dim_out} does not fit: in the language stream, "
+                f"vision tokens have the {width} channels of the language model's embeddings. Leave dim_out out."
+            )
+        )
+    depth = text.num_hidden_layers
+    if parts.fusion.type == "cross-attention" and not len(model.fusion.blocks):
+        problems.append(
+            CompositionError(
+                f"fusion.every={parts.fusion.options.every} leaves no cross-attention block: the language model has "
+                f"{depth} layers. Choose at most {depth}."
+            )
+        )
+    tokens = model.vision_tokenizer.num_tokens()
+    context = getattr(text, "max_position_embeddings", None)
+    if parts.fusion.type != "cross-attention" and isinstance(context, int) and tokens >= context:
+        problems.append(
+            CompositionError(
+                f"one image takes {tokens} positions, but the language model has {context}. Choose a vision tokenizer "
+                "with fewer tokens (perceiver, qformer), another vision encoder, or cross-attention."
+            )
+        )
+    _raise(problems)
+
+
+def _raise(problems: list[VLMError]) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise CompositionError([str(problem) for problem in problems])
+
+
+def create(
+    blueprint: Blueprint,
+    *,
+    random_weights: bool = False,
+    dtype: torch.dtype | str = "auto",
+    seed: int = 0,
+    progress: Callable[[str], None] = logger.info,
+) -> VLM:
+    """Load the pretrained parts and put them together; new parts start from `seed`.
+
+    Args:
+        blueprint: what `plan` found.
+        random_weights: draw the pretrained parts too, and fetch nothing.
+        dtype: of all weights; "auto" is the language model's own.
+        seed: of all that is drawn.
+        progress: is told each step.
+
+    Raises:
+        VLMError: if weights cannot be fetched or do not fit.
+    """
+    config = blueprint.config
+    if dtype == "auto":
+        dtype = config.get_text_config().dtype or torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if random_weights:
+            progress("drawing random weights")
+            model = VLM(config)
+        else:
+            progress(f"loading vision encoder {config.parts.vision_encoder.name}")
+            visual = load_tower(blueprint.tower)
+            progress(f"loading language model {blueprint.language_model.name}")
+            lang_model = blueprint.language_model.load(dtype)
+            progress("composing")
+            encoder = VisionEncoder(visual, config.parts.vision_encoder.layer)
+            model = VLM(config, vision_encoder=encoder, lang_model=lang_model)
+        lm = model.lang_model
+        model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())
+    model.to(dtype)
+    model.config.dtype = model.config.text_config.dtype = dtype
+    model.generation_config = _generation_config(model, blueprint.tokenizer)
+    return model.eval()
+
+
+def _generation_config(model: VLM, tokenizer: Tokenizer | None) -> GenerationConfig:
+    """The language model's own settings, with our pad and stop tokens."""
+    config = GenerationConfig.from_dict(model.lang_model.generation_config.to_dict())
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+        end = tokenizer.eos_token_id
+        chunk = tokenizer.convert_tokens_to_ids(END_OF_CHUNK) if END_OF_CHUNK in model.config.added_tokens else None
+        stops = [*stops, end, chunk]
+    # Lengths are the caller's affair; a default of 20 tokens in all would count the prompt.
+    config.max_length = None
+    config.eos_token_id = list(dict.fromkeys(x for x in stops if x is not None)) or None
+    return config

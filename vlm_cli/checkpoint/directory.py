@@ -1,0 +1,177 @@
+"""Directories that run alone: written whole or not at all, loaded offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_cli.errors import CheckpointError, OutputExistsError, first_line
+
+__all__ = ["check_output", "is_vlm_directory", "load", "read_config", "replacing", "save"]
+
+COMPOSITION_FILE = "composition.yaml"
+
+
+def is_vlm_directory(path: Path) -> bool:
+    """Whether `vlm build` wrote this directory."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "vlm"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """
+    Raises:
+        OutputExistsError: if `out` may not be written.
+        CheckpointError: if its folder is not there.
+    """
+    if not out.absolute().parent.is_dir():
+        raise CheckpointError(f"cannot write {str(out)!r}: the folder {str(out.absolute().parent)!r} does not exist.")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{str(out)!r} exists. Choose another name, or add --overwrite to replace it.")
+    if not out.is_dir() or (any(out.iterdir()) and not is_vlm_directory(out)):
+        raise OutputExistsError(
+            f"{str(out)!r} is not a directory that vlm wrote, so --overwrite does not replace it. Choose another name."
+        )
+
+
+@contextmanager
+def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling that becomes `out` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        OutputExistsError: if `out` may not be written.
+        CheckpointError: if the disk is full or the folder cannot be written.
+    """
+    check_output(out, overwrite=overwrite)
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
+    try:
+        yield partial
+        # mkdtemp makes directories that only their owner can read.
+        partial.chmod(0o777 & ~_umask())
+        _swap(partial, out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(out)!r}: {error.strerror or error}. Nothing was changed.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(new: Path, out: Path) -> None:
+    if not out.exists():
+        os.rename(new, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.absolute().parent))
+    os.rename(out, old / out.name)
+    try:
+        os.rename(new, out)
+    except BaseException:
+        os.rename(old / out.name, out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save(model: Any, processor: Any, out: Path, *, card: str = "", max_shard_size: str = "5GB") -> None:
+    """Write a model's files into the directory `out`.
+
+    Args:
+        model: a `VLM`.
+        processor: its `VLMProcessor`.
+        out: an existing directory.
+        card: text of the model card.
+        max_shard_size: bytes of one weight file, as "5GB".
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(out, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        # A full disk reaches us under this name.
+        raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
+    processor.save_pretrained(out)
+    composition = yaml.safe_dump(model.config.composition, sort_keys=False)
+    (out / COMPOSITION_FILE).write_text(composition, encoding="utf-8")
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_config(name: str, **keywords: Any) -> Any:
+    """The `VLMConfig` of a directory or hub id.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    from vlm_cli.modeling.vlm import VLMConfig
+
+    try:
+        data, _ = VLMConfig.get_config_dict(name, **keywords)
+    except Exception as error:
+        raise CheckpointError(_cannot_load(name, error)) from None
+    if data.get("model_type") != "vlm":
+        raise CheckpointError(
+            f"{name!r} holds a model of type {data.get('model_type')!r}, not a VLM. To compose one with it: "
+            f"vlm build OUT --family flamingo --language-model {name}"
+        )
+    try:
+        config = VLMConfig.from_dict(data)
+        config.parts  # noqa: B018 — reads the composition, which may be of another version
+        return config
+    except Exception as error:
+        raise CheckpointError(_cannot_load(name, error)) from None
+
+
+def load(name: str, *, dtype: Any = "auto", device: str = "cpu", **keywords: Any) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and the processor of a directory or hub id.
+
+    Args:
+        name: directory that `vlm build` wrote, or a hub id.
+        dtype: of the weights; "auto" is that of the files.
+        device: where the model goes.
+        keywords: `revision`, `token`, `local_files_only`, … of Transformers.
+
+    Raises:
+        CheckpointError: if it cannot be read or lacks tensors.
+    """
+    from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.processor import VLMProcessor
+
+    config = read_config(name, **keywords)
+    try:
+        processor = VLMProcessor.from_pretrained(name, **keywords)
+        model, info = VLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **keywords)
+    except Exception as error:
+        raise CheckpointError(_cannot_load(name, error)) from error
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise CheckpointError(
+            f"the weights in {name!r} do not cover the model: {len(info['missing_keys'])} tensors are missing, "
+            f"{len(info['mismatched_keys'])} have another shape, {len(info['unexpected_keys'])} are not known; "
+            f"e.g. {sorted(map(str, wrong))[0]}."
+        )
+    return model.eval().to(device), processor
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    message = f"cannot load {name!r}: {first_line(error)}."
+    if not Path(name).is_dir():
+        message += " Give a directory that `vlm build` wrote or a hub id; an offline machine knows only cached ones."
+    return message

@@ -1,0 +1,231 @@
+"""OpenCLIP towers by name: their configuration without a download, their weights when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vlm_cli.composition import VisionEncoderOptions
+from vlm_cli.errors import UnknownNameError, VisionEncoderError
+from vlm_cli.registry import suggest
+
+__all__ = ["Tower", "find_tower", "list_towers", "load_tower", "split_name"]
+
+
+@cache
+def list_towers() -> dict[str, Path]:
+    """Names of OpenCLIP's own configurations and their files, found without importing OpenCLIP."""
+    spec = find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        return {}
+    files = sorted((Path(spec.origin).parent / "model_configs").glob("*.json"))
+    return {file.stem: file for file in files if "vision_cfg" in json.loads(file.read_text(encoding="utf-8"))}
+
+
+def split_name(text: str) -> dict[str, str | None]:
+    """`name[:tag]` as settings of a vision encoder; hf-hub:, local-dir: and paths have no tag.
+
+    >>> split_name("ViT-L-14:openai")
+    {'name': 'ViT-L-14', 'pretrained': 'openai'}
+    >>> split_name("hf-hub:timm/ViT-B-16-SigLIP")
+    {'name': 'hf-hub:timm/ViT-B-16-SigLIP', 'pretrained': None}
+    """
+    if text.startswith(("hf-hub:", "local-dir:")) or text.endswith(".json"):
+        return {"name": text, "pretrained": None}
+    name, _, tag = text.partition(":")
+    return {"name": name, "pretrained": tag or None}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower that was found: its configuration, and where its weights are.
+
+    Attributes:
+        config: `embed_dim`, `vision_cfg`, `quick_gelu` and `preprocess`.
+        model_config: OpenCLIP's whole configuration, text tower included.
+        weights: file, or OpenCLIP's record of a pretrained tag; None for random weights.
+    """
+
+    config: dict[str, Any]
+    model_config: dict[str, Any] = field(repr=False)
+    weights: Path | dict[str, Any] | None = None
+
+
+def find_tower(options: VisionEncoderOptions) -> Tower:
+    """Find a tower and its preprocessing; only `hf-hub:` names read a file from the hub, of a few kB.
+
+    Raises:
+        UnknownNameError: for a name or tag that OpenCLIP does not have.
+        VisionEncoderError: for a configuration that cannot be read.
+    """
+    name = options.name
+    weights: Path | dict[str, Any] | None = None
+    if name.startswith("hf-hub:"):
+        data = _read_json(_hub_file(name.removeprefix("hf-hub:"), "open_clip_config.json"))
+        weights = {"hf_hub": name.removeprefix("hf-hub:") + "/"}
+    elif name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:")).expanduser()
+        data = _read_json(folder / "open_clip_config.json")
+        weights = _weights_in(folder)
+    elif name.endswith(".json"):
+        data = _read_json(Path(name).expanduser())
+    elif name in list_towers():
+        data = _read_json(list_towers()[name])
+    else:
+        raise UnknownNameError(
+            f"unknown vision encoder {name!r}.{suggest(name, list_towers())} Give a name of OpenCLIP, hf-hub:ORG/NAME, "
+            "local-dir:FOLDER, or an OpenCLIP JSON file. Run `vlm list vision-encoders` to see the names."
+        )
+    model = data.get("model_cfg", data)
+    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg"} <= model.keys():
+        raise VisionEncoderError(f"{name!r} is not an OpenCLIP configuration: it lacks embed_dim or vision_cfg.")
+    tag: dict[str, Any] = {}
+    if options.pretrained is not None and Path(options.pretrained).is_file():
+        weights = Path(options.pretrained)
+    elif options.pretrained is not None:
+        weights = tag = _find_tag(name, options.pretrained)
+    return Tower(_tower_config(model, {**data.get("preprocess_cfg", {}), **tag}, tag, options), model, weights)
+
+
+def _tower_config(
+    model: Mapping[str, Any], preprocess: Mapping[str, Any], tag: Mapping[str, Any], options: VisionEncoderOptions
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    vision = dict(model["vision_cfg"])
+    if options.image_size is not None:
+        vision["image_size"] = options.image_size
+    size = {"size": vision.get("image_size", 224)}
+    return {
+        "embed_dim": model["embed_dim"],
+        "vision_cfg": vision,
+        # The weights know which activation they were trained with; OpenCLIP only warns when the name disagrees.
+        "quick_gelu": tag.get("quick_gelu", False) if tag else model.get("quick_gelu", False),
+        "preprocess": merge_preprocess_dict(asdict(PreprocessCfg()), {**preprocess, **size}),
+    }
+
+
+def _find_tag(name: str, tag: str) -> dict[str, Any]:
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    found = get_pretrained_cfg(name, tag)
+    if not found:
+        tags = list_pretrained_tags_by_model(name)
+        known = f"Known tags: {', '.join(tags)}" if tags else "OpenCLIP has no weights for it"
+        raise UnknownNameError(
+            f"vision encoder {name!r} has no pretrained weights {tag!r}, and no such file exists.{suggest(tag, tags)} "
+            f"{known}."
+        )
+    return dict(found)
+
+
+def load_tower(tower: Tower) -> nn.Module:
+    """The image tower with its weights, in float32; with random ones if it names none.
+
+    Raises:
+        VisionEncoderError: if the weights cannot be fetched or do not fit.
+    """
+    import torch
+
+    from vlm_cli.modeling.vision_encoder import build_tower
+
+    if tower.weights is None:
+        return build_tower(tower.config)
+    path = tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
+    if path.suffix == ".safetensors" and tower.config["vision_cfg"] == tower.model_config["vision_cfg"]:
+        from safetensors import safe_open
+
+        # Only the image tower is read, straight from the file.
+        try:
+            with safe_open(path, "pt") as file:
+                state = {k.removeprefix("visual."): file.get_tensor(k) for k in file.keys() if k.startswith("visual.")}
+        except Exception as error:
+            raise VisionEncoderError(f"cannot read the weights {str(path)!r}: {error}") from None
+        if state:
+            visual = build_tower(tower.config)
+            try:
+                visual.load_state_dict(state)
+            except RuntimeError as error:
+                raise VisionEncoderError(f"the weights {str(path)!r} do not fit the tower: {error}") from None
+            return visual
+    return _load_with_openclip(tower, path, torch.float32)
+
+
+def _load_with_openclip(tower: Tower, path: Path, dtype: Any) -> nn.Module:
+    """OpenCLIP's own loader, for its older formats and other image sizes; it builds the text tower too."""
+    from open_clip.factory import load_checkpoint
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    model_config = {k: v for k, v in tower.model_config.items() if k not in ("custom_text", "multimodal_cfg")}
+    model_config |= {key: tower.config[key] for key in ("embed_dim", "vision_cfg", "quick_gelu")}
+    model_config["text_cfg"] = {**model_config["text_cfg"], "hf_model_pretrained": False}
+    custom = tower.model_config.get("custom_text") or "hf_model_name" in model_config["text_cfg"]
+    try:
+        model = (CustomTextCLIP if custom else CLIP)(**model_config)
+        # CoCa's files also hold a decoder; what matters here is that the tower is complete.
+        missing = load_checkpoint(model, str(path), strict=False)
+    except Exception as error:
+        raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {error}") from None
+    absent = [k for k in getattr(missing, "missing_keys", []) if k.startswith("visual.")]
+    if absent:
+        raise VisionEncoderError(
+            f"the weights {str(path)!r} lack {len(absent)} tensors of the vision tower, e.g. {absent[0]}."
+        )
+    return model.visual.to(dtype)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise VisionEncoderError(f"cannot read the OpenCLIP configuration {str(path)!r}: {error.strerror}.") from None
+    except ValueError as error:
+        raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} does not hold a mapping.")
+    return data
+
+
+def _weights_in(folder: Path) -> Path | None:
+    from open_clip.factory import _find_checkpoint_in_dir
+
+    found = _find_checkpoint_in_dir(folder)
+    return None if found is None else Path(found)
+
+
+def _hub_file(repository: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:
+        raise VisionEncoderError(_cannot_fetch(f"{name} of {repository!r}", error)) from None
+
+
+def _download(record: dict[str, Any]) -> Path:
+    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+
+    source = record.get("hf_hub") or record.get("url") or "?"
+    try:
+        if set(record) == {"hf_hub"}:
+            return Path(download_pretrained_from_hf(record["hf_hub"].rstrip("/")))
+        return Path(download_pretrained(record))
+    except Exception as error:
+        raise VisionEncoderError(_cannot_fetch(f"the weights {source!r}", error)) from None
+
+
+def _cannot_fetch(what: str, error: Exception) -> str:
+    return (
+        f"cannot fetch {what}: {type(error).__name__}. If this machine is offline, fetch it once where there is a "
+        "network and copy the cache (HF_HOME), or name a local file: local-dir:FOLDER, or the tower's name with "
+        "--set vision_encoder.pretrained=FILE; --random-weights needs no weights."
+    )
