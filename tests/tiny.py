@@ -48,7 +48,7 @@ def _register(name: str, model: type[nn.Module], **sizes: Any) -> str:
 _EVA = _register(
     "tiny_eva",
     Eva,
-    img_size=24,  # resized to the tower's size, as a tower that is asked for another size is
+    img_size=SIZE,
     patch_size=16,
     embed_dim=32,
     depth=2,
@@ -61,7 +61,7 @@ _EVA = _register(
     ref_feat_shape=(2, 2),
 )
 _SWIN = _register(
-    "tiny_swin", SwinTransformer, img_size=16, window_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
+    "tiny_swin", SwinTransformer, img_size=SIZE, window_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
 )
 _FASTVIT = _register(
     "tiny_fastvit",
@@ -76,8 +76,8 @@ _FASTVIT = _register(
 )
 
 
-def _timm(name: str, pool: str, proj: str = "linear") -> dict[str, Any]:
-    return {"image_size": SIZE, "timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
+def _timm(name: str, pool: str, proj: str = "linear", size: int = SIZE) -> dict[str, Any]:
+    return {"image_size": size, "timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
 
 
 _VIT = {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
@@ -90,7 +90,7 @@ VISION: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
     },
     "siglip": {"embed_dim": 64, "vision_cfg": _timm("test_vit", "map", "none")},
-    "convnext": {"embed_dim": 24, "vision_cfg": _timm("test_convnext", "avg")},
+    "convnext": {"embed_dim": 24, "vision_cfg": _timm("test_convnext", "avg", size=64)},
     "eva02": {"embed_dim": 24, "vision_cfg": _timm(_EVA, "token")},
     "swin": {"embed_dim": 24, "vision_cfg": _timm(_SWIN, "avg")},
     "fastvit": {"embed_dim": 24, "vision_cfg": _timm(_FASTVIT, "avg")},
@@ -188,9 +188,12 @@ def language_model_config(name: str) -> Any:
 
 @cache
 def language_model(name: str) -> PreTrainedModel:
-    """The bare language model, that of every VLM built here; not to be changed."""
+    """The bare language model, that of every VLM built here; not to be changed.
+
+    Frozen as in most of them: whether a weight asks for gradients decides how torch multiplies, to the last bit.
+    """
     torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(language_model_config(name)).eval()
+    return AutoModelForCausalLM.from_config(language_model_config(name)).eval().requires_grad_(False)
 
 
 @cache
@@ -198,7 +201,7 @@ def tower(name: str) -> nn.Module:
     """An OpenCLIP tower, shared by all VLMs built here; not to be changed."""
     torch.manual_seed(2)
     visual = build_tower(VISION[name]).eval()
-    stir(visual, 0.1)  # some blocks start as the identity, and images then look alike
+    stir(visual, 0.3)  # some blocks start as the identity, and images then look alike
     return visual
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "FAMILIES",
     "MEDIA_TOKEN",
     "PARTS",
+    "UNSUITABLE_LANGUAGE_MODELS",
     "Composition",
     "CrossAttentionOptions",
     "LanguageModelOptions",
@@ -39,6 +40,24 @@ END_OF_CHUNK = "<|endofchunk|>"
 
 #: What can be trained or frozen as one.
 PARTS = ("vision_encoder", "vision_tokenizer", "fusion", "added_tokens", "language_model")
+
+
+#: Types that AutoModelForCausalLM lists although none of them can stand alone as an autoregressive text decoder.
+_UNSUITABLE = {
+    "an encoder whose published weights are not causal": (
+        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+        "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
+    ),
+    "the decoder half of an encoder-decoder model": (
+        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper"
+    ),
+    "not causal: later tokens change earlier logits": "xlm xlnet cpmant",
+    "a model of audio codebooks, not of text": "musicgen musicgen_melody",
+    "a drafter that needs the cache of another model": "gemma4_assistant gemma4_unified_assistant",
+    "a model of byte patches whose forward fails in Transformers itself": "blt",
+}
+#: Type -> why it cannot be the language model of a VLM.
+UNSUITABLE_LANGUAGE_MODELS = {name: reason for reason, names in _UNSUITABLE.items() for name in names.split()}
 
 
 def _at_least_one(options: Any, *names: str) -> None:

@@ -85,7 +85,7 @@ class MediaLoader:
             if self._piped is None:
                 self._piped = _read_stdin(self.stdin)
             return self._piped
-        found = re.match(r"(data)(?=:)|[a-z][a-z0-9+.-]+(?=://)", source, re.IGNORECASE)
+        found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]+(?=://)", source, re.IGNORECASE)
         scheme = found[0].lower() if found else "path"
         if scheme == "data":
             return _read_data_uri(source)
@@ -219,6 +219,7 @@ def _read_url(url: str) -> bytes:
 
             return _read_to_end(read, url)
     except HTTPError as error:
+        error.close()
         reason: object = f"the server answered {error.code} {error.reason}"
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
@@ -340,6 +341,8 @@ def _decode(data: bytes, name: str) -> Image:
         _check_pixels(*image.size, name)
         if image.format == "EPS":  # decoding one runs Ghostscript on it
             raise MediaError(f"{name} is a PostScript program, which is not run. Convert it to PNG.")
+        if image.format == "JPEG2000" and not _has_all_tiles(data):
+            raise EOFError("its last tiles are missing")
         image.load()
         return _to_rgb(_upright(image), name)
     except MediaError:
@@ -362,6 +365,14 @@ def _check_pixels(width: int, height: int, name: str) -> None:
         )
     if width < 1 or height < 1:
         raise MediaError(f"{name} has no pixels: it is {width} × {height}. Save it again.")
+
+
+def _has_all_tiles(jpeg2000: bytes) -> bool:
+    """Whether the end of the codestream follows the last tile; Pillow leaves missing tiles gray.
+
+    Source: ITU-T T.800, table A.1 (SOT is FF90, EOC is FFD9; coded data holds neither).
+    """
+    return jpeg2000.rfind(b"\xff\xd9") > jpeg2000.rfind(b"\xff\x90")
 
 
 def _upright(image: Image) -> Image:

@@ -93,6 +93,7 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
         first_added_id=first,
         media_token_id=media_id,
         pad_token_id=pad_id,
+        eos_token_id=_stop_tokens(lm, tokenizer, added),
         architectures=["VLM"],
     )
     blueprint = Blueprint(config, tower, lm, tokenizer)
@@ -199,20 +200,28 @@ def create(
         model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())
     model.to(dtype)
     model.config.dtype = model.config.text_config.dtype = dtype
-    model.generation_config = _generation_config(model, blueprint.tokenizer)
+    model.generation_config = _generation_config(model)
     return model.eval()
 
 
-def _generation_config(model: VLM, tokenizer: Tokenizer | None) -> GenerationConfig:
+def _stop_tokens(lm: LanguageModelSource, tokenizer: Tokenizer | None, added: list[str]) -> list[int] | None:
+    """Ids that end an answer: the language model's, its tokenizer's, and the end of a chunk."""
+    theirs = lm.config.get_text_config(decoder=True).eos_token_id
+    stops = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
+    if tokenizer is not None:
+        stops.append(tokenizer.eos_token_id)
+        if END_OF_CHUNK in added:
+            stops.append(tokenizer.convert_tokens_to_ids(END_OF_CHUNK))
+    return list(dict.fromkeys(x for x in stops if x is not None)) or None
+
+
+def _generation_config(model: VLM) -> GenerationConfig:
     """The language model's own settings, with our pad and stop tokens."""
     config = GenerationConfig.from_dict(model.lang_model.generation_config.to_dict())
-    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if tokenizer is not None:
-        config.pad_token_id = tokenizer.pad_token_id
-        end = tokenizer.eos_token_id
-        chunk = tokenizer.convert_tokens_to_ids(END_OF_CHUNK) if END_OF_CHUNK in model.config.added_tokens else None
-        stops = [*stops, end, chunk]
+    theirs = config.eos_token_id
+    stops = [*(theirs if isinstance(theirs, list) else [theirs]), *(model.config.eos_token_id or [])]
+    config.pad_token_id = model.config.pad_token_id
+    config.eos_token_id = list(dict.fromkeys(x for x in stops if x is not None)) or None
     # Lengths are the caller's affair; a default of 20 tokens in all would count the prompt.
     config.max_length = None
-    config.eos_token_id = list(dict.fromkeys(x for x in stops if x is not None)) or None
     return config

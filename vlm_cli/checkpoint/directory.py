@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ import yaml
 
 from vlm_cli.errors import CheckpointError, OutputExistsError, first_line
 
-__all__ = ["check_output", "is_vlm_directory", "load", "read_config", "replacing", "save"]
+__all__ = [
+    "check_output",
+    "is_vlm_directory",
+    "load",
+    "read_config",
+    "read_processor",
+    "read_tensors",
+    "replacing",
+    "save",
+]
 
 COMPOSITION_FILE = "composition.yaml"
 
@@ -152,11 +161,10 @@ def load(name: str, *, dtype: Any = "auto", device: str = "cpu", **keywords: Any
         CheckpointError: if it cannot be read or lacks tensors.
     """
     from vlm_cli.modeling.vlm import VLM
-    from vlm_cli.processor import VLMProcessor
 
     config = read_config(name, **keywords)
+    processor = read_processor(name, **keywords)
     try:
-        processor = VLMProcessor.from_pretrained(name, **keywords)
         model, info = VLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **keywords)
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from error
@@ -168,6 +176,43 @@ def load(name: str, *, dtype: Any = "auto", device: str = "cpu", **keywords: Any
             f"e.g. {sorted(map(str, wrong))[0]}."
         )
     return model.eval().to(device), processor
+
+
+def read_processor(name: str, **keywords: Any) -> Any:
+    """The `VLMProcessor` of a directory or hub id.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    from vlm_cli.processor import VLMProcessor
+
+    try:
+        return VLMProcessor.from_pretrained(name, **keywords)
+    except Exception as error:
+        raise CheckpointError(_cannot_load(name, error)) from None
+
+
+def read_tensors(name: str, tensors: Sequence[str]) -> dict[str, Any]:
+    """A few tensors of a directory or cached hub id, without the rest; keys lose the name of their part.
+
+    Raises:
+        CheckpointError: if one is missing.
+    """
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    if not tensors:
+        return {}
+    try:
+        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+        found = {}
+        for tensor in tensors:
+            with safe_open(cached_file(name, weight_map.get(tensor, "model.safetensors")), "pt") as file:
+                found[tensor.partition(".")[2]] = file.get_tensor(tensor)
+        return found
+    except Exception as error:
+        raise CheckpointError(_cannot_load(name, error)) from None
 
 
 def _cannot_load(name: str, error: Exception) -> str:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import UnknownNameError, VisionEncoderError
 from vlm_cli.registry import suggest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Tower", "find_tower", "list_towers", "load_tower", "split_name"]
 

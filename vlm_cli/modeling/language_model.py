@@ -16,28 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.registry import suggest
 
 __all__ = ["Widths", "check_causal", "decoder_layers", "forward_arguments", "update_hidden_states", "widths"]
 
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
-
-#: Types that AutoModelForCausalLM lists although none of them can stand alone as an autoregressive text decoder.
-_UNSUITABLE = {
-    "an encoder whose published weights are not causal": (
-        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-        "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
-    ),
-    "the decoder half of an encoder-decoder model": (
-        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper"
-    ),
-    "not causal: later tokens change earlier logits": "xlm xlnet cpmant",
-    "a model of audio codebooks, not of text": "musicgen musicgen_melody",
-    "a drafter that needs the cache of another model": "gemma4_assistant gemma4_unified_assistant",
-    "a model of byte patches whose forward fails in Transformers itself": "blt",
-}
-_REASONS = {name: reason for reason, names in _UNSUITABLE.items() for name in names.split()}
 
 
 def check_causal(config: PreTrainedConfig, name: str) -> None:
@@ -47,12 +32,12 @@ def check_causal(config: PreTrainedConfig, name: str) -> None:
         LanguageModelError: with the reason.
     """
     kind = config.model_type
-    usable = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(_REASONS))
+    usable = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(UNSUITABLE_LANGUAGE_MODELS))
     advice = "Choose a decoder-only model; run `vlm list language-models` to see the supported types."
     if getattr(config, "is_encoder_decoder", False):
         raise LanguageModelError(f"{name!r} ({kind}) is an encoder-decoder model, not a causal one. {advice}")
-    if kind in _REASONS:
-        raise LanguageModelError(f"{name!r} ({kind}) is {_REASONS[kind]}. {advice}")
+    if kind in UNSUITABLE_LANGUAGE_MODELS:
+        raise LanguageModelError(f"{name!r} ({kind}) is {UNSUITABLE_LANGUAGE_MODELS[kind]}. {advice}")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
         raise LanguageModelError(

@@ -60,6 +60,7 @@ class VLMConfig(PreTrainedConfig):
     first_added_id: int | None = None
     media_token_id: int | None = None
     pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     # The language model ties its own weights; nothing of ours is tied.
     tie_word_embeddings: bool = False
 

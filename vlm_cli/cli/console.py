@@ -1,0 +1,91 @@
+"""What is printed and where: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["error", "human_bytes", "note", "print_json", "print_table", "step"]
+
+
+def note(message: str) -> None:
+    """One line for the user, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def error(message: str) -> None:
+    note(f"Error: {message}")
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False), flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", total: bool = False) -> None:
+    """A table on stdout; columns after the first are aligned right if they hold numbers.
+
+    Args:
+        columns: headings, with units.
+        rows: cells.
+        title: a line above.
+        total: whether the last row stands below a line.
+    """
+    numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    table = Table(box=SIMPLE, title=title or None, title_justify="left", pad_edge=False, show_footer=False)
+    for name, right in zip(columns, numeric, strict=True):
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for i, row in enumerate(rows):
+        table.add_row(*map(_plain, row), end_section=total and i == len(rows) - 2)
+    # A pipe has no width; its reader should get whole lines.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def _plain(cell: str) -> Any:
+    from rich.text import Text
+
+    return Text(cell)
+
+
+def _is_number(cell: str) -> bool:
+    first = cell.lstrip("-~ ").split(" ")[0]
+    return not first or first.replace(",", "").replace(".", "").rstrip("%").isdigit()
+
+
+def human_bytes(size: float) -> str:
+    """
+    >>> human_bytes(5_400_000)
+    '5.4 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+@contextmanager
+def step(quiet: bool = False) -> Iterator[Any]:
+    """A function that announces each step of long work on stderr, with the time of the one before."""
+    started: list[tuple[str, float]] = []
+
+    def finish() -> None:
+        if started:
+            name, since = started.pop()
+            note(f"  {name} … {time.monotonic() - since:.1f} s")
+
+    def announce(name: str) -> None:
+        finish()
+        started.append((name, time.monotonic()))
+        if sys.stderr.isatty():
+            print(f"  {name} …", end="\r", file=sys.stderr, flush=True)
+
+    yield (lambda name: None) if quiet else announce
+    finish()

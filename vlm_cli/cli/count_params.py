@@ -1,0 +1,73 @@
+"""`vlm count-params`."""
+
+import csv
+import io
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from vlm_cli.cli import console
+from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, expand, resolve, resolve_dtype
+from vlm_cli.errors import UsageError
+
+__all__ = ["count_params"]
+
+COLUMNS = ("part", "parameters", "trainable", "frozen", "share", "bytes")
+
+
+@expand
+def count_params(
+    model: ModelArgument = None,
+    compose: ComposeOptions = ComposeOptions(),
+    depth: Annotated[int, typer.Option(min=1, help="1 for parts, 2 for their modules, …")] = 1,
+    dtype: Annotated[str, typer.Option(help="Count bytes as auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Count the parameters of each part, without allocating or downloading a weight.
+
+    Example: vlm count-params flamingo --vision-encoder ViT-L-14 --language-model ./my-llama
+    """
+    if as_json + as_csv + as_markdown > 1:
+        raise UsageError("--json, --csv and --markdown exclude each other. Choose one.")
+    chosen = resolve(model, compose)
+    from vlm_cli.cli.models import on_meta
+    from vlm_cli.report.parameters import count_parameters
+
+    wanted = resolve_dtype(dtype)
+    vlm, stored, _ = on_meta(chosen, trust_remote_code=compose.trust_remote_code)
+    report = count_parameters(vlm, depth=depth, dtype=stored if wanted == "auto" else wanted)
+    if as_json:
+        console.print_json(report.to_dict())
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(_values(row) for row in (*report.rows, report.total))
+    elif as_markdown:
+        print(markdown(report), end="")
+    else:
+        rows = [_cells(row) for row in (*report.rows, report.total)]
+        heads = ("Part", "Parameters", "Trainable", "Frozen", "Share", f"Bytes ({report.dtype})")
+        console.print_table(heads, rows, total=True)
+
+
+def _values(row: Any) -> list[Any]:
+    return [row.name, row.parameters, row.trainable, row.frozen, f"{row.share:.6f}", row.bytes]
+
+
+def _cells(row: Any) -> list[str]:
+    name = "  " * (row.depth - 1) + (row.name.rpartition(".")[2] if row.depth > 1 else row.name)
+    counts = [f"{x:,}" for x in (row.parameters, row.trainable, row.frozen)]
+    return [name, *counts, f"{100 * row.share:.1f}%", console.human_bytes(row.bytes)]
+
+
+def markdown(report: Any) -> str:
+    """A report as a Markdown table."""
+    text = io.StringIO()
+    print("| part | parameters | trainable | frozen | share | bytes |\n|---|--:|--:|--:|--:|--:|", file=text)
+    for row in (*report.rows, report.total):
+        cells = _cells(row)
+        print(f"| {'&nbsp;' * (2 * row.depth - 2)}{cells[0].strip()} | {' | '.join(cells[1:])} |", file=text)
+    return text.getvalue()

@@ -1,0 +1,73 @@
+"""From what a user named to a model: on the meta device for looking at, or loaded for running."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from vlm_cli.checkpoint.create import plan
+from vlm_cli.checkpoint.directory import read_config, read_processor, read_tensors
+from vlm_cli.composition import Composition
+from vlm_cli.errors import LanguageModelError
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.processor import VLMProcessor
+
+__all__ = ["gate_values", "hush", "on_meta", "processor_of"]
+
+
+def hush() -> None:
+    """Keep other libraries' progress bars and advice off the terminal; what matters comes as an error."""
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    logging.getLogger("open_clip").setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def on_meta(
+    chosen: Composition | str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[VLM, torch.dtype, VLMProcessor | None]:
+    """A model without weights.
+
+    Returns:
+        The model, the dtype that its weights have or would have, and its processor; None if it is not at hand.
+    """
+    hush()
+    if isinstance(chosen, Composition):
+        blueprint = plan(chosen, trust_remote_code=trust_remote_code, need_tokenizer=False)
+        dtype = blueprint.config.get_text_config().dtype or torch.float32
+        return blueprint.meta_model, dtype, blueprint.processor if blueprint.tokenizer else None
+    config = read_config(chosen, **_hub(revision))
+    with torch.device("meta"):
+        model = VLM(config)
+    return model, config.dtype or torch.float32, None
+
+
+def processor_of(chosen: Composition | str, revision: str | None = None) -> VLMProcessor:
+    """The processor of a built model.
+
+    Raises:
+        VLMError: if there is none.
+    """
+    if isinstance(chosen, Composition):
+        raise LanguageModelError(
+            f"language model {chosen.language_model.name!r} has no tokenizer. Give one: "
+            "--set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
+        )
+    return read_processor(chosen, **_hub(revision))
+
+
+def gate_values(chosen: Composition | str, model: VLM) -> dict[str, float]:
+    """tanh of the gates: of a composition, closed; of a directory, read from its files."""
+    names = [name for name, _ in model.fusion.named_parameters() if name.endswith("_gate")]
+    if isinstance(chosen, Composition):
+        return dict.fromkeys(names, 0.0)
+    return {name: math.tanh(float(x)) for name, x in read_tensors(chosen, [f"fusion.{n}" for n in names]).items()}
+
+
+def _hub(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}

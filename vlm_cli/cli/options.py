@@ -1,0 +1,253 @@
+"""Options that commands share, as dataclasses whose fields become options of the command that asks for one."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_cli.composition import FAMILIES, Composition, read_file
+from vlm_cli.errors import CompositionError, UnknownNameError, UsageError
+from vlm_cli.registry import suggest
+
+__all__ = ["ComposeOptions", "DeviceOptions", "JsonOption", "ModelArgument", "SamplingOptions", "expand", "resolve"]
+
+COMPOSE, RUN, SAMPLE = "Composition", "Model", "Sampling"
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="Directory, composition file, family name, or hub id.", show_default=False),
+]
+
+
+@dataclass(frozen=True)
+class ComposeOptions:
+    """A composition from flags."""
+
+    family: Annotated[str | None, typer.Option(help=f"Preset: {', '.join(FAMILIES)}.", rich_help_panel=COMPOSE)] = None
+    config: Annotated[Path | None, typer.Option(help="Composition file, YAML or JSON.", rich_help_panel=COMPOSE)] = None
+    vision_encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenCLIP name with a tag (ViT-L-14:openai), hf-hub:…, local-dir:…, or a JSON file.",
+            rich_help_panel=COMPOSE,
+        ),
+    ] = None
+    vision_tokenizer: Annotated[
+        str | None, typer.Option(help="perceiver, qformer, linear or mlp.", rich_help_panel=COMPOSE)
+    ] = None
+    fusion: Annotated[str | None, typer.Option(help="cross-attention or language-stream.", rich_help_panel=COMPOSE)] = (
+        None
+    )
+    language_model: Annotated[
+        str | None, typer.Option(help="Hub id, directory, or GGUF file.", rich_help_panel=COMPOSE)
+    ] = None
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=COMPOSE)
+    ] = None
+    trainable: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated parts that train: vision_encoder, vision_tokenizer, fusion, added_tokens, "
+            "language_model.",
+            rich_help_panel=COMPOSE,
+        ),
+    ] = None
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Any setting: vision_tokenizer.num_latents=32.", rich_help_panel=COMPOSE
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run code from the language model's repository.", rich_help_panel=COMPOSE)
+    ] = False
+
+    @property
+    def given(self) -> list[str]:
+        """Flags of a composition that were typed."""
+        ignored = ("trust_remote_code", "revision")
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ignored and getattr(self, f.name)]
+        return [f"--{name.replace('_', '-')}" for name in names]
+
+    def compose(self, base: str | None = None, file: Path | None = None) -> Composition:
+        """The composition of a family or file, overlaid with the flags.
+
+        Raises:
+            VLMError: for anything that does not fit.
+        """
+        from vlm_cli.checkpoint.openclip import split_name
+
+        flags: dict[str, Any] = {
+            name: value for name in ("vision_tokenizer", "fusion") if (value := getattr(self, name)) is not None
+        }
+        if self.vision_encoder is not None:
+            flags["vision_encoder"] = split_name(self.vision_encoder)
+        if self.language_model is not None:
+            flags["language_model"] = {"name": self.language_model}
+        if self.revision is not None:
+            flags["language_model"] = {**flags.get("language_model", {}), "revision": self.revision}
+        if self.trainable is not None:
+            flags["trainable"] = [x.strip().replace("-", "_") for x in self.trainable.split(",") if x.strip()]
+        files = [read_file(path) for path in (file, self.config) if path is not None]
+        return Composition.compose(self.family or base, *files, flags, overrides=self.set or ())
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where and how a model runs."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or cuda:1.", rich_help_panel=RUN)] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=RUN)] = "auto"
+
+    def resolve(self) -> tuple[str, Any]:
+        """The device's name and torch's dtype, or "auto".
+
+        Raises:
+            UsageError: for one that is not there.
+        """
+        import torch
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        return device, resolve_dtype(self.dtype)
+
+
+def resolve_dtype(name: str) -> Any:
+    """torch's dtype, or "auto".
+
+    Raises:
+        UsageError: for another name.
+    """
+    import torch
+
+    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(f"unknown dtype {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen and when they end."""
+
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("--max-new-tokens", "--max-tokens", "-n", min=1, help="Tokens to write.", rich_help_panel=SAMPLE),
+    ] = 64
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; above, samples.", rich_help_panel=SAMPLE)
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.", rich_help_panel=SAMPLE)
+    ] = None
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=SAMPLE)] = None
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search.", rich_help_panel=SAMPLE)] = 1
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers to the prompt.", rich_help_panel=SAMPLE)] = 1
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, help="Above 1, repeats are less likely.", rich_help_panel=SAMPLE)
+    ] = 1.0
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", rich_help_panel=SAMPLE)
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Makes samples repeatable.", rich_help_panel=SAMPLE)] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of `generate`; each flag takes effect or is refused.
+
+        Raises:
+            UsageError: for flags that contradict each other.
+        """
+        narrowed = [flag for flag, x in (("--top-p", self.top_p), ("--top-k", self.top_k)) if x is not None]
+        if self.temperature == 0 and narrowed:
+            raise UsageError(f"--temperature 0 is greedy, so {narrowed[0]} has no effect. Leave one of them out.")
+        sample = bool(self.temperature) or bool(narrowed)
+        if not sample and self.num_return_sequences > self.num_beams:
+            raise UsageError(
+                f"greedy search gives one answer, but --num-return-sequences is {self.num_return_sequences}. Add "
+                f"--temperature 1 to sample, or --num-beams {self.num_return_sequences}."
+            )
+        if any(not text for text in self.stop or ()):
+            raise UsageError("--stop needs a text, got ''.")
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": sample,
+            "temperature": (self.temperature or 1.0) if sample else None,
+            "top_p": (1.0 if self.top_p is None else self.top_p) if sample else None,
+            "top_k": (self.top_k or 0) if sample else None,
+            "num_beams": self.num_beams,
+            "num_return_sequences": self.num_return_sequences,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
+
+def expand(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the fields of its dataclass parameters as options of its own."""
+    signature = inspect.signature(function)
+    bundles = {n: p.annotation for n, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if name not in bundles:
+            parameters.append(parameter)
+            continue
+        for field in dataclasses.fields(bundles[name]):
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+                )
+            )
+
+    @functools.wraps(function)
+    def command(**kwargs: Any) -> Any:
+        for name, bundle in bundles.items():
+            names = [field.name for field in dataclasses.fields(bundle)]
+            kwargs[name] = bundle(**{key: kwargs.pop(key) for key in names})
+        return function(**kwargs)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def resolve(model: str | None, options: ComposeOptions) -> Composition | str:
+    """What MODEL and the composition flags mean: a composition, or the directory or hub id of a built model.
+
+    Raises:
+        VLMError: if they mean nothing, or two things.
+    """
+    if model is None:
+        if not options.given:
+            raise UsageError(
+                "no model is named. Give a directory, a composition file or a family "
+                f"({', '.join(FAMILIES)}), or flags such as --vision-encoder ViT-L-14 --language-model NAME."
+            )
+        return options.compose()
+    path = Path(model).expanduser()
+    if model in FAMILIES and not path.is_dir():
+        return options.compose(model)
+    if path.is_file():
+        if path.suffix not in (".yaml", ".yml", ".json"):
+            raise UsageError(f"{model!r} is no composition: expected a .yaml or .json file, or a directory.")
+        return options.compose(file=path)
+    if not path.is_dir() and "/" not in model:
+        raise UnknownNameError(
+            f"unknown model {model!r}: no such file or directory, and no family.{suggest(model, FAMILIES)} "
+            f"Families: {', '.join(FAMILIES)}."
+        )
+    if options.given:
+        raise CompositionError(
+            f"{model!r} is built already, so {options.given[0]} has no effect. Leave it out, or start from its "
+            f"composition: {path / 'composition.yaml'}."
+        )
+    return str(path) if path.is_dir() else model

@@ -1,0 +1,109 @@
+"""How a prompt lies in a model: which span sees which medium, and what each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vlm_cli.composition import CrossAttentionOptions
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.processor import VLMProcessor
+from vlm_cli.prompt import Medium, Text
+from vlm_cli.report.description import positions_per_medium
+
+__all__ = ["Layout", "Span", "lay_out"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One text or one medium of a prompt.
+
+    Attributes:
+        kind: "text" or "medium".
+        content: the text, or the source of the medium.
+        tokens: tokens of `lang_x`.
+        start, end: positions in the language model, end excluded.
+        sees: numbers of the media, from 1, that these positions read.
+    """
+
+    kind: str
+    content: str
+    tokens: int
+    start: int
+    end: int
+    sees: list[int]
+
+    @property
+    def positions(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The spans of a prompt, and the positions that are left."""
+
+    spans: list[Span]
+    ids: list[int]
+    positions: int
+    context: int | None
+
+    @property
+    def left(self) -> int | None:
+        return None if self.context is None else self.context - self.positions
+
+    def to_dict(self) -> dict[str, Any]:
+        spans = [{**asdict(span), "positions": span.positions} for span in self.spans]
+        return {
+            "spans": spans, "ids": self.ids, "positions": self.positions, "context": self.context, "left": self.left
+        }  # fmt: skip
+
+
+def lay_out(
+    model: VLM,
+    processor: VLMProcessor,
+    parts: Sequence[Text | Medium],
+    *,
+    parse_special_tokens: bool = False,
+) -> Layout:
+    """Lay a prompt of still images out.
+
+    Args:
+        model: on any device; shapes are enough.
+        processor: its processor.
+        parts: the prompt, with its files.
+        parse_special_tokens: as for the processor.
+    """
+    ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
+    per_medium = positions_per_medium(model)
+    fusion = model.config.parts.fusion.options
+    spans: list[Span] = []
+    sources = iter([part.source for part in parts if isinstance(part, Medium)])
+    number = start = 0
+    for run, is_media in _runs(ids, processor.media_token_id):
+        number += is_media
+        end = start + (per_medium if is_media else len(run))
+        content = next(sources) if is_media else processor.tokenizer.decode(run)
+        spans.append(Span("medium" if is_media else "text", content, len(run), start, end, _sees(fusion, number)))
+        start = end
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return Layout(spans, ids, start, context if isinstance(context, int) else None)
+
+
+def _runs(ids: Sequence[int], media_id: int) -> list[tuple[list[int], bool]]:
+    """Ids in runs of text; each media token is a run of its own."""
+    runs: list[tuple[list[int], bool]] = []
+    for i in ids:
+        is_media = i == media_id
+        if is_media or not runs or runs[-1][1]:
+            runs.append(([i], is_media))
+        else:
+            runs[-1][0].append(i)
+    return runs
+
+
+def _sees(fusion: Any, number: int) -> list[int]:
+    """Media that text after the `number`-th one reads; in the language stream, all before it."""
+    if isinstance(fusion, CrossAttentionOptions) and fusion.attend == "last":
+        return [number] if number else []
+    return list(range(1, number + 1))
