@@ -90,4 +90,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     logging.disable_progress_bar()
     out = make(args.out, model_type=args.model_type)
-    print(f"Wrote {out}. Next: vlm build tiny-vlm --language-model {out}")
+    print(
+        f"Wrote {out}. Next: vlm build tiny-vlm --random-weights --family llava --vision-encoder ViT-S-32-alt "
+        f"--language-model {out}"
+    )

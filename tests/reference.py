@@ -144,9 +144,7 @@ def cross_attend(
     return out
 
 
-def splice(
-    lang_x: Tensor, image: int, embed: Callable[[int], Tensor], media: list[Tensor]
-) -> tuple[Tensor, list[int]]:
+def splice(lang_x: Tensor, image: int, embed: Callable[[int], Tensor], media: list[Tensor]) -> tuple[Tensor, list[int]]:
     """A row of a language stream: embeddings in which the k-th medium stands for the k-th `<image>`.
 
     Source: Kosmos-1, section 2.1 (https://arxiv.org/abs/2302.14045).

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import os
+import random
+import re
 import struct
 import subprocess
 import sys
@@ -48,6 +50,10 @@ def refusal(source, **options):
     with pytest.raises(MediaError) as caught:
         load_image(source, **options)
     return str(caught.value)
+
+
+def noise(side):
+    return Image.frombytes("RGB", (side, side), random.Random(0).randbytes(side * side * 3))
 
 
 def png_header(width, height):
@@ -220,9 +226,10 @@ def test_missing_files_say_what_is_there(tmp_path):
     assert refusal("Catt.png", base_dir=tmp_path) == (
         f"cannot find 'Catt.png': there is no 'Catt.png' in {where}. Did you mean 'cat.png'?"
     )
-    assert "It holds 'cat.png', 'dog.png', 'empty' and 1 more" in refusal("zzzz", base_dir=tmp_path) or (
-        "It holds 'cat.png', 'dog.png', 'empty', 'link.png'." in refusal("zzzz", base_dir=tmp_path)
-    )
+    assert refusal("zzzz", base_dir=tmp_path).endswith("It holds 'cat.png', 'dog.png', 'empty', 'link.png'.")
+    for i in range(8):
+        (tmp_path / f"b{i}").touch()
+    assert refusal("zzzz", base_dir=tmp_path).endswith("It holds 'b0', 'b1', 'b2', 'b3', 'b4' and 7 more.")
     assert "It is empty." in refusal("empty/cat.png", base_dir=tmp_path)
     assert f"there is no 'emptyy' in {where}. Did you mean 'empty'?" in refusal("emptyy/a/b.png", base_dir=tmp_path)
     assert "cat.png' is a file, not a folder" in refusal("cat.png/a.png", base_dir=tmp_path)
@@ -310,7 +317,7 @@ def test_decompression_bombs(monkeypatch):
         (b"\0\0\0\x18ftypheic", "(HEIC)"),
         (b"\0\0\0\x18ftypmp42", "(a video)"),
         (b"PK\3\4", "(an archive)"),
-        (PNG[:20], "(an image, damaged or cut short)"),
+        (b"GIF89a", "(an image, damaged or cut short)"),
         (b"\xff\xd8\xff", "(an image, damaged or cut short)"),
     ],
 )
@@ -339,8 +346,7 @@ FORMATS = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("format", "options"), FORMATS)
 def test_a_file_cut_short_is_whole_or_refused(format, options):
-    noise = Image.frombytes("RGB", (32, 32), bytes((i * i * 7919 >> 5) % 256 for i in range(32 * 32 * 3)))
-    data = encode(noise, format, **options)
+    data = encode(noise(32), format, **options)
     whole = pixels(load_image(data_uri(data)))
     for end in [*range(1, len(data), 1 + len(data) // 60), *(len(data) - n for n in range(1, 20))]:
         try:
@@ -351,18 +357,18 @@ def test_a_file_cut_short_is_whole_or_refused(format, options):
 
 
 def test_jpeg2000_without_its_last_tiles():
-    data = encode(PICTURE.resize((32, 32)), "JPEG2000", tile_size=(16, 16))
-    cut = data[: data.rfind(b"\xff\x90")]
-    assert "its last tiles are missing" in refusal(data_uri(cut))
-    assert Image.open(io.BytesIO(cut)).convert("RGB").getpixel((31, 31)) != load_image(data_uri(data)).getpixel(
-        (31, 31)
-    )
+    data = encode(noise(64), "JPEG2000", tile_size=(16, 16))
+    cuts = [data[: found.end()] for found in re.finditer(b"\xff\x90", data)]
+    assert len(cuts) == 16
+    for cut in cuts:
+        assert "its last tiles are missing" in refusal(data_uri(cut))
+        assert Image.open(io.BytesIO(cut)).convert("RGB")  # the twin: Pillow takes it
 
 
 def test_cut_files_would_be_half_gray(monkeypatch):
     """The twin of the tests above: what Pillow makes of half a file when told not to mind."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    data = encode(PICTURE.resize((32, 32)), "BMP")
+    data = encode(noise(32), "BMP")
     half = Image.open(io.BytesIO(data[: len(data) // 2])).convert("RGB")
     assert pixels(half) != pixels(load_image(data_uri(data)))
 
@@ -396,6 +402,7 @@ def test_orientation_is_applied_once(format, orientation):
     assert (found.image.tobytes() == PICTURE.tobytes()) == (orientation == 1)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
 def test_damaged_exif_counts_as_upright(exif):
     assert load_image(data_uri(encode(PICTURE, "JPEG", exif=exif))).size == (5, 3)
@@ -419,7 +426,6 @@ def test_transparent_palettes_convert_without_a_warning():
         ("RGBA", "PNG"),
         ("CMYK", "TIFF"),
         ("CMYK", "JPEG"),
-        ("YCbCr", "TIFF"),
         ("LAB", "TIFF"),
     ],
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_cli.errors import PromptError
@@ -273,14 +274,15 @@ def test_interleave_is_normal_or_refuses(prompt, images):
         assert parts == [*map(Medium, images), *parse(prompt)]
 
 
-@settings(deadline=None, max_examples=1)
-@given(st.just(100_000))
-def test_parse_takes_long_runs_in_one_pass(length):
-    """A pattern that tried each backslash of a run on its own would take minutes here."""
+def test_parse_takes_long_runs_in_one_pass():
+    """A pattern that tried each backslash of a run on its own would take 20 seconds here."""
+    length = 50_000
+    start = time.process_time()
     assert parse("\\" * length) == [Text("\\" * length)]
     assert parse("<image:" + "\\" * length + "a>") == [Medium("\\" * length + "a")]
     assert parse(escape("<image>" * length)) == [Text("<image>" * length)]
     assert format([Text("\\" * length), Slot()]) == "\\" * 2 * length + "<image>"
+    assert time.process_time() - start < 5
 
 
 def test_import_is_light():

@@ -101,7 +101,7 @@ VISION: dict[str, dict[str, Any]] = {
 }
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
-    "perceiver": {"type": "perceiver", "depth": 1, "num_heads": 2, "head_dim": 8, "num_latents": 3, "ff_mult": 2},
+    "perceiver": {"type": "perceiver", "depth": 2, "num_heads": 2, "head_dim": 8, "num_latents": 3, "ff_mult": 2},
     "qformer": {
         "type": "qformer",
         "num_queries": 3,
@@ -201,7 +201,7 @@ def tower(name: str) -> nn.Module:
     """An OpenCLIP tower, shared by all VLMs built here; not to be changed."""
     torch.manual_seed(2)
     visual = build_tower(VISION[name]).eval()
-    stir(visual, 0.3)  # some blocks start as the identity, and images then look alike
+    stir(visual, 0.25)  # some blocks start as the identity, and images then look alike
     return visual
 
 
@@ -212,20 +212,31 @@ def stir(module: nn.Module, scale: float) -> None:
         parameter += scale * torch.randn_like(parameter)
 
 
+Settings = str | dict[str, Any]  # a name of `TOKENIZERS` or `FUSIONS`, or a type and settings over its own
+
+
+def _settings(known: dict[str, dict[str, Any]], chosen: Settings) -> dict[str, Any]:
+    return known[chosen] if isinstance(chosen, str) else known[chosen["type"]] | chosen
+
+
 def config(
     vision: str = "vit",
-    tokenizer: str = "perceiver",
-    fusion: str = "cross-attention",
+    tokenizer: Settings = "perceiver",
+    fusion: Settings = "cross-attention",
     language_model: str = "llama",
     **overrides: Any,
 ) -> VLMConfig:
-    """The configuration of a VLM of such parts; `overrides` are parts of the composition."""
+    """The configuration of a VLM of such parts; `overrides` are other fields of the composition.
+
+    >>> config(fusion={"type": "cross-attention", "every": 2}).parts.fusion.options.num_heads
+    2
+    """
     parts = Composition.compose(
         None,
         {
             "vision_encoder": vision,
-            "vision_tokenizer": TOKENIZERS[tokenizer],
-            "fusion": FUSIONS[fusion],
+            "vision_tokenizer": _settings(TOKENIZERS, tokenizer),
+            "fusion": _settings(FUSIONS, fusion),
             "language_model": language_model,
             "added_tokens": [END_OF_CHUNK, MEDIA_TOKEN],
         },
@@ -248,8 +259,8 @@ _tower_shape = cache(lambda vision, layer: tower_shape(VISION[vision], layer))
 
 def build(
     vision: str = "vit",
-    tokenizer: str = "perceiver",
-    fusion: str = "cross-attention",
+    tokenizer: Settings = "perceiver",
+    fusion: Settings = "cross-attention",
     language_model: str = "llama",
     *,
     seed: int = 0,
@@ -340,7 +351,5 @@ def covering() -> list[tuple[str, str, str, str]]:
     tokenizer with both fusions."""
     vision, tokenizers = itertools.cycle(VISION), itertools.cycle(TOKENIZERS)
     return [
-        (v, t, fusion, lm)
-        for lm, v, t in zip(LANGUAGE_MODELS, vision, tokenizers, strict=False)
-        for fusion in FUSIONS
+        (v, t, fusion, lm) for lm, v, t in zip(LANGUAGE_MODELS, vision, tokenizers, strict=False) for fusion in FUSIONS
     ]

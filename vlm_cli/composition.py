@@ -271,12 +271,9 @@ class _Reader:
         added_tokens = self.names("added_tokens", (MEDIA_TOKEN,))
         if MEDIA_TOKEN not in added_tokens:
             self.problems.append(f"added_tokens must hold {MEDIA_TOKEN!r}, got {list(added_tokens)}.")
-        result = {
-            "added_tokens": added_tokens,
-            "trainable": self.names("trainable", ("vision_tokenizer", "fusion", "added_tokens"), PARTS),
-            "weight_decay": self.number("weight_decay", 0.0),
-            "weight_decay_on": self.names("weight_decay_on", PARTS, PARTS),
-        }
+        trainable = self.names("trainable", ("vision_tokenizer", "fusion", "added_tokens"), PARTS)
+        weight_decay = self.number("weight_decay", 0.0)
+        weight_decay_on = self.names("weight_decay_on", PARTS, PARTS)
         if self.problems:
             raise CompositionError(self.problems)
         return Composition(
@@ -285,7 +282,10 @@ class _Reader:
             vision_tokenizer=vision_tokenizer,
             fusion=fusion,
             language_model=language_model,
-            **result,
+            added_tokens=added_tokens,
+            trainable=trainable,
+            weight_decay=weight_decay,
+            weight_decay_on=weight_decay_on,
         )
 
     def part(self, name: str, options: type, *, short: str) -> Any:

@@ -150,7 +150,7 @@ class VLMProcessor(ProcessorMixin):
 
         The tokenizer reads the prompt as a whole, so that what precedes a text shapes its tokens as in training.
         """
-        text, real = "", []
+        text, real = "", list[bool]()
         for part in parts:
             if not isinstance(part, Text):
                 text, real = text + MEDIA_TOKEN, [*real, True]

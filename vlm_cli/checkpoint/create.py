@@ -75,9 +75,9 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
     tower = attempt(lambda: find_tower(composition.vision_encoder))
     shape = attempt(lambda: _shape(tower, composition)) if tower else None
     lm = attempt(lambda: find_language_model(composition.language_model, trust_remote_code=trust_remote_code))
-    other = composition.language_model.tokenizer
-    tokenizer = attempt(lambda: lm.tokenizer(other)) if lm and (need_tokenizer or other) else None
+    tokenizer = attempt(lambda: _tokenizer(lm, composition, need_tokenizer)) if lm else None
     _raise(problems)
+    assert shape is not None
     rows = _num_rows(lm)
     if tokenizer is None:
         added, first = list(composition.added_tokens), rows
@@ -99,6 +99,17 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
     blueprint = Blueprint(config, tower, lm, tokenizer)
     _check_fit(blueprint)
     return blueprint
+
+
+def _tokenizer(lm: LanguageModelSource, composition: Composition, needed: bool) -> Tokenizer | None:
+    other = composition.language_model.tokenizer
+    try:
+        return lm.tokenizer(other)
+    except VLMError:
+        if needed or other:
+            raise
+        logger.info("%s has no tokenizer; its vocabulary is taken from its configuration", lm.name)
+        return None
 
 
 def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
@@ -219,7 +230,7 @@ def _generation_config(model: VLM) -> GenerationConfig:
     """The language model's own settings, with our pad and stop tokens."""
     config = GenerationConfig.from_dict(model.lang_model.generation_config.to_dict())
     theirs = config.eos_token_id
-    stops = [*(theirs if isinstance(theirs, list) else [theirs]), *(model.config.eos_token_id or [])]
+    stops: list[Any] = [*(theirs if isinstance(theirs, list) else [theirs]), *(model.config.eos_token_id or [])]
     config.pad_token_id = model.config.pad_token_id
     config.eos_token_id = list(dict.fromkeys(x for x in stops if x is not None)) or None
     # Lengths are the caller's affair; a default of 20 tokens in all would count the prompt.

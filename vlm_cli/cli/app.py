@@ -62,18 +62,18 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             # The reader has seen enough (`vlm list | head`); Python must not complain when it flushes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except VLMError as error:
+            if _debug:
+                raise
+            console.error(str(error))
+            raise typer.Exit(error.exit_code) from None
         except Exception as error:
             if _debug:
                 raise
-            known = isinstance(error, VLMError)
-            console.error(str(error) if known else f"{_describe(error)} Run `vlm --debug …` to see where.")
-            raise typer.Exit(error.exit_code if known else 1) from None
+            console.error(f"{type(error).__name__}: {first_line(error)}. Run `vlm --debug …` to see where.")
+            raise typer.Exit(1) from None
 
     return run
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}."
 
 
 for _name, _command in (

@@ -194,7 +194,9 @@ class SamplingOptions:
 def expand(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the fields of its dataclass parameters as options of its own."""
     signature = inspect.signature(function)
-    bundles = {n: p.annotation for n, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    bundles: dict[str, Any] = {
+        n: p.annotation for n, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)
+    }
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         if name not in bundles:

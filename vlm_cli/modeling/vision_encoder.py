@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VisionEncoder", "build_tower", "patch_features", "tower_shape"]
+__all__ = ["VisionEncoder", "build_tower", "image_size", "patch_features", "tower_shape"]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
@@ -58,13 +58,17 @@ def patch_features(tower: nn.Module, pixels: Tensor, layer: int = -1) -> Tensor:
     return found["image_intermediates"][0].flatten(2).transpose(1, 2)
 
 
+def image_size(tower: nn.Module) -> tuple[int, int]:
+    """(H, W) pixels that a tower reads."""
+    size = tower.image_size
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
 def tower_shape(vision_config: Mapping[str, Any], layer: int = -1) -> tuple[int, int]:
     """(v patches, d channels) that a tower gives for one frame, without allocating a weight."""
     with torch.device("meta"), torch.no_grad():
         tower = build_tower(vision_config).eval()
-        size = tower.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        features = patch_features(tower, torch.empty(1, 3, height, width), layer)
+        features = patch_features(tower, torch.empty(1, 3, *image_size(tower)), layer)
     return features.shape[1], features.shape[2]
 
 
@@ -89,6 +93,11 @@ class VisionEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trainable):
             features = patch_features(self.visual, pixels, self.layer)
         return features.unflatten(0, vision_x.shape[:3])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) pixels that the tower reads."""
+        return image_size(self.visual)
 
     @property
     def is_trainable(self) -> bool:

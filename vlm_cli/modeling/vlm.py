@@ -13,7 +13,7 @@ decoder layers. The hooks read a `Conditioning` that lives for one call; without
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,12 +53,13 @@ class VLMConfig(PreTrainedConfig):
     model_type = "vlm"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    vision_config: dict[str, Any] | None = None
-    composition: dict[str, Any] | None = None
-    added_tokens: list[str] | None = None
-    first_added_id: int | None = None
-    media_token_id: int | None = None
+    # A configuration class can be made without arguments, so each has a default; a model needs them all.
+    text_config: Any = None
+    vision_config: Any = None
+    composition: Any = None
+    added_tokens: Any = None
+    first_added_id: Any = None
+    media_token_id: Any = None
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     # The language model ties its own weights; nothing of ours is tied.
@@ -73,7 +74,7 @@ class VLMConfig(PreTrainedConfig):
         return Composition.from_dict(self.composition)
 
     @property
-    def image_token_id(self) -> int | None:
+    def image_token_id(self) -> int:
         return self.media_token_id
 
 
@@ -82,20 +83,20 @@ class Conditioning:
     """What the hooks read while the language model runs.
 
     Attributes:
+        ids: int[B, T] of the running call, as the user wrote them; before the first call, of the prompt.
         media: the fusion's own form of the vision tokens, one row for each row of the prompt; None without media.
         media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
         media_positions: int[B, T], number of media tokens at or before each position.
         hide_media_logit: whether `<image>` gets no chance.
-        ids: int[B, T] of the running call, as the user wrote them.
         visibility: what each position sees; set by the cross-attention.
         head_input: float[B, T, d] that the head read last.
     """
 
+    ids: Tensor
     media: Tensor | None
     media_mask: Tensor | None
     media_positions: Tensor
     hide_media_logit: bool = False
-    ids: Tensor | None = None
     visibility: MediaVisibility | None = None
     head_input: Tensor | None = None
 
@@ -103,7 +104,7 @@ class Conditioning:
         """The same for one call of the language model, whose rows may be repeated and whose prompt may be over."""
         repeats = ids.shape[0] // self.media_positions.shape[0]
 
-        def rows(x: Tensor | None) -> Tensor | None:
+        def rows(x: Any) -> Any:
             return x if x is None or repeats == 1 else x.repeat_interleave(repeats, dim=0)
 
         positions = rows(self.media_positions)
@@ -135,7 +136,8 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def __new__(cls, config: VLMConfig | None = None, *args: Any, **kwargs: Any) -> VLM:
         # `copy` and `pickle` call it without a configuration, on the fusion's class.
-        return super().__new__(FUSIONS[config.parts.fusion.type].load() if cls is VLM else cls)
+        chosen = FUSIONS[config.parts.fusion.type].load() if cls is VLM and config is not None else cls
+        return super().__new__(chosen)
 
     def __init__(
         self,
@@ -191,7 +193,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         """What of the vision tokens is the same at every decoded token, computed once: float[B, …]."""
         raise TypeError(f"{type(self).__name__} is no fusion.")
 
-    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None) -> Expansion | None:
+    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> Expansion | None:
         """The prompt over the language model's positions; None where each token has one."""
         return None
 
@@ -258,17 +260,17 @@ class VLM(PreTrainedModel, GenerationMixin):
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("a conditioned language model takes input_ids; inputs_embeds would bypass the media.")
-        self._conditioning = self._at_call(ids)
+        self._conditioning = self._at_call(self._conditioning, ids)
         safe = ids.masked_fill(ids >= self.config.first_added_id, 0)
         return ((safe, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": safe})
 
-    def _at_call(self, ids: Tensor) -> Conditioning:
-        return self._conditioning.at(ids, self.config.media_token_id)
+    def _at_call(self, conditioning: Conditioning, ids: Tensor) -> Conditioning:
+        return conditioning.at(ids, self.config.media_token_id)
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
         c = self._conditioning
         # Some models embed other things with the same table.
-        if c is None or c.ids is None or embeddings.shape[:-1] != c.ids.shape:
+        if c is None or embeddings.shape[:-1] != c.ids.shape:
             return None
         return self._embed_media(self.added_tokens.embed(c.ids, embeddings), c)
 
@@ -301,19 +303,25 @@ class VLM(PreTrainedModel, GenerationMixin):
             float[B, T_img, n, d] and bool[B, T_img, n], true for the tokens that stand for something.
 
         Raises:
-            ValueError: for another number of dimensions or another image size.
+            ValueError: for another number of dimensions, another image size, or a mask that does not fit.
         """
         vision_x = self._as_media(vision_x)
+        if vision_mask is not None and vision_mask.shape != vision_x.shape[:3]:
+            raise ValueError(
+                f"vision_mask must be (B, T_img, F) = {tuple(vision_x.shape[:3])}, got {tuple(vision_mask.shape)}."
+            )
+        frame_mask = None if vision_mask is None else vision_mask.bool()
         dtype = next(self.vision_encoder.parameters()).dtype
         features = self.vision_encoder(vision_x.to(dtype))
-        frames = vision_mask if vision_mask is not None else torch.ones_like(features[..., 0, 0], dtype=torch.bool)
-        tokens = self.vision_tokenizer(features, vision_mask)
-        return tokens, self.vision_tokenizer.token_mask(frames.bool())
+        tokens = self.vision_tokenizer(features, frame_mask)
+        if frame_mask is None:
+            frame_mask = torch.ones_like(features[..., 0, 0], dtype=torch.bool)
+        return tokens, self.vision_tokenizer.token_mask(frame_mask)
 
     def _as_media(self, vision_x: Tensor) -> Tensor:
-        missing = 6 - vision_x.ndim
-        if missing not in (0, 1, 2) or vision_x.shape[-3] != 3:
-            raise ValueError(f"vision_x must be (B, T_img, F, 3, H, W), got {tuple(vision_x.shape)}.")
+        missing, (height, width) = 6 - vision_x.ndim, self.vision_encoder.image_size
+        if missing not in (0, 1, 2) or vision_x.shape[-3:] != (3, height, width):
+            raise ValueError(f"vision_x must be (B, T_img, F, 3, {height}, {width}), got {tuple(vision_x.shape)}.")
         for _ in range(missing):
             vision_x = vision_x.unsqueeze(-4)
         return vision_x
@@ -346,7 +354,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         media = None if vision_tokens is None else self.prepare_media(vision_tokens, media_mask)
         ids, mask, _ = self._spread(lang_x, attention_mask, media_mask)
         positions = self._count_media(ids)
-        with self._condition(Conditioning(media, media_mask, positions, hide_media_logit=True)):
+        with self._condition(Conditioning(ids, media, media_mask, positions, hide_media_logit=True)):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
 
     @contextmanager
@@ -449,19 +457,21 @@ class VLM(PreTrainedModel, GenerationMixin):
             lang_x, attention_mask, expansion = self._spread(lang_x, attention_mask, media_mask)
             media_positions = self._count_media(lang_x)
             if expansion is not None:
-                position_ids, logits_to_keep = None, 0
+                position_ids = None
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -lang_x.shape[1] :]
         kwargs |= {
             "attention_mask": attention_mask,
             "use_cache": use_cache,
             "position_ids": position_ids,
-            "logits_to_keep": logits_to_keep,
+            # Which of the language model's positions a token has is known where the logits are folded back.
+            "logits_to_keep": logits_to_keep if expansion is None else 0,
         }
         num_items = kwargs.pop("num_items_in_batch", None)
-        output = self._run_language_model(lang_x, Conditioning(media, media_mask, media_positions), kwargs)
+        output = self._run_language_model(lang_x, Conditioning(lang_x, media, media_mask, media_positions), kwargs)
         if expansion is not None:
-            output.logits = expansion.fold(output.logits)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = expansion.fold(output.logits)[:, kept]
         if labels is not None:
             output.loss = ForCausalLMLoss(
                 output.logits, labels, vocab_size=output.logits.shape[-1], num_items_in_batch=num_items
@@ -486,6 +496,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             c = self._conditioning
         if output.logits.shape[-1] != self.config.first_added_id + self.added_tokens.num_tokens:
             # The model cuts its head's output down to its own vocabulary (inkling2).
+            assert c is not None and c.head_input is not None
             hidden = c.head_input[:, -output.logits.shape[1] :]
             output.logits = self._with_added_logits(hidden, output.logits, c)
         return output
@@ -538,6 +549,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = (lang_x != self.config.pad_token_id).long()
         ids, mask, expansion = self._spread(lang_x, attention_mask, media_mask)
+        if generation_config is None:
+            kwargs.setdefault("use_cache", True)  # MPT's own configuration says no
         output = super().generate(
             ids,
             generation_config,
@@ -647,7 +660,7 @@ def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
         repeats = sequences.shape[0] // lang_x.shape[0]
         return torch.cat([lang_x.repeat_interleave(repeats, dim=0), sequences[:, length:]], dim=1)
 
-    if isinstance(output, Mapping):
+    if isinstance(output, dict):
         output["sequences"] = fold(output["sequences"])
         return output
     return fold(output)
@@ -672,8 +685,8 @@ class VLMWithCrossAttention(VLM):
         """Keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
         return self.fusion.project(vision_tokens)
 
-    def _at_call(self, ids: Tensor) -> Conditioning:
-        c = super()._at_call(ids)
+    def _at_call(self, conditioning: Conditioning, ids: Tensor) -> Conditioning:
+        c = super()._at_call(conditioning, ids)
         if c.media is not None:
             c.visibility = self.fusion.visibility(c.media_positions, c.media_mask)
         return c
@@ -689,10 +702,10 @@ class _BeforeLayer:
         c = self.model._conditioning
         if c is None or c.media is None:
             return None
-        block = self.model.fusion.blocks[self.key]
+        block, keys_values, visibility = self.model.fusion.blocks[self.key], c.media[:, self.slot], c.visibility
 
         def update(hidden: Tensor) -> Tensor:
-            return block(hidden, c.media[:, self.slot].to(hidden), c.visibility)
+            return block(hidden, keys_values.to(hidden), visibility)
 
         return update_hidden_states(update, args, kwargs, c.ids.shape, block.dim)
 
@@ -711,16 +724,16 @@ class VLMWithLanguageStream(VLM):
         """The tokens of a row in order, padding last: float[B, T_img·n, d]."""
         return compact(vision_tokens, media_mask)
 
-    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None) -> Expansion | None:
+    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> Expansion | None:
         is_media = lang_x == self.config.media_token_id
         pad_id = self.config.pad_token_id or 0
-        past = 0 if attention_mask is None else attention_mask.shape[1] - lang_x.shape[1]
-        mask = attention_mask if past == 0 else attention_mask[:, past:]
+        mask, before = attention_mask, None
+        if attention_mask is not None:  # with a cache, it also covers the positions before `lang_x`
+            before, mask = attention_mask.split([attention_mask.shape[1] - lang_x.shape[1], lang_x.shape[1]], dim=1)
         expansion = expand(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
-        if past == 0:
+        if before is None:
             return expansion
-        whole = torch.cat([attention_mask[:, :past], expansion.attention_mask], dim=1)
-        return replace(expansion, attention_mask=whole)
+        return replace(expansion, attention_mask=torch.cat([before, expansion.attention_mask], dim=1))
 
     def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
         if c.media is None:

@@ -1,0 +1,196 @@
+"""The README is true: what it shows is run, in its order and in one folder, and what it names exists.
+
+What a run prints is compared line by line with what the README shows. Trailing spaces and empty lines do not count,
+a line that is only `…` stands for any lines, and times and memory for any number.
+"""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from typer.testing import CliRunner
+
+from vlm_cli.checkpoint.openclip import find_tower, split_name
+from vlm_cli.cli.app import app
+from vlm_cli.composition import FAMILIES, PARTS, VisionEncoderOptions
+from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# What differs from run to run: `0.4 s`, `37.8 tokens/s`, `"seconds": 0.2`, `peak memory 919.9 MB`.
+VARYING = re.compile(r'[\d.]+(?= s\b| tokens/s)|(?<=seconds": )[\d.]+|(?<=peak memory )[\d.]+ .?B')
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language in a Markdown text."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def steps(block: str) -> list[tuple[str, str]]:
+    """Commands of a console block, and what each prints."""
+    parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def agrees(shown: str, printed: str) -> bool:
+    """Whether `printed` is what the README shows."""
+
+    def lines(text: str) -> list[str]:
+        return [line.rstrip() for line in VARYING.sub("#", text).splitlines() if line.strip()]
+
+    pattern = "".join(r"(?:.*\n)*" if line == "…" else re.escape(line) + "\n" for line in lines(shown))
+    return re.fullmatch(pattern, "".join(line + "\n" for line in lines(printed))) is not None
+
+
+def vlm(words: list[str], stdin: bytes = b"") -> tuple[int, str]:
+    """Exit code of the command, and its stdout and stderr as a terminal mixes them."""
+    result = CliRunner().invoke(app, words, input=stdin)
+    return result.exit_code, result.output
+
+
+def run(line: str) -> tuple[int, str]:
+    """One shell line: `vlm …`, or `cat FILE | vlm …`."""
+    words = shlex.split(line)
+    stdin = b""
+    if words[0] == "cat" and words[2] == "|":
+        stdin, words = Path(words[1]).read_bytes(), words[3:]
+    assert words[0] == "vlm", line
+    return vlm(words[1:], stdin)
+
+
+def two_commands() -> list[str]:
+    return blocks(README.partition("\n## Two commands\n")[2], "bash")[:2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which the first command has run, without its environment and on a machine without accelerator."""
+    path = tmp_path_factory.mktemp("checkout")
+    (path / "examples").symlink_to(ROOT / "examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        for line in two_commands()[0].replace("\\\n", "").split("&&")[2:]:
+            program, *words = shlex.split(line)
+            if program == ".venv/bin/python":
+                patch.setattr(sys, "argv", words)
+                runpy.run_path(words[0], run_name="__main__")
+            else:
+                assert program == ".venv/bin/vlm"
+                code, printed = vlm(words)
+                assert code == 0, printed
+        yield path
+
+
+def test_two_commands() -> None:
+    first, second = two_commands()
+    assert first.startswith("python3 -m venv .venv &&\n.venv/bin/pip install '.[dev]' &&\n")
+    assert second == ".venv/bin/pytest\n"
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_first_command_can_run_again(folder: Path) -> None:
+    line = next(x for x in two_commands()[0].replace("\\\n", "").split("&&") if "vlm build" in x)
+    assert vlm(shlex.split(line)[1:])[0] == 0
+
+
+@pytest.mark.parametrize("block", blocks(README, "console"))
+def test_session(folder: Path, block: str) -> None:
+    for line, shown in steps(block):
+        code, printed = run(line)
+        assert agrees(shown, printed), f"$ {line}\n{printed}"
+        assert code == (2 if "vlm build mixed --vision-encoder ViT-B-23" in line else 1 if "Error:" in shown else 0)
+
+
+def test_agrees_notices_a_difference() -> None:
+    shown = "a 12\n…\nlast 0.4 s\n"
+    assert agrees(shown, "a 12  \n\nb\nc\nlast 1.25 s\n")
+    assert not agrees(shown, "a 13\nb\nlast 0.4 s\n")
+    assert not agrees(shown, "a 12\nb\nlast 0.4 s\nmore\n")
+
+
+def test_python(folder: Path) -> None:
+    names: dict[str, Any] = {}
+    runner = doctest.DocTestRunner()
+    for number, block in enumerate(blocks(README, "pycon")):
+        test = doctest.DocTestParser().get_doctest(block, names, f"README, block {number}", None, 0)
+        runner.run(test, clear_globs=False)
+        names.update(test.globs)
+    assert runner.summarize(verbose=False) == doctest.TestResults(0, runner.tries)
+    assert runner.tries
+
+
+def test_parts() -> None:
+    for name in (*VISION_TOKENIZERS, *FUSIONS):
+        if ":vlm_cli" in f":{VISION_TOKENIZERS[name].target if name in VISION_TOKENIZERS else FUSIONS[name].target}":
+            assert f"`{name}`: " in README
+
+
+def table(first: str) -> list[list[str]]:
+    """Cells of the table whose first heading is `first`, without backticks."""
+    rows = README.partition(f"\n| {first} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def test_families() -> None:
+    rows = {name.strip(): cells for name, *cells in table("family")}
+    assert list(rows) == list(FAMILIES)
+    for name, (tokenizer, fusion, trains, decay, encoder, language_model) in rows.items():
+        preset = FAMILIES[name]
+        assert (tokenizer, fusion) == (preset["vision_tokenizer"]["type"], preset["fusion"]["type"])
+        assert encoder == "{name}:{pretrained}".format(**preset["vision_encoder"])
+        assert language_model == preset["language_model"]["name"]
+        only = ", fusion only" if preset.get("weight_decay_on") == ["fusion"] else ""
+        assert decay == f"{preset['weight_decay']:g}{only}"
+        parts = {"tokenizer": "vision_tokenizer", "fusion": "fusion", "added tokens": "added_tokens"}
+        all_but = set(PARTS) - {"vision_encoder"}
+        told = all_but if trains == "all but the vision encoder" else {parts[x] for x in trains.split(", ")}
+        # A language stream has nothing of its own to train.
+        assert told == set(preset["trainable"])
+
+
+def flags() -> dict[str, set[str]]:
+    """The options of each command."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {
+        name: {flag for p in command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
+        for name, command in commands.items()
+    }
+
+
+def test_commands() -> None:
+    known = flags()
+    rows = {re.findall(r"vlm (\S+)", name)[0]: worth for name, _, worth in table("command")}
+    assert list(rows) == list(known)
+    for name, worth in rows.items():
+        assert set(re.findall(r"--[a-z-]+", worth)) <= known[name], name
+
+
+def test_flags_exist() -> None:
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert mentioned <= set().union(*flags().values()) | {"--help"}
+
+
+def test_vision_encoders_exist() -> None:
+    names = set(re.findall(r"\b(?:ViT|EVA01)-[\w-]+(?::\w+)?", README)) - {"ViT-B-23"}
+    assert names
+    for name in names:
+        find_tower(VisionEncoderOptions(**split_name(name)))
+
+
+def test_says_that_a_fresh_composition_is_untrained() -> None:
+    assert "**A fresh composition is untrained.**" in README
+    assert os.path.exists(ROOT / "examples" / "images" / "cat.jpg")
