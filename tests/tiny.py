@@ -335,15 +335,15 @@ def batch(model: VLM, counts: Sequence[int] = (1, 0, 3), *, side: str = "left", 
 
 
 @contextmanager
-def nudged(parameter: nn.Parameter | Tensor, by: float = 0.5) -> Iterator[None]:
-    """A parameter with one weight changed, for as long as the block runs."""
+def nudged(parameter: nn.Parameter | Tensor, by: float = 0.5, at: int = 0) -> Iterator[None]:
+    """A parameter with one weight changed, the `at`-th of all, for as long as the block runs."""
     flat = parameter.detach().view(-1)
-    before = flat[0].clone()
-    flat[0] += by
+    before = flat[at].clone()
+    flat[at] += by
     try:
         yield
     finally:
-        flat[0] = before
+        flat[at] = before
 
 
 def covering() -> list[tuple[str, str, str, str]]:

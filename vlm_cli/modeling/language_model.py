@@ -20,7 +20,15 @@ from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.registry import suggest
 
-__all__ = ["Widths", "check_causal", "decoder_layers", "forward_arguments", "update_hidden_states", "widths"]
+__all__ = [
+    "Widths",
+    "check_causal",
+    "context_length",
+    "decoder_layers",
+    "forward_arguments",
+    "update_hidden_states",
+    "widths",
+]
 
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 
@@ -113,6 +121,13 @@ def _own_stacks(lm: PreTrainedModel, text_config: type) -> list[nn.ModuleList]:
         if mine and isinstance(module, nn.ModuleList) and len(module):
             stacks.append(module)
     return stacks
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Positions that a language model can read; None if its configuration sets no limit."""
+    text = config.get_text_config(decoder=True)
+    lengths = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's is the second
+    return next((x for x in lengths if isinstance(x, int)), None)
 
 
 def forward_arguments(lm: PreTrainedModel) -> frozenset[str]:

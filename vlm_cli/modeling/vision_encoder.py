@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VisionEncoder", "build_tower", "image_size", "patch_features", "tower_shape"]
+__all__ = ["VisionEncoder", "build_tower", "image_size", "patch_features", "set_image_size", "tower_shape"]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
@@ -25,7 +25,11 @@ def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
     # Without this, timm would fetch ImageNet weights.
     vision_cfg = CLIPVisionCfg(**{**vision_config["vision_cfg"], "timm_model_pretrained": False})
     tower = _build_vision_tower(vision_config["embed_dim"], vision_cfg, vision_config.get("quick_gelu", False))
-    # OpenCLIP builds a timm model at that model's own size, and takes note of `image_size` only.
+    return set_image_size(tower)
+
+
+def set_image_size(tower: nn.Module) -> nn.Module:
+    """Fit a timm model, which OpenCLIP builds at that model's own size, to the `image_size` that the tower declares."""
     trunk = getattr(tower, "trunk", None)
     own_size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
     if hasattr(trunk, "set_input_size") and own_size != tower.image_size:

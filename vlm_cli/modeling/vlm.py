@@ -61,7 +61,7 @@ class VLMConfig(PreTrainedConfig):
     first_added_id: Any = None
     media_token_id: Any = None
     pad_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: list[int] | None = None
     # The language model ties its own weights; nothing of ours is tied.
     tie_word_embeddings: bool = False
 
@@ -90,6 +90,7 @@ class Conditioning:
         hide_media_logit: whether `<image>` gets no chance.
         visibility: what each position sees; set by the cross-attention.
         head_input: float[B, T, d] that the head read last.
+        prompt: what each call starts from; None before the first.
     """
 
     ids: Tensor
@@ -99,17 +100,36 @@ class Conditioning:
     hide_media_logit: bool = False
     visibility: MediaVisibility | None = None
     head_input: Tensor | None = None
+    prompt: Conditioning | None = None
 
-    def at(self, ids: Tensor, media_token_id: int) -> Conditioning:
-        """The same for one call of the language model, whose rows may be repeated and whose prompt may be over."""
-        repeats = ids.shape[0] // self.media_positions.shape[0]
+    def at(self, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
+        """The same for one call of the language model, which may repeat rows, and read a piece of the prompt or what
+        follows it.
+
+        Args:
+            ids: int[B, T] of the call.
+            media_token_id: id of `<image>`.
+            end: how many positions will have been read after the call; None if that is not known.
+
+        Raises:
+            ValueError: if the rows are not those of the prompt, each repeated as often.
+        """
+        repeats, rest = divmod(ids.shape[0], self.media_positions.shape[0])
+        if rest or not repeats:
+            raise ValueError(
+                f"the language model is conditioned on {len(self.media_positions)} rows, "
+                f"and was called with {len(ids)}."
+            )
 
         def rows(x: Any) -> Any:
             return x if x is None or repeats == 1 else x.repeat_interleave(repeats, dim=0)
 
         positions = rows(self.media_positions)
-        if ids.shape[1] != positions.shape[1]:
-            before = positions[:, -1:] if ids.shape[1] < positions.shape[1] else 0
+        num, length = ids.shape[1], positions.shape[1]
+        if end is not None and num <= end <= length:
+            positions = positions[:, end - num : end]
+        elif num != length:
+            before = positions[:, -1:] if num < length else 0
             positions = before + (ids == media_token_id).cumsum(-1)
         return replace(
             self, ids=ids, media_positions=positions, media=rows(self.media), media_mask=rows(self.media_mask)
@@ -184,6 +204,10 @@ class VLM(PreTrainedModel, GenerationMixin):
     def media_width(cls, dim_embedding: int) -> int | None:
         """Channels that the fusion wants of vision tokens; None takes any."""
         raise TypeError(f"{cls.__name__} is no fusion.")
+
+    def positions_per_medium(self, num_frames: int = 1) -> int:
+        """Positions that one medium takes in the language model."""
+        return 1
 
     def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
         """Make `self.fusion`, the fusion's own modules."""
@@ -260,12 +284,15 @@ class VLM(PreTrainedModel, GenerationMixin):
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("a conditioned language model takes input_ids; inputs_embeds would bypass the media.")
-        self._conditioning = self._at_call(self._conditioning, ids)
+        mask = kwargs.get("attention_mask")
+        end = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        prompt = self._conditioning.prompt or self._conditioning
+        self._conditioning = replace(self._at_call(prompt, ids, end), prompt=prompt)
         safe = ids.masked_fill(ids >= self.config.first_added_id, 0)
         return ((safe, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": safe})
 
-    def _at_call(self, conditioning: Conditioning, ids: Tensor) -> Conditioning:
-        return conditioning.at(ids, self.config.media_token_id)
+    def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
+        return prompt.at(ids, self.config.media_token_id, end)
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
         c = self._conditioning
@@ -303,8 +330,10 @@ class VLM(PreTrainedModel, GenerationMixin):
             float[B, T_img, n, d] and bool[B, T_img, n], true for the tokens that stand for something.
 
         Raises:
-            ValueError: for another number of dimensions, another image size, or a mask that does not fit.
+            ValueError: for no media, another number of dimensions or image size, or a mask that does not fit.
         """
+        if not vision_x.numel():
+            raise ValueError("vision_x holds no media; a prompt without media goes without vision_x.")
         vision_x = self._as_media(vision_x)
         if vision_mask is not None and vision_mask.shape != vision_x.shape[:3]:
             raise ValueError(
@@ -346,7 +375,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             media_mask: bool[B, T_img, n]; None for all.
 
         Yields:
-            `input_ids` and `attention_mask` for the language model.
+            `input_ids` and `attention_mask` for the language model. Its logits give `<image>` no chance before they are
+            normalised, and our `generate` does after that: scores of beams differ by what `<image>` would have got.
         """
         if vision_tokens is not None and media_mask is None:
             media_mask = torch.ones_like(vision_tokens[..., 0], dtype=torch.bool)
@@ -454,6 +484,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         expansion = None
         if media_positions is None:
             self._check_media(lang_x, media_mask)
+            if attention_mask is None and media_mask is not None and past_key_values is not None:
+                # Spreading may pad the new positions, and a mask is then needed over the old ones too.
+                attention_mask = lang_x.new_ones(len(lang_x), _num_cached(past_key_values) + lang_x.shape[1])
             lang_x, attention_mask, expansion = self._spread(lang_x, attention_mask, media_mask)
             media_positions = self._count_media(lang_x)
             if expansion is not None:
@@ -653,6 +686,14 @@ class _Never(LogitsProcessor):
         return scores.index_fill(1, torch.tensor([self.token_id], device=scores.device), -torch.inf)
 
 
+def _num_cached(cache: Any) -> int:
+    """Positions in a cache."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return 0  # a purely recurrent state has no positions, and its model reads the mask of new ones only
+
+
 def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
     """Generated sequences that begin with the prompt as it was given, not as it was spread over `length` positions."""
 
@@ -685,8 +726,8 @@ class VLMWithCrossAttention(VLM):
         """Keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
         return self.fusion.project(vision_tokens)
 
-    def _at_call(self, conditioning: Conditioning, ids: Tensor) -> Conditioning:
-        c = super()._at_call(conditioning, ids)
+    def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
+        c = super()._at_call(prompt, ids, end)
         if c.media is not None:
             c.visibility = self.fusion.visibility(c.media_positions, c.media_mask)
         return c
@@ -716,6 +757,9 @@ class VLMWithLanguageStream(VLM):
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:
         return dim_embedding
+
+    def positions_per_medium(self, num_frames: int = 1) -> int:
+        return self.vision_tokenizer.num_tokens(num_frames)
 
     def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
         self.fusion = nn.Module()
