@@ -9,7 +9,9 @@
     ├── MediaError               exit code 1: a picture that cannot be read
     ├── LanguageModelError       exit code 1: a language model that cannot be used or found
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
-    └── CheckpointError          exit code 1: weights or a directory that cannot be read or written
+    ├── CheckpointError          exit code 1: weights or a directory that cannot be read or written
+    ├── DataError                exit code 1: records that cannot be learned from; lists every bad line
+    └── TrainingError            exit code 1: a training run that cannot go on
 
 A message says what was given, what is possible, and what to do next. The command line prints it
 without a traceback and exits with `exit_code`.
@@ -17,16 +19,20 @@ without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
+from typing import Any
 
 __all__ = [
     "CheckpointError",
     "CompositionError",
+    "DataError",
     "LanguageModelError",
     "MediaError",
     "OutputExistsError",
     "PromptError",
+    "TrainingError",
     "UnknownNameError",
     "UsageError",
     "VLMError",
@@ -52,10 +58,16 @@ class UnknownNameError(UsageError):
 
 
 class CompositionError(UsageError):
-    """A composition whose parts do not fit; `problems` has one sentence for each misfit."""
+    """A composition whose parts do not fit.
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
+    Attributes:
+        problems: one sentence for each misfit.
+        readable: settings of the parts that could be read nevertheless, by name.
+    """
+
+    def __init__(self, problems: str | Sequence[str], readable: Mapping[str, Any] | None = None) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.readable = dict(readable or {})
         lines = self.problems
         super().__init__(
             lines[0]
@@ -88,7 +100,23 @@ class CheckpointError(VLMError):
     """A directory or weight file that cannot be read or written."""
 
 
+class DataError(VLMError):
+    """A file of records that cannot be learned from."""
+
+
+class TrainingError(VLMError):
+    """A training run that cannot go on."""
+
+
 def first_line(error: BaseException) -> str:
-    """What another library says went wrong, at a length that can be read."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return shorten(lines[0], 300, placeholder=" …").rstrip(".")
+    """What another library says went wrong, at a length that can be read.
+
+    >>> first_line(ValueError("no such thing.\\nTry another."))
+    'no such thing'
+    """
+    text = str(error).strip()
+    # torch says at length how to run the code all the same, which is no advice to pass on.
+    if refused := re.search(r"Weights only load failed.*?(?:GLOBAL|class|global) ([\w.]+)", text, re.DOTALL):
+        return f"it holds {refused[1]}, which is code and no tensor"
+    lines = text.splitlines() or [type(error).__name__]
+    return shorten(lines[0], 300, placeholder=" …").rstrip(".:")

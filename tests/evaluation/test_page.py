@@ -1,0 +1,114 @@
+"""The page of answers: nothing in a record becomes markup, and nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+from PIL import Image
+from questions import Write
+
+from vlm_cli.evaluation.answers import Answer
+from vlm_cli.evaluation.items import Item, read_items
+from vlm_cli.evaluation.page import MOST_PIXELS, write_page
+from vlm_cli.evaluation.scores import score
+from vlm_cli.media import MediaLoader
+
+EVIL = "<script>alert('&')</script>\"><img src=http://x onerror=y>\0"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: well-formed, or it fails."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cards: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "article":
+            self.cards.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "article" in self.open:
+            self.cards[-1] += data
+
+
+def page(answers: list[Answer], folder: Path) -> Page:
+    file = io.StringIO()
+    kinds, total = score((a.item.kind, a.exact) for a in answers)
+    write_page(file, EVIL, {"model": EVIL}, kinds, total, answers, MediaLoader(folder))
+    return Page(file.getvalue())
+
+
+def answers_of(write: Write, *records: dict[str, str]) -> list[Answer]:
+    items, _ = read_items(write(list(records)))
+    return [Answer(item, item.expected if item.id.startswith("right") else EVIL, True) for item in items]
+
+
+def test_records_cannot_write_markup(folder: Path, write: Write) -> None:
+    (folder / "<b>&.png").write_bytes((folder / "red.png").read_bytes())
+    record = {"id": EVIL, "kind": EVIL, "prompt": rf"<image:<b\>&.png>{EVIL}", "completion": f" {EVIL} or not"}
+    found = page(answers_of(write, record), folder)
+    tags = {tag for tag, _ in found.tags}
+    assert not tags & {"script", "link", "iframe", "object", "b"}
+    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+    assert found.cards[0].count("<script>alert('&')</script>") == 5  # kind, id, prompt, expected, answer
+    assert found.cards[0].count("\N{SYMBOL FOR NULL}") == 5
+    [image] = [attributes for tag, attributes in found.tags if tag == "img"]
+    assert image["alt"] == "<b>&.png"
+
+
+def test_nothing_is_fetched(folder: Path, write: Write) -> None:
+    found = page(answers_of(write, {"prompt": "<image:red.png>", "completion": "x"}), folder)
+    links = [value for _, attributes in found.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert len(links) == 1 and links[0].startswith("data:image/jpeg;base64,")
+    [policy] = [a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_wrong_answers_come_first(folder: Path, write: Write) -> None:
+    names = ["right 1", "wrong 1", "right 2", "wrong 2"]
+    found = page(answers_of(write, *({"id": x, "prompt": "<image:red.png>", "completion": "x"} for x in names)), folder)
+    order = [next(x for x in names if x in card) for card in found.cards]
+    assert order == ["wrong 1", "wrong 2", "right 1", "right 2"]
+    assert ["✗ wrong" in card for card in found.cards] == [True, True, False, False]
+
+
+def test_pictures_stand_where_the_prompt_has_them(folder: Path, write: Write) -> None:
+    Image.new("RGB", (1000, 500), "red").save(folder / "large.png")
+    answers = answers_of(write, {"prompt": "<image:large.png> one.<image:blue.png> two.", "completion": "x"})
+    found = page(answers, folder)
+    images = [a["src"] or "" for tag, a in found.tags if tag == "img"]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(x.partition(",")[2]))).size for x in images]
+    assert sizes == [(MOST_PIXELS, MOST_PIXELS // 2), (40, 40)]
+    kinds = [tag for tag, a in found.tags if tag == "img" or (tag == "span" and a.get("class") == "text")]
+    assert kinds == ["img", "span", "img", "span"]
+
+
+def test_a_picture_that_is_gone(folder: Path, write: Write) -> None:
+    (folder / "gone.png").write_bytes((folder / "red.png").read_bytes())
+    answers = answers_of(write, {"prompt": "<image:gone.png>", "completion": "x"})
+    (folder / "gone.png").unlink()
+    assert "(cannot be read: gone.png)" in page(answers, folder).cards[0]
+
+
+def test_table(folder: Path) -> None:
+    answers = [Answer(Item(1, "1", kind, (), "a"), text, True) for kind, text in (("b", "a"), ("a", "x"), ("b", "x"))]
+    file = io.StringIO()
+    write_page(file, "t", {}, *score((a.item.kind, a.exact) for a in answers), answers, MediaLoader(folder))
+    rows = re.findall(r"<tr><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td>", file.getvalue())
+    assert rows == [("a", "1", "0", "0.0 %"), ("b", "2", "1", "50.0 %"), ("total", "3", "1", "33.3 %")]

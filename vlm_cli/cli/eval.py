@@ -1,0 +1,291 @@
+"""`vlm eval`."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_cli.cli import console
+from vlm_cli.cli.generate import _built
+from vlm_cli.cli.options import DeviceOptions, JsonOption, SamplingOptions, expand
+from vlm_cli.errors import UsageError
+
+__all__ = ["EvalOptions", "OutputOptions", "evaluate"]
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is asked, and how many at a time."""
+
+    data: Annotated[Path | None, typer.Option("--data", "-d", help="Questions and answers, JSONL.")] = None
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Items answered at a time.")] = 32
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens of an answer.")] = 32
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many.")] = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Files to write."""
+
+    html: Annotated[Path | None, typer.Option(help="Write a page of pictures and answers, wrong ones first.")] = None
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write each answer as a line of JSON.")] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False
+
+    def check(self, data: Path) -> None:
+        """
+        Raises:
+            VLMError: if a file may not be written.
+        """
+        from vlm_cli.evaluation.files import check_file
+
+        taken = {data.resolve(): "--data"}
+        for flag, path in (("--html", self.html), ("--output", self.output)):
+            if path is None:
+                continue
+            if other := taken.get(path.resolve()):
+                raise UsageError(f"{flag} and {other} are the same file, {str(path)!r}. Choose another name.")
+            taken[path.resolve()] = flag
+            check_file(path, overwrite=self.overwrite)
+
+
+@expand
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", show_default=False),
+    ] = None,
+    questions: EvalOptions = EvalOptions(),
+    files: OutputOptions = OutputOptions(),
+    devices: DeviceOptions = DeviceOptions(),
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the language model's own code from the directory.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a model questions with known answers, and count the right ones, by kind.
+
+    A record is a line such as {"kind": "count", "prompt": "<image:cat.jpg>Q: How many cats? A:", "completion": " One."}
+
+    Answers are greedy and end at a stop token. An answer is right if it equals the completion exactly, whitespace at
+    both ends aside. The interval is Wilson's.
+
+    Example: vlm eval my-flamingo --data questions.jsonl --html answers.html
+    """
+    from vlm_cli.evaluation.items import read_items
+
+    if model is None:
+        raise UsageError("no model is named: vlm eval DIR --data FILE.jsonl. `vlm build DIR …` composes one.")
+    if questions.data is None:
+        raise UsageError(f"no questions are given: vlm eval {model} --data FILE.jsonl")
+    files.check(questions.data)
+    built = _built(model, revision)
+    items, records = read_items(questions.data, questions.limit)
+    console.note(f"{len(items):,} items from {questions.data}")
+    evaluation = Evaluation(model, questions, items, records)
+    evaluation.load(built, devices, trust_remote_code, {} if revision is None else {"revision": revision})
+    evaluation.run()
+    try:
+        evaluation.write(files)
+    finally:  # a full disk does not take the scores with it
+        evaluation.print(as_json)
+
+
+class Evaluation:
+    """Items, what a model answers to them, and what is said of it.
+
+    Args:
+        name: of the model.
+        questions: the user's options.
+        items: to be answered.
+        records: that they are from.
+    """
+
+    def __init__(self, name: str, questions: EvalOptions, items: Sequence[Any], records: Any) -> None:
+        from vlm_cli.media import MediaLoader
+
+        self.name, self.questions, self.items, self.records = name, questions, items, records
+        self.loader = MediaLoader(records.folder)
+
+    def load(self, built: str, devices: DeviceOptions, trust_remote_code: bool, hub: dict[str, Any]) -> None:
+        """Load the model, and see that the items fit it."""
+        from vlm_cli.cli.models import hush
+
+        hush()
+        from vlm_cli.checkpoint.directory import load
+        from vlm_cli.evaluation.items import check_lengths
+
+        self.device, dtype = devices.resolve()
+        self.model, self.processor = load(
+            built, dtype=dtype, device=self.device, trust_remote_code=trust_remote_code, **hub
+        )
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        console.note(f"Model {self.name} on {self.device}, {self.dtype}")
+        self.lengths = check_lengths(
+            self.items, self.records, self.model, self.processor, self.questions.max_new_tokens
+        )
+
+    def run(self) -> None:
+        """Answer and count."""
+        import gc
+
+        from vlm_cli.evaluation.answers import answer, group
+        from vlm_cli.evaluation.scores import score
+
+        # `main` switched it off, for commands that end soon.
+        gc.freeze()
+        gc.enable()
+        with Progress(len(self.items)) as progress:
+            self.answers = answer(
+                self.model,
+                self.processor,
+                self.items,
+                group(self.items, self.lengths, self.questions.batch_size),
+                self.loader,
+                SamplingOptions(max_new_tokens=self.questions.max_new_tokens).keywords(),
+                name=str(self.questions.data),
+                report=progress.show,
+            )
+        self.seconds = progress.seconds
+        self.kinds, self.total = score((a.item.kind, a.exact) for a in self.answers)
+        self.unended = sum(not a.ended for a in self.answers)
+        if self.unended:
+            console.note(
+                f"Note: {self.unended:,} of {len(self.items):,} answers were cut at {self.questions.max_new_tokens} "
+                "tokens, before a stop token; --max-new-tokens allows more."
+            )
+
+    def print(self, as_json: bool) -> None:
+        if as_json:
+            console.print_json(self.to_dict())
+            return
+        rows = [[_name(kind), *_cells(score)] for kind, score in self.kinds.items()]
+        if list(self.kinds) == [None]:
+            rows = []  # they are the total
+        console.print_table(
+            ["kind", "items", "exact", "share", "95 % interval"], [*rows, ["total", *_cells(self.total)]], total=True
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with counts, shares from 0 to 1 and seconds."""
+        from vlm_cli.evaluation.scores import RULE
+
+        return {
+            "model": self.name,
+            "data": str(self.questions.data),
+            "data_sha256": self.records.sha256,
+            "device": self.device,
+            "dtype": self.dtype,
+            "batch_size": self.questions.batch_size,
+            "max_new_tokens": self.questions.max_new_tokens,
+            "limit": self.questions.limit,
+            "rule": RULE,
+            "seconds": round(self.seconds, 3),
+            "items_per_second": round(len(self.items) / self.seconds, 1),
+            "cut": self.unended,
+            "total": _numbers(self.total),
+            "kinds": [{"kind": kind, **_numbers(score)} for kind, score in self.kinds.items()],
+            "answers": [a.to_dict() for a in self.answers],
+        }
+
+    def write(self, files: OutputOptions) -> None:
+        """Write the files that were asked for."""
+        import json
+
+        from vlm_cli.evaluation.files import replacing_file
+        from vlm_cli.evaluation.page import write_page
+
+        if files.output is not None:
+            with replacing_file(files.output, overwrite=files.overwrite) as file:
+                file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in self.answers)
+            console.note(f"Wrote {files.output}")
+        if files.html is not None:
+            title = f"{Path(self.name).name} on {self.questions.data}"
+            with replacing_file(files.html, overwrite=files.overwrite) as file:
+                write_page(file, title, self._facts(), self.kinds, self.total, self.answers, self.loader)
+            console.note(f"Wrote {files.html}")
+
+    def _facts(self) -> Mapping[str, str]:
+        return {
+            "model": self.name,
+            "records": f"{self.questions.data} (SHA-256 {self.records.sha256[:16]}…)",
+            "answers": f"greedy, at most {self.questions.max_new_tokens} tokens, {self.unended:,} cut there",
+            "computed": f"on {self.device} in {self.dtype}, {self.questions.batch_size} at a time, "
+            f"{self.seconds:.0f} s",
+        }
+
+
+def _numbers(score: Any) -> dict[str, Any]:
+    return {"items": score.items, "exact": score.exact, "share": score.share, "interval": list(score.interval)}
+
+
+def _name(kind: str | None) -> str:
+    """A kind for the terminal, whatever characters a file has in it."""
+    return "(no kind)" if kind is None else kind if kind.isprintable() else repr(kind)
+
+
+def _cells(score: Any) -> list[str]:
+    low, high = score.interval
+    return [
+        f"{score.items:,}",
+        f"{score.exact:,}",
+        f"{100 * score.share:.1f} %",
+        f"{100 * low:.1f} – {100 * high:.1f} %",
+    ]
+
+
+class Progress:
+    """How many are done, how fast, and the time left: one line on a terminal, and one every ten seconds elsewhere.
+
+    Args:
+        total: items.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.started = total, time.monotonic()
+        self.is_terminal = sys.stderr.isatty()
+        self.every = 0.2 if self.is_terminal else 10.0  # seconds
+        self.shown = self.started
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.seconds = time.monotonic() - self.started
+        rate = self.total / self.seconds
+        if error is None:
+            self._print(f"  {self.total:,} items in {_duration(self.seconds)}, {rate:.1f} items/s")
+        if self.is_terminal and (error is None or self.shown != self.started):
+            print(file=sys.stderr, flush=True)
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if done == self.total or now - self.shown < self.every:
+            return
+        self.shown = now
+        rate = done / (now - self.started)
+        self._print(f"  {done:,} of {self.total:,}, {rate:.1f} items/s, {_duration((self.total - done) / rate)} left")
+
+    def _print(self, text: str) -> None:
+        """On a terminal, the next line overwrites it."""
+        if self.is_terminal:
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        else:
+            console.note(text)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(3725), _duration(62), _duration(4.21)
+    ('1 h 02 min', '1 min 02 s', '4.2 s')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,1 @@
+"""Learning from records: read, tokenise, train, write a directory that runs alone."""

@@ -1,0 +1,342 @@
+"""Records to learn from: one JSON object a line.
+
+    {"prompt": "<image:a.png>What is it? Answer:", "completion": " A cat."}
+    {"prompt": "<image>Caption:", "completion": " A cat.", "images": ["a.png"], "id": "7", "kind": "caption"}
+    {"prompt": "<image:a.png>", "turns": [{"prompt": "How many?", "completion": " Two."}, …]}
+    {"text": "A page with <image:a.png> and what is written after it."}
+
+Prompts and completions are read as `vlm generate` reads a prompt (see `prompt`): `\\<image>` is text, paths start at
+the file's folder, a bare `<image>` takes the next of "images", and without any placeholder the images come first.
+Completions are learned; of a text, everything after its first image is. Other keys are ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
+from vlm_cli.media import MAX_PIXELS, MediaLoader, short_name
+from vlm_cli.prompt import Medium, Slot, Text, parse
+from vlm_cli.registry import suggest
+
+__all__ = ["Piece", "Problem", "Record", "Records", "raise_problems", "read_records"]
+
+MOST_SHOWN = 20  # bad lines that a message lists
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text and images that are learned, or that lead to what is learned."""
+
+    parts: tuple[Text | Medium, ...]
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line; its pieces take turns: context, what is learned, context, …"""
+
+    line: int  # of the file, from 1
+    id: str
+    kind: str | None
+    pieces: tuple[Piece, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where its images come from, in order."""
+        return tuple(part.source for piece in self.pieces for part in piece.parts if isinstance(part, Medium))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a line cannot be used."""
+
+    line: int
+    message: str
+
+
+@dataclass
+class Records:
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        good: records that can be used.
+        problems: one for each other line.
+        sha256: of the file.
+    """
+
+    path: Path
+    good: list[Record] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    sha256: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start."""
+        return self.path.absolute().parent
+
+
+def read_records(path: Path) -> Records:
+    """Read and check every record; of images, only the head is read.
+
+    Raises:
+        DataError: if the file cannot be read or is empty. Bad lines are no error yet.
+    """
+    records = Records(path)
+    images = _ImageCheck(records.folder)
+    digest = hashlib.sha256()
+    for line, raw in enumerate(_lines(path), start=1):
+        digest.update(raw)
+        if not raw.strip():
+            continue
+        try:
+            record = _record(line, raw)
+            images.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
+        except (VLMError, _Misfit) as error:
+            records.problems.append(Problem(line, str(error)))
+        else:
+            records.good.append(record)
+    if not records.good and not records.problems:
+        raise DataError(
+            f"{str(path)!r} holds no records. Write one JSON object a line: "
+            '{"prompt": "<image:a.png>Caption:", "completion": " A cat."}'
+        )
+    records.sha256 = digest.hexdigest()
+    return records
+
+
+def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
+    """
+    Raises:
+        DataError: with every bad line, if there is one.
+    """
+    problems = sorted([*records.problems, *more], key=lambda p: p.line)
+    if not problems:
+        return
+    total = len(records.good) + len(records.problems)
+    head = (
+        f"{len(problems)} of the {total} records in {str(records.path)!r} cannot be used:"
+        if total > 1
+        else f"the only record in {str(records.path)!r} cannot be used:"
+    )
+    lines = [f"  line {p.line}: {p.message}" for p in problems[:MOST_SHOWN]]
+    if len(problems) > MOST_SHOWN:
+        rest = [str(p.line) for p in problems[MOST_SHOWN:]]
+        shown = ", ".join(rest[:MOST_SHOWN]) + (", …" if len(rest) > MOST_SHOWN else "")
+        lines.append(f"  … and {len(rest)} more: lines {shown}")
+    raise DataError("\n".join([head, *lines]))
+
+
+class _Misfit(Exception):
+    """A line that is no record."""
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except IsADirectoryError:
+        raise DataError(f"{str(path)!r} is a directory. Give the JSONL file in it.") from None
+    except FileNotFoundError:
+        folder = path.absolute().parent
+        near = [x.name for x in folder.iterdir() if x.is_file()] if folder.is_dir() else []
+        raise DataError(f"cannot find the records {str(path)!r}.{suggest(path.name, near)}") from None
+    except OSError as error:
+        raise DataError(f"cannot read the records {str(path)!r}: {error.strerror}.") from None
+
+
+def _record(line: int, raw: bytes) -> Record:
+    """
+    Raises:
+        _Misfit: for anything but a record.
+    """
+    data = _parse_json(raw)
+    identity = _take(data, "id", (str, int), "text or a number", None)
+    kind = _take(data, "kind", str, "text", None)
+    return Record(line, f"line {line}" if identity is None else str(identity), kind, tuple(_pieces(data)))
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _Misfit(f"not UTF-8 text: byte {error.start + 1} is {raw[error.start]:#04x}.") from None
+    except json.JSONDecodeError as error:
+        raise _Misfit(f"not JSON: {error.msg} at character {error.colno}.") from None
+    except RecursionError:
+        raise _Misfit("not a record: it is nested too deeply.") from None
+    if not isinstance(data, dict):
+        raise _Misfit(f"not a record: expected an object, {{…}}, got {_kind(data)}.")
+    return data
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+_MISSING = object()
+
+
+def _take(data: dict[str, Any], key: str, types: Any, words: str, default: Any = _MISSING) -> Any:
+    """The value of a key, of the right type."""
+    value = data.get(key, default)
+    if value is _MISSING:
+        known = [x for x in data if x not in ("id", "kind", "images")]
+        raise _Misfit(f'has no "{key}".{suggest(key, known)}')
+    if value is default:
+        return value
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise _Misfit(f'"{key}" must be {words}, got {_kind(value)}.')
+    return value
+
+
+def _pieces(data: dict[str, Any]) -> list[Piece]:
+    forms = [key for key in ("text", "prompt") if key in data]
+    if not forms:
+        known = ("prompt", "text")
+        near = next((hint for key in data if (hint := suggest(key, known))), "")
+        raise _Misfit(f'has neither "prompt" nor "text".{near}')
+    if len(forms) > 1:
+        raise _Misfit('has both "text" and "prompt". Give a "text", or a "prompt" with its "completion".')
+    if "completion" in data and "turns" in data:
+        raise _Misfit('has both "completion" and "turns". Give one of them.')
+    given = [("text", _take(data, "text", str, "text"))] if forms == ["text"] else _prompts(data)
+    pieces = _with_images(given, _images(data))
+    if not any(isinstance(part, Medium) for _, parts in pieces for part in parts):
+        raise _Misfit('has no image. Write <image:FILE> in it, or list files in "images".')
+    return _split_text(pieces[0][1]) if forms == ["text"] else _paired(pieces)
+
+
+def _prompts(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, text) of each prompt and completion, in order."""
+    prompt = _take(data, "prompt", str, "text")
+    if "turns" not in data:
+        return [("prompt", prompt), ("completion", _completion(data))]
+    given: list[tuple[str, str]] = []
+    turns = _take(data, "turns", list, "a list of objects")
+    if not turns:
+        raise _Misfit('"turns" is empty. Give at least one {"prompt": …, "completion": …}.')
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise _Misfit(f"turn {number} must be an object, got {_kind(turn)}.")
+        try:
+            given += [("prompt", _take(turn, "prompt", str, "text")), ("completion", _completion(turn))]
+        except _Misfit as error:
+            raise _Misfit(f"turn {number}: {error}") from None
+    # A record's own prompt leads to its first turn.
+    return [("prompt", prompt), *given]
+
+
+def _completion(data: dict[str, Any]) -> str:
+    completion = _take(data, "completion", str, "text")
+    if not completion.strip():
+        raise _Misfit(f'"completion" is empty, got {completion!r}: there is nothing to learn.')
+    return completion
+
+
+def _images(data: dict[str, Any]) -> list[str]:
+    images = _take(data, "images", list, "a list of files", [])
+    for image in images:
+        if not isinstance(image, str) or not image:
+            raise _Misfit(f'"images" must be a list of files, got {image!r} in it.')
+    return list(images)
+
+
+def _with_images(given: Sequence[tuple[str, str]], images: Sequence[str]) -> list[tuple[str, list[Text | Medium]]]:
+    """Parse each text and give each bare placeholder its image."""
+    parsed = [(key, _parse(key, text)) for key, text in given]
+    slots = sum(isinstance(part, Slot) for _, parts in parsed for part in parts)
+    placed = any(not isinstance(part, Text) for _, parts in parsed for part in parts)
+    if not placed:  # the images come first
+        slots, (key, parts) = len(images), parsed[0]
+        parsed[0] = (key, [*(Slot() for _ in images), *parts])
+    if slots != len(images):
+        raise _Misfit(
+            f"has {slots} bare <image> placeholder{'' if slots == 1 else 's'}, but {len(images)} "
+            f'file{"" if len(images) == 1 else "s"} in "images". Give one for each, or write <image:FILE>.'
+        )
+    files = iter(images)
+    return [(k, [Medium(next(files)) if isinstance(p, Slot) else p for p in parts]) for k, parts in parsed]
+
+
+def _parse(key: str, text: str) -> list[Text | Medium | Slot]:
+    try:
+        parts = parse(text)
+    except PromptError as error:
+        raise _Misfit(f'"{key}": {error}') from None
+    if key == "completion" and any(not isinstance(part, Text) for part in parts):
+        raise _Misfit(r'"completion" has an image placeholder; images belong in prompts. For the text, write \<image>.')
+    return parts
+
+
+def _split_text(parts: Sequence[Text | Medium]) -> list[Piece]:
+    first = next(i for i, part in enumerate(parts) if isinstance(part, Medium))
+    rest = tuple(parts[first + 1 :])
+    if not any(isinstance(part, Text) and part.text.strip() for part in rest):
+        raise _Misfit('"text" ends with its images: there is nothing after them to learn.')
+    return [Piece(tuple(parts[: first + 1]), False), Piece(rest, True)]
+
+
+def _paired(pieces: Sequence[tuple[str, list[Text | Medium]]]) -> list[Piece]:
+    """Context and completion by turns; prompts that follow each other are one context."""
+    result: list[Piece] = []
+    context: list[Text | Medium] = []
+    for key, parts in pieces:
+        if key == "prompt":
+            context += parts
+        else:
+            result += [Piece(tuple(context), False), Piece(tuple(parts), True)]
+            context = []
+    return result
+
+
+@dataclass
+class _ImageCheck:
+    """Looks at each image once, without decoding it."""
+
+    folder: Path
+    known: dict[str, str | None] = field(default_factory=dict)
+
+    def check(self, sources: Sequence[str], *, thorough: bool) -> None:
+        """
+        Raises:
+            _Misfit: for the first that cannot be read; its reason is looked up if `thorough`.
+        """
+        for source in sources:
+            if source not in self.known:
+                self.known[source] = self._problem(source, thorough)
+            if (problem := self.known[source]) is not None:
+                raise _Misfit(problem)
+
+    def _problem(self, source: str, thorough: bool) -> str | None:
+        if source == "-" or source.lower().startswith(("http://", "https://")):
+            return f"{short_name(source)!r} is no file: records name files or data: URIs. Download it first."
+        if self._has_image_head(source):
+            return None
+        if not thorough:
+            return f"{short_name(source)!r} cannot be read."
+        try:
+            MediaLoader(self.folder).load(source)
+        except MediaError as error:
+            return str(error)
+        return None
+
+    def _has_image_head(self, source: str) -> bool:
+        from PIL import Image
+
+        path = self.folder / os.path.expanduser(source)
+        try:
+            if not path.is_file():
+                return False
+            with Image.open(path) as image:
+                return 0 < image.width * image.height <= MAX_PIXELS
+        except Exception:  # `MediaLoader` says what it is
+            return False
