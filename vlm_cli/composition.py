@@ -7,7 +7,9 @@ A family is a named composition and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vlm_cli.errors import CompositionError, UnknownNameError
+from vlm_cli.errors import CompositionError
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS, Registry, suggest
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "PerceiverOptions",
     "QFormerOptions",
     "VisionEncoderOptions",
+    "split_name",
 ]
 
 MEDIA_TOKEN = "<image>"
@@ -217,19 +220,18 @@ class Composition:
         """A family's preset, overlaid with each of `layers`, then with dotted `name=value` overrides.
 
         Raises:
-            UnknownNameError: for a family that does not exist.
-            CompositionError: for anything that does not fit.
+            CompositionError: with everything that does not fit, an unknown family included.
         """
-        layers = (*layers, *map(parse_override, overrides))
+        problems: list[str] = []
+        layers = (*layers, *_parse_overrides(overrides, problems))
         chosen = family or next((x["family"] for x in reversed(layers) if x.get("family")), None)
-        if chosen is not None and chosen not in FAMILIES:
-            raise UnknownNameError(
-                f"unknown family {chosen!r}.{suggest(str(chosen), FAMILIES)} Known: {', '.join(FAMILIES)}."
-            )
-        merged: dict[str, Any] = dict(FAMILIES[chosen]) | {"family": chosen} if chosen else {}
+        is_known = chosen is None or (isinstance(chosen, str) and chosen in FAMILIES)
+        if not is_known:
+            problems.append(f"unknown family {chosen!r}.{suggest(str(chosen), FAMILIES)} Known: {', '.join(FAMILIES)}.")
+        merged = FAMILIES[chosen] if chosen and is_known else {}
         for layer in layers:
             merged = merge(merged, layer)
-        return cls.from_dict(merged | {"family": chosen})
+        return _Reader({**merged, "family": chosen}, problems, is_whole=is_known).composition()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back."""
@@ -248,10 +250,17 @@ class Composition:
 
 @dataclass
 class _Reader:
-    """Turns plain data into a composition, collecting problems instead of stopping at the first."""
+    """Turns plain data into a composition, collecting problems instead of stopping at the first.
+
+    Args:
+        data: the composition.
+        problems: those that are known already.
+        is_whole: whether a part that is absent is a problem.
+    """
 
     data: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
+    is_whole: bool = True
 
     def composition(self) -> Composition:
         fields = [f.name for f in dataclasses.fields(Composition)]
@@ -263,7 +272,7 @@ class _Reader:
         vision_encoder = self.part("vision_encoder", VisionEncoderOptions, short="name")
         language_model = self.part("language_model", LanguageModelOptions, short="name")
         for name, part in (("vision_encoder", vision_encoder), ("language_model", language_model)):
-            if part is not None and not part.name:
+            if part is not None and not part.name and self.is_whole:
                 flag = name.replace("_", "-")
                 self.problems.append(f"no {name.replace('_', ' ')} is named. Add --{flag}, or {name}.name.")
         vision_tokenizer = self.choice("vision_tokenizer", VISION_TOKENIZERS)
@@ -275,7 +284,7 @@ class _Reader:
         weight_decay = self.number("weight_decay", 0.0)
         weight_decay_on = self.names("weight_decay_on", PARTS, PARTS)
         if self.problems:
-            raise CompositionError(self.problems)
+            raise CompositionError(self.problems, {"vision_encoder": vision_encoder, "language_model": language_model})
         return Composition(
             family=self.data.get("family"),
             vision_encoder=vision_encoder,
@@ -291,17 +300,22 @@ class _Reader:
     def part(self, name: str, options: type, *, short: str) -> Any:
         """Settings of one part; a bare string is its `short` field."""
         value = self.data.get(name) or {}
-        return self.options(name, options, {short: value} if isinstance(value, str) else value)
+        value = {short: value} if isinstance(value, str) else value
+        encoder = value.get("name") if name == "vision_encoder" and isinstance(value, Mapping) else None
+        if isinstance(encoder, str) and value.get("pretrained") is None:
+            value = {**value, **split_name(encoder)}
+        return self.options(name, options, value)
 
     def choice(self, name: str, registry: Registry) -> Any:
         value = self.data.get(name)
         value = {"type": value} if isinstance(value, str) else value
         if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
             flag = name.replace("_", "-")
-            self.problems.append(
-                f"no {registry.kind} is chosen. Add --family ({', '.join(FAMILIES)}) or --{flag} "
-                f"({', '.join(registry)})."
-            )
+            if self.is_whole:
+                self.problems.append(
+                    f"no {registry.kind} is chosen. Add --family ({', '.join(FAMILIES)}) or --{flag} "
+                    f"({', '.join(registry)})."
+                )
             return None
         if value["type"] not in registry:
             self.problems.append(registry.unknown(value["type"]))
@@ -372,6 +386,20 @@ def _misfit(hint: Any, value: Any) -> str | None:
     return None if fits else words[hint]
 
 
+def split_name(text: str) -> dict[str, str | None]:
+    """`name[:tag]` as settings of a vision encoder; hf-hub:, local-dir: and paths have no tag.
+
+    >>> split_name("ViT-L-14:openai")
+    {'name': 'ViT-L-14', 'pretrained': 'openai'}
+    >>> split_name("hf-hub:timm/ViT-B-16-SigLIP")
+    {'name': 'hf-hub:timm/ViT-B-16-SigLIP', 'pretrained': None}
+    """
+    if text.startswith(("hf-hub:", "local-dir:")) or text.endswith(".json"):
+        return {"name": text, "pretrained": None}
+    name, _, tag = text.partition(":")
+    return {"name": name, "pretrained": tag or None}
+
+
 def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     """`base` overlaid with `layer`, part by part; a part of another type brings none of the old settings.
 
@@ -407,8 +435,6 @@ def parse_override(text: str) -> dict[str, Any]:
     Raises:
         CompositionError: if it has no `=` or no name.
     """
-    import yaml
-
     name, equals, value = text.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys) or len(keys) > 2:
@@ -417,12 +443,52 @@ def parse_override(text: str) -> dict[str, Any]:
             "Example: --set vision_tokenizer.num_latents=32"
         )
     try:
-        result = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise CompositionError(f"the value of --set {text!r} is not YAML: {error}") from None
+        result = _read_yaml(value)
+    except ValueError as error:
+        raise CompositionError(f"the value of --set {text!r} is not YAML: {error}.") from None
     for key in reversed(keys):
         result = {key: result}
     return result
+
+
+def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> list[dict[str, Any]]:
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parse_override(text))
+        except CompositionError as error:
+            problems += error.problems
+    return parsed
+
+
+def _read_yaml(text: str) -> Any:
+    """
+    >>> _read_yaml("[1e-4, 0.1]")
+    [0.0001, 0.1]
+
+    Raises:
+        ValueError: if it is not YAML, with the place.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, _yaml_loader())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, character {mark.column + 1}: " if mark else ""
+        raise ValueError(where + (getattr(error, "problem", None) or str(error))) from None
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader, to which 1e-4 is a number, as in YAML 1.2 and JSON; in YAML 1.1 it is text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader): ...
+
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -431,15 +497,13 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         CompositionError: if it cannot be read, or is not a mapping.
     """
-    import yaml
-
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        data = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
     except OSError as error:
         raise CompositionError(f"cannot read composition file {str(path)!r}: {error.strerror}.") from None
-    except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise CompositionError(f"composition file {str(path)!r} is not valid: {error}") from None
+    except ValueError as error:
+        raise CompositionError(f"composition file {str(path)!r} is not valid: {error}.") from None
     if not isinstance(data, dict):
         raise CompositionError(
             f"composition file {str(path)!r} must hold a mapping of parts, got {type(data).__name__}."
@@ -453,7 +517,8 @@ def read_file(path: Path) -> dict[str, Any]:
 def _rooted(value: Any, folder: Path) -> Any:
     """A part whose relative paths start at `folder`, where something is there."""
     if isinstance(value, Mapping):
-        return {key: _rooted(x, folder) if key in ("name", "tokenizer") else x for key, x in value.items()}
+        files = ("name", "tokenizer", "pretrained")
+        return {key: _rooted(x, folder) if key in files else x for key, x in value.items()}
     if not isinstance(value, str) or not value:
         return value
     scheme, _, rest = value.rpartition("local-dir:")

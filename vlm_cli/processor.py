@@ -6,6 +6,7 @@ B batch, T_txt tokens, T_img media per row, F frames per medium, C H W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -159,6 +160,8 @@ class VLMProcessor(ProcessorMixin):
             pieces = part.text.split(MEDIA_TOKEN)
             text += f"{MEDIA_TOKEN[0]}{MEDIA_TOKEN}{MEDIA_TOKEN[1:]}".join(pieces)
             real += [False] * (len(pieces) - 1)
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise PromptError(f"the prompt holds bytes that are not UTF-8 text: {text[:60]!a}.")
         ids = self.tokenizer(text, split_special_tokens=not parse_special_tokens)["input_ids"]
         keep = iter(real)
         media = self.media_token_id
@@ -198,7 +201,7 @@ def _media_of_rows(images: Any, counts: Sequence[int]) -> list[list[Frames]]:
         images = [images]
     elif images and all(isinstance(x, Image) for x in images):
         dealt = iter(images)
-        rows = [[x for x, _ in zip(dealt, range(n), strict=False)] for n in counts]
+        rows = [list(islice(dealt, n)) for n in counts]
         images = [*rows, [*dealt]] if sum(counts) < len(images) else rows
     rows = [[[m] if isinstance(m, Image) else list(m) for m in row] for row in images] or [[] for _ in counts]
     if [len(row) for row in rows] != list(counts):
@@ -238,7 +241,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], num_row
         tokenizer.add_tokens([token], special_tokens=special)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
+    for trace in ("local_files_only", "is_local"):  # how it was found here says nothing of the next time
+        tokenizer.init_kwargs.pop(trace, None)
     media = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
     if tokenizer(f"a{MEDIA_TOKEN}", split_special_tokens=True, add_special_tokens=False)["input_ids"][-1:] != [media]:
         raise LanguageModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from vlm_cli.checkpoint.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.openclip import Tower, find_tower, load_tower
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
-from vlm_cli.errors import CompositionError, VLMError
+from vlm_cli.errors import CompositionError, VLMError, first_line
+from vlm_cli.modeling.language_model import context_length
 from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
 from vlm_cli.modeling.vlm import VLM, VLMConfig
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
 
-__all__ = ["Blueprint", "create", "plan"]
+__all__ = ["Blueprint", "create", "not_found", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,25 +64,17 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
     Raises:
         VLMError: one, or a CompositionError with all that were found.
     """
-    problems: list[VLMError] = []
-
-    def attempt(find: Callable[[], Any]) -> Any:
-        try:
-            return find()
-        except VLMError as error:
-            problems.append(error)
-            return None
-
-    tower = attempt(lambda: find_tower(composition.vision_encoder))
-    shape = attempt(lambda: _shape(tower, composition)) if tower else None
-    lm = attempt(lambda: find_language_model(composition.language_model, trust_remote_code=trust_remote_code))
-    tokenizer = attempt(lambda: _tokenizer(lm, composition, need_tokenizer)) if lm else None
-    _raise(problems)
+    search = _Search()
+    tower = search.attempt(lambda: find_tower(composition.vision_encoder))
+    shape = search.attempt(lambda: _shape(tower, composition)) if tower else None
+    lm = search.attempt(lambda: find_language_model(composition.language_model, trust_remote_code=trust_remote_code))
+    tokenizer = search.attempt(lambda: _tokenizer(lm, composition, need_tokenizer)) if lm else None
+    _raise(search.problems)
     assert shape is not None
     rows = _num_rows(lm)
     if tokenizer is None:
         added, first = list(composition.added_tokens), rows
-        media_id, pad_id = first + added.index(MEDIA_TOKEN), lm.config.get_text_config().pad_token_id
+        media_id, pad_id = first + added.index(MEDIA_TOKEN), getattr(lm.config.get_text_config(), "pad_token_id", None)
     else:
         added, first = add_tokens(tokenizer, composition.added_tokens, rows)
         media_id, pad_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN), tokenizer.pad_token_id
@@ -99,6 +92,31 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
     blueprint = Blueprint(config, tower, lm, tokenizer)
     _check_fit(blueprint)
     return blueprint
+
+
+def not_found(error: CompositionError, *, trust_remote_code: bool = False) -> list[str]:
+    """What else is wrong with a composition that could not be read: which of the parts it names do not exist."""
+    search = _Search()
+    encoder, lm = error.readable.get("vision_encoder"), error.readable.get("language_model")
+    if encoder is not None and encoder.name:
+        search.attempt(lambda: find_tower(encoder))
+    if lm is not None and lm.name:
+        search.attempt(lambda: find_language_model(lm, trust_remote_code=trust_remote_code))
+    return [str(problem) for problem in search.problems]
+
+
+@dataclass
+class _Search:
+    """Goes on after a problem, so that all are known at the end."""
+
+    problems: list[VLMError] = field(default_factory=list)
+
+    def attempt(self, find: Callable[[], Any]) -> Any:
+        try:
+            return find()
+        except VLMError as error:
+            self.problems.append(error)
+            return None
 
 
 def _tokenizer(lm: LanguageModelSource, composition: Composition, needed: bool) -> Tokenizer | None:
@@ -119,7 +137,7 @@ def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
     except Exception as error:
         raise CompositionError(
             f"vision encoder {options.name!r} does not give features with layer={options.layer} and "
-            f"image_size={options.image_size}: {error}"
+            f"image_size={options.image_size}: {first_line(error)}."
         ) from None
 
 
@@ -144,21 +162,20 @@ def _check_fit(blueprint: Blueprint) -> None:
                 f"vision tokens have the {width} channels of the language model's embeddings. Leave dim_out out."
             )
         )
-    depth = text.num_hidden_layers
-    if parts.fusion.type == "cross-attention" and not len(model.fusion.blocks):
+    if len(getattr(model.fusion, "blocks", "any")) == 0:
+        depth = text.num_hidden_layers
         problems.append(
             CompositionError(
                 f"fusion.every={parts.fusion.options.every} leaves no cross-attention block: the language model has "
                 f"{depth} layers. Choose at most {depth}."
             )
         )
-    tokens = model.vision_tokenizer.num_tokens()
-    context = getattr(text, "max_position_embeddings", None)
-    if parts.fusion.type != "cross-attention" and isinstance(context, int) and tokens >= context:
+    positions, context = model.positions_per_medium(), context_length(text)
+    if context is not None and positions >= context:
         problems.append(
             CompositionError(
-                f"one image takes {tokens} positions, but the language model has {context}. Choose a vision tokenizer "
-                "with fewer tokens (perceiver, qformer), another vision encoder, or cross-attention."
+                f"one image takes {positions} positions, but the language model has {context}. Choose a vision "
+                "tokenizer with fewer tokens (perceiver, qformer), another vision encoder, or cross-attention."
             )
         )
     _raise(problems)
@@ -209,15 +226,23 @@ def create(
             model = VLM(config, vision_encoder=encoder, lang_model=lang_model)
         lm = model.lang_model
         model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())
-    model.to(dtype)
+    _cast(model, dtype)
     model.config.dtype = model.config.text_config.dtype = dtype
     model.generation_config = _generation_config(model)
     return model.eval()
 
 
+def _cast(model: VLM, dtype: torch.dtype) -> None:
+    """Give all that is saved a dtype. Other buffers (rotary frequencies) keep their own, as when a file is loaded."""
+    saved = set(model.state_dict())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
 def _stop_tokens(lm: LanguageModelSource, tokenizer: Tokenizer | None, added: list[str]) -> list[int] | None:
     """Ids that end an answer: the language model's, its tokenizer's, and the end of a chunk."""
-    theirs = lm.config.get_text_config(decoder=True).eos_token_id
+    theirs = getattr(lm.config.get_text_config(decoder=True), "eos_token_id", None)
     stops = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
     if tokenizer is not None:
         stops.append(tokenizer.eos_token_id)
@@ -235,4 +260,5 @@ def _generation_config(model: VLM) -> GenerationConfig:
     config.eos_token_id = list(dict.fromkeys(x for x in stops if x is not None)) or None
     # Lengths are the caller's affair; a default of 20 tokens in all would count the prompt.
     config.max_length = None
+    config.use_cache = True  # MPT's own says no
     return config

@@ -20,6 +20,7 @@ __all__ = [
     "is_vlm_directory",
     "load",
     "read_config",
+    "read_generation_config",
     "read_processor",
     "read_tensors",
     "replacing",
@@ -43,6 +44,8 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         OutputExistsError: if `out` may not be written.
         CheckpointError: if its folder is not there.
     """
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise OutputExistsError(f"{str(out)!r} is the working directory or holds it. Choose another name.")
     if not out.absolute().parent.is_dir():
         raise CheckpointError(f"cannot write {str(out)!r}: the folder {str(out.absolute().parent)!r} does not exist.")
     if not out.exists() and not out.is_symlink():
@@ -70,8 +73,7 @@ def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
     try:
         yield partial
-        # mkdtemp makes directories that only their owner can read.
-        partial.chmod(0o777 & ~_umask())
+        _open_to_others(partial)
         _swap(partial, out)
     except OSError as error:
         raise CheckpointError(f"cannot write {str(out)!r}: {error.strerror or error}. Nothing was changed.") from error
@@ -84,20 +86,21 @@ def _swap(new: Path, out: Path) -> None:
         os.rename(new, out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.absolute().parent))
-    os.rename(out, old / out.name)
     try:
+        os.rename(out, old / out.name)
         os.rename(new, out)
-    except BaseException:
-        os.rename(old / out.name, out)
-        raise
     finally:
+        if not out.exists():
+            os.rename(old / out.name, out)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _umask() -> int:
+def _open_to_others(folder: Path) -> None:
+    """Give a folder the usual permissions: mkdtemp and safetensors make what only its owner can read."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def save(model: Any, processor: Any, out: Path, *, card: str = "", max_shard_size: str = "5GB") -> None:
@@ -112,6 +115,9 @@ def save(model: Any, processor: Any, out: Path, *, card: str = "", max_shard_siz
     """
     from safetensors import SafetensorError
 
+    from vlm_cli.checkpoint.remote_code import write_code
+
+    write_code(model.lang_model, out)
     try:
         model.save_pretrained(out, max_shard_size=max_shard_size)
     except SafetensorError as error:
@@ -123,38 +129,47 @@ def save(model: Any, processor: Any, out: Path, *, card: str = "", max_shard_siz
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def read_config(name: str, **keywords: Any) -> Any:
+def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) -> Any:
     """The `VLMConfig` of a directory or hub id.
 
     Raises:
         CheckpointError: if there is none.
     """
+    from vlm_cli.checkpoint.remote_code import adopt_from_directory
     from vlm_cli.modeling.vlm import VLMConfig
 
     try:
         data, _ = VLMConfig.get_config_dict(name, **keywords)
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None
+    if not data:
+        raise CheckpointError(f"{name!r} is no VLM: it has no config.json. `vlm build` writes one.")
     if data.get("model_type") != "vlm":
         raise CheckpointError(
             f"{name!r} holds a model of type {data.get('model_type')!r}, not a VLM. To compose one with it: "
             f"vlm build OUT --family flamingo --language-model {name}"
         )
     try:
+        adopt_from_directory(data.get("text_config") or {}, name, trusted=trust_remote_code, **keywords)
         config = VLMConfig.from_dict(data)
         config.parts  # noqa: B018 — reads the composition, which may be of another version
         return config
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None
 
 
-def load(name: str, *, dtype: Any = "auto", device: str = "cpu", **keywords: Any) -> tuple[Any, Any]:
+def load(
+    name: str, *, dtype: Any = "auto", device: str = "cpu", trust_remote_code: bool = False, **keywords: Any
+) -> tuple[Any, Any]:
     """The model, in evaluation mode, and the processor of a directory or hub id.
 
     Args:
         name: directory that `vlm build` wrote, or a hub id.
         dtype: of the weights; "auto" is that of the files.
         device: where the model goes.
+        trust_remote_code: run the language model's own code from the directory.
         keywords: `revision`, `token`, `local_files_only`, … of Transformers.
 
     Raises:
@@ -162,10 +177,12 @@ def load(name: str, *, dtype: Any = "auto", device: str = "cpu", **keywords: Any
     """
     from vlm_cli.modeling.vlm import VLM
 
-    config = read_config(name, **keywords)
+    config = read_config(name, trust_remote_code=trust_remote_code, **keywords)
     processor = read_processor(name, **keywords)
     try:
-        model, info = VLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **keywords)
+        model, info = VLM.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
+        )
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from error
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
@@ -192,7 +209,17 @@ def read_processor(name: str, **keywords: Any) -> Any:
         raise CheckpointError(_cannot_load(name, error)) from None
 
 
-def read_tensors(name: str, tensors: Sequence[str]) -> dict[str, Any]:
+def read_generation_config(name: str, **keywords: Any) -> Any:
+    """How a directory or hub id ends and samples its answers; None if it does not say."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name, **keywords)
+    except OSError:
+        return None
+
+
+def read_tensors(name: str, tensors: Sequence[str], **keywords: Any) -> dict[str, Any]:
     """A few tensors of a directory or cached hub id, without the rest; keys lose the name of their part.
 
     Raises:
@@ -204,11 +231,14 @@ def read_tensors(name: str, tensors: Sequence[str]) -> dict[str, Any]:
     if not tensors:
         return {}
     try:
-        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        index = cached_file(
+            name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **keywords
+        )
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
         found = {}
         for tensor in tensors:
-            with safe_open(cached_file(name, weight_map.get(tensor, "model.safetensors")), "pt") as file:
+            shard = cached_file(name, weight_map.get(tensor, "model.safetensors"), **keywords)
+            with safe_open(shard, "pt") as file:
                 found[tensor.partition(".")[2]] = file.get_tensor(tensor)
         return found
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from vlm_cli.checkpoint.remote_code import adopt_from_config
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import LanguageModelError, first_line
 from vlm_cli.modeling.language_model import check_causal
@@ -32,14 +34,27 @@ class LanguageModelSource:
         Raises:
             LanguageModelError: if there is none.
         """
-        location, keywords = (self.location, self.keywords) if other is None else (other, {})
+        location, keywords = self.location, self.keywords
+        if other is not None:
+            here = Path(other).expanduser()
+            location = str(here) if here.exists() else other
+            keywords = {"trust_remote_code": self.keywords.get("trust_remote_code", False)}
+        advice = "Give one: --set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
         try:
-            return AutoTokenizer.from_pretrained(location, **keywords)
+            tokenizer = AutoTokenizer.from_pretrained(location, **keywords)
         except Exception as error:
+            why = first_line(error)
+            if "trust_remote_code" in str(error):
+                advice = "If you trust its code, add --trust-remote-code."
+            elif why.startswith("Couldn't instantiate the backend tokenizer"):
+                why = "there is no tokenizer.json, nor a file it could be made of"
             raise LanguageModelError(
-                f"{other or self.name!r} has no tokenizer that can be read ({first_line(error)}). "
-                "Give one: --set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
+                f"{other or self.name!r} has no tokenizer that can be read ({why}). {advice}"
             ) from None
+        # Where there are no files, Transformers makes an empty one for many types of models.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise LanguageModelError(f"{other or self.name!r} has no tokenizer: its vocabulary is empty. {advice}")
+        return tokenizer
 
     def load(self, dtype: Any = "auto") -> PreTrainedModel:
         """The model with its weights.
@@ -49,22 +64,37 @@ class LanguageModelSource:
         """
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                self.location, dtype=dtype, output_loading_info=True, **self.keywords
+                self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **self.keywords
             )
         except Exception as error:
+            advice = "" if Path(self.location).exists() else f" {_ADVICE}"
             raise LanguageModelError(
-                f"cannot load the weights of language model {self.name!r}: {first_line(error)}. {_ADVICE}"
+                f"cannot load the weights of language model {self.name!r}: {first_line(error)}.{advice}"
             ) from None
-        if missing := sorted(info["missing_keys"]):
-            raise LanguageModelError(
-                f"the weights of language model {self.name!r} lack {len(missing)} tensors, e.g. {missing[0]!r}; "
-                "a model with random parts would answer nonsense."
-            )
+        _check_complete(self.name, info)
         if "gguf_file" in self.keywords:
             # The weights were de-quantized while loading; the mark of the quantizer would forbid saving them.
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
         return model
+
+
+def _check_complete(name: str, info: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        LanguageModelError: if the files did not give each tensor.
+    """
+    nonsense = "a model with random parts would answer nonsense"
+    if missing := sorted(info["missing_keys"]):
+        raise LanguageModelError(
+            f"the weights of language model {name!r} lack {len(missing)} tensors, e.g. {missing[0]!r}; {nonsense}."
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        tensor, given, wanted = mismatched[0]
+        raise LanguageModelError(
+            f"{len(mismatched)} weights of language model {name!r} have another shape than its configuration says, "
+            f"e.g. {tensor!r}: {list(given)} in the file, {list(wanted)} wanted. Do they belong together?"
+        )
 
 
 _ADVICE = (
@@ -80,7 +110,8 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
         LanguageModelError: if there is none, or if it is no autoregressive decoder of text.
     """
     path = Path(options.name).expanduser()
-    keywords: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    # Transformers would ask on the terminal if this were left open.
+    keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     location = options.name
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -93,6 +124,11 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
                 f"{options.name!r} is no language model: it has no config.json. Give a directory that "
                 "`save_pretrained` wrote, a GGUF file, or a hub id."
             )
+    elif options.name.startswith((".", "~", "/")) or options.name.count("/") > 1:
+        raise LanguageModelError(
+            f"there is no directory {options.name!r}.{suggest(options.name, _nearby())} Give a directory that "
+            "`save_pretrained` wrote, a GGUF file, or a hub id (ORG/NAME)."
+        )
     if options.revision is not None:
         keywords["revision"] = options.revision
     try:
@@ -100,10 +136,14 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
     except Exception as error:
         raise LanguageModelError(_cannot_find(options.name, path.exists(), error)) from None
     check_causal(config, options.name)
+    if trust_remote_code:
+        adopt_from_config(config, location, **({} if options.revision is None else {"revision": options.revision}))
     return LanguageModelSource(options.name, location, keywords, config)
 
 
 def _cannot_find(name: str, exists: bool, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"language model {name!r} runs code of its own. If you trust it, add --trust-remote-code."
     if exists:
         return f"cannot read the configuration of language model {name!r}: {first_line(error)}."
     return (

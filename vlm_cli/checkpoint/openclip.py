@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.errors import UnknownNameError, VisionEncoderError
+from vlm_cli.errors import UnknownNameError, VisionEncoderError, first_line
 from vlm_cli.registry import suggest
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Tower", "find_tower", "list_towers", "load_tower", "split_name"]
+__all__ = ["Tower", "find_tower", "list_towers", "load_tower"]
 
 
 @cache
@@ -28,20 +28,6 @@ def list_towers() -> dict[str, Path]:
         return {}
     files = sorted((Path(spec.origin).parent / "model_configs").glob("*.json"))
     return {file.stem: file for file in files if "vision_cfg" in json.loads(file.read_text(encoding="utf-8"))}
-
-
-def split_name(text: str) -> dict[str, str | None]:
-    """`name[:tag]` as settings of a vision encoder; hf-hub:, local-dir: and paths have no tag.
-
-    >>> split_name("ViT-L-14:openai")
-    {'name': 'ViT-L-14', 'pretrained': 'openai'}
-    >>> split_name("hf-hub:timm/ViT-B-16-SigLIP")
-    {'name': 'hf-hub:timm/ViT-B-16-SigLIP', 'pretrained': None}
-    """
-    if text.startswith(("hf-hub:", "local-dir:")) or text.endswith(".json"):
-        return {"name": text, "pretrained": None}
-    name, _, tag = text.partition(":")
-    return {"name": name, "pretrained": tag or None}
 
 
 @dataclass(frozen=True)
@@ -85,11 +71,11 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
             "local-dir:FOLDER, or an OpenCLIP JSON file. Run `vlm list vision-encoders` to see the names."
         )
     model = data.get("model_cfg", data)
-    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg"} <= model.keys():
+    if not isinstance(model, dict) or "embed_dim" not in model or not isinstance(model.get("vision_cfg"), dict):
         raise VisionEncoderError(f"{name!r} is not an OpenCLIP configuration: it lacks embed_dim or vision_cfg.")
     tag: dict[str, Any] = {}
-    if options.pretrained is not None and Path(options.pretrained).is_file():
-        weights = Path(options.pretrained)
+    if options.pretrained is not None and Path(options.pretrained).expanduser().is_file():
+        weights = Path(options.pretrained).expanduser()
     elif options.pretrained is not None:
         weights = tag = _find_tag(name, options.pretrained)
     return Tower(_tower_config(model, {**data.get("preprocess_cfg", {}), **tag}, tag, options), model, weights)
@@ -135,53 +121,94 @@ def load_tower(tower: Tower) -> nn.Module:
     Raises:
         VisionEncoderError: if the weights cannot be fetched or do not fit.
     """
-    import torch
-
-    from vlm_cli.modeling.vision_encoder import build_tower
+    from vlm_cli.modeling.vision_encoder import build_tower, set_image_size
 
     if tower.weights is None:
         return build_tower(tower.config)
     path = tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
-    if path.suffix == ".safetensors" and tower.config["vision_cfg"] == tower.model_config["vision_cfg"]:
+    try:
+        state = _visual_state(path)
+        if not state:
+            return _load_with_openclip(tower, path)
+    except VisionEncoderError:
+        raise
+    except Exception as error:
+        raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {first_line(error)}.") from None
+    vision_cfg = tower.config["vision_cfg"]
+    if "timm_model_name" not in vision_cfg:
+        visual = build_tower(tower.config)
+        _fill(visual, state, path)
+        return visual
+    # timm resizes a tower that is loaded, not a file.
+    visual = build_tower({**tower.config, "vision_cfg": tower.model_config["vision_cfg"]})
+    _fill(visual, state, path)
+    size = vision_cfg.get("image_size", visual.image_size)
+    visual.image_size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return set_image_size(visual)
+
+
+def _visual_state(path: Path) -> dict[str, Any]:
+    """Tensors of the image tower under OpenCLIP's names; empty for a file in another layout."""
+    if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        # Only the image tower is read, straight from the file.
-        try:
-            with safe_open(path, "pt") as file:
-                state = {k.removeprefix("visual."): file.get_tensor(k) for k in file.keys() if k.startswith("visual.")}
-        except Exception as error:
-            raise VisionEncoderError(f"cannot read the weights {str(path)!r}: {error}") from None
-        if state:
-            visual = build_tower(tower.config)
-            try:
-                visual.load_state_dict(state)
-            except RuntimeError as error:
-                raise VisionEncoderError(f"the weights {str(path)!r} do not fit the tower: {error}") from None
-            return visual
-    return _load_with_openclip(tower, path, torch.float32)
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys() if k.startswith("visual.")}
+    if path.suffix in (".npz", ".npy"):
+        return {}
+    from open_clip.factory import load_state_dict
+
+    return {k: x for k, x in load_state_dict(str(path)).items() if k.startswith("visual.")}
 
 
-def _load_with_openclip(tower: Tower, path: Path, dtype: Any) -> nn.Module:
-    """OpenCLIP's own loader, for its older formats and other image sizes; it builds the text tower too."""
+def _fill(visual: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Load a tower, after resizing a ViT's position embeddings to its image size as OpenCLIP does.
+
+    Raises:
+        VisionEncoderError: if the file holds another tower.
+    """
+    from types import SimpleNamespace
+
+    from open_clip.model import resize_pos_embed
+
+    resize_pos_embed(state, SimpleNamespace(visual=visual))
+    state = {k.removeprefix("visual."): x for k, x in state.items()}
+    wanted = visual.state_dict()
+    shapes = [k for k, x in state.items() if k in wanted and x.shape != wanted[k].shape]
+    for names, what in (
+        (wanted.keys() - state.keys(), "lack {} tensors of the vision tower"),
+        (state.keys() - wanted.keys(), "hold {} tensors that the vision tower does not have"),
+        (shapes, "give {} tensors of the vision tower another shape"),
+    ):
+        if names:
+            raise VisionEncoderError(f"the weights {str(path)!r} {what.format(len(names))}, e.g. {min(names)!r}.")
+    visual.load_state_dict(state)
+
+
+def _load_with_openclip(tower: Tower, path: Path) -> nn.Module:
+    """OpenCLIP's own loader, for files of other projects; it builds the text tower too."""
     from open_clip.factory import load_checkpoint
     from open_clip.model import CLIP, CustomTextCLIP
 
+    from vlm_cli.modeling.vision_encoder import set_image_size
+
     model_config = {k: v for k, v in tower.model_config.items() if k not in ("custom_text", "multimodal_cfg")}
     model_config |= {key: tower.config[key] for key in ("embed_dim", "vision_cfg", "quick_gelu")}
-    model_config["text_cfg"] = {**model_config["text_cfg"], "hf_model_pretrained": False}
+    # A configuration without a text tower gets a small one, which is thrown away.
+    model_config["text_cfg"] = {**model_config.get("text_cfg", _SMALL_TEXT), "hf_model_pretrained": False}
     custom = tower.model_config.get("custom_text") or "hf_model_name" in model_config["text_cfg"]
-    try:
-        model = (CustomTextCLIP if custom else CLIP)(**model_config)
-        # CoCa's files also hold a decoder; what matters here is that the tower is complete.
-        missing = load_checkpoint(model, str(path), strict=False)
-    except Exception as error:
-        raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {error}") from None
+    model = (CustomTextCLIP if custom else CLIP)(**model_config)
+    missing = load_checkpoint(model, str(path), strict=False)
     absent = [k for k in getattr(missing, "missing_keys", []) if k.startswith("visual.")]
     if absent:
         raise VisionEncoderError(
-            f"the weights {str(path)!r} lack {len(absent)} tensors of the vision tower, e.g. {absent[0]}."
+            f"the weights {str(path)!r} lack {len(absent)} tensors of the vision tower, e.g. {absent[0]!r}."
         )
-    return model.visual.to(dtype)
+    # Interpolates position embeddings that were loaded at the tower's own size.
+    return set_image_size(model.visual).float()
+
+
+_SMALL_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -190,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise VisionEncoderError(f"cannot read the OpenCLIP configuration {str(path)!r}: {error.strerror}.") from None
     except ValueError as error:
-        raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} is not JSON: {error}") from None
+        raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} is not JSON: {error}.") from None
     if not isinstance(data, dict):
         raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} does not hold a mapping.")
     return data

@@ -7,6 +7,7 @@ inside the language model's tables and cross-attention blocks inside its layers.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of torch before 1.6 are not zip files, and cannot be mapped into memory.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         advice = "Only tensors are read from it, never code." if path.suffix != ".safetensors" else "Is it complete?"
         raise CheckpointError(f"cannot read weights from {str(path)!r}: {first_line(error)}. {advice}") from None

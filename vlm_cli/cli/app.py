@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli import __version__
-from vlm_cli.cli import build, console, count_params, generate, inspect, list_parts
+from vlm_cli.cli import build, console, count_params, eval, generate, inspect, list_parts, train
 from vlm_cli.errors import VLMError, first_line
 
 __all__ = ["app", "main"]
@@ -59,9 +61,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             console.note("Interrupted.")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            # The reader has seen enough (`vlm list | head`); Python must not complain when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
+            raise typer.Exit(1) from None  # the reader has seen enough (`vlm list | head`)
         except VLMError as error:
             if _debug:
                 raise
@@ -82,6 +82,8 @@ for _name, _command in (
     ("generate", generate.generate),
     ("count-params", count_params.count_params),
     ("list", list_parts.list_parts),
+    ("train", train.train),
+    ("eval", eval.evaluate),
 ):
     app.command(_name)(_guarded(_command))
 
@@ -91,13 +93,36 @@ def main() -> int:
     # Importing torch and Transformers makes millions of objects that live to the end; looking for garbage among them,
     # and tearing them down, takes longer than counting a model of 9 billion parameters.
     gc.disable()
+    signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name may hold bytes that are no text, and a terminal may lack a character.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    code = _flush() or code
     if "torch" not in sys.modules:
         return code
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """End as after an error, so that nothing half-written stays."""
+    raise SystemExit(128 + number)
+
+
+def _flush() -> int:
+    """Write out what is buffered; 1 if it cannot be."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            console.error(f"cannot write the output: {error.strerror}.")
+        # Python must not try again, and complain, when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

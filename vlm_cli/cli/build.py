@@ -1,12 +1,14 @@
 """`vlm build`."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, JsonOption, expand, resolve_dtype
+from vlm_cli.cli.options import MAX_SEED, ComposeOptions, JsonOption, expand, resolve_dtype
 from vlm_cli.errors import CheckpointError, UsageError
 
 __all__ = ["build"]
@@ -21,7 +23,7 @@ def build(
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw all weights; fetch none.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (the language model's), float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the weights that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the weights that are drawn.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if vlm wrote it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, count, and write nothing.")] = False,
@@ -35,8 +37,9 @@ def build(
     if out is None and not dry_run:
         raise UsageError("no output directory is named: vlm build OUT …, or add --dry-run to write nothing.")
     wanted = resolve_dtype(dtype)
+    _check_size(max_shard_size)
     composition = compose.compose()
-    if out is not None and not dry_run:
+    if out is not None:
         from vlm_cli.checkpoint.directory import check_output
 
         check_output(out, overwrite=overwrite)
@@ -47,7 +50,9 @@ def build(
     with console.step(quiet) as announce:
         announce("checking the composition")
         blueprint = plan(composition, trust_remote_code=compose.trust_remote_code)
-        if not dry_run:
+        if dry_run and weights is not None:
+            _load_weights(blueprint.meta_model, blueprint, weights, random_weights)
+        elif not dry_run:
             assert out is not None
             model = _create(blueprint, announce, weights, random_weights, wanted, seed)
             _write(model, blueprint, out, announce, max_shard_size, overwrite)
@@ -58,30 +63,47 @@ def build(
             "random. Give a tag, as in ViT-B-32:laion2b_s34b_b79k."
         )
     if not dry_run:
-        console.note(f'Wrote {out}. Next: vlm generate --model {out} --image FILE "A photo of"')
+        console.note(f'Wrote {out}. Next: vlm generate --model {shlex.quote(str(out))} --image FILE "A photo of"')
+
+
+def _check_size(text: str) -> None:
+    """
+    Raises:
+        UsageError: for what Transformers cannot read as a size.
+    """
+    if not re.fullmatch(r"[1-9]\d*\s*[kKMGT]i?B", text):
+        raise UsageError(f"--max-shard-size expects a number of MB or GB, as 5GB or 500MB, got {text!r}.")
 
 
 def _create(blueprint: Any, announce: Any, weights: Path | None, random_weights: bool, dtype: Any, seed: int) -> Any:
     from vlm_cli.checkpoint.create import create
-    from vlm_cli.checkpoint.weights import load_weights, read_weights
+    from vlm_cli.checkpoint.weights import read_weights
 
     if weights is not None:
         read_weights(weights)  # before anything is fetched
     model = create(blueprint, random_weights=random_weights, dtype=dtype, seed=seed, progress=announce)
     if weights is not None:
         announce(f"loading weights {weights}")
-        drawn = ["vision_encoder", "language_model"] if random_weights else []
-        if blueprint.tower.weights is None and not random_weights:
-            drawn = ["vision_encoder"]
-        report = load_weights(model, weights, random_parts=drawn)
-        announce("composing")
-        _print_key_report(report)
-        if not report.is_complete:
-            raise CheckpointError(
-                f"{str(weights)!r} does not fit the composition: {len(report.missing)} tensors that train, or would "
-                f"stay random, are missing, and {len(report.mismatched)} have another shape. Nothing was written."
-            )
+        _load_weights(model, blueprint, weights, random_weights)
     return model
+
+
+def _load_weights(model: Any, blueprint: Any, weights: Path, random_weights: bool) -> None:
+    """Load trained weights and print what became of each tensor.
+
+    Raises:
+        CheckpointError: if one is missing that trains or would stay random, or has another shape.
+    """
+    from vlm_cli.checkpoint.weights import load_weights
+
+    drawn = ["vision_encoder"] if random_weights or blueprint.tower.weights is None else []
+    report = load_weights(model, weights, random_parts=[*drawn, "language_model"] if random_weights else drawn)
+    _print_key_report(report)
+    if not report.is_complete:
+        raise CheckpointError(
+            f"{str(weights)!r} does not fit the composition: {len(report.missing)} tensors that train, or would "
+            f"stay random, are missing, and {len(report.mismatched)} have another shape. Nothing was written."
+        )
 
 
 def _print_key_report(report: Any) -> None:

@@ -56,7 +56,7 @@ def _plain(cell: str) -> Any:
 
 def _is_number(cell: str) -> bool:
     first = cell.lstrip("-~ ").split(" ")[0]
-    return not first or first.replace(",", "").replace(".", "").rstrip("%").isdigit()
+    return first in ("", "none") or first.replace(",", "").replace(".", "").rstrip("%").isdigit()
 
 
 def human_bytes(size: float) -> str:

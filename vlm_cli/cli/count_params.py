@@ -37,7 +37,7 @@ def count_params(
     from vlm_cli.report.parameters import count_parameters
 
     wanted = resolve_dtype(dtype)
-    vlm, stored, _ = on_meta(chosen, trust_remote_code=compose.trust_remote_code)
+    vlm, stored, _ = on_meta(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
     report = count_parameters(vlm, depth=depth, dtype=stored if wanted == "auto" else wanted)
     if as_json:
         console.print_json(report.to_dict())

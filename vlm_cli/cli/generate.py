@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import DeviceOptions, JsonOption, SamplingOptions, expand
+from vlm_cli.cli.options import ComposeOptions, DeviceOptions, JsonOption, SamplingOptions, expand, resolve
+from vlm_cli.composition import FAMILIES
 from vlm_cli.errors import CompositionError, PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, format, interleave
 
@@ -23,7 +24,7 @@ class PromptOptions:
     prompt: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PROMPT]",
+            metavar="PROMPT",
             help="Text with <image:FILE> or <image> placeholders; - reads stdin.",
             show_default=False,
         ),
@@ -102,6 +103,9 @@ def generate(
     sampling: SamplingOptions = SamplingOptions(),
     devices: DeviceOptions = DeviceOptions(),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the language model's own code from the directory.")
+    ] = False,
     as_json: JsonOption = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens, seconds and memory on stderr.")] = False,
@@ -115,20 +119,20 @@ def generate(
     keywords = sampling.keywords()
     if model is None:
         raise UsageError("no model is named: add --model DIR. `vlm build DIR …` composes one.")
+    built = _built(model, revision)
     images = prompts.load(parts)
-    _check_model_name(model)
     from vlm_cli.cli.models import hush
 
     hush()
     if dry_run:
-        _show_layout(model, revision, parts, prompts.special_tokens, as_json)
+        _show_layout(built, revision, trust_remote_code, parts, prompts.special_tokens, as_json)
         return
     from vlm_cli.checkpoint.directory import load
 
     device, dtype = devices.resolve()
     started = time.monotonic()
     hub = {} if revision is None else {"revision": revision}
-    vlm, processor = load(model, dtype=dtype, device=device, **hub)
+    vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **hub)
     console.note(f"Model {model} on {device}, {str(vlm.dtype).removeprefix('torch.')}")
     run = Run(vlm, processor, sampling, time.monotonic() - started)
     run.generate(parts, images, keywords, prompts.special_tokens, stream=not (no_stream or as_json))
@@ -140,23 +144,29 @@ def generate(
         console.note(run.statistics())
 
 
-def _check_model_name(model: str) -> None:
-    """Refuse what is a composition, not a model that can run."""
-    from vlm_cli.composition import FAMILIES
+def _built(model: str, revision: str | None) -> str:
+    """Directory or hub id of a model that can run.
 
-    if (model in FAMILIES and not Path(model).is_dir()) or Path(model).is_file():
+    Raises:
+        UsageError: if there is none, or a composition without weights.
+    """
+    built = resolve(model, ComposeOptions(revision=revision))
+    if not isinstance(built, str):
         flag = "--family" if model in FAMILIES else "--config"
         raise CompositionError(
             f"{model!r} is a composition without weights. Build it first: vlm build OUT {flag} {model}"
         )
+    return built
 
 
-def _show_layout(model: str, revision: str | None, parts: Interleaved, special: bool, as_json: bool) -> None:
+def _show_layout(
+    model: str, revision: str | None, trust_remote_code: bool, parts: Interleaved, special: bool, as_json: bool
+) -> None:
     from vlm_cli.cli.inspect import print_layout
     from vlm_cli.cli.models import on_meta, processor_of
     from vlm_cli.report.layout import lay_out
 
-    vlm, _, _ = on_meta(model, revision=revision)
+    vlm, _, _ = on_meta(model, trust_remote_code=trust_remote_code, revision=revision)
     print_layout(lay_out(vlm, processor_of(model, revision), parts.parts, parse_special_tokens=special), as_json)
 
 
@@ -191,6 +201,7 @@ class Run:
         self.prompt_tokens = inputs["input_ids"].shape[1]
         self.positions = self._positions(inputs["input_ids"])
         keywords = self._within_context(keywords)
+        self.max_new_tokens = keywords["max_new_tokens"]
         if self.sampling.seed is not None:
             set_seed(self.sampling.seed)
         # Beams and several answers are known only at the end.
@@ -207,13 +218,12 @@ class Run:
             print(flush=True)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids, skip_special_tokens=True)
+        # Clean-up would take back spaces that were written already.
+        return self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _positions(self, ids: Any) -> int:
-        from vlm_cli.report.description import positions_per_medium
-
         media = int((ids == self.model.config.media_token_id).sum())
-        return ids.shape[1] + media * (positions_per_medium(self.model) - 1)
+        return ids.shape[1] + media * (self.model.positions_per_medium() - 1)
 
     def _within_context(self, keywords: dict[str, Any]) -> dict[str, Any]:
         """Fewer new tokens where the context ends sooner.
@@ -221,8 +231,10 @@ class Run:
         Raises:
             PromptError: if the prompt alone is too long.
         """
-        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if not isinstance(context, int):
+        from vlm_cli.modeling.language_model import context_length
+
+        context = context_length(self.model.config)
+        if context is None:
             return keywords
         left = context - self.positions
         if left < 1:
@@ -240,12 +252,17 @@ class Run:
 
         ends = self.model.generation_config.eos_token_id or []
         ends = ends if isinstance(ends, list) else [ends]
-        found = [i for i, token in enumerate(ids) if token in ends]
-        ids = ids[: found[0] + 1] if found else ids
-        whole = self._decode(ids)
+        end = next((i for i, token in enumerate(ids) if token in ends), None)
+        length = len(ids) if end is None else end + 1
+        if end is None and self.stops:
+            # Answers that a stop string ended sooner than others are padded.
+            while length and ids[length - 1] == self.model.config.pad_token_id:
+                length -= 1
+        whole = self._decode(ids[:length])
         text = cut_at_stop(whole, self.stops)
-        reason = "stop_string" if text != whole else "stop_token" if found else "length"
-        return {"text": text, "new_tokens": len(ids), "finish_reason": reason}
+        cut = text != whole or (end is None and length < self.max_new_tokens)
+        reason = "stop_string" if cut else "stop_token" if end is not None else "length"
+        return {"text": text, "new_tokens": length, "finish_reason": reason}
 
     def to_dict(self, images: list[Any]) -> dict[str, Any]:
         return {

@@ -40,12 +40,16 @@ def inspect(
     from vlm_cli.report.description import describe
     from vlm_cli.report.layout import lay_out
 
-    vlm, dtype, processor = on_meta(chosen, trust_remote_code=compose.trust_remote_code)
-    processor = processor or processor_of(chosen)
+    revision = compose.revision
+    vlm, dtype, processor = on_meta(chosen, trust_remote_code=compose.trust_remote_code, revision=revision)
+    if processor is None and (parts is not None or isinstance(chosen, str)):
+        processor = processor_of(chosen, revision)
     if parts is not None:
+        assert processor is not None
         print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special_tokens), as_json)
         return
-    report = describe(vlm, processor and processor.tokenizer, dtype=dtype, gate_values=gate_values(chosen, vlm))
+    gates = gate_values(chosen, vlm, revision)
+    report = describe(vlm, processor and processor.tokenizer, dtype=dtype, gate_values=gates)
     if as_json:
         console.print_json(report)
     else:

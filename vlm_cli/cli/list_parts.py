@@ -19,8 +19,8 @@ KINDS = ("families", "vision-encoders", "vision-tokenizers", "fusions", "languag
 
 
 def list_parts(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=f"{', '.join(KINDS)}.")] = None,
-    word: Annotated[str, typer.Argument(metavar="[WORD]", help="Only names that contain it.")] = "",
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)}.")] = None,
+    word: Annotated[str, typer.Argument(metavar="WORD", help="Only names that contain it.")] = "",
     as_json: JsonOption = False,
 ) -> None:
     """List the parts that can be composed.
@@ -37,6 +37,8 @@ def list_parts(
     for k, entries in found.items():
         if kind is None and k in ("vision-encoders", "language-models"):
             print(f"{k}: {len(entries)}; `vlm list {k}` lists them.")
+        elif not entries:
+            console.note(f"No {k} have {word!r} in their names.")
         elif k in ("vision-encoders", "language-models"):
             print("\n".join(entries))
         else:

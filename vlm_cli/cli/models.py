@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from vlm_cli.checkpoint.create import plan
-from vlm_cli.checkpoint.directory import read_config, read_processor, read_tensors
+from vlm_cli.checkpoint.directory import read_config, read_generation_config, read_processor, read_tensors
 from vlm_cli.composition import Composition
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.modeling.vlm import VLM
@@ -41,9 +41,10 @@ def on_meta(
         blueprint = plan(chosen, trust_remote_code=trust_remote_code, need_tokenizer=False)
         dtype = blueprint.config.get_text_config().dtype or torch.float32
         return blueprint.meta_model, dtype, blueprint.processor if blueprint.tokenizer else None
-    config = read_config(chosen, **_hub(revision))
+    config = read_config(chosen, trust_remote_code=trust_remote_code, **_hub(revision))
     with torch.device("meta"):
         model = VLM(config)
+    model.generation_config = read_generation_config(chosen, **_hub(revision)) or model.generation_config
     return model, config.dtype or torch.float32, None
 
 
@@ -61,12 +62,13 @@ def processor_of(chosen: Composition | str, revision: str | None = None) -> VLMP
     return read_processor(chosen, **_hub(revision))
 
 
-def gate_values(chosen: Composition | str, model: VLM) -> dict[str, float]:
+def gate_values(chosen: Composition | str, model: VLM, revision: str | None = None) -> dict[str, float]:
     """tanh of the gates: of a composition, closed; of a directory, read from its files."""
     names = [name for name, _ in model.fusion.named_parameters() if name.endswith("_gate")]
     if isinstance(chosen, Composition):
         return dict.fromkeys(names, 0.0)
-    return {name: math.tanh(float(x)) for name, x in read_tensors(chosen, [f"fusion.{n}" for n in names]).items()}
+    found = read_tensors(chosen, [f"fusion.{name}" for name in names], **_hub(revision))
+    return {name: math.tanh(float(x)) for name, x in found.items()}
 
 
 def _hub(revision: str | None) -> dict[str, str]:

@@ -10,18 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_cli.composition import FAMILIES, Composition, read_file
-from vlm_cli.errors import CompositionError, UnknownNameError, UsageError
+from vlm_cli.composition import FAMILIES, Composition, read_file, split_name
+from vlm_cli.errors import CompositionError, UnknownNameError, UsageError, first_line
 from vlm_cli.registry import suggest
 
 __all__ = ["ComposeOptions", "DeviceOptions", "JsonOption", "ModelArgument", "SamplingOptions", "expand", "resolve"]
 
 COMPOSE, RUN, SAMPLE = "Composition", "Model", "Sampling"
 
+MAX_SEED = 2**32 - 1  # NumPy's
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="Directory, composition file, family name, or hub id.", show_default=False),
+    typer.Argument(metavar="MODEL", help="Directory, composition file, family name, or hub id.", show_default=False),
 ]
 
 
@@ -65,7 +67,10 @@ class ComposeOptions:
         ),
     ] = None
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run code from the language model's repository.", rich_help_panel=COMPOSE)
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run code from the language model's repository.", rich_help_panel=COMPOSE
+        ),
     ] = False
 
     @property
@@ -81,8 +86,6 @@ class ComposeOptions:
         Raises:
             VLMError: for anything that does not fit.
         """
-        from vlm_cli.checkpoint.openclip import split_name
-
         flags: dict[str, Any] = {
             name: value for name in ("vision_tokenizer", "fusion") if (value := getattr(self, name)) is not None
         }
@@ -94,8 +97,17 @@ class ComposeOptions:
             flags["language_model"] = {**flags.get("language_model", {}), "revision": self.revision}
         if self.trainable is not None:
             flags["trainable"] = [x.strip().replace("-", "_") for x in self.trainable.split(",") if x.strip()]
+        if base is not None and self.family is not None and base != self.family:
+            raise UsageError(f"{base!r} and --family {self.family} name two families. Choose one.")
         files = [read_file(path) for path in (file, self.config) if path is not None]
-        return Composition.compose(self.family or base, *files, flags, overrides=self.set or ())
+        try:
+            return Composition.compose(self.family or base, *files, flags, overrides=self.set or ())
+        except CompositionError as error:
+            from vlm_cli.checkpoint.create import not_found
+            from vlm_cli.cli.models import hush
+
+            hush()
+            raise CompositionError(error.problems + not_found(error)) from None
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,11 @@ class DeviceOptions:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
-            torch.empty(0, device=device)
+            torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+            raise UsageError(
+                f"device {device!r} cannot be used here: {first_line(error)}. Give another, or --device auto."
+            ) from None
         return device, resolve_dtype(self.dtype)
 
 
@@ -160,7 +174,9 @@ class SamplingOptions:
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", rich_help_panel=SAMPLE)
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Makes samples repeatable.", rich_help_panel=SAMPLE)] = None
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Makes samples repeatable.", rich_help_panel=SAMPLE)
+    ] = None
 
     def keywords(self) -> dict[str, Any]:
         """Arguments of `generate`; each flag takes effect or is refused.
@@ -243,10 +259,13 @@ def resolve(model: str | None, options: ComposeOptions) -> Composition | str:
             raise UsageError(f"{model!r} is no composition: expected a .yaml or .json file, or a directory.")
         return options.compose(file=path)
     if not path.is_dir() and "/" not in model:
+        nearby = [str(config.parent) for config in Path().glob("*/config.json")]
         raise UnknownNameError(
-            f"unknown model {model!r}: no such file or directory, and no family.{suggest(model, FAMILIES)} "
+            f"unknown model {model!r}: no such file or directory, and no family.{suggest(model, [*nearby, *FAMILIES])} "
             f"Families: {', '.join(FAMILIES)}."
         )
+    if path.is_dir() and options.revision is not None:
+        raise UsageError(f"--revision is for hub ids, and {model!r} is a directory. Leave it out.")
     if options.given:
         raise CompositionError(
             f"{model!r} is built already, so {options.given[0]} has no effect. Leave it out, or start from its "

@@ -6,17 +6,11 @@ from typing import Any
 
 import torch
 
-from vlm_cli.modeling.language_model import widths
+from vlm_cli.modeling.language_model import context_length, widths
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.report.parameters import count_parameters
 
-__all__ = ["describe", "positions_per_medium"]
-
-
-def positions_per_medium(model: VLM, num_frames: int = 1) -> int:
-    """Positions that one medium takes in the language model: 1 with cross-attention, n in the language stream."""
-    takes_place = model.media_width(1) is not None
-    return model.vision_tokenizer.num_tokens(num_frames) if takes_place else 1
+__all__ = ["describe"]
 
 
 def describe(
@@ -61,7 +55,7 @@ def describe(
             "layers": getattr(text, "num_hidden_layers", None),
             "embedding_channels": width_of.embedding,
             "layer_channels": width_of.layer,
-            "context": getattr(text, "max_position_embeddings", None),
+            "context": context_length(config),
         },
         "shapes": {
             "vision_x": ["B", "T_img", "F", 3, height, width],
@@ -70,7 +64,7 @@ def describe(
             "lang_x": ["B", "T_txt"],
             "logits": ["B", "T_txt", config.first_added_id + len(config.added_tokens)],
         },
-        "positions_per_image": positions_per_medium(model),
+        "positions_per_image": model.positions_per_medium(),
         "tokens": _tokens(model, tokenizer),
         "trainable": list(parts.trainable),
         "weight_decay": {"value": parts.weight_decay, "on": list(parts.weight_decay_on)},

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlm_cli.composition import CrossAttentionOptions
+from vlm_cli.modeling.language_model import context_length
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.report.description import positions_per_medium
 
 __all__ = ["Layout", "Span", "lay_out"]
 
@@ -75,7 +75,7 @@ def lay_out(
         parse_special_tokens: as for the processor.
     """
     ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
-    per_medium = positions_per_medium(model)
+    per_medium = model.positions_per_medium()
     fusion = model.config.parts.fusion.options
     spans: list[Span] = []
     sources = iter([part.source for part in parts if isinstance(part, Medium)])
@@ -86,8 +86,7 @@ def lay_out(
         content = next(sources) if is_media else processor.tokenizer.decode(run)
         spans.append(Span("medium" if is_media else "text", content, len(run), start, end, _sees(fusion, number)))
         start = end
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return Layout(spans, ids, start, context if isinstance(context, int) else None)
+    return Layout(spans, ids, start, context_length(model.config))
 
 
 def _runs(ids: Sequence[int], media_id: int) -> list[tuple[list[int], bool]]:

@@ -68,6 +68,9 @@ def count_parameters(model: VLM, *, depth: int = 1, dtype: torch.dtype | None = 
         mine = [p for p in module.parameters() if id(p) not in owners]
         rows.append(row(name, level, mine))
         if level < depth:
+            for own_name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in owners:
+                    rows.append(row(f"{name}.{own_name}", level + 1, [parameter]))
             for child_name, child in module.named_children():
                 if any(id(p) not in owners for p in child.parameters()):
                     visit(f"{name}.{child_name}", child, level + 1)

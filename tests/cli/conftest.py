@@ -1,0 +1,134 @@
+"""The command line in this process, and the smallest parts and models to try it on; made once, not to be changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from vlm_cli.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+
+TOWER = {
+    "embed_dim": 48,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}
+SMALL_PERCEIVER = ("depth=1", "num_heads=2", "head_dim=8", "num_latents=6", "ff_mult=2")
+SMALL_CROSS_ATTENTION = ("num_heads=2", "head_dim=8", "ff_mult=2")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is composed: an OpenCLIP configuration, a language model, and sizes that keep the rest small."""
+
+    folder: Path
+    tower: Path
+    language_model: Path
+
+    @property
+    def named(self) -> list[str]:
+        return ["--vision-encoder", str(self.tower), "--language-model", str(self.language_model)]
+
+    @property
+    def flamingo(self) -> list[str]:
+        sizes = [f"vision_tokenizer.{x}" for x in SMALL_PERCEIVER] + [f"fusion.{x}" for x in SMALL_CROSS_ATTENTION]
+        return ["--family", "flamingo", *self.named, *(x for size in sizes for x in ("--set", size))]
+
+    @property
+    def kosmos(self) -> list[str]:
+        sizes = [f"vision_tokenizer.{x}" for x in SMALL_PERCEIVER]
+        return ["--family", "kosmos", *self.named, *(x for size in sizes for x in ("--set", size))]
+
+
+@pytest.fixture(scope="session")
+def vlm() -> Callable[..., Any]:
+    """`vlm(*arguments, input=None)` in this process: exit code, stdout and stderr."""
+
+    def run(*arguments: Any, input: str | bytes | None = None, debug: bool = False) -> Any:
+        words = [*(["--debug"] if debug else []), *map(str, arguments)]
+        result = CliRunner().invoke(app, words, input=input, catch_exceptions=not debug)
+        assert "Traceback" not in result.stdout + result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """For a process of its own: one thread, no network, and this working tree."""
+    home = tmp_path_factory.mktemp("home")
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(home), "HF_HOME": str(home / "hf")}
+    return {**os.environ, **own, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def example() -> ModuleType:
+    """`examples/tiny_language_model.py`."""
+    spec = importlib.util.spec_from_file_location("tiny_language_model", ROOT / "examples/tiny_language_model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory, example: ModuleType) -> Parts:
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "tower.json").write_text(json.dumps(TOWER))
+    return Parts(folder, folder / "tower.json", example.make(folder / "lm"))
+
+
+@pytest.fixture
+def language_model(parts: Parts, tmp_path: Path) -> Path:
+    """A copy of the language model, to be spoilt."""
+    return Path(shutil.copytree(parts.language_model, tmp_path / "own-lm"))
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "photo.png"
+    Image.effect_noise((40, 30), 80).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def flamingo(vlm: Callable[..., Any], parts: Parts) -> Path:
+    return _built(vlm, parts.folder / "flamingo", parts.flamingo)
+
+
+@pytest.fixture(scope="session")
+def kosmos(vlm: Callable[..., Any], parts: Parts) -> Path:
+    return _built(vlm, parts.folder / "kosmos", parts.kosmos)
+
+
+def _built(vlm: Callable[..., Any], out: Path, flags: list[str]) -> Path:
+    result = vlm("build", out, *flags, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def open_gates(flamingo: Path) -> Path:
+    """A flamingo whose images matter: its gates stand at 0.5 and its tokens are large."""
+    out = Path(shutil.copytree(flamingo, flamingo.parent / "open-gates"))
+    weights = load_file(out / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("_gate"):
+            tensor.fill_(0.5)
+        elif name.startswith("fusion") and tensor.ndim == 2:
+            tensor *= 20
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out

@@ -1,0 +1,66 @@
+"""Language models whose code comes with their weights: run only where it is trusted, and written along."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from vlm_cli.errors import CheckpointError
+
+__all__ = ["adopt_from_config", "adopt_from_directory", "write_code"]
+
+_MODULES = "transformers_modules"  # Transformers' package of fetched code
+
+
+def adopt_from_config(config: PreTrainedConfig, location: str, **keywords: Any) -> None:
+    """Let Transformers build a model from a configuration that was read with its own code; others are left alone.
+
+    Args:
+        config: of the language model.
+        location: directory or hub id that holds the code.
+        keywords: `revision`, … of Transformers.
+    """
+    reference = (getattr(config, "auto_map", None) or {}).get(AutoModelForCausalLM.__name__)
+    if reference is not None and type(config).__module__.startswith(_MODULES):
+        _adopt(type(config), reference, location, keywords)
+
+
+def adopt_from_directory(text_config: dict[str, Any], name: str, *, trusted: bool, **keywords: Any) -> None:
+    """The same for a directory or hub id that `vlm build` wrote.
+
+    Raises:
+        CheckpointError: if there is code, but no trust.
+    """
+    references = text_config.get("auto_map") or {}
+    if text_config.get("model_type") in CONFIG_MAPPING or AutoConfig.__name__ not in references:
+        return
+    if not trusted:
+        raise CheckpointError(f"{name!r} runs code of its own. If you trust it, add --trust-remote-code.")
+    config = get_class_from_dynamic_module(references[AutoConfig.__name__], name, **keywords)
+    _adopt(config, references[AutoModelForCausalLM.__name__], name, keywords)
+
+
+def _adopt(config: type[PreTrainedConfig], reference: str, location: str, keywords: dict[str, Any]) -> None:
+    model = add_generation_mixin_to_remote_model(get_class_from_dynamic_module(reference, location, **keywords))
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def write_code(lm: PreTrainedModel, out: Path) -> None:
+    """Put the code of a language model, if it has its own, into the directory `out`, and point its config there."""
+    if not type(lm.config).__module__.startswith(_MODULES):
+        return
+    lm.config.auto_map = {key: str(x).rpartition("--")[2] for key, x in lm.config.auto_map.items()}
+    for owner in (type(lm.config), *type(lm).__mro__):
+        module = sys.modules[owner.__module__]
+        if owner.__module__.startswith(_MODULES) and module.__file__:
+            for file in Path(module.__file__).parent.glob("*.py"):
+                if file.name != "__init__.py":
+                    shutil.copy(file, out / file.name)
