@@ -1,13 +1,12 @@
 """The README is true: what it shows is run, in its order and in one folder, and what it names exists.
 
 What a run prints is compared line by line with what the README shows. Trailing spaces and empty lines do not count,
-a line that is only `…` stands for any lines, and times and memory for any number.
+a line that is only `…` stands for any lines, and times, memory and the device for any.
 """
 
 from __future__ import annotations
 
 import doctest
-import os
 import re
 import runpy
 import shlex
@@ -17,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer.main
 from typer.testing import CliRunner
 
-from vlm_cli.checkpoint.openclip import find_tower, split_name
+from vlm_cli.checkpoint.openclip import find_tower
 from vlm_cli.cli.app import app
-from vlm_cli.composition import FAMILIES, PARTS, VisionEncoderOptions
+from vlm_cli.composition import FAMILIES, PARTS, VisionEncoderOptions, split_name
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# What differs from run to run: `0.4 s`, `37.8 tokens/s`, `"seconds": 0.2`, `peak memory 919.9 MB`.
-VARYING = re.compile(r'[\d.]+(?= s\b| tokens/s)|(?<=seconds": )[\d.]+|(?<=peak memory )[\d.]+ .?B')
+# What differs from run to run: `0.4 s`, `37.8 tokens/s`, `"seconds": 0.2`, `peak memory 919.9 MB`, `on cpu`.
+VARYING = re.compile(
+    r'[\d.]+(?= s\b| tokens/s)|(?<=seconds": )[\d.]+|(?<=peak memory )[\d.]+ .?B|(?<= on )(?:cpu|cuda|mps)\b'
+)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -76,13 +76,11 @@ def two_commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which the first command has run, without its environment and on a machine without accelerator."""
+    """A folder in which the first command has run, but for the environment that it makes."""
     path = tmp_path_factory.mktemp("checkout")
     (path / "examples").symlink_to(ROOT / "examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.backends.mps, "is_available", lambda: False)
         for line in two_commands()[0].replace("\\\n", "").split("&&")[2:]:
             program, *words = shlex.split(line)
             if program == ".venv/bin/python":
@@ -112,7 +110,7 @@ def test_session(folder: Path, block: str) -> None:
     for line, shown in steps(block):
         code, printed = run(line)
         assert agrees(shown, printed), f"$ {line}\n{printed}"
-        assert code == (2 if "vlm build mixed --vision-encoder ViT-B-23" in line else 1 if "Error:" in shown else 0)
+        assert bool(code) == shown.startswith("Error:")
 
 
 def test_agrees_notices_a_difference() -> None:
@@ -134,9 +132,10 @@ def test_python(folder: Path) -> None:
 
 
 def test_parts() -> None:
-    for name in (*VISION_TOKENIZERS, *FUSIONS):
-        if ":vlm_cli" in f":{VISION_TOKENIZERS[name].target if name in VISION_TOKENIZERS else FUSIONS[name].target}":
-            assert f"`{name}`: " in README
+    cells = {name: text for name, text in table("part")}
+    for place, registry in (("vision tokenizer", VISION_TOKENIZERS), ("fusion", FUSIONS)):
+        ours = [name for name in registry if registry[name].target.startswith("vlm_cli.")]
+        assert [choice.partition(":")[0] for choice in cells[place].split("<br>")] == ours
 
 
 def table(first: str) -> list[list[str]]:
@@ -158,7 +157,6 @@ def test_families() -> None:
         parts = {"tokenizer": "vision_tokenizer", "fusion": "fusion", "added tokens": "added_tokens"}
         all_but = set(PARTS) - {"vision_encoder"}
         told = all_but if trains == "all but the vision encoder" else {parts[x] for x in trains.split(", ")}
-        # A language stream has nothing of its own to train.
         assert told == set(preset["trainable"])
 
 
@@ -193,4 +191,3 @@ def test_vision_encoders_exist() -> None:
 
 def test_says_that_a_fresh_composition_is_untrained() -> None:
     assert "**A fresh composition is untrained.**" in README
-    assert os.path.exists(ROOT / "examples" / "images" / "cat.jpg")
