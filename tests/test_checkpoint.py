@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -70,6 +71,11 @@ def test_names_of_the_reference(theirs, ours):
     assert translate([ours]) == {ours: ours}
 
 
+def own(**parts):
+    """A tiny VLM that may be changed; those that `tiny` builds share their language models and towers."""
+    return copy.deepcopy(tiny.build(**parts))
+
+
 @pytest.fixture
 def state(tmp_path):
     """All tensors of a tiny VLM, moved."""
@@ -79,7 +85,7 @@ def state(tmp_path):
 
 
 def test_loading_gives_each_tensor_its_own(state, tmp_path):
-    model = tiny.build()
+    model = own()
     report = load_weights(model, tmp_path / "w.safetensors")
     assert report.is_complete and report.loaded == sorted(state)
     assert not (report.missing or report.absent or report.unused or report.mismatched)
@@ -95,7 +101,7 @@ def test_a_model_is_unchanged_if_the_file_does_not_fit(state, tmp_path, change):
     else:
         state = {"other": torch.zeros(1)}
     save_file(state, tmp_path / "w.safetensors")
-    model = tiny.build()
+    model = own()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     report = load_weights(model, tmp_path / "w.safetensors")
     assert not report.is_complete
@@ -105,16 +111,16 @@ def test_a_model_is_unchanged_if_the_file_does_not_fit(state, tmp_path, change):
 def test_what_may_be_absent(state, tmp_path):
     trained = {name: x for name, x in state.items() if not name.startswith(("vision_encoder", "lang_model"))}
     save_file(trained, tmp_path / "w.safetensors")
-    report = load_weights(tiny.build(), tmp_path / "w.safetensors")
+    report = load_weights(own(), tmp_path / "w.safetensors")
     assert report.is_complete and set(report.absent) == state.keys() - trained.keys()
-    report = load_weights(tiny.build(), tmp_path / "w.safetensors", random_parts=["language_model"])
+    report = load_weights(own(), tmp_path / "w.safetensors", random_parts=["language_model"])
     assert set(report.missing) == {name for name in state if name.startswith("lang_model")}
-    report = load_weights(tiny.build(trainable=["language_model"]), tmp_path / "w.safetensors")
+    report = load_weights(own(trainable=["language_model"]), tmp_path / "w.safetensors")
     assert "lang_model.model.norm.weight" in report.missing
 
 
 def test_one_name_of_tied_weights_is_enough(tmp_path):
-    model = tiny.build(language_model="llama-tied")
+    model = own(language_model="llama-tied")
     state = {name: x + 1 for name, x in model.state_dict().items() if name != "lang_model.lm_head.weight"}
     save_file(state, tmp_path / "w.safetensors")
     report = load_weights(model, tmp_path / "w.safetensors", random_parts=["language_model"])

@@ -74,22 +74,27 @@ def two_commands() -> list[str]:
     return blocks(README.partition("\n## Two commands\n")[2], "bash")[:2]
 
 
+def composing() -> list[str]:
+    """The command that composes a VLM on the spot, as words of its programs."""
+    block = blocks(README.partition("\n## What it looks like\n")[2], "bash")[0]
+    return block.replace("\\\n", "").split("&&")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which the first command has run, but for the environment that it makes."""
+    """A folder in which a VLM was composed."""
     path = tmp_path_factory.mktemp("checkout")
     (path / "examples").symlink_to(ROOT / "examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        for line in two_commands()[0].replace("\\\n", "").split("&&")[2:]:
+        for line in composing():
             program, *words = shlex.split(line)
-            if program == ".venv/bin/python":
+            if program == "python":
                 patch.setattr(sys, "argv", words)
                 runpy.run_path(words[0], run_name="__main__")
             else:
-                assert program == ".venv/bin/vlm"
                 code, printed = vlm(words)
-                assert code == 0, printed
+                assert program == "vlm" and code == 0, printed
         yield path
 
 
@@ -100,9 +105,14 @@ def test_two_commands() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
-def test_first_command_can_run_again(folder: Path) -> None:
-    line = next(x for x in two_commands()[0].replace("\\\n", "").split("&&") if "vlm build" in x)
-    assert vlm(shlex.split(line)[1:])[0] == 0
+def test_first_command_says_what_it_prints(folder: Path) -> None:
+    line = two_commands()[0].split("&&")[2]
+    result = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert result.exit_code == 0 and f"It prints `{result.stdout.rstrip()}`" in README
+
+
+def test_composing_can_run_again(folder: Path) -> None:
+    assert vlm(shlex.split(composing()[1])[1:])[0] == 0
 
 
 @pytest.mark.parametrize("block", blocks(README, "console"))

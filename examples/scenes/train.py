@@ -54,7 +54,7 @@ WEIGHT_DECAY = 0.05
 WARMUP = 60  # steps
 SHORT = 3.0  # minutes of training; below, the warmup is a tenth of them
 RECORDS_PER_MINUTE = 2500  # more than two processors can learn once
-VISION_SHARE = 0.2  # of the minutes; the compositions have the rest in equal parts
+VISION_SHARE = 0.3  # of the minutes; the compositions have the rest in equal parts
 SECOND_SEED = 1  # added to the seed for what is asked, so that no scene was learned
 
 #: Records to be asked: flags of `python -m examples.scenes`, and what the report says of them.
@@ -87,7 +87,7 @@ class Recipe:
 
     @property
     def vision_minutes(self) -> float:
-        return self.minutes * VISION_SHARE
+        return self.minutes * self.vision_share
 
     @property
     def composition_minutes(self) -> float:

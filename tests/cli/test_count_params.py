@@ -120,9 +120,8 @@ def test_forms_exclude_each_other(vlm, flamingo):
     assert result.exit_code == 2 and "exclude each other" in result.stderr
 
 
-def test_no_model_is_wrong_usage(vlm):
-    result = vlm("count-params")
-    assert result.exit_code == 2 and "no model is named" in result.stderr and "flamingo" in result.stderr
+def test_without_a_model_the_bundled_one_is_counted(vlm):
+    assert vlm("count-params", "--json").stdout == vlm("count-params", "demo", "--json").stdout
 
 
 def test_flags_have_no_effect_on_a_directory(vlm, flamingo):

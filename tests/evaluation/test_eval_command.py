@@ -86,7 +86,7 @@ GOOD = {"prompt": "<image:red.png>", "completion": "red"}
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ([], 2, "no model is named"),
+        ([], 2, "no questions are given: vlm eval demo --data FILE.jsonl"),
         (["stream"], 2, "no questions are given: vlm eval stream --data FILE.jsonl"),
         (["stream", "-d", "nope.jsonl"], 1, "cannot find the records 'nope.jsonl'"),
         (["stream", "-d", "."], 1, "'.' is a directory"),

@@ -121,43 +121,11 @@ def _print_key_report(report: Any) -> None:
 
 def _write(model: Any, blueprint: Any, out: Path, announce: Any, max_shard_size: str, overwrite: bool) -> None:
     from vlm_cli.checkpoint.directory import replacing, save
+    from vlm_cli.cli.card import model_card
 
     announce(f"writing {out}")
     with replacing(out, overwrite=overwrite) as partial:
-        save(model, blueprint.processor, partial, card=_card(model, out.name), max_shard_size=max_shard_size)
-
-
-def _card(model: Any, name: str) -> str:
-    """A short model card with the table of parameters."""
-    from vlm_cli.cli.count_params import markdown
-    from vlm_cli.report.parameters import count_parameters
-
-    parts = model.config.parts
-    table = markdown(count_parameters(model))
-    return f"""---
-library_name: vlm-cli
-pipeline_tag: image-text-to-text
----
-
-# {name}
-
-A vision-language model composed with [vlm](https://pypi.org/project/vlm-cli/). New parts are untrained until someone
-trains them.
-
-| part | choice |
-|---|---|
-| vision encoder | `{parts.vision_encoder.name}` |
-| its weights | `{parts.vision_encoder.pretrained or "none named"}` |
-| vision tokenizer | `{parts.vision_tokenizer.type}` |
-| fusion | `{parts.fusion.type}` |
-| language model | `{parts.language_model.name}` |
-
-{table}
-```
-pip install vlm-cli
-vlm generate --model {name} "<image:photo.jpg>A photo of"
-```
-"""
+        save(model, blueprint.processor, partial, card=model_card(model, out.name), max_shard_size=max_shard_size)
 
 
 def _report(source: Any, out: Path | None, as_json: bool, dtype: Any) -> None:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.generate import _built
-from vlm_cli.cli.options import DeviceOptions, JsonOption, SamplingOptions, expand
+from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, built_model, expand
 from vlm_cli.errors import UsageError
 
 __all__ = ["EvalOptions", "OutputOptions", "evaluate"]
@@ -55,9 +54,8 @@ class OutputOptions:
 @expand
 def evaluate(
     model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", show_default=False),
-    ] = None,
+        str, typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.")
+    ] = DEMO.name,
     questions: EvalOptions = EvalOptions(),
     files: OutputOptions = OutputOptions(),
     devices: DeviceOptions = DeviceOptions(),
@@ -78,12 +76,10 @@ def evaluate(
     """
     from vlm_cli.evaluation.items import read_items
 
-    if model is None:
-        raise UsageError("no model is named: vlm eval DIR --data FILE.jsonl. `vlm build DIR …` composes one.")
     if questions.data is None:
         raise UsageError(f"no questions are given: vlm eval {model} --data FILE.jsonl")
     files.check(questions.data)
-    built = _built(model, revision)
+    built = built_model(model, revision)
     items, records = read_items(questions.data, questions.limit)
     console.note(f"{len(items):,} items from {questions.data}")
     evaluation = Evaluation(model, questions, items, records)

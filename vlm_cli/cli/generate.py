@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, DeviceOptions, JsonOption, SamplingOptions, expand, resolve
-from vlm_cli.composition import FAMILIES
-from vlm_cli.errors import CompositionError, PromptError, UsageError
+from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, built_model, expand
+from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, format, interleave
 
 __all__ = ["PromptOptions", "generate"]
@@ -87,7 +86,7 @@ class PromptOptions:
         if "-" in images:
             raise UsageError("stdin can be the prompt or an image, not both. Give one of them as a file.")
         if text is None and (sys.stdin is None or sys.stdin.isatty()):
-            raise UsageError('no prompt is given: vlm generate --model DIR "<image:photo.jpg>A photo of"')
+            raise UsageError('no prompt is given: vlm generate "<image:photo.jpg>A photo of"')
         try:
             return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
@@ -98,8 +97,8 @@ class PromptOptions:
 def generate(
     prompts: PromptOptions = PromptOptions(),
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Directory that `vlm build` wrote, or hub id.")
-    ] = None,
+        str, typer.Option("--model", "-m", help="Directory that `vlm build` wrote, or hub id.")
+    ] = DEMO.name,
     sampling: SamplingOptions = SamplingOptions(),
     devices: DeviceOptions = DeviceOptions(),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
@@ -117,9 +116,7 @@ def generate(
     """
     parts = prompts.interleave()
     keywords = sampling.keywords()
-    if model is None:
-        raise UsageError("no model is named: add --model DIR. `vlm build DIR …` composes one.")
-    built = _built(model, revision)
+    built = built_model(model, revision)
     images = prompts.load(parts)
     from vlm_cli.cli.models import hush
 
@@ -142,21 +139,6 @@ def generate(
         print("\n".join(sequence["text"] for sequence in run.sequences), flush=True)
     if stats:
         console.note(run.statistics())
-
-
-def _built(model: str, revision: str | None) -> str:
-    """Directory or hub id of a model that can run.
-
-    Raises:
-        UsageError: if there is none, or a composition without weights.
-    """
-    built = resolve(model, ComposeOptions(revision=revision))
-    if not isinstance(built, str):
-        flag = "--family" if model in FAMILIES else "--config"
-        raise CompositionError(
-            f"{model!r} is a composition without weights. Build it first: vlm build OUT {flag} {model}"
-        )
-    return built
 
 
 def _show_layout(

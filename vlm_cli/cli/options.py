@@ -14,16 +14,28 @@ from vlm_cli.composition import FAMILIES, Composition, read_file, split_name
 from vlm_cli.errors import CompositionError, UnknownNameError, UsageError, first_line
 from vlm_cli.registry import suggest
 
-__all__ = ["ComposeOptions", "DeviceOptions", "JsonOption", "ModelArgument", "SamplingOptions", "expand", "resolve"]
+__all__ = [
+    "ComposeOptions",
+    "DeviceOptions",
+    "JsonOption",
+    "ModelArgument",
+    "SamplingOptions",
+    "built_model",
+    "expand",
+    "resolve",
+]
 
 COMPOSE, RUN, SAMPLE = "Composition", "Model", "Sampling"
 
 MAX_SEED = 2**32 - 1  # NumPy's
+DEMO = Path(__file__).parents[1] / "demo"  # the model that ships with the package
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Directory, composition file, family name, or hub id.", show_default=False),
+    typer.Argument(
+        metavar="MODEL", help="Directory, composition file, family name, hub id, or demo.", show_default=False
+    ),
 ]
 
 
@@ -238,6 +250,21 @@ def expand(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def built_model(model: str | None, revision: str | None = None) -> str:
+    """Directory or hub id of a model that can run; the bundled one if none is named.
+
+    Raises:
+        UsageError: if there is none, or a composition without weights.
+    """
+    built = resolve(model, ComposeOptions(revision=revision))
+    if not isinstance(built, str):
+        flag = "--family" if model in FAMILIES else "--config"
+        raise CompositionError(
+            f"{model!r} is a composition without weights. Build it first: vlm build OUT {flag} {model}"
+        )
+    return built
+
+
 def resolve(model: str | None, options: ComposeOptions) -> Composition | str:
     """What MODEL and the composition flags mean: a composition, or the directory or hub id of a built model.
 
@@ -245,13 +272,10 @@ def resolve(model: str | None, options: ComposeOptions) -> Composition | str:
         VLMError: if they mean nothing, or two things.
     """
     if model is None:
-        if not options.given:
-            raise UsageError(
-                "no model is named. Give a directory, a composition file or a family "
-                f"({', '.join(FAMILIES)}), or flags such as --vision-encoder ViT-L-14 --language-model NAME."
-            )
-        return options.compose()
+        return options.compose() if options.given else str(DEMO)
     path = Path(model).expanduser()
+    if model == DEMO.name and not path.is_dir():
+        path = DEMO
     if model in FAMILIES and not path.is_dir():
         return options.compose(model)
     if path.is_file():
@@ -261,8 +285,8 @@ def resolve(model: str | None, options: ComposeOptions) -> Composition | str:
     if not path.is_dir() and "/" not in model:
         nearby = [str(config.parent) for config in Path().glob("*/config.json")]
         raise UnknownNameError(
-            f"unknown model {model!r}: no such file or directory, and no family.{suggest(model, [*nearby, *FAMILIES])} "
-            f"Families: {', '.join(FAMILIES)}."
+            f"unknown model {model!r}: no such file or directory, and no family."
+            f"{suggest(model, [*nearby, *FAMILIES, DEMO.name])} Families: {', '.join(FAMILIES)}. Bundled: {DEMO.name}."
         )
     if path.is_dir() and options.revision is not None:
         raise UsageError(f"--revision is for hub ids, and {model!r} is a directory. Leave it out.")

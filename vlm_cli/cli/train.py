@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import MAX_SEED, JsonOption, expand
+from vlm_cli.cli.options import MAX_SEED, JsonOption, built_model, expand
 from vlm_cli.errors import UsageError
 
 __all__ = ["train"]
@@ -142,12 +142,11 @@ def train(
         if given is None:
             raise UsageError(f"no {name} is given: vlm train MODEL --data FILE.jsonl --output OUT")
     assert model is not None and data.data is not None and output is not None
-    from vlm_cli.cli.generate import _built
     from vlm_cli.training.settings import Job, TrainingSettings
 
     values: dict[str, Any] = {**asdict(data), **asdict(learning), **asdict(length), **asdict(run)}
     files = {name: values.pop(name) for name in ("data", "eval_data")}
-    job = Job(model=_built(model, None), output=output, **files, **asdict(outputs))
+    job = Job(model=built_model(model), output=output, **files, **asdict(outputs))
     if learning.trainable is not None:
         names = [x.strip().replace("-", "_") for x in learning.trainable.split(",")]
         values["trainable"] = tuple(x for x in names if x)
@@ -265,9 +264,8 @@ def _print_result(result: Any) -> None:
 
 def _card(model: Any, result: Any) -> str:
     """A model card: what was built, and how it was trained."""
-    from vlm_cli.cli.build import _card as card_of_parts
+    from vlm_cli.cli.card import model_card
 
-    untrained = "New parts are untrained until someone\ntrains them."
     trained = ", ".join(model.config.parts.trainable)
     held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out records"
     loss = "unknown" if result.loss is None else f"{result.loss:.4f}"
@@ -275,4 +273,4 @@ def _card(model: Any, result: Any) -> str:
         f"Trained:\n{trained}, {result.steps:,} steps on {result.records:,} records.\n"
         f"Loss per token: {loss}{held_out};\nthe curve is in `loss.png`, the settings are in `training_args.json`."
     )
-    return card_of_parts(model, result.output.name).replace(untrained, story)
+    return model_card(model, result.output.name, story)
