@@ -65,3 +65,24 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["generate", "--model", "demo", "text"])
     assert result.exit_code == 1 and "config.json" in result.stderr
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    results = json.loads((DEMO / "recipe.json").read_text(encoding="utf-8"))["results"]
+    readme = (IMAGES.parents[1] / "README.md").read_text(encoding="utf-8")
+
+    def share(asked: str, *kinds: str) -> str:
+        scores = [score for score in results[asked] if score["kind"] in kinds]
+        return (
+            f"{100 * sum(s['exact'] for s in scores) / sum(s['items'] for s in scores):.1f}".removesuffix(".0") + " %"
+        )
+
+    captions, few_shot = [f"caption-{i}" for i in (1, 2, 3)], "few-shot"
+    questions = [s["kind"] for s in results["held-out"] if s["kind"] not in (*captions, few_shot)]
+    for title, groups in (
+        ("captions of one, two, three things", [[kind] for kind in captions]),
+        ("questions", [questions]),
+        ("examples in the prompt, then a picture", [[few_shot]]),
+    ):
+        cells = (", ".join(share(asked, *group) for group in groups) for asked in ("held-out", "wrong-image"))
+        assert f"| {title} | {' | '.join(cells)} |" in readme

@@ -87,7 +87,7 @@ class Recipe:
 
     @property
     def vision_minutes(self) -> float:
-        return self.minutes * self.vision_share
+        return self.minutes * VISION_SHARE
 
     @property
     def composition_minutes(self) -> float:
