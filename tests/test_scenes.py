@@ -447,3 +447,18 @@ def test_half_a_minute_of_vision_beats_chance():
     found = vision.evaluate(tower, head, split="train")
     assert found["color"] > 1 / 8 + 0.4
     assert found["size"] > 1 / 2 + 0.1
+
+
+@pytest.mark.matrix
+def test_a_rehearsal_of_the_recipe_beats_chance(tmp_path):
+    """In four minutes, colours and few-shot prompts are learned: 79 % and 75 % here, 10 % and 28 % by guessing."""
+    words = ["--minutes", "4", "--only", "demo-flamingo", "--threads", "1", "--num-questions", "400"]
+    done = subprocess.run([sys.executable, "-m", "examples.scenes.train", str(tmp_path), *words], cwd=ROOT)
+    assert done.returncode == 0
+
+    def share(asked):
+        report = json.loads((tmp_path / f"answers/demo-flamingo.{asked}.json").read_text(encoding="utf-8"))
+        kinds = [kind for kind in report["kinds"] if kind["kind"] in ("color", "few-shot")]
+        return sum(kind["exact"] for kind in kinds) / sum(kind["items"] for kind in kinds)
+
+    assert share("held-out") > share("wrong-image") + 0.25

@@ -131,6 +131,8 @@ def generate(
     hub = {} if revision is None else {"revision": revision}
     vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **hub)
     console.note(f"Model {model} on {device}, {str(vlm.dtype).removeprefix('torch.')}")
+    if built == str(DEMO) and images:
+        console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
     run = Run(vlm, processor, sampling, time.monotonic() - started)
     run.generate(parts, images, keywords, prompts.special_tokens, stream=not (no_stream or as_json))
     if as_json:
