@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, built_model, expand
+from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, SourceOptions, built_model, expand
 from vlm_cli.errors import UsageError
 
 __all__ = ["EvalOptions", "OutputOptions", "evaluate"]
@@ -59,10 +59,7 @@ def evaluate(
     questions: EvalOptions = EvalOptions(),
     files: OutputOptions = OutputOptions(),
     devices: DeviceOptions = DeviceOptions(),
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the language model's own code from the directory.")
-    ] = False,
+    source: SourceOptions = SourceOptions(),
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model questions with known answers, and count the right ones, by kind.
@@ -79,11 +76,11 @@ def evaluate(
     if questions.data is None:
         raise UsageError(f"no questions are given: vlm eval {model} --data FILE.jsonl")
     files.check(questions.data)
-    built = built_model(model, revision)
+    built = built_model(model, source.revision)
     items, records = read_items(questions.data, questions.limit)
     console.note(f"{len(items):,} items from {questions.data}")
     evaluation = Evaluation(model, questions, items, records)
-    evaluation.load(built, devices, trust_remote_code, {} if revision is None else {"revision": revision})
+    evaluation.load(built, devices, source)
     evaluation.run()
     try:
         evaluation.write(files)
@@ -107,7 +104,7 @@ class Evaluation:
         self.name, self.questions, self.items, self.records = name, questions, items, records
         self.loader = MediaLoader(records.folder)
 
-    def load(self, built: str, devices: DeviceOptions, trust_remote_code: bool, hub: dict[str, Any]) -> None:
+    def load(self, built: str, devices: DeviceOptions, source: SourceOptions) -> None:
         """Load the model, and see that the items fit it."""
         from vlm_cli.cli.models import hush
 
@@ -117,7 +114,7 @@ class Evaluation:
 
         self.device, dtype = devices.resolve()
         self.model, self.processor = load(
-            built, dtype=dtype, device=self.device, trust_remote_code=trust_remote_code, **hub
+            built, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code, **source.hub
         )
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         console.note(f"Model {self.name} on {self.device}, {self.dtype}")

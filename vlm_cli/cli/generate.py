@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, built_model, expand
+from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, SourceOptions, built_model, expand
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, format, interleave
 
@@ -101,10 +101,7 @@ def generate(
     ] = DEMO.name,
     sampling: SamplingOptions = SamplingOptions(),
     devices: DeviceOptions = DeviceOptions(),
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the language model's own code from the directory.")
-    ] = False,
+    source: SourceOptions = SourceOptions(),
     as_json: JsonOption = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens, seconds and memory on stderr.")] = False,
@@ -116,20 +113,19 @@ def generate(
     """
     parts = prompts.interleave()
     keywords = sampling.keywords()
-    built = built_model(model, revision)
+    built = built_model(model, source.revision)
     images = prompts.load(parts)
     from vlm_cli.cli.models import hush
 
     hush()
     if dry_run:
-        _show_layout(built, revision, trust_remote_code, parts, prompts.special_tokens, as_json)
+        _show_layout(built, source, parts, prompts.special_tokens, as_json)
         return
     from vlm_cli.checkpoint.directory import load
 
     device, dtype = devices.resolve()
     started = time.monotonic()
-    hub = {} if revision is None else {"revision": revision}
-    vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **hub)
+    vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code, **source.hub)
     console.note(f"Model {model} on {device}, {str(vlm.dtype).removeprefix('torch.')}")
     if built == str(DEMO) and images:
         console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
@@ -143,15 +139,14 @@ def generate(
         console.note(run.statistics())
 
 
-def _show_layout(
-    model: str, revision: str | None, trust_remote_code: bool, parts: Interleaved, special: bool, as_json: bool
-) -> None:
+def _show_layout(model: str, source: SourceOptions, parts: Interleaved, special: bool, as_json: bool) -> None:
     from vlm_cli.cli.inspect import print_layout
     from vlm_cli.cli.models import on_meta, processor_of
     from vlm_cli.report.layout import lay_out
 
-    vlm, _, _ = on_meta(model, trust_remote_code=trust_remote_code, revision=revision)
-    print_layout(lay_out(vlm, processor_of(model, revision), parts.parts, parse_special_tokens=special), as_json)
+    vlm, _, _ = on_meta(model, trust_remote_code=source.trust_remote_code, revision=source.revision)
+    processor = processor_of(model, source.revision)
+    print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special), as_json)
 
 
 class Run:

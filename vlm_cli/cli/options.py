@@ -20,6 +20,7 @@ __all__ = [
     "JsonOption",
     "ModelArgument",
     "SamplingOptions",
+    "SourceOptions",
     "built_model",
     "expand",
     "resolve",
@@ -120,6 +121,21 @@ class ComposeOptions:
 
             hush()
             raise CompositionError(error.problems + not_found(error)) from None
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Which version of a built model, and whether its own code may run."""
+
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the language model's own code from the directory.")
+    ] = False
+
+    @property
+    def hub(self) -> dict[str, str]:
+        """Arguments for Transformers."""
+        return {} if self.revision is None else {"revision": self.revision}
 
 
 @dataclass(frozen=True)
