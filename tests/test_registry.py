@@ -8,7 +8,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import vlm_cli.registry
-from vlm_cli.errors import UnknownNameError
+from vlm_cli.composition import Composition
+from vlm_cli.errors import PluginError, UnknownNameError
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS, Part, Registry, suggest
 
 PART = Part("square", "math:sqrt", "vlm_cli.composition:LinearOptions", "a part of another package")
@@ -61,8 +62,82 @@ def test_other_packages_add_parts(monkeypatch):
 
 def test_other_packages_may_not_take_a_name(monkeypatch):
     point = EntryPoint("square", "test_registry:PART", "shapes")
-    monkeypatch.setattr(vlm_cli.registry, "entry_points", entry_points(point))
+    monkeypatch.setattr(vlm_cli.registry, "entry_points", entry_points(point, point))
     registry = Registry("shape", "shapes")
+    with pytest.raises(PluginError, match="'square' is registered by test_registry:PART and by test_registry:PART"):
+        registry["square"]
     registry._built_in["square"] = PART
-    with pytest.raises(ValueError, match="registers shape 'square', which is taken"):
-        list(registry)
+    with pytest.raises(PluginError, match="'square' is registered by vlm-cli and by test_registry:PART"):
+        registry["square"]
+    with pytest.raises(ValueError, match="shape 'square' is already registered"):
+        registry.add(PART)
+
+
+BROKEN = """
+from vlm_cli.registry import Part
+
+ANOTHER_NAME = Part("another", "math:sqrt", "vlm_cli.composition:LinearOptions", "")
+NO_PART = "math:sqrt"
+NO_CLASS = Part("no-class", "broken_parts:Missing", "broken_parts:Missing", "")
+NO_METHODS = Part("no-methods", "collections:OrderedDict", "vlm_cli.composition:LanguageStreamOptions", "")
+NO_OPTIONS = Part("no-options", "collections:OrderedDict", "collections:OrderedDict", "")
+"""
+ENTRY_POINTS = """
+[vlm_cli.vision_tokenizers]
+raises = broken_module:PART
+absent = no_such_module_anywhere:PART
+renamed = broken_parts:ANOTHER_NAME
+no-part = broken_parts:NO_PART
+no-class = broken_parts:NO_CLASS
+no-methods = broken_parts:NO_METHODS
+no-options = broken_parts:NO_OPTIONS
+"""
+
+
+@pytest.fixture
+def broken_package(tmp_path, monkeypatch):
+    """An installed package whose parts are all broken; a registry of vision tokenizers that finds it."""
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('no such device.\\nSee the manual.')")
+    (tmp_path / "broken_parts.py").write_text(BROKEN)
+    info = tmp_path / "broken_parts-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-parts\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(VISION_TOKENIZERS.__dict__, "_points", raising=False)
+    yield VISION_TOKENIZERS
+    VISION_TOKENIZERS.__dict__.pop("_points", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "cannot be loaded: RuntimeError: no such device."),
+        ("absent", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module_anywhere'."),
+        ("renamed", "its entry point 'broken_parts:ANOTHER_NAME' must load to a vlm_cli.registry.Part of that name"),
+        ("no-part", "its entry point 'broken_parts:NO_PART' must load to a vlm_cli.registry.Part"),
+        ("no-class", "module 'broken_parts' has no attribute 'Missing'"),
+        ("no-methods", "collections:OrderedDict lacks the method num_tokens, token_mask."),
+        ("no-options", "cannot be loaded: TypeError: must be called with a dataclass"),
+    ],
+)
+def test_a_broken_part_is_told_with_its_package(broken_package, name, message):
+    assert name in broken_package
+    with pytest.raises(PluginError) as caught:
+        part = broken_package[name]
+        part.options_class() if name == "no-options" else part.load()
+    text = str(caught.value)
+    assert text.startswith(f"vision tokenizer {name!r} of the package 'broken-parts' cannot be ") and message in text
+    assert text.endswith("Upgrade or uninstall that package.")
+
+
+def test_options_that_lack_a_setting(broken_package):
+    with pytest.raises(PluginError, match="LanguageStreamOptions lacks the setting dim_out"):
+        broken_package["no-methods"].options_class()
+
+
+def test_a_broken_package_is_in_nobodys_way(broken_package):
+    assert "raises" in list(broken_package) and broken_package["linear"].load()
+    assert Composition.compose("llava").vision_tokenizer.type == "linear"
+    with pytest.raises(PluginError, match="broken-parts"):
+        Composition.compose("llava", {"vision_tokenizer": "raises"})

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vlm_cli.errors import CompositionError
-from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS, Registry, suggest
+from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, suggest
 
 __all__ = [
     "END_OF_CHUNK",
@@ -153,9 +153,9 @@ class LanguageStreamOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionEncoderOptions:
-    """Which OpenCLIP tower, which weights, which layer."""
+    """Which OpenCLIP tower, which weights, which layer; an encoder of another package may add settings of its own."""
 
-    name: str = ""  # OpenCLIP name, hf-hub:…, local-dir:…, or path of an OpenCLIP JSON config
+    name: str = ""  # OpenCLIP name, hf-hub:…, local-dir:…, path of an OpenCLIP JSON config, or a registered name
     pretrained: str | None = None  # tag or file of weights; None: random
     layer: int = -1  # -1 is the last layer, -2 the one before (LLaVA)
     image_size: int | None = None  # pixels; None: what the tower was made for
@@ -269,8 +269,8 @@ class _Reader:
             for key in self.data
             if key not in fields
         ]
-        vision_encoder = self.part("vision_encoder", VisionEncoderOptions, short="name")
-        language_model = self.part("language_model", LanguageModelOptions, short="name")
+        vision_encoder = self.vision_encoder()
+        language_model = self.options("language_model", LanguageModelOptions, self.settings("language_model"))
         for name, part in (("vision_encoder", vision_encoder), ("language_model", language_model)):
             if part is not None and not part.name and self.is_whole:
                 flag = name.replace("_", "-")
@@ -284,7 +284,8 @@ class _Reader:
         weight_decay = self.number("weight_decay", 0.0)
         weight_decay_on = self.names("weight_decay_on", PARTS, PARTS)
         if self.problems:
-            raise CompositionError(self.problems, {"vision_encoder": vision_encoder, "language_model": language_model})
+            readable = {"vision_encoder": vision_encoder or self.named_encoder(), "language_model": language_model}
+            raise CompositionError(self.problems, readable)
         return Composition(
             family=self.data.get("family"),
             vision_encoder=vision_encoder,
@@ -297,14 +298,31 @@ class _Reader:
             weight_decay_on=weight_decay_on,
         )
 
-    def part(self, name: str, options: type, *, short: str) -> Any:
-        """Settings of one part; a bare string is its `short` field."""
-        value = self.data.get(name) or {}
-        value = {short: value} if isinstance(value, str) else value
-        encoder = value.get("name") if name == "vision_encoder" and isinstance(value, Mapping) else None
-        if isinstance(encoder, str) and value.get("pretrained") is None:
-            value = {**value, **split_name(encoder)}
-        return self.options(name, options, value)
+    def settings(self, part: str) -> Any:
+        """What is said of a part that has no registered types; a bare string is its name."""
+        value = self.data.get(part) or {}
+        return {"name": value} if isinstance(value, str) else value
+
+    def vision_encoder(self) -> Any:
+        """Settings of the vision encoder, in the dataclass that belongs to its name."""
+        value = self.settings("vision_encoder")
+        name = value.get("name") if isinstance(value, Mapping) else None
+        if isinstance(name, str) and value.get("pretrained") is None:
+            value = {**value, **split_name(name)}
+            name = value["name"]
+        options: Any = VisionEncoderOptions
+        if isinstance(name, str) and name in VISION_ENCODERS:
+            options = VISION_ENCODERS[name].options_class()
+        return self.options("vision_encoder", options, value)
+
+    def named_encoder(self) -> VisionEncoderOptions | None:
+        """The vision encoder whose settings do not fit, by its name alone: they may be those of a package that is not
+        installed."""
+        value = self.settings("vision_encoder")
+        name = value.get("name") if isinstance(value, Mapping) else None
+        if not isinstance(name, str) or name in VISION_ENCODERS:
+            return None
+        return VisionEncoderOptions(name=split_name(name)["name"] or "")
 
     def choice(self, name: str, registry: Registry) -> Any:
         value = self.data.get(name)

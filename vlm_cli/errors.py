@@ -9,6 +9,7 @@
     ├── MediaError               exit code 1: a picture that cannot be read
     ├── LanguageModelError       exit code 1: a language model that cannot be used or found
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
+    ├── PluginError              exit code 1: a part of another package that is broken
     ├── CheckpointError          exit code 1: weights or a directory that cannot be read or written
     ├── DataError                exit code 1: records that cannot be learned from; lists every bad line
     └── TrainingError            exit code 1: a training run that cannot go on
@@ -31,6 +32,7 @@ __all__ = [
     "LanguageModelError",
     "MediaError",
     "OutputExistsError",
+    "PluginError",
     "PromptError",
     "TrainingError",
     "UnknownNameError",
@@ -94,6 +96,10 @@ class LanguageModelError(VLMError):
 
 class VisionEncoderError(VLMError):
     """A vision encoder that cannot be found, read or used."""
+
+
+class PluginError(VLMError):
+    """A part that an installed package brings, and that cannot be loaded or lacks what it must have."""
 
 
 class CheckpointError(VLMError):

@@ -7,17 +7,19 @@ parts are registered in the same terms.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from vlm_cli.errors import UnknownNameError
+from vlm_cli.errors import PluginError, UnknownNameError, first_line
 
-__all__ = ["FUSIONS", "VISION_TOKENIZERS", "Part", "Registry", "suggest"]
+__all__ = ["FUSIONS", "VISION_ENCODERS", "VISION_TOKENIZERS", "Part", "Registry", "suggest"]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -57,17 +59,80 @@ def _import(target: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+@dataclass(frozen=True)
+class _OutsidePart(Part):
+    """A part of another package, whose mistakes are told with the package's name.
+
+    Attributes:
+        origin: the part and its package, in words.
+        methods: what `load()` must have.
+        settings: fields that `options_class()` must have.
+    """
+
+    origin: str
+    methods: tuple[str, ...]
+    settings: tuple[str, ...]
+
+    def load(self) -> Any:
+        """
+        Raises:
+            PluginError: if it cannot be imported, or lacks a method.
+        """
+        with _blaming(self.origin):
+            found = _import(self.target)
+        self._check(self.target, "method", [x for x in self.methods if not callable(getattr(found, x, None))])
+        return found
+
+    def options_class(self) -> Any:
+        """
+        Raises:
+            PluginError: if it cannot be imported, is no dataclass, or lacks a setting.
+        """
+        with _blaming(self.origin):
+            found = _import(self.options)
+            fields = {f.name for f in dataclasses.fields(found)}
+        self._check(self.options, "setting", [x for x in self.settings if x not in fields])
+        return found
+
+    def _check(self, target: str, what: str, missing: list[str]) -> None:
+        if missing:
+            raise PluginError(
+                f"{self.origin} cannot be used: {target} lacks the {what} {', '.join(missing)}. "
+                f"See docs/composition.md, parts of your own. {_REMEDY}"
+            )
+
+
+_REMEDY = "Upgrade or uninstall that package."
+
+
+@contextmanager
+def _blaming(origin: str) -> Iterator[None]:
+    """Turn whatever another package's code raises into an error that names the package."""
+    try:
+        yield
+    except Exception as error:
+        raise PluginError(
+            f"{origin} cannot be loaded: {type(error).__name__}: {first_line(error)}. {_REMEDY}"
+        ) from error
+
+
 class Registry:
     """A dictionary of parts that refuses a second owner of a name and suggests the nearest one.
 
+    Another package's module is imported when its part is asked for, so that one that is broken is in nobody's way.
+
     Args:
         kind: what it holds, in words, for messages ("vision tokenizer").
-        group: entry-point group; each entry point there loads to a `Part`.
+        group: entry-point group; each entry point there has the name of a part, and loads to its `Part`.
+        methods: what the class of a part must have.
+        settings: fields that the dataclass of a part's settings must have.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
+    def __init__(self, kind: str, group: str, *, methods: Sequence[str] = (), settings: Sequence[str] = ()) -> None:
         self.kind = kind
         self.group = group
+        self.methods = tuple(methods)
+        self.settings = tuple(settings)
         self._built_in: dict[str, Part] = {}
 
     def add(self, part: Part) -> None:
@@ -76,33 +141,52 @@ class Registry:
         Raises:
             ValueError: if the name is taken.
         """
-        if part.name in self._parts:
+        if part.name in self:
             raise ValueError(f"{self.kind} {part.name!r} is already registered.")
         self._built_in[part.name] = part
-        self.__dict__.pop("_parts", None)
 
     @cached_property
-    def _parts(self) -> dict[str, Part]:
-        """Built-in parts, then those of installed packages."""
-        parts = dict(self._built_in)
+    def _points(self) -> dict[str, list[EntryPoint]]:
+        """The entry points of installed packages, by name."""
+        points: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=self.group):
-            part = point.load()
-            if part.name in parts:
-                raise ValueError(f"{point.value} registers {self.kind} {part.name!r}, which is taken.")
-            parts[part.name] = part
-        return parts
+            points.setdefault(point.name, []).append(point)
+        return points
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        """Built-in parts, then those of installed packages."""
+        return iter(dict.fromkeys([*self._built_in, *self._points]))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._parts
+        return name in self._built_in or name in self._points
 
     def __getitem__(self, name: str) -> Part:
-        try:
-            return self._parts[name]
-        except KeyError:
-            raise UnknownNameError(self.unknown(name)) from None
+        """
+        Raises:
+            UnknownNameError: if there is none.
+            PluginError: if the package that brings it is broken, or is not the only one.
+        """
+        if name not in self:
+            raise UnknownNameError(self.unknown(name))
+        points = self._points.get(name, [])
+        owners = ["vlm-cli"] * (name in self._built_in) + [_package(point) for point in points]
+        if len(owners) > 1:
+            raise PluginError(
+                f"{self.kind} {name!r} is registered by {' and by '.join(owners)}. Uninstall one of them."
+            )
+        return self._outside(points[0]) if points else self._built_in[name]
+
+    def _outside(self, point: EntryPoint) -> Part:
+        origin = f"{self.kind} {point.name!r} of the package {_package(point)!r}"
+        with _blaming(origin):
+            part = point.load()
+        if not isinstance(part, Part) or part.name != point.name:
+            raise PluginError(
+                f"{origin} cannot be used: its entry point {point.value!r} must load to a "
+                f"vlm_cli.registry.Part of that name, and gives {part!r}. {_REMEDY}"
+            )
+        of_part = {f.name: getattr(part, f.name) for f in dataclasses.fields(Part)}
+        return _OutsidePart(**of_part, origin=origin, methods=self.methods, settings=self.settings)
 
     def unknown(self, name: str) -> str:
         """The message for a name that is not here."""
@@ -112,8 +196,22 @@ class Registry:
         )
 
 
-VISION_TOKENIZERS = Registry("vision tokenizer", "vlm_cli.vision_tokenizers")
-FUSIONS = Registry("fusion", "vlm_cli.fusions")
+def _package(point: EntryPoint) -> str:
+    """The name of the package that an entry point belongs to."""
+    return point.dist.name if point.dist is not None else point.value
+
+
+#: Those of other packages; every name of OpenCLIP stands beside them.
+VISION_ENCODERS = Registry(
+    "vision encoder",
+    "vlm_cli.vision_encoders",
+    methods=("configure", "patch_features"),
+    settings=("name", "pretrained", "layer", "image_size"),
+)
+VISION_TOKENIZERS = Registry(
+    "vision tokenizer", "vlm_cli.vision_tokenizers", methods=("num_tokens", "token_mask"), settings=("dim_out",)
+)
+FUSIONS = Registry("fusion", "vlm_cli.fusions", methods=("media_width", "prepare_media"))
 
 _TOKENIZERS = "vlm_cli.modeling.vision_tokenizers"
 for _part in (

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vlm_cli.errors import CheckpointError, OutputExistsError, first_line
+from vlm_cli.errors import CheckpointError, OutputExistsError, PluginError, first_line
+from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 
 __all__ = [
     "check_output",
@@ -150,14 +151,34 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
             f"vlm build OUT --family flamingo --language-model {name}"
         )
     try:
+        _check_parts(name, data)
         adopt_from_directory(data.get("text_config") or {}, name, trusted=trust_remote_code, **keywords)
         config = VLMConfig.from_dict(data)
         config.parts  # noqa: B018 — reads the composition, which may be of another version
         return config
-    except CheckpointError:
+    except (CheckpointError, PluginError):
         raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None
+
+
+def _check_parts(name: str, data: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: if the model was built with parts of packages that are not installed.
+    """
+    composition = data.get("composition") or {}
+    types = {
+        VISION_ENCODERS: (data.get("vision_config") or {}).get("type"),
+        VISION_TOKENIZERS: (composition.get("vision_tokenizer") or {}).get("type"),
+        FUSIONS: (composition.get("fusion") or {}).get("type"),
+    }
+    missing = [f"{registry.kind} {x!r}" for registry, x in types.items() if x is not None and x not in registry]
+    if missing:
+        raise CheckpointError(
+            f"cannot load {name!r}: this environment lacks what it was built with: {', '.join(missing)}. Install the "
+            "package that provides it, and run the same command again."
+        )
 
 
 def load(
@@ -183,6 +204,8 @@ def load(
         model, info = VLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
         )
+    except PluginError:
+        raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from error
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]

@@ -1,4 +1,7 @@
-"""OpenCLIP towers by name: their configuration without a download, their weights when asked for."""
+"""Vision encoders by name: their configuration without a download, their weights when asked for.
+
+Names are OpenCLIP's, and those that other packages register.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.errors import UnknownNameError, VisionEncoderError, first_line
-from vlm_cli.registry import suggest
+from vlm_cli.errors import PluginError, UnknownNameError, VisionEncoderError, VLMError, first_line
+from vlm_cli.registry import VISION_ENCODERS, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,9 +23,15 @@ if TYPE_CHECKING:
 __all__ = ["Tower", "find_tower", "list_towers", "load_tower"]
 
 
+def list_towers() -> dict[str, str]:
+    """Names of OpenCLIP and of other packages, and a word on each; found without importing OpenCLIP."""
+    ours = {name: VISION_ENCODERS[name].summary for name in VISION_ENCODERS}
+    return {**dict.fromkeys(_openclip_files(), "OpenCLIP"), **ours}
+
+
 @cache
-def list_towers() -> dict[str, Path]:
-    """Names of OpenCLIP's own configurations and their files, found without importing OpenCLIP."""
+def _openclip_files() -> dict[str, Path]:
+    """Names of OpenCLIP's own configurations and their files."""
     spec = find_spec("open_clip")
     if spec is None or spec.origin is None:
         return {}
@@ -35,24 +44,29 @@ class Tower:
     """A tower that was found: its configuration, and where its weights are.
 
     Attributes:
-        config: `embed_dim`, `vision_cfg`, `quick_gelu` and `preprocess`.
-        model_config: OpenCLIP's whole configuration, text tower included.
-        weights: file, or OpenCLIP's record of a pretrained tag; None for random weights.
+        config: `embed_dim`, `vision_cfg`, `quick_gelu` and `preprocess`; or `type`, a registered name, `vision_cfg`,
+            `preprocess`, and whatever else that encoder's `configure` gave.
+        model_config: OpenCLIP's whole configuration, text tower included; empty for a registered encoder.
+        weights: file, OpenCLIP's record of a pretrained tag, or what a registered encoder's `load_pretrained` takes;
+            None for random weights.
     """
 
     config: dict[str, Any]
     model_config: dict[str, Any] = field(repr=False)
-    weights: Path | dict[str, Any] | None = None
+    weights: Path | str | dict[str, Any] | None = None
 
 
 def find_tower(options: VisionEncoderOptions) -> Tower:
     """Find a tower and its preprocessing; only `hf-hub:` names read a file from the hub, of a few kB.
 
     Raises:
-        UnknownNameError: for a name or tag that OpenCLIP does not have.
+        UnknownNameError: for a name or tag that neither OpenCLIP nor another package has.
         VisionEncoderError: for a configuration that cannot be read.
+        PluginError: if the package that has the name is broken.
     """
     name = options.name
+    if name in VISION_ENCODERS:
+        return _find_registered(options)
     weights: Path | dict[str, Any] | None = None
     if name.startswith("hf-hub:"):
         data = _read_json(_hub_file(name.removeprefix("hf-hub:"), "open_clip_config.json"))
@@ -63,12 +77,13 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
         weights = _weights_in(folder)
     elif name.endswith(".json"):
         data = _read_json(Path(name).expanduser())
-    elif name in list_towers():
-        data = _read_json(list_towers()[name])
+    elif name in _openclip_files():
+        data = _read_json(_openclip_files()[name])
     else:
         raise UnknownNameError(
-            f"unknown vision encoder {name!r}.{suggest(name, list_towers())} Give a name of OpenCLIP, hf-hub:ORG/NAME, "
-            "local-dir:FOLDER, or an OpenCLIP JSON file. Run `vlm list vision-encoders` to see the names."
+            f"unknown vision encoder {name!r}.{suggest(name, _known())} Give a name of OpenCLIP, hf-hub:ORG/NAME, "
+            "local-dir:FOLDER, or an OpenCLIP JSON file; or install the package that brings it. Run `vlm list "
+            "vision-encoders` to see the names."
         )
     model = data.get("model_cfg", data)
     if not isinstance(model, dict) or "embed_dim" not in model or not isinstance(model.get("vision_cfg"), dict):
@@ -81,13 +96,55 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
     return Tower(_tower_config(model, {**data.get("preprocess_cfg", {}), **tag}, tag, options), model, weights)
 
 
-def _tower_config(
-    model: Mapping[str, Any], preprocess: Mapping[str, Any], tag: Mapping[str, Any], options: VisionEncoderOptions
-) -> dict[str, Any]:
+def _known() -> list[str]:
+    """All names, without importing other packages."""
+    return [*_openclip_files(), *VISION_ENCODERS]
+
+
+def _find_registered(options: VisionEncoderOptions) -> Tower:
+    """An encoder of another package."""
+    name = options.name
+    if name in _openclip_files():
+        raise PluginError(
+            f"vision encoder {name!r} is a name of OpenCLIP, and an installed package registers it too. Uninstall that "
+            "package."
+        )
+    encoder = VISION_ENCODERS[name].load()
+    if options.pretrained is not None and not hasattr(encoder, "load_pretrained"):
+        raise UnknownNameError(
+            f"vision encoder {name!r} has no pretrained weights, so pretrained={options.pretrained!r} means nothing to "
+            "it. Leave it out; `vlm build OUT … --weights FILE` loads trained weights of a whole model."
+        )
+    try:
+        # As it will be read from config.json, where a tuple is a list.
+        config = json.loads(json.dumps(encoder.configure(options)))
+        given, size = config.get("preprocess", {}), config["vision_cfg"]["image_size"]
+        preprocess = _preprocessing({**given, "size": size})
+        if unknown := sorted(given.keys() - preprocess.keys()):  # OpenCLIP would pass over them
+            raise ValueError(f"preprocess has {unknown[0]!r}, and may have {', '.join(preprocess)}")
+    except VLMError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{encoder.__name__}.configure gives no configuration of the vision encoder {name!r}: "
+            f"{type(error).__name__}: {first_line(error)}. It must return plain data with vision_cfg.image_size."
+        ) from error
+    weights = None if options.pretrained is None else str(Path(options.pretrained).expanduser())
+    return Tower({**config, "type": name, "preprocess": preprocess}, {}, weights)
+
+
+def _preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenCLIP's description of how images are prepared, whole: its defaults where `given` says nothing."""
     from dataclasses import asdict
 
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+    return merge_preprocess_dict(asdict(PreprocessCfg()), dict(given))
+
+
+def _tower_config(
+    model: Mapping[str, Any], preprocess: Mapping[str, Any], tag: Mapping[str, Any], options: VisionEncoderOptions
+) -> dict[str, Any]:
     vision = dict(model["vision_cfg"])
     if options.image_size is not None:
         vision["image_size"] = options.image_size
@@ -97,7 +154,7 @@ def _tower_config(
         "vision_cfg": vision,
         # The weights know which activation they were trained with; OpenCLIP only warns when the name disagrees.
         "quick_gelu": tag.get("quick_gelu", False) if tag else model.get("quick_gelu", False),
-        "preprocess": merge_preprocess_dict(asdict(PreprocessCfg()), {**preprocess, **size}),
+        "preprocess": _preprocessing({**preprocess, **size}),
     }
 
 
@@ -125,6 +182,9 @@ def load_tower(tower: Tower) -> nn.Module:
 
     if tower.weights is None:
         return build_tower(tower.config)
+    if "type" in tower.config:
+        return _load_registered(tower)
+    assert not isinstance(tower.weights, str)
     path = tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
     try:
         state = _visual_state(path)
@@ -145,6 +205,23 @@ def load_tower(tower: Tower) -> nn.Module:
     size = vision_cfg.get("image_size", visual.image_size)
     visual.image_size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     return set_image_size(visual)
+
+
+def _load_registered(tower: Tower) -> nn.Module:
+    """An encoder of another package, which loads its weights itself."""
+    from vlm_cli.modeling.vision_encoder import build_tower
+
+    visual: Any = build_tower(tower.config)
+    try:
+        visual.load_pretrained(tower.weights)
+    except VLMError:
+        raise
+    except Exception as error:
+        raise VisionEncoderError(
+            f"vision encoder {tower.config['type']!r} cannot load the weights {tower.weights!r}: "
+            f"{type(error).__name__}: {first_line(error)}."
+        ) from None
+    return visual.float()
 
 
 def _visual_state(path: Path) -> dict[str, Any]:

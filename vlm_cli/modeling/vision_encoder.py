@@ -1,4 +1,4 @@
-"""OpenCLIP's image towers behind one forward.
+"""OpenCLIP's image towers, and the encoders of other packages, behind one forward.
 
 B batch, T_img media per row, F frames per medium, C H W pixels, v patches, d channels.
 """
@@ -11,15 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_cli.registry import VISION_ENCODERS
+
 __all__ = ["VisionEncoder", "build_tower", "image_size", "patch_features", "set_image_size", "tower_shape"]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
-    """An OpenCLIP image tower with random weights; the text tower is never built.
+    """A vision encoder with random weights; of OpenCLIP's models, the text tower is never built.
+
+    An encoder of another package is a module, built as `Encoder(vision_config)`, with
+
+        configure(options) -> dict               a class method: plain data, of which `vision_cfg` holds `image_size`
+        image_size                               pixels, or (H, W)
+        patch_features(pixels, layer) -> Tensor  as the function below
+        load_pretrained(name_or_file)            only if it has weights to load
+
+    and options that are a subclass of `VisionEncoderOptions` (docs/composition.md, parts of your own).
 
     Args:
-        vision_config: `embed_dim`, `vision_cfg` and `quick_gelu` as in OpenCLIP's model configurations.
+        vision_config: `embed_dim`, `vision_cfg` and `quick_gelu` as in OpenCLIP's model configurations; or `type`, a
+            name of `VISION_ENCODERS`, with what its `configure` gave.
     """
+    if "type" in vision_config:
+        return VISION_ENCODERS[vision_config["type"]].load()(vision_config)
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     # Without this, timm would fetch ImageNet weights.
@@ -41,13 +55,15 @@ def patch_features(tower: nn.Module, pixels: Tensor, layer: int = -1) -> Tensor:
     """Features of each patch, without class or register tokens, before pooling and projection.
 
     Args:
-        tower: an OpenCLIP VisionTransformer, ModifiedResNet or TimmModel.
+        tower: an OpenCLIP VisionTransformer, ModifiedResNet or TimmModel, or one that has this method itself.
         pixels: float[N, C, H, W], normalised as the tower expects.
         layer: -1 is the last layer, after its norm; -2 the one before, without a norm.
 
     Returns:
         float[N, v, d].
     """
+    if (own := getattr(tower, "patch_features", None)) is not None:
+        return own(pixels, layer)
     trunk = getattr(tower, "trunk", None)
     if trunk is not None and layer == -1:
         # timm's own path: `forward_intermediates` would leave out FastViT's last convolution.
@@ -69,20 +85,26 @@ def image_size(tower: nn.Module) -> tuple[int, int]:
 
 
 def tower_shape(vision_config: Mapping[str, Any], layer: int = -1) -> tuple[int, int]:
-    """(v patches, d channels) that a tower gives for one frame, without allocating a weight."""
+    """(v patches, d channels) that a tower gives for one frame, without allocating a weight.
+
+    Raises:
+        ValueError: if they are no float[N, v, d].
+    """
     with torch.device("meta"), torch.no_grad():
         tower = build_tower(vision_config).eval()
         features = patch_features(tower, torch.empty(1, 3, *image_size(tower)), layer)
+    if features.ndim != 3 or len(features) != 1:
+        raise ValueError(f"patch_features gives {tuple(features.shape)} for one image, expected (1, v, d)")
     return features.shape[1], features.shape[2]
 
 
 class VisionEncoder(nn.Module):
-    """An OpenCLIP tower that reads interleaved media.
+    """A tower that reads interleaved media.
 
     While no parameter of it trains, no graph is kept and batch statistics stay as they were loaded.
 
     Args:
-        visual: the tower; its tensors keep OpenCLIP's names under `visual.`.
+        visual: the tower, as `build_tower` makes it; its tensors keep their names under `visual.`.
         layer: which layer's patches to return, counted from the end.
     """
 

@@ -1,0 +1,57 @@
+"""Three parts for `vlm`: their names and settings. What they compute is in the modules beside this one.
+
+This file is read whenever one of the names is used, also by `vlm list`, so it does not import torch.
+"""
+
+from dataclasses import dataclass
+
+from vlm_cli.composition import VisionEncoderOptions
+from vlm_cli.errors import CompositionError
+from vlm_cli.registry import Part
+
+__all__ = ["CONV_PATCHES", "GRID_POOLING", "RUNNING_MEAN"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvPatchesOptions(VisionEncoderOptions):
+    depth: int = 2  # convolutions after the one that makes patches
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth < 0:
+            raise CompositionError(f"depth must be at least 0, got {self.depth}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridPoolingOptions:
+    side: int = 2  # side² vision tokens for each frame
+    dim_out: int | None = None  # output channels; None: what the fusion asks for
+
+    def __post_init__(self) -> None:
+        if self.side < 1:
+            raise CompositionError(f"side must be at least 1, got {self.side}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningMeanOptions:
+    bias: bool = True  # of the projection
+
+
+CONV_PATCHES = Part(
+    "conv-patches",
+    "vlm_example_parts.vision_encoder:ConvPatches",
+    "vlm_example_parts:ConvPatchesOptions",
+    "patches of 16 pixels and a few 3×3 convolutions among them",
+)
+GRID_POOLING = Part(
+    "grid-pooling",
+    "vlm_example_parts.vision_tokenizer:GridPooling",
+    "vlm_example_parts:GridPoolingOptions",
+    "averages the grid of patches to side × side vision tokens",
+)
+RUNNING_MEAN = Part(
+    "running-mean",
+    "vlm_example_parts.fusion:VLMWithRunningMean",
+    "vlm_example_parts:RunningMeanOptions",
+    "adds the mean of the media so far to the text's embeddings, through a gate",
+)
