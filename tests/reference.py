@@ -29,12 +29,14 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> 
     return out
 
 
-def feed_forward(ff: nn.Sequential, x: Tensor) -> Tensor:
+def feed_forward(ff: nn.Sequential, x: Tensor, activation: str = "gelu") -> Tensor:
     norm, up, _, down = ff
-    return nnf.gelu(norm(x) @ up.weight.T) @ down.weight.T
+    hidden = norm(x) @ up.weight.T
+    active = {"gelu": nnf.gelu(hidden), "relu": hidden.clamp(min=0), "squared_relu": hidden.clamp(min=0) ** 2}
+    return active[activation] @ down.weight.T
 
 
-def perceiver(resampler: nn.Module, features: Tensor, frame_mask: Tensor) -> Tensor:
+def perceiver(resampler: nn.Module, features: Tensor, frame_mask: Tensor, activation: str = "gelu") -> Tensor:
     """float[B, M, F, v, d], bool[B, M, F] -> float[B, M, n, d']; media without frames give zeros.
 
     Source: Flamingo, section 3.1.1 and figure 5 (https://arxiv.org/abs/2204.14198).
@@ -60,7 +62,7 @@ def perceiver(resampler: nn.Module, features: Tensor, frame_mask: Tensor) -> Ten
                 x @ attend.to_q.weight.T, attended @ key_rows.T, attended @ value_rows.T, attend.num_heads
             )
             latents = latents + mixed @ attend.to_out.weight.T
-            latents = latents + feed_forward(ff, latents)
+            latents = latents + feed_forward(ff, latents, activation)
         latents = resampler.norm(latents)
         out[b, m] = latents if resampler.projection is None else resampler.projection(latents)
     return out
@@ -120,6 +122,7 @@ def cross_attend(
     media_positions: Tensor,
     attend: str = "last",
     feed_forward_before_media: bool = True,
+    activation: str = "gelu",
 ) -> Tensor:
     """One gated block: float[B, T, d], float[B, M, n, d'], bool[B, M, n], int[B, T] -> float[B, T, d].
 
@@ -140,7 +143,7 @@ def cross_attend(
                 mixed = attention(query, read @ key_rows.T, read @ value_rows.T, attn.num_heads)
                 out[b, t] += block.attn_gate.tanh() * (mixed @ attn.to_out.weight.T)[0]
             if seen or feed_forward_before_media:
-                out[b, t] += block.ff_gate.tanh() * feed_forward(block.ff, out[b, t])
+                out[b, t] += block.ff_gate.tanh() * feed_forward(block.ff, out[b, t], activation)
     return out
 
 

@@ -43,12 +43,12 @@ NO_CHUNKS = {
 #: … and by `generate(prefill_chunk_size=…)`.
 NO_CHUNKED_GENERATE = NO_CHUNKS | {"mamba2": "Transformers asks its cache for a length that it does not have"}
 
-both_fusions = pytest.mark.parametrize("fusion", tiny.FUSIONS)
+each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 
 
 @pytest.fixture(scope="module", params=tiny.covering(), ids="+".join)
 def model(request: pytest.FixtureRequest) -> VLM:
-    """Each language model, encoder and tokenizer with both fusions; gates open. Tests leave it as it was."""
+    """Each language model, encoder and tokenizer with several fusions; gates open. Tests leave it as it was."""
     return tiny.open_gates(tiny.build(*request.param))
 
 
@@ -255,7 +255,7 @@ def test_chunked_prefill_equals_whole(model):
     same(torch.stack(chunks.logits), torch.stack(whole.logits), tolerance)
 
 
-@both_fusions
+@each_fusion
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 1}, {"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}],
@@ -292,7 +292,7 @@ def test_a_row_does_not_depend_on_its_batch(model):
     check_rows(model)
 
 
-@both_fusions
+@each_fusion
 def test_media_that_no_mask_hides_are_noticed(fusion):
     """The twin of the padding above."""
     model = opened(fusion=fusion)
@@ -306,7 +306,7 @@ def test_media_that_no_mask_hides_are_noticed(fusion):
 # -- 5: decoding a batch agrees with one row at a time -----------------------------------------------------------------
 
 
-@both_fusions
+@each_fusion
 @pytest.mark.parametrize("language_model", ["gpt2", "llama", "mpt", "mamba2", "falcon_h1"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generating_a_batch_agrees_with_one_row_at_a_time(fusion, language_model, num_beams):
@@ -321,7 +321,7 @@ def test_generating_a_batch_agrees_with_one_row_at_a_time(fusion, language_model
     assert not torch.equal(model.generate(**batch, do_sample=False, **options)[:, -4:], alone)
 
 
-@both_fusions
+@each_fusion
 def test_sampling_returns_several_sequences(fusion):
     model = opened(fusion=fusion)
     batch = tiny.batch(model)
@@ -333,7 +333,7 @@ def test_sampling_returns_several_sequences(fusion):
     assert not torch.equal(sequences[0], sequences[1])
 
 
-@both_fusions
+@each_fusion
 def test_the_prompt_comes_back_as_it_was_given(fusion):
     model = opened(fusion=fusion)
     row = tiny.row(model, 2)
@@ -341,7 +341,7 @@ def test_the_prompt_comes_back_as_it_was_given(fusion):
     assert torch.equal(output.sequences[:, :-3], row.lang_x)
 
 
-@both_fusions
+@each_fusion
 def test_a_streamer_receives_the_new_tokens(fusion):
     class Collector(BaseStreamer):
         def __init__(self) -> None:
@@ -360,7 +360,7 @@ def test_a_streamer_receives_the_new_tokens(fusion):
     assert torch.cat(tokens).tolist() == sequence[-5:].tolist() and end == -1
 
 
-@both_fusions
+@each_fusion
 def test_stop_strings_and_stop_tokens_end_a_row(fusion):
     model = opened(fusion=fusion)
     characters = Tokenizer(models.BPE({chr(33 + i): i for i in range(VOCABULARY + 2)}, []))
@@ -378,7 +378,7 @@ def test_stop_strings_and_stop_tokens_end_a_row(fusion):
     assert model.generate(**row.inputs(), **options).shape[1] == row.lang_x.shape[1] + 6
 
 
-@both_fusions
+@each_fusion
 def test_the_media_token_is_never_generated(fusion):
     model = opened(fusion=fusion, language_model="llama")
     row = tiny.row(model, 1)
@@ -436,7 +436,7 @@ def test_a_model_in_memory_is_rebuilt_from_its_tensors():
     check_state(opened())
 
 
-@both_fusions
+@each_fusion
 def test_hooks_follow_a_copy(fusion):
     model = opened(fusion=fusion)
     batch = tiny.batch(model)
@@ -592,7 +592,7 @@ def test_each_image_is_first_seen_at_its_placeholder(model):
         assert not differs(found[:start], expected[:start]) and differs(found[start], expected[start])
 
 
-@both_fusions
+@each_fusion
 def test_swapping_two_images_swaps_two_rows(fusion):
     model = opened(fusion=fusion)
     row = tiny.row(model, 2)
@@ -603,7 +603,7 @@ def test_swapping_two_images_swaps_two_rows(fusion):
     assert differs(one, other)
 
 
-@both_fusions
+@each_fusion
 def test_generated_tokens_follow_the_order_of_images(fusion):
     model = opened(fusion=fusion)
     row = tiny.row(model, 2)
@@ -626,7 +626,7 @@ def video_model(tokenizer: str, fusion: str = "cross-attention") -> VLM:
     return opened(fusion=fusion, tokenizer=TOKENIZERS_WITH_FRAMES[tokenizer])
 
 
-@both_fusions
+@each_fusion
 @pytest.mark.parametrize("tokenizer", TOKENIZERS_WITH_FRAMES)
 def test_padding_frames_never_leak(tokenizer, fusion):
     model = video_model(tokenizer, fusion)
@@ -697,7 +697,7 @@ def test_the_mean_of_frames_has_the_tokens_of_one():
     )
 
 
-@both_fusions
+@each_fusion
 def test_a_video_is_one_medium_in_generation(fusion):
     model = video_model("linear", fusion)
     rows = [tiny.row(model, 1, 6, frames=3), tiny.row(model, 2, 8, frames=1)]
@@ -714,9 +714,13 @@ def attending(**settings: Any) -> VLM:
 
 
 @pytest.mark.parametrize("attend", ["last", "all"])
-@pytest.mark.parametrize("feed_forward_before_media", [True, False])
-def test_cross_attention_matches_a_loop(attend, feed_forward_before_media):
-    settings = {"attend": attend, "feed_forward_before_media": feed_forward_before_media}
+@pytest.mark.parametrize(("feed_forward_before_media", "activation"), [(True, "squared_relu"), (False, "gelu")])
+def test_cross_attention_matches_a_loop(attend, feed_forward_before_media, activation):
+    settings = {
+        "attend": attend,
+        "feed_forward_before_media": feed_forward_before_media,
+        "activation": activation,
+    }
     fusion = attending(**settings).fusion
     block = fusion.blocks["1"]
     x, tokens = torch.randn(3, 6, 32), torch.randn(3, 3, 2, 32)
@@ -738,9 +742,11 @@ def test_cross_attention_matches_a_loop(attend, feed_forward_before_media):
             assert differs(ours(mask), expected)
 
 
-@pytest.mark.parametrize(("every", "numbers"), [(1, ["0", "1"]), (2, ["1"])])
-def test_blocks_stand_before_their_layers(every, numbers):
-    model = attending(every=every)
+@pytest.mark.parametrize(
+    ("settings", "numbers"), [({}, ["0", "1"]), ({"every": 2}, ["1"]), ({"every": 2, "first": 0}, ["0"])]
+)
+def test_blocks_stand_before_their_layers(settings, numbers):
+    model = attending(**settings)
     assert list(model.fusion.blocks) == numbers
     row, seen = tiny.row(model, 2), {}
     for i, layer in enumerate(model.lang_model.model.layers):
@@ -838,7 +844,7 @@ def test_towers_are_built_at_the_size_that_is_asked_for(vision):
 # -- added tokens ------------------------------------------------------------------------------------------------------
 
 
-@both_fusions
+@each_fusion
 def test_added_tokens_have_their_own_logits(fusion):
     model = opened(fusion=fusion, language_model="llama")
     ids = tiny.row(model, 0).lang_x[:, :-2]
@@ -847,7 +853,7 @@ def test_added_tokens_have_their_own_logits(fusion):
         same(logits(model, lang_x=ids)[..., VOCABULARY:], model.added_tokens.head(hidden))
 
 
-@both_fusions
+@each_fusion
 def test_added_tokens_take_the_place_of_padded_rows(fusion):
     config = tiny.config(fusion=fusion)
     config.first_added_id, config.media_token_id = VOCABULARY - 4, VOCABULARY - 3
@@ -881,10 +887,11 @@ def test_the_fusion_chooses_the_class():
     assert [type(tiny.build(fusion=fusion)).__name__ for fusion in tiny.FUSIONS] == [
         "VLMWithCrossAttention",
         "VLMWithLanguageStream",
+        "VLMWithLlamaCrossAttention",
     ]
 
 
-@both_fusions
+@each_fusion
 def test_names_of_transformers_and_short_shapes_mean_the_same(fusion):
     model = opened(fusion=fusion)
     row = tiny.row(model, 1)
@@ -895,7 +902,7 @@ def test_names_of_transformers_and_short_shapes_mean_the_same(fusion):
     assert torch.equal(found, model.generate(**row.inputs(), max_new_tokens=3, do_sample=False))
 
 
-@both_fusions
+@each_fusion
 def test_loss_is_the_cross_entropy_of_the_next_token(fusion):
     model = opened(fusion=fusion)
     batch = tiny.batch(model)
@@ -911,7 +918,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token(fusion):
     assert differs(model(**batch, labels=labels.roll(1, dims=1)).loss, output.loss)
 
 
-@both_fusions
+@each_fusion
 def test_the_last_logits_can_be_had_alone(fusion):
     model = opened(fusion=fusion)
     batch = tiny.batch(model)
@@ -924,7 +931,7 @@ def image(*shape: int) -> Tensor:
     return torch.zeros(*shape, 3, tiny.SIZE, tiny.SIZE)
 
 
-@both_fusions
+@each_fusion
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -961,7 +968,7 @@ def test_inputs_that_do_not_fit_are_refused(fusion, inputs, message):
             call(**inputs)
 
 
-@both_fusions
+@each_fusion
 def test_whole_numbers_serve_as_a_mask(fusion):
     model = opened(fusion=fusion, tokenizer="qformer")
     batch = tiny.batch(model, frames=2)
@@ -995,7 +1002,7 @@ def test_the_language_model_generates_by_itself(model, options):
     assert torch.equal(found, expected)
 
 
-@both_fusions
+@each_fusion
 def test_one_block_serves_several_calls(fusion):
     model = opened(fusion=fusion)
     batch, generate = tiny.batch(model), model.lang_model.generate
@@ -1018,7 +1025,7 @@ def test_other_rows_than_those_of_the_prompt_are_refused():
         model.lang_model(inputs["input_ids"][:1])
 
 
-@both_fusions
+@each_fusion
 def test_conditioning_ends_with_its_block(fusion):
     model = opened(fusion=fusion)
     batch, ids = tiny.batch(model), torch.randint(1, VOCABULARY, (1, 6))
@@ -1044,7 +1051,7 @@ def test_a_conditioned_language_model_refuses_embeddings():
 # -- numbers of half the width -----------------------------------------------------------------------------------------
 
 
-@both_fusions
+@each_fusion
 @pytest.mark.parametrize("language_model", ["llama", "opt", "falcon_h1"])
 @pytest.mark.parametrize("tokenizer", tiny.TOKENIZERS)
 def test_bfloat16_runs(fusion, language_model, tokenizer):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, tower_shape
+from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, cut, tower_shape
 from vlm_cli.modeling.vlm import VLM, VLMConfig
 
 VOCABULARY = 80  # tokens
@@ -118,6 +118,14 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 FUSIONS: dict[str, dict[str, Any]] = {
     "cross-attention": {"type": "cross-attention", "num_heads": 2, "head_dim": 8, "ff_mult": 2},
     "language-stream": {"type": "language-stream"},
+    "llama-cross-attention": {
+        "type": "llama-cross-attention",
+        "num_heads": 2,
+        "head_dim": 8,
+        "dim_ff": 24,
+        "qk_norm": True,
+        "gate": "vector",
+    },
 }
 
 _LLAMA: dict[str, Any] = {
@@ -197,8 +205,10 @@ def language_model(name: str) -> PreTrainedModel:
 
 
 @cache
-def tower(name: str) -> nn.Module:
+def tower(name: str, depth: int | None = None) -> nn.Module:
     """An OpenCLIP tower, shared by all VLMs built here; not to be changed."""
+    if depth is not None:
+        return cut(copy.deepcopy(tower(name)), depth)
     torch.manual_seed(2)
     visual = build_tower(VISION[name]).eval()
     stir(visual, 0.25)  # some blocks start as the identity, and images then look alike
@@ -242,10 +252,11 @@ def config(
         },
         overrides,
     )
-    num_patches, dim = _tower_shape(vision, parts.vision_encoder.layer)
+    depth = {key: x for key, x in parts.vision_encoder.of_openclip.items() if key == "depth"}
+    num_patches, dim = _tower_shape(vision, **depth, **parts.vision_encoder.reading)
     return VLMConfig(
         text_config=language_model_config(language_model),
-        vision_config=VISION[vision] | {"num_patches": num_patches, "dim": dim},
+        vision_config=VISION[vision] | depth | {"num_patches": num_patches, "dim": dim},
         composition=parts.to_dict(),
         added_tokens=list(parts.added_tokens),
         first_added_id=VOCABULARY,
@@ -254,7 +265,9 @@ def config(
     )
 
 
-_tower_shape = cache(lambda vision, layer: tower_shape(VISION[vision], layer))
+@cache
+def _tower_shape(vision: str, depth: int | None = None, **reading: Any) -> tuple[int, int]:
+    return tower_shape(VISION[vision] | {"depth": depth}, **reading)
 
 
 def build(
@@ -270,7 +283,8 @@ def build(
     lm = copy.deepcopy(globals()["language_model"](language_model))
     torch.manual_seed(seed)
     settings = config(vision, tokenizer, fusion, language_model, **overrides)
-    encoder = VisionEncoder(tower(vision), settings.parts.vision_encoder.layer)
+    options = settings.parts.vision_encoder
+    encoder = VisionEncoder(tower(vision, options.of_openclip.get("depth")), **options.reading)
     return VLM(settings, vision_encoder=encoder, lang_model=lm).eval()
 
 
@@ -347,9 +361,12 @@ def nudged(parameter: nn.Parameter | Tensor, by: float = 0.5, at: int = 0) -> It
 
 
 def covering() -> list[tuple[str, str, str, str]]:
-    """(vision, tokenizer, fusion, language model): each language model and each encoder with both fusions, and each
-    tokenizer with both fusions."""
-    vision, tokenizers = itertools.cycle(VISION), itertools.cycle(TOKENIZERS)
+    """(vision, tokenizer, fusion, language model): each encoder and each tokenizer with every fusion, and each language
+    model with two of them."""
+    vision, tokenizers, left_out = map(itertools.cycle, (VISION, TOKENIZERS, reversed(FUSIONS)))
     return [
-        (v, t, fusion, lm) for lm, v, t in zip(LANGUAGE_MODELS, vision, tokenizers, strict=False) for fusion in FUSIONS
+        (v, t, fusion, lm)
+        for lm, v, t, other in zip(LANGUAGE_MODELS, vision, tokenizers, left_out, strict=False)
+        for fusion in FUSIONS
+        if fusion != other
     ]

@@ -31,6 +31,7 @@ __all__ = [
     "LanguageModelOptions",
     "LanguageStreamOptions",
     "LinearOptions",
+    "LlamaCrossAttentionOptions",
     "MLPOptions",
     "PerceiverOptions",
     "QFormerOptions",
@@ -58,37 +59,45 @@ _UNSUITABLE = {
     "a model of audio codebooks, not of text": "musicgen musicgen_melody",
     "a drafter that needs the cache of another model": "gemma4_assistant gemma4_unified_assistant",
     "a model of byte patches whose forward fails in Transformers itself": "blt",
+    "a reversible model, whose backward pass runs its layers again without what is hooked to them": "reformer",
 }
 #: Type -> why it cannot be the language model of a VLM.
 UNSUITABLE_LANGUAGE_MODELS = {name: reason for reason, names in _UNSUITABLE.items() for name in names.split()}
 
 
-def _at_least_one(options: Any, *names: str) -> None:
-    """Raise unless each named setting is None or at least 1."""
+def _at_least_one(options: Any, *names: str, or_zero: Sequence[str] = ()) -> None:
+    """Raise unless each setting of `names` is None or at least 1, and each of `or_zero` None or at least 0."""
     problems = [
-        f"{name} must be at least 1, got {value}."
-        for name in names
-        if (value := getattr(options, name)) is not None and value < 1
+        f"{name} must be at least {least}, got {value}."
+        for name, least in (*((x, 1) for x in names), *((x, 0) for x in or_zero))
+        if (value := getattr(options, name)) is not None and value < least
     ]
     if problems:
         raise CompositionError(problems)
 
 
+#: Between the two linear maps of a feed-forward.
+Activation = Literal["gelu", "relu", "squared_relu"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PerceiverOptions:
-    """Sizes of a Perceiver Resampler; the defaults are OpenFlamingo's."""
+    """Settings of a Perceiver Resampler; the defaults are OpenFlamingo's."""
 
     depth: int = 6  # attention + feed-forward layers
     num_heads: int = 8
     head_dim: int = 64  # channels per head
     num_latents: int = 64  # vision tokens per medium
     ff_mult: int = 4  # hidden channels of the feed-forward over its width
+    activation: Activation = "gelu"  # of the feed-forward; flamingo-mini: squared_relu, IDEFICS: relu
+    qk_norm: bool = False  # LayerNorm over the head channels of queries and keys (IDEFICS)
     max_num_frames: int | None = None  # length of the frame embeddings; None: frames are not told apart
     max_num_media: int | None = None  # length of the media-time embeddings; None: media are not numbered
     dim_out: int | None = None  # output channels; None: what the fusion asks for
 
     def __post_init__(self) -> None:
-        _at_least_one(self, *(f.name for f in dataclasses.fields(self)))
+        sizes = ("depth", "num_heads", "head_dim", "num_latents", "ff_mult")
+        _at_least_one(self, *sizes, "max_num_frames", "max_num_media", "dim_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +129,12 @@ class LinearOptions:
     """Settings of a linear projection."""
 
     frames: Literal["concatenate", "mean"] = "concatenate"  # F·v tokens of a video, or v averaged ones
+    bias: bool = True  # of the projection; nanoVLM: False
+    pixel_shuffle: int = 1  # s×s neighbouring patches become one token of s² times the channels (nanoVLM)
     dim_out: int | None = None  # output channels; None: what the fusion asks for
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "dim_out")
+        _at_least_one(self, "pixel_shuffle", "dim_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +144,39 @@ class MLPOptions(LinearOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttentionOptions:
-    """Sizes of the gated cross-attention; the defaults are OpenFlamingo's."""
+    """Settings of the gated cross-attention; the defaults are OpenFlamingo's."""
 
-    every: int = 1  # a block before decoder layer i where (i + 1) % every == 0
+    every: int = 1  # decoder layers from one block to the next
+    first: int | None = None  # number of the first decoder layer with a block; None: every - 1
     attend: Literal["last", "all"] = "last"  # text sees the latest medium, or all media so far
     num_heads: int = 8
     head_dim: int = 64  # channels per head
     ff_mult: int = 4  # hidden channels of the feed-forward over its width
+    activation: Activation = "gelu"  # of the feed-forward; flamingo-mini: squared_relu
     feed_forward_before_media: bool = True  # whether text before its row's first medium gets the feed-forward
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "every", "num_heads", "head_dim", "ff_mult")
+        _at_least_one(self, "every", "num_heads", "head_dim", "ff_mult", or_zero=("first",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaCrossAttentionOptions:
+    """Settings of gated cross-attention blocks made like Llama's layers; the sizes are those of IDEFICS-9b."""
+
+    every: int = 1  # decoder layers from one block to the next
+    first: int | None = 0  # number of the first decoder layer with a block; None: every - 1
+    attend: Literal["last", "all"] = "last"  # text sees the latest medium, or all media so far
+    num_heads: int = 32
+    head_dim: int = 128  # channels per head
+    dim_ff: int = 11008  # hidden channels of the feed-forward
+    qk_norm: bool = False  # RMSNorm over the head channels of queries and keys
+    gate: Literal["scalar", "vector"] = "scalar"  # one number for a gate, or one for each channel
+    norm_eps: float = 1e-6  # of every RMSNorm
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "every", "num_heads", "head_dim", "dim_ff", or_zero=("first",))
+        if not self.norm_eps > 0:
+            raise CompositionError(f"norm_eps must be positive, got {self.norm_eps}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +192,32 @@ class VisionEncoderOptions:
     pretrained: str | None = None  # tag or file of weights; None: random
     layer: int = -1  # -1 is the last layer, -2 the one before (LLaVA)
     image_size: int | None = None  # pixels; None: what the tower was made for
+    depth: int | None = None  # layers kept; None: all. BLIP-2 keeps 39 of 40
+    class_token: bool = False  # whether the features begin with the class token (BLIP-2, IDEFICS, flamingo-mini)
+    norm: bool | None = None  # whether the tower's last norm is applied; None: to its last layer only
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
             raise CompositionError(f"layer counts from the end: -1 is the last; got {self.layer}.")
-        _at_least_one(self, "image_size")
+        _at_least_one(self, "image_size", *(["depth"] if self._is_ours("depth") else []))
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a field is declared here, and not by a subclass, which may mean another thing by its name."""
+        fields = VisionEncoderOptions.__dataclass_fields__
+        return type(self).__dataclass_fields__[name] is fields[name]
+
+    @property
+    def of_openclip(self) -> dict[str, Any]:
+        """`depth`, `class_token` and `norm`, which only OpenCLIP's towers have, where they are not the defaults."""
+        fields = VisionEncoderOptions.__dataclass_fields__
+        found = {name: getattr(self, name) for name in ("depth", "class_token", "norm") if self._is_ours(name)}
+        return {name: value for name, value in found.items() if value != fields[name].default}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Which features of its tower a `VisionEncoder` returns: `layer`, `class_token` and `norm`, as arguments."""
+        found = {"class_token": False, "norm": None, **self.of_openclip}
+        return {"layer": self.layer, "class_token": found["class_token"], "norm": found["norm"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +228,7 @@ class LanguageModelOptions:
     revision: str | None = None  # branch, tag or commit of a hub id
     tokenizer: str | None = None  # hub id or directory of the tokenizer; None: the model's own
     decoder_layers: str | None = None  # dotted name of the decoder layers; None: found by structure
+    head_bias: bool = False  # whether the head gets a bias, which trains with the added tokens (xGen-MM)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ B batch, T_txt tokens, T_img media per row, F frames per medium, C H W pixels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -216,7 +217,9 @@ def _is_row(value: Any, count: int) -> bool:
     return isinstance(value, (list, tuple)) and (count != 1 or len(value) == 1)
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], num_rows: int) -> tuple[list[str], int]:
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], num_rows: int, first: int | None = None
+) -> tuple[list[str], int]:
     """Give a tokenizer the tokens that a composition adds, and a pad token if it has none.
 
     Ids from the first added one on have rows of ours: those of `names` in their order, then the pad token. So have
@@ -226,14 +229,23 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], num_row
         tokenizer: changed in place; its own special tokens stay.
         names: tokens to add.
         num_rows: rows of the language model's embedding.
+        first: id of the first of them, where the tokenizer has them already.
 
     Returns:
         The tokens that have rows of ours, in the order of their ids, and the first of these ids.
 
     Raises:
-        LanguageModelError: if the tokenizer cannot tell `<image>` from text.
+        LanguageModelError: if the tokenizer cannot tell `<image>` from text, or has it elsewhere.
     """
-    first = min(len(tokenizer), num_rows)
+    if first is None:
+        first = min(len(tokenizer), num_rows)
+    elif (media := tokenizer.get_vocab().get(MEDIA_TOKEN)) is None or media < first:
+        raise LanguageModelError(
+            f"the tokenizer has {MEDIA_TOKEN!r} at {media}, and the weights have it among the tokens from {first} on. "
+            "Give the tokenizer that belongs to them: --set language_model.tokenizer=…"
+        )
+    else:
+        _make_plain(tokenizer, MEDIA_TOKEN)
     for name in names:
         # Media tokens are not special, so that other special tokens can be read as text while they are not.
         special = name != MEDIA_TOKEN
@@ -251,6 +263,28 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], num_row
             "Give another tokenizer: --set language_model.tokenizer=…"
         )
     return tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer)))), first
+
+
+def _make_plain(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Take the mark of a special token from one that the tokenizer has: other special tokens can then be read as text.
+
+    An added token cannot be added again with other marks, so its entry is changed where the tokenizer is stored.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    stored = json.loads(backend.to_str())
+    for token in stored["added_tokens"]:
+        if token["content"] == name:
+            token.update(special=False, normalized=False, lstrip=False, rstrip=False)
+    tokenizer._tokenizer = type(backend).from_str(json.dumps(stored))
+    kept = [x for x in tokenizer.additional_special_tokens if str(x) != name] if _lists_it(tokenizer, name) else None
+    if kept is not None:
+        tokenizer.additional_special_tokens = kept
+
+
+def _lists_it(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    return name in map(str, getattr(tokenizer, "additional_special_tokens", None) or ())
 
 
 # Transformers finds the classes of a directory's processor and model in these tables.

@@ -250,6 +250,12 @@ for _part in (
         "gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)",
     ),
     Part(
+        "llama-cross-attention",
+        "vlm_cli.modeling.vlm:VLMWithLlamaCrossAttention",
+        "vlm_cli.composition:LlamaCrossAttentionOptions",
+        "the same with blocks made like Llama's layers: RMSNorm and SwiGLU (IDEFICS)",
+    ),
+    Part(
         "language-stream",
         "vlm_cli.modeling.vlm:VLMWithLanguageStream",
         "vlm_cli.composition:LanguageStreamOptions",

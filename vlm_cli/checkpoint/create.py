@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.language_models import LanguageModelSource, find_language_model
@@ -21,7 +21,7 @@ from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
 from vlm_cli.modeling.vlm import VLM, VLMConfig
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
 
-__all__ = ["Blueprint", "create", "not_found", "plan"]
+__all__ = ["Blueprint", "cast", "configure", "create", "generation_config", "not_found", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,27 +71,49 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
     tokenizer = search.attempt(lambda: _tokenizer(lm, composition, need_tokenizer)) if lm else None
     _raise(search.problems)
     assert shape is not None
-    rows = _num_rows(lm)
+    config = configure(composition, tower.config, shape, lm.config, tokenizer)
+    blueprint = Blueprint(config, tower, lm, tokenizer)
+    _check_fit(blueprint)
+    return blueprint
+
+
+def configure(
+    composition: Composition,
+    tower_config: Mapping[str, Any],
+    shape: tuple[int, int],
+    text_config: PreTrainedConfig,
+    tokenizer: Tokenizer | None,
+    first_added_id: int | None = None,
+) -> VLMConfig:
+    """The configuration of a model of these parts; the tokenizer gets the tokens that the composition adds.
+
+    Args:
+        composition: the parts.
+        tower_config: of the vision encoder, as `find_tower` gives it.
+        shape: v patches and d channels of its features.
+        text_config: of the language model.
+        tokenizer: changed in place; None where the vocabulary is taken from the language model.
+        first_added_id: of the added tokens, which the tokenizer has already; None adds them behind its last.
+    """
+    rows = text_config.get_text_config(decoder=True).vocab_size
     if tokenizer is None:
-        added, first = list(composition.added_tokens), rows
-        media_id, pad_id = first + added.index(MEDIA_TOKEN), getattr(lm.config.get_text_config(), "pad_token_id", None)
+        added, first = list(composition.added_tokens), rows if first_added_id is None else first_added_id
+        media_id = first + added.index(MEDIA_TOKEN)
+        pad_id = getattr(text_config.get_text_config(), "pad_token_id", None)
     else:
-        added, first = add_tokens(tokenizer, composition.added_tokens, rows)
+        added, first = add_tokens(tokenizer, composition.added_tokens, rows, first_added_id)
         media_id, pad_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN), tokenizer.pad_token_id
-    config = VLMConfig(
-        text_config=lm.config,
-        vision_config={**tower.config, "num_patches": shape[0], "dim": shape[1]},
+    return VLMConfig(
+        text_config=text_config,
+        vision_config={**tower_config, "num_patches": shape[0], "dim": shape[1]},
         composition=composition.to_dict(),
         added_tokens=added,
         first_added_id=first,
         media_token_id=media_id,
         pad_token_id=pad_id,
-        eos_token_id=_stop_tokens(lm, tokenizer, added),
+        eos_token_id=_stop_tokens(text_config, tokenizer, added),
         architectures=["VLM"],
     )
-    blueprint = Blueprint(config, tower, lm, tokenizer)
-    _check_fit(blueprint)
-    return blueprint
 
 
 def not_found(error: CompositionError, *, trust_remote_code: bool = False) -> list[str]:
@@ -133,17 +155,13 @@ def _tokenizer(lm: LanguageModelSource, composition: Composition, needed: bool) 
 def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
     options = composition.vision_encoder
     try:
-        return tower_shape(tower.config, options.layer)
+        return tower_shape(tower.config, **options.reading)
     except Exception as error:
+        asked = {"layer": options.layer, "image_size": options.image_size, **options.of_openclip}
         raise CompositionError(
-            f"vision encoder {options.name!r} does not give features with layer={options.layer} and "
-            f"image_size={options.image_size}: {first_line(error)}."
+            f"vision encoder {options.name!r} does not give features with "
+            f"{' and '.join(f'{key}={value}' for key, value in asked.items())}: {first_line(error)}."
         ) from None
-
-
-def _num_rows(lm: LanguageModelSource) -> int:
-    """Rows of the language model's embedding, from its configuration."""
-    return lm.config.get_text_config(decoder=True).vocab_size
 
 
 def _check_fit(blueprint: Blueprint) -> None:
@@ -163,11 +181,14 @@ def _check_fit(blueprint: Blueprint) -> None:
             )
         )
     if len(getattr(model.fusion, "blocks", "any")) == 0:
-        depth = text.num_hidden_layers
+        depth, first = text.num_hidden_layers, parts.fusion.options.first
+        name, value, most = (
+            ("every", parts.fusion.options.every, depth) if first is None else ("first", first, depth - 1)
+        )
         problems.append(
             CompositionError(
-                f"fusion.every={parts.fusion.options.every} leaves no cross-attention block: the language model has "
-                f"{depth} layers. Choose at most {depth}."
+                f"fusion.{name}={value} leaves no cross-attention block: the language model has {depth} layers. Choose "
+                f"at most {most}."
             )
         )
     positions, context = model.positions_per_medium(), context_length(text)
@@ -222,17 +243,17 @@ def create(
             progress(f"loading language model {blueprint.language_model.name}")
             lang_model = blueprint.language_model.load(dtype)
             progress("composing")
-            encoder = VisionEncoder(visual, config.parts.vision_encoder.layer)
+            encoder = VisionEncoder(visual, **config.parts.vision_encoder.reading)
             model = VLM(config, vision_encoder=encoder, lang_model=lang_model)
         lm = model.lang_model
         model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())
-    _cast(model, dtype)
+    cast(model, dtype)
     model.config.dtype = model.config.text_config.dtype = dtype
-    model.generation_config = _generation_config(model)
+    model.generation_config = generation_config(model)
     return model.eval()
 
 
-def _cast(model: VLM, dtype: torch.dtype) -> None:
+def cast(model: VLM, dtype: torch.dtype) -> None:
     """Give all that is saved a dtype. Other buffers (rotary frequencies) keep their own, as when a file is loaded."""
     saved = set(model.state_dict())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -240,9 +261,9 @@ def _cast(model: VLM, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def _stop_tokens(lm: LanguageModelSource, tokenizer: Tokenizer | None, added: list[str]) -> list[int] | None:
+def _stop_tokens(config: PreTrainedConfig, tokenizer: Tokenizer | None, added: list[str]) -> list[int] | None:
     """Ids that end an answer: the language model's, its tokenizer's, and the end of a chunk."""
-    theirs = getattr(lm.config.get_text_config(decoder=True), "eos_token_id", None)
+    theirs = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     stops = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
     if tokenizer is not None:
         stops.append(tokenizer.eos_token_id)
@@ -251,7 +272,7 @@ def _stop_tokens(lm: LanguageModelSource, tokenizer: Tokenizer | None, added: li
     return list(dict.fromkeys(x for x in stops if x is not None)) or None
 
 
-def _generation_config(model: VLM) -> GenerationConfig:
+def generation_config(model: VLM) -> GenerationConfig:
     """The language model's own settings, with our pad and stop tokens."""
     config = GenerationConfig.from_dict(model.lang_model.generation_config.to_dict())
     theirs = config.eos_token_id

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from vlm_cli.registry import VISION_ENCODERS, suggest
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Tower", "find_tower", "list_towers", "load_tower"]
+__all__ = ["Tower", "fetch_weights", "find_tower", "list_towers", "load_tower", "weights_in"]
 
 
 def list_towers() -> dict[str, str]:
@@ -44,8 +44,8 @@ class Tower:
     """A tower that was found: its configuration, and where its weights are.
 
     Attributes:
-        config: `embed_dim`, `vision_cfg`, `quick_gelu` and `preprocess`; or `type`, a registered name, `vision_cfg`,
-            `preprocess`, and whatever else that encoder's `configure` gave.
+        config: `embed_dim`, `vision_cfg`, `quick_gelu` and `preprocess`, and `depth` if it is cut; or `type`, a
+            registered name, `vision_cfg`, `preprocess`, and whatever else that encoder's `configure` gave.
         model_config: OpenCLIP's whole configuration, text tower included; empty for a registered encoder.
         weights: file, OpenCLIP's record of a pretrained tag, or what a registered encoder's `load_pretrained` takes;
             None for random weights.
@@ -74,7 +74,7 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
     elif name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:")).expanduser()
         data = _read_json(folder / "open_clip_config.json")
-        weights = _weights_in(folder)
+        weights = weights_in(folder)
     elif name.endswith(".json"):
         data = _read_json(Path(name).expanduser())
     elif name in _openclip_files():
@@ -108,6 +108,11 @@ def _find_registered(options: VisionEncoderOptions) -> Tower:
         raise PluginError(
             f"vision encoder {name!r} is a name of OpenCLIP, and an installed package registers it too. Uninstall that "
             "package."
+        )
+    if options.of_openclip:
+        raise VisionEncoderError(
+            f"vision encoder {name!r} is of another package, and {' and '.join(options.of_openclip)} are settings of "
+            "OpenCLIP's towers. Leave them out."
         )
     encoder = VISION_ENCODERS[name].load()
     if options.pretrained is not None and not hasattr(encoder, "load_pretrained"):
@@ -149,13 +154,14 @@ def _tower_config(
     if options.image_size is not None:
         vision["image_size"] = options.image_size
     size = {"size": vision.get("image_size", 224)}
-    return {
+    config = {
         "embed_dim": model["embed_dim"],
         "vision_cfg": vision,
         # The weights know which activation they were trained with; OpenCLIP only warns when the name disagrees.
         "quick_gelu": tag.get("quick_gelu", False) if tag else model.get("quick_gelu", False),
         "preprocess": _preprocessing({**preprocess, **size}),
     }
+    return config if options.depth is None else {**config, "depth": options.depth}
 
 
 def _find_tag(name: str, tag: str) -> dict[str, Any]:
@@ -178,13 +184,22 @@ def load_tower(tower: Tower) -> nn.Module:
     Raises:
         VisionEncoderError: if the weights cannot be fetched or do not fit.
     """
-    from vlm_cli.modeling.vision_encoder import build_tower, set_image_size
+    from vlm_cli.modeling.vision_encoder import build_tower, cut
 
     if tower.weights is None:
         return build_tower(tower.config)
     if "type" in tower.config:
         return _load_registered(tower)
-    assert not isinstance(tower.weights, str)
+    # Weights are published of all layers.
+    whole = replace(tower, config={key: x for key, x in tower.config.items() if key != "depth"})
+    return cut(_load_whole(whole), tower.config.get("depth"))
+
+
+def _load_whole(tower: Tower) -> nn.Module:
+    """One of OpenCLIP's towers with all of its layers and their weights."""
+    from vlm_cli.modeling.vision_encoder import build_tower, set_image_size
+
+    assert isinstance(tower.weights, (Path, dict))
     path = tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
     try:
         state = _visual_state(path)
@@ -300,7 +315,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _weights_in(folder: Path) -> Path | None:
+def weights_in(folder: Path) -> Path | None:
+    """The weights in a folder as OpenCLIP's hub repositories are."""
     from open_clip.factory import _find_checkpoint_in_dir
 
     found = _find_checkpoint_in_dir(folder)
@@ -314,6 +330,16 @@ def _hub_file(repository: str, name: str) -> Path:
         return Path(hf_hub_download(repository, name))
     except Exception as error:
         raise VisionEncoderError(_cannot_fetch(f"{name} of {repository!r}", error)) from None
+
+
+def fetch_weights(tower: Tower) -> Path:
+    """The file of one of OpenCLIP's towers that has weights; from the cache, or else fetched.
+
+    Raises:
+        VisionEncoderError: if it cannot be.
+    """
+    assert tower.weights is not None and not isinstance(tower.weights, str)
+    return tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
 
 
 def _download(record: dict[str, Any]) -> Path:

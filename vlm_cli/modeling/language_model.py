@@ -21,6 +21,8 @@ from vlm_cli.errors import LanguageModelError
 from vlm_cli.registry import suggest
 
 __all__ = [
+    "NO_LEFT_PADDING",
+    "NO_PIECES",
     "Widths",
     "check_causal",
     "context_length",
@@ -29,6 +31,24 @@ __all__ = [
     "update_hidden_states",
     "widths",
 ]
+
+#: Types whose rows cannot be padded at the left, in Transformers itself: the bare model then answers something else.
+NO_LEFT_PADDING = {
+    "deepseek_v4": "its compressed keys are counted from the first position, padding or not",
+    "git": "it makes its own mask, which forgets the one that is given",
+    "recurrent_gemma": "its convolution and its recurrence read the padding",
+    "rwkv": "it takes no mask",
+    "xlstm": "it takes no mask",
+}
+#: Types that cannot read several positions after a cache, in Transformers itself.
+NO_PIECES = {
+    "falcon_mamba": "its cached forward takes one position at a time",
+    "jamba": "its cached forward starts its convolution and its state anew",
+    "mamba": "its cached forward takes one position at a time",
+    "openai-gpt": "it has no cache",
+    "recurrent_gemma": "it keeps its state in itself and returns no cache",
+    "zamba": "its cached forward starts its convolution and its state anew",
+}
 
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 

@@ -1,4 +1,4 @@
-"""`VLM` and its two fusions: any OpenCLIP tower, any vision tokenizer, any causal language model.
+"""`VLM` and its fusions: any OpenCLIP tower, any vision tokenizer, any causal language model.
 
     prompt ──► lang_x (B, T_txt) ─────────────────────────────┐
     files ───► vision_x (B, T_img, F, C, H, W)                │
@@ -30,11 +30,26 @@ from vlm_cli.composition import PARTS, Composition
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttention, MediaVisibility
 from vlm_cli.modeling.fusion.language_stream import Expansion, compact, expand, place
-from vlm_cli.modeling.language_model import decoder_layers, forward_arguments, update_hidden_states, widths
+from vlm_cli.modeling.fusion.llama_cross_attention import LlamaGatedCrossAttention
+from vlm_cli.modeling.language_model import (
+    NO_LEFT_PADDING,
+    NO_PIECES,
+    decoder_layers,
+    forward_arguments,
+    update_hidden_states,
+    widths,
+)
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
 
-__all__ = ["VLM", "Conditioning", "VLMConfig", "VLMWithCrossAttention", "VLMWithLanguageStream"]
+__all__ = [
+    "VLM",
+    "Conditioning",
+    "VLMConfig",
+    "VLMWithCrossAttention",
+    "VLMWithLanguageStream",
+    "VLMWithLlamaCrossAttention",
+]
 
 
 class VLMConfig(PreTrainedConfig):
@@ -169,7 +184,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         parts = config.parts
         self.vision_encoder = vision_encoder or VisionEncoder(
-            build_tower(config.vision_config), parts.vision_encoder.layer
+            build_tower(config.vision_config), **parts.vision_encoder.reading
         )
         self.lang_model = lang_model or AutoModelForCausalLM.from_config(config.text_config)
         width = widths(self.lang_model)
@@ -186,6 +201,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             dim_embedding=width.embedding,
             dim_head=width.head,
             bias=getattr(self.lang_model.get_output_embeddings(), "bias", None) is not None,
+            base_bias=parts.language_model.head_bias,
         )
         self._build_fusion(parts, width.layer)
         self._conditioning: Conditioning | None = None
@@ -309,7 +325,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         if c is None:
             return None
         c.head_input = args[0]
-        return self._with_added_logits(args[0], logits, c)
+        return self._with_added_logits(args[0], self.added_tokens.bias_logits(logits), c)
 
     def _with_added_logits(self, hidden: Tensor, logits: Tensor, c: Conditioning) -> Tensor:
         logits = self.added_tokens.append_logits(hidden, logits)
@@ -422,10 +438,20 @@ class VLM(PreTrainedModel, GenerationMixin):
     def _spread(
         self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Expansion | None]:
+        """
+        Raises:
+            ValueError: for rows of several lengths, if the language model cannot read them together.
+        """
         expansion = None if media_mask is None else self.spread(lang_x, attention_mask, media_mask)
-        if expansion is None:
-            return lang_x, attention_mask, None
-        return expansion.ids, expansion.attention_mask, expansion
+        if expansion is not None:
+            lang_x, attention_mask = expansion.ids, expansion.attention_mask
+        kind = self.lang_model.config.model_type
+        if kind in NO_LEFT_PADDING and attention_mask is not None and not attention_mask[:, 0].all():
+            raise ValueError(
+                f"a language model of type {kind} cannot read rows that are padded at the left: "
+                f"{NO_LEFT_PADDING[kind]}. Give rows of one length, or one at a time (--batch-size 1)."
+            )
+        return lang_x, attention_mask, expansion
 
     def forward(
         self,
@@ -470,7 +496,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             are of the last position that its medium takes.
 
         Raises:
-            ValueError: if media and media tokens do not match.
+            ValueError: if media and media tokens do not match, or the language model cannot read rows that are padded
+                at the left, or several tokens after a cache.
         """
         lang_x = input_ids if lang_x is None else lang_x
         vision_x = pixel_values if vision_x is None else vision_x
@@ -478,6 +505,12 @@ class VLM(PreTrainedModel, GenerationMixin):
             raise ValueError("lang_x is missing: forward needs int[B, T_txt] tokens.")
         if past_key_values is not None:
             kwargs[self._cache_argument] = past_key_values
+        kind = self.lang_model.config.model_type
+        if kind in NO_PIECES and lang_x.shape[1] > 1 and _is_filled(kwargs.get(self._cache_argument)):
+            raise ValueError(
+                f"a language model of type {kind} cannot read several tokens after a cache: {NO_PIECES[kind]}. "
+                "Give the whole prompt at once, without prefill_chunk_size."
+            )
         if vision_x is not None:
             vision_tokens, media_mask = self.encode_vision(vision_x, vision_mask)
             media = self.prepare_media(vision_tokens, media_mask)
@@ -626,6 +659,10 @@ class VLM(PreTrainedModel, GenerationMixin):
         # Transformers chooses the kind of cache by the class of the model.
         return self.lang_model._prepare_cache_for_generation(*args, **kwargs)
 
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Some language models carry what is no cache from step to step (rwkv).
+        return self.lang_model._update_model_kwargs_for_generation(*args, **kwargs)
+
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         generator = super()._get_candidate_generator(*args, **kwargs)
         if hasattr(generator, "vocab_size"):
@@ -694,6 +731,16 @@ def _num_cached(cache: Any) -> int:
         return 0  # a purely recurrent state has no positions, and its model reads the mask of new ones only
 
 
+def _is_filled(cache: Any) -> bool:
+    """Whether a cache has read anything; generation begins with an empty one."""
+    if cache is None:
+        return False
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:
+        return cache.has_previous_state()
+
+
 def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
     """Generated sequences that begin with the prompt as it was given, not as it was spread over `length` positions."""
 
@@ -710,6 +757,8 @@ def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
 class VLMWithCrossAttention(VLM):
     """Gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)."""
 
+    _fusion_class: type[GatedCrossAttention] = GatedCrossAttention
+
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:
         return None
@@ -717,8 +766,9 @@ class VLMWithCrossAttention(VLM):
     def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
         options = parts.fusion.options
         layers = decoder_layers(self.lang_model, parts.language_model.decoder_layers)
-        numbers = [i for i in range(len(layers)) if (i + 1) % options.every == 0]
-        self.fusion = GatedCrossAttention(options, dim_layer, self.vision_tokenizer.dim_out, numbers)
+        first = options.every - 1 if options.first is None else options.first
+        numbers = range(first, len(layers), options.every)
+        self.fusion = self._fusion_class(options, dim_layer, self.vision_tokenizer.dim_out, numbers)
         for slot, i in enumerate(numbers):
             layers[i].register_forward_pre_hook(_BeforeLayer(self, str(i), slot), with_kwargs=True)
 
@@ -749,6 +799,12 @@ class _BeforeLayer:
             return block(hidden, keys_values.to(hidden), visibility)
 
         return update_hidden_states(update, args, kwargs, c.ids.shape, block.dim)
+
+
+class VLMWithLlamaCrossAttention(VLMWithCrossAttention):
+    """Gated cross-attention with blocks made like Llama's layers (IDEFICS)."""
+
+    _fusion_class = LlamaGatedCrossAttention
 
 
 class VLMWithLanguageStream(VLM):

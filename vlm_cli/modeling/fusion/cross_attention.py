@@ -1,6 +1,7 @@
 """Gated cross-attention of Flamingo (https://arxiv.org/abs/2204.14198, section 3.2).
 
-Parameter names and arithmetic are those of open_flamingo, so that published weights load as they are.
+Parameter names and arithmetic are those of open_flamingo, so that published weights load as they are. Visibility,
+gates and the set of blocks are those of every fusion that has such blocks.
 B batch, T_txt text positions, T_img media, n vision tokens per medium, S = T_img·n attended positions, d channels,
 L blocks; inside attention h heads, k head width.
 """
@@ -9,24 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlm_cli.composition import CrossAttentionOptions
+from vlm_cli.composition import Activation
 
-__all__ = ["GatedCrossAttention", "MediaVisibility", "feed_forward"]
+__all__ = ["GatedCrossAttention", "GatedCrossAttentionBlock", "MediaVisibility", "attend_to_media", "feed_forward"]
 
 
-def feed_forward(dim: int, mult: int) -> nn.Sequential:
-    """LayerNorm, linear, GELU, linear; no biases."""
+class SquaredReLU(nn.Module):
+    """max(x, 0)² (Primer, https://arxiv.org/abs/2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "squared_relu": SquaredReLU}
+
+
+def feed_forward(dim: int, mult: int, activation: Activation = "gelu") -> nn.Sequential:
+    """LayerNorm, linear, activation, linear; no biases."""
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, dim * mult, bias=False),
-        nn.GELU(),
+        _ACTIVATIONS[activation](),
         nn.Linear(dim * mult, dim, bias=False),
     )
 
@@ -75,6 +86,13 @@ class MediaVisibility:
         return cls(attention=(seen | ~reads)[:, None], reads=reads, feeds=feeds)
 
 
+def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
+    """float[B, h, T_txt, k], float[B, 2, h, S, k] -> float[B, T_txt, h·k]; of no meaning where nothing is seen."""
+    k, v = keys_values.unbind(1)
+    out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=visibility.attention)
+    return rearrange(out, "B h T k -> B T (h k)")
+
+
 class MaskedCrossAttention(nn.Module):
     """Text attends to vision tokens."""
 
@@ -91,27 +109,30 @@ class MaskedCrossAttention(nn.Module):
         return rearrange(self.to_kv(media), "B S (two h k) -> B two h S k", two=2, h=self.num_heads)
 
     def forward(self, x: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
-        """float[B, T_txt, dim], float[B, 2, h, S, k] -> float[B, T_txt, dim]; zero where nothing is seen."""
+        """float[B, T_txt, dim], float[B, 2, h, S, k] -> float[B, T_txt, dim]."""
         q = rearrange(self.to_q(self.norm(x)), "B T (h k) -> B h T k", h=self.num_heads)
-        k, v = keys_values.unbind(1)
-        out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=visibility.attention)
-        out = self.to_out(rearrange(out, "B h T k -> B T (h k)"))
-        return out.masked_fill(~visibility.reads, 0)
+        return self.to_out(attend_to_media(q, keys_values, visibility))
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """`x + tanh(a)·attn(x)`, then `x + tanh(f)·ff(x)`; with both gates at zero, the identity."""
+    """`x + tanh(a)·attn(x)`, then `x + tanh(f)·ff(x)`; with both gates at zero, the identity.
+
+    Args:
+        attn: normalises its input by `norm`, of `dim` channels, and has `project(media)`, as `MaskedCrossAttention`.
+        ff: normalises its input too.
+        gate_size: numbers of a gate: one, or one for each channel.
+    """
 
     # Set by Transformers' `gradient_checkpointing_enable`.
     gradient_checkpointing = False
     _gradient_checkpointing_func = None
 
-    def __init__(self, options: CrossAttentionOptions, dim: int, dim_media: int) -> None:
+    def __init__(self, attn: nn.Module, ff: nn.Module, gate_size: int = 1) -> None:
         super().__init__()
-        self.attn = MaskedCrossAttention(dim, dim_media, options.num_heads, options.head_dim)
-        self.attn_gate = nn.Parameter(torch.empty(1))
-        self.ff = feed_forward(dim, options.ff_mult)
-        self.ff_gate = nn.Parameter(torch.empty(1))
+        self.attn = attn
+        self.attn_gate = nn.Parameter(torch.empty(gate_size))
+        self.ff = ff
+        self.ff_gate = nn.Parameter(torch.empty(gate_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,7 +151,8 @@ class GatedCrossAttentionBlock(nn.Module):
         return self._forward(x, keys_values, visibility)
 
     def _forward(self, x: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
-        x = x + self.attn_gate.tanh() * self.attn(x, keys_values, visibility)
+        attended = self.attn(x, keys_values, visibility).masked_fill(~visibility.reads, 0)
+        x = x + self.attn_gate.tanh() * attended
         return x + self.ff_gate.tanh() * self.ff(x).masked_fill(~visibility.feeds, 0)
 
 
@@ -138,16 +160,23 @@ class GatedCrossAttention(nn.Module):
     """The blocks of a language model, by number of the decoder layer that each stands before.
 
     Args:
-        options: sizes.
+        options: of the fusion.
         dim: channels of the decoder layers.
         dim_media: channels of the vision tokens.
         layers: numbers of the decoder layers that get a block.
     """
 
-    def __init__(self, options: CrossAttentionOptions, dim: int, dim_media: int, layers: Sequence[int]) -> None:
+    def __init__(self, options: Any, dim: int, dim_media: int, layers: Sequence[int]) -> None:
         super().__init__()
         self.options = options
-        self.blocks = nn.ModuleDict({str(i): GatedCrossAttentionBlock(options, dim, dim_media) for i in layers})
+        self.blocks = nn.ModuleDict({str(i): self.build_block(options, dim, dim_media) for i in layers})
+
+    @staticmethod
+    def build_block(options: Any, dim: int, dim_media: int) -> GatedCrossAttentionBlock:
+        return GatedCrossAttentionBlock(
+            MaskedCrossAttention(dim, dim_media, options.num_heads, options.head_dim),
+            feed_forward(dim, options.ff_mult, options.activation),
+        )
 
     def project(self, vision_tokens: Tensor) -> Tensor:
         """Keys and values of all blocks: float[B, T_img, n, dim_media] -> float[B, L, 2, h, S, k]."""
@@ -159,5 +188,5 @@ class GatedCrossAttention(nn.Module):
             media_positions,
             media_mask,
             attend=self.options.attend,
-            feed_forward_before_media=self.options.feed_forward_before_media,
+            feed_forward_before_media=getattr(self.options, "feed_forward_before_media", True),
         )

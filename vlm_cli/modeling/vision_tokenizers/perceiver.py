@@ -20,7 +20,7 @@ __all__ = ["PerceiverResampler"]
 class PerceiverAttention(nn.Module):
     """Latents attend to the media features and to themselves."""
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, num_heads: int, head_dim: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm_media = nn.LayerNorm(dim)
@@ -28,6 +28,8 @@ class PerceiverAttention(nn.Module):
         self.to_q = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * num_heads * head_dim, bias=False)
         self.to_out = nn.Linear(num_heads * head_dim, dim, bias=False)
+        # IDEFICS (https://arxiv.org/abs/2306.16527)
+        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, media: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
         """float[N, S, d], float[N, n, d], bool[N, 1, 1, S + n] -> float[N, n, d]."""
@@ -35,7 +37,7 @@ class PerceiverAttention(nn.Module):
         attended = torch.cat([self.norm_media(media), latents], dim=1)  # [N, S + n, d]
         q = rearrange(self.to_q(latents), "N n (h k) -> N h n k", h=self.num_heads)
         k, v = rearrange(self.to_kv(attended), "N S (two h k) -> two N h S k", two=2, h=self.num_heads)
-        out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = nnf.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
         return self.to_out(rearrange(out, "N h n k -> N n (h k)"))
 
 
@@ -60,8 +62,8 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
-                    PerceiverAttention(dim_in, options.num_heads, options.head_dim),
-                    feed_forward(dim_in, options.ff_mult),
+                    PerceiverAttention(dim_in, options.num_heads, options.head_dim, options.qk_norm),
+                    feed_forward(dim_in, options.ff_mult, options.activation),
                 ]
             )
             for _ in range(options.depth)
