@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
-
-from vlm_cli.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,19 +48,6 @@ class Parts:
     def kosmos(self) -> list[str]:
         sizes = [f"vision_tokenizer.{x}" for x in SMALL_PERCEIVER]
         return ["--family", "kosmos", *self.named, *(x for size in sizes for x in ("--set", size))]
-
-
-@pytest.fixture(scope="session")
-def vlm() -> Callable[..., Any]:
-    """`vlm(*arguments, input=None)` in this process: exit code, stdout and stderr."""
-
-    def run(*arguments: Any, input: str | bytes | None = None, debug: bool = False) -> Any:
-        words = [*(["--debug"] if debug else []), *map(str, arguments)]
-        result = CliRunner().invoke(app, words, input=input, catch_exceptions=not debug)
-        assert "Traceback" not in result.stdout + result.stderr
-        return result
-
-    return run
 
 
 @pytest.fixture(scope="session")

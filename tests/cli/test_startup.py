@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import vlm_cli
+from vlm_cli.checkpoint.openclip import list_towers
+from vlm_cli.report.encoders import EncoderFacts, keep
 
 COMMANDS = ("build", "inspect", "generate", "count-params", "list")
 VLM = [sys.executable, "-m", "vlm_cli"]
@@ -31,9 +33,19 @@ def test_version_and_help(shell):
     assert all(command in text for command in COMMANDS)
 
 
-def test_help_and_lists_import_neither_torch_nor_transformers(shell):
+@pytest.fixture
+def measured(environment, tmp_path, monkeypatch):
+    """The environment of a user who has listed the vision encoders before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = EncoderFacts(image_size=(32, 32), patches=4, channels=8, parameters=1000)
+    keep(dict.fromkeys(list_towers(), facts))
+    return {**environment, "XDG_CACHE_HOME": str(tmp_path)}
+
+
+def test_help_and_lists_import_neither_torch_nor_transformers(measured):
     questions = [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS), ["list"]]
     questions += [["list", kind] for kind in ("families", "vision-encoders", "vision-tokenizers", "language-models")]
+    questions += [["list", "--json"], ["list", "vision-encoders", "siglip", "--json"]]
     script = (
         "import sys, json\nfrom typer.testing import CliRunner\nfrom vlm_cli.cli.app import app\n"
         "for words in json.loads(sys.argv[1]):\n"
@@ -43,7 +55,8 @@ def test_help_and_lists_import_neither_torch_nor_transformers(shell):
         "    assert not heavy, (words, heavy)\n"
         "assert 'rich' in sys.modules\n"  # the twin: a table needs it
     )
-    result = shell([sys.executable, "-c", script, json.dumps(questions)])
+    command = [sys.executable, "-c", script, json.dumps(questions)]
+    result = subprocess.run(command, env=measured, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
@@ -83,9 +96,10 @@ def test_completion_is_installed_and_completes(environment):
     assert result.stdout.strip() == "count-params"
 
 
-def test_a_reader_that_has_seen_enough(shell):
+def test_a_reader_that_has_seen_enough(measured):
     vlm = " ".join(VLM)
-    result = shell(["bash", "-c", f"{vlm} list vision-encoders | head -n 1; {vlm} list | true"])
+    command = ["bash", "-c", f"{vlm} list vision-encoders | head -n 1; {vlm} list | true"]
+    result = subprocess.run(command, env=measured, capture_output=True, text=True, timeout=120)
     assert result.stdout.count("\n") == 1 and result.stderr == ""
 
 

@@ -44,8 +44,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for i, row in enumerate(rows):
         table.add_row(*map(_plain, row), end_section=total and i == len(rows) - 2)
-    # A pipe has no width; its reader should get whole lines.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    # A pipe has no width; its reader should get whole lines, and no spaces at their ends.
+    console = Console(width=10_000, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().split("\n")), end="", flush=True)
 
 
 def _plain(cell: str) -> Any:

@@ -1,0 +1,1 @@
+"""What is measured and compared; not part of the package."""

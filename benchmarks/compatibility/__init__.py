@@ -1,0 +1,1 @@
+"""What works with what: every vision encoder and every language model, checked."""

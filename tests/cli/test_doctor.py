@@ -1,0 +1,144 @@
+"""`vlm doctor`: what it prints and where, on what, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from vlm_cli.report import invariants
+from vlm_cli.report.invariants import CHECKS, QUICK
+
+
+@pytest.fixture
+def checked(vlm):
+    """`checked(*flags)` is the JSON object of a model that passes."""
+
+    def doctor(*flags: Any) -> dict[str, Any]:
+        result = vlm("doctor", *flags, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return doctor
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """One check finds an infinite difference."""
+
+    def fail(self: Any) -> dict[str, Any]:
+        return {"verdict": "fails", "difference": float("inf"), "note": "it is broken"}
+
+    monkeypatch.setattr(invariants._Trial, "check_media", fail)
+
+
+def verdicts(data: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["verdict"] for check in data["checks"]}
+
+
+def test_the_demo(vlm):
+    result = vlm("doctor", "--quick")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    told = [line.split()[:2] for line in lines[:-1:2]]
+    assert told == [["holds", name] for name in QUICK]
+    for name, line, numbers in zip(QUICK, lines[:-1:2], lines[1:-1:2], strict=True):
+        assert line.endswith(CHECKS[name])
+        assert "difference" in numbers and "allowed" in numbers and "a change that must be seen" in numbers
+    assert lines[-1] == f"{len(QUICK)} hold"
+
+
+def test_progress_is_on_stderr(vlm):
+    result = vlm("doctor", "--quick")
+    assert result.stderr.splitlines()[0] == "Model demo on cpu, bfloat16"
+    assert all(any(f"  {CHECKS[name]} … " in line for line in result.stderr.splitlines()) for name in QUICK)
+    assert "…" not in result.stdout and "Model" not in result.stdout
+
+
+@pytest.mark.parametrize("family", ["flamingo", "kosmos"])
+def test_a_built_directory(checked, family, request):
+    folder = request.getfixturevalue(family)
+    data = checked(folder)
+    assert verdicts(data) == dict.fromkeys(CHECKS, "holds")
+    assert (data["model"], data["device"], data["dtype"], data["passed"]) == (str(folder), "cpu", "float32", True)
+    keys = {"name", "proves", "verdict", "difference", "allowed", "twin", "note", "seconds"}
+    assert all(set(check) == keys for check in data["checks"])
+    assert all(check["difference"] <= check["allowed"] for check in data["checks"])
+
+
+@pytest.mark.parametrize("family", ["flamingo", "kosmos"])
+def test_a_composition_is_drawn_at_random(vlm, parts, family):
+    result = vlm("doctor", *getattr(parts, family), "--quick")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == f"{len(QUICK)} hold"
+    assert "Weights are drawn at random; give a built directory to check its own." in result.stderr
+
+
+def test_a_composition_file(checked, flamingo):
+    assert set(verdicts(checked(flamingo / "composition.yaml", "--quick")).values()) == {"holds"}
+
+
+@pytest.mark.parametrize("family", ["flamingo", "kosmos"])
+def test_in_bfloat16(checked, family, request):
+    data = checked(request.getfixturevalue(family), "--dtype", "bfloat16")
+    assert data["dtype"] == "bfloat16" and set(verdicts(data).values()) == {"holds"}
+
+
+def test_the_seed_draws_other_prompts(checked, flamingo):
+    first, other = (checked(flamingo, "--quick", "--seed", seed)["checks"] for seed in (0, 1))
+    assert [check["twin"] for check in first] != [check["twin"] for check in other]
+
+
+def test_what_fails(vlm, flamingo, broken):
+    result = vlm("doctor", flamingo, "--quick")
+    assert result.exit_code == 1
+    assert f"FAILS   media      {CHECKS['media']}\n" in result.stdout
+    assert "difference inf; it is broken\n" in result.stdout
+    assert result.stdout.endswith(f"{len(QUICK) - 1} hold, 1 FAIL\n")
+
+
+def test_what_fails_as_json(vlm, flamingo, broken):
+    result = vlm("doctor", flamingo, "--quick", "--json")
+    data = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert result.exit_code == 1 and data["passed"] is False
+    found = next(check for check in data["checks"] if check["name"] == "media")
+    assert (found["verdict"], found["difference"], found["note"]) == ("fails", None, "it is broken")
+
+
+def test_a_limit_is_no_failure(vlm, flamingo, monkeypatch):
+    limit = {"verdict": "limit", "note": "the bare language model: it takes no mask"}
+    monkeypatch.setattr(invariants._Trial, "check_media", lambda self: limit)
+    result = vlm("doctor", flamingo, "--quick")
+    assert result.exit_code == 0
+    assert "the bare language model: it takes no mask" in result.stdout
+    assert result.stdout.endswith(f"{len(QUICK) - 1} hold, 1 limited by the language model\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-such-flag"], "No such option"),
+        (["--seed", "-1"], "--seed"),
+        (["--dtype", "bfloat61"], "Did you mean 'bfloat16'?"),
+        (["--device", "cuda:77"], "cannot be used here"),
+        (["demmo"], "Did you mean 'demo'?"),
+    ],
+)
+def test_wrong_usage(vlm, flags, words):
+    result = vlm("doctor", *flags)
+    assert result.exit_code == 2 and words in result.stderr and not result.stdout
+
+
+def test_a_composition_that_does_not_fit_in_memory(vlm, parts, monkeypatch):
+    class Memory:
+        available = 1000  # bytes
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: self.weight.is_meta or pytest.fail("drawn"))
+    result = vlm("doctor", *parts.flamingo)
+    assert result.exit_code == 1 and not result.stdout
+    assert "the weights of this composition take " in result.stderr
+    assert "and 1.0 kB of memory are free. Choose a smaller language model of the same type" in result.stderr
