@@ -1,7 +1,7 @@
 """Peak memory of `vlm build --from` over the model's own bytes, in units of the largest shard.
 
-    python -m benchmarks.import_memory             a synthetic LLaVA of 2 GB in shards of 500 MB
-    python -m benchmarks.import_memory 0.5 100MB   of 0.5 GB in shards of 100 MB
+python -m benchmarks.import_memory             a synthetic LLaVA of 2 GB in shards of 500 MB
+python -m benchmarks.import_memory 0.5 100MB   of 0.5 GB in shards of 100 MB
 """
 
 from __future__ import annotations

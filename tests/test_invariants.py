@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -205,8 +206,13 @@ def in_pieces(model: VLM, row: tiny.Row, pieces: Sequence[int]) -> tuple[Tensor,
             lang_x=ids[:, part], media_positions=positions[:, part], past_key_values=cache, use_cache=True, **media
         )
         found.append(output.logits)
-        cache, start = output["cache"], start + length
+        cache, start = cache_of(output), start + length
     return torch.cat(found, dim=1), logits(model, lang_x=ids, media_positions=positions, **media)[:, :start]
+
+
+def cache_of(output: Mapping[str, Any]) -> Any:
+    """The cache, whose name depends on the language model and on the version of Transformers."""
+    return next(output[key] for key in ("cache", "past_key_values", "cache_params") if key in output)
 
 
 def test_cached_decoding_equals_the_full_pass(model):
@@ -236,7 +242,7 @@ def test_a_second_turn_may_bring_its_own_image(language_model, with_mask):
         # Both images of the first turn have taken three positions.
         mask = torch.ones(1, 4 + 2 * 2 + 6, dtype=torch.long) if with_mask else None
         inputs = {"vision_x": row.vision_x[:, 2:], "lang_x": row.lang_x[:, second], "attention_mask": mask}
-        return logits(model, **inputs, past_key_values=output["cache"])
+        return logits(model, **inputs, past_key_values=cache_of(output))
 
     expected = logits(model, **row.inputs())[:, second]
     same(second_turn(row), expected)
@@ -515,6 +521,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, also):
         model.gradient_checkpointing_disable()
         model.eval()
     assert len(runs) == 2 * sum(isinstance(x, GatedCrossAttentionBlock) for x in model.fusion.modules())
+    assert set(found) == set(expected)
+    for name, grad in found.items():
+        same(grad, expected[name])
+
+
+def test_gradient_checkpointing_may_repeat_the_hooks_of_a_layer(monkeypatch):
+    """Remote code, and Transformers before 5.23, checkpoint a layer together with its hooks."""
+    model = opened(fusion="cross-attention", language_model="llama")
+    with training(model, model.config.parts.trainable):
+        model.train()
+        expected = gradients(model)
+        model.gradient_checkpointing_enable()
+        layers = model.lang_model.model.layers
+        for layer in layers:
+            layer.gradient_checkpointing = False  # the layer's own way
+
+        def call(layer, *args, **kwargs):
+            return layer._gradient_checkpointing_func(partial(nn.Module.__call__, layer, **kwargs), *args)
+
+        monkeypatch.setattr(type(layers[0]), "__call__", call)
+        with block_calls(model) as runs:
+            found = gradients(model)
+        assert len(runs) == 2 * len(model.fusion.blocks)
+        # A copy checkpoints with its own conditioning.
+        assert set(gradients(copy.deepcopy(model))) == set(expected)
     assert set(found) == set(expected)
     for name, grad in found.items():
         same(grad, expected[name])

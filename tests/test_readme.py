@@ -101,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_two_commands() -> None:
     first, second = two_commands()
     assert first.startswith("python3 -m venv .venv &&\n.venv/bin/pip install '.[dev]' &&\n")
-    assert second == ".venv/bin/pytest\n"
+    assert second == ".venv/bin/pytest -n 2 --dist loadfile\n"
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 

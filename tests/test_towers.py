@@ -40,6 +40,7 @@ SMALL = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SMALL)
 def test_small_tower(name: str) -> None:
     row = check_tower(name)

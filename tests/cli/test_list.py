@@ -214,6 +214,7 @@ broken = Part("outside-broken", "package:Broken", "package:Options", "nothing wo
     yield tmp_path
 
 
+@pytest.mark.matrix
 def test_encoders_of_other_packages_are_measured_too(plugin, environment, cache):
     command = [sys.executable, "-m", "vlm_cli", "list", "vision-encoders", "outside"]
     environment = {**environment, "XDG_CACHE_HOME": str(cache)}

@@ -17,6 +17,8 @@ from vlm_cli.errors import CheckpointError, OutputExistsError, PluginError, firs
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 
 __all__ = [
+    "DELTA_FILE",
+    "EXPORT_FILE",
     "check_output",
     "is_vlm_directory",
     "load",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 COMPOSITION_FILE = "composition.yaml"
+DELTA_FILE = "delta.safetensors"  # no name that Transformers would load, and leave the rest at random
+EXPORT_FILE = "vlm_export.json"  # marks what `vlm export` wrote for other programs
 
 
 def is_vlm_directory(path: Path) -> bool:
@@ -53,7 +57,8 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{str(out)!r} exists. Choose another name, or add --overwrite to replace it.")
-    if not out.is_dir() or (any(out.iterdir()) and not is_vlm_directory(out)):
+    ours = is_vlm_directory(out) or (out / EXPORT_FILE).is_file()
+    if not out.is_dir() or (any(out.iterdir()) and not ours):
         raise OutputExistsError(
             f"{str(out)!r} is not a directory that vlm wrote, so --overwrite does not replace it. Choose another name."
         )
@@ -104,7 +109,15 @@ def _open_to_others(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def save(model: Any, processor: Any, out: Path, *, card: str = "", max_shard_size: str = "5GB") -> None:
+def save(
+    model: Any,
+    processor: Any,
+    out: Path,
+    *,
+    card: str = "",
+    max_shard_size: str = "5GB",
+    delta: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write a model's files into the directory `out`.
 
     Args:
@@ -113,14 +126,27 @@ def save(model: Any, processor: Any, out: Path, *, card: str = "", max_shard_siz
         out: an existing directory.
         card: text of the model card.
         max_shard_size: bytes of one weight file, as "5GB".
+        delta: leave out the tensors of pretrained parts, with these arguments of `write_delta`; None writes all.
+
+    Returns:
+        What `write_delta` tells.
+
+    Raises:
+        VLMError: if the disk is full, or a delta cannot be made.
     """
     from safetensors import SafetensorError
 
     from vlm_cli.checkpoint.remote_code import write_code
 
     write_code(model.lang_model, out)
+    told: dict[str, Any] = {}
     try:
-        model.save_pretrained(out, max_shard_size=max_shard_size)
+        if delta is None:
+            model.save_pretrained(out, max_shard_size=max_shard_size)
+        else:
+            from vlm_cli.checkpoint.delta import write_delta
+
+            told = write_delta(model, out, max_shard_size=max_shard_size, **delta)
     except SafetensorError as error:
         # A full disk reaches us under this name.
         raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
@@ -128,6 +154,7 @@ def save(model: Any, processor: Any, out: Path, *, card: str = "", max_shard_siz
     composition = yaml.safe_dump(model.config.composition, sort_keys=False)
     (out / COMPOSITION_FILE).write_text(composition, encoding="utf-8")
     (out / "README.md").write_text(card, encoding="utf-8")
+    return told
 
 
 def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) -> Any:
@@ -147,8 +174,9 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
         raise CheckpointError(f"{name!r} is no VLM: it has no config.json. `vlm build` writes one.")
     if data.get("model_type") != "vlm":
         raise CheckpointError(
-            f"{name!r} holds a model of type {data.get('model_type')!r}, not a VLM. To compose one with it: "
-            f"vlm build OUT --family flamingo --language-model {name}"
+            f"{name!r} holds a model of type {data.get('model_type')!r}, not a VLM of ours. To compose one with it: "
+            f"vlm build OUT --family flamingo --language-model {name}. To import a published one: vlm build OUT --from "
+            f"{name}"
         )
     try:
         _check_parts(name, data)
@@ -182,15 +210,22 @@ def _check_parts(name: str, data: Mapping[str, Any]) -> None:
 
 
 def load(
-    name: str, *, dtype: Any = "auto", device: str = "cpu", trust_remote_code: bool = False, **keywords: Any
+    name: str,
+    *,
+    dtype: Any = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    backbones: Mapping[str, str] | None = None,
+    **keywords: Any,
 ) -> tuple[Any, Any]:
     """The model, in evaluation mode, and the processor of a directory or hub id.
 
     Args:
         name: directory that `vlm build` wrote, or a hub id.
         dtype: of the weights; "auto" is that of the files.
-        device: where the model goes.
+        device: where the model goes; a `device_map` among the keywords takes its place.
         trust_remote_code: run the language model's own code from the directory.
+        backbones: of a delta directory, by part: where they are, if not where they were.
         keywords: `revision`, `token`, `local_files_only`, … of Transformers.
 
     Raises:
@@ -200,6 +235,10 @@ def load(
 
     config = read_config(name, trust_remote_code=trust_remote_code, **keywords)
     processor = read_processor(name, **keywords)
+    if getattr(config, "backbones", None):
+        return _load_delta(name, config, dtype, trust_remote_code, backbones, keywords).to(device), processor
+    if backbones:
+        raise CheckpointError(f"{name!r} is no delta directory, so backbones have no place. Leave them out.")
     try:
         model, info = VLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
@@ -215,7 +254,35 @@ def load(
             f"{len(info['mismatched_keys'])} have another shape, {len(info['unexpected_keys'])} are not known; "
             f"e.g. {sorted(map(str, wrong))[0]}."
         )
-    return model.eval().to(device), processor
+    if "device_map" not in keywords:
+        return model.eval().to(device), processor
+    if any(p.is_meta for p in model.vision_encoder.parameters()):
+        # What is on disk comes when a module's `forward` is called, and OpenCLIP's towers read weights elsewhere too.
+        raise CheckpointError(
+            "the vision encoder cannot run from disk. Keep it in memory: device_map={'vision_encoder': 'cpu', …}."
+        )
+    return model.eval(), processor
+
+
+def _load_delta(
+    name: str,
+    config: Any,
+    dtype: Any,
+    trust_remote_code: bool,
+    backbones: Mapping[str, str] | None,
+    keywords: Mapping[str, Any],
+) -> Any:
+    from vlm_cli.checkpoint.delta import assemble
+
+    known = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+    if other := [key for key in keywords if key not in known]:
+        raise CheckpointError(
+            f"{name!r} is a delta directory, which is put together without {', '.join(other)}. Leave it out, or make a "
+            "full directory: model.save_pretrained(…) of the loaded model."
+        )
+    model = assemble(name, config, dtype=dtype, trust_remote_code=trust_remote_code, places=backbones, **keywords)
+    model.generation_config = read_generation_config(name, **keywords) or model.generation_config
+    return model.eval()
 
 
 def read_processor(name: str, **keywords: Any) -> Any:
@@ -242,8 +309,16 @@ def read_generation_config(name: str, **keywords: Any) -> Any:
         return None
 
 
-def read_tensors(name: str, tensors: Sequence[str], **keywords: Any) -> dict[str, Any]:
+def read_tensors(
+    name: str, tensors: Sequence[str], *, file: str = "model.safetensors", **keywords: Any
+) -> dict[str, Any]:
     """A few tensors of a directory or cached hub id, without the rest; keys lose the name of their part.
+
+    Args:
+        name: directory or hub id.
+        tensors: their names.
+        file: the weights, or what they are called where there are several files.
+        keywords: `revision`, … of Transformers.
 
     Raises:
         CheckpointError: if one is missing.
@@ -254,15 +329,13 @@ def read_tensors(name: str, tensors: Sequence[str], **keywords: Any) -> dict[str
     if not tensors:
         return {}
     try:
-        index = cached_file(
-            name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **keywords
-        )
+        index = cached_file(name, f"{file}.index.json", _raise_exceptions_for_missing_entries=False, **keywords)
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
         found = {}
         for tensor in tensors:
-            shard = cached_file(name, weight_map.get(tensor, "model.safetensors"), **keywords)
-            with safe_open(shard, "pt") as file:
-                found[tensor.partition(".")[2]] = file.get_tensor(tensor)
+            shard = cached_file(name, weight_map.get(tensor, file), **keywords)
+            with safe_open(shard, "pt") as opened:
+                found[tensor.partition(".")[2]] = opened.get_tensor(tensor)
         return found
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None

@@ -20,19 +20,16 @@ from vlm_cli.composition import PARTS
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["KeyReport", "load_weights", "read_weights", "translate"]
+__all__ = ["OPEN_FLAMINGO_NAMES", "KeyReport", "load_weights", "read_weights", "translate"]
 
-#: Names of open_flamingo -> ours, tried in order; the first that matches is applied.
-_RENAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^vision_encoder\.(?!visual\.)", "vision_encoder.visual."),
-        (r"^lang_model\..*\.additional_embedding\.", "added_tokens.embedding."),
-        (r"^lang_model\..*\.additional_fc\.", "added_tokens.head."),
-        (r"^lang_model\..*?\.(\d+)\.gated_cross_attn_layer\.", r"fusion.blocks.\1."),
-        (r"^lang_model\.gated_cross_attn_layers\.(\d+)\.", r"fusion.blocks.\1."),
-        (r"^(lang_model\..*?\.\d+)\.decoder_layer\.", r"\1."),
-    )
+#: Names of open_flamingo -> ours: patterns of whole names, of which the first that matches is applied.
+OPEN_FLAMINGO_NAMES = (
+    (r"vision_encoder\.(?!visual\.)(.*)", r"vision_encoder.visual.\1"),
+    (r"lang_model\..*\.additional_embedding\.(.*)", r"added_tokens.embedding.\1"),
+    (r"lang_model\..*\.additional_fc\.(.*)", r"added_tokens.head.\1"),
+    (r"lang_model\..*?\.(\d+)\.gated_cross_attn_layer\.(.*)", r"fusion.blocks.\1.\2"),
+    (r"lang_model\.gated_cross_attn_layers\.(\d+)\.(.*)", r"fusion.blocks.\1.\2"),
+    (r"(lang_model\..*?\.\d+)\.decoder_layer\.(.*)", r"\1.\2"),
 )
 
 
@@ -99,9 +96,9 @@ def translate(names: Iterable[str]) -> dict[str, str]:
 
 
 def _translate(name: str) -> str:
-    for pattern, replacement in _RENAMES:
-        if pattern.match(name):
-            return pattern.sub(replacement, name)
+    for pattern, replacement in OPEN_FLAMINGO_NAMES:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
     return name
 
 

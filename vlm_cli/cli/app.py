@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import io
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli import __version__
-from vlm_cli.cli import build, console, count_params, eval, generate, inspect, list_parts, train
+from vlm_cli.cli import build, console, count_params, doctor, eval, export, generate, inspect, list_parts, train
 from vlm_cli.errors import VLMError, first_line
 
 __all__ = ["app", "main"]
@@ -27,6 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
+
+# Where torchao is installed, Transformers imports it, and torch then warns of torchao's own classes.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 _debug = False
 
@@ -82,8 +86,10 @@ for _name, _command in (
     ("generate", generate.generate),
     ("count-params", count_params.count_params),
     ("list", list_parts.list_parts),
+    ("doctor", doctor.doctor),
     ("train", train.train),
     ("eval", eval.evaluate),
+    ("export", export.export),
 ):
     app.command(_name)(_guarded(_command))
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +12,26 @@ from vlm_cli.cli import console
 from vlm_cli.cli.options import MAX_SEED, ComposeOptions, JsonOption, expand, resolve_dtype
 from vlm_cli.errors import CheckpointError, UsageError
 
-__all__ = ["build"]
+__all__ = ["build", "check_size"]
 
 
 @expand
 def build(
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)] = None,
     compose: ComposeOptions = ComposeOptions(),
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="CHECKPOINT", help="Published weights: a file, a directory or a hub id."),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Trained weights to load over the composition: .safetensors, or .pt of tensors.")
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw all weights; fetch none.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (the language model's), float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the weights that are drawn.")] = 0,
+    delta: Annotated[
+        bool, typer.Option("--delta", help="Leave out what the pretrained parts hold; note where they are.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if vlm wrote it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, count, and write nothing.")] = False,
@@ -37,12 +45,25 @@ def build(
     if out is None and not dry_run:
         raise UsageError("no output directory is named: vlm build OUT …, or add --dry-run to write nothing.")
     wanted = resolve_dtype(dtype)
-    _check_size(max_shard_size)
-    composition = compose.compose()
+    check_size(max_shard_size)
+    if source is not None and (weights is not None or random_weights):
+        raise UsageError("--from brings the weights, so --weights and --random-weights have no place. Leave them out.")
+    if delta and random_weights:
+        raise UsageError(
+            "--delta leaves out what pretrained parts hold, and --random-weights loads none. Leave one out; a full "
+            "directory becomes one later: vlm export OUT OTHER --format delta."
+        )
+    keywords = {"trust_remote_code": compose.trust_remote_code} if delta else None
+    output = None if out is None or dry_run else _Output(out, max_shard_size, overwrite, keywords)
+    composition = None if source is not None else compose.compose()
     if out is not None:
         from vlm_cli.checkpoint.directory import check_output
 
         check_output(out, overwrite=overwrite)
+    if source is not None:
+        _import(source, output, compose, wanted, seed, quiet, as_json)
+        return
+    assert composition is not None
     from vlm_cli.checkpoint.create import plan
     from vlm_cli.cli.models import hush
 
@@ -52,21 +73,90 @@ def build(
         blueprint = plan(composition, trust_remote_code=compose.trust_remote_code)
         if dry_run and weights is not None:
             _load_weights(blueprint.meta_model, blueprint, weights, random_weights)
-        elif not dry_run:
-            assert out is not None
+        elif output is not None:
             model = _create(blueprint, announce, weights, random_weights, wanted, seed)
-            _write(model, blueprint, out, announce, max_shard_size, overwrite)
-    _report(blueprint if dry_run else model, None if dry_run else out, as_json, wanted)
-    if not random_weights and not dry_run and blueprint.tower.weights is None and weights is None:
+            output.write(model, blueprint.processor, announce)
+    if output is None:
+        stored = blueprint.config.get_text_config().dtype if wanted == "auto" else wanted
+        _report(blueprint.meta_model, None, as_json, stored)
+    else:
+        _report(model, out, as_json)
+    if not random_weights and output is not None and blueprint.tower.weights is None and weights is None:
         console.note(
             f"Note: vision encoder {composition.vision_encoder.name!r} names no pretrained weights, so it was drawn at "
             "random. Give a tag, as in ViT-B-32:laion2b_s34b_b79k."
         )
-    if not dry_run:
-        console.note(f'Wrote {out}. Next: vlm generate --model {shlex.quote(str(out))} --image FILE "A photo of"')
+    if output is not None:
+        output.tell()
 
 
-def _check_size(text: str) -> None:
+@dataclass(frozen=True)
+class _Output:
+    """The directory that is written."""
+
+    path: Path
+    max_shard_size: str
+    overwrite: bool
+    delta: dict[str, Any] | None  # arguments of `write_delta`; None writes all tensors
+
+    def write(self, model: Any, processor: Any, announce: Any) -> None:
+        from vlm_cli.checkpoint.directory import replacing, save
+        from vlm_cli.cli.card import model_card
+
+        announce(f"writing {self.path}")
+        delta = None if self.delta is None else {**self.delta, "progress": announce}
+        card = model_card(model, self.path.name)
+        with replacing(self.path, overwrite=self.overwrite) as partial:
+            save(model, processor, partial, card=card, max_shard_size=self.max_shard_size, delta=delta)
+
+    def tell(self) -> None:
+        name = shlex.quote(str(self.path))
+        console.note(f'Wrote {self.path}. Next: vlm generate --model {name} --image FILE "A photo of"')
+
+
+def _import(
+    source: str, output: _Output | None, compose: ComposeOptions, dtype: Any, seed: int, quiet: bool, as_json: bool
+) -> None:
+    """Build a directory from published weights; without an output, only say what would become of them.
+
+    Raises:
+        VLMError: if they are not known, damaged, or do not cover the model.
+    """
+    from vlm_cli.checkpoint.importing import import_checkpoint
+    from vlm_cli.checkpoint.source import Checkpoint
+    from vlm_cli.cli.models import hush
+
+    hush()
+    with console.step(quiet) as announce:
+        announce(f"finding {source}")
+        checkpoint = Checkpoint.open(source, revision=compose.revision)
+        imported = import_checkpoint(
+            checkpoint,
+            compose.over,
+            dtype=dtype,
+            trust_remote_code=compose.trust_remote_code,
+            seed=seed,
+            progress=announce,
+        )
+        console.note(f"Layout: {imported.layout.name} ({imported.layout.source})")
+        for note in imported.notes:
+            console.note(f"Note: {note}")
+        _print_key_report(imported.report)
+        if imported.model is None:
+            raise CheckpointError(
+                f"{source!r} does not fit the composition: {len(imported.report.missing)} tensors that train, or would "
+                f"stay random, are missing, and {len(imported.report.mismatched)} have another shape. Nothing was "
+                "written."
+            )
+        if output is not None:
+            output.write(imported.model, imported.processor, announce)
+    path = None if output is None else output.path
+    _report(imported.model, path, as_json, layout=imported.layout.name, keys=imported.report.to_dict())
+    if output is not None:
+        output.tell()
+
+
+def check_size(text: str) -> None:
     """
     Raises:
         UsageError: for what Transformers cannot read as a size.
@@ -119,25 +209,15 @@ def _print_key_report(report: Any) -> None:
         console.note(f"  {len(names)} tensors {title}{shown}")
 
 
-def _write(model: Any, blueprint: Any, out: Path, announce: Any, max_shard_size: str, overwrite: bool) -> None:
-    from vlm_cli.checkpoint.directory import replacing, save
-    from vlm_cli.cli.card import model_card
-
-    announce(f"writing {out}")
-    with replacing(out, overwrite=overwrite) as partial:
-        save(model, blueprint.processor, partial, card=model_card(model, out.name), max_shard_size=max_shard_size)
-
-
-def _report(source: Any, out: Path | None, as_json: bool, dtype: Any) -> None:
+def _report(model: Any, out: Path | None, as_json: bool, dtype: Any = None, **more: Any) -> None:
+    """The parameters of what was built, or would be; `dtype` is that of a model without weights."""
     from vlm_cli.cli.count_params import _cells
     from vlm_cli.report.parameters import count_parameters
 
-    model = source if out is not None else source.meta_model
-    stored = None if out is not None else (source.config.get_text_config().dtype if dtype == "auto" else dtype)
-    report = count_parameters(model, dtype=stored)
+    report = count_parameters(model, dtype=dtype)
     if as_json:
         data = {"output": None if out is None else str(out), "composition": model.config.composition}
-        console.print_json({**data, **report.to_dict()})
+        console.print_json({**data, **more, **report.to_dict()})
         return
     heads = ("Part", "Parameters", "Trainable", "Frozen", "Share", f"Bytes ({report.dtype})")
     console.print_table(heads, [_cells(row) for row in (*report.rows, report.total)], total=True)

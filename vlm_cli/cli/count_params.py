@@ -33,14 +33,17 @@ def count_params(
     if as_json + as_csv + as_markdown > 1:
         raise UsageError("--json, --csv and --markdown exclude each other. Choose one.")
     chosen = resolve(model, compose)
+    from vlm_cli.checkpoint.delta import delta_bytes
     from vlm_cli.cli.models import on_meta
     from vlm_cli.report.parameters import count_parameters
 
     wanted = resolve_dtype(dtype)
     vlm, stored, _ = on_meta(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
-    report = count_parameters(vlm, depth=depth, dtype=stored if wanted == "auto" else wanted)
+    dtype_of_weights = stored if wanted == "auto" else wanted
+    report = count_parameters(vlm, depth=depth, dtype=dtype_of_weights)
+    size = delta_bytes(vlm, dtype_of_weights)
     if as_json:
-        console.print_json(report.to_dict())
+        console.print_json({**report.to_dict(), "delta_bytes": size})
     elif as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -51,6 +54,7 @@ def count_params(
         rows = [_cells(row) for row in (*report.rows, report.total)]
         heads = ("Part", "Parameters", "Trainable", "Frozen", "Share", f"Bytes ({report.dtype})")
         console.print_table(heads, rows, total=True)
+        print(f"A delta directory (build --delta) holds {console.human_bytes(size)} of tensors once trained.")
 
 
 def _values(row: Any) -> list[Any]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from vlm_cli.checkpoint.create import plan
-from vlm_cli.checkpoint.directory import read_config, read_generation_config, read_processor, read_tensors
+from vlm_cli.checkpoint.directory import (
+    DELTA_FILE,
+    read_config,
+    read_generation_config,
+    read_processor,
+    read_tensors,
+)
 from vlm_cli.composition import Composition
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.modeling.vlm import VLM
@@ -63,12 +68,14 @@ def processor_of(chosen: Composition | str, revision: str | None = None) -> VLMP
 
 
 def gate_values(chosen: Composition | str, model: VLM, revision: str | None = None) -> dict[str, float]:
-    """tanh of the gates: of a composition, closed; of a directory, read from its files."""
+    """tanh of the gates, or its mean size where a gate is a vector; those of a directory are read from its files."""
     names = [name for name, _ in model.fusion.named_parameters() if name.endswith("_gate")]
     if isinstance(chosen, Composition):
         return dict.fromkeys(names, 0.0)
-    found = read_tensors(chosen, [f"fusion.{name}" for name in names], **_hub(revision))
-    return {name: math.tanh(float(x)) for name, x in found.items()}
+    where = {"file": DELTA_FILE} if getattr(model.config, "backbones", None) else {}
+    found = read_tensors(chosen, [f"fusion.{name}" for name in names], **where, **_hub(revision))
+    opened = {name: x.float().tanh() for name, x in found.items()}
+    return {name: float(x) if x.numel() == 1 else float(x.abs().mean()) for name, x in opened.items()}
 
 
 def _hub(revision: str | None) -> dict[str, str]:

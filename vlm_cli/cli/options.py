@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,9 +56,10 @@ class ComposeOptions:
     vision_tokenizer: Annotated[
         str | None, typer.Option(help="perceiver, qformer, linear or mlp.", rich_help_panel=COMPOSE)
     ] = None
-    fusion: Annotated[str | None, typer.Option(help="cross-attention or language-stream.", rich_help_panel=COMPOSE)] = (
-        None
-    )
+    fusion: Annotated[
+        str | None,
+        typer.Option(help="cross-attention, llama-cross-attention or language-stream.", rich_help_panel=COMPOSE),
+    ] = None
     language_model: Annotated[
         str | None, typer.Option(help="Hub id, directory, or GGUF file.", rich_help_panel=COMPOSE)
     ] = None
@@ -93,8 +94,18 @@ class ComposeOptions:
         names = [f.name for f in dataclasses.fields(self) if f.name not in ignored and getattr(self, f.name)]
         return [f"--{name.replace('_', '-')}" for name in names]
 
-    def compose(self, base: str | None = None, file: Path | None = None) -> Composition:
-        """The composition of a family or file, overlaid with the flags.
+    def over(self, found: Mapping[str, Any]) -> Composition:
+        """The composition of a checkpoint, overlaid with the flags; the revision is the checkpoint's own.
+
+        Raises:
+            VLMError: for anything that does not fit.
+        """
+        return dataclasses.replace(self, revision=None).compose(found=found)
+
+    def compose(
+        self, base: str | None = None, file: Path | None = None, *, found: Mapping[str, Any] | None = None
+    ) -> Composition:
+        """The composition of a family, file or checkpoint, overlaid with the flags.
 
         Raises:
             VLMError: for anything that does not fit.
@@ -103,9 +114,12 @@ class ComposeOptions:
             name: value for name in ("vision_tokenizer", "fusion") if (value := getattr(self, name)) is not None
         }
         if self.vision_encoder is not None:
-            flags["vision_encoder"] = split_name(self.vision_encoder)
+            # How a checkpoint's tower is read was fixed by its training, whatever tower is named for it.
+            kept = {k: x for k, x in (found or {}).get("vision_encoder", {}).items() if k not in ("name", "pretrained")}
+            flags["vision_encoder"] = {**kept, **split_name(self.vision_encoder)}
         if self.language_model is not None:
-            flags["language_model"] = {"name": self.language_model}
+            kept = {k: x for k, x in (found or {}).get("language_model", {}).items() if k == "head_bias"}
+            flags["language_model"] = {**kept, "name": self.language_model}
         if self.revision is not None:
             flags["language_model"] = {**flags.get("language_model", {}), "revision": self.revision}
         if self.trainable is not None:
@@ -113,6 +127,7 @@ class ComposeOptions:
         if base is not None and self.family is not None and base != self.family:
             raise UsageError(f"{base!r} and --family {self.family} name two families. Choose one.")
         files = [read_file(path) for path in (file, self.config) if path is not None]
+        files = files if found is None else [dict(found), *files]
         try:
             return Composition.compose(self.family or base, *files, flags, overrides=self.set or ())
         except CompositionError as error:
@@ -133,7 +148,7 @@ class SourceOptions:
     ] = False
 
     @property
-    def hub(self) -> dict[str, str]:
+    def hub(self) -> dict[str, Any]:
         """Arguments for Transformers."""
         return {} if self.revision is None else {"revision": self.revision}
 

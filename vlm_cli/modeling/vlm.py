@@ -13,16 +13,16 @@ decoder layers. The hooks read a `Conditioning` that lives for one call; without
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.configuration_utils import SubConfigSpec
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -66,7 +66,7 @@ class VLMConfig(PreTrainedConfig):
     """
 
     model_type = "vlm"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    sub_configs = {"text_config": AutoConfig}
 
     # A configuration class can be made without arguments, so each has a default; a model needs them all.
     text_config: Any = None
@@ -79,6 +79,11 @@ class VLMConfig(PreTrainedConfig):
     eos_token_id: list[int] | None = None
     # The language model ties its own weights; nothing of ours is tied.
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
+        super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         # The language model may itself be composite (gemma3, mllama, …).
@@ -105,6 +110,7 @@ class Conditioning:
         hide_media_logit: whether `<image>` gets no chance.
         visibility: what each position sees; set by the cross-attention.
         head_input: float[B, T, d] that the head read last.
+        is_checkpointed: whether what runs is computed again in the backward pass.
         prompt: what each call starts from; None before the first.
     """
 
@@ -115,6 +121,7 @@ class Conditioning:
     hide_media_logit: bool = False
     visibility: MediaVisibility | None = None
     head_input: Tensor | None = None
+    is_checkpointed: bool = False
     prompt: Conditioning | None = None
 
     def at(self, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
@@ -167,7 +174,7 @@ class VLM(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _no_split_modules = ["GatedCrossAttentionBlock", "ResidualAttentionBlock"]
+    _no_split_modules = ["GatedCrossAttentionBlock", "VisionEncoder"]
 
     def __new__(cls, config: VLMConfig | None = None, *args: Any, **kwargs: Any) -> VLM:
         # `copy` and `pickle` call it without a configuration, on the fusion's class.
@@ -248,6 +255,11 @@ class VLM(PreTrainedModel, GenerationMixin):
                 hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
                 config = VLMConfig.from_pretrained(
                     pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+                )
+            if getattr(config, "backbones", None):
+                raise ValueError(
+                    f"{str(pretrained_model_name_or_path)!r} is a delta directory, whose frozen parts are elsewhere. "
+                    "Load it with vlm_cli.load(…), or make a whole one: vlm build."
                 )
             cls = FUSIONS[config.parts.fusion.type].load()
             return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -404,7 +416,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
 
     @contextmanager
-    def _condition(self, conditioning: Conditioning) -> Iterator[None]:
+    def _condition(self, conditioning: Conditioning | None) -> Iterator[None]:
         before, self._conditioning = self._conditioning, conditioning
         try:
             yield
@@ -651,7 +663,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         )
         counts = self._count_media(input_ids)
         if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > counts.shape[1]:
-            counts = mm_token_type_ids.cumsum(-1)  # `input_ids` is one chunk of the prompt
+            # `input_ids` is one chunk of the prompt, up to which the mask reaches.
+            end = None if attention_mask is None else attention_mask.shape[1]
+            counts = mm_token_type_ids[:, :end].cumsum(-1)
         inputs["media_positions"] = counts[:, -inputs["input_ids"].shape[1] :]
         return inputs | {"media": media, "media_mask": media_mask}
 
@@ -674,6 +688,27 @@ class VLM(PreTrainedModel, GenerationMixin):
         super()._validate_model_kwargs({key: x for key, x in model_kwargs.items() if key not in theirs})
 
     # -- training -------------------------------------------------------------------------------------------------
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, partial(self._checkpoint, gradient_checkpointing_func), **kwargs)
+
+    def _checkpoint(
+        self, recompute: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Checkpoint with the conditioning of now: with remote code, and with Transformers before 5.23, the hooks of a
+        layer are among what is computed again. A block that such a hook runs is not checkpointed once more."""
+        c = self._conditioning
+        if c is not None and c.is_checkpointed:
+            return function(*args, **kwargs)
+        kept = None if c is None else replace(c, is_checkpointed=True)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._condition(kept):
+                return function(*args, **kwargs)
+
+        return recompute(run, *args, **kwargs)
 
     def part_modules(self) -> dict[str, nn.Module]:
         """The module of each part, by its name in `PARTS`."""
@@ -737,8 +772,9 @@ def _is_filled(cache: Any) -> bool:
         return False
     try:
         return cache.get_seq_length() > 0
-    except ValueError:
-        return cache.has_previous_state()
+    except ValueError:  # a purely recurrent state
+        found = cache.has_previous_state
+        return bool(found() if callable(found) else found)
 
 
 def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:

@@ -496,8 +496,7 @@ def _arguments(settings: TrainingSettings, folder: Path, *, use_cpu: bool, has_e
         learning_rate=settings.learning_rate,
         max_grad_norm=settings.clip,
         bf16=settings.bf16,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        **_checkpointing(settings.gradient_checkpointing),
         seed=settings.seed,
         logging_steps=settings.log_every,
         logging_first_step=True,
@@ -515,6 +514,15 @@ def _arguments(settings: TrainingSettings, folder: Path, *, use_cpu: bool, has_e
         disable_tqdm=True,
         log_level="error",
     )
+
+
+def _checkpointing(enabled: bool) -> dict[str, Any]:
+    # "activation" is its name since Transformers 5.23, and "gradient" is deprecated there.
+    kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return {
+        f"{kind}_checkpointing": enabled,
+        f"{kind}_checkpointing_kwargs": {"use_reentrant": False} if enabled else None,
+    }
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -1,0 +1,122 @@
+"""EVA's vision transformer (https://arxiv.org/abs/2211.07636) as Transformers writes it for BLIP-2, in timm's terms.
+
+Source: transformers/models/blip_2/modeling_blip_2.py, `Blip2VisionModel`, and timm/models/eva.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from vlm_cli.checkpoint.layouts.base import Place, number_of
+from vlm_cli.checkpoint.layouts.clip import read_preprocessing
+from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.errors import CheckpointError
+
+__all__ = ["EVA_TOWERS", "EVA_UNNEEDED", "EvaTower", "eva_table", "eva_tower"]
+
+#: What OpenCLIP's tower has after its last norm, and a VLM that reads patches does not use.
+EVA_UNNEEDED = r"vision_encoder\.visual\.trunk\.head\.\w+"
+
+_OURS = "vision_encoder.visual.trunk."
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaTower:
+    """One of OpenCLIP's towers that are EVA's."""
+
+    openclip: str  # OpenCLIP's name
+    timm: str  # timm's name, by which OpenCLIP builds it
+    embed_dim: int  # channels of OpenCLIP's projection
+    num_heads: int
+    image_size: int  # pixels
+
+
+#: (channels, hidden channels of the feed-forward, pixels of a patch's side) -> tower.
+EVA_TOWERS = {
+    (1408, 6144, 14): EvaTower(
+        openclip="EVA01-g-14", timm="eva_giant_patch14_224", embed_dim=1024, num_heads=16, image_size=224
+    )
+}
+
+
+def eva_table(prefix: str, width: int) -> list[tuple[str, Any]]:
+    """Places of a tower's tensors.
+
+    Args:
+        prefix: pattern before `embeddings.`, `encoder.` and so on.
+        width: channels.
+    """
+
+    def bias(match: Any) -> list[Place]:
+        """timm has no bias of keys: it adds the same to all scores of a query, which a softmax does not see."""
+        block = f"{_OURS}blocks.{match[1]}.attn."
+        return [Place(f"{block}q_bias", take=slice(width)), Place(f"{block}v_bias", take=slice(2 * width, None))]
+
+    block, layer = rf"{_OURS}blocks.\1.", rf"{prefix}encoder\.layers\.(\d+)\."
+    return [
+        (rf"{prefix}embeddings\.class_embedding", f"{_OURS}cls_token"),
+        (rf"{prefix}embeddings\.position_embedding", f"{_OURS}pos_embed"),
+        (rf"{prefix}embeddings\.patch_embedding\.(\w+)", rf"{_OURS}patch_embed.proj.\1"),
+        (rf"{layer}layer_norm([12])\.(\w+)", rf"{block}norm\2.\3"),
+        (rf"{layer}self_attn\.qkv\.weight", rf"{block}attn.qkv.weight"),
+        (rf"{layer}self_attn\.qkv\.bias", bias),
+        (rf"{layer}self_attn\.([qv]_bias)", rf"{block}attn.\2"),
+        (rf"{layer}self_attn\.projection\.(\w+)", rf"{block}attn.proj.\2"),
+        (rf"{layer}mlp\.(fc[12])\.(\w+)", rf"{block}mlp.\2.\3"),
+        (rf"{prefix}post_layernorm\.(\w+)", rf"{_OURS}norm.\1"),
+    ]
+
+
+def eva_tower(
+    checkpoint: Checkpoint, prefix: str, num_heads: int | None = None, folder: Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the vision encoder, and OpenCLIP's configuration of it, from the shapes of its tensors.
+
+    Args:
+        checkpoint: with names of Transformers.
+        prefix: before `embeddings.`, `encoder.` and so on.
+        num_heads: as its configuration says; shapes do not tell.
+        folder: where its preprocessing is described, if it is.
+
+    Raises:
+        CheckpointError: if OpenCLIP has no such tower.
+    """
+    width, _, patch, _ = checkpoint.shape(f"{prefix}embeddings.patch_embedding.weight")
+    dim_ff = checkpoint.shape(f"{prefix}encoder.layers.0.mlp.fc1.weight")[0]
+    tower = EVA_TOWERS.get((width, dim_ff, patch))
+    if tower is None or (num_heads is not None and num_heads != tower.num_heads):
+        heads = "" if num_heads is None else f", {num_heads} heads"
+        raise CheckpointError(
+            f"{checkpoint.name!r} has a vision encoder of {width} channels{heads}, {dim_ff} hidden ones and patches of "
+            f"{patch} pixels; of EVA's, vlm knows those of {_known()}."
+        )
+    depth = number_of(checkpoint, rf"{prefix}encoder\.layers\.(\d+)\.")
+    image_size = patch * isqrt(checkpoint.shape(f"{prefix}embeddings.position_embedding")[1] - 1)
+    options = {"name": tower.openclip, "depth": depth}
+    if image_size != tower.image_size:
+        options["image_size"] = image_size
+    vision_cfg = {
+        "image_size": image_size,
+        "timm_model_name": tower.timm,
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": None,
+    }
+    return options, {
+        "embed_dim": tower.embed_dim,
+        "vision_cfg": vision_cfg,
+        "quick_gelu": False,
+        "preprocess": read_preprocessing(folder, image_size, resize_mode="squash"),
+        "depth": depth,
+    }
+
+
+def _known() -> str:
+    return " and ".join(
+        f"{width} channels, {tower.num_heads} heads, {dim_ff} hidden ones and patches of {patch} pixels "
+        f"({tower.openclip})"
+        for (width, dim_ff, patch), tower in EVA_TOWERS.items()
+    )

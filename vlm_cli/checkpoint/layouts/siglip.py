@@ -1,0 +1,144 @@
+"""SigLIP's vision transformer (https://arxiv.org/abs/2303.15343) as Transformers writes it, in OpenCLIP's terms.
+
+OpenCLIP takes this tower from timm. Source: transformers/models/siglip/modeling_siglip.py, and
+timm/models/vision_transformer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vlm_cli.checkpoint.layouts.base import Place
+from vlm_cli.errors import CheckpointError
+
+__all__ = ["SIGLIP_TOWERS", "SIGLIP_UNNEEDED", "as_positions", "siglip_name", "siglip_table", "siglip_vision_config"]
+
+#: The pooling head, which a VLM that reads patches does not use.
+SIGLIP_UNNEEDED = r"vision_encoder\.visual\.trunk\.attn_pool\..*"
+
+#: (channels, layers, heads, pixels of a patch) -> timm's name of a tower of these sizes, for any size of image.
+SIGLIP_TOWERS: dict[tuple[int, int, int, int], str] = {
+    (768, 12, 12, 16): "vit_base_patch16_siglip_224",
+    (768, 12, 12, 32): "vit_base_patch32_siglip_256",
+    (1024, 24, 16, 16): "vit_large_patch16_siglip_256",
+    (1152, 27, 16, 14): "vit_so400m_patch14_siglip_384",
+    (1152, 27, 16, 16): "vit_so400m_patch16_siglip_256",
+}
+
+_OURS = "vision_encoder.visual.trunk."
+
+
+def siglip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
+    """Places of the tower's tensors.
+
+    Args:
+        prefix: pattern before `embeddings.`, `encoder.`, `post_layernorm.` and `head.`.
+        width: channels; queries, keys and values are one matrix of thrice as many rows in timm.
+    """
+    block, pool = rf"{_OURS}blocks.\1.", f"{_OURS}attn_pool."
+
+    def rows(match: Any) -> list[Place]:
+        number, which, kind = match.groups()
+        start = "qkv".index(which) * width
+        return [Place(f"{_OURS}blocks.{number}.attn.qkv.{kind}", rows=slice(start, start + width))]
+
+    def pooled(match: Any) -> list[Place]:
+        return [
+            Place(f"{pool}q.{match[1]}", take=slice(width)),
+            Place(f"{pool}kv.{match[1]}", take=slice(width, None)),
+        ]
+
+    layer = rf"{prefix}encoder\.layers\.(\d+)\."
+    return [
+        (rf"{prefix}embeddings\.patch_embedding\.(\w+)", rf"{_OURS}patch_embed.proj.\1"),
+        (rf"{prefix}embeddings\.position_embedding\.weight", as_positions),
+        (rf"{prefix}embeddings\.position_ids", None),
+        (rf"{prefix}post_layernorm\.(\w+)", rf"{_OURS}norm.\1"),
+        (rf"{layer}self_attn\.([qkv])_proj\.(weight|bias)", rows),
+        (rf"{layer}self_attn\.out_proj\.(\w+)", rf"{block}attn.proj.\2"),
+        (rf"{layer}layer_norm([12])\.(\w+)", rf"{block}norm\2.\3"),
+        (rf"{layer}mlp\.(fc[12])\.(\w+)", rf"{block}mlp.\2.\3"),
+        (rf"{prefix}head\.probe", f"{pool}latent"),
+        (rf"{prefix}head\.attention\.in_proj_(\w+)", pooled),
+        (rf"{prefix}head\.attention\.out_proj\.(\w+)", rf"{pool}proj.\1"),
+        (rf"{prefix}head\.layernorm\.(\w+)", rf"{pool}norm.\1"),
+        (rf"{prefix}head\.mlp\.(fc[12])\.(\w+)", rf"{pool}mlp.\1.\2"),
+    ]
+
+
+def as_positions(match: Any) -> list[Place]:
+    """float[v, d] to timm's position embedding, float[1, v, d]."""
+    return [Place(f"{_OURS}pos_embed", change=_with_batch)]
+
+
+def _with_batch(x: Tensor) -> Tensor:
+    return x.unsqueeze(0)
+
+
+def siglip_vision_config(
+    config: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None, *, has_head: bool = False
+) -> dict[str, Any]:
+    """OpenCLIP's configuration of a Transformers' SigLIP vision configuration.
+
+    Args:
+        config: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `patch_size`, `image_size`, and perhaps
+            `hidden_act` and `layer_norm_eps`.
+        preprocess: what of OpenCLIP's `PreprocessCfg` is not SigLIP's own.
+        has_head: whether the checkpoint holds the pooling head; without one, none is built.
+
+    Raises:
+        CheckpointError: for sizes, an activation or an epsilon that none of timm's towers has.
+    """
+    from dataclasses import asdict
+
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
+    sizes = (width, layers, config["num_attention_heads"], config["patch_size"])
+    if sizes not in SIGLIP_TOWERS:
+        raise CheckpointError(
+            f"the vision encoder has {sizes[0]} channels, {sizes[1]} layers, {sizes[2]} heads and patches of "
+            f"{sizes[3]} pixels; SigLIP's towers in timm have {', '.join(map(str, SIGLIP_TOWERS))}."
+        )
+    if (epsilon := config.get("layer_norm_eps", 1e-6)) != 1e-6:
+        raise CheckpointError(f"the vision encoder has layer_norm_eps={epsilon}; timm's has 1e-06.")
+    activation = config.get("hidden_act", "gelu_pytorch_tanh")
+    if activation not in ("gelu", "gelu_pytorch_tanh"):
+        raise CheckpointError(f"the vision encoder has activation {activation!r}; SigLIP's has gelu_pytorch_tanh.")
+    vision_cfg: dict[str, Any] = {
+        "image_size": config["image_size"],
+        "timm_model_name": SIGLIP_TOWERS[sizes],
+        "timm_pool": "map" if has_head else "",
+        "timm_proj": "none",
+    }
+    if activation == "gelu_pytorch_tanh":
+        # timm's towers of the first SigLIP have the exact GELU instead; one layer differs by up to 5e-4.
+        vision_cfg["act_kwargs"] = {"approximate": "tanh"}
+    own = {"size": config["image_size"], "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+    return {
+        "embed_dim": width,
+        "vision_cfg": vision_cfg,
+        "quick_gelu": False,
+        "preprocess": merge_preprocess_dict(asdict(PreprocessCfg()), {**own, **(preprocess or {})}),
+    }
+
+
+def siglip_name(config: Mapping[str, Any]) -> str:
+    """OpenCLIP's name of the tower, if it has one of these sizes."""
+    sizes = (config["hidden_size"], config["num_hidden_layers"], config["patch_size"], config["image_size"])
+    return _NAMES.get(sizes, "siglip-vision-transformer")
+
+
+_NAMES = {
+    (768, 12, 16, 224): "ViT-B-16-SigLIP",
+    (768, 12, 16, 256): "ViT-B-16-SigLIP-256",
+    (768, 12, 16, 384): "ViT-B-16-SigLIP-384",
+    (768, 12, 16, 512): "ViT-B-16-SigLIP-512",
+    (1024, 24, 16, 256): "ViT-L-16-SigLIP-256",
+    (1024, 24, 16, 384): "ViT-L-16-SigLIP-384",
+    (1152, 27, 14, 224): "ViT-SO400M-14-SigLIP",
+    (1152, 27, 14, 384): "ViT-SO400M-14-SigLIP-384",
+}

@@ -1,0 +1,259 @@
+"""A composition like LLaVA as the directory that Transformers' `LlavaForConditionalGeneration` reads.
+
+LLaVA-1.5 (https://arxiv.org/abs/2310.03744) puts patches of a CLIP tower, through an MLP, among the text tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_cli.checkpoint.export import TOLERANCE, must_agree
+from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
+from vlm_cli.errors import UsageError
+from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.processor import VLMProcessor
+
+__all__ = ["check_llava", "export_llava"]
+
+#: Types whose embedding is a plain table and whose head is a plain linear map, as the class takes for granted.
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+#: What of OpenCLIP's `vision_cfg` changes the features and has no counterpart in Transformers' CLIP.
+_FOREIGN = (
+    "act_kwargs",
+    "attentional_pool",
+    "block_type",
+    "ls_init_value",
+    "no_ln_pre",
+    "norm_kwargs",
+    "qk_norm",
+    "scale_attn",
+    "scale_attn_inner",
+    "scale_fc",
+    "scale_heads",
+    "scaled_cosine_attn",
+    "timm_model_name",
+)
+
+#: Settings of the MLP that this layout has a place for; `frames` is about videos, which it has not.
+_MLP_SETTINGS = ("bias", "dim_out", "frames")
+
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^conv1\.", "embeddings.patch_embedding."),
+        (r"^class_embedding$", "embeddings.class_embedding"),
+        (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+        (r"^ln_pre\.", "pre_layrnorm."),
+        (r"^ln_post\.", "post_layernorm."),
+        (r"^transformer\.resblocks\.(\d+)\.ln_([12])\.", r"encoder.layers.\1.layer_norm\2."),
+        (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
+        (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"encoder.layers.\1.mlp.fc1."),
+        (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"encoder.layers.\1.mlp.fc2."),
+    )
+)
+_IN_PROJECTION = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
+
+
+def check_llava(config: VLMConfig) -> None:
+    """
+    Raises:
+        UsageError: naming all that would have to differ.
+    """
+    problems = [*_misfits_of_parts(config), *_misfits_of_vision(config)]
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise UsageError(f"no directory of Hugging Face's LLaVA can hold this model:{lines}")
+
+
+def _misfits_of_parts(config: VLMConfig) -> list[str]:
+    parts, problems = config.parts, []
+    if parts.fusion.type != "language-stream":
+        problems.append(f"fusion is {parts.fusion.type}; it would have to be language-stream.")
+    if parts.vision_tokenizer.type != "mlp":
+        problems.append(f"vision_tokenizer is {parts.vision_tokenizer.type}; it would have to be mlp.")
+    else:
+        for field in dataclasses.fields(MLPOptions):
+            value = getattr(parts.vision_tokenizer.options, field.name)
+            if field.name not in _MLP_SETTINGS and value != field.default:
+                problems.append(f"vision_tokenizer.{field.name} is {value!r}; it would have to be {field.default!r}.")
+    kind = config.text_config.model_type
+    if kind not in LANGUAGE_MODELS:
+        problems.append(f"the language model is of type {kind}; it would have to be {', '.join(LANGUAGE_MODELS)}.")
+    if getattr(parts.language_model, "head_bias", False):
+        problems.append("language_model.head_bias is set; the head would have to be without one.")
+    return problems
+
+
+def _misfits_of_vision(config: VLMConfig) -> list[str]:
+    vision, options, problems = config.vision_config, config.parts.vision_encoder, []
+    cfg = vision["vision_cfg"]
+    if "type" in vision:
+        return [f"vision encoder {options.name!r} is of another package; it would have to be a ViT of OpenCLIP."]
+    foreign = [name for name in _FOREIGN if cfg.get(name)]
+    if foreign or not isinstance(cfg.get("layers", 12), int):
+        what = ", ".join(f"{name}={cfg[name]!r}" for name in foreign) or "a ResNet"
+        problems.append(f"vision encoder {options.name!r} has {what}; it would have to be a plain ViT of OpenCLIP.")
+    for name in ("image_size", "patch_size"):
+        if isinstance(cfg.get(name), (list, tuple)) and len(set(cfg[name])) > 1:
+            problems.append(f"the {name} of the vision encoder is {cfg[name]}; it would have to be a square.")
+    if _is_normed(config):
+        problems.append(
+            f"layer {options.layer} of the vision encoder passes through its last norm; it would have to be a layer "
+            "without it, as vision_encoder.layer=-2 (LLaVA's own)."
+        )
+    preprocess = vision.get("preprocess", {})
+    if preprocess.get("resize_mode", "shortest") not in ("shortest", "squash"):
+        problems.append(
+            f"images are resized by {preprocess['resize_mode']!r}; it would have to be 'shortest' or 'squash'."
+        )
+    return problems
+
+
+def _is_normed(config: VLMConfig) -> bool:
+    options = config.parts.vision_encoder
+    norm = getattr(options, "norm", None)
+    return options.layer == -1 if norm is None else norm
+
+
+def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_size: str = "5GB") -> dict[str, Any]:
+    """Write the model and its processor as Transformers' LLaVA, load the model back, and compare logits.
+
+    Raises:
+        UsageError: if the composition does not fit.
+        CheckpointError: if the logits differ.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    check_llava(model.config)
+    config = _config(model)
+    with torch.device("meta"):
+        theirs = LlavaForConditionalGeneration(config)
+    theirs.load_state_dict(_state(model), assign=True)
+    theirs.generation_config = copy.deepcopy(model.generation_config)
+    theirs.save_pretrained(out, max_shard_size=max_shard_size)
+    _processor(model, processor, config).save_pretrained(out)
+    loaded = LlavaForConditionalGeneration.from_pretrained(out, dtype=model.dtype).eval()
+    # Half precision rounds each step, and the two models do not take the same ones.
+    tolerance = TOLERANCE if model.dtype == torch.float32 else 0.05
+    ours, back = _logits(model, loaded)
+    difference = must_agree("the LLaVA directory", ours, back, tolerance)
+    return {"positions_per_image": config.image_seq_length, "largest_difference": difference}
+
+
+def _config(model: VLM) -> Any:
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    ours, visual = model.config, model.vision_encoder.visual
+    options = ours.parts.vision_encoder
+    width, blocks = visual.conv1.out_channels, visual.transformer.resblocks
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=blocks[0].mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=visual.image_size[0],
+        patch_size=visual.patch_size[0],
+        projection_dim=ours.vision_config["embed_dim"],
+        hidden_act="quick_gelu" if ours.vision_config.get("quick_gelu") else "gelu",
+        layer_norm_eps=visual.ln_pre.eps,
+    )
+    text = copy.deepcopy(ours.text_config)
+    # The added tokens become rows of the tables, which are tied no longer: ours never were.
+    text.vocab_size, text.tie_word_embeddings = ours.first_added_id + len(ours.added_tokens), False
+    text.pad_token_id, text.dtype = ours.pad_token_id, model.dtype
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=ours.media_token_id,
+        image_seq_length=model.positions_per_medium(),
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=model.vision_tokenizer.proj[0].bias is not None,
+        vision_feature_layer=options.layer,
+        vision_feature_select_strategy="full" if getattr(options, "class_token", False) else "default",
+        tie_word_embeddings=False,
+        pad_token_id=ours.pad_token_id,
+        dtype=model.dtype,
+    )
+
+
+def _state(model: VLM) -> dict[str, Tensor]:
+    """The tensors under the names that the class has in memory."""
+    projector, first = model.vision_tokenizer.proj, model.config.first_added_id
+    state = {f"model.vision_tower.{name}": x for name, x in _vision_state(model.vision_encoder.visual).items()}
+    for number, layer in ((1, projector[0]), (2, projector[2])):
+        state |= {f"model.multi_modal_projector.linear_{number}.{k}": x for k, x in layer.state_dict().items()}
+    body = model.lang_model.get_decoder().state_dict()
+    state |= {f"model.language_model.{name}": x for name, x in body.items()}
+    added = model.added_tokens
+    tables: tuple[tuple[str, nn.Module, Tensor], ...] = (
+        ("model.language_model.embed_tokens.weight", model.get_input_embeddings(), added.embedding.weight),
+        ("lm_head.weight", model.get_output_embeddings(), added.head.weight),
+    )
+    for name, table, rows in tables:
+        state[name] = torch.cat([table.weight[:first], rows])
+    return {name: x.detach().contiguous() for name, x in state.items()}
+
+
+def _vision_state(visual: nn.Module) -> dict[str, Tensor]:
+    """OpenCLIP's tensors under the names of Transformers' CLIP; `proj` is for pooled features only."""
+    state: dict[str, Tensor] = {}
+    for name, x in visual.state_dict().items():
+        if name == "proj":
+            continue
+        if found := _IN_PROJECTION.match(name):
+            for letter, part in zip("qkv", x.chunk(3), strict=True):
+                state[f"encoder.layers.{found[1]}.self_attn.{letter}_proj.{found[2]}"] = part
+            continue
+        pattern, replacement = next((p, r) for p, r in _RENAMES if p.match(name))
+        state[pattern.sub(replacement, name)] = x
+    return state
+
+
+def _processor(model: VLM, processor: VLMProcessor, config: Any) -> Any:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+    from transformers.image_utils import PILImageResampling
+
+    given = processor.image_processor.preprocess_config
+    side = config.vision_config.image_size
+    square = {"height": side, "width": side}
+    squashes = given.get("resize_mode") == "squash"
+    images = CLIPImageProcessor(
+        size=square if squashes else {"shortest_edge": side},
+        crop_size=square,
+        do_center_crop=not squashes,
+        resample=PILImageResampling[given.get("interpolation", "bicubic").upper()],
+        **({"image_mean": list(given["mean"]), "image_std": list(given["std"])} if "mean" in given else {}),
+    )
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=processor.chat_template or tokenizer.chat_template,
+        image_token=MEDIA_TOKEN,
+        num_additional_image_tokens=1,  # the class token
+    )
+
+
+@torch.no_grad()
+def _logits(model: VLM, theirs: Any) -> tuple[Tensor, Tensor]:
+    """float[1, T, V] of both for a prompt with an image; theirs at the last of the image's positions."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(config.first_added_id, (1, 12), generator=generator)
+    pixels = torch.randn(1, 3, *model.vision_encoder.image_size, generator=generator).to(model.dtype)
+    image = torch.tensor([[config.media_token_id]])
+    num = model.positions_per_medium()
+    ours = model(pixels[None], torch.cat([text[:, :4], image, text[:, 4:]], dim=1)).logits
+    spread = torch.cat([text[:, :4], image.expand(1, num), text[:, 4:]], dim=1)
+    back = theirs(input_ids=spread, pixel_values=pixels).logits
+    return ours.float(), torch.cat([back[:, :4], back[:, 4 + num - 1 :]], dim=1).float()
