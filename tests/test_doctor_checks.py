@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
+from benchmarks.compatibility.language_models import tiny_vlm
 from vlm_cli import load
 from vlm_cli.cli.options import DEMO
 from vlm_cli.modeling import vlm as vlm_module
@@ -350,6 +351,13 @@ def copies_the_head(model, patch):
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
+@breaks("tied", language_model="llama-tied")
+def loads_two_tensors_that_the_configuration_ties(model, patch):
+    """Then Transformers does not tie them, and forgets that it was to."""
+    copies_the_head(model, patch)
+    model.all_tied_weights_keys = {}
+
+
 @breaks("tied")
 def writes_a_tensor_twice(model, patch):
     change_saved(model, patch, lambda tensors: tensors | {"twice": tensors["lang_model.lm_head.weight"].clone()})
@@ -385,6 +393,14 @@ def test_a_check_that_sees_no_media_fails(fusion, name, monkeypatch):
 def test_a_limit_of_the_language_model_has_a_reason(fusion):
     finding = find(tiny.build(fusion=fusion, language_model="mamba"), "pieces")
     assert finding.verdict == "limit" and finding.note.startswith("the bare language model")
+
+
+@both_fusions
+def test_a_padding_that_was_added_is_no_error_of_the_bare_language_model(fusion):
+    model = tiny_vlm("rwkv", fusion)
+    model.config.pad_token_id = model.config.first_added_id
+    finding = find(model, "padded")
+    assert finding.verdict == "limit" and "it takes no mask" in finding.note and "IndexError" not in finding.note
 
 
 @both_fusions
@@ -433,6 +449,16 @@ def test_numbers_that_are_none_fail(fusion, monkeypatch):
         finding = find(model, name)
         # Closed gates do not stop what is not a number.
         assert finding.verdict == "fails" and finding.to_dict()["difference"] is None, finding
+
+
+@both_fusions
+def test_weights_that_give_no_numbers_are_no_limit(fusion):
+    model = tiny.build(fusion=fusion)
+    name, broken = next((name, p) for name, p in model.named_parameters() if name.endswith("up_proj.weight"))
+    broken.data[0, 0] = torch.nan
+    found = {f.name: f for f in check_invariants(model)}
+    assert {f.verdict for f in found.values()} == {"holds", "fails"}
+    assert "NaN" in found["text-only"].note and found["saved"].note == f"{name} holds NaN"
 
 
 def test_progress_tells_what_is_proved():

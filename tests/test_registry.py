@@ -85,6 +85,7 @@ NO_OPTIONS = Part("no-options", "collections:OrderedDict", "collections:OrderedD
 ENTRY_POINTS = """
 [vlm_cli.vision_tokenizers]
 raises = broken_module:PART
+exits = exiting_module:PART
 absent = no_such_module_anywhere:PART
 renamed = broken_parts:ANOTHER_NAME
 no-part = broken_parts:NO_PART
@@ -98,6 +99,7 @@ no-options = broken_parts:NO_OPTIONS
 def broken_package(tmp_path, monkeypatch):
     """An installed package whose parts are all broken; a registry of vision tokenizers that finds it."""
     (tmp_path / "broken_module.py").write_text("raise RuntimeError('no such device.\\nSee the manual.')")
+    (tmp_path / "exiting_module.py").write_text("import sys; sys.exit(3)")
     (tmp_path / "broken_parts.py").write_text(BROKEN)
     info = tmp_path / "broken_parts-1.dist-info"
     info.mkdir()
@@ -113,6 +115,7 @@ def broken_package(tmp_path, monkeypatch):
     ("name", "message"),
     [
         ("raises", "cannot be loaded: RuntimeError: no such device."),
+        ("exits", "cannot be loaded: SystemExit: 3."),
         ("absent", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module_anywhere'."),
         ("renamed", "its entry point 'broken_parts:ANOTHER_NAME' must load to a vlm_cli.registry.Part of that name"),
         ("no-part", "its entry point 'broken_parts:NO_PART' must load to a vlm_cli.registry.Part"),

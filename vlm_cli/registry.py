@@ -110,7 +110,7 @@ def _blaming(origin: str) -> Iterator[None]:
     """Turn whatever another package's code raises into an error that names the package."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script in place of a module may end the process without a word
         raise PluginError(
             f"{origin} cannot be loaded: {type(error).__name__}: {first_line(error)}. {_REMEDY}"
         ) from error

@@ -143,7 +143,10 @@ def test_what_was_measured_before_an_interruption_is_kept(vlm, monkeypatch):
     assert done and "RN50x64" not in done and done < {x for x in open_clip.list_models() if "rn" in x.lower()}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"RN50": {}}', '{"RN50": {"image_size": 3}}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", '{"RN50": {}}', '{"RN50": {"image_size": 3}}', '{"RN50": {"image_size": [1e999, 1]}}', "\udcff"],
+)
 def test_a_broken_cache_is_replaced(vlm, content, monkeypatch):
     monkeypatch.setattr(encoders, "measure", lambda config: FACTS)
     cache_file().parent.mkdir(parents=True)

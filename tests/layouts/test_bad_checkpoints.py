@@ -85,6 +85,51 @@ def test_an_index_of_other_files(vlm, copy, tmp_path):
     assert "names 1 tensors that are in no file, e.g. 'language_model.model.layers.9" in result.stderr
 
 
+def test_an_index_of_files_of_another_kind(vlm, copy, tmp_path):
+    """Of a repository with both kinds of weights, the hub gives one, and every small file."""
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "pytorch_model-1-of-2.bin"}}))
+    assert vlm("build", str(tmp_path / "out"), "--from", str(copy), "--quiet").exit_code == 0
+
+
+def test_tensors_in_two_files(vlm, copy, tmp_path):
+    tensors = {k: x + 1 for k, x in load_file(copy / "model.safetensors").items()}
+    save_file(tensors, copy / "older.safetensors")
+    result = build(vlm, copy, tmp_path)
+    assert result.exit_code == 1
+    assert f"holds {len(tensors)} tensors twice" in result.stderr
+    assert "in model.safetensors and in older.safetensors. Name the file that is meant" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"), [(torch.int8, "(torch.int8): its weights are quantized"), (torch.float8_e4m3fn, "F8_E4M3")]
+)
+def test_quantized_weights(vlm, copy, tmp_path, dtype, words):
+    """Without their scales they are other weights."""
+    rewrite(copy, lambda tensors: {k: x.to(dtype) if "up_proj" in k else x for k, x in tensors.items()})
+    result = build(vlm, copy, tmp_path)
+    assert result.exit_code == 1 and words in result.stderr and "Take weights that are not" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_config": None},
+        {"text_config": {"model_type": "nonsense"}},
+        {"text_config": {"hidden_act": "nonsense"}},
+        {"text_config": {"num_attention_heads": 0}},
+        {"vision_config": 5},
+        {"vision_config": {"patch_size": 0}},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_no_model(vlm, copy, tmp_path, changes):
+    config = json.loads((copy / "config.json").read_text())
+    rewrite_config(copy, **{k: {**config[k], **x} if isinstance(x, dict) else x for k, x in changes.items()})
+    result = build(vlm, copy, tmp_path)
+    assert result.exit_code == 1
+    assert f"no model can be made of the configuration of {str(copy)!r}, which is read as LLaVA" in result.stderr
+
+
 def test_mixed_dtypes_become_one(copy):
     rewrite(copy, lambda tensors: {k: x.half() if "language_model" in k else x for k, x in tensors.items()})
     checkpoint = Checkpoint.open(str(copy))
@@ -142,7 +187,15 @@ def test_code_in_a_file_is_never_run(vlm, tmp_path, capsys):
     assert "run" not in capsys.readouterr().out.split()
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere/x", "a/b/c"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
+def test_a_file_of_something_else(vlm, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    result = build(vlm, tmp_path / name, tmp_path)
+    assert result.exit_code == 1 and "it is no complete file of tensors" in result.stderr
+    assert "weights_only" not in result.stderr  # torch's advice to run what is inside
+
+
+@pytest.mark.parametrize("name", ["", "nowhere", "./nowhere/x", "a/b/c"])
 def test_nothing_there(vlm, tmp_path, name):
     result = vlm("build", str(tmp_path / "out"), "--from", name)
     assert result.exit_code == 1 and f"there is no file or directory {name!r}" in result.stderr
@@ -158,10 +211,22 @@ def test_wrong_usage(vlm, tmp_path):
     assert result.exit_code == 2 and "--from brings the weights" in result.stderr
 
 
+def test_a_delta_of_a_whole_checkpoint(vlm, copy, tmp_path):
+    result = build(vlm, copy, tmp_path, "--delta")
+    assert result.exit_code == 2 and "brings a vision encoder and a language model of its own" in result.stderr
+
+
 @pytest.mark.parametrize("flag", ["--vision-encoder", "--language-model"])
 def test_a_part_that_the_checkpoint_holds(vlm, copy, tmp_path, flag):
     result = build(vlm, copy, tmp_path, flag, "ViT-B-32")
     assert result.exit_code == 2 and f"so 'ViT-B-32' has no place. Leave {flag} out" in result.stderr
+
+
+@pytest.mark.parametrize("setting", ["pretrained=openai", "image_size=64", "depth=1"])
+def test_a_tower_of_another_kind(vlm, copy, tmp_path, setting):
+    """What is inside of the checkpoint would be taken all the same."""
+    result = build(vlm, copy, tmp_path, "--set", f"vision_encoder.{setting}")
+    assert result.exit_code == 2 and f"so vision_encoder.{setting} has no place. Leave it out" in result.stderr
 
 
 def test_dry_run_writes_nothing(vlm, copy, tmp_path):
@@ -176,3 +241,15 @@ def test_the_tokenizer_of_another_model(copy):
     write_tokenizer(copy)  # without <image>
     with pytest.raises(LanguageModelError, match="Give the tokenizer that belongs to them"):
         import_checkpoint(Checkpoint.open(str(copy)), ComposeOptions().over)
+
+
+def test_a_directory_of_ours(vlm, copy, tmp_path):
+    assert vlm("build", str(tmp_path / "ours"), "--from", str(copy), "--quiet").exit_code == 0
+    result = build(vlm, tmp_path / "ours", tmp_path)
+    assert result.exit_code == 1 and "is a directory of vlm already" in result.stderr
+
+
+def test_a_wrong_setting_is_the_only_problem(vlm, copy, tmp_path):
+    result = build(vlm, copy, tmp_path, "--set", "vision_tokenizer.width=3")
+    assert result.exit_code == 2 and "unknown key vision_tokenizer.width" in result.stderr
+    assert "unknown vision encoder" not in result.stderr

@@ -130,7 +130,8 @@ def write_delta(
         except VLMError as error:
             raise CheckpointError(
                 f"{error} To leave out what it holds, a delta needs the pretrained {part.replace('_', ' ')} at hand; "
-                "run the command where it is found, or write a full directory."
+                "run the command where it is found, or write a full directory, as for a published checkpoint (build "
+                "--from) that brought its own."
             ) from None
         if found is None:
             continue

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from vlm_cli.errors import CheckpointError, OutputExistsError, PluginError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
@@ -83,6 +84,8 @@ def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _swap(partial, out)
     except OSError as error:
         raise CheckpointError(f"cannot write {str(out)!r}: {error.strerror or error}. Nothing was changed.") from error
+    except SafetensorError as error:  # a full disk reaches us under this name, too
+        raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -134,8 +137,6 @@ def save(
     Raises:
         VLMError: if the disk is full, or a delta cannot be made.
     """
-    from safetensors import SafetensorError
-
     from vlm_cli.checkpoint.remote_code import write_code
 
     write_code(model.lang_model, out)

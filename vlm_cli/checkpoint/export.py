@@ -6,6 +6,7 @@ N images, C channels, H W pixels, n vision tokens, d their channels.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import warnings
@@ -172,7 +173,9 @@ def export_vision_program(model: VLM, processor: VLMProcessor, out: Path) -> dic
     """
     side = _float_side(model)
     program, is_dynamic = _program(side, _pixels(model, 2))
-    torch.export.save(program, out / "vision.pt2")
+    written = io.BytesIO()  # on a full disk, torch's own writer ends the process
+    torch.export.save(program, written)
+    (out / "vision.pt2").write_bytes(written.getbuffer())
     loaded = torch.export.load(out / "vision.pt2").module()
     difference = _compare("the program", model, side, loaded, is_dynamic)
     processor.image_processor.save_pretrained(out)

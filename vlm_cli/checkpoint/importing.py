@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,13 @@ from vlm_cli.checkpoint.openclip import find_tower, load_tower
 from vlm_cli.checkpoint.source import Checkpoint
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.composition import Composition
-from vlm_cli.errors import CheckpointError, CompositionError
+from vlm_cli.errors import CheckpointError, CompositionError, VLMError, first_line
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 
-__all__ = ["Imported", "import_checkpoint", "recognise"]
+__all__ = ["Imported", "describing", "import_checkpoint", "recognise"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ def recognise(checkpoint: Checkpoint) -> Layout:
     for layout in LAYOUTS:
         if layout.matches(checkpoint):
             return layout
+    if checkpoint.config.get("model_type") == "vlm":
+        raise CheckpointError(
+            f"{checkpoint.name!r} is a directory of vlm already. Use it as it is: vlm generate --model {checkpoint.name} …"
+        )
     names = sorted(checkpoint.tensors)
     shown = ", ".join(names[:: max(1, len(names) // 4)][:4])
     raise CheckpointError(
@@ -89,7 +94,8 @@ def import_checkpoint(
     """
     layout = recognise(checkpoint)
     progress(f"recognised {layout.name}")
-    described = layout.describe(checkpoint)
+    with describing(checkpoint, layout):
+        described = layout.describe(checkpoint)
     composition = compose(described.composition)
     _check_own_parts(described, composition)
     dtype = checkpoint.dtype if dtype == "auto" else dtype
@@ -98,10 +104,11 @@ def import_checkpoint(
     tower = None if described.vision_config is not None else find_tower(composition.vision_encoder)
     tower_config = described.vision_config if tower is None else tower.config
     assert tower_config is not None
-    source = _language_model(checkpoint, described, composition, trust_remote_code)
+    source = _language_model(checkpoint, layout, described, composition, trust_remote_code)
     tokenizer = source.tokenizer(composition.language_model.tokenizer or described.tokenizer)
     reading = composition.vision_encoder.reading
-    shape = tower_shape(tower_config, **reading)
+    with describing(checkpoint, layout):
+        shape = tower_shape(tower_config, **reading)
     config = configure(composition, tower_config, shape, source.config, tokenizer, described.first_added_id)
 
     visual = lang_model = None
@@ -111,7 +118,11 @@ def import_checkpoint(
     if described.text_config is None and not described.holds_language_model:
         progress(f"loading language model {source.name}")
         lang_model = source.load(dtype)
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+    with (
+        describing(checkpoint, layout),
+        torch.random.fork_rng(devices=[]),
+        init_empty_weights(include_buffers=False),
+    ):
         torch.manual_seed(seed)
         model = VLM(config, vision_encoder=visual, lang_model=lang_model)
     # In there each parameter is made anew where it is put, so that tied ones came apart.
@@ -153,16 +164,43 @@ def _check_own_parts(described: Described, composition: Composition) -> None:
             raise CompositionError(
                 f"the checkpoint holds its own {part.replace('_', ' ')}, so {named!r} has no place. Leave {flag} out."
             )
+    if described.vision_config is None:
+        return
+    # A family that has a tower of this name brings the weights it is known with.
+    lm = {"language_model": {"name": composition.language_model.name}}  # not every checkpoint names one
+    encoder = Composition.compose(None, described.composition, lm).vision_encoder
+    for setting in ("pretrained", "image_size", "depth"):
+        named = getattr(composition.vision_encoder, setting)
+        if named != getattr(encoder, setting):
+            raise CompositionError(
+                f"the checkpoint holds its own vision encoder, so vision_encoder.{setting}={named} has no place. Leave "
+                "it out."
+            )
+
+
+@contextmanager
+def describing(checkpoint: Checkpoint, layout: Layout) -> Iterator[None]:
+    """Say of what stands in a configuration, and no model can be made of, where it stands."""
+    try:
+        yield
+    except VLMError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"no model can be made of the configuration of {checkpoint.name!r}, which is read as {layout.name}: "
+            f"{type(error).__name__}: {first_line(error)}. Is its config.json as it was published?"
+        ) from error
 
 
 def _language_model(
-    checkpoint: Checkpoint, described: Described, composition: Composition, trust_remote_code: bool
+    checkpoint: Checkpoint, layout: Layout, described: Described, composition: Composition, trust_remote_code: bool
 ) -> LanguageModelSource:
     """The language model that the checkpoint needs, or the one inside it."""
     if described.text_config is None:
         return find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
     data = dict(described.text_config)
-    config: PreTrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
+    with describing(checkpoint, layout):
+        config: PreTrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
     check_causal(config, checkpoint.name)
     return LanguageModelSource(checkpoint.name, str(checkpoint.folder), {"trust_remote_code": False}, config)
 

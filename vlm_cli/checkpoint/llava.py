@@ -138,6 +138,9 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
         theirs = LlavaForConditionalGeneration(config)
     theirs.load_state_dict(_state(model), assign=True)
     theirs.generation_config = copy.deepcopy(model.generation_config)
+    # As here, where no answer holds an image.
+    suppressed = theirs.generation_config.suppress_tokens or []
+    theirs.generation_config.suppress_tokens = [*suppressed, model.config.media_token_id]
     theirs.save_pretrained(out, max_shard_size=max_shard_size)
     _processor(model, processor, config).save_pretrained(out)
     loaded = LlavaForConditionalGeneration.from_pretrained(out, dtype=model.dtype).eval()

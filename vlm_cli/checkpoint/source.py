@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -55,13 +56,20 @@ class Checkpoint:
             CheckpointError: if it is not there, or a file is damaged. Code inside of a file is never run.
         """
         path = Path(name).expanduser()
-        if not path.exists():
+        if not name or not path.exists():  # an empty name would be the working directory
             path = _fetch(name, revision, token)
         files = [path] if path.is_file() else _weight_files(path, name)
         folder = path.parent if path.is_file() else path
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            tensors |= _names(file)
+            found = _names(file)
+            if twice := sorted(tensors.keys() & found.keys()):
+                other = tensors[twice[0]].file.name
+                raise CheckpointError(
+                    f"{name!r} holds {len(twice)} tensors twice, e.g. {twice[0]!r} in {other} and in {file.name}. Name "
+                    "the file that is meant, or move the other one away."
+                )
+            tensors |= found
         if not tensors:
             raise CheckpointError(f"{name!r} holds no named tensors.")
         config = {} if path.is_file() and path.suffix != ".safetensors" else _config(folder)
@@ -96,33 +104,41 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The weight files of a directory; those that an index names, if there is one.
+    """The weight files of a directory, of one kind; those that an index of that kind names, if there is one.
 
     Raises:
         CheckpointError: if there are none, or one that the index names is missing.
     """
-    for index in sorted(folder.glob("*.index.json")):
-        weight_map = _json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"the index {str(index)!r} names no tensors. Fetch it again.")
-        files = [folder / file for file in sorted(set(weight_map.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise CheckpointError(
-                f"{name!r} lacks {len(missing)} of the {len(files)} weight files that {index.name} names, e.g. "
-                f"{missing[0]!r}. Fetch them again."
-            )
-        held = {tensor for file in files for tensor in _names(file)}
-        stripped = {tensor: _stripped(tensor) for tensor in weight_map}
-        if absent := sorted(tensor for tensor, bare in stripped.items() if bare not in held):
-            raise CheckpointError(
-                f"{index.name} of {name!r} names {len(absent)} tensors that are in no file, e.g. {absent[0]!r}. The "
-                "index belongs to other files; fetch both again."
-            )
-        return files
     for suffix in _SUFFIXES:
+        if index := min(folder.glob(f"*{suffix}.index.json"), default=None):
+            return _indexed_files(folder, name, index)
         if files := sorted(folder.glob(f"*{suffix}")):
             return files
     raise CheckpointError(f"{name!r} holds no weights: no file ends in {', '.join(_SUFFIXES)}.")
+
+
+def _indexed_files(folder: Path, name: str, index: Path) -> list[Path]:
+    """
+    Raises:
+        CheckpointError: if one that the index names is missing, or holds other tensors.
+    """
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"the index {str(index)!r} names no tensors. Fetch it again.")
+    files = [folder / file for file in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{name!r} lacks {len(missing)} of the {len(files)} weight files that {index.name} names, e.g. "
+            f"{missing[0]!r}. Fetch them again."
+        )
+    held = {tensor for file in files for tensor in _names(file)}
+    stripped = {tensor: _stripped(tensor) for tensor in weight_map}
+    if absent := sorted(tensor for tensor, bare in stripped.items() if bare not in held):
+        raise CheckpointError(
+            f"{index.name} of {name!r} names {len(absent)} tensors that are in no file, e.g. {absent[0]!r}. The "
+            "index belongs to other files; fetch both again."
+        )
+    return files
 
 
 def _names(file: Path) -> dict[str, TensorInfo]:
@@ -134,8 +150,13 @@ def _names(file: Path) -> dict[str, TensorInfo]:
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():
                     part = opened.get_slice(name)
-                    shape = tuple(part.get_shape())
-                    found[_stripped(name)] = TensorInfo(shape, _DTYPES[part.get_dtype()], file)
+                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                    if dtype not in _DTYPES:
+                        raise CheckpointError(
+                            f"{name!r} in {str(file)!r} has dtype {dtype}, which is not read. Take weights that are "
+                            "not quantized."
+                        )
+                    found[_stripped(name)] = TensorInfo(shape, _DTYPES[dtype], file)
             return found
         return {name: TensorInfo(tuple(x.shape), x.dtype, file) for name, x in _tensors(file)}
     except CheckpointError:
@@ -182,8 +203,14 @@ _DTYPES = {
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
-    advice = "Is it complete?" if file.suffix == ".safetensors" else "Only tensors are read from it, never code."
-    return CheckpointError(f"cannot read weights from {str(file)!r}: {first_line(error)}. {advice}")
+    if file.suffix == ".safetensors":
+        return CheckpointError(f"cannot read weights from {str(file)!r}: {first_line(error)}. Is it complete?")
+    # Torch's own words advise to run what is inside.
+    what = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+    return CheckpointError(
+        f"cannot read weights from {str(file)!r}: it is no complete file of tensors{what}. Only tensors are read from "
+        "it, never code."
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def _import(
     Raises:
         VLMError: if they are not known, damaged, or do not cover the model.
     """
-    from vlm_cli.checkpoint.importing import import_checkpoint
+    from vlm_cli.checkpoint.importing import import_checkpoint, recognise
     from vlm_cli.checkpoint.source import Checkpoint
     from vlm_cli.cli.models import hush
 
@@ -130,6 +130,8 @@ def _import(
     with console.step(quiet) as announce:
         announce(f"finding {source}")
         checkpoint = Checkpoint.open(source, revision=compose.revision)
+        if output is not None and output.delta is not None:
+            _check_left_out(recognise(checkpoint), checkpoint)
         imported = import_checkpoint(
             checkpoint,
             compose.over,
@@ -142,6 +144,10 @@ def _import(
         for note in imported.notes:
             console.note(f"Note: {note}")
         _print_key_report(imported.report)
+        if any(name.startswith("added_tokens.") for name in imported.report.absent):
+            console.note(
+                "  the checkpoint has no rows for added tokens: they start at the mean of the language model's"
+            )
         if imported.model is None:
             raise CheckpointError(
                 f"{source!r} does not fit the composition: {len(imported.report.missing)} tensors that train, or would "
@@ -154,6 +160,23 @@ def _import(
     _report(imported.model, path, as_json, layout=imported.layout.name, keys=imported.report.to_dict())
     if output is not None:
         output.tell()
+
+
+def _check_left_out(layout: Any, checkpoint: Any) -> None:
+    """
+    Raises:
+        UsageError: if the checkpoint holds its own backbones, which no other place has.
+    """
+    from vlm_cli.checkpoint.importing import describing
+
+    with describing(checkpoint, layout):
+        described = layout.describe(checkpoint)
+    is_own = described.text_config is not None and described.composition["language_model"]["name"] == checkpoint.name
+    if is_own and described.vision_config is not None and not described.composition["vision_encoder"].get("pretrained"):
+        raise UsageError(
+            f"--delta leaves out what pretrained parts hold, and {checkpoint.name!r} brings a vision encoder and a "
+            "language model of its own. Leave --delta out."
+        )
 
 
 def check_size(text: str) -> None:

@@ -131,6 +131,8 @@ class ComposeOptions:
         try:
             return Composition.compose(self.family or base, *files, flags, overrides=self.set or ())
         except CompositionError as error:
+            if found is not None:  # its parts are in the checkpoint
+                raise
             from vlm_cli.checkpoint.create import not_found
             from vlm_cli.cli.models import hush
 

@@ -103,8 +103,8 @@ def measure(config: Mapping[str, Any]) -> EncoderFacts:
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 #: A missing, broken or unwritable file costs time and nothing else. RuntimeError: there is no home directory.
-#: ImportError: a package says nothing of its version.
-_NO_CACHE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+#: ImportError: a package says nothing of its version. ArithmeticError: a number is infinite.
+_NO_CACHE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ArithmeticError)
 
 
 def cache_file() -> Path:

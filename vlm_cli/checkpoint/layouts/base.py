@@ -131,7 +131,7 @@ def fill(model: VLM, checkpoint: Checkpoint, described: Described, *, is_backed:
         is_backed: whether a name of ours has its weights already, from a pretrained part.
 
     Raises:
-        CheckpointError: if a file is damaged.
+        CheckpointError: if a file is damaged, or its weights are quantized.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     report = KeyReport()
@@ -148,6 +148,11 @@ def fill(model: VLM, checkpoint: Checkpoint, described: Described, *, is_backed:
             if target is None:
                 report.unused.append(name)
                 break
+            if target.is_floating_point() and not info.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{name!r} of {checkpoint.name!r} holds whole numbers ({info.dtype}): its weights are quantized, "
+                    "and scales are not read. Take weights that are not."
+                )
             wanted = _region(torch.empty_like(target, device="meta"), place.rows)
             given = _given(info.shape, place)
             if given is None or given != tuple(wanted.shape):
