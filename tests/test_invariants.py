@@ -34,7 +34,11 @@ from vlm_cli.modeling.vlm import VLM, VLMWithLanguageStream
 #: Logits are of order 1 and travel through sums in another order.
 TOLERANCE = {"atol": 3e-5, "rtol": 1e-4}
 #: Of a cache. Transformers' zamba2 decodes with other arithmetic than it reads with; the bare model differs as much.
-CACHE_TOLERANCE = {name: TOLERANCE for name in tiny.LANGUAGE_MODELS} | {"zamba2": {"atol": 1e-2, "rtol": 1e-2}}
+#: With torch 2.9, one logit of jamba is 3.5e-5 away.
+CACHE_TOLERANCE = {name: TOLERANCE for name in tiny.LANGUAGE_MODELS} | {
+    "jamba": {"atol": 1e-4, "rtol": 1e-4},
+    "zamba2": {"atol": 1e-2, "rtol": 1e-2},
+}
 
 #: Language models that cannot read a prompt in pieces of several tokens, whoever calls them.
 NO_CHUNKS = {

@@ -168,4 +168,6 @@ def test_reference_counts() -> None:
     found, working = reference.REFERENCE_LANGUAGE_MODELS_FOUND, reference.REFERENCE_LANGUAGE_MODELS_WORKING
     wrong = reference.REFERENCE_LANGUAGE_MODELS_WRONG_PATH
     assert (len(found), len(working), len(wrong)) == (37, 27, 4)
-    assert working < found and not found & wrong and found | wrong <= set(language_models())
+    assert working < found and not found & wrong
+    # The two are no types of Transformers 5.18.
+    assert (found | wrong) - set(language_models()) <= {"internlm3", "iquestcoder"}

@@ -59,7 +59,7 @@ def recognise(checkpoint: Checkpoint) -> Layout:
             return layout
     if checkpoint.config.get("model_type") == "vlm":
         raise CheckpointError(
-            f"{checkpoint.name!r} is a directory of vlm already. Use it as it is: vlm generate --model {checkpoint.name} …"
+            f"{checkpoint.name!r} is a directory of vlm already. Use it as it is: --model {checkpoint.name}"
         )
     names = sorted(checkpoint.tensors)
     shown = ", ".join(names[:: max(1, len(names) // 4)][:4])
