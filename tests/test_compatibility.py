@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from test_readme import ROOT
 
 from benchmarks.compatibility.__main__ import check_type
@@ -12,6 +13,7 @@ from benchmarks.compatibility.document import FUSIONS, PAGE, language_model_row,
 from benchmarks.compatibility.language_models import model_types, tiny_config, tiny_vlm
 from benchmarks.compatibility.towers import check_tower, towers
 from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
+from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING, NO_PIECES
 from vlm_cli.report.invariants import CHECKS
 
@@ -80,3 +82,28 @@ def test_readme_totals() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if IS_CURRENT:
         assert f"measured: {len(model_types())}\ntypes" in readme and f"all {len(towers())} towers" in readme
+
+
+@pytest.mark.parametrize("model_type", sorted(NO_LEFT_PADDING))
+def test_padding_at_the_left_is_refused(model_type: str) -> None:
+    model = tiny_vlm(model_type, "cross-attention")
+    ids, mask = torch.randint(1, 80, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :2] = 0
+    for call in (model, model.generate):
+        with pytest.raises(LanguageModelLimit, match=f"of type {model_type} cannot read .*--batch-size 1"):
+            call(lang_x=ids, attention_mask=mask)
+    with torch.no_grad():
+        # Padding that comes last does no harm.
+        assert model(lang_x=ids, attention_mask=mask.flip(1)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "mamba", "zamba"])
+def test_pieces_are_refused(model_type: str) -> None:
+    model = tiny_vlm(model_type, "cross-attention")
+    ids = torch.randint(1, 80, (1, 8))
+    with torch.no_grad():
+        output = model(lang_x=ids[:, :4], use_cache=True)
+        cache = next(output[name] for name in ("cache", "past_key_values", "cache_params") if name in output)
+        with pytest.raises(LanguageModelLimit, match="several tokens after a cache"):
+            model(lang_x=ids[:, 4:], past_key_values=cache)
+        assert model(lang_x=ids[:, 4:5], past_key_values=cache, use_cache=True).logits.shape[1] == 1

@@ -8,6 +8,7 @@
     │   └── OutputExistsError        the output directory is already there
     ├── MediaError               exit code 1: a picture that cannot be read
     ├── LanguageModelError       exit code 1: a language model that cannot be used or found
+    │   └── LanguageModelLimit       what Transformers itself cannot do with it; also a ValueError
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
     ├── PluginError              exit code 1: a part of another package that is broken
     ├── CheckpointError          exit code 1: weights or a directory that cannot be read or written
@@ -30,6 +31,7 @@ __all__ = [
     "CompositionError",
     "DataError",
     "LanguageModelError",
+    "LanguageModelLimit",
     "MediaError",
     "OutputExistsError",
     "PluginError",
@@ -92,6 +94,10 @@ class MediaError(VLMError):
 
 class LanguageModelError(VLMError):
     """A language model that cannot be found, read or used."""
+
+
+class LanguageModelLimit(LanguageModelError, ValueError):
+    """An input that a language model would answer wrongly, in Transformers itself."""
 
 
 class VisionEncoderError(VLMError):

@@ -27,6 +27,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vlm_cli.composition import PARTS, Composition
+from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttention, MediaVisibility
 from vlm_cli.modeling.fusion.language_stream import Expansion, compact, expand, place
@@ -452,14 +453,14 @@ class VLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor | None, Expansion | None]:
         """
         Raises:
-            ValueError: for rows of several lengths, if the language model cannot read them together.
+            LanguageModelLimit: for rows of several lengths, if the language model cannot read them together.
         """
         expansion = None if media_mask is None else self.spread(lang_x, attention_mask, media_mask)
         if expansion is not None:
             lang_x, attention_mask = expansion.ids, expansion.attention_mask
         kind = self.lang_model.config.model_type
         if kind in NO_LEFT_PADDING and attention_mask is not None and not attention_mask[:, 0].all():
-            raise ValueError(
+            raise LanguageModelLimit(
                 f"a language model of type {kind} cannot read rows that are padded at the left: "
                 f"{NO_LEFT_PADDING[kind]}. Give rows of one length, or one at a time (--batch-size 1)."
             )
@@ -508,8 +509,9 @@ class VLM(PreTrainedModel, GenerationMixin):
             are of the last position that its medium takes.
 
         Raises:
-            ValueError: if media and media tokens do not match, or the language model cannot read rows that are padded
-                at the left, or several tokens after a cache.
+            ValueError: if media and media tokens do not match.
+            LanguageModelLimit: if the language model cannot read rows that are padded at the left, or several tokens
+                after a cache.
         """
         lang_x = input_ids if lang_x is None else lang_x
         vision_x = pixel_values if vision_x is None else vision_x
@@ -519,7 +521,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             kwargs[self._cache_argument] = past_key_values
         kind = self.lang_model.config.model_type
         if kind in NO_PIECES and lang_x.shape[1] > 1 and _is_filled(kwargs.get(self._cache_argument)):
-            raise ValueError(
+            raise LanguageModelLimit(
                 f"a language model of type {kind} cannot read several tokens after a cache: {NO_PIECES[kind]}. "
                 "Give the whole prompt at once, without prefill_chunk_size."
             )

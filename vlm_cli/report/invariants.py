@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from vlm_cli.errors import first_line
+from vlm_cli.errors import LanguageModelLimit, first_line
 from vlm_cli.modeling.language_model import forward_arguments
 from vlm_cli.modeling.vlm import VLM, VLMWithLanguageStream
 
@@ -282,7 +282,7 @@ class _Trial:
             has_bare: whether the comparison makes sense for the bare language model.
         """
         measured, note = self._attempt(measure)
-        refused = note.startswith("ValueError: a language model of type")  # by `VLM`, with the reason
+        refused = note.startswith(LanguageModelLimit.__name__)  # by `VLM`, with the reason
         if measured is None:
             difference, allowed, twin = math.inf, None, None
         else:
