@@ -144,3 +144,15 @@ def test_a_broken_package_is_in_nobodys_way(broken_package):
     assert Composition.compose("llava").vision_tokenizer.type == "linear"
     with pytest.raises(PluginError, match="broken-parts"):
         Composition.compose("llava", {"vision_tokenizer": "raises"})
+
+
+def test_broken_parts_do_not_hide_the_others(broken_package):
+    told = broken_package.summaries()
+    assert set(told) == set(broken_package) and told["perceiver"].startswith("Perceiver Resampler")
+    assert told["raises"].startswith("cannot be used: vision tokenizer 'raises' of the package 'broken-parts'")
+
+
+def test_the_list_goes_on_past_a_broken_part(vlm, broken_package):
+    result = vlm("list", "vision-tokenizers")
+    assert result.exit_code == 0 and "perceiver" in result.stdout
+    assert "cannot be used" in result.stdout and "'broken-parts'" in result.stdout

@@ -176,6 +176,16 @@ class Registry:
             )
         return self._outside(points[0]) if points else self._built_in[name]
 
+    def summaries(self) -> dict[str, str]:
+        """A word on each part; of one whose package is broken, what is wrong."""
+        found = {}
+        for name in self:
+            try:
+                found[name] = self[name].summary
+            except PluginError as error:
+                found[name] = f"cannot be used: {error}"
+        return found
+
     def _outside(self, point: EntryPoint) -> Part:
         origin = f"{self.kind} {point.name!r} of the package {_package(point)!r}"
         with _blaming(origin):

@@ -25,8 +25,7 @@ __all__ = ["Tower", "fetch_weights", "find_tower", "list_towers", "load_tower", 
 
 def list_towers() -> dict[str, str]:
     """Names of OpenCLIP and of other packages, and a word on each; found without importing OpenCLIP."""
-    ours = {name: VISION_ENCODERS[name].summary for name in VISION_ENCODERS}
-    return {**dict.fromkeys(_openclip_files(), "OpenCLIP"), **ours}
+    return {**dict.fromkeys(_openclip_files(), "OpenCLIP"), **VISION_ENCODERS.summaries()}
 
 
 @cache

@@ -84,7 +84,7 @@ def _entries(kind: str) -> dict[str, str]:
             for name, x in FAMILIES.items()
         }
     registry = VISION_TOKENIZERS if kind == "vision-tokenizers" else FUSIONS
-    return {name: registry[name].summary for name in registry}
+    return registry.summaries()
 
 
 # -- vision encoders -------------------------------------------------------------------------------------------------
