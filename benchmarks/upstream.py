@@ -1,9 +1,9 @@
-"""What fails in Transformers itself, each as the shortest call that shows it; nothing of ours runs.
+"""What fails in Transformers and OpenCLIP themselves, each as the shortest call that shows it; nothing of ours runs.
 
     python -m benchmarks.upstream            all
     python -m benchmarks.upstream jamba      one
 
-Each prints the largest difference of logits that should be equal.
+Each prints the largest difference of logits that should be equal, or what was found instead.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import open_clip
 import torch
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from benchmarks.compatibility.language_models import VOCABULARY, tiny_config
 
-CASES: dict[str, Callable[[], float]] = {}
+Case = Callable[[], "float | str"]
+CASES: dict[str, Case] = {}
 
 
-def case(function: Callable[[], float]) -> Callable[[], float]:
+def case(function: Case) -> Case:
     CASES[function.__name__] = function
     return function
 
@@ -132,13 +135,58 @@ def doge_depends_on_the_length_past_its_window() -> float:
     return lengthened(tiny("doge", keep_window_size=5))
 
 
+def tower(name: str, **changes: object) -> torch.nn.Module:
+    config = open_clip.get_model_config(name)
+    vision = CLIPVisionCfg(**{**config["vision_cfg"], "timm_model_pretrained": False, **changes})
+    return _build_vision_tower(config["embed_dim"], vision).eval()
+
+
+def raised(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except Exception as error:  # which one, is what is asked
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+@case
+def openclip_vitamin_xl_384_declares_another_size() -> str:
+    return f"{open_clip.get_model_config('ViTamin-XL-384')['vision_cfg']['image_size']} pixels"
+
+
+@case
+def openclip_coca_norms_patches_with_the_norm_of_its_pooler() -> str:
+    coca, pixels = tower("coca_ViT-B-32"), torch.zeros(1, 3, 224, 224)
+    return raised(lambda: coca.forward_intermediates(pixels, indices=1, normalize_intermediates=True))
+
+
+@case
+def openclip_fastvit_intermediates_stop_early() -> str:
+    fastvit, pixels = tower("MobileCLIP2-S0"), torch.zeros(1, 3, 256, 256)
+    last = fastvit.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"][0]
+    return f"{last.shape[1]} channels, and {fastvit.trunk.forward_features(pixels).shape[1]} of forward_features"
+
+
+@case
+def openclip_resnet_takes_no_pair_as_image_size() -> str:
+    return raised(lambda: tower("RN50", image_size=(224, 224)))
+
+
+@case
+def openclip_siglip_has_another_gelu_than_its_weights() -> str:
+    """Transformers' configuration of the same weights says gelu_pytorch_tanh."""
+    kinds = {x.approximate for x in tower("ViT-B-16-SigLIP").modules() if isinstance(x, torch.nn.GELU)}
+    return f"approximate={', '.join(sorted(kinds))}"
+
+
 def main(word: str = "") -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     with torch.no_grad():
         for name, measure in CASES.items():
             if word in name:
-                print(f"{name.replace('_', ' '):50} {measure():.1e}")
+                found = measure()
+                print(f"{name.replace('_', ' '):60} {found if isinstance(found, str) else f'{found:.1e}'}")
 
 
 if __name__ == "__main__":

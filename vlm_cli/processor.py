@@ -266,25 +266,24 @@ def add_tokens(
 
 
 def _make_plain(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Take the mark of a special token from one that the tokenizer has: other special tokens can then be read as text.
+    """Take the marks of a special token from one that the tokenizer has: other special tokens can then be read as text.
 
-    An added token cannot be added again with other marks, so its entry is changed where the tokenizer is stored.
+    An added token cannot be added again with other marks, so its entry is changed where the tokenizer is stored. Some
+    tokenizers also have it under a name (`image_token`), by which it would be special again when they are loaded.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return
-    stored = json.loads(backend.to_str())
-    for token in stored["added_tokens"]:
-        if token["content"] == name:
-            token.update(special=False, normalized=False, lstrip=False, rstrip=False)
-    tokenizer._tokenizer = type(backend).from_str(json.dumps(stored))
-    kept = [x for x in tokenizer.additional_special_tokens if str(x) != name] if _lists_it(tokenizer, name) else None
-    if kept is not None:
-        tokenizer.additional_special_tokens = kept
-
-
-def _lists_it(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
-    return name in map(str, getattr(tokenizer, "additional_special_tokens", None) or ())
+    if backend is not None:
+        stored = json.loads(backend.to_str())
+        for token in stored["added_tokens"]:
+            if token["content"] == name:
+                token.update(special=False, normalized=False, lstrip=False, rstrip=False)
+        tokenizer._tokenizer = type(backend).from_str(json.dumps(stored))
+    for key in [key for key, token in tokenizer._special_tokens_map.items() if str(token) == name]:
+        del tokenizer._special_tokens_map[key]
+        tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [x for x in tokenizer.SPECIAL_TOKENS_ATTRIBUTES if x != key]
+        for kept in (tokenizer.init_kwargs, tokenizer.init_kwargs.get("model_specific_special_tokens", {})):
+            kept.pop(key, None)
+    tokenizer._extra_special_tokens = [x for x in tokenizer._extra_special_tokens if str(x) != name]
 
 
 # Transformers finds the classes of a directory's processor and model in these tables.

@@ -161,8 +161,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file({k: x.contiguous() for k, x in change(load_file(file)).items()}, file, metadata={"format": "pt"})
 
 
-def rewrite_config(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
+def rewrite_config(folder: Path, name: str = "config.json", **values: Any) -> None:
+    file = folder / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}), encoding="utf-8")
 
 

@@ -205,11 +205,11 @@ _DTYPES = {
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     if file.suffix == ".safetensors":
         return CheckpointError(f"cannot read weights from {str(file)!r}: {first_line(error)}. Is it complete?")
-    # Torch's own words advise to run what is inside.
-    what = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+    what = first_line(error)
+    if isinstance(error, pickle.UnpicklingError) and not what.startswith("it holds"):
+        what = "it is no complete file of tensors"  # torch's own words advise to run what is inside
     return CheckpointError(
-        f"cannot read weights from {str(file)!r}: it is no complete file of tensors{what}. Only tensors are read from "
-        "it, never code."
+        f"cannot read weights from {str(file)!r}: {what}. Only tensors are read from it, never code."
     )
 
 

@@ -7,8 +7,7 @@ inside the language model's tables and cross-attention blocks inside its layers.
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_cli.checkpoint.source import Checkpoint
 from vlm_cli.composition import PARTS
-from vlm_cli.errors import CheckpointError, first_line
+from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["OPEN_FLAMINGO_NAMES", "KeyReport", "load_weights", "read_weights", "translate"]
@@ -69,25 +69,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no weight file {str(path)!r}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            # Files of torch before 1.6 are not zip files, and cannot be mapped into memory.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        advice = "Only tensors are read from it, never code." if path.suffix != ".safetensors" else "Is it complete?"
-        raise CheckpointError(f"cannot read weights from {str(path)!r}: {first_line(error)}. {advice}") from None
-    for wrapper in ("model_state_dict", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    items = state.items() if isinstance(state, Mapping) else ()
-    tensors = {str(k).removeprefix("module."): x for k, x in items if isinstance(x, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{str(path)!r} holds no named tensors.")
-    return tensors
+    return dict(Checkpoint.open(str(path)).read())
 
 
 def translate(names: Iterable[str]) -> dict[str, str]:

@@ -78,18 +78,22 @@ class HuggingFaceLLaVA:
 
 
 def language_model_table(config: VLMConfig) -> list[tuple[str, Any]]:
-    """Places of a language model under `language_model`, whose tables hold the added tokens as rows of their own."""
-    added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
+    """Places of a language model under `language_model`, whose tables hold the added tokens as rows of their own.
 
-    def table(target: str, ours: str) -> Any:
-        return lambda match: [Place(target), Place(ours, take=added)]
+    Of tied tables a file keeps the embedding alone, whose rows are then those of both.
+    """
+    added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
+    is_tied = config.get_text_config(decoder=True).tie_word_embeddings
+
+    def table(target: str, *ours: str) -> Any:
+        return lambda match: [Place(target), *(Place(f"added_tokens.{name}.weight", take=added) for name in ours)]
 
     return [
         (
             rf"{_MODEL}language_model\.(?:model\.)?embed_tokens\.weight",
-            table("lang_model.model.embed_tokens.weight", "added_tokens.embedding.weight"),
+            table("lang_model.model.embed_tokens.weight", "embedding", *(["head"] if is_tied else [])),
         ),
-        (r"(?:language_model\.)?lm_head\.weight", table("lang_model.lm_head.weight", "added_tokens.head.weight")),
+        (r"(?:language_model\.)?lm_head\.weight", table("lang_model.lm_head.weight", *([] if is_tied else ["head"]))),
         (rf"{_MODEL}language_model\.(?:model\.)?(layers\..*|norm\..*)", r"lang_model.model.\1"),
     ]
 
