@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 
 from vlm_cli.composition import FAMILIES, PARTS
-from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock, MediaVisibility
+from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock, MediaVisibility, attend_to_media
 from vlm_cli.modeling.fusion.language_stream import compact, expand, place
 from vlm_cli.modeling.language_model import update_hidden_states
 from vlm_cli.modeling.vision_encoder import build_tower, patch_features, tower_shape
@@ -805,7 +805,10 @@ def test_media_visibility_example():
         MediaVisibility.build(positions, mask, attend=attend, feed_forward_before_media=False)
         for attend in ("last", "all")
     )
-    pictures = ["".join(".1"[int(x)] for x in row) for row in (last.attention & last.reads[:, None])[0, 0]]
+    # Equal keys and values that name their position: what is looked at has a share in the result.
+    keys_values = torch.stack([torch.zeros(1, 1, 4, 4), torch.eye(4)[None, None]], dim=1)
+    shares = attend_to_media(torch.zeros(1, 1, 5, 4), keys_values, last).masked_fill(~last.reads, 0)
+    pictures = ["".join(".1"[int(x > 0)] for x in row) for row in shares[0]]
     assert pictures == ["....", "11..", "11..", "..11", "..11"]
     assert last.reads.flatten().tolist() == last.feeds.flatten().tolist() == [False, True, True, True, True]
     assert everything.attention[0, 0, 3:].all() and not everything.attention[0, 0, 1:3, 2:].any()

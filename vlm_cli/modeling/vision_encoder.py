@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.registry import VISION_ENCODERS
 
-__all__ = ["VisionEncoder", "build_tower", "cut", "image_size", "patch_features", "set_image_size", "tower_shape"]
+__all__ = [
+    "VisionEncoder",
+    "build_tower",
+    "cut",
+    "distinct",
+    "image_size",
+    "patch_features",
+    "set_image_size",
+    "tower_shape",
+]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
@@ -178,6 +187,25 @@ def tower_shape(
     if features.ndim != 3 or len(features) != 1:
         raise ValueError(f"patch_features gives {tuple(features.shape)} for one image, expected (1, v, d)")
     return features.shape[1], features.shape[2]
+
+
+def distinct(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """The frames that differ, and which of them each frame is.
+
+    float[N, C, H, W] -> float[M, C, H, W], int[N], so that the first at the second are the frames.
+    """
+    if len(frames) < 2:
+        return frames, torch.zeros(len(frames), dtype=torch.long, device=frames.device)
+    words = frames.flatten(1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[frames.element_size()])
+    # Sums of integers do not depend on their order, so that equal frames have equal sums on every device.
+    weights = torch.arange(1, words.shape[1] + 1, device=frames.device) * 0x9E3779B97F4A7C1
+    sums = torch.stack([(x * weights).sum() for x in words])
+    values, which = sums.unique(return_inverse=True)
+    everyone = torch.arange(len(frames), device=frames.device)
+    first = everyone.new_full(values.shape, len(frames)).scatter_reduce(0, which, everyone, "amin")
+    if len(first) < len(frames) and torch.equal(words[first][which], words):
+        return frames[first], which
+    return frames, everyone
 
 
 class VisionEncoder(nn.Module):

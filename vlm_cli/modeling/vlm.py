@@ -40,7 +40,7 @@ from vlm_cli.modeling.language_model import (
     update_hidden_states,
     widths,
 )
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower
+from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, distinct
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
 
 __all__ = [
@@ -368,13 +368,54 @@ class VLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"vision_mask must be (B, T_img, F) = {tuple(vision_x.shape[:3])}, got {tuple(vision_mask.shape)}."
             )
+        vision_x = vision_x.to(next(self.vision_encoder.parameters()).dtype)
         frame_mask = None if vision_mask is None else vision_mask.bool()
-        dtype = next(self.vision_encoder.parameters()).dtype
-        features = self.vision_encoder(vision_x.to(dtype))
-        tokens = self.vision_tokenizer(features, frame_mask)
+        if torch.compiler.is_compiling() or vision_x.is_meta:  # what depends on values has no shape to trace
+            tokens = self.vision_tokenizer(self.vision_encoder(vision_x), frame_mask)
+        else:
+            tokens = self._encode_distinct(vision_x, frame_mask)
         if frame_mask is None:
-            frame_mask = torch.ones_like(features[..., 0, 0], dtype=torch.bool)
+            frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
         return tokens, self.vision_tokenizer.token_mask(frame_mask)
+
+    def _encode_distinct(self, vision_x: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """Vision tokens; equal frames, and equal media where their tokenizer allows it, are encoded once, and padding
+        is not encoded.
+
+        float[B, T_img, F, C, H, W], bool[B, T_img, F] -> float[B, T_img, n, d].
+        """
+        number = torch.full(vision_x.shape[:3], -1, device=vision_x.device)  # of each frame; -1 is padding
+        there = number < 0 if frame_mask is None or not frame_mask.any() else frame_mask
+        frames, number[there] = distinct(vision_x[there])
+        features = self.vision_encoder(frames[:, None, None]).flatten(0, 2)  # [frames, v, d]
+        apart, place = getattr(self.vision_tokenizer, "reads_media_apart", False), None
+        if apart:
+            number, place = number.flatten(0, 1).unique(dim=0, return_inverse=True)
+            number = number[:, None]  # each medium is a row
+        mask = number >= 0
+        features = torch.where(mask[..., None, None], features[number.clamp(min=0)], 0)
+        tokens = self.vision_tokenizer(features, None if mask.all() else mask)
+        return tokens if place is None else tokens[place, 0].unflatten(0, vision_x.shape[:2])
+
+    def _media(
+        self, vision_x: Tensor | None, vision_mask: Tensor | None, tokens: Tensor | None, media_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Media in the fusion's own form, and bool[B, T_img, n]; neither without media.
+
+        Raises:
+            ValueError: for both pixels and tokens, or a mask without tokens.
+        """
+        if vision_x is not None:
+            if tokens is not None:
+                raise ValueError("vision_x and vision_tokens are the same media. Give one of them.")
+            tokens, media_mask = self.encode_vision(vision_x, vision_mask)
+        if tokens is None:
+            if media_mask is not None:
+                raise ValueError("media_mask is given without vision_tokens.")
+            return None, None
+        if media_mask is None:
+            media_mask = torch.ones_like(tokens[..., 0], dtype=torch.bool)
+        return self.prepare_media(tokens, media_mask), media_mask
 
     def _as_media(self, vision_x: Tensor) -> Tensor:
         missing, (height, width) = 6 - vision_x.ndim, self.vision_encoder.image_size
@@ -407,10 +448,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             `input_ids` and `attention_mask` for the language model. Its logits give `<image>` no chance before they are
             normalised, and our `generate` does after that: scores of beams differ by what `<image>` would have got.
         """
-        if vision_tokens is not None and media_mask is None:
-            media_mask = torch.ones_like(vision_tokens[..., 0], dtype=torch.bool)
+        media, media_mask = self._media(None, None, vision_tokens, media_mask)
         self._check_media(lang_x, media_mask)
-        media = None if vision_tokens is None else self.prepare_media(vision_tokens, media_mask)
         ids, mask, _ = self._spread(lang_x, attention_mask, media_mask)
         positions = self._count_media(ids)
         with self._condition(Conditioning(ids, media, media_mask, positions, hide_media_logit=True)):
@@ -477,6 +516,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         vision_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        vision_tokens: Tensor | None = None,
         media: Tensor | None = None,
         media_mask: Tensor | None = None,
         media_positions: Tensor | None = None,
@@ -496,8 +536,9 @@ class VLM(PreTrainedModel, GenerationMixin):
             vision_mask: bool[B, T_img, F], false at padding media and frames.
             input_ids: other name of `lang_x`, used by Transformers.
             pixel_values: other name of `vision_x`, used by Transformers.
-            media: media in the fusion's own form (`prepare_media`), instead of `vision_x`.
-            media_mask: bool[B, T_img, n] of `media`.
+            vision_tokens: float[B, T_img, n, d], as `encode_vision` returns them, instead of `vision_x`.
+            media: the same in the fusion's own form (`prepare_media`).
+            media_mask: bool[B, T_img, n] of `vision_tokens` or `media`; None for all.
             media_positions: int[B, T], media tokens at or before each position of the row, where `lang_x` is not the
                 row's beginning; `lang_x` is then taken as it is, one id for each position of the language model.
             position_ids: int[B, T] for the language model.
@@ -525,9 +566,8 @@ class VLM(PreTrainedModel, GenerationMixin):
                 f"a language model of type {kind} cannot read several tokens after a cache: {NO_PIECES[kind]}. "
                 "Give the whole prompt at once, without prefill_chunk_size."
             )
-        if vision_x is not None:
-            vision_tokens, media_mask = self.encode_vision(vision_x, vision_mask)
-            media = self.prepare_media(vision_tokens, media_mask)
+        if media is None:
+            media, media_mask = self._media(vision_x, vision_mask, vision_tokens, media_mask)
         expansion = None
         if media_positions is None:
             self._check_media(lang_x, media_mask)
@@ -595,6 +635,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         vision_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        vision_tokens: Tensor | None = None,
+        media_mask: Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -611,6 +653,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             vision_mask: bool[B, T_img, F].
             input_ids: other name of `lang_x`.
             pixel_values: other name of `vision_x`.
+            vision_tokens: float[B, T_img, n, d], as `encode_vision` returns them, instead of `vision_x`.
+            media_mask: bool[B, T_img, n] of `vision_tokens`; None for all.
             logits_processor: as in Transformers.
             kwargs: as in Transformers.
 
@@ -621,10 +665,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         vision_x = pixel_values if vision_x is None else vision_x
         if lang_x is None:
             raise ValueError("lang_x is missing: generate needs int[B, T_txt] tokens.")
-        media = media_mask = None
-        if vision_x is not None:
-            vision_tokens, media_mask = self.encode_vision(vision_x, vision_mask)
-            media = self.prepare_media(vision_tokens, media_mask)
+        media, media_mask = self._media(vision_x, vision_mask, vision_tokens, media_mask)
         self._check_media(lang_x, media_mask)
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = (lang_x != self.config.pad_token_id).long()
@@ -817,8 +858,27 @@ class VLMWithCrossAttention(VLM):
     def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
         c = super()._at_call(prompt, ids, end)
         if c.media is not None:
-            c.visibility = self.fusion.visibility(c.media_positions, c.media_mask)
+            # After the prompt, only the last medium is kept where no other is seen.
+            positions = c.media_positions.clamp(max=c.media_mask.shape[1])
+            c.visibility = self.fusion.visibility(positions, c.media_mask)
         return c
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kept = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        media, mask = kept.get("media"), kept.get("media_mask")
+        if (
+            media is None
+            or mask is None
+            or self.config.parts.fusion.options.attend != "last"
+            or mask.shape[1] == 1
+            or not _is_filled(kept.get(self._cache_argument))
+        ):
+            return kept
+        # What is generated sees the last medium of its row alone.
+        last = (mask.any(-1).sum(-1) - 1).clamp(min=0)  # [B]
+        rows = torch.arange(len(last), device=last.device)
+        by_medium = media.unflatten(-2, mask.shape[1:])  # [B, L, 2, h, T_img, n, k]
+        return kept | {"media": by_medium[rows, ..., last, :, :].contiguous(), "media_mask": mask[rows, last][:, None]}
 
 
 class _BeforeLayer:

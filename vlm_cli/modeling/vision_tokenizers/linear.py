@@ -52,6 +52,9 @@ class LinearProjection(nn.Module):
         CompositionError: if `pixel_shuffle` does not divide a square of patches.
     """
 
+    #: Whether tokens of a medium depend on nothing else in its row.
+    reads_media_apart = True
+
     def __init__(self, options: LinearOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
         super().__init__()
         self.frames = options.frames

@@ -78,6 +78,11 @@ class PerceiverResampler(nn.Module):
             if parameter is not None:
                 nn.init.normal_(parameter)
 
+    @property
+    def reads_media_apart(self) -> bool:
+        """Whether tokens of a medium depend on nothing else in its row."""
+        return self.media_time_embs is None
+
     def num_tokens(self, num_frames: int = 1) -> int:
         return self.latents.shape[0]
 

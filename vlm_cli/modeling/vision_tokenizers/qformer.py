@@ -23,6 +23,9 @@ class QFormer(nn.Module):
         dim_out: channels of the tokens; None leaves out the last projection.
     """
 
+    #: Whether tokens of a medium depend on nothing else in its row.
+    reads_media_apart = True
+
     def __init__(self, options: QFormerOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
         super().__init__()
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
