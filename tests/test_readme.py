@@ -61,9 +61,11 @@ def vlm(words: list[str], stdin: bytes = b"") -> tuple[int, str]:
 
 
 def run(line: str) -> tuple[int, str]:
-    """One shell line: `vlm …`, or `cat FILE | vlm …`."""
+    """One shell line: `vlm …`, `cat FILE`, or `cat FILE | vlm …`."""
     words = shlex.split(line)
     stdin = b""
+    if words[0] == "cat" and len(words) == 2:
+        return 0, Path(words[1]).read_text(encoding="utf-8")
     if words[0] == "cat" and words[2] == "|":
         stdin, words = Path(words[1]).read_bytes(), words[3:]
     assert words[0] == "vlm", line

@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["error", "human_bytes", "note", "print_json", "print_table", "step"]
+__all__ = ["error", "human_bytes", "note", "peak_memory", "print_json", "print_table", "step"]
 
 
 def note(message: str) -> None:
@@ -75,6 +75,17 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def peak_memory(device: Any) -> int:
+    """Bytes: of the process, and of the accelerator if there is one."""
+    import resource
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 
 @contextmanager

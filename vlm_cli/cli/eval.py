@@ -235,11 +235,14 @@ class Progress:
     """How many are done, how fast, and the time left: one line on a terminal, and one every ten seconds elsewhere.
 
     Args:
-        total: items.
+        total: items; None if that is not known.
+        noun: what they are called.
+        before: how many of them an earlier run did.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total, self.started = total, time.monotonic()
+    def __init__(self, total: int | None, *, noun: str = "items", before: int = 0) -> None:
+        self.total, self.noun, self.before = total, noun, before
+        self.started = time.monotonic()
         self.is_terminal = sys.stderr.isatty()
         self.every = 0.2 if self.is_terminal else 10.0  # seconds
         self.shown = self.started
@@ -249,19 +252,27 @@ class Progress:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.seconds = time.monotonic() - self.started
-        rate = self.total / self.seconds
         if error is None:
-            self._print(f"  {self.total:,} items in {_duration(self.seconds)}, {rate:.1f} items/s")
+            self._print(self._summary())
         if self.is_terminal and (error is None or self.shown != self.started):
             print(file=sys.stderr, flush=True)
 
     def show(self, done: int) -> None:
+        """So many are done, those of an earlier run included."""
         now = time.monotonic()
         if done == self.total or now - self.shown < self.every:
             return
         self.shown = now
-        rate = done / (now - self.started)
-        self._print(f"  {done:,} of {self.total:,}, {rate:.1f} items/s, {_duration((self.total - done) / rate)} left")
+        rate = (done - self.before) / (now - self.started)
+        if self.total is None:
+            self._print(f"  {done:,} {self.noun}, {rate:.1f} {self.noun}/s")
+            return
+        left = _duration((self.total - done) / rate) if rate else "unknown time"
+        self._print(f"  {done:,} of {self.total:,}, {rate:.1f} {self.noun}/s, {left} left")
+
+    def _summary(self) -> str:
+        total = self.total or 0
+        return f"  {total:,} {self.noun} in {_duration(self.seconds)}, {total / self.seconds:.1f} {self.noun}/s"
 
     def _print(self, text: str) -> None:
         """On a terminal, the next line overwrites it."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.batch import BatchOptions, BatchRun, files_digest
 from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, SourceOptions, built_model, expand
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, format, interleave
@@ -43,6 +44,17 @@ class PromptOptions:
             "--special-tokens", help="Read special tokens that the prompt spells, as <|endofchunk|>, as tokens."
         ),
     ] = False
+
+    @property
+    def given(self) -> list[str]:
+        """Where a prompt and its images were given."""
+        places = {
+            "PROMPT": self.prompt,
+            "--prompt": self.prompt_option,
+            "--prompt-file": self.prompt_file,
+            "--image": self.image or None,
+        }
+        return [place for place, x in places.items() if x is not None]
 
     def interleave(self) -> Interleaved:
         """The prompt's parts.
@@ -96,6 +108,7 @@ class PromptOptions:
 @expand
 def generate(
     prompts: PromptOptions = PromptOptions(),
+    batching: BatchOptions = BatchOptions(),
     model: Annotated[
         str, typer.Option("--model", "-m", help="Directory that `vlm build` wrote, or hub id.")
     ] = DEMO.name,
@@ -109,10 +122,17 @@ def generate(
 ) -> None:
     """Continue a prompt of text and images; only new text goes to stdout.
 
+    With --batch, each line of a file is a prompt, such as {"prompt": "<image:cat.jpg>A photo of", "id": 7}, and its
+    answer is the same line of OUTPUT, with "text" or "error" added.
+
     Example: vlm generate --model my-flamingo "<image:cat.jpg>A photo of"
     """
+    given = {"--dry-run": dry_run, "--no-stream": no_stream}
+    if batching.wanted([*prompts.given, *(flag for flag, is_given in given.items() if is_given)]):
+        _answer_batch(batching, prompts, model, sampling, devices, source, as_json, stats)
+        return
     parts = prompts.interleave()
-    keywords = sampling.keywords()
+    sampling.keywords()  # refuses what contradicts itself
     built = built_model(model, source.revision)
     images = prompts.load(parts)
     from vlm_cli.cli.models import hush
@@ -121,22 +141,68 @@ def generate(
     if dry_run:
         _show_layout(built, source, parts, prompts.special_tokens, as_json)
         return
-    from vlm_cli.checkpoint.directory import load
-
-    device, dtype = devices.resolve()
-    started = time.monotonic()
-    vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code, **source.hub)
-    console.note(f"Model {model} on {device}, {str(vlm.dtype).removeprefix('torch.')}")
-    if built == str(DEMO) and images:
-        console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
-    run = Run(vlm, processor, sampling, time.monotonic() - started)
-    run.generate(parts, images, keywords, prompts.special_tokens, stream=not (no_stream or as_json))
+    vlm, processor, seconds = _load(model, built, devices, source, has_images=bool(images))
+    run = Run(vlm, processor, sampling, seconds)
+    run.generate(parts, images, prompts.special_tokens, stream=not (no_stream or as_json))
     if as_json:
         console.print_json({"model": model, "prompt": format(parts.parts), **run.to_dict(images)})
     elif not run.streamed:
         print("\n".join(sequence["text"] for sequence in run.sequences), flush=True)
     if stats:
         console.note(run.statistics())
+
+
+def _load(
+    name: str, built: str, devices: DeviceOptions, source: SourceOptions, *, has_images: bool
+) -> tuple[Any, Any, float]:
+    """The model, its processor, and the seconds that loading took."""
+    from vlm_cli.checkpoint.directory import load
+
+    device, dtype = devices.resolve()
+    started = time.monotonic()
+    vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code, **source.hub)
+    console.note(f"Model {name} on {device}, {str(vlm.dtype).removeprefix('torch.')}")
+    if built == str(DEMO) and has_images:
+        console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
+    return vlm, processor, time.monotonic() - started
+
+
+def _answer_batch(
+    batching: BatchOptions,
+    prompts: PromptOptions,
+    model: str,
+    sampling: SamplingOptions,
+    devices: DeviceOptions,
+    source: SourceOptions,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    """
+    Raises:
+        Exit: with 1 if a row could not be answered.
+    """
+    sampling.keywords()
+    built = built_model(model, source.revision)
+    run = BatchRun(
+        batching,
+        sampling,
+        load=lambda: _load(model, built, devices, source, has_images=True),
+        depends_on={
+            "--model": model,
+            "the model's files": files_digest(built, source.revision),
+            "--dtype": devices.dtype,
+            "--special-tokens": prompts.special_tokens,
+        },
+        allow_urls=prompts.allow_urls,
+        special_tokens=prompts.special_tokens,
+    )
+    run.answer()
+    if as_json:
+        console.print_json({"model": model, **run.to_dict()})
+    if stats:
+        console.note(run.statistics())
+    if run.failed:
+        raise typer.Exit(1)
 
 
 def _show_layout(model: str, source: SourceOptions, parts: Interleaved, special: bool, as_json: bool) -> None:
@@ -160,15 +226,15 @@ class Run:
     """
 
     def __init__(self, model: Any, processor: Any, sampling: SamplingOptions, load_seconds: float) -> None:
+        from vlm_cli.generation.continuation import Continuation
+
         self.model, self.processor = model, processor
-        self.stops = list(sampling.stop or ())
+        self.continuation = Continuation(model, processor, sampling.keywords(), sampling.stop or ())
         self.sampling = sampling
         self.load_seconds = load_seconds
         self.sequences: list[dict[str, Any]] = []
 
-    def generate(
-        self, parts: Interleaved, images: list[Any], keywords: dict[str, Any], special: bool, *, stream: bool
-    ) -> None:
+    def generate(self, parts: Interleaved, images: list[Any], special: bool, *, stream: bool) -> None:
         import torch
         from transformers import set_seed
 
@@ -178,70 +244,33 @@ class Run:
             images=[[image.image for image in images]], text=[parts.parts], parse_special_tokens=special
         ).to(self.model.device)
         self.prompt_tokens = inputs["input_ids"].shape[1]
-        self.positions = self._positions(inputs["input_ids"])
-        keywords = self._within_context(keywords)
-        self.max_new_tokens = keywords["max_new_tokens"]
+        self.positions = self.continuation.positions(inputs["input_ids"][0].tolist())
+        room = self._within_context()
         if self.sampling.seed is not None:
             set_seed(self.sampling.seed)
         # Beams and several answers are known only at the end.
-        self.streamed = stream and keywords["num_beams"] == keywords["num_return_sequences"] == 1
-        streamer = TextStream(self._decode, _write, self.stops) if self.streamed else None
-        if self.stops:
-            keywords |= {"stop_strings": self.stops, "tokenizer": self.processor.tokenizer}
+        self.streamed = stream and self.sampling.num_beams == self.sampling.num_return_sequences == 1
+        streamer = TextStream(self.continuation.decode, _write, self.continuation.stops) if self.streamed else None
+        keywords = self.continuation.keywords | {"max_new_tokens": room}
         started = time.monotonic()
         with torch.inference_mode():
             output = self.model.generate(**inputs, **keywords, streamer=streamer)
         self.seconds = time.monotonic() - started
-        self.sequences = [self._sequence(row) for row in output[:, self.prompt_tokens :].tolist()]
+        self.sequences = [self.continuation.read(row, room) for row in output[:, self.prompt_tokens :].tolist()]
         if self.streamed:
             print(flush=True)
 
-    def _decode(self, ids: list[int]) -> str:
-        # Clean-up would take back spaces that were written already.
-        return self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _positions(self, ids: Any) -> int:
-        media = int((ids == self.model.config.media_token_id).sum())
-        return ids.shape[1] + media * (self.model.positions_per_medium() - 1)
-
-    def _within_context(self, keywords: dict[str, Any]) -> dict[str, Any]:
-        """Fewer new tokens where the context ends sooner.
+    def _within_context(self) -> int:
+        """New tokens: fewer where the context ends sooner.
 
         Raises:
             PromptError: if the prompt alone is too long.
         """
-        from vlm_cli.modeling.language_model import context_length
-
-        context = context_length(self.model.config)
-        if context is None:
-            return keywords
-        left = context - self.positions
-        if left < 1:
-            raise PromptError(
-                f"the prompt takes {self.positions} positions, but the language model has {context}. Shorten it, or "
-                "use fewer images; `vlm inspect --prompt` shows what each costs."
-            )
-        if left < keywords["max_new_tokens"]:
-            console.note(f"Note: the context of {context} positions leaves room for {left} new tokens.")
-            return {**keywords, "max_new_tokens": left}
-        return keywords
-
-    def _sequence(self, ids: list[int]) -> dict[str, Any]:
-        from vlm_cli.cli.stream import cut_at_stop
-
-        ends = self.model.generation_config.eos_token_id or []
-        ends = ends if isinstance(ends, list) else [ends]
-        end = next((i for i, token in enumerate(ids) if token in ends), None)
-        length = len(ids) if end is None else end + 1
-        if end is None and self.stops:
-            # Answers that a stop string ended sooner than others are padded.
-            while length and ids[length - 1] == self.model.config.pad_token_id:
-                length -= 1
-        whole = self._decode(ids[:length])
-        text = cut_at_stop(whole, self.stops)
-        cut = text != whole or (end is None and length < self.max_new_tokens)
-        reason = "stop_string" if cut else "stop_token" if end is not None else "length"
-        return {"text": text, "new_tokens": length, "finish_reason": reason}
+        room = self.continuation.room(self.positions)
+        if room < self.continuation.max_new_tokens:
+            context = self.continuation.context
+            console.note(f"Note: the context of {context} positions leaves room for {room} new tokens.")
+        return room
 
     def to_dict(self, images: list[Any]) -> dict[str, Any]:
         return {
@@ -260,20 +289,9 @@ class Run:
         return (
             f"{self.prompt_tokens} prompt tokens ({self.positions} positions), {new} new tokens in "
             f"{self.seconds:.2f} s ({new / self.seconds:.1f} tokens/s), load {self.load_seconds:.2f} s, "
-            f"peak memory {console.human_bytes(_peak_memory(self.model.device))}"
+            f"peak memory {console.human_bytes(console.peak_memory(self.model.device))}"
         )
 
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _peak_memory(device: Any) -> int:
-    """Bytes: of the process, and of the accelerator if there is one."""
-    import resource
-
-    import torch
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return host + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)

@@ -7,17 +7,9 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["TextStream", "cut_at_stop"]
+from vlm_cli.generation.continuation import cut_at_stop
 
-
-def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string.
-
-    >>> cut_at_stop("a cat. END more", [" END"])
-    'a cat.'
-    """
-    found = [i for i in (text.find(stop) for stop in stops) if i >= 0]
-    return text[: min(found)] if found else text
+__all__ = ["TextStream"]
 
 
 class TextStream(BaseStreamer):

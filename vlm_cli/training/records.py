@@ -25,7 +25,19 @@ from vlm_cli.media import MAX_PIXELS, MediaLoader, short_name
 from vlm_cli.prompt import Medium, Slot, Text, parse
 from vlm_cli.registry import suggest
 
-__all__ = ["Piece", "Problem", "Record", "Records", "raise_problems", "read_records"]
+__all__ = [
+    "Misfit",
+    "Piece",
+    "Problem",
+    "Record",
+    "Records",
+    "parse_object",
+    "raise_problems",
+    "read_lines",
+    "read_records",
+    "take",
+    "take_images",
+]
 
 MOST_SHOWN = 20  # bad lines that a message lists
 
@@ -92,14 +104,14 @@ def read_records(path: Path) -> Records:
     records = Records(path)
     images = _ImageCheck(records.folder)
     digest = hashlib.sha256()
-    for line, raw in enumerate(_lines(path), start=1):
+    for line, raw in enumerate(read_lines(path), start=1):
         digest.update(raw)
         if not raw.strip():
             continue
         try:
             record = _record(line, raw)
             images.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
-        except (VLMError, _Misfit) as error:
+        except (VLMError, Misfit) as error:
             records.problems.append(Problem(line, str(error)))
         else:
             records.good.append(record)
@@ -134,11 +146,15 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
     raise DataError("\n".join([head, *lines]))
 
 
-class _Misfit(Exception):
+class Misfit(Exception):
     """A line that is no record."""
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
+    """
+    Raises:
+        DataError: if the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             yield from file
@@ -155,25 +171,32 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _record(line: int, raw: bytes) -> Record:
     """
     Raises:
-        _Misfit: for anything but a record.
+        Misfit: for anything but a record.
     """
-    data = _parse_json(raw)
-    identity = _take(data, "id", (str, int), "text or a number", None)
-    kind = _take(data, "kind", str, "text", None)
+    data = parse_object(raw)
+    identity = take(data, "id", (str, int), "text or a number", None)
+    kind = take(data, "kind", str, "text", None)
     return Record(line, f"line {line}" if identity is None else str(identity), kind, tuple(_pieces(data)))
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The object on a line.
+
+    Raises:
+        Misfit: for anything else.
+    """
     try:
         data = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise _Misfit(f"not UTF-8 text: byte {error.start + 1} is {raw[error.start]:#04x}.") from None
+        raise Misfit(f"not UTF-8 text: byte {error.start + 1} is {raw[error.start]:#04x}.") from None
     except json.JSONDecodeError as error:
-        raise _Misfit(f"not JSON: {error.msg} at character {error.colno}.") from None
+        raise Misfit(f"not JSON: {error.msg} at character {error.colno}.") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise Misfit(f"not JSON: {error}.") from None
     except RecursionError:
-        raise _Misfit("not a record: it is nested too deeply.") from None
+        raise Misfit("not a record: it is nested too deeply.") from None
     if not isinstance(data, dict):
-        raise _Misfit(f"not a record: expected an object, {{…}}, got {_kind(data)}.")
+        raise Misfit(f"not a record: expected an object, {{…}}, got {_kind(data)}.")
     return data
 
 
@@ -185,16 +208,20 @@ def _kind(value: Any) -> str:
 _MISSING = object()
 
 
-def _take(data: dict[str, Any], key: str, types: Any, words: str, default: Any = _MISSING) -> Any:
-    """The value of a key, of the right type."""
+def take(data: dict[str, Any], key: str, types: Any, words: str, default: Any = _MISSING) -> Any:
+    """The value of a key, of the right type.
+
+    Raises:
+        Misfit: for another type, or if it is missing and has no default.
+    """
     value = data.get(key, default)
     if value is _MISSING:
         known = [x for x in data if x not in ("id", "kind", "images")]
-        raise _Misfit(f'has no "{key}".{suggest(key, known)}')
+        raise Misfit(f'has no "{key}".{suggest(key, known)}')
     if value is default:
         return value
     if not isinstance(value, types) or isinstance(value, bool):
-        raise _Misfit(f'"{key}" must be {words}, got {_kind(value)}.')
+        raise Misfit(f'"{key}" must be {words}, got {_kind(value)}.')
     return value
 
 
@@ -203,50 +230,51 @@ def _pieces(data: dict[str, Any]) -> list[Piece]:
     if not forms:
         known = ("prompt", "text")
         near = next((hint for key in data if (hint := suggest(key, known))), "")
-        raise _Misfit(f'has neither "prompt" nor "text".{near}')
+        raise Misfit(f'has neither "prompt" nor "text".{near}')
     if len(forms) > 1:
-        raise _Misfit('has both "text" and "prompt". Give a "text", or a "prompt" with its "completion".')
+        raise Misfit('has both "text" and "prompt". Give a "text", or a "prompt" with its "completion".')
     if "completion" in data and "turns" in data:
-        raise _Misfit('has both "completion" and "turns". Give one of them.')
-    given = [("text", _take(data, "text", str, "text"))] if forms == ["text"] else _prompts(data)
-    pieces = _with_images(given, _images(data))
+        raise Misfit('has both "completion" and "turns". Give one of them.')
+    given = [("text", take(data, "text", str, "text"))] if forms == ["text"] else _prompts(data)
+    pieces = _with_images(given, take_images(data))
     if not any(isinstance(part, Medium) for _, parts in pieces for part in parts):
-        raise _Misfit('has no image. Write <image:FILE> in it, or list files in "images".')
+        raise Misfit('has no image. Write <image:FILE> in it, or list files in "images".')
     return _split_text(pieces[0][1]) if forms == ["text"] else _paired(pieces)
 
 
 def _prompts(data: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, text) of each prompt and completion, in order."""
-    prompt = _take(data, "prompt", str, "text")
+    prompt = take(data, "prompt", str, "text")
     if "turns" not in data:
         return [("prompt", prompt), ("completion", _completion(data))]
     given: list[tuple[str, str]] = []
-    turns = _take(data, "turns", list, "a list of objects")
+    turns = take(data, "turns", list, "a list of objects")
     if not turns:
-        raise _Misfit('"turns" is empty. Give at least one {"prompt": …, "completion": …}.')
+        raise Misfit('"turns" is empty. Give at least one {"prompt": …, "completion": …}.')
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise _Misfit(f"turn {number} must be an object, got {_kind(turn)}.")
+            raise Misfit(f"turn {number} must be an object, got {_kind(turn)}.")
         try:
-            given += [("prompt", _take(turn, "prompt", str, "text")), ("completion", _completion(turn))]
-        except _Misfit as error:
-            raise _Misfit(f"turn {number}: {error}") from None
+            given += [("prompt", take(turn, "prompt", str, "text")), ("completion", _completion(turn))]
+        except Misfit as error:
+            raise Misfit(f"turn {number}: {error}") from None
     # A record's own prompt leads to its first turn.
     return [("prompt", prompt), *given]
 
 
 def _completion(data: dict[str, Any]) -> str:
-    completion = _take(data, "completion", str, "text")
+    completion = take(data, "completion", str, "text")
     if not completion.strip():
-        raise _Misfit(f'"completion" is empty, got {completion!r}: there is nothing to learn.')
+        raise Misfit(f'"completion" is empty, got {completion!r}: there is nothing to learn.')
     return completion
 
 
-def _images(data: dict[str, Any]) -> list[str]:
-    images = _take(data, "images", list, "a list of files", [])
+def take_images(data: dict[str, Any]) -> list[str]:
+    """The files that a record lists beside its texts."""
+    images = take(data, "images", list, "a list of files", [])
     for image in images:
         if not isinstance(image, str) or not image:
-            raise _Misfit(f'"images" must be a list of files, got {image!r} in it.')
+            raise Misfit(f'"images" must be a list of files, got {image!r} in it.')
     return list(images)
 
 
@@ -259,7 +287,7 @@ def _with_images(given: Sequence[tuple[str, str]], images: Sequence[str]) -> lis
         slots, (key, parts) = len(images), parsed[0]
         parsed[0] = (key, [*(Slot() for _ in images), *parts])
     if slots != len(images):
-        raise _Misfit(
+        raise Misfit(
             f"has {slots} bare <image> placeholder{'' if slots == 1 else 's'}, but {len(images)} "
             f'file{"" if len(images) == 1 else "s"} in "images". Give one for each, or write <image:FILE>.'
         )
@@ -271,9 +299,9 @@ def _parse(key: str, text: str) -> list[Text | Medium | Slot]:
     try:
         parts = parse(text)
     except PromptError as error:
-        raise _Misfit(f'"{key}": {error}') from None
+        raise Misfit(f'"{key}": {error}') from None
     if key == "completion" and any(not isinstance(part, Text) for part in parts):
-        raise _Misfit(r'"completion" has an image placeholder; images belong in prompts. For the text, write \<image>.')
+        raise Misfit(r'"completion" has an image placeholder; images belong in prompts. For the text, write \<image>.')
     return parts
 
 
@@ -281,7 +309,7 @@ def _split_text(parts: Sequence[Text | Medium]) -> list[Piece]:
     first = next(i for i, part in enumerate(parts) if isinstance(part, Medium))
     rest = tuple(parts[first + 1 :])
     if not any(isinstance(part, Text) and part.text.strip() for part in rest):
-        raise _Misfit('"text" ends with its images: there is nothing after them to learn.')
+        raise Misfit('"text" ends with its images: there is nothing after them to learn.')
     return [Piece(tuple(parts[: first + 1]), False), Piece(rest, True)]
 
 
@@ -308,13 +336,13 @@ class _ImageCheck:
     def check(self, sources: Sequence[str], *, thorough: bool) -> None:
         """
         Raises:
-            _Misfit: for the first that cannot be read; its reason is looked up if `thorough`.
+            Misfit: for the first that cannot be read; its reason is looked up if `thorough`.
         """
         for source in sources:
             if source not in self.known:
                 self.known[source] = self._problem(source, thorough)
             if (problem := self.known[source]) is not None:
-                raise _Misfit(problem)
+                raise Misfit(problem)
 
     def _problem(self, source: str, thorough: bool) -> str | None:
         if source == "-" or source.lower().startswith(("http://", "https://")):

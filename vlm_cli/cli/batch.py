@@ -1,0 +1,310 @@
+"""`vlm generate --batch`: the prompts of a file, and a file of answers."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_cli.cli import console
+from vlm_cli.cli.eval import Progress
+from vlm_cli.cli.options import SamplingOptions
+from vlm_cli.errors import DataError, UsageError
+
+__all__ = ["BatchOptions", "BatchRun", "files_digest"]
+
+BATCH = "Batch"
+CACHE = 2**30  # bytes of images, or of their vision tokens, that wait or may be shown again
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """A file of prompts, and how it is answered."""
+
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Prompts, JSONL; its paths start there; - reads stdin.", rich_help_panel=BATCH
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Answers, JSONL; an unfinished file is gone on with.",
+                     rich_help_panel=BATCH),
+    ] = None  # fmt: skip
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", "-b", help="Rows at once: auto, or a number.", rich_help_panel=BATCH)
+    ] = "auto"
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.", rich_help_panel=BATCH)] = (
+        None
+    )
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace OUTPUT; forget an unfinished run.", rich_help_panel=BATCH),
+    ] = False
+
+    def wanted(self, others: Sequence[str]) -> bool:
+        """Whether a file is to be answered.
+
+        Args:
+            others: flags that were given and mean a single prompt.
+
+        Raises:
+            UsageError: for flags that do not go together.
+        """
+        if self.batch is None:
+            flags = {
+                "--output": self.output is not None,
+                "--batch-size": self.batch_size != "auto",
+                "--workers": self.workers is not None,
+                "--overwrite": self.overwrite,
+            }
+            if lone := next((flag for flag, is_given in flags.items() if is_given), None):
+                raise UsageError(
+                    f"{lone} is for a file of prompts. Add --batch FILE.jsonl, or leave it out; the answer to one "
+                    "prompt goes to stdout."
+                )
+            return False
+        if others:
+            reasons = {
+                "--dry-run": "shows the layout of one prompt",
+                "--no-stream": "is for an answer on stdout, and a batch writes to a file",
+            }
+            reason = reasons.get(others[0], "gives one prompt, and each line of a batch brings its own")
+            raise UsageError(f"{others[0]} {reason}. Leave out {others[0]} or --batch.")
+        if self.output is None:
+            raise UsageError(f"no output file is named: vlm generate --batch {self.batch} --output OUT.jsonl")
+        if self.batch != "-" and Path(self.batch).resolve() == self.output.resolve():
+            raise UsageError(f"--batch and --output are the same file, {self.batch!r}. Choose another name.")
+        self.rows_at_once()
+        return True
+
+    def rows_at_once(self) -> int | None:
+        """None if that is to be found.
+
+        Raises:
+            UsageError: for what is no number.
+        """
+        if self.batch_size == "auto":
+            return None
+        if not self.batch_size.isdecimal() or int(self.batch_size) < 1:
+            raise UsageError(f"--batch-size expects auto or a number of rows from 1 on, got {self.batch_size!r}.")
+        return int(self.batch_size)
+
+    def num_workers(self) -> int:
+        import os
+
+        return min(4, max(0, (os.cpu_count() or 1) - 1)) if self.workers is None else self.workers
+
+    def read(self) -> Iterator[bytes]:
+        """Lines of the input, one at a time.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        from vlm_cli.training.records import read_lines
+
+        if self.batch != "-":
+            return read_lines(Path(str(self.batch)))
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("--batch - reads standard input, but nothing is piped in. Add `< FILE.jsonl`.")
+        return iter(sys.stdin.buffer)
+
+    def count(self) -> int | None:
+        """Rows of the input; None if only its end will tell."""
+        return None if self.batch == "-" else sum(1 for raw in self.read() if raw.strip())
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start."""
+        return Path() if self.batch == "-" else Path(str(self.batch)).absolute().parent
+
+
+def files_digest(built: str, revision: str | None) -> str:
+    """Of names, sizes and times of a model's files, or the commit of a hub id: whether it is still the same."""
+    import hashlib
+
+    folder = Path(built)
+    if folder.is_dir():
+        stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+        facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats if name != "README.md"]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    from vlm_cli.checkpoint.directory import read_config
+
+    hub: dict[str, Any] = {} if revision is None else {"revision": revision}
+    return str(getattr(read_config(built, **hub), "_commit_hash", None))
+
+
+@dataclass
+class BatchRun:
+    """One run over a file, and what is said of it.
+
+    Args:
+        options: the user's.
+        sampling: the user's.
+        load: makes the model, its processor, and the seconds that this took.
+        depends_on: other flags and values on which answers depend.
+        allow_urls: fetch `http(s)://` images.
+        special_tokens: read the spelling of special tokens as tokens.
+    """
+
+    options: BatchOptions
+    sampling: SamplingOptions
+    load: Callable[[], tuple[Any, Any, float]]
+    depends_on: dict[str, Any]
+    allow_urls: bool = False
+    special_tokens: bool = False
+
+    def answer(self) -> None:
+        """Write an answer for every row of the input, or go on where an earlier run ended.
+
+        Raises:
+            VLMError: if the input or the output cannot be used. What is answered is kept.
+        """
+        from vlm_cli.generation.journal import Journal
+        from vlm_cli.generation.rows import number_lines
+
+        assert self.options.output is not None
+        total, lines = self.options.count(), number_lines(self.options.read())
+        flags = {f"--{name.replace('_', '-')}": x for name, x in asdict(self.sampling).items()}
+        journal = Journal.open(self.options.output, {**self.depends_on, **flags}, overwrite=self.options.overwrite)
+        self.journal = journal
+        try:
+            journal.skip(lines, "standard input" if total is None else repr(self.options.batch))
+            self.before = journal.answered
+            if self.before:
+                console.note(f"Going on after {self.before:,} rows that are answered in {journal.path}.")
+            self._answer_rest(lines, total)
+            if not journal.answered:
+                raise DataError(
+                    f"{self.options.batch!r} holds no prompts. Write one JSON object a line: "
+                    '{"prompt": "<image:a.png>A photo of"}'
+                )
+            journal.finish()
+        except BaseException:
+            if journal.answered:
+                again = "the same command without --overwrite" if self.options.overwrite else "the same command"
+                console.note(f"{journal.answered:,} answers are kept in {journal.path}; {again} goes on.")
+            journal.close(remove=not journal.answered)
+            raise
+        self._tell()
+
+    def _answer_rest(self, lines: Iterator[Any], total: int | None) -> None:
+        """Answer the lines that are left; without any, no model is loaded."""
+        import gc
+
+        self.counts, self.seconds, self.load_seconds, self.rows_at_once = None, 0.0, 0.0, 0
+        first = next(lines, None)
+        if first is None:
+            return
+        from vlm_cli.cli.models import hush
+
+        hush()
+        self.model, processor, self.load_seconds = self.load()
+        # `main` switched it off, for commands that end soon.
+        gc.freeze()
+        gc.enable()
+        journal, started = self.journal, time.monotonic()
+        progress = _RowProgress(total, noun="rows", before=self.before)
+        with progress:
+            answerer, rows = self._pipeline(processor, chain([first], lines), progress.note)
+            with closing(rows):
+                for row in answerer.answer(rows):
+                    journal.add(row.line, row.answer())
+                    progress.show(journal.answered)
+        self.seconds = time.monotonic() - started
+        self.counts, self.rows_at_once = answerer.counts, answerer.size.rows
+
+    def _pipeline(self, processor: Any, lines: Iterator[Any], note: Callable[[str], None]) -> tuple[Any, Any]:
+        """What answers, and the rows that are put to it."""
+        from vlm_cli.generation.batch_size import BatchSize
+        from vlm_cli.generation.batches import RowAnswerer, token_bytes
+        from vlm_cli.generation.continuation import Continuation
+        from vlm_cli.generation.pictures import Gallery, Preprocessor, with_pictures
+        from vlm_cli.generation.rows import RowReader
+        from vlm_cli.media import MediaLoader
+
+        continuation = Continuation(self.model, processor, self.sampling.keywords(), self.sampling.stop or ())
+        channels, height, width = processor.image_processor.frame_shape
+        most = max(1, CACHE // max(4 * channels * height * width, token_bytes(self.model)))
+        answerer = RowAnswerer(
+            continuation,
+            BatchSize(self.options.rows_at_once()),
+            seed=self.sampling.seed,
+            most_pictures=most,
+            note=note,
+        )
+        reader = RowReader(continuation, self.special_tokens)
+        loader = MediaLoader(self.options.folder, allow_urls=self.allow_urls)
+        preprocessor = Preprocessor(processor.image_processor.transform, loader)
+        rows = with_pictures(map(reader.read, lines), Gallery(most), preprocessor, self.options.num_workers())
+        return answerer, rows
+
+    @property
+    def failed(self) -> int:
+        """Rows with an error, those of an earlier run included."""
+        return self.journal.failed
+
+    def _tell(self) -> None:
+        data = self.to_dict()
+        earlier = f" ({self.before:,} of them earlier)" if self.before else ""
+        console.note(
+            f"{data['rows']:,} rows{earlier}, {data['failed']:,} failed, {data['rows_per_second']:.1f} rows/s, "
+            f"{data['tokens_per_second']:.1f} tokens/s, {data['images_encoded']:,} images encoded of "
+            f"{data['images']:,} used"
+        )
+        if self.failed:
+            console.note(
+                f'{self.failed:,} of {data["rows"]:,} rows could not be answered; their lines have an "error".'
+            )
+        console.note(f"Wrote {self.options.output}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was done; rates and images are of this run alone."""
+        from vlm_cli.generation.batches import Counts
+
+        counts, seconds = self.counts or Counts(), self.seconds or 1.0
+        return {
+            "batch": self.options.batch,
+            "output": str(self.options.output),
+            "rows": self.journal.answered,
+            "failed": self.journal.failed,
+            "earlier": self.before,
+            "new_tokens": counts.new_tokens,
+            "images": counts.images,
+            "images_encoded": counts.encoded,
+            "batch_size": self.rows_at_once,
+            "load_seconds": round(self.load_seconds, 3),
+            "seconds": round(self.seconds, 3),
+            "rows_per_second": round((self.journal.answered - self.before) / seconds, 2),
+            "tokens_per_second": round(counts.new_tokens / seconds, 2),
+        }
+
+    def statistics(self) -> str:
+        if self.counts is None:
+            return "no row was left to answer"
+        return (
+            f"{self.counts.new_tokens:,} new tokens in {self.seconds:.2f} s, {self.counts.seconds:.2f} s of them in "
+            f"the model, {self.rows_at_once} rows at once in the end, load {self.load_seconds:.2f} s, "
+            f"peak memory {console.human_bytes(console.peak_memory(self.model.device))}"
+        )
+
+
+class _RowProgress(Progress):
+    """Progress whose end is told elsewhere."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._leave_line()
+
+    def note(self, message: str) -> None:
+        self._leave_line()
+        console.note(message)
+
+    def _leave_line(self) -> None:
+        if self.is_terminal and self.shown != self.started:
+            print(file=sys.stderr, flush=True)

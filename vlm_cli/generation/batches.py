@@ -1,0 +1,212 @@
+"""Rows to answers, many at a time: rows of like length together, each image through the vision encoder once.
+
+B rows of a batch, T_txt tokens, T_img media per row, C H W pixels, n vision tokens of d channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
+from vlm_cli.generation.continuation import Continuation
+from vlm_cli.generation.pictures import Picture
+from vlm_cli.generation.rows import Row
+from vlm_cli.modeling.language_model import NO_LEFT_PADDING
+
+__all__ = ["Counts", "RowAnswerer", "token_bytes"]
+
+#: Types whose rows Transformers itself cannot generate together.
+ONE_AT_A_TIME = {
+    "rwkv": "the state of one row is carried over to others",
+    "xlstm": "its state has one row",
+}
+WINDOW = 8  # batches that are looked at for rows of like length
+ENCODED = 16  # images that the vision encoder reads at once
+
+
+@dataclass
+class Counts:
+    """What was done; `images` were shown, and `encoded` of them passed the vision encoder."""
+
+    rows: int = 0
+    new_tokens: int = 0
+    images: int = 0
+    encoded: int = 0
+    seconds: float = 0.0  # of the model
+
+
+class RowAnswerer:
+    """Answers rows, and hands them on in their order.
+
+    Args:
+        continuation: of the model.
+        size: rows at once.
+        seed: of samples; None draws others each time.
+        most_pictures: that waiting rows may hold together, about.
+        note: is told what the user should know.
+    """
+
+    def __init__(
+        self,
+        continuation: Continuation,
+        size: BatchSize,
+        *,
+        seed: int | None = None,
+        most_pictures: int = 1000,
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.continuation, self.model, self.seed = continuation, continuation.model, seed
+        kind = self.model.lang_model.config.model_type
+        self.size = BatchSize(1) if kind in ONE_AT_A_TIME else size
+        self.most_pictures, self.note = most_pictures, note
+        self.counts = Counts()
+        keywords = continuation.keywords
+        self.sequences: int = keywords["num_return_sequences"]
+        self.cost = RowCost(self.model, max(keywords["num_beams"], self.sequences))
+        self.apart: bool = getattr(self.model.vision_tokenizer, "reads_media_apart", False)
+        # The penalty reads padding too, which may be a token that counts.
+        self.pads = kind not in NO_LEFT_PADDING and keywords["repetition_penalty"] == 1
+
+    def answer(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Each row, when it and all before it are done; a few batches of them wait at any time."""
+        waiting: deque[Row] = deque()
+        while True:
+            self._fill(waiting, rows)
+            if not waiting:
+                return
+            if not waiting[0].is_done:
+                self._answer(self._choose([row for row in waiting if not row.is_done]))
+            while waiting and waiting[0].is_done:
+                yield waiting.popleft()
+
+    def _fill(self, waiting: deque[Row], rows: Iterator[Row]) -> None:
+        pictures = sum(len(row.pictures) for row in waiting)
+        while len(waiting) < WINDOW * self.size.rows and (not waiting or pictures < self.most_pictures):
+            row = next(rows, None)
+            if row is None:
+                return
+            waiting.append(row)
+            pictures += len(row.pictures)
+
+    def _choose(self, rows: Sequence[Row]) -> list[Row]:
+        """The first row, so that none waits for long, and those that are nearest to it in length."""
+        first, more = rows[0], self.continuation.per_medium - 1
+
+        def distance(row: Row) -> int:
+            return abs(len(row.ids) - len(first.ids)) + more * abs(len(row.pictures) - len(first.pictures))
+
+        # Where the context ends an answer, rows of one length end together.
+        fitting = [row for row in rows if row.room == first.room and (self.pads or not distance(row))]
+        chosen = sorted(fitting, key=distance)[: self.size.rows]
+        memory = available_memory(self.model.device) / 2
+        while len(chosen) > 1 and not self._fits(chosen, memory):
+            chosen.pop()
+        return chosen
+
+    def _fits(self, rows: Sequence[Row], memory: float) -> bool:
+        """Whether rows, padded to each other, stay within so many bytes and the context."""
+        tokens, media = (max(map(len, x)) for x in ([r.ids for r in rows], [r.pictures for r in rows]))
+        positions = tokens + media * (self.continuation.per_medium - 1) + rows[0].room
+        context = self.continuation.context
+        if context is not None and positions > context:
+            return False
+        return len(rows) * self.cost(positions, media * token_bytes(self.model)) <= memory
+
+    def _answer(self, rows: Sequence[Row]) -> None:
+        """Answer rows together or, where memory does not suffice, in halves."""
+        started = time.monotonic()
+        try:
+            self._generate(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            seconds = time.monotonic() - started
+            self.counts.seconds += seconds
+            self.size.note(len(rows), seconds)
+            return
+        # Here the error is gone, and with it the tensors that its traceback held.
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(rows) == 1:
+            row = rows[0]
+            row.fail(
+                f"memory does not suffice for this row alone ({row.positions} positions, {len(row.pictures)} images, "
+                f"{row.room} new tokens)."
+            )
+            return
+        self.size.halve(len(rows))
+        self.note(f"Note: memory does not suffice for {len(rows)} rows at once; going on with {self.size.rows}.")
+        half = (len(rows) + 1) // 2
+        self._answer(rows[:half])
+        self._answer(rows[half:])
+
+    @torch.inference_mode()
+    def _generate(self, rows: Sequence[Row]) -> None:
+        length = max(len(row.ids) for row in rows)
+        pad = self.continuation.processor.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (length - len(row.ids)) + row.ids for row in rows])
+        mask = torch.tensor([[0] * (length - len(row.ids)) + [1] * len(row.ids) for row in rows])
+        inputs = {"input_ids": ids, "attention_mask": mask, **self._media(rows)}
+        if self.seed is not None:
+            from transformers import set_seed
+
+            set_seed((self.seed + rows[0].line.number) % 2**32)  # whatever was answered before
+        output = self.model.generate(
+            **{name: x.to(self.model.device) for name, x in inputs.items()},
+            **self.continuation.keywords | {"max_new_tokens": rows[0].room},
+        )
+        new = output[:, length:].tolist()
+        for b, row in enumerate(rows):
+            own = new[b * self.sequences : (b + 1) * self.sequences]
+            row.sequences = [self.continuation.read(x, row.room) for x in own]
+            self.counts.new_tokens += sum(x["new_tokens"] for x in row.sequences)
+            self.counts.images += len(row.pictures)
+        self.counts.rows += len(rows)
+
+    def _media(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Arguments of `generate`: vision tokens where they are the same in every row, else pixels."""
+        pictures = [[handle.picture for handle in row.pictures if handle.picture is not None] for row in rows]
+        distinct = list(dict.fromkeys(picture for row in pictures for picture in row))
+        if not distinct:
+            return {}
+        if not self.apart:
+            self.counts.encoded += len(distinct)
+            pixels, mask = _stack([[(p.pixels, torch.ones(1, dtype=torch.bool)) for p in row] for row in pictures])
+            return {"pixel_values": pixels[:, :, None], "vision_mask": mask}
+        self._encode([picture for picture in distinct if picture.tokens is None])
+        tokens, mask = _stack([[(p.tokens, p.mask) for p in row] for row in pictures])
+        return {"vision_tokens": tokens, "media_mask": mask}
+
+    def _encode(self, pictures: Sequence[Picture]) -> None:
+        """Make vision tokens of pixels, which are then let go; they wait where the memory is larger."""
+        for i in range(0, len(pictures), ENCODED):
+            some = pictures[i : i + ENCODED]
+            pixels = torch.stack([p.pixels for p in some if p.pixels is not None])[:, None, None]  # [k, 1, 1, C, H, W]
+            tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
+            for picture, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
+                picture.tokens, picture.mask, picture.pixels = x[0].clone(), m[0].clone(), None
+            self.counts.encoded += len(some)
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of the vision tokens of one image."""
+    return model.vision_tokenizer.num_tokens(1) * model.vision_tokenizer.dim_out * model.dtype.itemsize
+
+
+def _stack(rows: Sequence[Sequence[tuple[Any, Any]]]) -> tuple[Tensor, Tensor]:
+    """(x, mask) of each medium to [B, T_img, …]; padding comes last in a row, zero in one and false in the other."""
+    x, m = next(pair for row in rows for pair in row)
+    shape = (len(rows), max(map(len, rows)))
+    stacked, mask = x.new_zeros(*shape, *x.shape), m.new_zeros(*shape, *m.shape)
+    for b, row in enumerate(rows):
+        for t, pair in enumerate(row):
+            stacked[b, t], mask[b, t] = pair
+    return stacked, mask

@@ -1,0 +1,164 @@
+"""Images of many rows: decoded ahead of the model, in processes of their own, and kept for rows that show them again.
+
+    rows ──► sources not seen lately ──► workers: decode, preprocess ──► pixels
+      │                                                                     │ model: once for equal pixels
+      └──► handles ◄────────────────────────────────────────────────── vision tokens
+
+C H W pixels, n vision tokens of d channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlm_cli.errors import MediaError, first_line
+from vlm_cli.media import MediaLoader
+
+if TYPE_CHECKING:
+    from vlm_cli.generation.rows import Row
+
+__all__ = ["Gallery", "Handle", "Picture", "Preprocessor", "with_pictures"]
+
+AHEAD = 16  # rows whose images each worker prepares before they are asked for
+
+
+@dataclass(eq=False)
+class Picture:
+    """Preprocessed pixels, float[C, H, W], or what the model made of them: float[n, d] and bool[n]."""
+
+    pixels: Tensor | None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Handle:
+    """A source in the hands of the rows that show it; its picture, or its error, comes from a worker."""
+
+    picture: Picture | None = None
+    error: str | None = None
+
+
+class Gallery:
+    """Pictures that were shown lately, by source; equal pixels are one picture.
+
+    A picture that leaves lives on in the rows that still wait for it.
+
+    Args:
+        capacity: sources that are kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._recent: OrderedDict[bytes, Handle] = OrderedDict()
+        self._pictures: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
+
+    def find(self, source: str) -> tuple[Handle, bool]:
+        """The handle of a source, and whether it is new: its picture has then to be made."""
+        key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest()  # a data: URI is long
+        known = self._recent.pop(key, None)
+        handle = self._recent[key] = known or Handle()
+        if len(self._recent) > self.capacity:
+            self._recent.popitem(last=False)
+        return handle, known is None
+
+    def fill(self, handle: Handle, found: np.ndarray | str) -> None:
+        """Put in pixels, float[C, H, W], or a message."""
+        if isinstance(found, str):
+            handle.error = found
+            return
+        digest = hashlib.sha256(found.data).digest()
+        picture = self._pictures.get(digest)
+        if picture is None:
+            picture = self._pictures[digest] = Picture(torch.from_numpy(found))
+        handle.picture = picture
+
+
+@dataclass
+class Preprocessor(Dataset):
+    """What worker processes hold: no model, but where images are and how its tower wants them.
+
+    Args:
+        transform: an image to float[C, H, W].
+        loader: finds images.
+    """
+
+    transform: Callable[[Any], Tensor]
+    loader: MediaLoader
+
+    def __getitem__(self, sources: Sequence[str]) -> list[np.ndarray | str]:
+        """Pixels of each source, or why there are none: what workers raise reaches the user as their traceback.
+
+        No tensors, whose way between processes takes a file descriptor each.
+        """
+        return [self._load(source) for source in sources]
+
+    def _load(self, source: str) -> np.ndarray | str:
+        try:
+            return np.ascontiguousarray(self.transform(self.loader.load(source).image).numpy())
+        except MediaError as error:
+            return str(error)
+        except Exception as error:
+            return f"the image {source[:80]!r} cannot be preprocessed: {type(error).__name__}: {first_line(error)}."
+
+
+def with_pictures(rows: Iterator[Row], gallery: Gallery, preprocessor: Preprocessor, workers: int) -> Iterator[Row]:
+    """Rows in their order, with their pictures; a row with a bad image has an `error`.
+
+    Args:
+        rows: are read ahead while the model is at work.
+        gallery: pictures that are there already.
+        preprocessor: makes the others.
+        workers: processes; 0 for none.
+    """
+    under_way: deque[tuple[Row, list[Handle]]] = deque()
+
+    def ask() -> Iterator[list[str]]:
+        for row in rows:
+            missing: list[tuple[str, Handle]] = []
+            for source in row.sources if row.error is None else ():
+                handle, is_new = gallery.find(source)
+                row.pictures.append(handle)
+                missing += [(source, handle)] if is_new else []
+            under_way.append((row, [handle for _, handle in missing]))
+            yield [source for source, _ in missing]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+        loader: Any = DataLoader(
+            preprocessor,
+            batch_size=None,
+            sampler=ask(),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
+            worker_init_fn=_ignore_interrupt if workers else None,
+        )
+    for found in loader:
+        row, handles = under_way.popleft()
+        for handle, pixels in zip(handles, found, strict=True):
+            gallery.fill(handle, pixels)
+        if row.error is None and (errors := [x.error for x in row.pictures if x.error is not None]):
+            row.fail(errors[0])
+        yield row
+
+
+def _as_it_is(found: Any) -> Any:
+    return found
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C is for the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,111 @@
+"""Lines of a file as prompts: one JSON object each, and a message where one is no prompt.
+
+    {"prompt": "<image:a.png>What is it?", "id": 7}
+    {"prompt": "<image> or <image>?", "images": ["a.png", "b.png"]}
+
+Prompts are read as `vlm generate` reads one; other keys are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm_cli.errors import PromptError
+from vlm_cli.generation.continuation import Continuation
+from vlm_cli.generation.pictures import Handle
+from vlm_cli.prompt import Medium, interleave
+from vlm_cli.training.records import Misfit, parse_object, take, take_images
+
+__all__ = ["Line", "Row", "RowReader", "number_lines"]
+
+ANSWER = ("text", "new_tokens", "finish_reason", "sequences")  # keys of an answer
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank."""
+
+    number: int  # of the file, from 1
+    raw: bytes
+
+
+def number_lines(raw_lines: Iterable[bytes]) -> Iterator[Line]:
+    """The lines that hold something."""
+    return (Line(n, raw) for n, raw in enumerate(raw_lines, start=1) if raw.strip())
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt on its way to an answer, or to an error."""
+
+    line: Line
+    data: dict[str, Any] = field(default_factory=dict)  # what the line holds
+    sources: list[str] = field(default_factory=list)  # of its images, in order
+    ids: list[int] = field(default_factory=list)
+    positions: int = 0  # of the prompt in the language model
+    room: int = 0  # most new tokens
+    pictures: list[Handle] = field(default_factory=list)
+    sequences: list[dict[str, Any]] | None = None
+    error: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.sequences is not None or self.error is not None
+
+    def fail(self, reason: str) -> None:
+        self.error = f"line {self.line.number}: {reason}"
+
+    def answer(self) -> dict[str, Any]:
+        """The line's own keys, with the answer or the error."""
+        if self.error is not None:
+            return {**self.data, "error": self.error}
+        assert self.sequences is not None
+        more = {"sequences": self.sequences} if len(self.sequences) > 1 else {}
+        return {**self.data, **self.sequences[0], **more}
+
+
+@dataclass
+class RowReader:
+    """Reads prompts for one model.
+
+    Args:
+        continuation: of that model.
+        special_tokens: read the spelling of special tokens as tokens.
+    """
+
+    continuation: Continuation
+    special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        options = self.continuation.model.config.parts.vision_tokenizer.options
+        self.most_media: int | None = getattr(options, "max_num_media", None)
+
+    def read(self, line: Line) -> Row:
+        """The row of a line; one that cannot be answered has an `error`."""
+        row = Row(line)
+        try:
+            self._fill(row)
+        except (Misfit, PromptError) as error:
+            row.fail(str(error))
+        return row
+
+    def _fill(self, row: Row) -> None:
+        data = parse_object(row.line.raw)
+        row.data = {key: x for key, x in data.items() if key != "error"}  # an earlier run's
+        prompt, images = take(data, "prompt", str, "text"), take_images(data)
+        if taken := [key for key in ANSWER if key in data]:
+            raise Misfit(f'"{taken[0]}" is where the answer goes. Give that key of yours another name.')
+        parts = interleave(prompt, images, given_with='"images"').parts
+        sources = [part.source for part in parts if isinstance(part, Medium)]
+        if "-" in sources:
+            raise Misfit("the image '-' would be read from standard input, which rows do not share. Give a file.")
+        if self.most_media is not None and len(sources) > self.most_media:
+            raise Misfit(
+                f"the prompt has {len(sources)} images, but the vision tokenizer was made for {self.most_media}."
+            )
+        ids = self.continuation.processor.encode(parts, parse_special_tokens=self.special_tokens)
+        row.positions = self.continuation.positions(ids)
+        row.room = self.continuation.room(row.positions)
+        row.ids, row.sources = ids, sources
