@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vlm_cli.checkpoint.create import create, plan
     from vlm_cli.checkpoint.directory import load
     from vlm_cli.composition import Composition
+    from vlm_cli.modeling.acceleration import accelerate
     from vlm_cli.modeling.vlm import VLM, VLMConfig, VLMWithCrossAttention, VLMWithLanguageStream
     from vlm_cli.processor import VLMProcessor
 
@@ -22,6 +23,7 @@ _HOMES = {
     "VLMProcessor": "vlm_cli.processor",
     "VLMWithCrossAttention": "vlm_cli.modeling.vlm",
     "VLMWithLanguageStream": "vlm_cli.modeling.vlm",
+    "accelerate": "vlm_cli.modeling.acceleration",
     "create": "vlm_cli.checkpoint.create",
     "load": "vlm_cli.checkpoint.directory",
     "plan": "vlm_cli.checkpoint.create",

@@ -215,6 +215,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         self._conditioning: Conditioning | None = None
         self._attach_hooks()
         self._is_stateful = self.lang_model._is_stateful
+        self._can_compile_fullgraph = self.lang_model._can_compile_fullgraph
         if vision_encoder is not None:
             # `post_init` draws anew whatever is not marked as loaded.
             for x in (*vision_encoder.modules(), *vision_encoder.parameters()):
@@ -709,7 +710,10 @@ class VLM(PreTrainedModel, GenerationMixin):
             # `input_ids` is one chunk of the prompt, up to which the mask reaches.
             end = None if attention_mask is None else attention_mask.shape[1]
             counts = mm_token_type_ids[:, :end].cumsum(-1)
-        inputs["media_positions"] = counts[:, -inputs["input_ids"].shape[1] :]
+        # In memory of its own: a view of a row that grows has another layout at each step, and is compiled anew.
+        inputs["media_positions"] = torch.empty_like(inputs["input_ids"]).copy_(
+            counts[:, -inputs["input_ids"].shape[1] :]
+        )
         return inputs | {"media": media, "media_mask": media_mask}
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -813,6 +817,8 @@ def _is_filled(cache: Any) -> bool:
     """Whether a cache has read anything; generation begins with an empty one."""
     if cache is None:
         return False
+    if not hasattr(cache, "get_seq_length"):  # rwkv's list of states, which its first call makes
+        return True
     try:
         return cache.get_seq_length() > 0
     except ValueError:  # a purely recurrent state
@@ -857,7 +863,7 @@ class VLMWithCrossAttention(VLM):
 
     def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
         c = super()._at_call(prompt, ids, end)
-        if c.media is not None:
+        if c.media is not None and c.media_mask is not None:
             # After the prompt, only the last medium is kept where no other is seen.
             positions = c.media_positions.clamp(max=c.media_mask.shape[1])
             c.visibility = self.fusion.visibility(positions, c.media_mask)

@@ -1,0 +1,189 @@
+"""Faster decoding of a loaded model, for those who ask: int8 weights, a compiled step, attention for one position.
+
+What trains, what is saved and what a model computes by default stay as they are.
+B batch, h heads, g key-value heads, S positions read, k head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from transformers import CompileConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from vlm_cli.errors import LanguageModelLimit, VLMError, first_line
+from vlm_cli.modeling.vlm import VLM
+
+__all__ = [
+    "QUANTIZATIONS",
+    "Int8Linear",
+    "accelerate",
+    "compile_decoding",
+    "quantize_int8",
+    "use_one_position_attention",
+]
+
+_ATTENTION = "sdpa_one_position"
+
+
+def accelerate(model: VLM, *, quantize: str | None = None, compile: bool = False) -> VLM:
+    """Change a loaded model for generation; it can then be neither trained nor saved.
+
+    Args:
+        model: on its device and in its dtype; changed in place.
+        quantize: a name of `QUANTIZATIONS`.
+        compile: compile the step that writes one token.
+
+    Raises:
+        VLMError: if its device, the language model or this machine does not allow it.
+    """
+    if quantize is not None:
+        QUANTIZATIONS[quantize](model)
+    if compile or model.dtype != torch.float32:
+        use_one_position_attention(model)
+    if compile:
+        compile_decoding(model)
+    return model
+
+
+def one_position_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Transformers' SDPA, but for one new position plain products of float[B, h, 1, k] with float[B, g, S, k].
+
+    On a CPU these are several times faster than the fused kernel, most of all in bfloat16, and compiled they need no
+    copy of keys and values for each head.
+    """
+    B, h, length, k = query.shape
+    if length != 1 or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    q = query.reshape(B, key.shape[1], -1, k) * (k**-0.5 if scaling is None else scaling)
+    scores = q @ key.transpose(2, 3)  # [B, g, h/g, S]
+    if attention_mask is not None:
+        mask = attention_mask
+        if mask.shape[1] != 1:
+            mask = mask.reshape(len(mask), key.shape[1], -1, mask.shape[-1])
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.reshape(B, 1, h, value.shape[-1]), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, one_position_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def use_one_position_attention(model: VLM) -> None:
+    """Let a language model on the CPU use `one_position_attention`, where it uses SDPA by Transformers' interface."""
+    lm = model.lang_model
+    if model.device.type == "cpu" and lm.config._attn_implementation == "sdpa" and lm._can_set_attn_implementation():
+        lm.set_attn_implementation(_ATTENTION)
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` with a scale for each row of int8 weights, as torchao's `Int8WeightOnlyConfig` makes them.
+
+    Sums run in bfloat16 and float32. torchao itself makes a copy of the weights in the input's dtype at every call; for
+    few rows torch has a kernel that does not.
+
+    Args:
+        weight: float[out, in].
+        bias: float[out], or None.
+    """
+
+    #: Rows from which it is faster to convert the weights and multiply matrices.
+    most_rows = 8
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        self.register_buffer("int8", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(torch.bfloat16))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """float[out, in], as they are multiplied."""
+        return self.int8.to(torch.bfloat16) * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float[*, in] -> float[*, out]."""
+        rows = x.flatten(0, -2).to(torch.bfloat16)
+        if len(rows) <= self.most_rows:
+            out = torch._weight_int8pack_mm(rows, self.int8, self.scale)
+        else:
+            out = nnf.linear(rows, self.int8.to(torch.bfloat16)) * self.scale
+        out = out.to(x.dtype).unflatten(0, x.shape[:-1])
+        return out if self.bias is None else out + self.bias
+
+
+def quantize_int8(model: VLM) -> None:
+    """Keep what every token reads, the language model's linear layers and the fusion's, in a byte for each weight.
+
+    Raises:
+        VLMError: on another device than the CPU.
+        LanguageModelLimit: if the language model has no layer of a kind that is known.
+    """
+    if model.device.type != "cpu":
+        raise VLMError(
+            f"int8 weights are for the CPU, and the model is on {model.device.type}. There, load it with Transformers' "
+            "own quantization_config."
+        )
+    head = model.lang_model.get_output_embeddings()
+    for part in (model.lang_model, model.fusion):
+        for name, module in list(part.named_modules()):
+            if type(module) not in (nn.Linear, Conv1D):
+                continue
+            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            quantized = Int8Linear(weight, module.bias)
+            for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"):
+                setattr(quantized, kind, getattr(module, kind))  # ours, at the head
+            part.set_submodule(name, quantized)
+    if not any(isinstance(x, Int8Linear) for x in model.lang_model.modules() if x is not head):
+        raise LanguageModelLimit(
+            f"a language model of type {model.lang_model.config.model_type} has no linear layers that could be kept "
+            "in int8. Leave out --quantize."
+        )
+
+
+def compile_decoding(model: VLM) -> None:
+    """Compile the step that writes one token; `generate` then uses a static cache.
+
+    The first answer of a length waits for the compiler. Weights are packed for the CPU, which is a second copy of them.
+
+    Raises:
+        LanguageModelLimit: if Transformers cannot compile the language model.
+        VLMError: if there is no compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    lm = model.lang_model
+    if not lm._can_compile_fullgraph:
+        raise LanguageModelLimit(
+            f"a language model of type {lm.config.model_type} cannot be compiled as a whole in Transformers. Leave out "
+            "--compile."
+        )
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise VLMError(
+            f"there is no C++ compiler for --compile: {first_line(error)}. Install g++ or clang++, name one in the "
+            "variable CXX, or leave out --compile."
+        ) from None
+    settings = CompileConfig(fullgraph=True, dynamic=False, mode=None)
+    if model.device.type == "cpu":
+        settings.options = {"freezing": True}
+        settings._compile_all_devices = True
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = settings
+
+
+#: Ways to keep weights in fewer bytes, by their names in `--quantize`.
+QUANTIZATIONS = {"int8": quantize_int8}
