@@ -222,9 +222,12 @@ def test_without_a_cache_all_media_stay(fusion):
 def test_projection_in_place_is_that_of_training(fusion):
     model = tiny.build(fusion=fusion)
     tokens = torch.randn(2, 3, model.vision_tokenizer.num_tokens(), model.vision_tokenizer.dim_out)
+    tokens[1, 0] = tokens[0, 2]
     trained = model.fusion.project(tokens)
-    with torch.no_grad():
+    attention = next(iter(model.fusion.blocks.values())).attn
+    with torch.no_grad(), counted(getattr(attention, "to_kv", None) or attention.k_proj) as media:
         found = model.fusion.project(tokens)
+        assert media == [5]
         other = model.fusion.project(tokens.flip(0))
     torch.testing.assert_close(found, trained, **TOLERANCE)
     differ(other, trained)

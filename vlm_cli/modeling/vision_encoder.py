@@ -190,12 +190,13 @@ def tower_shape(
 
 
 def distinct(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames that differ, and which of them each frame is.
+    """The frames, or other tensors, that differ, and which of them each is.
 
-    float[N, C, H, W] -> float[M, C, H, W], int[N], so that the first at the second are the frames.
+    float[N, *] -> float[M, *], int[N], so that the first at the second are the frames.
     """
     if len(frames) < 2:
         return frames, torch.zeros(len(frames), dtype=torch.long, device=frames.device)
+    frames = frames.contiguous()
     words = frames.flatten(1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[frames.element_size()])
     # Sums of integers do not depend on their order, so that equal frames have equal sums on every device.
     weights = torch.arange(1, words.shape[1] + 1, device=frames.device) * 0x9E3779B97F4A7C1

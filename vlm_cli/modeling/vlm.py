@@ -40,6 +40,7 @@ from vlm_cli.modeling.language_model import (
     update_hidden_states,
     widths,
 )
+from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, distinct
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
 
@@ -232,6 +233,10 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def positions_per_medium(self, num_frames: int = 1) -> int:
         """Positions that one medium takes in the language model."""
+        return 1
+
+    def positions_of_medium(self, vision_tokens: Tensor) -> int:
+        """Positions that a medium of such tokens, float[n, d], takes in the language model."""
         return 1
 
     def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
@@ -639,6 +644,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         vision_tokens: Tensor | None = None,
         media_mask: Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        prompt_cache: PromptCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue prompts; every option of `GenerationMixin.generate` applies.
@@ -657,6 +663,8 @@ class VLM(PreTrainedModel, GenerationMixin):
             vision_tokens: float[B, T_img, n, d], as `encode_vision` returns them, instead of `vision_x`.
             media_mask: bool[B, T_img, n] of `vision_tokens`; None for all.
             logits_processor: as in Transformers.
+            prompt_cache: what was read before, from which the prompt's beginning is taken; media are then given as
+                `vision_tokens`.
             kwargs: as in Transformers.
 
         Returns:
@@ -673,6 +681,11 @@ class VLM(PreTrainedModel, GenerationMixin):
         ids, mask, expansion = self._spread(lang_x, attention_mask, media_mask)
         if generation_config is None:
             kwargs.setdefault("use_cache", True)  # MPT's own configuration says no
+        wants_details = kwargs.get("return_dict_in_generate")
+        if prompt_cache is not None:
+            self._check_prompt_cache(vision_x, generation_config, kwargs)
+            ids, mask, cache = prompt_cache.begin(self, ids, mask, vision_tokens, media_mask)
+            kwargs |= {"return_dict_in_generate": True} | ({} if cache is None else {self._cache_argument: cache})
         output = super().generate(
             ids,
             generation_config,
@@ -684,7 +697,31 @@ class VLM(PreTrainedModel, GenerationMixin):
             mm_token_type_ids=(ids == self.config.media_token_id).long(),
             **kwargs,
         )
-        return output if expansion is None else _with_prompt(output, lang_x, ids.shape[1])
+        if prompt_cache is not None:
+            prompt_cache.end(self, output.sequences, self.cache_of(output), vision_tokens, media_mask)
+            output = output if wants_details else output.sequences
+        elif expansion is None:
+            return output
+        return _with_prompt(output, lang_x, ids.shape[1])
+
+    def _check_prompt_cache(self, vision_x: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: for what cannot go with a prompt cache.
+        """
+        if vision_x is not None:
+            raise ValueError(
+                "a prompt_cache compares vision tokens, so give vision_tokens and media_mask, as encode_vision returns "
+                "them, instead of vision_x."
+            )
+        for name in ("num_beams", "num_return_sequences"):
+            if (kwargs.get(name) or getattr(generation_config or self.generation_config, name, None) or 1) > 1:
+                raise ValueError(f"a prompt_cache holds one sequence for each row, so {name} must be 1.")
+
+    def cache_of(self, output: Any) -> Any:
+        """The language model's cache among its outputs, or those of `generate`; None if there is none."""
+        names = (self._cache_argument, "past_key_values", "cache")
+        return next((x for name in names if (x := getattr(output, name, None)) is not None), None)
 
     def prepare_inputs_for_generation(
         self,
@@ -920,6 +957,9 @@ class VLMWithLanguageStream(VLM):
 
     def positions_per_medium(self, num_frames: int = 1) -> int:
         return self.vision_tokenizer.num_tokens(num_frames)
+
+    def positions_of_medium(self, vision_tokens: Tensor) -> int:
+        return len(vision_tokens)
 
     def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
         self.fusion = nn.Module()

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlm_cli.composition import Activation
+from vlm_cli.modeling.vision_encoder import distinct
 
 __all__ = ["GatedCrossAttention", "GatedCrossAttentionBlock", "MediaVisibility", "attend_to_media", "feed_forward"]
 
@@ -244,15 +245,17 @@ class GatedCrossAttention(nn.Module):
 
     def project(self, vision_tokens: Tensor) -> Tensor:
         """Keys and values of all blocks: float[B, T_img, n, dim_media] -> float[B, L, 2, h, S, k]."""
-        media = vision_tokens.flatten(1, 2)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or vision_tokens.is_meta:
+            media = vision_tokens.flatten(1, 2)
             return torch.stack([block.attn.project(media) for block in self.blocks.values()], dim=1)
+        B, T, n, _ = vision_tokens.shape
+        media, which = distinct(vision_tokens.flatten(0, 1))
         keys_values = None
         for slot, block in enumerate(self.blocks.values()):  # never two copies of what all blocks have together
-            found = block.attn.project(media)
+            found = block.attn.project(media)  # [media, 2, h, n, k]
             if keys_values is None:
-                keys_values = found.new_empty(len(found), len(self.blocks), *found.shape[1:])
-            keys_values[:, slot] = found
+                keys_values = found.new_empty(B, len(self.blocks), 2, found.shape[2], T * n, found.shape[4])
+            keys_values[:, slot] = rearrange(found[which], "(B T) two h n k -> B two h (T n) k", B=B)
         return keys_values
 
     def visibility(self, media_positions: Tensor, media_mask: Tensor) -> MediaVisibility:
