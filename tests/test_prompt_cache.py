@@ -128,6 +128,10 @@ def test_shots_that_rows_share_are_read_once(model, pool, lengths):
     assert torch.equal(found, plain) and second == first - shared
     for b, row in enumerate(rows):
         assert torch.equal(found[b, pad[b] :], model.generate(**row, **NEW)[0])
+    other = batch | {"lang_x": batch["lang_x"].clone()}
+    other["lang_x"][batch["lang_x"] == 1] = 9  # another first token: nothing of before is of use
+    found = model.generate(**other, **NEW, prompt_cache=cache)
+    assert torch.equal(found, model.generate(**other, **NEW)) and cache.reused == shared
 
 
 @each_fusion

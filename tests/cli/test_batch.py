@@ -230,6 +230,19 @@ def test_images_that_were_let_go_are_encoded_again(answer, asked, monkeypatch):
     assert sum(asked[1]) > 3
 
 
+@pytest.mark.parametrize("model", ["open_gates", "kosmos"])
+def test_shots_that_rows_share_are_read_once(request, vlm, answer, folder, model):
+    model, ends = request.getfixturevalue(model), ("cat", "dog and the cat", "mat", "cat and the dog")
+    shots = "<image:0.png>The cat sat on the mat. <image:1.png>The dog sat on the mat. "
+    rows = [{"prompt": f"{shots}<image:{i % 3}.png>The {end}"} for i, end in enumerate(ends)]
+    result, written = answer(rows, "--json", model=model)
+    assert [row["text"] for row in written] == [x["text"] for x in one_by_one(vlm, model, folder, rows)]
+    reused = json.loads(result.stdout)["positions_reused"]
+    assert reused % len(rows) == 0 and reused / len(rows) > 15
+    alone = [{"prompt": f"<image:{i % 3}.png>{end}"} for i, end in enumerate(ends)]  # the twin
+    assert json.loads(answer(alone, "--json", model=model, out="alone.jsonl")[0].stdout)["positions_reused"] == 0
+
+
 def test_a_tokenizer_that_numbers_media_gets_pixels(vlm, answer, asked, parts, folder):
     numbered = folder / "numbered"
     flags = ("--set", "vision_tokenizer.max_num_media=2")

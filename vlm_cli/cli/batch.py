@@ -73,7 +73,9 @@ class BatchOptions:
         if others:
             reasons = {
                 "--dry-run": "shows the layout of one prompt",
+                "--chat": "is one conversation, and the lines of a batch are answered apart",
                 "--no-stream": "is for an answer on stdout, and a batch writes to a file",
+                "--compile": "is for one long answer: each shape of a batch would be compiled for itself",
             }
             reason = reasons.get(others[0], "gives one prompt, and each line of a batch brings its own")
             raise UsageError(f"{others[0]} {reason}. Leave out {others[0]} or --batch.")
@@ -278,6 +280,7 @@ class BatchRun:
             "new_tokens": counts.new_tokens,
             "images": counts.images,
             "images_encoded": counts.encoded,
+            "positions_reused": counts.reused,
             "batch_size": self.rows_at_once,
             "load_seconds": round(self.load_seconds, 3),
             "seconds": round(self.seconds, 3),

@@ -29,7 +29,8 @@ def hush() -> None:
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    logging.getLogger("open_clip").setLevel(logging.ERROR)
+    for name in ("open_clip", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
 
 

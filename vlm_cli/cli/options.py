@@ -21,6 +21,7 @@ __all__ = [
     "ModelArgument",
     "SamplingOptions",
     "SourceOptions",
+    "SpeedOptions",
     "built_model",
     "expand",
     "resolve",
@@ -194,6 +195,41 @@ def resolve_dtype(name: str) -> Any:
     if name not in known:
         raise UsageError(f"unknown dtype {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
     return known[name]
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """What makes answers faster, and their numbers a little different."""
+
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="int8: a byte for each weight that every token reads; CPU.", rich_help_panel=RUN),
+    ] = None
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the step that writes a token: about a minute, worth it for long answers.",
+            rich_help_panel=RUN,
+        ),
+    ] = False
+
+    def check(self) -> None:
+        """
+        Raises:
+            UsageError: for a name that is not known.
+        """
+        if self.quantize not in (None, "int8"):
+            raise UsageError(f"unknown --quantize {self.quantize!r}. Known: int8.")
+
+    def apply(self, model: Any) -> None:
+        """
+        Raises:
+            VLMError: if the model, its device or this machine does not allow it.
+        """
+        from vlm_cli.modeling.acceleration import accelerate
+
+        accelerate(model, quantize=self.quantize, compile=self.compile)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from vlm_cli.generation.continuation import Continuation
 from vlm_cli.generation.pictures import Picture
 from vlm_cli.generation.rows import Row
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
+from vlm_cli.modeling.prompt_cache import PromptCache
 
 __all__ = ["Counts", "RowAnswerer", "token_bytes"]
 
@@ -39,6 +40,7 @@ class Counts:
     new_tokens: int = 0
     images: int = 0
     encoded: int = 0
+    reused: int = 0  # positions that rows share with others, read once
     seconds: float = 0.0  # of the model
 
 
@@ -73,6 +75,9 @@ class RowAnswerer:
         self.apart: bool = getattr(self.model.vision_tokenizer, "reads_media_apart", False)
         # The penalty reads padding too, which may be a token that counts.
         self.pads = kind not in NO_LEFT_PADDING and keywords["repetition_penalty"] == 1
+        # What rows begin with alike, such as the shots of few-shot prompts.
+        one_each = keywords["num_beams"] == self.sequences == 1 and kind not in ONE_AT_A_TIME
+        self.prompt_cache = PromptCache() if self.apart and one_each else None
 
     def answer(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Each row, when it and all before it are done; a few batches of them wait at any time."""
@@ -162,7 +167,10 @@ class RowAnswerer:
         output = self.model.generate(
             **{name: x.to(self.model.device) for name, x in inputs.items()},
             **self.continuation.keywords | {"max_new_tokens": rows[0].room},
+            prompt_cache=self.prompt_cache,
         )
+        if self.prompt_cache is not None:
+            self.counts.reused += len(rows) * self.prompt_cache.reused
         new = output[:, length:].tolist()
         for b, row in enumerate(rows):
             own = new[b * self.sequences : (b + 1) * self.sequences]

@@ -6,6 +6,8 @@ B batch, h heads, g key-value heads, S positions read, k head width.
 
 from __future__ import annotations
 
+import time
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ __all__ = [
     "Int8Linear",
     "accelerate",
     "compile_decoding",
+    "compile_for",
     "quantize_int8",
     "use_one_position_attention",
 ]
@@ -87,31 +90,36 @@ def use_one_position_attention(model: VLM) -> None:
 
 
 class Int8Linear(nn.Module):
-    """`nn.Linear` with a scale for each row of int8 weights, as torchao's `Int8WeightOnlyConfig` makes them.
+    """`nn.Linear` with int8 weights and a scale for each of their rows, as torchao's `Int8WeightOnlyConfig`.
 
-    Sums run in bfloat16 and float32. torchao itself makes a copy of the weights in the input's dtype at every call; for
-    few rows torch has a kernel that does not.
+    Inputs are rounded to bfloat16. torchao makes a copy of the weights in the input's dtype at every call; for few rows
+    torch has a kernel that does not.
 
     Args:
         weight: float[out, in].
         bias: float[out], or None.
     """
 
-    #: Rows from which it is faster to convert the weights and multiply matrices.
-    most_rows = 8
-
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        weight = weight.detach().float()
-        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("int8", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(torch.bfloat16))
+        self.dtype = weight.dtype
+        weight = weight.detach().float().contiguous()
+        # From more rows on it is faster to convert the weights and multiply matrices. The kernel reads 16 columns at a
+        # time, and beyond the end of others.
+        self.most_rows = 8 if weight.shape[1] % 16 == 0 else 0
+        # Rounded before it divides, so that its rounding is no error of its own.
+        scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
+        self.register_buffer("int8", (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
-        """float[out, in], as they are multiplied."""
-        return self.int8.to(torch.bfloat16) * self.scale[:, None]
+        """float[out, in], for models that look at it."""
+        return self._dequantized(self.dtype)
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+        return self.int8.to(dtype) * self.scale[:, None].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """float[*, in] -> float[*, out]."""
@@ -156,7 +164,8 @@ def quantize_int8(model: VLM) -> None:
 def compile_decoding(model: VLM) -> None:
     """Compile the step that writes one token; `generate` then uses a static cache.
 
-    The first answer of a length waits for the compiler. Weights are packed for the CPU, which is a second copy of them.
+    Each length of prompt and answer together waits once for the compiler. Weights are packed for the CPU, which is a
+    second copy of them.
 
     Raises:
         LanguageModelLimit: if Transformers cannot compile the language model.
@@ -177,12 +186,34 @@ def compile_decoding(model: VLM) -> None:
             f"there is no C++ compiler for --compile: {first_line(error)}. Install g++ or clang++, name one in the "
             "variable CXX, or leave out --compile."
         ) from None
-    settings = CompileConfig(fullgraph=True, dynamic=False, mode=None)
+    settings = CompileConfig(fullgraph=True, mode=None)
     if model.device.type == "cpu":
         settings.options = {"freezing": True}
         settings._compile_all_devices = True
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings
+
+
+def compile_for(model: VLM, **arguments: Any) -> float:
+    """Compile for the shapes of a prompt and its answer, before it is answered.
+
+    Args:
+        model: after `compile_decoding`.
+        arguments: of `generate`.
+
+    Returns:
+        The seconds that it took.
+    """
+    started = time.monotonic()
+    tokens = count(1)
+
+    def are_enough(ids: Tensor, scores: Any) -> Tensor:
+        # What differs between the second and the third step, as the length of a sliding window does, is compiled anew,
+        # and from then on may differ.
+        return torch.full((len(ids),), next(tokens) == 4, device=ids.device)
+
+    model.generate(**arguments | {"min_new_tokens": 4}, stopping_criteria=[are_enough])
+    return time.monotonic() - started
 
 
 #: Ways to keep weights in fewer bytes, by their names in `--quantize`.

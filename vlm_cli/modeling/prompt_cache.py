@@ -59,6 +59,7 @@ class PromptCache:
         start = min(_shared(model, (self._ids, self._media), (rows[b], media[b])) for b in range(len(rows)))
         start = min(start, *(len(row) - 1 for row in rows))
         if not self._crop(start):
+            self._forget()
             start = 0
         if len(rows) > 1:
             lengths = {len(row) for row in rows}
@@ -72,7 +73,6 @@ class PromptCache:
                 start = len(self._ids)
         self.reused = start
         if not start:
-            self._forget()
             return ids, keep.long(), None
         length = max(map(len, rows)) - start
         pad = model.config.pad_token_id or 0
