@@ -1,0 +1,1 @@
+"""How fast it is: one module a question, each against peers that run in turns with it."""

@@ -1,0 +1,42 @@
+"""All questions, each in a process of its own, and one page of what they found.
+
+python -m benchmarks.speed           minutes; writes benchmarks/results/DATE.md and a JSON file for each question
+python -m benchmarks.speed --quick   tiny models, to try the scripts
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import date
+
+import typer
+
+from benchmarks.speed.question import Settings, command
+from benchmarks.speed.results import Report, bars_table, page
+
+QUESTIONS = ("startup", "encode", "prefill", "decode", "train_step", "memory", "growth", "batch")
+
+
+def main(settings: Settings) -> None:
+    today, reports, failed = date.today().isoformat(), [], []
+    for name in QUESTIONS:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.speed.{name}", *settings.flags()], stdout=sys.stderr)
+        if done.returncode:
+            failed.append(name)
+            continue
+        data = json.loads((settings.out / f"{today}-{name}.json").read_text(encoding="utf-8"))
+        reports.append(Report.from_dict(data))
+    words = " ".join(["python", "-m", "benchmarks.speed", *settings.flags(paths=False)])
+    path = settings.out / f"{today}.md"
+    path.write_text(page(reports, words, failed), encoding="utf-8")
+    print(bars_table([bar for report in reports for bar in report.bars]))
+    print(f"{path}, {sum(report.seconds for report in reports) / 60:.0f} minutes")
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(command(main, "Answer all questions, and write a page."))

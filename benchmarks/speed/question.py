@@ -1,0 +1,186 @@
+"""A question, and the flags that all of them take."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from benchmarks.speed.models import SIZES, Models
+from benchmarks.speed.results import ROW_HEAD, Report, bars_table, markdown_table
+
+__all__ = ["Question", "Settings", "answer", "command", "run"]
+
+SizeName = Literal["small", "standard", "large", "all"]
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the flags say.
+
+    Attributes:
+        sizes: names in `SIZES`.
+        pairs: of each comparison.
+        few: pairs of comparisons that take minutes.
+        open_flamingo: a checkout of the reference.
+        out: folder of the results.
+        threads: of torch.
+    """
+
+    sizes: tuple[str, ...] = ("standard",)
+    pairs: int = 7
+    open_flamingo: Path | None = None
+    out: Path = RESULTS
+    threads: int = 1
+
+    @property
+    def few(self) -> int:
+        return min(self.pairs, 3)
+
+    def flags(self, *, paths: bool = True) -> list[str]:
+        """The flags again; without `paths`, only that they were there."""
+        flags = ["--quick"] if self.sizes == ("tiny",) else ["--size", _name(self.sizes)]
+        flags += ["--pairs", str(self.pairs), "--threads", str(self.threads)]
+        if self.open_flamingo is not None:
+            flags += ["--open-flamingo", str(self.open_flamingo) if paths else "PATH"]
+        return flags + (["--out", str(self.out)] if paths else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One script.
+
+    Attributes:
+        name: of its module.
+        asks: what is compared with what.
+        measure: adds what it finds to a report, at one size.
+        sizes: at which it is asked; --size leaves out the others.
+    """
+
+    name: str
+    asks: str
+    measure: Callable[[Report, Models, Settings], None]
+    sizes: tuple[str, ...] = field(default=("tiny", "small", "standard", "large"))
+
+
+def answer(question: Question, settings: Settings) -> Report:
+    """Measure, and write `DATE-QUESTION.json`."""
+    words = ["python", "-m", f"benchmarks.speed.{question.name}", *settings.flags(paths=False)]
+    sizes = [name for name in settings.sizes if name in question.sizes]
+    told = {
+        "sizes": {name: SIZES[name].to_dict() for name in sizes},
+        "pairs": settings.pairs,
+        "threads": settings.threads,
+        "dtype": "float32",
+    }
+    report = Report(question.name, question.asks, " ".join(words), told)
+    started = time.monotonic()
+    with _quiet(), _threads(settings.threads), tempfile.TemporaryDirectory() as scratch:
+        for name in sizes:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            question.measure(report, Models(SIZES[name], folder, settings.open_flamingo), settings)
+    report.seconds = round(time.monotonic() - started, 1)
+    report.write(settings.out, date.today().isoformat())
+    return report
+
+
+def run(question: Question) -> None:
+    """The script of one question."""
+
+    def main(settings: Settings) -> None:
+        report = answer(question, settings)
+        if report.rows:
+            print(markdown_table(ROW_HEAD, [row.cells() for row in report.rows]))
+        for table in report.tables:
+            print(f"\n{table.title}\n\n{markdown_table(table.head, table.rows)}")
+        if report.bars:
+            print(f"\n{bars_table(report.bars)}")
+        for note in report.notes:
+            print(f"- {note}")
+        print(f"{report.seconds:.0f} s")
+
+    typer.run(command(main, question.asks))
+
+
+def command(main: Callable[[Settings], None], asks: str) -> Callable[..., None]:
+    """`main` with the flags that all scripts take."""
+
+    def with_flags(
+        size: Annotated[SizeName, typer.Option(help="Of the models.")] = "standard",
+        pairs: Annotated[int, typer.Option(min=1, help="Pairs of each comparison.")] = 7,
+        open_flamingo: Annotated[
+            Path | None,
+            typer.Option(help="A checkout of mlfoundations/open_flamingo, branch reduce-scope-mllm.", file_okay=False),
+        ] = None,
+        out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)] = RESULTS,
+        threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+        quick: Annotated[bool, typer.Option("--quick", help="Tiny models and two pairs, to try the script.")] = False,
+    ) -> None:
+        sizes = tuple(name for name in SIZES if name != "tiny") if size == "all" else (size,)
+        main(
+            Settings(
+                sizes=("tiny",) if quick else sizes,
+                pairs=2 if quick else pairs,
+                open_flamingo=open_flamingo,
+                out=out,
+                threads=threads,
+            )
+        )
+
+    with_flags.__doc__ = asks
+    return with_flags
+
+
+def _name(sizes: tuple[str, ...]) -> str:
+    return sizes[0] if len(sizes) == 1 else "all"
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is fetched, and other libraries' advice is not told."""
+    from transformers.utils import logging as transformers_logging
+
+    kept: dict[str, Any] = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE")}
+    verbosity, level = transformers_logging.get_verbosity(), logging.root.manager.disable
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+        logging.disable(level)
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
