@@ -191,6 +191,6 @@ def test_every_compiled_step_answers_the_same(language_model, fusion):
 
 
 def test_without_a_compiler():
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        with pytest.raises(VLMError, match=r"no C\+\+ compiler for --compile.*Install g\+\+"):
-            vlm_cli.accelerate(tiny.build(), compile=True)
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(VLMError, match=r"no C\+\+ compiler for --compile.*Install g\+\+"):
+        vlm_cli.accelerate(tiny.build(), compile=True)

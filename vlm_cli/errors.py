@@ -9,6 +9,7 @@
     ├── MediaError               exit code 1: a picture that cannot be read
     ├── LanguageModelError       exit code 1: a language model that cannot be used or found
     │   └── LanguageModelLimit       what Transformers itself cannot do with it; also a ValueError
+    ├── ContextError             exit code 1: a conversation that has outgrown the language model's context
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
     ├── PluginError              exit code 1: a part of another package that is broken
     ├── CheckpointError          exit code 1: weights or a directory that cannot be read or written
@@ -29,6 +30,7 @@ from typing import Any
 __all__ = [
     "CheckpointError",
     "CompositionError",
+    "ContextError",
     "DataError",
     "LanguageModelError",
     "LanguageModelLimit",
@@ -98,6 +100,10 @@ class LanguageModelError(VLMError):
 
 class LanguageModelLimit(LanguageModelError, ValueError):
     """An input that a language model would answer wrongly, in Transformers itself."""
+
+
+class ContextError(VLMError):
+    """A conversation that has outgrown the language model's context."""
 
 
 class VisionEncoderError(VLMError):

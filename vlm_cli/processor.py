@@ -30,9 +30,13 @@ from vlm_cli.errors import LanguageModelError, PromptError
 from vlm_cli.modeling.vlm import VLM, VLMConfig
 from vlm_cli.prompt import Medium, Text, parse
 
-__all__ = ["OpenCLIPImageProcessor", "VLMProcessor", "add_tokens"]
+__all__ = ["OpenCLIPImageProcessor", "Seam", "VLMProcessor", "add_tokens"]
 
 Frames = Sequence[Image]
+
+
+class Seam:
+    """A part of a prompt that is nothing, between texts that must not spell a token together."""
 
 
 class OpenCLIPImageProcessor(BaseImageProcessor):
@@ -147,15 +151,22 @@ class VLMProcessor(ProcessorMixin):
             data |= self.image_processor.preprocess(media)
         return BatchFeature(data)
 
-    def encode(self, parts: Sequence[Any], *, parse_special_tokens: bool = False) -> list[int]:
-        """Token ids of one prompt's parts; everything that is not a `Text` becomes a media token.
+    def encode(
+        self, parts: Sequence[Any], *, parse_special_tokens: bool = False, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of one prompt's parts; everything that is not a `Text` or a `Seam` becomes a media token.
 
         The tokenizer reads the prompt as a whole, so that what precedes a text shapes its tokens as in training.
+
+        Args:
+            parts: in reading order.
+            parse_special_tokens: read the spelling of special tokens as the tokens.
+            add_special_tokens: begin and end as the tokenizer does with a text of its own.
         """
         text, real = "", list[bool]()
         for part in parts:
             if not isinstance(part, Text):
-                text, real = text + MEDIA_TOKEN, [*real, True]
+                text, real = text + MEDIA_TOKEN, [*real, not isinstance(part, Seam)]
                 continue
             # A literal `<image>` is cut in two by a media token, which is taken out again below.
             pieces = part.text.split(MEDIA_TOKEN)
@@ -163,7 +174,9 @@ class VLMProcessor(ProcessorMixin):
             real += [False] * (len(pieces) - 1)
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise PromptError(f"the prompt holds bytes that are not UTF-8 text: {text[:60]!a}.")
-        ids = self.tokenizer(text, split_special_tokens=not parse_special_tokens)["input_ids"]
+        ids = self.tokenizer(
+            text, split_special_tokens=not parse_special_tokens, add_special_tokens=add_special_tokens
+        )["input_ids"]
         keep = iter(real)
         media = self.media_token_id
         result = [i for i in ids if i != media or next(keep)]

@@ -25,8 +25,9 @@ def error(message: str) -> None:
     note(f"Error: {message}")
 
 
-def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False), flush=True)
+def print_json(data: Any, *, indent: int | None = 2) -> None:
+    """On stdout; on one line if `indent` is None."""
+    print(json.dumps(data, indent=indent, ensure_ascii=False), flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", total: bool = False) -> None:

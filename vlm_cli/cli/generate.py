@@ -10,7 +10,17 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.batch import BatchOptions, BatchRun, files_digest
-from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, SourceOptions, built_model, expand
+from vlm_cli.cli.chat import ChatRun, check_chat
+from vlm_cli.cli.options import (
+    DEMO,
+    DeviceOptions,
+    JsonOption,
+    SamplingOptions,
+    SourceOptions,
+    SpeedOptions,
+    built_model,
+    expand,
+)
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, format, interleave
 
@@ -114,22 +124,36 @@ def generate(
     ] = DEMO.name,
     sampling: SamplingOptions = SamplingOptions(),
     devices: DeviceOptions = DeviceOptions(),
+    speed: SpeedOptions = SpeedOptions(),
     source: SourceOptions = SourceOptions(),
     as_json: JsonOption = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Tokens, seconds and memory on stderr.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the prompt's tokens and generate nothing.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Go on with turns that are typed, or lines of stdin.")] = False,
 ) -> None:
     """Continue a prompt of text and images; only new text goes to stdout.
 
     With --batch, each line of a file is a prompt, such as {"prompt": "<image:cat.jpg>A photo of", "id": 7}, and its
     answer is the same line of OUTPUT, with "text" or "error" added.
 
+    With --chat, each line of stdin is a turn of one conversation, answered in sight of all before it; with --json each
+    answer is a line too. What was read is not read again. The tokenizer's chat template writes the turns; without one,
+    an answer stands right behind its turn, and the next turn on a new line. Ctrl-C ends an answer, Ctrl-D the chat.
+
     Example: vlm generate --model my-flamingo "<image:cat.jpg>A photo of"
     """
-    given = {"--dry-run": dry_run, "--no-stream": no_stream}
+    speed.check()
+    # Batches have many shapes, each of which would be compiled for itself.
+    given = {"--dry-run": dry_run, "--no-stream": no_stream, "--compile": speed.compile, "--chat": chat}
     if batching.wanted([*prompts.given, *(flag for flag, is_given in given.items() if is_given)]):
-        _answer_batch(batching, prompts, model, sampling, devices, source, as_json, stats)
+        _answer_batch(batching, prompts, model, sampling, devices, speed, source, as_json, stats)
+        return
+    if chat:
+        check_chat(prompts, sampling, {"--dry-run": dry_run, "--compile": speed.compile})
+        built = built_model(model, source.revision)
+        run_chat = ChatRun(prompts, sampling, lambda: _load(model, built, devices, speed, source, has_images=True))
+        run_chat.talk(stream=not (no_stream or as_json), as_json=as_json, stats=stats)
         return
     parts = prompts.interleave()
     sampling.keywords()  # refuses what contradicts itself
@@ -141,9 +165,9 @@ def generate(
     if dry_run:
         _show_layout(built, source, parts, prompts.special_tokens, as_json)
         return
-    vlm, processor, seconds = _load(model, built, devices, source, has_images=bool(images))
+    vlm, processor, seconds = _load(model, built, devices, speed, source, has_images=bool(images))
     run = Run(vlm, processor, sampling, seconds)
-    run.generate(parts, images, prompts.special_tokens, stream=not (no_stream or as_json))
+    run.generate(parts, images, prompts.special_tokens, compile=speed.compile, stream=not (no_stream or as_json))
     if as_json:
         console.print_json({"model": model, "prompt": format(parts.parts), **run.to_dict(images)})
     elif not run.streamed:
@@ -153,7 +177,7 @@ def generate(
 
 
 def _load(
-    name: str, built: str, devices: DeviceOptions, source: SourceOptions, *, has_images: bool
+    name: str, built: str, devices: DeviceOptions, speed: SpeedOptions, source: SourceOptions, *, has_images: bool
 ) -> tuple[Any, Any, float]:
     """The model, its processor, and the seconds that loading took."""
     from vlm_cli.checkpoint.directory import load
@@ -161,7 +185,9 @@ def _load(
     device, dtype = devices.resolve()
     started = time.monotonic()
     vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code, **source.hub)
-    console.note(f"Model {name} on {device}, {str(vlm.dtype).removeprefix('torch.')}")
+    speed.apply(vlm)
+    how = [str(vlm.dtype).removeprefix("torch."), *([speed.quantize] if speed.quantize else [])]
+    console.note(f"Model {name} on {device}, {', '.join(how)}")
     if built == str(DEMO) and has_images:
         console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
     return vlm, processor, time.monotonic() - started
@@ -173,6 +199,7 @@ def _answer_batch(
     model: str,
     sampling: SamplingOptions,
     devices: DeviceOptions,
+    speed: SpeedOptions,
     source: SourceOptions,
     as_json: bool,
     stats: bool,
@@ -186,11 +213,12 @@ def _answer_batch(
     run = BatchRun(
         batching,
         sampling,
-        load=lambda: _load(model, built, devices, source, has_images=True),
+        load=lambda: _load(model, built, devices, speed, source, has_images=True),
         depends_on={
             "--model": model,
             "the model's files": files_digest(built, source.revision),
             "--dtype": devices.dtype,
+            "--quantize": speed.quantize,
             "--special-tokens": prompts.special_tokens,
         },
         allow_urls=prompts.allow_urls,
@@ -232,9 +260,10 @@ class Run:
         self.continuation = Continuation(model, processor, sampling.keywords(), sampling.stop or ())
         self.sampling = sampling
         self.load_seconds = load_seconds
+        self.compile_seconds = 0.0
         self.sequences: list[dict[str, Any]] = []
 
-    def generate(self, parts: Interleaved, images: list[Any], special: bool, *, stream: bool) -> None:
+    def generate(self, parts: Interleaved, images: list[Any], special: bool, *, compile: bool, stream: bool) -> None:
         import torch
         from transformers import set_seed
 
@@ -246,12 +275,18 @@ class Run:
         self.prompt_tokens = inputs["input_ids"].shape[1]
         self.positions = self.continuation.positions(inputs["input_ids"][0].tolist())
         room = self._within_context()
+        keywords = self.continuation.keywords | {"max_new_tokens": room}
+        if compile:
+            from vlm_cli.modeling.acceleration import compile_for
+
+            console.note("Compiling the step that writes a token …")
+            with torch.inference_mode():
+                self.compile_seconds = compile_for(self.model, **inputs, **keywords)
         if self.sampling.seed is not None:
             set_seed(self.sampling.seed)
         # Beams and several answers are known only at the end.
         self.streamed = stream and self.sampling.num_beams == self.sampling.num_return_sequences == 1
         streamer = TextStream(self.continuation.decode, _write, self.continuation.stops) if self.streamed else None
-        keywords = self.continuation.keywords | {"max_new_tokens": room}
         started = time.monotonic()
         with torch.inference_mode():
             output = self.model.generate(**inputs, **keywords, streamer=streamer)
@@ -281,14 +316,16 @@ class Run:
             "images": [{"source": x.source, "width": x.width, "height": x.height} for x in images],
             "seed": self.sampling.seed,
             "load_seconds": round(self.load_seconds, 3),
+            "compile_seconds": round(self.compile_seconds, 3),
             "seconds": round(self.seconds, 3),
         }
 
     def statistics(self) -> str:
         new = sum(sequence["new_tokens"] for sequence in self.sequences)
+        compiled = f"compilation {self.compile_seconds:.2f} s, " if self.compile_seconds else ""
         return (
             f"{self.prompt_tokens} prompt tokens ({self.positions} positions), {new} new tokens in "
-            f"{self.seconds:.2f} s ({new / self.seconds:.1f} tokens/s), load {self.load_seconds:.2f} s, "
+            f"{self.seconds:.2f} s ({new / self.seconds:.1f} tokens/s), load {self.load_seconds:.2f} s, {compiled}"
             f"peak memory {console.human_bytes(console.peak_memory(self.model.device))}"
         )
 

@@ -1,0 +1,143 @@
+"""Turns to answers: a conversation with a model that reads each of them once.
+
+T_img images of the conversation, C H W pixels, n vision tokens of d channels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from vlm_cli.errors import ContextError
+from vlm_cli.generation.continuation import Continuation
+from vlm_cli.generation.conversation import Conversation, Script
+from vlm_cli.modeling.prompt_cache import PromptCache
+from vlm_cli.prompt import Medium, Text
+
+__all__ = ["Chat"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The images of a conversation: float[1, T_img, 1, C, H, W], float[1, T_img, n, d] and bool[1, T_img, n]."""
+
+    pixels: Tensor | None = None  # None where they are not needed again
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Chat:
+    """A conversation that goes on.
+
+    A turn that fails leaves it as it was.
+
+    Args:
+        continuation: of the model, with one answer and no beams.
+        parse_special_tokens: read the special tokens that the user spells as the tokens.
+    """
+
+    def __init__(self, continuation: Continuation, *, parse_special_tokens: bool = False) -> None:
+        self.continuation, self.model = continuation, continuation.model
+        self.conversation = Conversation(Script(continuation.processor, parse_special_tokens=parse_special_tokens))
+        self.seen = Seen()
+        self.cache = PromptCache()
+        self.turns = 0
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        parts: Sequence[Text | Medium],
+        images: Sequence[Any],
+        *,
+        streamer: Any = None,
+        note: Callable[[str], None] = lambda message: None,
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """What the model answers to a turn.
+
+        Args:
+            parts: of the turn, in reading order.
+            images: one for each medium among them.
+            streamer: is given the tokens.
+            note: is told what the user should know.
+            is_interrupted: whether the answer is to end here; asked after each token.
+
+        Raises:
+            ContextError: if the conversation has no room for an answer.
+            LanguageModelError: if the model's chat template cannot write it.
+        """
+        started = time.monotonic()
+        asked = self.conversation.ask(parts)
+        positions = self.continuation.positions(asked.ids)
+        room = self._room(positions, note)
+        seen = self._see(images)
+        ids = torch.tensor([asked.ids], device=self.model.device)
+        output = self.model.generate(
+            lang_x=ids,
+            attention_mask=torch.ones_like(ids),
+            vision_tokens=seen.tokens,
+            media_mask=seen.mask,
+            prompt_cache=self.cache,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_Interruption(is_interrupted)]),
+            **self.continuation.keywords | {"max_new_tokens": room},
+        )
+        new = output[0, len(asked.ids) :].tolist()
+        found = self.continuation.read(new, room)
+        if found["finish_reason"] == "stop_string" and is_interrupted():
+            found["finish_reason"] = "interrupted"
+        said = new[: found["new_tokens"] - (found["finish_reason"] == "stop_token")]
+        self.conversation = asked.answer(said, found["text"], self.continuation.decode)
+        self.seen = seen
+        self.turns += 1
+        counts = {"prompt_positions": positions, "reused_positions": self.cache.reused}
+        return {"turn": self.turns, **found, **counts, "seconds": round(time.monotonic() - started, 3)}
+
+    def _room(self, positions: int, note: Callable[[str], None]) -> int:
+        """New tokens that there may be.
+
+        Raises:
+            ContextError: if there is room for none.
+        """
+        context = self.continuation.context
+        if context is not None and positions >= context:
+            raise ContextError(
+                f"the conversation takes {positions} positions with this turn, but the language model has {context}. "
+                "Start another one, or use fewer images; `vlm inspect --prompt` shows what each costs."
+            )
+        room = self.continuation.room(positions)
+        if room < self.continuation.max_new_tokens:
+            note(f"Note: the context of {context} positions leaves room for {room} new tokens.")
+        return room
+
+    def _see(self, images: Sequence[Any]) -> Seen:
+        """All images so far; where one does not change the others' tokens, only new ones are encoded."""
+        if not images:
+            return self.seen
+        transform = self.continuation.processor.image_processor.transform
+        pixels = torch.stack([transform(image) for image in images])[None, :, None]  # [1, T_img, 1, C, H, W]
+        apart = getattr(self.model.vision_tokenizer, "reads_media_apart", False)
+        if not apart and self.seen.pixels is not None:
+            pixels = torch.cat([self.seen.pixels, pixels], dim=1)
+        tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
+        if not apart:
+            return Seen(pixels, tokens, mask)
+        if self.seen.tokens is not None:
+            tokens, mask = torch.cat([self.seen.tokens, tokens], dim=1), torch.cat([self.seen.mask, mask], dim=1)
+        return Seen(None, tokens, mask)
+
+
+class _Interruption(StoppingCriteria):
+    """Ends an answer when it is asked to."""
+
+    def __init__(self, is_interrupted: Callable[[], bool]) -> None:
+        self.is_interrupted = is_interrupted
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.is_interrupted(), dtype=torch.bool, device=input_ids.device)
