@@ -15,7 +15,7 @@ from benchmarks.speed.models import Contender, Models, Prompt, blocks_alone, gre
 from benchmarks.speed.question import Question, Settings, run
 from benchmarks.speed.results import Bar, Report
 
-LIMIT = 60  # seconds of one prefill; longer ones are left out
+LIMIT = 30  # seconds of one prefill; longer ones are left out
 LONG = 4  # seconds of one prefill; from there on only `Settings.few` pairs run, and no peers
 PARTS = "tower + tokenizer + bare LM, each alone"
 PARTS_AND_BLOCKS = "the same + blocks alone"

@@ -209,7 +209,7 @@ class SpeedOptions:
         bool,
         typer.Option(
             "--compile",
-            help="Compile the step that writes a token: about a minute, worth it for long answers.",
+            help="Compile the step that writes a token: about a minute, repaid by thousands of tokens.",
             rich_help_panel=RUN,
         ),
     ] = False
