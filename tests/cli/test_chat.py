@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from transformers import AutoTokenizer
 import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
-from vlm_cli.cli.options import DEMO
 from vlm_cli.cli.stream import TextStream
 from vlm_cli.generation.conversation import Conversation, Script
 from vlm_cli.prompt import Medium, Text, interleave
@@ -166,7 +166,7 @@ def test_another_image_before_is_another_answer(name, request, talk, load, asked
 
 
 def test_the_demo_knows_what_was_said(vlm, talk, asked):
-    folder = DEMO.parents[1] / "examples" / "images"
+    folder = Path(__file__).parents[2] / "examples" / "images"
     turns = [f"<image:{folder / 'two.png'}>Describe the image.", "How many things are there?"]
     turns += [f"<image:{folder / 'one.png'}>What is it?", "Q: What colour is it? A:"]
     found, whole = talk(*turns, model="demo", tokens=20), ""
