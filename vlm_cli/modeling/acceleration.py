@@ -144,21 +144,36 @@ def quantize_int8(model: VLM) -> None:
             f"int8 weights are for the CPU, and the model is on {model.device.type}. There, load it with Transformers' "
             "own quantization_config."
         )
-    head = model.lang_model.get_output_embeddings()
     for part in (model.lang_model, model.fusion):
         for name, module in list(part.named_modules()):
-            if type(module) not in (nn.Linear, Conv1D):
+            if not _is_linear(module):
                 continue
-            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
             quantized = Int8Linear(weight, module.bias)
             for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"):
                 setattr(quantized, kind, getattr(module, kind))  # ours, at the head
             part.set_submodule(name, quantized)
+    head = model.lang_model.get_output_embeddings()
     if not any(isinstance(x, Int8Linear) for x in model.lang_model.modules() if x is not head):
         raise LanguageModelLimit(
             f"a language model of type {model.lang_model.config.model_type} has no linear layers that could be kept "
             "in int8. Leave out --quantize."
         )
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer is a product with a matrix; a subclass of `nn.Linear` may do more (falcon's does not)."""
+    kind = type(module)
+    if kind in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
+        return kind in (nn.Linear, Conv1D)
+    x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
+    try:
+        found = kind.forward(module, x)
+    except (TypeError, RuntimeError):  # it is called with something else
+        return False
+    plain = nnf.linear(x, module.weight, module.bias)
+    return isinstance(found, Tensor) and found.shape == plain.shape and torch.allclose(found, plain, atol=1e-5)
 
 
 def compile_decoding(model: VLM) -> None:
@@ -212,7 +227,8 @@ def compile_for(model: VLM, **arguments: Any) -> float:
         # and from then on may differ.
         return torch.full((len(ids),), next(tokens) == 4, device=ids.device)
 
-    model.generate(**arguments | {"min_new_tokens": 4}, stopping_criteria=[are_enough])
+    least = min(4, arguments.get("max_new_tokens", 4))
+    model.generate(**arguments | {"min_new_tokens": least}, stopping_criteria=[are_enough])
     return time.monotonic() - started
 
 

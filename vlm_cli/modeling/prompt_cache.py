@@ -53,6 +53,7 @@ class PromptCache:
             ids and mask in which padding follows what all rows share, and the cache that was read up to there; None if
             there is nothing of use.
         """
+        self._ids = self._ids.to(ids.device)
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         rows = [row[there] for row, there in zip(ids, keep, strict=True)]
         media = _media_of_rows(len(rows), vision_tokens, media_mask)
