@@ -51,8 +51,8 @@ def write(folder: Path, gigabytes: float, shard: str) -> None:
 def measure(folder: Path, out: Path) -> None:
     """In a process of its own: peak bytes before and after, as JSON. Linux only."""
     from vlm_cli.checkpoint.directory import replacing, save
-    from vlm_cli.checkpoint.importing import import_checkpoint
-    from vlm_cli.checkpoint.source import Checkpoint
+    from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+    from vlm_cli.checkpoint.published.importing import import_checkpoint
     from vlm_cli.cli.options import ComposeOptions
 
     def peak() -> int:

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vlm_cli import Composition, create, load, plan
 from vlm_cli.checkpoint.directory import check_output, is_vlm_directory, read_tensors, replacing, save
-from vlm_cli.checkpoint.openclip import find_tower, list_towers
+from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers
 from vlm_cli.checkpoint.weights import load_weights, read_weights, translate
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, OutputExistsError, UnknownNameError

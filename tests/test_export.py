@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import vlm_cli
-from vlm_cli.checkpoint import export
-from vlm_cli.checkpoint.llava import LANGUAGE_MODELS, check_llava
+from vlm_cli.checkpoint.export import programs
+from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava
 from vlm_cli.errors import CheckpointError, UsageError
 
 CLOSE = {"atol": 1e-4, "rtol": 0}  # float32, through different kernels
@@ -138,19 +138,19 @@ def test_the_vision_side_as_onnx(folder, tmp_path):
 
 
 def test_onnx_names_what_is_not_installed(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(programs, "find_spec", lambda name: None if name == "onnxscript" else name)
     result = run("export", folder / "llava", tmp_path / "out", "--format", "vision-onnx")
     assert result.exit_code == 2 and "needs onnxscript. Install it: pip install 'vlm-cli[onnx]'" in result.stderr
 
 
 def test_agreement_is_measured():
     ours = torch.tensor([1.0, -200.0])
-    assert export.must_agree("x", ours, ours + 0.01) == pytest.approx(5e-5, rel=0.1)
+    assert programs.must_agree("x", ours, ours + 0.01) == pytest.approx(5e-5, rel=0.1)
     for theirs in (ours + 0.1, ours * torch.nan):
         with pytest.raises(CheckpointError, match="x differs from the model"):
-            export.must_agree("x", ours, theirs)
+            programs.must_agree("x", ours, theirs)
     with pytest.raises(CheckpointError, match=r"x gives \[1\], the model \[2\]"):
-        export.must_agree("x", ours, ours[:1])
+        programs.must_agree("x", ours, ours[:1])
 
 
 # -- LLaVA -------------------------------------------------------------------------------------------------------------

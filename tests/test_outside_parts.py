@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vlm_cli.registry
-from vlm_cli.checkpoint.openclip import find_tower, list_towers, load_tower
+from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers, load_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, PluginError, UnknownNameError, VisionEncoderError
 from vlm_cli.modeling.vision_encoder import patch_features, tower_shape

@@ -19,7 +19,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from vlm_cli.checkpoint.openclip import find_tower
+from vlm_cli.checkpoint.parts.openclip import find_tower
 from vlm_cli.cli.app import app
 from vlm_cli.composition import FAMILIES, PARTS, VisionEncoderOptions, split_name
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS

@@ -35,10 +35,10 @@ from examples.scenes.world import (
     stream,
 )
 from examples.scenes.write import Series, write
-from vlm_cli.checkpoint.openclip import find_tower, load_tower
+from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
 from vlm_cli.composition import VisionEncoderOptions
+from vlm_cli.data.records import read_records
 from vlm_cli.prompt import Medium, Text, parse
-from vlm_cli.training.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "held-out")

@@ -20,7 +20,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from vlm_cli.checkpoint.create import plan
-from vlm_cli.checkpoint.openclip import find_tower, load_tower
+from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
 from vlm_cli.composition import Composition, LinearOptions, MLPOptions, PerceiverOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, VisionEncoderError
 from vlm_cli.modeling.fusion.cross_attention import MediaVisibility

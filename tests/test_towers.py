@@ -25,7 +25,7 @@ from benchmarks.compatibility.towers import (
     shorten,
     towers,
 )
-from vlm_cli.checkpoint.openclip import find_tower
+from vlm_cli.checkpoint.parts.openclip import find_tower
 from vlm_cli.cli.list_parts import language_models
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, image_size, patch_features, tower_shape

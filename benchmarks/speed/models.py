@@ -35,7 +35,7 @@ from benchmarks.speed import reference
 from benchmarks.speed.measure import Run, Subject
 from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.directory import save
-from vlm_cli.checkpoint.openclip import find_tower
+from vlm_cli.checkpoint.parts.openclip import find_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.modeling.vision_encoder import build_tower
 from vlm_cli.modeling.vlm import VLM

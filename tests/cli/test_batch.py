@@ -24,10 +24,10 @@ from vlm_cli import VLM
 from vlm_cli.cli import batch as batch_module
 from vlm_cli.cli.eval import Progress
 from vlm_cli.cli.options import DEMO
-from vlm_cli.generation import batches
+from vlm_cli.generation import answers
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
+from vlm_cli.generation.images import Gallery, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of
-from vlm_cli.generation.pictures import Gallery, Preprocessor
 from vlm_cli.media import MediaLoader
 
 ANSWER = ("text", "new_tokens", "finish_reason")
@@ -192,7 +192,7 @@ def test_an_answer_does_not_wait_for_the_end_of_the_input(answer, monkeypatch):
     monkeypatch.setattr(Preprocessor, "__getitem__", lambda self, x: (read.append(x), fill(self, x))[1])
     answer([{"prompt": "cat " * (1 + i % 7)} for i in range(100)], "--batch-size", 2, tokens=1)
     ahead = [seen - number for number, seen in enumerate(written)]
-    assert max(ahead) <= batches.WINDOW * 2 and len(read) == 100
+    assert max(ahead) <= answers.WINDOW * 2 and len(read) == 100
 
 
 @pytest.mark.parametrize("model", ["open_gates", "kosmos"])
@@ -200,14 +200,14 @@ def test_without_left_padding_only_equal_lengths_go_together(request, vlm, answe
     model = request.getfixturevalue(model)
     rows = [{"prompt": i % 2 * "<image:0.png>" + "cat " * n} for n in range(1, 9) for i in range(6)]
     wanted = answer(rows, model=model, out="padded.jsonl")[1]
-    monkeypatch.setattr("vlm_cli.generation.batches.NO_LEFT_PADDING", {"llama": "why"})
+    monkeypatch.setattr("vlm_cli.generation.answers.NO_LEFT_PADDING", {"llama": "why"})
     monkeypatch.setattr("vlm_cli.modeling.vlm.NO_LEFT_PADDING", {"llama": "why"})
     asked[0].clear()
     assert answer(rows, model=model)[1] == wanted
     assert all(kwargs["attention_mask"].all() for kwargs in asked[0])
     assert max(len(kwargs["input_ids"]) for kwargs in asked[0]) > 1
     # The twin: padded rows are refused.
-    monkeypatch.setattr("vlm_cli.generation.batches.NO_LEFT_PADDING", {})
+    monkeypatch.setattr("vlm_cli.generation.answers.NO_LEFT_PADDING", {})
     words = ["--batch", write(folder, rows), "-o", folder / "twin.jsonl", "--workers", 0, "-b", 5]
     assert "padded at the left" in vlm("generate", "-m", model, *words).stderr
 
@@ -275,7 +275,7 @@ def test_a_gallery_is_bounded_and_knows_equal_pixels():
 
 
 def test_a_language_model_that_mixes_its_rows_gets_one_at_a_time(answer, asked, monkeypatch):
-    monkeypatch.setattr(batches, "ONE_AT_A_TIME", {"llama": "why"})
+    monkeypatch.setattr(answers, "ONE_AT_A_TIME", {"llama": "why"})
     answer(PROMPTS, "--batch-size", 4)
     assert [len(kwargs["input_ids"]) for kwargs in asked[0]] == [1] * len(PROMPTS)
 
@@ -342,7 +342,7 @@ def test_memory_bounds_a_batch(answer, asked, monkeypatch, open_gates):
     rows = [{"prompt": "The cat", "id": i} for i in range(8)]
     model, _ = directory.load(str(open_gates), dtype="auto", device="cpu", trust_remote_code=False)
     cost = RowCost(model)(12, 0)
-    monkeypatch.setattr(batches, "available_memory", lambda device: int(4.1 * cost))
+    monkeypatch.setattr(answers, "available_memory", lambda device: int(4.1 * cost))
     answer(rows, "--batch-size", 8)
     assert {len(kwargs["input_ids"]) for kwargs in asked[0]} <= {1, 2}
     assert RowCost(model)(12, 1000) > cost and RowCost(model, 3)(12, 0) > cost

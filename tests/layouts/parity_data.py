@@ -19,7 +19,7 @@ from test_parity import Case
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vlm_cli.checkpoint.importing import Imported
+from vlm_cli.checkpoint.published.importing import Imported
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.vlm import VLM
 

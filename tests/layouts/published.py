@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vlm_cli.checkpoint.create import configure
-from vlm_cli.checkpoint.importing import Imported, import_checkpoint, recognise
-from vlm_cli.checkpoint.layouts.base import fill
-from vlm_cli.checkpoint.source import Checkpoint, TensorInfo
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint, TensorInfo
+from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint, recognise
+from vlm_cli.checkpoint.published.layouts.base import fill
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.composition import MEDIA_TOKEN

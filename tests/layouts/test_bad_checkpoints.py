@@ -13,8 +13,8 @@ from published import rewrite, rewrite_config, write_tokenizer
 from safetensors.torch import load_file, save_file
 from test_llava import huggingface
 
-from vlm_cli.checkpoint.importing import import_checkpoint
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.errors import LanguageModelError
 

@@ -35,9 +35,9 @@ from timm.models.eva import Eva
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, OPTForCausalLM, T5Config
 
-from vlm_cli.checkpoint.importing import recognise
-from vlm_cli.checkpoint.layouts import eva
-from vlm_cli.checkpoint.layouts.eva import EvaTower
+from vlm_cli.checkpoint.published.importing import recognise
+from vlm_cli.checkpoint.published.towers import eva
+from vlm_cli.checkpoint.published.towers.eva import EvaTower
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.modeling.vlm import VLM

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from vlm_cli.checkpoint.create import configure
-from vlm_cli.checkpoint.importing import recognise
-from vlm_cli.checkpoint.layouts.base import fill
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.importing import recognise
+from vlm_cli.checkpoint.published.layouts.base import fill
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm_cli.checkpoint.importing import recognise
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.errors import CheckpointError, CompositionError
 from vlm_cli.processor import VLMProcessor

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torchvision import transforms
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from vlm_cli.checkpoint.layouts import siglip
-from vlm_cli.checkpoint.layouts.base import renamer
+from vlm_cli.checkpoint.published.layouts.base import renamer
+from vlm_cli.checkpoint.published.towers import siglip
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vision_encoder import build_tower, patch_features

@@ -14,9 +14,9 @@ from test_parity import check_text, check_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MptConfig
 
-from vlm_cli.checkpoint.importing import Imported, import_checkpoint
-from vlm_cli.checkpoint.layouts.openflamingo import OpenFlamingo
-from vlm_cli.checkpoint.source import Checkpoint, TensorInfo
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint, TensorInfo
+from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
+from vlm_cli.checkpoint.published.layouts.openflamingo import OpenFlamingo
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, CompositionError

@@ -15,8 +15,8 @@ from test_parity import check_text, check_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vlm_cli.checkpoint.importing import Imported, import_checkpoint
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.errors import CheckpointError, CompositionError
 

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from vlm_cli.checkpoint.importing import recognise
-from vlm_cli.checkpoint.layouts import siglip
+from vlm_cli.checkpoint.published.importing import recognise
+from vlm_cli.checkpoint.published.towers import siglip
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.composition import PerceiverOptions
 from vlm_cli.errors import CheckpointError, CompositionError

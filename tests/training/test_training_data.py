@@ -14,11 +14,11 @@ from training_files import CROSS_ATTENTION, write
 
 from vlm_cli import load
 from vlm_cli.composition import END_OF_CHUNK
+from vlm_cli.data.records import read_records
 from vlm_cli.errors import DataError
 from vlm_cli.prompt import interleave
 from vlm_cli.training.dataset import IGNORED, Collator, Encoder, RecordDataset, check_batch, end_token_id, load_dataset
 from vlm_cli.training.order import StreamSampler
-from vlm_cli.training.records import read_records
 
 
 @pytest.fixture(scope="module")

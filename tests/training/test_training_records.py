@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, ImageFile
 from training_files import write
 
+from vlm_cli.data.records import raise_problems, read_records
 from vlm_cli.errors import DataError
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.training.records import raise_problems, read_records
 
 RED = Medium("red.png")
 BLUE = Medium("blue.png")

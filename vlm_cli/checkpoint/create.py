@@ -12,8 +12,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from vlm_cli.checkpoint.language_models import LanguageModelSource, find_language_model
-from vlm_cli.checkpoint.openclip import Tower, find_tower, load_tower
+from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
+from vlm_cli.checkpoint.parts.openclip import Tower, find_tower, load_tower
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
 from vlm_cli.modeling.language_model import context_length

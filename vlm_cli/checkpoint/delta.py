@@ -20,8 +20,8 @@ from transformers.utils import cached_file
 
 from vlm_cli.checkpoint.create import cast
 from vlm_cli.checkpoint.directory import DELTA_FILE
-from vlm_cli.checkpoint.language_models import LanguageModelSource, find_language_model
-from vlm_cli.checkpoint.openclip import Tower, fetch_weights, find_tower, load_tower, weights_in
+from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
+from vlm_cli.checkpoint.parts.openclip import Tower, fetch_weights, find_tower, load_tower, weights_in
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower

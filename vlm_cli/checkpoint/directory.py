@@ -137,7 +137,7 @@ def save(
     Raises:
         VLMError: if the disk is full, or a delta cannot be made.
     """
-    from vlm_cli.checkpoint.remote_code import write_code
+    from vlm_cli.checkpoint.parts.remote_code import write_code
 
     write_code(model.lang_model, out)
     told: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
     Raises:
         CheckpointError: if there is none.
     """
-    from vlm_cli.checkpoint.remote_code import adopt_from_directory
+    from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
     from vlm_cli.modeling.vlm import VLMConfig
 
     try:

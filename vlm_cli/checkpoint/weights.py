@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
 from vlm_cli.composition import PARTS
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLM

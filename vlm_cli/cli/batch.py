@@ -109,7 +109,7 @@ class BatchOptions:
         Raises:
             DataError: if it cannot be read.
         """
-        from vlm_cli.training.records import read_lines
+        from vlm_cli.data.records import read_lines
 
         if self.batch != "-":
             return read_lines(Path(str(self.batch)))
@@ -224,10 +224,10 @@ class BatchRun:
 
     def _pipeline(self, processor: Any, lines: Iterator[Any], note: Callable[[str], None]) -> tuple[Any, Any]:
         """What answers, and the rows that are put to it."""
+        from vlm_cli.generation.answers import RowAnswerer, token_bytes
         from vlm_cli.generation.batch_size import BatchSize
-        from vlm_cli.generation.batches import RowAnswerer, token_bytes
-        from vlm_cli.generation.continuation import Continuation
-        from vlm_cli.generation.pictures import Gallery, Preprocessor, with_pictures
+        from vlm_cli.generation.decoder import Continuation
+        from vlm_cli.generation.images import Gallery, Preprocessor, with_pictures
         from vlm_cli.generation.rows import RowReader
         from vlm_cli.media import MediaLoader
 
@@ -268,7 +268,7 @@ class BatchRun:
 
     def to_dict(self) -> dict[str, Any]:
         """What was done; rates and images are of this run alone."""
-        from vlm_cli.generation.batches import Counts
+        from vlm_cli.generation.answers import Counts
 
         counts, seconds = self.counts or Counts(), self.seconds or 1.0
         return {

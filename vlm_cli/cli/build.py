@@ -122,8 +122,8 @@ def _import(
     Raises:
         VLMError: if they are not known, damaged, or do not cover the model.
     """
-    from vlm_cli.checkpoint.importing import import_checkpoint, recognise
-    from vlm_cli.checkpoint.source import Checkpoint
+    from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+    from vlm_cli.checkpoint.published.importing import import_checkpoint, recognise
     from vlm_cli.cli.models import hush
 
     hush()
@@ -167,7 +167,7 @@ def _check_left_out(layout: Any, checkpoint: Any) -> None:
     Raises:
         UsageError: if the checkpoint holds its own backbones, which no other place has.
     """
-    from vlm_cli.checkpoint.importing import describing
+    from vlm_cli.checkpoint.published.importing import describing
 
     with describing(checkpoint, layout):
         described = layout.describe(checkpoint)

@@ -122,7 +122,7 @@ class ChatRun:
         from transformers import set_seed
 
         from vlm_cli.generation.chat import Chat
-        from vlm_cli.generation.continuation import Continuation
+        from vlm_cli.generation.decoder import Continuation
 
         if self.sampling.seed is not None:
             set_seed(self.sampling.seed)

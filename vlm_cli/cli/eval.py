@@ -39,7 +39,7 @@ class OutputOptions:
         Raises:
             VLMError: if a file may not be written.
         """
-        from vlm_cli.evaluation.files import check_file
+        from vlm_cli.files import check_file
 
         taken = {data.resolve(): "--data"}
         for flag, path in (("--html", self.html), ("--output", self.output)):
@@ -189,8 +189,8 @@ class Evaluation:
         """Write the files that were asked for."""
         import json
 
-        from vlm_cli.evaluation.files import replacing_file
         from vlm_cli.evaluation.page import write_page
+        from vlm_cli.files import replacing_file
 
         if files.output is not None:
             with replacing_file(files.output, overwrite=files.overwrite) as file:

@@ -47,7 +47,7 @@ def export(
 
     check_output(out, overwrite=overwrite)
     from vlm_cli.checkpoint.directory import load, read_config, replacing
-    from vlm_cli.checkpoint.export import write_mark
+    from vlm_cli.checkpoint.export.programs import write_mark
     from vlm_cli.cli.models import hush
 
     hush()
@@ -80,10 +80,10 @@ def _writer(kind: str, config: Any, max_shard_size: str, trust_remote_code: bool
     """
     from functools import partial
 
-    from vlm_cli.checkpoint import export as formats
+    from vlm_cli.checkpoint.export import programs as formats
 
     if kind == "llava":
-        from vlm_cli.checkpoint.llava import check_llava, export_llava
+        from vlm_cli.checkpoint.export.llava import check_llava, export_llava
 
         check_llava(config)
         return partial(export_llava, max_shard_size=max_shard_size)

@@ -254,7 +254,7 @@ class Run:
     """
 
     def __init__(self, model: Any, processor: Any, sampling: SamplingOptions, load_seconds: float) -> None:
-        from vlm_cli.generation.continuation import Continuation
+        from vlm_cli.generation.decoder import Continuation
 
         self.model, self.processor = model, processor
         self.continuation = Continuation(model, processor, sampling.keywords(), sampling.stop or ())

@@ -73,7 +73,7 @@ def _print_all(found: dict[str, dict[str, str]], as_json: bool) -> None:
 def _entries(kind: str) -> dict[str, str]:
     """Names of a kind, and a word on each."""
     if kind == "vision-encoders":
-        from vlm_cli.checkpoint.openclip import list_towers
+        from vlm_cli.checkpoint.parts.openclip import list_towers
 
         return list_towers()
     if kind == "language-models":
@@ -103,14 +103,14 @@ def _facts(entries: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _config(name: str) -> dict[str, Any]:
-    from vlm_cli.checkpoint.openclip import find_tower
+    from vlm_cli.checkpoint.parts.openclip import find_tower
 
     return find_tower(VisionEncoderOptions(name=name)).config
 
 
 def _outside_facts(name: str) -> dict[str, Any]:
     """Facts of another package's encoder; measured each time, as its version does not tell when it changes."""
-    from vlm_cli.checkpoint.openclip import find_tower
+    from vlm_cli.checkpoint.parts.openclip import find_tower
     from vlm_cli.report.encoders import measure
 
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
-from vlm_cli.generation.continuation import cut_at_stop
+from vlm_cli.generation.decoder import cut_at_stop
 
 __all__ = ["TextStream"]
 

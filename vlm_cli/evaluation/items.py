@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_cli.data.records import Problem, Record, Records, raise_problems, read_records
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.training.records import Problem, Record, Records, raise_problems, read_records
 
 __all__ = ["Item", "check_lengths", "read_items"]
 

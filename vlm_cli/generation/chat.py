@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlm_cli.errors import ContextError
-from vlm_cli.generation.continuation import Continuation
 from vlm_cli.generation.conversation import Conversation, Script
+from vlm_cli.generation.decoder import Continuation
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 

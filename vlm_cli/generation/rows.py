@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlm_cli.data.records import Misfit, parse_object, take, take_images
 from vlm_cli.errors import PromptError
-from vlm_cli.generation.continuation import Continuation
-from vlm_cli.generation.pictures import Handle
+from vlm_cli.generation.decoder import Continuation
+from vlm_cli.generation.images import Handle
 from vlm_cli.prompt import Medium, interleave
-from vlm_cli.training.records import Misfit, parse_object, take, take_images
 
 __all__ = ["Line", "Row", "RowReader", "number_lines"]
 

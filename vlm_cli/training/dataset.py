@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm_cli.composition import END_OF_CHUNK
+from vlm_cli.data.records import Piece, Problem, Record, raise_problems, read_records
 from vlm_cli.errors import DataError, LanguageModelError, MediaError
 from vlm_cli.media import MediaLoader
 from vlm_cli.prompt import Medium, Slot, Text
-from vlm_cli.training.records import Piece, Problem, Record, raise_problems, read_records
 
 __all__ = ["IGNORED", "Collator", "Encoder", "Limits", "RecordDataset", "end_token_id", "load_dataset"]
 

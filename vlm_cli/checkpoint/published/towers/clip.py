@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.checkpoint.layouts.base import Place
+from vlm_cli.checkpoint.published.layouts.base import Place
 from vlm_cli.errors import CheckpointError
 
 __all__ = ["CLIP_UNNEEDED", "clip_table", "clip_vision_config", "read_preprocessing"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.checkpoint.export import TOLERANCE, must_agree
+from vlm_cli.checkpoint.export.programs import TOLERANCE, must_agree
 from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.vlm import VLM, VLMConfig

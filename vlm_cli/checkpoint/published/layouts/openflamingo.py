@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlm_cli.checkpoint.layouts.base import Described, Place, Places, number_of, renamer
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLMConfig

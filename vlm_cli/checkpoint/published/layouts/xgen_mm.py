@@ -14,17 +14,17 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from vlm_cli.checkpoint.layouts.base import Described, Places, number_of, renamer
-from vlm_cli.checkpoint.layouts.openflamingo import attention_channels, check_heads, perceiver_options
-from vlm_cli.checkpoint.layouts.reduced_scope import check_bias, decoupled_table, has_bias
-from vlm_cli.checkpoint.layouts.siglip import (
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts.base import Described, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import check_bias, decoupled_table, has_bias
+from vlm_cli.checkpoint.published.layouts.openflamingo import attention_channels, check_heads, perceiver_options
+from vlm_cli.checkpoint.published.towers.siglip import (
     SIGLIP_TOWERS,
     SIGLIP_UNNEEDED,
     siglip_name,
     siglip_table,
     siglip_vision_config,
 )
-from vlm_cli.checkpoint.source import Checkpoint
 from vlm_cli.checkpoint.weights import OPEN_FLAMINGO_NAMES
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from vlm_cli.checkpoint.remote_code import adopt_from_config
+from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import LanguageModelError, first_line
 from vlm_cli.modeling.language_model import check_causal

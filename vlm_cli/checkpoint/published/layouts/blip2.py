@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vlm_cli.checkpoint.layouts.base import Described, Place, Places, number_of, renamer
-from vlm_cli.checkpoint.layouts.eva import EVA_UNNEEDED, eva_table, eva_tower
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.towers.eva import EVA_UNNEEDED, eva_table, eva_tower
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLMConfig

@@ -13,11 +13,11 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlm_cli.checkpoint.create import cast, configure, generation_config
-from vlm_cli.checkpoint.language_models import LanguageModelSource, find_language_model
-from vlm_cli.checkpoint.layouts import LAYOUTS
-from vlm_cli.checkpoint.layouts.base import Described, Layout, fill
-from vlm_cli.checkpoint.openclip import find_tower, load_tower
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
+from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts import LAYOUTS
+from vlm_cli.checkpoint.published.layouts.base import Described, Layout, fill
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, first_line

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vlm_cli.checkpoint.layouts.base import Described, Place, Places, number_of, renamer
-from vlm_cli.checkpoint.layouts.openflamingo import (
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.openflamingo import (
     check_fusion,
     check_heads,
     cross_attention_options,
     perceiver_options,
 )
-from vlm_cli.checkpoint.source import Checkpoint
 from vlm_cli.checkpoint.weights import OPEN_FLAMINGO_NAMES
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError

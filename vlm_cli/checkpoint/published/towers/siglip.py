@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_cli.checkpoint.layouts.base import Place
+from vlm_cli.checkpoint.published.layouts.base import Place
 from vlm_cli.errors import CheckpointError
 
 __all__ = ["SIGLIP_TOWERS", "SIGLIP_UNNEEDED", "as_positions", "siglip_name", "siglip_table", "siglip_vision_config"]

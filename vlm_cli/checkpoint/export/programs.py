@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlm_cli import __version__
 from vlm_cli.checkpoint.directory import EXPORT_FILE
-from vlm_cli.checkpoint.remote_code import write_code
+from vlm_cli.checkpoint.parts.remote_code import write_code
 from vlm_cli.errors import CheckpointError, UsageError, first_line
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor

@@ -10,9 +10,9 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.checkpoint.layouts.base import Place, number_of
-from vlm_cli.checkpoint.layouts.clip import read_preprocessing
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts.base import Place, number_of
+from vlm_cli.checkpoint.published.towers.clip import read_preprocessing
 from vlm_cli.errors import CheckpointError
 
 __all__ = ["EVA_TOWERS", "EVA_UNNEEDED", "EvaTower", "eva_table", "eva_tower"]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLM, VLMConfig

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from vlm_cli.checkpoint.layouts.base import Described, Place, Places, number_of, renamer
-from vlm_cli.checkpoint.layouts.clip import CLIP_UNNEEDED, clip_table, clip_vision_config
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLMConfig

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_cli.checkpoint.layouts.base import Described, Place, Places, mean_rows, renamer
-from vlm_cli.checkpoint.layouts.siglip import SIGLIP_UNNEEDED, siglip_name, siglip_vision_config
-from vlm_cli.checkpoint.source import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, mean_rows, renamer
+from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_UNNEEDED, siglip_name, siglip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLMConfig

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
-from vlm_cli.generation.continuation import Continuation
-from vlm_cli.generation.pictures import Picture
+from vlm_cli.generation.decoder import Continuation
+from vlm_cli.generation.images import Picture
 from vlm_cli.generation.rows import Row
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache

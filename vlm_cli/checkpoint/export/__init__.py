@@ -1,0 +1,1 @@
+"""What `vlm export` writes for other programs."""

@@ -1,0 +1,1 @@
+"""Pretrained parts: where their weights are, and how they are loaded."""

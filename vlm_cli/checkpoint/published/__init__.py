@@ -1,0 +1,1 @@
+"""Published checkpoints: recognise a layout, and copy its tensors into a VLM."""

@@ -1,0 +1,26 @@
+"""Layouts of published weights, in the order in which they are tried."""
+
+from vlm_cli.checkpoint.published.layouts.base import Layout
+from vlm_cli.checkpoint.published.layouts.blip2 import HuggingFaceBLIP2, LavisBLIP2
+from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
+from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
+from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
+from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
+from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import ReducedScope
+from vlm_cli.checkpoint.published.layouts.openflamingo import OpenFlamingo
+from vlm_cli.checkpoint.published.layouts.xgen_mm import XGenMM
+
+__all__ = ["LAYOUTS"]
+
+LAYOUTS: tuple[Layout, ...] = (
+    HuggingFaceLLaVA(),
+    OriginalLLaVA(),
+    HuggingFaceBLIP2(),
+    HuggingFaceIDEFICS(),
+    LavisBLIP2(),
+    FlamingoMini(),
+    NanoVLM(),
+    OpenFlamingo(),
+    XGenMM(),
+    ReducedScope(),
+)

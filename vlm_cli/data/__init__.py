@@ -1,0 +1,1 @@
+"""Records: what people train, evaluate and batch on, one JSON object a line."""
