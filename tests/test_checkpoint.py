@@ -21,7 +21,7 @@ from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers
 from vlm_cli.checkpoint.weights import load_weights, read_weights, translate
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, OutputExistsError, UnknownNameError
-from vlm_cli.modeling.vlm import VLMConfig
+from vlm_cli.modeling.config import VLMConfig
 
 PARITY = Path(__file__).parent / "parity"
 

@@ -19,9 +19,11 @@ from benchmarks.compatibility.language_models import tiny_vlm
 from vlm_cli import load
 from vlm_cli.cli.options import DEMO
 from vlm_cli.modeling import vlm as vlm_module
-from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock
+from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.fusion import language_stream
+from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock, VLMWithCrossAttention
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
-from vlm_cli.modeling.vlm import VLM, Conditioning, VLMWithCrossAttention
+from vlm_cli.modeling.vlm import VLM
 from vlm_cli.report.invariants import CHECKS, QUICK, Finding, check_invariants
 
 CROSS, STREAM = "cross-attention", "language-stream"
@@ -152,8 +154,10 @@ def adds_something_behind_closed_gates(model, patch):
 
 @breaks("bare", STREAM)
 def places_media_one_position_late(model, patch):
-    place = vlm_module.place
-    patch.setattr(vlm_module, "place", lambda x, media, there, at: place(x, media, there.roll(1, 1), at.roll(1, 1)))
+    place = language_stream.place
+    patch.setattr(
+        language_stream, "place", lambda x, media, there, at: place(x, media, there.roll(1, 1), at.roll(1, 1))
+    )
 
 
 @breaks("bare", STREAM)
@@ -251,7 +255,7 @@ def drops_the_attention_mask(model, patch):
 
 @breaks("padded", STREAM)
 def forgets_the_attention_mask_where_it_spreads(model, patch):
-    wrap(patch, vlm_module, "expand", lambda x: replace(x, attention_mask=torch.ones_like(x.attention_mask)))
+    wrap(patch, language_stream, "expand", lambda x: replace(x, attention_mask=torch.ones_like(x.attention_mask)))
 
 
 @breaks("padded", language_model="gpt2")

@@ -25,11 +25,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 
 from vlm_cli.composition import FAMILIES, PARTS
-from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock, MediaVisibility, attend_to_media
-from vlm_cli.modeling.fusion.language_stream import compact, expand, place
+from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock
+from vlm_cli.modeling.fusion.expansion import compact, expand, place
+from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
+from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import update_hidden_states
 from vlm_cli.modeling.vision_encoder import build_tower, patch_features, tower_shape
-from vlm_cli.modeling.vlm import VLM, VLMWithLanguageStream
+from vlm_cli.modeling.vlm import VLM
 
 #: Logits are of order 1 and travel through sums in another order.
 TOLERANCE = {"atol": 3e-5, "rtol": 1e-4}

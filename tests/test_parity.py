@@ -21,8 +21,10 @@ from transformers import AutoConfig
 
 from vlm_cli.checkpoint.weights import load_weights
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, PARTS, Composition
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.vision_encoder import tower_shape
-from vlm_cli.modeling.vlm import VLM, VLMConfig, VLMWithLanguageStream
+from vlm_cli.modeling.vlm import VLM
 
 HOMES = [Path(__file__).parent / "parity", *(Path(x) for x in [os.environ.get("VLM_PARITY")] if x)]
 FOLDERS = sorted(path.parent for home in HOMES for path in home.glob("*/config.json"))

@@ -23,7 +23,7 @@ from vlm_cli.checkpoint.create import plan
 from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
 from vlm_cli.composition import Composition, LinearOptions, MLPOptions, PerceiverOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, VisionEncoderError
-from vlm_cli.modeling.fusion.cross_attention import MediaVisibility
+from vlm_cli.modeling.fusion.visibility import MediaVisibility
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, cut, patch_features, tower_shape
 from vlm_cli.modeling.vision_tokenizers.linear import LinearProjection, MLPProjection, pixel_shuffle
 from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler

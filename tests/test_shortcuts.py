@@ -16,7 +16,7 @@ from tiny import IMAGE
 from torch import Tensor, nn
 
 from vlm_cli.modeling import vlm as core
-from vlm_cli.modeling.fusion.cross_attention import MediaVisibility, Readers, attend_to_media
+from vlm_cli.modeling.fusion.visibility import MediaVisibility, Readers, attend_to_media
 from vlm_cli.modeling.vision_encoder import distinct
 from vlm_cli.modeling.vlm import VLM
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
+from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, cut, tower_shape
-from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.modeling.vlm import VLM
 
 VOCABULARY = 80  # tokens
 PAD = 0

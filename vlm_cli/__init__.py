@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from vlm_cli.checkpoint.directory import load
     from vlm_cli.composition import Composition
     from vlm_cli.modeling.acceleration import accelerate
-    from vlm_cli.modeling.vlm import VLM, VLMConfig, VLMWithCrossAttention, VLMWithLanguageStream
+    from vlm_cli.modeling.config import VLMConfig
+    from vlm_cli.modeling.fusion.cross_attention import VLMWithCrossAttention
+    from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
+    from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
 
 __version__ = "0.1.0"
@@ -19,10 +22,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Composition": "vlm_cli.composition",
     "VLM": "vlm_cli.modeling.vlm",
-    "VLMConfig": "vlm_cli.modeling.vlm",
+    "VLMConfig": "vlm_cli.modeling.config",
     "VLMProcessor": "vlm_cli.processor",
-    "VLMWithCrossAttention": "vlm_cli.modeling.vlm",
-    "VLMWithLanguageStream": "vlm_cli.modeling.vlm",
+    "VLMWithCrossAttention": "vlm_cli.modeling.fusion.cross_attention",
+    "VLMWithLanguageStream": "vlm_cli.modeling.fusion.language_stream",
     "accelerate": "vlm_cli.modeling.acceleration",
     "create": "vlm_cli.checkpoint.create",
     "load": "vlm_cli.checkpoint.directory",

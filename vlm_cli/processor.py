@@ -27,7 +27,8 @@ from transformers import (
 
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError, PromptError
-from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import Medium, Text, parse
 
 __all__ = ["OpenCLIPImageProcessor", "Seam", "VLMProcessor", "add_tokens"]

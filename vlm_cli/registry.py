@@ -255,19 +255,19 @@ for _part in (
 for _part in (
     Part(
         "cross-attention",
-        "vlm_cli.modeling.vlm:VLMWithCrossAttention",
+        "vlm_cli.modeling.fusion.cross_attention:VLMWithCrossAttention",
         "vlm_cli.composition:CrossAttentionOptions",
         "gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)",
     ),
     Part(
         "llama-cross-attention",
-        "vlm_cli.modeling.vlm:VLMWithLlamaCrossAttention",
+        "vlm_cli.modeling.fusion.llama_cross_attention:VLMWithLlamaCrossAttention",
         "vlm_cli.composition:LlamaCrossAttentionOptions",
         "the same with blocks made like Llama's layers: RMSNorm and SwiGLU (IDEFICS)",
     ),
     Part(
         "language-stream",
-        "vlm_cli.modeling.vlm:VLMWithLanguageStream",
+        "vlm_cli.modeling.fusion.language_stream:VLMWithLanguageStream",
         "vlm_cli.composition:LanguageStreamOptions",
         "vision tokens take the place of the media token among the text tokens (Kosmos, BLIP-2, LLaVA)",
     ),

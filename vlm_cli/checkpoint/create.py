@@ -16,9 +16,10 @@ from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_l
 from vlm_cli.checkpoint.parts.openclip import Tower, find_tower, load_tower
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
+from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.language_model import context_length
 from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
-from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
 
 __all__ = ["Blueprint", "cast", "configure", "create", "generation_config", "not_found", "plan"]

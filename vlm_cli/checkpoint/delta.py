@@ -24,8 +24,9 @@ from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_l
 from vlm_cli.checkpoint.parts.openclip import Tower, fetch_weights, find_tower, load_tower, weights_in
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
+from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower
-from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["Backbone", "assemble", "delta_bytes", "hash_tensors", "write_delta"]
 

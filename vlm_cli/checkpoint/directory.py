@@ -165,7 +165,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
         CheckpointError: if there is none.
     """
     from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
-    from vlm_cli.modeling.vlm import VLMConfig
+    from vlm_cli.modeling.config import VLMConfig
 
     try:
         data, _ = VLMConfig.get_config_dict(name, **keywords)

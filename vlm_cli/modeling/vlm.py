@@ -15,149 +15,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vlm_cli.composition import PARTS, Composition
 from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.added_tokens import AddedTokens
-from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttention, MediaVisibility
-from vlm_cli.modeling.fusion.language_stream import Expansion, compact, expand, place
-from vlm_cli.modeling.fusion.llama_cross_attention import LlamaGatedCrossAttention
+from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.fusion.expansion import Expansion
 from vlm_cli.modeling.language_model import (
     NO_LEFT_PADDING,
     NO_PIECES,
-    decoder_layers,
     forward_arguments,
-    update_hidden_states,
     widths,
 )
+from vlm_cli.modeling.lm_interface import is_filled
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, distinct
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
 
-__all__ = [
-    "VLM",
-    "Conditioning",
-    "VLMConfig",
-    "VLMWithCrossAttention",
-    "VLMWithLanguageStream",
-    "VLMWithLlamaCrossAttention",
-]
-
-
-class VLMConfig(PreTrainedConfig):
-    """A composition together with the configurations of its two pretrained parts.
-
-    Attributes:
-        text_config: configuration of the language model.
-        vision_config: of the OpenCLIP tower: `embed_dim`, `vision_cfg`, `quick_gelu` as in OpenCLIP, `preprocess`,
-            and `num_patches` and `dim`, the shape of its features.
-        composition: `Composition.to_dict()`.
-        added_tokens: tokens that the language model does not have, in the order of their ids.
-        first_added_id: id of the first of them.
-        media_token_id: id of `<image>`.
-    """
-
-    model_type = "vlm"
-    sub_configs = {"text_config": AutoConfig}
-
-    # A configuration class can be made without arguments, so each has a default; a model needs them all.
-    text_config: Any = None
-    vision_config: Any = None
-    composition: Any = None
-    added_tokens: Any = None
-    first_added_id: Any = None
-    media_token_id: Any = None
-    pad_token_id: int | None = None
-    eos_token_id: list[int] | None = None
-    # The language model ties its own weights; nothing of ours is tied.
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.text_config, PreTrainedConfig):
-            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
-        super().__post_init__(**kwargs)
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        # The language model may itself be composite (gemma3, mllama, …).
-        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
-
-    @property
-    def parts(self) -> Composition:
-        return Composition.from_dict(self.composition)
-
-    @property
-    def image_token_id(self) -> int:
-        return self.media_token_id
-
-
-@dataclass
-class Conditioning:
-    """What the hooks read while the language model runs.
-
-    Attributes:
-        ids: int[B, T] of the running call, as the user wrote them; before the first call, of the prompt.
-        media: the fusion's own form of the vision tokens, one row for each row of the prompt; None without media.
-        media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
-        media_positions: int[B, T], number of media tokens at or before each position.
-        hide_media_logit: whether `<image>` gets no chance.
-        visibility: what each position sees; set by the cross-attention.
-        head_input: float[B, T, d] that the head read last.
-        is_checkpointed: whether what runs is computed again in the backward pass.
-        prompt: what each call starts from; None before the first.
-    """
-
-    ids: Tensor
-    media: Tensor | None
-    media_mask: Tensor | None
-    media_positions: Tensor
-    hide_media_logit: bool = False
-    visibility: MediaVisibility | None = None
-    head_input: Tensor | None = None
-    is_checkpointed: bool = False
-    prompt: Conditioning | None = None
-
-    def at(self, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
-        """The same for one call of the language model, which may repeat rows, and read a piece of the prompt or what
-        follows it.
-
-        Args:
-            ids: int[B, T] of the call.
-            media_token_id: id of `<image>`.
-            end: how many positions will have been read after the call; None if that is not known.
-
-        Raises:
-            ValueError: if the rows are not those of the prompt, each repeated as often.
-        """
-        repeats, rest = divmod(ids.shape[0], self.media_positions.shape[0])
-        if rest or not repeats:
-            raise ValueError(
-                f"the language model is conditioned on {len(self.media_positions)} rows, "
-                f"and was called with {len(ids)}."
-            )
-
-        def rows(x: Any) -> Any:
-            return x if x is None or repeats == 1 else x.repeat_interleave(repeats, dim=0)
-
-        positions = rows(self.media_positions)
-        num, length = ids.shape[1], positions.shape[1]
-        if end is not None and num <= end <= length:
-            positions = positions[:, end - num : end]
-        elif num != length:
-            before = positions[:, -1:] if num < length else 0
-            positions = before + (ids == media_token_id).cumsum(-1)
-        return replace(
-            self, ids=ids, media_positions=positions, media=rows(self.media), media_mask=rows(self.media_mask)
-        )
+__all__ = ["VLM"]
 
 
 class VLM(PreTrainedModel, GenerationMixin):
@@ -567,7 +454,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             kwargs[self._cache_argument] = past_key_values
         kind = self.lang_model.config.model_type
-        if kind in NO_PIECES and lang_x.shape[1] > 1 and _is_filled(kwargs.get(self._cache_argument)):
+        if kind in NO_PIECES and lang_x.shape[1] > 1 and is_filled(kwargs.get(self._cache_argument)):
             raise LanguageModelLimit(
                 f"a language model of type {kind} cannot read several tokens after a cache: {NO_PIECES[kind]}. "
                 "Give the whole prompt at once, without prefill_chunk_size."
@@ -850,19 +737,6 @@ def _num_cached(cache: Any) -> int:
         return 0  # a purely recurrent state has no positions, and its model reads the mask of new ones only
 
 
-def _is_filled(cache: Any) -> bool:
-    """Whether a cache has read anything; generation begins with an empty one."""
-    if cache is None:
-        return False
-    if not hasattr(cache, "get_seq_length"):  # rwkv's list of states, which its first call makes
-        return True
-    try:
-        return cache.get_seq_length() > 0
-    except ValueError:  # a purely recurrent state
-        found = cache.has_previous_state
-        return bool(found() if callable(found) else found)
-
-
 def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
     """Generated sequences that begin with the prompt as it was given, not as it was spread over `length` positions."""
 
@@ -876,110 +750,13 @@ def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
     return fold(output)
 
 
-class VLMWithCrossAttention(VLM):
-    """Gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)."""
-
-    _fusion_class: type[GatedCrossAttention] = GatedCrossAttention
-
-    @classmethod
-    def media_width(cls, dim_embedding: int) -> int | None:
-        return None
-
-    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
-        options = parts.fusion.options
-        layers = decoder_layers(self.lang_model, parts.language_model.decoder_layers)
-        first = options.every - 1 if options.first is None else options.first
-        numbers = range(first, len(layers), options.every)
-        self.fusion = self._fusion_class(options, dim_layer, self.vision_tokenizer.dim_out, numbers)
-        for slot, i in enumerate(numbers):
-            layers[i].register_forward_pre_hook(_BeforeLayer(self, str(i), slot), with_kwargs=True)
-
-    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
-        """Keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
-        return self.fusion.project(vision_tokens)
-
-    def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
-        c = super()._at_call(prompt, ids, end)
-        if c.media is not None and c.media_mask is not None:
-            # After the prompt, only the last medium is kept where no other is seen.
-            positions = c.media_positions.clamp(max=c.media_mask.shape[1])
-            c.visibility = self.fusion.visibility(positions, c.media_mask)
-        return c
-
-    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        kept = super()._update_model_kwargs_for_generation(*args, **kwargs)
-        media, mask = kept.get("media"), kept.get("media_mask")
-        if (
-            media is None
-            or mask is None
-            or self.config.parts.fusion.options.attend != "last"
-            or mask.shape[1] == 1
-            or not _is_filled(kept.get(self._cache_argument))
-        ):
-            return kept
-        # What is generated sees the last medium of its row alone.
-        last = (mask.any(-1).sum(-1) - 1).clamp(min=0)  # [B]
-        rows = torch.arange(len(last), device=last.device)
-        by_medium = media.unflatten(-2, mask.shape[1:])  # [B, L, 2, h, T_img, n, k]
-        return kept | {"media": by_medium[rows, ..., last, :, :].contiguous(), "media_mask": mask[rows, last][:, None]}
-
-
-class _BeforeLayer:
-    """The hook that runs a gated cross-attention block before its decoder layer."""
-
-    def __init__(self, model: VLMWithCrossAttention, key: str, slot: int) -> None:
-        self.model, self.key, self.slot = model, key, slot
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        c = self.model._conditioning
-        if c is None or c.media is None:
-            return None
-        block, keys_values, visibility = self.model.fusion.blocks[self.key], c.media[:, self.slot], c.visibility
-
-        def update(hidden: Tensor) -> Tensor:
-            return block(hidden, keys_values.to(hidden), visibility)
-
-        return update_hidden_states(update, args, kwargs, c.ids.shape, block.dim)
-
-
-class VLMWithLlamaCrossAttention(VLMWithCrossAttention):
-    """Gated cross-attention with blocks made like Llama's layers (IDEFICS)."""
-
-    _fusion_class = LlamaGatedCrossAttention
-
-
-class VLMWithLanguageStream(VLM):
-    """Vision tokens take the place of the media token among the text tokens (Kosmos, BLIP-2, LLaVA)."""
-
-    @classmethod
-    def media_width(cls, dim_embedding: int) -> int | None:
-        return dim_embedding
-
-    def positions_per_medium(self, num_frames: int = 1) -> int:
-        return self.vision_tokenizer.num_tokens(num_frames)
-
-    def positions_of_medium(self, vision_tokens: Tensor) -> int:
-        return len(vision_tokens)
-
-    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
-        self.fusion = nn.Module()
-
-    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
-        """The tokens of a row in order, padding last: float[B, T_img·n, d]."""
-        return compact(vision_tokens, media_mask)
-
-    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> Expansion | None:
-        is_media = lang_x == self.config.media_token_id
-        pad_id = self.config.pad_token_id or 0
-        mask, before = attention_mask, None
-        if attention_mask is not None:  # with a cache, it also covers the positions before `lang_x`
-            before, mask = attention_mask.split([attention_mask.shape[1] - lang_x.shape[1], lang_x.shape[1]], dim=1)
-        expansion = expand(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
-        if before is None:
-            return expansion
-        return replace(expansion, attention_mask=torch.cat([before, expansion.attention_mask], dim=1))
-
-    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
-        if c.media is None:
-            return embeddings
-        return place(embeddings, c.media, c.ids == self.config.media_token_id, c.media_positions)
+def __getattr__(name: str) -> Any:
+    """The classes that lived here until 0.1, for packages that still import them from this module."""
+    moved = {
+        "VLMWithCrossAttention": "vlm_cli.modeling.fusion.cross_attention",
+        "VLMWithLanguageStream": "vlm_cli.modeling.fusion.language_stream",
+        "VLMWithLlamaCrossAttention": "vlm_cli.modeling.fusion.llama_cross_attention",
+    }
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(moved[name]), name)

@@ -28,8 +28,9 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from vlm_cli.errors import LanguageModelLimit, first_line
+from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.language_model import forward_arguments
-from vlm_cli.modeling.vlm import VLM, VLMWithLanguageStream
+from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["CHECKS", "Finding", "check_invariants"]
 

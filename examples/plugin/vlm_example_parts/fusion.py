@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm_cli.composition import Composition
-from vlm_cli.modeling.vlm import VLM, Conditioning
+from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.vlm import VLM
 
 
 class VLMWithRunningMean(VLM):

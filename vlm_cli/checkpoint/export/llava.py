@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from vlm_cli.checkpoint.export.programs import TOLERANCE, must_agree
 from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
 from vlm_cli.errors import UsageError
-from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 
 __all__ = ["check_llava", "export_llava"]

@@ -9,153 +9,22 @@ L blocks; inside attention h heads, k head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlm_cli.composition import Activation
+from vlm_cli.composition import Composition
+from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
+from vlm_cli.modeling.language_model import decoder_layers, update_hidden_states
+from vlm_cli.modeling.layers import feed_forward
+from vlm_cli.modeling.lm_interface import is_filled
 from vlm_cli.modeling.vision_encoder import distinct
+from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["GatedCrossAttention", "GatedCrossAttentionBlock", "MediaVisibility", "attend_to_media", "feed_forward"]
-
-
-class SquaredReLU(nn.Module):
-    """max(x, 0)² (Primer, https://arxiv.org/abs/2109.08668)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.relu().square()
-
-
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "squared_relu": SquaredReLU}
-
-
-def feed_forward(dim: int, mult: int, activation: Activation = "gelu") -> nn.Sequential:
-    """LayerNorm, linear, activation, linear; no biases."""
-    return nn.Sequential(
-        nn.LayerNorm(dim),
-        nn.Linear(dim, dim * mult, bias=False),
-        _ACTIVATIONS[activation](),
-        nn.Linear(dim * mult, dim, bias=False),
-    )
-
-
-@dataclass(frozen=True)
-class MediaVisibility:
-    """Which text positions a block changes, and what they see; built once per call.
-
-    With two media of n = 2 tokens, `<image>`s at positions 1 and 3, and `attend="last"`:
-
-        position           0     1     2     3     4
-        media_positions    0     1     1     2     2
-        attention row      ....  11..  11..  ..11  ..11
-        reads              no    yes   yes   yes   yes
-
-    Where each position reads one medium of several, attention is computed between each medium and its own readers
-    (`Readers`), which for M media is M times less than between all positions and all media.
-    """
-
-    attention: Tensor  # bool[B, 1, T_txt, S], or bool[B·T_img, 1, 1, n] with readers: true where a position may look
-    reads: Tensor  # bool[B, T_txt, 1]: true where a position sees anything
-    feeds: Tensor  # bool[B, T_txt, 1]: true where the feed-forward applies
-    readers: Readers | None = None
-
-    @classmethod
-    def build(
-        cls,
-        media_positions: Tensor,
-        media_mask: Tensor,
-        *,
-        attend: Literal["last", "all"],
-        feed_forward_before_media: bool,
-    ) -> MediaVisibility:
-        """
-        Args:
-            media_positions: int[B, T_txt], number of media tokens at or before each position.
-            media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
-            attend: the latest medium, or all media so far.
-            feed_forward_before_media: whether positions before the first medium get the feed-forward.
-        """
-        num_media, n = media_mask.shape[1:]
-        position = media_positions[:, :, None]  # [B, T_txt, 1]
-        readers = None
-        if attend == "last" and num_media > 1:
-            readers = Readers.build(media_positions, num_media)
-        if readers is None:
-            number = torch.arange(1, num_media + 1, device=media_mask.device).repeat_interleave(n)  # [S]
-            seen = number == position if attend == "last" else number <= position
-            seen = seen & media_mask.flatten(1)[:, None]  # [B, T_txt, S]
-            reads = seen.any(-1, keepdim=True)
-            # A softmax over nothing is not a number, so that a blind position looks everywhere and is dropped later.
-            attention = (seen | ~reads)[:, None]
-        else:
-            some = media_mask.any(-1)  # [B, T_img]
-            reads = (position > 0) & some.gather(1, (media_positions - 1).clamp(min=0))[..., None]
-            attention = (media_mask | ~some[..., None]).flatten(0, 1)[:, None, None]
-        row_has_media = media_mask.flatten(1).any(-1)[:, None, None]
-        feeds = row_has_media & (position >= 0) if feed_forward_before_media else reads
-        return cls(attention, reads, feeds, readers)
-
-
-@dataclass(frozen=True)
-class Readers:
-    """The positions that read each medium, and where each position stands among them.
-
-    With `media_positions` 0 1 1 2 2 2, the readers of the media are the positions 1 2 · and 3 4 5; · is any.
-    """
-
-    positions: Tensor  # int[B, T_img·P] of P readers of each medium
-    places: Tensor  # int[B, T_txt] in `positions`; any for a position that reads nothing
-    num_media: int
-
-    @classmethod
-    def build(cls, media_positions: Tensor, num_media: int) -> Readers | None:
-        """None where this would save less than half, or cannot be traced.
-
-        Args:
-            media_positions: int[B, T_txt], number of media tokens at or before each position.
-            num_media: T_img.
-        """
-        if torch.compiler.is_compiling() or media_positions.is_meta:
-            return None
-        counts = nnf.one_hot(media_positions, num_media + 1).sum(1)  # [B, 1 + T_img]
-        most = int(counts[:, 1:].max())
-        if not 0 < most <= media_positions.shape[1] // 2:
-            return None
-        # Counts never fall along a row, so that the readers of a medium follow each other.
-        number = media_positions - 1
-        everyone = torch.arange(media_positions.shape[1], device=media_positions.device)
-        start = counts.cumsum(1)[:, :-1]  # [B, T_img]
-        positions = start[..., None] + torch.arange(most, device=start.device)  # [B, T_img, P]
-        places = number * most + everyone - start.gather(1, number.clamp(min=0))
-        return cls(positions.clamp(max=len(everyone) - 1).flatten(1), places.clamp(0, num_media * most - 1), num_media)
-
-    def gather(self, q: Tensor) -> Tensor:
-        """float[B, h, T_txt, k] -> float[B·T_img, h, P, k]."""
-        index = self.positions[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-        return rearrange(q.gather(2, index), "B h (M P) k -> (B M) h P k", M=self.num_media)
-
-    def scatter(self, out: Tensor) -> Tensor:
-        """float[B·T_img, h, P, k] -> float[B, h, T_txt, k]."""
-        out = rearrange(out, "(B M) h P k -> B h (M P) k", M=self.num_media)
-        index = self.places[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
-        return out.gather(2, index)
-
-
-def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
-    """float[B, h, T_txt, k], float[B, 2, h, S, k] -> float[B, T_txt, h·k]; of no meaning where nothing is seen."""
-    readers = visibility.readers
-    if readers is not None:
-        q = readers.gather(q)
-        keys_values = rearrange(keys_values, "B two h (M n) k -> (B M) two h n k", M=readers.num_media)
-    k, v = keys_values.unbind(1)
-    out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=visibility.attention)
-    if readers is not None:
-        out = readers.scatter(out)
-    return rearrange(out, "B h T k -> B T (h k)")
+__all__ = ["GatedCrossAttention", "GatedCrossAttentionBlock", "VLMWithCrossAttention"]
 
 
 class MaskedCrossAttention(nn.Module):
@@ -265,3 +134,69 @@ class GatedCrossAttention(nn.Module):
             attend=self.options.attend,
             feed_forward_before_media=getattr(self.options, "feed_forward_before_media", True),
         )
+
+
+class VLMWithCrossAttention(VLM):
+    """Gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)."""
+
+    _fusion_class: type[GatedCrossAttention] = GatedCrossAttention
+
+    @classmethod
+    def media_width(cls, dim_embedding: int) -> int | None:
+        return None
+
+    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+        options = parts.fusion.options
+        layers = decoder_layers(self.lang_model, parts.language_model.decoder_layers)
+        first = options.every - 1 if options.first is None else options.first
+        numbers = range(first, len(layers), options.every)
+        self.fusion = self._fusion_class(options, dim_layer, self.vision_tokenizer.dim_out, numbers)
+        for slot, i in enumerate(numbers):
+            layers[i].register_forward_pre_hook(_BeforeLayer(self, str(i), slot), with_kwargs=True)
+
+    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+        """Keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
+        return self.fusion.project(vision_tokens)
+
+    def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
+        c = super()._at_call(prompt, ids, end)
+        if c.media is not None and c.media_mask is not None:
+            # After the prompt, only the last medium is kept where no other is seen.
+            positions = c.media_positions.clamp(max=c.media_mask.shape[1])
+            c.visibility = self.fusion.visibility(positions, c.media_mask)
+        return c
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kept = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        media, mask = kept.get("media"), kept.get("media_mask")
+        if (
+            media is None
+            or mask is None
+            or self.config.parts.fusion.options.attend != "last"
+            or mask.shape[1] == 1
+            or not is_filled(kept.get(self._cache_argument))
+        ):
+            return kept
+        # What is generated sees the last medium of its row alone.
+        last = (mask.any(-1).sum(-1) - 1).clamp(min=0)  # [B]
+        rows = torch.arange(len(last), device=last.device)
+        by_medium = media.unflatten(-2, mask.shape[1:])  # [B, L, 2, h, T_img, n, k]
+        return kept | {"media": by_medium[rows, ..., last, :, :].contiguous(), "media_mask": mask[rows, last][:, None]}
+
+
+class _BeforeLayer:
+    """The hook that runs a gated cross-attention block before its decoder layer."""
+
+    def __init__(self, model: VLMWithCrossAttention, key: str, slot: int) -> None:
+        self.model, self.key, self.slot = model, key, slot
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        c = self.model._conditioning
+        if c is None or c.media is None:
+            return None
+        block, keys_values, visibility = self.model.fusion.blocks[self.key], c.media[:, self.slot], c.visibility
+
+        def update(hidden: Tensor) -> Tensor:
+            return block(hidden, keys_values.to(hidden), visibility)
+
+        return update_hidden_states(update, args, kwargs, c.ids.shape, block.dim)

@@ -1,85 +1,52 @@
-"""Vision tokens among the text tokens (Kosmos-1, https://arxiv.org/abs/2302.14045; BLIP-2; LLaVA).
-
-One `<image>` of `lang_x` stands for the n positions that its medium takes in the language model.
-B batch, T_txt tokens of the prompt, T_img media, n vision tokens per medium, L positions of the language model.
-"""
+"""`VLMWithLanguageStream`: vision tokens among the text tokens (Kosmos-1, BLIP-2, LLaVA)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Expansion", "compact", "expand", "place"]
+from vlm_cli.composition import Composition
+from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.fusion.expansion import Expansion, compact, expand, place
+from vlm_cli.modeling.vlm import VLM
 
-
-@dataclass(frozen=True)
-class Expansion:
-    """A prompt spread over the language model's positions."""
-
-    ids: Tensor  # int[B, L]: media tokens repeated, rows padded at the left
-    attention_mask: Tensor  # int[B, L]
-    last: Tensor  # int[B, T_txt]: the last position of each token
-
-    def fold(self, values: Tensor) -> Tensor:
-        """float[B, L, *] at the positions -> float[B, T_txt, *] at the tokens: each token's last position."""
-        index = self.last[..., None].expand(-1, -1, values.shape[-1])
-        return values.gather(1, index)
+__all__ = ["VLMWithLanguageStream"]
 
 
-def expand(
-    lang_x: Tensor, attention_mask: Tensor | None, is_media: Tensor, num_tokens: Tensor, pad_id: int
-) -> Expansion:
-    """Repeat each media token as often as its medium has vision tokens.
+class VLMWithLanguageStream(VLM):
+    """Vision tokens take the place of the media token among the text tokens (Kosmos, BLIP-2, LLaVA)."""
 
-    With media of 3 tokens and `I` for `<image>`, the rows `a I b` and `a b c` become
+    @classmethod
+    def media_width(cls, dim_embedding: int) -> int | None:
+        return dim_embedding
 
-        ids     a I I I b        last   0 3 4
-                p p a b c               2 3 4
+    def positions_per_medium(self, num_frames: int = 1) -> int:
+        return self.vision_tokenizer.num_tokens(num_frames)
 
-    Args:
-        lang_x: int[B, T_txt].
-        attention_mask: int[B, T_txt], or None for all ones.
-        is_media: bool[B, T_txt], true at media tokens.
-        num_tokens: int[B, T_img], vision tokens of each medium.
-        pad_id: token for the positions that no token has.
-    """
-    mask = torch.ones_like(lang_x) if attention_mask is None else attention_mask
-    number = (is_media.cumsum(-1) - 1).clamp(0, num_tokens.shape[1] - 1)
-    counts = torch.where(is_media, num_tokens.gather(1, number), 1)  # [B, T_txt]
-    ends = counts.cumsum(-1)
-    length = int(ends[:, -1].max())
-    ends = ends + (length - ends[:, -1:])  # rows end together
-    start = ends[:, :1] - counts[:, :1]
-    position = torch.arange(length, device=lang_x.device).expand(len(lang_x), -1).contiguous()
-    token = torch.searchsorted(ends, position, right=True)  # [B, L]
-    there = position >= start
-    ids = torch.where(there, lang_x.gather(1, token), pad_id)
-    return Expansion(ids=ids, attention_mask=mask.gather(1, token) * there, last=ends - 1)
+    def positions_of_medium(self, vision_tokens: Tensor) -> int:
+        return len(vision_tokens)
 
+    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+        self.fusion = nn.Module()
 
-def compact(vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
-    """A row's vision tokens in order, padding last.
+    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+        """The tokens of a row in order, padding last: float[B, T_img·n, d]."""
+        return compact(vision_tokens, media_mask)
 
-    float[B, T_img, n, d], bool[B, T_img, n] -> float[B, T_img·n, d].
-    """
-    order = media_mask.flatten(1).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    return vision_tokens.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, vision_tokens.shape[-1]))
+    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> Expansion | None:
+        is_media = lang_x == self.config.media_token_id
+        pad_id = self.config.pad_token_id or 0
+        mask, before = attention_mask, None
+        if attention_mask is not None:  # with a cache, it also covers the positions before `lang_x`
+            before, mask = attention_mask.split([attention_mask.shape[1] - lang_x.shape[1], lang_x.shape[1]], dim=1)
+        expansion = expand(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
+        if before is None:
+            return expansion
+        return replace(expansion, attention_mask=torch.cat([before, expansion.attention_mask], dim=1))
 
-
-def place(embeddings: Tensor, vision_tokens: Tensor, is_media: Tensor, media_positions: Tensor) -> Tensor:
-    """Put the k-th vision token of a row at its k-th media position.
-
-    Args:
-        embeddings: float[B, L, d] of all positions.
-        vision_tokens: float[B, S, d], in order.
-        is_media: bool[B, L].
-        media_positions: int[B, L], number of media positions at or before each position.
-
-    Returns:
-        float[B, L, d].
-    """
-    slot = (media_positions - 1).clamp(0, vision_tokens.shape[1] - 1)
-    rows = vision_tokens.gather(1, slot[..., None].expand(-1, -1, vision_tokens.shape[-1]))
-    return torch.where(is_media[..., None], rows.to(embeddings.dtype), embeddings)
+    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
+        if c.media is None:
+            return embeddings
+        return place(embeddings, c.media, c.ids == self.config.media_token_id, c.media_positions)

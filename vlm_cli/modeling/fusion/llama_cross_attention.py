@@ -15,11 +15,11 @@ from vlm_cli.composition import LlamaCrossAttentionOptions
 from vlm_cli.modeling.fusion.cross_attention import (
     GatedCrossAttention,
     GatedCrossAttentionBlock,
-    MediaVisibility,
-    attend_to_media,
+    VLMWithCrossAttention,
 )
+from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 
-__all__ = ["LlamaGatedCrossAttention"]
+__all__ = ["LlamaGatedCrossAttention", "VLMWithLlamaCrossAttention"]
 
 
 class LlamaCrossAttention(nn.Module):
@@ -79,3 +79,9 @@ class LlamaGatedCrossAttention(GatedCrossAttention):
             SwiGLU(dim, options.dim_ff, options.norm_eps),
             gate_size=dim if options.gate == "vector" else 1,
         )
+
+
+class VLMWithLlamaCrossAttention(VLMWithCrossAttention):
+    """Gated cross-attention with blocks made like Llama's layers (IDEFICS)."""
+
+    _fusion_class = LlamaGatedCrossAttention

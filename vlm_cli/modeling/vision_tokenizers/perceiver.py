@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlm_cli.composition import PerceiverOptions
-from vlm_cli.modeling.fusion.cross_attention import feed_forward
+from vlm_cli.modeling.layers import feed_forward
 
 __all__ = ["PerceiverResampler"]
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vlm import VLM, VLMConfig
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["Described", "Layout", "Place", "Places", "fill", "mean_rows", "number_of", "renamer", "same"]
 

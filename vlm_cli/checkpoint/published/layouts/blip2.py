@@ -19,7 +19,7 @@ from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, 
 from vlm_cli.checkpoint.published.towers.eva import EVA_UNNEEDED, eva_table, eva_tower
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vlm import VLMConfig
+from vlm_cli.modeling.config import VLMConfig
 
 __all__ = ["HuggingFaceBLIP2", "LavisBLIP2"]
 

@@ -16,7 +16,7 @@ from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, 
 from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config, read_preprocessing
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vlm import VLMConfig
+from vlm_cli.modeling.config import VLMConfig
 
 __all__ = ["HuggingFaceIDEFICS"]
 

@@ -16,7 +16,7 @@ from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, 
 from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_UNNEEDED, siglip_name, siglip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vlm import VLMConfig
+from vlm_cli.modeling.config import VLMConfig
 
 __all__ = ["NanoVLM"]
 

@@ -13,7 +13,7 @@ from vlm_cli.checkpoint.published.checkpoint import Checkpoint
 from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vlm import VLMConfig
+from vlm_cli.modeling.config import VLMConfig
 
 __all__ = [
     "OpenFlamingo",

@@ -28,7 +28,7 @@ from vlm_cli.checkpoint.published.towers.siglip import (
 from vlm_cli.checkpoint.weights import OPEN_FLAMINGO_NAMES
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vlm import VLMConfig
+from vlm_cli.modeling.config import VLMConfig
 
 __all__ = ["XGenMM"]
 

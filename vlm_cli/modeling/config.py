@@ -1,0 +1,57 @@
+"""`VLMConfig`: what `config.json` of a VLM holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from vlm_cli.composition import Composition
+
+__all__ = ["VLMConfig"]
+
+
+class VLMConfig(PreTrainedConfig):
+    """A composition together with the configurations of its two pretrained parts.
+
+    Attributes:
+        text_config: configuration of the language model.
+        vision_config: of the OpenCLIP tower: `embed_dim`, `vision_cfg`, `quick_gelu` as in OpenCLIP, `preprocess`,
+            and `num_patches` and `dim`, the shape of its features.
+        composition: `Composition.to_dict()`.
+        added_tokens: tokens that the language model does not have, in the order of their ids.
+        first_added_id: id of the first of them.
+        media_token_id: id of `<image>`.
+    """
+
+    model_type = "vlm"
+    sub_configs = {"text_config": AutoConfig}
+
+    # A configuration class can be made without arguments, so each has a default; a model needs them all.
+    text_config: Any = None
+    vision_config: Any = None
+    composition: Any = None
+    added_tokens: Any = None
+    first_added_id: Any = None
+    media_token_id: Any = None
+    pad_token_id: int | None = None
+    eos_token_id: list[int] | None = None
+    # The language model ties its own weights; nothing of ours is tied.
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        # The language model may itself be composite (gemma3, mllama, …).
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def parts(self) -> Composition:
+        return Composition.from_dict(self.composition)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.media_token_id
