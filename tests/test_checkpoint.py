@@ -201,7 +201,7 @@ def test_a_plan_holds_no_weights(blueprint):
 @pytest.mark.parametrize("model_type", ["codegen", "rwkv"])
 def test_a_configuration_may_name_no_special_tokens(blueprint, tmp_path, model_type):
     AutoConfig.for_model(model_type, n_layer=2, num_hidden_layers=2).save_pretrained(tmp_path)
-    parts = Composition.from_dict(blueprint.config.composition | {"language_model": str(tmp_path)})
+    parts = Composition.from_dict(blueprint.config.composition.to_dict() | {"language_model": str(tmp_path)})
     config = plan(parts, need_tokenizer=False).config
     assert config.added_tokens == ["<|endofchunk|>", "<image>"]
     assert config.media_token_id == config.first_added_id + 1
@@ -292,7 +292,7 @@ def own_code(language_model, tmp_path, monkeypatch):
 
 
 def test_code_of_a_language_model_is_run_only_where_it_is_trusted(own_code, blueprint, language_model, tmp_path):
-    parts = Composition.from_dict(blueprint.config.composition | {"language_model": str(own_code)})
+    parts = Composition.from_dict(blueprint.config.composition.to_dict() | {"language_model": str(own_code)})
     with pytest.raises(LanguageModelError, match="If you trust it, add --trust-remote-code"):
         plan(parts)
     found = plan(parts, trust_remote_code=True)

@@ -52,7 +52,7 @@ def test_it_is_a_directory_like_any_other_and_small() -> None:
     assert is_vlm_directory(DEMO)
     assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 6e6
     model, processor = vlm_cli.load(str(DEMO))
-    assert model.config.composition["family"] is None and processor.tokenizer.pad_token
+    assert model.config.composition.family is None and processor.tokenizer.pad_token
 
 
 def test_its_report_names_what_made_it() -> None:

@@ -64,7 +64,7 @@ def opened(**parts: Any) -> VLM:
 
 
 def language_model_name(model: VLM) -> str:
-    return model.config.parts.language_model.name
+    return model.config.composition.language_model.name
 
 
 def bare(model: VLM) -> PreTrainedModel:
@@ -471,7 +471,7 @@ def training(model: VLM, parts: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         model.zero_grad()
-        model.set_trainable(model.config.parts.trainable)
+        model.set_trainable(model.config.composition.trainable)
 
 
 def gradients(model: VLM) -> dict[str, Tensor]:
@@ -518,7 +518,7 @@ def test_closed_gates_train_first():
 
 @pytest.mark.parametrize("also", [(), ("language_model",)], ids=["frozen language model", "trained language model"])
 def test_gradient_checkpointing_gives_the_same_gradients(model, also):
-    with training(model, [*model.config.parts.trainable, *also]):
+    with training(model, [*model.config.composition.trainable, *also]):
         model.train()
         expected = gradients(model)
         model.gradient_checkpointing_enable()
@@ -535,7 +535,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, also):
 def test_gradient_checkpointing_may_repeat_the_hooks_of_a_layer(monkeypatch):
     """Remote code, and Transformers before 5.23, checkpoint a layer together with its hooks."""
     model = opened(fusion="cross-attention", language_model="llama")
-    with training(model, model.config.parts.trainable):
+    with training(model, model.config.composition.trainable):
         model.train()
         expected = gradients(model)
         model.gradient_checkpointing_enable()
@@ -1118,4 +1118,4 @@ def test_every_composition(vision, tokenizer, fusion, language_model):
     check_cached(model)
     check_rows(model)
     check_state(model)
-    check_gradients(model, model.config.parts.trainable, ["vision_encoder"])
+    check_gradients(model, model.config.composition.trainable, ["vision_encoder"])

@@ -67,7 +67,7 @@ def build(folder: Path, config: dict[str, Any]) -> VLM:
     settings = VLMConfig(
         text_config=AutoConfig.from_pretrained(folder / "language_model"),
         vision_config=vision | {"num_patches": num_patches, "dim": dim},
-        composition=parts.to_dict(),
+        composition=parts,
         added_tokens=list(parts.added_tokens),
         first_added_id=min(config["special_tokens"].values()),
         media_token_id=config["special_tokens"][MEDIA_TOKEN],
@@ -191,5 +191,5 @@ def most_important(case: Case, part: str) -> tuple[Tensor, int]:
     weight = max(weights, key=lambda p: p.grad.abs().max())
     at = int(weight.grad.abs().argmax())
     case.model.zero_grad()
-    case.model.set_trainable(case.model.config.parts.trainable)
+    case.model.set_trainable(case.model.config.composition.trainable)
     return weight, at

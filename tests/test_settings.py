@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -420,7 +421,8 @@ def test_a_gate_may_have_a_number_for_each_channel():
 def biased(language_model: str = "llama", fusion: str = "cross-attention") -> VLM:
     """A model whose language model's head has a bias of ours; what else is ours is as in `tiny.build`."""
     config = tiny.config(fusion=fusion, language_model=language_model)
-    config.composition["language_model"]["head_bias"] = True
+    language_model_options = replace(config.composition.language_model, head_bias=True)
+    config.composition = replace(config.composition, language_model=language_model_options)
     encoder = VisionEncoder(tiny.tower("vit"))
     torch.manual_seed(0)
     lm = copy.deepcopy(tiny.language_model(language_model))

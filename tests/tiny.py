@@ -239,7 +239,7 @@ def config(
 ) -> VLMConfig:
     """The configuration of a VLM of such parts; `overrides` are other fields of the composition.
 
-    >>> config(fusion={"type": "cross-attention", "every": 2}).parts.fusion.options.num_heads
+    >>> config(fusion={"type": "cross-attention", "every": 2}).composition.fusion.options.num_heads
     2
     """
     parts = Composition.compose(
@@ -258,7 +258,7 @@ def config(
     return VLMConfig(
         text_config=language_model_config(language_model),
         vision_config=VISION[vision] | depth | {"num_patches": num_patches, "dim": dim},
-        composition=parts.to_dict(),
+        composition=parts,
         added_tokens=list(parts.added_tokens),
         first_added_id=VOCABULARY,
         media_token_id=VOCABULARY + parts.added_tokens.index(MEDIA_TOKEN),
@@ -284,7 +284,7 @@ def build(
     lm = copy.deepcopy(globals()["language_model"](language_model))
     torch.manual_seed(seed)
     settings = config(vision, tokenizer, fusion, language_model, **overrides)
-    options = settings.parts.vision_encoder
+    options = settings.composition.vision_encoder
     encoder = VisionEncoder(tower(vision, options.of_openclip.get("depth")), **options.reading)
     return VLM(settings, vision_encoder=encoder, lang_model=lm).eval()
 

@@ -270,7 +270,7 @@ class Models:
         if not folder.exists():
             folder.mkdir()
             model = self.ours(family, dtype=dtype).model
-            blueprint = plan(model.config.parts)
+            blueprint = plan(model.config.composition)
             processor = VLMProcessor(OpenCLIPImageProcessor(self.tower_config["preprocess"]), blueprint.tokenizer)
             save(model, processor, folder)
         return folder
@@ -458,7 +458,7 @@ def blocks_alone(model: VLM, prompt: Prompt) -> Callable[[], None]:
     blocks = list(model.fusion.blocks.values())
     first = blocks[0].attn
     heads, dim, dim_media = first.num_heads, first.to_q.weight.shape[1], first.to_kv.weight.shape[1]
-    num_media = prompt.images * model.config.parts.vision_tokenizer.options.num_latents
+    num_media = prompt.images * model.config.composition.vision_tokenizer.options.num_latents
     dtype, length = first.to_q.weight.dtype, prompt.images + prompt.text
     x, media = (torch.randn(prompt.batch, n, d).to(dtype) for n, d in ((length, dim), (num_media, dim_media)))
     mask = torch.ones(prompt.batch, 1, length, num_media, dtype=torch.bool)

@@ -210,7 +210,7 @@ def test_huggingface(tmp_path, num_media):
     imported = load(found)
     assert imported.layout.name == "BLIP-2 (Hugging Face)"
     assert imported.model.config.media_token_id == IMAGE
-    assert imported.model.config.parts.vision_encoder.depth == 3
+    assert imported.model.config.composition.vision_encoder.depth == 3
     rows = load_file(tmp_path / "model.safetensors")["language_model.model.decoder.embed_tokens.weight"]
     assert torch.equal(imported.model.added_tokens.embedding.weight[0], rows[IMAGE])
     assert torch.equal(imported.model.added_tokens.head.weight[0], rows[IMAGE])  # tied

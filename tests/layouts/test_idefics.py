@@ -250,7 +250,7 @@ def test_published_sizes():
         theirs = IdeficsForVisionText2Text(settings)
     model, report = sized(shapes_of(theirs))
     assert report.is_complete and not report.unused
-    assert model.config.parts.vision_encoder.name == "ViT-H-14"
+    assert model.config.composition.vision_encoder.name == "ViT-H-14"
     assert list(model.fusion.blocks) == ["0", "4", "8", "12", "16", "20", "24", "28"]
     assert (model.config.vision_config["num_patches"], model.config.media_token_id) == (257, 32001)
 

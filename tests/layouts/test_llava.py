@@ -225,7 +225,7 @@ def test_original(tmp_path, theirs):
         "added_tokens.embedding.weight",
         "added_tokens.head.weight",
     ]
-    assert imported.model.config.parts.trainable == ("vision_tokenizer", "language_model")
+    assert imported.model.config.composition.trainable == ("vision_tokenizer", "language_model")
     assert any("padded to squares" in note for note in imported.notes)
 
 
@@ -289,7 +289,7 @@ def test_a_linear_projection(tmp_path, theirs):
         {k.replace("mm_projector.0", "mm_projector"): x for k, x in tensors.items()}, tmp_path / "model.safetensors"
     )
     model = load(case).model
-    assert model.config.parts.vision_tokenizer.type == "linear"
+    assert model.config.composition.vision_tokenizer.type == "linear"
     assert torch.equal(model.vision_tokenizer.proj.weight, tensors["model.mm_projector.0.weight"])
 
 
@@ -380,7 +380,7 @@ def test_published_sizes(size, layout):
     extra = 0 if layout == "original" else 2 * 64 * model.config.text_config.hidden_size
     assert used + count(model.vision_tokenizer) + count(model.lang_model) - extra == total
     assert model.config.vision_config["num_patches"] == 576
-    assert (model.config.parts.vision_encoder.name, model.vision_encoder.layer) == ("ViT-L-14-336", -2)
+    assert (model.config.composition.vision_encoder.name, model.vision_encoder.layer) == ("ViT-L-14-336", -2)
 
 
 def test_published_projector():

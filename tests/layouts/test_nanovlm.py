@@ -401,7 +401,10 @@ def test_published_sizes(name):
     published = tower.num_parameters() + lm.num_parameters() + projection.numel()
     model, report = sized(replace(shapes_of(state), config=data))
     assert report.is_complete and not report.unused
-    assert (model.config.parts.vision_encoder.name, model.vision_tokenizer.num_tokens()) == (tower_name, num_tokens)
+    assert (model.config.composition.vision_encoder.name, model.vision_tokenizer.num_tokens()) == (
+        tower_name,
+        num_tokens,
+    )
     assert published // 10**6 == millions
     has_row = data["lm_vocab_size"] > 49152  # of `<image>`, which has two of ours: its embedding and its logit
     assert sum(p.numel() for p in model.parameters()) - published == data["lm_hidden_dim"] * (2 - has_row)

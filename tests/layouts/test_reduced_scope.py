@@ -61,7 +61,7 @@ def test_whole_files(parity, tmp_path):
     imported = import_checkpoint(source, options(parity, tmp_path).over)
     report, case = imported.report, parity.case(imported.model)
     assert imported.layout.name == "open_flamingo, later branch"
-    assert imported.model.config.parts.family == parity.config["family"]
+    assert imported.model.config.composition.family == parity.config["family"]
     assert not (report.unused or report.absent)
     check_vision(case)
     check_text(case)

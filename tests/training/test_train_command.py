@@ -95,7 +95,7 @@ def test_a_run_lowers_the_loss_and_writes_a_model(
     before, after = load_file(path / "model.safetensors"), load_file(out / "model.safetensors")
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     names = {"language_model": "lang_model"}
-    trainable = {names.get(part, part) for part in model.config.parts.trainable}
+    trainable = {names.get(part, part) for part in model.config.composition.trainable}
     has_parameters = {name.split(".")[0] for name in before}
     assert changed == trainable & has_parameters
 
@@ -120,7 +120,7 @@ def test_parts_and_weight_decay_are_chosen(train: Vlm, out: Path, cross_attentio
     output(train("--max-steps", 2, "--trainable", "language-model", "--weight-decay", 0.3, "--optimizer", "muon"))
     before, after = load_file(cross_attention / "model.safetensors"), load_file(out / "model.safetensors")
     assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == {"lang_model"}
-    parts = load(str(out))[0].config.parts
+    parts = load(str(out))[0].config.composition
     assert parts.trainable == ("language_model",) and parts.weight_decay == 0.3
 
 

@@ -107,7 +107,7 @@ def configure(
     return VLMConfig(
         text_config=text_config,
         vision_config={**tower_config, "num_patches": shape[0], "dim": shape[1]},
-        composition=composition.to_dict(),
+        composition=composition,
         added_tokens=added,
         first_added_id=first,
         media_token_id=media_id,
@@ -170,7 +170,7 @@ def _check_fit(blueprint: Blueprint) -> None:
     Raises:
         CompositionError: with each misfit between parts that exist.
     """
-    parts, text = blueprint.config.parts, blueprint.config.get_text_config(decoder=True)
+    parts, text = blueprint.config.composition, blueprint.config.get_text_config(decoder=True)
     model = blueprint.meta_model
     problems: list[VLMError] = []
     width = model.media_width(model.get_input_embeddings().weight.shape[1])
@@ -239,12 +239,12 @@ def create(
             progress("drawing random weights")
             model = VLM(config)
         else:
-            progress(f"loading vision encoder {config.parts.vision_encoder.name}")
+            progress(f"loading vision encoder {config.composition.vision_encoder.name}")
             visual = load_tower(blueprint.tower)
             progress(f"loading language model {blueprint.language_model.name}")
             lang_model = blueprint.language_model.load(dtype)
             progress("composing")
-            encoder = VisionEncoder(visual, **config.parts.vision_encoder.reading)
+            encoder = VisionEncoder(visual, **config.composition.vision_encoder.reading)
             model = VLM(config, vision_encoder=encoder, lang_model=lang_model)
         lm = model.lang_model
         model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())

@@ -80,7 +80,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def delta_bytes(model: VLM, dtype: torch.dtype | None = None) -> int:
     """Bytes of the tensors that a delta directory of a model holds once what trains has trained; on any device."""
-    parts = model.config.parts
+    parts = model.config.composition
     encoder = parts.vision_encoder
     named = encoder.pretrained is not None or encoder.name.startswith(("hf-hub:", "local-dir:"))
     frozen = [part for part in PREFIXES if part not in parts.trainable and (part == "language_model" or named)]
@@ -184,12 +184,12 @@ def _equal(ours: Tensor, theirs: Tensor | None) -> bool:
 def _pin(model: VLM, part: str, trust_remote_code: bool) -> tuple[Backbone, Mapping[str, Tensor]] | None:
     """A pretrained part where it is now, and its tensors; None if the composition names no weights for it."""
     if part == "language_model":
-        source = find_language_model(model.config.parts.language_model, trust_remote_code=trust_remote_code)
+        source = find_language_model(model.config.composition.language_model, trust_remote_code=trust_remote_code)
         return _language_backbone(source), source.load(model.dtype).state_dict()
-    tower = find_tower(model.config.parts.vision_encoder)
+    tower = find_tower(model.config.composition.vision_encoder)
     if tower.weights is None:
         return None
-    backbone, tower = _vision_backbone(model.config.parts.vision_encoder.name, tower)
+    backbone, tower = _vision_backbone(model.config.composition.vision_encoder.name, tower)
     return backbone, load_tower(tower).state_dict()
 
 
@@ -268,7 +268,7 @@ def assemble(
         except _NotThere as problem:
             part = problem.part
             raise CheckpointError(_how_to_get(name, part, backbones[part], problem)) from None
-        encoder = VisionEncoder(visual, **config.parts.vision_encoder.reading)
+        encoder = VisionEncoder(visual, **config.composition.vision_encoder.reading)
         model = VLM(config, vision_encoder=encoder, lang_model=lm)
     cast(model, stored)
     _fill(name, model, held, backbones)

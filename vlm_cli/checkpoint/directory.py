@@ -152,7 +152,7 @@ def save(
         # A full disk reaches us under this name.
         raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
     processor.save_pretrained(out)
-    composition = yaml.safe_dump(model.config.composition, sort_keys=False)
+    composition = yaml.safe_dump(model.config.composition.to_dict(), sort_keys=False)
     (out / COMPOSITION_FILE).write_text(composition, encoding="utf-8")
     (out / "README.md").write_text(card, encoding="utf-8")
     return told
@@ -182,8 +182,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
     try:
         _check_parts(name, data)
         adopt_from_directory(data.get("text_config") or {}, name, trusted=trust_remote_code, **keywords)
-        config = VLMConfig.from_dict(data)
-        config.parts  # noqa: B018 — reads the composition, which may be of another version
+        config = VLMConfig.from_dict(data)  # whose composition may be of another version
         return config
     except (CheckpointError, PluginError):
         raise

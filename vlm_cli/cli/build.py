@@ -239,7 +239,7 @@ def _report(model: Any, out: Path | None, as_json: bool, dtype: Any = None, **mo
 
     report = count_parameters(model, dtype=dtype)
     if as_json:
-        data = {"output": None if out is None else str(out), "composition": model.config.composition}
+        data = {"output": None if out is None else str(out), "composition": model.config.composition.to_dict()}
         console.print_json({**data, **more, **report.to_dict()})
         return
     heads = ("Part", "Parameters", "Trainable", "Frozen", "Share", f"Bytes ({report.dtype})")

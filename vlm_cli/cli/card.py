@@ -14,7 +14,7 @@ UNTRAINED = "New parts are untrained until someone\ntrains them."
 
 def model_card(model: Any, name: str, story: str = UNTRAINED) -> str:
     """A short model card: the parts, how they were trained, and the table of parameters."""
-    parts = model.config.parts
+    parts = model.config.composition
     table = markdown(count_parameters(model))
     return f"""---
 library_name: vlm-cli

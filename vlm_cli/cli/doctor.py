@@ -40,7 +40,7 @@ def doctor(
     from vlm_cli.report.invariants import CHECKS, QUICK, check_invariants
 
     vlm = _model(chosen, compose, devices, seed)
-    name = model or ("demo" if chosen == str(DEMO) else vlm.config.parts.family or "composition")
+    name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
     console.note(f"Model {name} on {vlm.device}, {dtype}")
     findings = []

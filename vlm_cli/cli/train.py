@@ -266,7 +266,7 @@ def _card(model: Any, result: Any) -> str:
     """A model card: what was built, and how it was trained."""
     from vlm_cli.cli.card import model_card
 
-    trained = ", ".join(model.config.parts.trainable)
+    trained = ", ".join(model.config.composition.trainable)
     held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out records"
     loss = "unknown" if result.loss is None else f"{result.loss:.4f}"
     story = (

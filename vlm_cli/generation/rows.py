@@ -79,7 +79,7 @@ class RowReader:
     special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        options = self.continuation.model.config.parts.vision_tokenizer.options
+        options = self.continuation.model.config.composition.vision_tokenizer.options
         self.most_media: int | None = getattr(options, "max_num_media", None)
 
     def read(self, line: Line) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -18,7 +19,7 @@ class VLMConfig(PreTrainedConfig):
         text_config: configuration of the language model.
         vision_config: of the OpenCLIP tower: `embed_dim`, `vision_cfg`, `quick_gelu` as in OpenCLIP, `preprocess`,
             and `num_patches` and `dim`, the shape of its features.
-        composition: `Composition.to_dict()`.
+        composition: the `Composition`; `config.json` holds its `to_dict()`.
         added_tokens: tokens that the language model does not have, in the order of their ids.
         first_added_id: id of the first of them.
         media_token_id: id of `<image>`.
@@ -42,15 +43,19 @@ class VLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
+        if isinstance(self.composition, Mapping):
+            self.composition = Composition.from_dict(self.composition)
         super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         # The language model may itself be composite (gemma3, mllama, …).
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
-    @property
-    def parts(self) -> Composition:
-        return Composition.from_dict(self.composition)
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        if isinstance(self.composition, Composition):
+            data["composition"] = self.composition.to_dict()
+        return data
 
     @property
     def image_token_id(self) -> int:

@@ -67,7 +67,7 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def __new__(cls, config: VLMConfig | None = None, *args: Any, **kwargs: Any) -> VLM:
         # `copy` and `pickle` call it without a configuration, on the fusion's class.
-        chosen = FUSIONS[config.parts.fusion.type].load() if cls is VLM and config is not None else cls
+        chosen = FUSIONS[config.composition.fusion.type].load() if cls is VLM and config is not None else cls
         return super().__new__(chosen)
 
     def __init__(
@@ -78,7 +78,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         lang_model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
-        parts = config.parts
+        parts = config.composition
         self.vision_encoder = vision_encoder or VisionEncoder(
             build_tower(config.vision_config), **parts.vision_encoder.reading
         )
@@ -155,12 +155,12 @@ class VLM(PreTrainedModel, GenerationMixin):
                     f"{str(pretrained_model_name_or_path)!r} is a delta directory, whose frozen parts are elsewhere. "
                     "Load it with vlm_cli.load(…), or make a whole one: vlm build."
                 )
-            cls = FUSIONS[config.parts.fusion.type].load()
+            cls = FUSIONS[config.composition.fusion.type].load()
             return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         # Loading puts new parameters in the place of those that the constructor froze.
-        model.set_trainable(model.config.parts.trainable)
+        model.set_trainable(model.config.composition.trainable)
         return result
 
     @classmethod
@@ -706,7 +706,7 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for an optimizer: trainable parameters with and without the composition's weight decay."""
-        composition = self.config.parts
+        composition = self.config.composition
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, module in self.part_modules().items():

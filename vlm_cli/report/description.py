@@ -24,7 +24,7 @@ def describe(
         gate_values: tanh of each gate, by name.
         dtype: what the weights are, if the model does not hold them.
     """
-    config, parts = model.config, model.config.parts
+    config, parts = model.config, model.config.composition
     text = config.get_text_config(decoder=True)
     preprocess = config.vision_config["preprocess"]
     size = preprocess["size"]

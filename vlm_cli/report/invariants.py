@@ -515,7 +515,7 @@ class _Trial:
 
     def check_gradients(self) -> dict[str, Any]:
         model, modules = self.model, self.model.part_modules()
-        trained = {id(p) for part in model.config.parts.trainable for p in modules[part].parameters()}
+        trained = {id(p) for part in model.config.composition.trainable for p in modules[part].parameters()}
         declared = {name for name, p in model.named_parameters() if id(p) in trained}
         training = {name for name, p in model.named_parameters() if p.requires_grad}
         if not declared | training:

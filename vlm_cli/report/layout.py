@@ -76,7 +76,7 @@ def lay_out(
     """
     ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
     per_medium = model.positions_per_medium()
-    fusion = model.config.parts.fusion.options
+    fusion = model.config.composition.fusion.options
     spans: list[Span] = []
     sources = iter([part.source for part in parts if isinstance(part, Medium)])
     number = start = 0

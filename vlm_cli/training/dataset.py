@@ -35,7 +35,7 @@ def end_token_id(model: Any, processor: Any) -> int:
     Raises:
         LanguageModelError: if there is none.
     """
-    if END_OF_CHUNK in model.config.parts.added_tokens:
+    if END_OF_CHUNK in model.config.composition.added_tokens:
         return processor.tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
     ends = model.config.eos_token_id
     found = processor.tokenizer.eos_token_id
@@ -119,7 +119,7 @@ class Limits:
     @classmethod
     def of(cls, model: Any) -> Limits:
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        media = getattr(model.config.parts.vision_tokenizer.options, "max_num_media", None)
+        media = getattr(model.config.composition.vision_tokenizer.options, "max_num_media", None)
         return cls(context if isinstance(context, int) else None, model.positions_per_medium(), media)
 
     def problem(self, num_tokens: int, num_media: int) -> str | None:

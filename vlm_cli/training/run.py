@@ -15,6 +15,7 @@ import torch
 
 from vlm_cli import __version__
 from vlm_cli.checkpoint.directory import check_output, load, read_config, replacing, save
+from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError, VLMError
 from vlm_cli.training.checkpoints import Checkpoint, Checkpoints, check_same_run, folder_of
 from vlm_cli.training.dataset import RecordDataset, load_dataset
@@ -168,13 +169,13 @@ class _Run:
         model, processor = load(self.job.model, trust_remote_code=self.job.trust_remote_code)
         stored = model.dtype
         keep = self.settings.bf16 and stored == torch.bfloat16
-        composition = model.config.parts.to_dict()
+        composition = model.config.composition.to_dict()
         if self.settings.trainable is not None:
             composition["trainable"] = list(self.settings.trainable)
         if self.settings.weight_decay is not None:
             composition["weight_decay"] = self.settings.weight_decay
-        model.config.composition = composition
-        parts = model.config.parts.trainable
+        model.config.composition = Composition.from_dict(composition)
+        parts = model.config.composition.trainable
         if not parts:
             raise UsageError("nothing trains: the composition names no trainable part. Add --trainable PART,PART.")
         if not keep:
@@ -214,7 +215,7 @@ class _Run:
             "--group-by-length": settings.group_by_length,
             "--seed": settings.seed,
             "--optimizer": settings.optimizer,
-            "--trainable": list(model.config.parts.trainable),
+            "--trainable": list(model.config.composition.trainable),
         }
 
     def _make_folder(self) -> None:
@@ -232,8 +233,8 @@ class _Run:
         bounds += [] if minutes is None else [f"{minutes:g} minutes"]
         held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
         self.listener.note(
-            f"Training {', '.join(model.config.parts.trainable)} ({trained:,} of {total:,} parameters) on {len(data)} "
-            f"records{held_out} for {' or '.join(bounds)}. Checkpoints in {self.checkpoints.folder}"
+            f"Training {', '.join(model.config.composition.trainable)} ({trained:,} of {total:,} parameters) on "
+            f"{len(data)} records{held_out} for {' or '.join(bounds)}. Checkpoints in {self.checkpoints.folder}"
         )
 
     # -- after ----------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class VLMTrainer(Trainer):
         self._writing: Path | None = None
         arguments = _arguments(settings, checkpoints.folder, use_cpu=use_cpu, has_eval=eval_set is not None)
         # A tower's pooling and projection have no part in its patch features.
-        arguments.ddp_find_unused_parameters = "vision_encoder" in model.config.parts.trainable
+        arguments.ddp_find_unused_parameters = "vision_encoder" in model.config.composition.trainable
         total = settings.total_steps(len(train_set), arguments.world_size)
         arguments.max_steps = total or _UNBOUNDED
         use_cache = vars(model.config).get("use_cache", _ABSENT)

@@ -75,7 +75,7 @@ def check_llava(config: VLMConfig) -> None:
 
 
 def _misfits_of_parts(config: VLMConfig) -> list[str]:
-    parts, problems = config.parts, []
+    parts, problems = config.composition, []
     if parts.fusion.type != "language-stream":
         problems.append(f"fusion is {parts.fusion.type}; it would have to be language-stream.")
     if parts.vision_tokenizer.type != "mlp":
@@ -94,7 +94,7 @@ def _misfits_of_parts(config: VLMConfig) -> list[str]:
 
 
 def _misfits_of_vision(config: VLMConfig) -> list[str]:
-    vision, options, problems = config.vision_config, config.parts.vision_encoder, []
+    vision, options, problems = config.vision_config, config.composition.vision_encoder, []
     cfg = vision["vision_cfg"]
     if "type" in vision:
         return [f"vision encoder {options.name!r} is of another package; it would have to be a ViT of OpenCLIP."]
@@ -119,7 +119,7 @@ def _misfits_of_vision(config: VLMConfig) -> list[str]:
 
 
 def _is_normed(config: VLMConfig) -> bool:
-    options = config.parts.vision_encoder
+    options = config.composition.vision_encoder
     norm = getattr(options, "norm", None)
     return options.layer == -1 if norm is None else norm
 
@@ -156,7 +156,7 @@ def _config(model: VLM) -> Any:
     from transformers import CLIPVisionConfig, LlavaConfig
 
     ours, visual = model.config, model.vision_encoder.visual
-    options = ours.parts.vision_encoder
+    options = ours.composition.vision_encoder
     width, blocks = visual.conv1.out_channels, visual.transformer.resblocks
     vision = CLIPVisionConfig(
         hidden_size=width,

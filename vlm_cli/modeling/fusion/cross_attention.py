@@ -172,7 +172,7 @@ class VLMWithCrossAttention(VLM):
         if (
             media is None
             or mask is None
-            or self.config.parts.fusion.options.attend != "last"
+            or self.config.composition.fusion.options.attend != "last"
             or mask.shape[1] == 1
             or not is_filled(kept.get(self._cache_argument))
         ):

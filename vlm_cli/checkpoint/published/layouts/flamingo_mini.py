@@ -221,7 +221,7 @@ def _places(config: VLMConfig, width: int, *, has_head: bool) -> Places:
 
 def _half(match: Any, number: int, config: VLMConfig) -> Place:
     """Keys or values, which are one matrix here: keys first."""
-    options = config.parts.vision_tokenizer.options
+    options = config.composition.vision_tokenizer.options
     rows = options.num_heads * options.head_dim
     return Place(f"vision_tokenizer.{match[1]}.to_kv.{match[2]}", rows=slice(number * rows, (number + 1) * rows))
 

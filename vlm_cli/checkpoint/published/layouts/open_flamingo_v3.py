@@ -145,7 +145,7 @@ def check_bias(checkpoint: Checkpoint, config: VLMConfig) -> None:
     """
     if not has_bias(checkpoint):
         return
-    wanted, given = not _has_own_bias(config), config.parts.language_model.head_bias
+    wanted, given = not _has_own_bias(config), config.composition.language_model.head_bias
     if wanted != given:
         raise CheckpointError(
             f"{checkpoint.name!r} has a head with a bias, and the language model has {'none' if wanted else 'one'} of "
@@ -168,7 +168,7 @@ def decoupled_table(config: VLMConfig) -> list[tuple[str, Any]]:
     The added rows come in the composition's order, and are fewer than ours where the tokenizer lacks a pad token.
     """
     first = config.first_added_id
-    num_named = len(config.parts.added_tokens)
+    num_named = len(config.composition.added_tokens)
 
     def added(ours: str) -> Any:
         return lambda match: [Place(f"added_tokens.{ours}.{match[1]}", rows=slice(num_named))]
@@ -177,7 +177,7 @@ def decoupled_table(config: VLMConfig) -> list[tuple[str, Any]]:
         (r"lang_model\..*\.additional_embedding\.(weight)", added("embedding")),
         (r"lang_model\..*\.additional_fc\.(weight|bias)", added("head")),
     ]
-    if config.parts.language_model.head_bias:
+    if config.composition.language_model.head_bias:
         table.append((_BIAS, lambda match: [Place("added_tokens.base_bias", take=slice(first))]))
     if config.text_config.model_type == "gpt_neox":  # its head was called so before Transformers 5
         table.append((r"lang_model\.embed_out\.(\w+)", r"lang_model.lm_head.\1"))
@@ -185,7 +185,7 @@ def decoupled_table(config: VLMConfig) -> list[tuple[str, Any]]:
 
 
 def _places(checkpoint: Checkpoint, config: VLMConfig) -> Places:
-    parts = config.parts
+    parts = config.composition
     if parts.vision_tokenizer.type == "perceiver":
         check_heads(checkpoint, r"vision_tokenizer\.", "vision_tokenizer", parts.vision_tokenizer.options)
     if parts.fusion.type == "cross-attention":

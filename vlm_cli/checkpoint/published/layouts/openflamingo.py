@@ -139,7 +139,7 @@ def check_fusion(checkpoint: Checkpoint, block: str, config: VLMConfig) -> None:
     Raises:
         CheckpointError: with both lists of numbers.
     """
-    options, depth = config.parts.fusion.options, config.get_text_config(decoder=True).num_hidden_layers
+    options, depth = config.composition.fusion.options, config.get_text_config(decoder=True).num_hidden_layers
     first = options.every - 1 if options.first is None else options.first
     ours, theirs = list(range(first, depth, options.every)), _layers(checkpoint, block)
     if ours != theirs:
@@ -179,7 +179,7 @@ def _language_model(checkpoint: Checkpoint) -> str | None:
 
 
 def _places(checkpoint: Checkpoint, config: VLMConfig) -> Places:
-    first, parts = config.first_added_id, config.parts
+    first, parts = config.first_added_id, config.composition
     check_heads(checkpoint, r"perceiver\.", "vision_tokenizer", parts.vision_tokenizer.options)
     check_fusion(checkpoint, _BLOCK, config)
     _check_rows(checkpoint, config)

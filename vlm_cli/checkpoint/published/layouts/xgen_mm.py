@@ -137,7 +137,7 @@ def _knows_media(folder: Path) -> bool:
 
 
 def _places(checkpoint: Checkpoint, config: VLMConfig, prefix: str) -> Places:
-    options = config.parts.vision_tokenizer.options
+    options = config.composition.vision_tokenizer.options
     check_heads(checkpoint, rf"{re.escape(prefix)}vision_tokenizer\.", "vision_tokenizer", options)
     check_bias(checkpoint, config)
     width = checkpoint.shape(f"{prefix}vision_tokenizer.latents")[1]
