@@ -119,7 +119,7 @@ def cross_attend(
     x: Tensor,
     vision_tokens: Tensor,
     media_mask: Tensor,
-    media_positions: Tensor,
+    media_counts: Tensor,
     attend: str = "last",
     feed_forward_before_media: bool = True,
     activation: str = "gelu",
@@ -134,7 +134,7 @@ def cross_attend(
         if not media_mask[b].any():
             continue
         for t in range(x.shape[1]):
-            last = int(media_positions[b, t])
+            last = int(media_counts[b, t])
             media = range(last) if attend == "all" else [last - 1] if last else []
             seen = [vision_tokens[b, m, j] for m in media for j in range(media_mask.shape[2]) if media_mask[b, m, j]]
             if seen:

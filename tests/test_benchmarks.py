@@ -89,7 +89,7 @@ def test_ours_over_the_peers(together: bool) -> None:
 def test_peers_get_equal_work(tmp_path: Path) -> None:
     models, prompt = Models(SIZES["tiny"], tmp_path), Prompt(2, batch=3)
     ours, llava = models.ours("llava"), models.llava()
-    tokens = ours.model.positions_per_medium()
+    tokens = ours.model.num_positions()
     length = (3, 2 * tokens + prompt.text)
     assert tuple(llava.inputs(prompt)["input_ids"].shape) == length
     assert tuple(models.bare(tokens).inputs(prompt)["input_ids"].shape) == length

@@ -14,7 +14,7 @@ from benchmarks.compatibility.language_models import model_types, tiny_config, t
 from benchmarks.compatibility.towers import check_tower, towers
 from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
 from vlm_cli.errors import LanguageModelLimit
-from vlm_cli.modeling.language_model import NO_LEFT_PADDING, NO_PIECES
+from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING
 from vlm_cli.report.invariants import CHECKS
 
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_each_limit_has_its_reason() -> None:
     limits = re.findall(r"^- `([\w.-]+)`, (\w+): (.+)$", TEXT, re.MULTILINE)
     told = {check: {name for name, which, _ in limits if which == check} for check in CHECKS}
     if IS_CURRENT:
-        assert told["pieces"] == set(NO_PIECES) and told["padded"] >= set(NO_LEFT_PADDING)
+        assert told["pieces"] == set(NO_CHUNKED_PREFILL) and told["padded"] >= set(NO_LEFT_PADDING)
     for name, reason in UNSUITABLE_LANGUAGE_MODELS.items():
         assert re.search(rf"^- {re.escape(reason)}: .*`{name}`", TEXT, re.MULTILINE), name
 

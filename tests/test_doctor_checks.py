@@ -154,9 +154,11 @@ def adds_something_behind_closed_gates(model, patch):
 
 @breaks("bare", STREAM)
 def places_media_one_position_late(model, patch):
-    place = language_stream.place
+    scatter_media = language_stream.scatter_media
     patch.setattr(
-        language_stream, "place", lambda x, media, there, at: place(x, media, there.roll(1, 1), at.roll(1, 1))
+        language_stream,
+        "scatter_media",
+        lambda x, media, there, at: scatter_media(x, media, there.roll(1, 1), at.roll(1, 1)),
     )
 
 
@@ -204,7 +206,7 @@ def forgets_media_after_the_first_step(model, patch):
 
 @breaks("cached", CROSS)
 def counts_no_media_after_the_first_step(model, patch):
-    change_later_steps(model, patch, lambda inputs: inputs | {"media_positions": 0 * inputs["media_positions"]})
+    change_later_steps(model, patch, lambda inputs: inputs | {"media_counts": 0 * inputs["media_counts"]})
 
 
 @breaks("cached")
@@ -231,7 +233,7 @@ def prefers_images(model: VLM, patch: Patch) -> None:
 @breaks("greedy", error="has 6 media tokens, but vision_x has 2")
 def writes_image_placeholders(model, patch):
     prefers_images(model, patch)
-    patch.setattr(vlm_module._Never, "__call__", lambda self, ids, scores: scores)
+    patch.setattr(vlm_module._ForbidToken, "__call__", lambda self, ids, scores: scores)
 
 
 @both_fusions
@@ -255,7 +257,12 @@ def drops_the_attention_mask(model, patch):
 
 @breaks("padded", STREAM)
 def forgets_the_attention_mask_where_it_spreads(model, patch):
-    wrap(patch, language_stream, "expand", lambda x: replace(x, attention_mask=torch.ones_like(x.attention_mask)))
+    wrap(
+        patch,
+        language_stream,
+        "expand_media_tokens",
+        lambda x: replace(x, attention_mask=torch.ones_like(x.attention_mask)),
+    )
 
 
 @breaks("padded", language_model="gpt2")
@@ -271,17 +278,17 @@ def drops_the_mask_of_media(model, patch):
 
 @breaks("padded")
 def reads_the_media_of_another_row(model, patch):
-    wrap(patch, model, "prepare_media", lambda media: media + 0.01 * media.mean(0))
+    wrap(patch, model, "project_media", lambda media: media + 0.01 * media.mean(0))
 
 
 @breaks("pieces")
 def counts_media_anew_in_each_piece(model, patch):
-    at = Conditioning.at
+    for_call = Conditioning.for_call
 
     def anew(self: Conditioning, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
-        return replace(at(self, ids, media_token_id, end), media_positions=(ids == media_token_id).cumsum(-1))
+        return replace(for_call(self, ids, media_token_id, end), media_counts=(ids == media_token_id).cumsum(-1))
 
-    patch.setattr(Conditioning, "at", anew)
+    patch.setattr(Conditioning, "for_call", anew)
 
 
 @breaks("pieces")
@@ -339,13 +346,13 @@ def computes_with_what_is_not_written(model, patch):
 
 @breaks("saved", CROSS)
 def renames_tensors_of_the_language_model(model, patch):
-    build = VLMWithCrossAttention._build_fusion
+    build = VLMWithCrossAttention.build_fusion
 
     def wraps_the_norm(self: VLM, *args: Any) -> None:
         build(self, *args)
         self.lang_model.model.norm = nn.Sequential(self.lang_model.model.norm)
 
-    patch.setattr(VLMWithCrossAttention, "_build_fusion", wraps_the_norm)
+    patch.setattr(VLMWithCrossAttention, "build_fusion", wraps_the_norm)
     model.lang_model.model.norm = nn.Sequential(model.lang_model.model.norm)
 
 
@@ -427,7 +434,7 @@ def test_a_limited_language_model_hides_no_difference_of_ours(broken, monkeypatc
 def test_a_limited_language_model_hides_no_error_of_ours(fusion, monkeypatch):
     for language_model, name in (("zamba2", "cached"), ("mamba", "pieces")):
         model = tiny.build(fusion=fusion, language_model=language_model)
-        monkeypatch.setattr(model, "prepare_media", lambda *args: int("of ours"))
+        monkeypatch.setattr(model, "project_media", lambda *args: int("of ours"))
         finding = find(model, name)
         assert finding.verdict == "fails" and finding.note, finding
 

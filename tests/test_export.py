@@ -171,7 +171,7 @@ def llava_logits(ours, processor, theirs, their_processor):
     assert (spread["pixel_values"] - batch["pixel_values"][0, 0]).abs().max() < 0.1  # torchvision resizes, not PIL
     spread["pixel_values"] = batch["pixel_values"][0, 0]
     is_image = spread["input_ids"][0] == ours.config.media_token_id
-    assert is_image.sum() == ours.positions_per_medium()
+    assert is_image.sum() == ours.num_positions()
     kept = ~is_image
     kept[is_image.nonzero()[-1]] = True
     return ours(**batch).logits, theirs(**spread).logits[:, kept]

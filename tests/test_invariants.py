@@ -26,7 +26,7 @@ from transformers.generation import BaseStreamer
 
 from vlm_cli.composition import FAMILIES, PARTS
 from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock
-from vlm_cli.modeling.fusion.expansion import compact, expand, place
+from vlm_cli.modeling.fusion.expansion import expand_media_tokens, pack_valid_tokens, scatter_media
 from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import update_hidden_states
@@ -203,17 +203,17 @@ def in_pieces(model: VLM, row: tiny.Row, pieces: Sequence[int]) -> tuple[Tensor,
     tokens, mask = model.encode_vision(row.vision_x)
     with model.conditioned(row.lang_x, tokens) as inputs:
         ids = inputs["input_ids"]
-    media = {"media": model.prepare_media(tokens, mask), "media_mask": mask}
+    media = {"media": model.project_media(tokens, mask), "media_mask": mask}
     positions = (ids == IMAGE).cumsum(-1)
     found, cache, start = [], None, 0
     for length in pieces:
         part = slice(start, start + length)
         output = model(
-            lang_x=ids[:, part], media_positions=positions[:, part], past_key_values=cache, use_cache=True, **media
+            lang_x=ids[:, part], media_counts=positions[:, part], past_key_values=cache, use_cache=True, **media
         )
         found.append(output.logits)
         cache, start = cache_of(output), start + length
-    return torch.cat(found, dim=1), logits(model, lang_x=ids, media_positions=positions, **media)[:, :start]
+    return torch.cat(found, dim=1), logits(model, lang_x=ids, media_counts=positions, **media)[:, :start]
 
 
 def cache_of(output: Mapping[str, Any]) -> Any:
@@ -819,7 +819,7 @@ def test_media_visibility_example():
 def test_expand_example():
     a, b, c, I, p = 5, 6, 7, IMAGE, tiny.PAD  # noqa: E741
     rows = torch.tensor([[a, I, b], [a, b, c]])
-    expansion = expand(rows, None, rows == I, torch.tensor([[3], [0]]), p)
+    expansion = expand_media_tokens(rows, None, rows == I, torch.tensor([[3], [0]]), p)
     assert expansion.ids.tolist() == [[a, I, I, I, b], [p, p, a, b, c]]
     assert expansion.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
     assert expansion.last.tolist() == [[0, 3, 4], [2, 3, 4]]
@@ -828,10 +828,10 @@ def test_expand_example():
 
 def test_compact_and_place_example():
     tokens, mask = torch.arange(1.0, 5).view(1, 2, 2, 1), torch.tensor([[[True, False], [True, True]]])
-    media = compact(tokens, mask)
+    media = pack_valid_tokens(tokens, mask)
     assert media.flatten().tolist() == [1, 3, 4, 2]
     is_media = torch.tensor([[True, False, True, True]])
-    placed = place(torch.full((1, 4, 1), 9.0), media, is_media, is_media.cumsum(-1))
+    placed = scatter_media(torch.full((1, 4, 1), 9.0), media, is_media, is_media.cumsum(-1))
     assert placed.flatten().tolist() == [1, 9, 3, 4]
 
 

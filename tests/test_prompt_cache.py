@@ -75,7 +75,7 @@ def test_turns_of_a_chat_are_read_once(model, pool):
         if turn == 0:
             inputs |= {"vision_tokens": pool[[0, 1]][None], "media_mask": torch.ones(1, 2, pool.shape[1]).bool()}
     # All but the last token, whose turn never came, and the two of the turn.
-    new, per_medium = NEW["max_new_tokens"], model.positions_per_medium()
+    new, per_medium = NEW["max_new_tokens"], model.num_positions()
     assert cache.reused == found.shape[1] + 2 * (per_medium - 1) - new - 3
 
 
@@ -86,7 +86,7 @@ def test_what_changed_is_read_again(model, pool):
     other_image = prompt(model, [0, 2], texts=[3, 4, 2], pool=pool)
     other_text = before | {"lang_x": before["lang_x"].clone()}
     other_text["lang_x"][0, 2] += 1
-    per_medium = model.positions_per_medium()
+    per_medium = model.num_positions()
     for inputs, reused in ((other_image, 1 + 3 + per_medium + 4), (other_text, 2), (before, 2)):
         found = model.generate(**inputs, **NEW, prompt_cache=cache)
         assert cache.reused == reused
@@ -121,7 +121,7 @@ def test_shots_that_rows_share_are_read_once(model, pool, lengths):
     batch["attention_mask"] = (torch.arange(longest) >= torch.tensor(pad)[:, None]).long()
     plain, all_positions = counter.of(lambda: model.generate(**batch, **NEW))
     found, first = counter.of(lambda: model.generate(**batch, **NEW, prompt_cache=cache))
-    shared = 1 + 3 + 6 + 2 * model.positions_per_medium() + 1
+    shared = 1 + 3 + 6 + 2 * model.num_positions() + 1
     assert torch.equal(found, plain) and cache.reused == shared
     assert first == all_positions - 2 * shared  # once instead of three times
     found, second = counter.of(lambda: model.generate(**batch, **NEW, prompt_cache=cache))

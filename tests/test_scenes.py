@@ -305,7 +305,7 @@ def test_records_are_read_as_they_were_written(tmp_path, split, form):
     records = read_records(path)
     assert len(records.good) == 40 and not records.problems
     assert len({record.id for record in records.good}) == 40
-    files = {part.source for record in records.good for piece in record.pieces for part in piece.parts
+    files = {part.source for record in records.good for piece in record.segments for part in piece.parts
              if isinstance(part, Medium)}  # fmt: skip
     assert files == {str(x.relative_to(tmp_path)) for x in tmp_path.glob("images/*.png")}
 

@@ -25,7 +25,7 @@ from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
 from vlm_cli.composition import Composition, LinearOptions, MLPOptions, PerceiverOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, VisionEncoderError
 from vlm_cli.modeling.fusion.visibility import MediaVisibility
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, cut, patch_features, tower_shape
+from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, patch_features, tower_shape, truncate_layers
 from vlm_cli.modeling.vision_tokenizers.linear import LinearProjection, MLPProjection, pixel_shuffle
 from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler
 from vlm_cli.modeling.vlm import VLM
@@ -118,13 +118,13 @@ def test_class_token_of_a_tower_without_a_norm_of_patches(layer):
 def test_a_tower_that_is_cut_gives_what_its_last_layer_gives(vision):
     whole, pixels = tiny.tower(vision), torch.randn(2, 3, tiny.SIZE, tiny.SIZE)
     depth = len(stack(whole)) - 1
-    tower = cut(copy.deepcopy(whole), depth)
+    tower = truncate_layers(copy.deepcopy(whole), depth)
     settings = {"norm": False} if vision in ("vit", "siglip") else {}  # others have no norm of patches
     found = patch_features(tower, pixels, **settings)
     same(found, patch_features(whole, pixels, -2))
     assert differs(found, patch_features(whole, pixels, **settings))
     assert len(stack(build_tower(tiny.VISION[vision] | {"depth": depth}))) == len(stack(tower)) == depth
-    assert cut(whole, None) is whole and len(stack(whole)) == depth + 1
+    assert truncate_layers(whole, None) is whole and len(stack(whole)) == depth + 1
 
 
 @pytest.mark.parametrize("vision", ["vit", "siglip"])

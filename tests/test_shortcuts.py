@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlm_cli.modeling import vlm as core
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, Readers, attend_to_media
-from vlm_cli.modeling.vision_encoder import distinct
+from vlm_cli.modeling.vision_encoder import deduplicate
 from vlm_cli.modeling.vlm import VLM
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -55,9 +55,9 @@ def test_distinct(dtype):
     three = torch.randn(3, 3, 4, 4).to(dtype)
     three[1] = three[0].flip(-1)  # the same numbers elsewhere
     frames = three[[2, 0, 2, 1, 0]]
-    few, which = distinct(frames)
+    few, which = deduplicate(frames)
     assert len(few) == 3 and torch.equal(few[which], frames)
-    few, which = distinct(three)
+    few, which = deduplicate(three)
     assert few is three and which.tolist() == [0, 1, 2]
 
 
@@ -66,7 +66,7 @@ def test_distinct_believes_no_sum(monkeypatch):
     words = torch.zeros(2, 3 * 4 * 4, dtype=torch.int32)
     words[0, 1], words[1, 0] = 1, 2
     frames = words.view(torch.float32).view(2, 3, 4, 4)
-    few, which = distinct(frames)
+    few, which = deduplicate(frames)
     assert len(few) == 2 and which.tolist() == [0, 1]
 
 
@@ -82,7 +82,7 @@ def test_equal_images_and_padding_are_encoded_once(fusion, tokenizer, monkeypatc
     with torch.no_grad(), counted(encoder, num_frames) as frames, counted(model.vision_tokenizer, num_frames) as media:
         logits = model(**inputs).logits
         tokens, token_mask = model.encode_vision(vision_x, mask)
-    apart = model.vision_tokenizer.reads_media_apart
+    apart = model.vision_tokenizer.encodes_media_independently
     assert apart == isinstance(tokenizer, str)  # the last has an embedding for each place
     assert frames == [4, 4] and media == [5 if apart else 9] * 2  # one of them for all padding
     monkeypatch.setattr(core.torch.compiler, "is_compiling", lambda: True)  # the plain path
@@ -108,7 +108,7 @@ def test_equal_images_train_as_different_ones(monkeypatch):
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     once = gradients()
-    monkeypatch.setattr(core, "distinct", lambda frames: (frames, torch.arange(len(frames))))
+    monkeypatch.setattr(core, "deduplicate", lambda frames: (frames, torch.arange(len(frames))))
     each = gradients()
     assert len(once) == len(each) > 30
     for a, b in zip(once, each, strict=True):

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, cut, tower_shape
+from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, tower_shape, truncate_layers
 from vlm_cli.modeling.vlm import VLM
 
 VOCABULARY = 80  # tokens
@@ -209,7 +209,7 @@ def language_model(name: str) -> PreTrainedModel:
 def tower(name: str, depth: int | None = None) -> nn.Module:
     """An OpenCLIP tower, shared by all VLMs built here; not to be changed."""
     if depth is not None:
-        return cut(copy.deepcopy(tower(name)), depth)
+        return truncate_layers(copy.deepcopy(tower(name)), depth)
     torch.manual_seed(2)
     visual = build_tower(VISION[name]).eval()
     stir(visual, 0.25)  # some blocks start as the identity, and images then look alike

@@ -221,7 +221,7 @@ VISION_ENCODERS = Registry(
 VISION_TOKENIZERS = Registry(
     "vision tokenizer", "vlm_cli.vision_tokenizers", methods=("num_tokens", "token_mask"), settings=("dim_out",)
 )
-FUSIONS = Registry("fusion", "vlm_cli.fusions", methods=("media_width", "prepare_media"))
+FUSIONS = Registry("fusion", "vlm_cli.fusions", methods=("media_width", "project_media"))
 
 _TOKENIZERS = "vlm_cli.modeling.vision_tokenizers"
 for _part in (

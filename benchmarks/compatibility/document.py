@@ -17,7 +17,7 @@ from benchmarks.compatibility.reference import (
 )
 from benchmarks.compatibility.towers import TowerRow
 from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
-from vlm_cli.modeling.language_model import NO_LEFT_PADDING, NO_PIECES
+from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING
 from vlm_cli.report.invariants import CHECKS, Finding
 
 __all__ = ["FUSIONS", "PAGE", "LanguageModelRow", "language_model_row", "page", "tower_row", "versions"]
@@ -157,7 +157,7 @@ def page(language_models: Sequence[LanguageModelRow], towers: Sequence[TowerRow]
 
 
 def _limits(rows: Iterable[LanguageModelRow]) -> list[str]:
-    known = {"padded": NO_LEFT_PADDING, "pieces": NO_PIECES}
+    known = {"padded": NO_LEFT_PADDING, "pieces": NO_CHUNKED_PREFILL}
     advice = {
         "padded": "; rows of several lengths are refused, so that `--batch-size 1` is the way",
         "pieces": "; a cache and several tokens are refused, as is `prefill_chunk_size`",

@@ -45,7 +45,7 @@ def _measure_family(report: Report, models: Models, settings: Settings, family: 
         The share of the bare model's speed that weight traffic allows.
     """
     size, ours = models.size.name, models.ours(family)
-    bare = models.bare(ours.model.positions_per_medium())
+    bare = models.bare(ours.model.num_positions())
     prompts = cases(size)
     for prompt in prompts:
         peers = [Subject(BARE, partial(decode, bare, prompt, TOKENS))]

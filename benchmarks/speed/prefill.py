@@ -53,7 +53,7 @@ def _bar(report: Report, prompt: Prompt, family: str, peer: str, limit: float) -
 
 def _measure_family(report: Report, models: Models, settings: Settings, family: str, prompts: Sequence[Prompt]) -> None:
     size, ours = models.size.name, models.ours(family)
-    bare = models.bare(ours.model.positions_per_medium())
+    bare = models.bare(ours.model.num_positions())
     estimate = 0.0  # seconds of an image
     for prompt in prompts:
         expected = estimate * prompt.images * prompt.batch

@@ -26,7 +26,7 @@ from vlm_cli.cli.eval import Progress
 from vlm_cli.cli.options import DEMO
 from vlm_cli.generation import answers
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
-from vlm_cli.generation.images import Gallery, Preprocessor
+from vlm_cli.generation.images import ImageCache, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of
 from vlm_cli.media import MediaLoader
 
@@ -140,13 +140,13 @@ def test_the_images_of_a_batch_matter(answer):
 
 
 def test_the_demo_answers_as_one_by_one(vlm, answer, folder):
-    pictures = Path(__file__).parents[2] / "examples" / "images"
+    images = Path(__file__).parents[2] / "examples" / "images"
     rows = [
-        {"prompt": f"<image:{pictures / name}.png>{question}"}
+        {"prompt": f"<image:{images / name}.png>{question}"}
         for name in ("one", "two", "three")
         for question in ("Describe the image.", "Q: How many shapes are there? A:", "Q: What is it?")
     ]
-    rows.append({"prompt": f"<image:{pictures / 'one.png'}>One. <image:{pictures / 'two.png'}>Describe the image."})
+    rows.append({"prompt": f"<image:{images / 'one.png'}>One. <image:{images / 'two.png'}>Describe the image."})
     flags = ("--dtype", "float32", "--temperature", 0)
     _, written = answer(rows, *flags, model=DEMO, tokens=20)
     alone = one_by_one(vlm, DEMO, folder, rows, *flags, tokens=20)
@@ -192,7 +192,7 @@ def test_an_answer_does_not_wait_for_the_end_of_the_input(answer, monkeypatch):
     monkeypatch.setattr(Preprocessor, "__getitem__", lambda self, x: (read.append(x), fill(self, x))[1])
     answer([{"prompt": "cat " * (1 + i % 7)} for i in range(100)], "--batch-size", 2, tokens=1)
     ahead = [seen - number for number, seen in enumerate(written)]
-    assert max(ahead) <= answers.WINDOW * 2 and len(read) == 100
+    assert max(ahead) <= answers.LOOKAHEAD_BATCHES * 2 and len(read) == 100
 
 
 @pytest.mark.parametrize("model", ["open_gates", "kosmos"])
@@ -225,7 +225,7 @@ def test_images_that_were_let_go_are_encoded_again(answer, asked, monkeypatch):
     rows = [{"prompt": f"<image:{i % 3}.png>The cat", "id": i} for i in range(12)]
     _, wanted = answer(rows, out="kept.jsonl")
     asked[1].clear()
-    monkeypatch.setattr(batch_module, "CACHE", 1)
+    monkeypatch.setattr(batch_module, "CACHE_BYTES", 1)
     assert answer(rows, "--batch-size", 1)[1] == wanted
     assert sum(asked[1]) > 3
 
@@ -263,15 +263,15 @@ def test_worker_processes_give_the_same_and_hold_no_model(answer, open_gates):
 
 
 def test_a_gallery_is_bounded_and_knows_equal_pixels():
-    gallery = Gallery(2)
-    a, b = gallery.find("a")[0], gallery.find("b")[0]
+    cache = ImageCache(2)
+    a, b = cache.find("a")[0], cache.find("b")[0]
     pixels = torch.rand(3, 4, 4).numpy()
     for handle in (a, b):
-        gallery.fill(handle, pixels.copy())
-    assert a.picture is b.picture
-    assert gallery.find("a") == (a, False)
-    gallery.find("c")
-    assert gallery.find("b")[1] and not gallery.find("c")[1]  # b was used longest ago
+        cache.fill(handle, pixels.copy())
+    assert a.image is b.image
+    assert cache.find("a") == (a, False)
+    cache.find("c")
+    assert cache.find("b")[1] and not cache.find("c")[1]  # b was used longest ago
 
 
 def test_a_language_model_that_mixes_its_rows_gets_one_at_a_time(answer, asked, monkeypatch):

@@ -151,7 +151,7 @@ def test_each_answer_is_that_of_the_whole_conversation(name, request, talk, load
     for k, ids in enumerate(prompts):
         pictures = pictures_of(turns[: k + 1])
         assert found[k]["text"] == at_once(model, processor, ids, pictures)
-        assert found[k]["prompt_positions"] == len(ids) + len(pictures) * (model.positions_per_medium() - 1)
+        assert found[k]["prompt_positions"] == len(ids) + len(pictures) * (model.num_positions() - 1)
 
 
 @pytest.mark.parametrize("name", ["open_gates", "loud"])

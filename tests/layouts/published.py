@@ -192,7 +192,7 @@ def sized(checkpoint: Checkpoint) -> tuple[VLM, KeyReport]:
     text_config = AutoConfig.for_model(text.pop("model_type"), **text)
     with torch.device("meta"):
         model = VLM(configure(composition, found.vision_config, shape, text_config, None, found.first_added_id))
-    return model, fill(model, checkpoint, found, is_backed=lambda name: False)
+    return model, fill(model, checkpoint, found, has_weights=lambda name: False)
 
 
 __all__ = [

@@ -517,7 +517,7 @@ def test_published_sizes(name):
     settings = configure(composition, described.vision_config, shape, text, None, 50265)
     with torch.device("meta"):
         model = VLM(settings)
-    report = fill(model, checkpoint, described, is_backed=lambda _: False)
+    report = fill(model, checkpoint, described, has_weights=lambda _: False)
     assert report.is_complete and not report.unused
     resampler, blocks = (sum(p.numel() for p in part.parameters()) for part in (model.vision_tokenizer, model.fusion))
     table, whole = model.get_input_embeddings().weight.numel(), model.lang_model.num_parameters()

@@ -269,8 +269,8 @@ def test_siglip_of_transformers(activation):
     for name, x in theirs.state_dict().items():
         for place in places(name):
             target = place.target.removeprefix("vision_encoder.visual.")
-            region, given = state[target][place.rows or slice(None)], x[place.take or slice(None)]
-            region.copy_(place.change(given).reshape(region.shape))
+            region, given = state[target][place.target_rows or slice(None)], x[place.source_rows or slice(None)]
+            region.copy_(place.transform(given).reshape(region.shape))
             left[target] -= region.numel()
     assert not any(left.values())
     pixels = torch.randn(2, 3, 2 * SIZE, 2 * SIZE)

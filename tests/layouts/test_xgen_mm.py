@@ -301,7 +301,7 @@ def test_published_sizes():
     assert count(model.vision_tokenizer) == 109_901_568
     assert count(model.vision_encoder) == 428_225_600
     assert model.lang_model.num_parameters() == 3_821_079_552
-    assert model.config.vision_config["num_patches"] == 729 and model.positions_per_medium() == 128
+    assert model.config.vision_config["num_patches"] == 729 and model.num_positions() == 128
     assert model.config.composition.vision_encoder.name == "ViT-SO400M-14-SigLIP-384"
     assert model.config.composition.vision_tokenizer.options == PerceiverOptions(
         num_heads=16, head_dim=96, num_latents=128

@@ -31,7 +31,7 @@ def problem(folder: Path, line: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("line", "pieces"),
+    ("line", "segments"),
     [
         (
             {"prompt": "<image:red.png>Caption:", "completion": " red"},
@@ -60,11 +60,11 @@ def problem(folder: Path, line: Any) -> str:
         ({"prompt": "<image:red.png>", "completion": "x", "source": "elsewhere"}, [(RED,), (Text("x"),)]),
     ],
 )  # fmt: skip
-def test_records_are_read(folder: Path, line: dict[str, Any], pieces: list[tuple[Any, ...]]) -> None:
+def test_records_are_read(folder: Path, line: dict[str, Any], segments: list[tuple[Any, ...]]) -> None:
     (record,) = read(folder, line).good
-    assert [piece.parts for piece in record.pieces] == pieces
-    assert [piece.learned for piece in record.pieces] == [False, True] * (len(pieces) // 2)
-    assert record.sources == tuple(p.source for parts in pieces for p in parts if isinstance(p, Medium))
+    assert [segment.parts for segment in record.segments] == segments
+    assert [segment.is_target for segment in record.segments] == [False, True] * (len(segments) // 2)
+    assert record.sources == tuple(p.source for parts in segments for p in parts if isinstance(p, Medium))
 
 
 @pytest.mark.parametrize(

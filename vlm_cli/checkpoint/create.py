@@ -192,7 +192,7 @@ def _check_fit(blueprint: Blueprint) -> None:
                 f"at most {most}."
             )
         )
-    positions, context = model.positions_per_medium(), context_length(text)
+    positions, context = model.num_positions(), context_length(text)
     if context is not None and positions >= context:
         problems.append(
             CompositionError(

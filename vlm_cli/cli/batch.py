@@ -19,7 +19,7 @@ from vlm_cli.errors import DataError, UsageError
 __all__ = ["BatchOptions", "BatchRun", "files_digest"]
 
 BATCH = "Batch"
-CACHE = 2**30  # bytes of images, or of their vision tokens, that wait or may be shown again
+CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait or may be shown again
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,9 @@ class BatchRun:
         first = next(lines, None)
         if first is None:
             return
-        from vlm_cli.cli.models import hush
+        from vlm_cli.cli.models import silence_libraries
 
-        hush()
+        silence_libraries()
         self.model, processor, self.load_seconds = self.load()
         # `main` switched it off, for commands that end soon.
         gc.freeze()
@@ -226,25 +226,25 @@ class BatchRun:
         """What answers, and the rows that are put to it."""
         from vlm_cli.generation.answers import RowAnswerer, token_bytes
         from vlm_cli.generation.batch_size import BatchSize
-        from vlm_cli.generation.decoder import Continuation
-        from vlm_cli.generation.images import Gallery, Preprocessor, with_pictures
+        from vlm_cli.generation.decoder import Decoder
+        from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
         from vlm_cli.generation.rows import RowReader
         from vlm_cli.media import MediaLoader
 
-        continuation = Continuation(self.model, processor, self.sampling.keywords(), self.sampling.stop or ())
+        decoder = Decoder(self.model, processor, self.sampling.keywords(), self.sampling.stop or ())
         channels, height, width = processor.image_processor.frame_shape
-        most = max(1, CACHE // max(4 * channels * height * width, token_bytes(self.model)))
+        most = max(1, CACHE_BYTES // max(4 * channels * height * width, token_bytes(self.model)))
         answerer = RowAnswerer(
-            continuation,
+            decoder,
             BatchSize(self.options.rows_at_once()),
             seed=self.sampling.seed,
-            most_pictures=most,
+            max_images=most,
             note=note,
         )
-        reader = RowReader(continuation, self.special_tokens)
+        reader = RowReader(decoder, self.special_tokens)
         loader = MediaLoader(self.options.folder, allow_urls=self.allow_urls)
         preprocessor = Preprocessor(processor.image_processor.transform, loader)
-        rows = with_pictures(map(reader.read, lines), Gallery(most), preprocessor, self.options.num_workers())
+        rows = with_images(map(reader.read, lines), ImageCache(most), preprocessor, self.options.num_workers())
         return answerer, rows
 
     @property

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import MAX_SEED, ComposeOptions, JsonOption, expand, resolve_dtype
+from vlm_cli.cli.options import MAX_SEED, ComposeOptions, JsonOption, flatten_options, resolve_dtype
 from vlm_cli.errors import CheckpointError, UsageError
 
 __all__ = ["build", "check_size"]
 
 
-@expand
+@flatten_options
 def build(
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)] = None,
     compose: ComposeOptions = ComposeOptions(),
@@ -65,9 +65,9 @@ def build(
         return
     assert composition is not None
     from vlm_cli.checkpoint.create import plan
-    from vlm_cli.cli.models import hush
+    from vlm_cli.cli.models import silence_libraries
 
-    hush()
+    silence_libraries()
     with console.step(quiet) as announce:
         announce("checking the composition")
         blueprint = plan(composition, trust_remote_code=compose.trust_remote_code)
@@ -124,9 +124,9 @@ def _import(
     """
     from vlm_cli.checkpoint.published.checkpoint import Checkpoint
     from vlm_cli.checkpoint.published.importing import import_checkpoint, recognise
-    from vlm_cli.cli.models import hush
+    from vlm_cli.cli.models import silence_libraries
 
-    hush()
+    silence_libraries()
     with console.step(quiet) as announce:
         announce(f"finding {source}")
         checkpoint = Checkpoint.open(source, revision=compose.revision)
@@ -167,9 +167,9 @@ def _check_left_out(layout: Any, checkpoint: Any) -> None:
     Raises:
         UsageError: if the checkpoint holds its own backbones, which no other place has.
     """
-    from vlm_cli.checkpoint.published.importing import describing
+    from vlm_cli.checkpoint.published.importing import blaming_config_of
 
-    with describing(checkpoint, layout):
+    with blaming_config_of(checkpoint, layout):
         described = layout.describe(checkpoint)
     is_own = described.text_config is not None and described.composition["language_model"]["name"] == checkpoint.name
     if is_own and described.vision_config is not None and not described.composition["vision_encoder"].get("pretrained"):

@@ -112,9 +112,9 @@ class ChatRun:
     def _start(self) -> Any:
         import gc
 
-        from vlm_cli.cli.models import hush
+        from vlm_cli.cli.models import silence_libraries
 
-        hush()
+        silence_libraries()
         model, processor, _ = self.load()
         # `main` switched it off, for commands that end soon.
         gc.freeze()
@@ -122,18 +122,18 @@ class ChatRun:
         from transformers import set_seed
 
         from vlm_cli.generation.chat import Chat
-        from vlm_cli.generation.decoder import Continuation
+        from vlm_cli.generation.decoder import Decoder
 
         if self.sampling.seed is not None:
             set_seed(self.sampling.seed)
-        continuation = Continuation(model, processor, self.sampling.keywords(), self.sampling.stop or ())
-        return Chat(continuation, parse_special_tokens=self.prompts.special_tokens)
+        decoder = Decoder(model, processor, self.sampling.keywords(), self.sampling.stop or ())
+        return Chat(decoder, parse_special_tokens=self.prompts.special_tokens)
 
     def _answer(self, turn: Interleaved, images: list[Any]) -> None:
         from vlm_cli.cli.stream import TextStream
 
-        continuation = self.chat.continuation
-        streamer = TextStream(continuation.decode, _write, continuation.stops) if self.stream else None
+        decoder = self.chat.decoder
+        streamer = TextStream(decoder.decode, _write, decoder.stops) if self.stream else None
         with _interruptible(self.typed) as is_interrupted:
             found = self.chat.answer(
                 turn.parts, images, streamer=streamer, note=console.note, is_interrupted=is_interrupted
@@ -146,7 +146,7 @@ class ChatRun:
             console.note(
                 f"{found['prompt_positions']} positions, {found['reused_positions']} of them read before, "
                 f"{found['new_tokens']} new tokens in {found['seconds']:.2f} s, "
-                f"peak memory {console.human_bytes(console.peak_memory(continuation.model.device))}"
+                f"peak memory {console.human_bytes(console.peak_memory(decoder.model.device))}"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, expand, resolve, resolve_dtype
+from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options, resolve, resolve_dtype
 from vlm_cli.errors import UsageError
 
 __all__ = ["count_params"]
@@ -16,7 +16,7 @@ __all__ = ["count_params"]
 COLUMNS = ("part", "parameters", "trainable", "frozen", "share", "bytes")
 
 
-@expand
+@flatten_options
 def count_params(
     model: ModelArgument = None,
     compose: ComposeOptions = ComposeOptions(),
@@ -34,11 +34,11 @@ def count_params(
         raise UsageError("--json, --csv and --markdown exclude each other. Choose one.")
     chosen = resolve(model, compose)
     from vlm_cli.checkpoint.delta import delta_bytes
-    from vlm_cli.cli.models import on_meta
+    from vlm_cli.cli.models import load_meta_model
     from vlm_cli.report.parameters import count_parameters
 
     wanted = resolve_dtype(dtype)
-    vlm, stored, _ = on_meta(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
+    vlm, stored, _ = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
     dtype_of_weights = stored if wanted == "auto" else wanted
     report = count_parameters(vlm, depth=depth, dtype=dtype_of_weights)
     size = delta_bytes(vlm, dtype_of_weights)

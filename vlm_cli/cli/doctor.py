@@ -12,7 +12,7 @@ from vlm_cli.cli.options import (
     DeviceOptions,
     JsonOption,
     ModelArgument,
-    expand,
+    flatten_options,
     resolve,
 )
 from vlm_cli.composition import Composition
@@ -21,7 +21,7 @@ from vlm_cli.errors import VLMError
 __all__ = ["doctor"]
 
 
-@expand
+@flatten_options
 def doctor(
     model: ModelArgument = None,
     compose: ComposeOptions = ComposeOptions(),
@@ -98,9 +98,9 @@ def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOp
     """
     from vlm_cli.checkpoint.create import create, plan
     from vlm_cli.checkpoint.directory import load
-    from vlm_cli.cli.models import hush
+    from vlm_cli.cli.models import silence_libraries
 
-    hush()
+    silence_libraries()
     device, dtype = devices.resolve()
     if isinstance(chosen, str):
         hub: dict[str, Any] = {} if compose.revision is None else {"revision": compose.revision}

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import DEMO, DeviceOptions, JsonOption, SamplingOptions, SourceOptions, built_model, expand
+from vlm_cli.cli.options import (
+    DEMO,
+    DeviceOptions,
+    JsonOption,
+    SamplingOptions,
+    SourceOptions,
+    built_model,
+    flatten_options,
+)
 from vlm_cli.errors import UsageError
 
 __all__ = ["EvalOptions", "OutputOptions", "evaluate"]
@@ -51,7 +59,7 @@ class OutputOptions:
             check_file(path, overwrite=self.overwrite)
 
 
-@expand
+@flatten_options
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.")
@@ -106,9 +114,9 @@ class Evaluation:
 
     def load(self, built: str, devices: DeviceOptions, source: SourceOptions) -> None:
         """Load the model, and see that the items fit it."""
-        from vlm_cli.cli.models import hush
+        from vlm_cli.cli.models import silence_libraries
 
-        hush()
+        silence_libraries()
         from vlm_cli.checkpoint.directory import load
         from vlm_cli.evaluation.items import check_lengths
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import JsonOption, SourceOptions, built_model, expand
+from vlm_cli.cli.options import JsonOption, SourceOptions, built_model, flatten_options
 from vlm_cli.errors import UnknownNameError
 from vlm_cli.registry import suggest
 
@@ -22,7 +22,7 @@ FORMATS = {
 }
 
 
-@expand
+@flatten_options
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or demo.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)],
@@ -48,9 +48,9 @@ def export(
     check_output(out, overwrite=overwrite)
     from vlm_cli.checkpoint.directory import load, read_config, replacing
     from vlm_cli.checkpoint.export.programs import write_mark
-    from vlm_cli.cli.models import hush
+    from vlm_cli.cli.models import silence_libraries
 
-    hush()
+    silence_libraries()
     with console.step(quiet) as announce:
         announce("reading the configuration")
         config = read_config(built, trust_remote_code=source.trust_remote_code, **source.hub)

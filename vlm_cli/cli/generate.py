@@ -19,7 +19,7 @@ from vlm_cli.cli.options import (
     SourceOptions,
     SpeedOptions,
     built_model,
-    expand,
+    flatten_options,
 )
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, format, interleave
@@ -115,7 +115,7 @@ class PromptOptions:
             raise PromptError(f"the prompt on stdin is not UTF-8 text: {error}.") from None
 
 
-@expand
+@flatten_options
 def generate(
     prompts: PromptOptions = PromptOptions(),
     batching: BatchOptions = BatchOptions(),
@@ -159,9 +159,9 @@ def generate(
     sampling.keywords()  # refuses what contradicts itself
     built = built_model(model, source.revision)
     images = prompts.load(parts)
-    from vlm_cli.cli.models import hush
+    from vlm_cli.cli.models import silence_libraries
 
-    hush()
+    silence_libraries()
     if dry_run:
         _show_layout(built, source, parts, prompts.special_tokens, as_json)
         return
@@ -235,10 +235,10 @@ def _answer_batch(
 
 def _show_layout(model: str, source: SourceOptions, parts: Interleaved, special: bool, as_json: bool) -> None:
     from vlm_cli.cli.inspect import print_layout
-    from vlm_cli.cli.models import on_meta, processor_of
+    from vlm_cli.cli.models import load_meta_model, processor_of
     from vlm_cli.report.layout import lay_out
 
-    vlm, _, _ = on_meta(model, trust_remote_code=source.trust_remote_code, revision=source.revision)
+    vlm, _, _ = load_meta_model(model, trust_remote_code=source.trust_remote_code, revision=source.revision)
     processor = processor_of(model, source.revision)
     print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special), as_json)
 
@@ -254,10 +254,10 @@ class Run:
     """
 
     def __init__(self, model: Any, processor: Any, sampling: SamplingOptions, load_seconds: float) -> None:
-        from vlm_cli.generation.decoder import Continuation
+        from vlm_cli.generation.decoder import Decoder
 
         self.model, self.processor = model, processor
-        self.continuation = Continuation(model, processor, sampling.keywords(), sampling.stop or ())
+        self.decoder = Decoder(model, processor, sampling.keywords(), sampling.stop or ())
         self.sampling = sampling
         self.load_seconds = load_seconds
         self.compile_seconds = 0.0
@@ -273,9 +273,9 @@ class Run:
             images=[[image.image for image in images]], text=[parts.parts], parse_special_tokens=special
         ).to(self.model.device)
         self.prompt_tokens = inputs["input_ids"].shape[1]
-        self.positions = self.continuation.positions(inputs["input_ids"][0].tolist())
+        self.positions = self.decoder.positions(inputs["input_ids"][0].tolist())
         room = self._within_context()
-        keywords = self.continuation.keywords | {"max_new_tokens": room}
+        keywords = self.decoder.keywords | {"max_new_tokens": room}
         if compile:
             from vlm_cli.modeling.acceleration import compile_for
 
@@ -286,12 +286,12 @@ class Run:
             set_seed(self.sampling.seed)
         # Beams and several answers are known only at the end.
         self.streamed = stream and self.sampling.num_beams == self.sampling.num_return_sequences == 1
-        streamer = TextStream(self.continuation.decode, _write, self.continuation.stops) if self.streamed else None
+        streamer = TextStream(self.decoder.decode, _write, self.decoder.stops) if self.streamed else None
         started = time.monotonic()
         with torch.inference_mode():
             output = self.model.generate(**inputs, **keywords, streamer=streamer)
         self.seconds = time.monotonic() - started
-        self.sequences = [self.continuation.read(row, room) for row in output[:, self.prompt_tokens :].tolist()]
+        self.sequences = [self.decoder.read(row, room) for row in output[:, self.prompt_tokens :].tolist()]
         if self.streamed:
             print(flush=True)
 
@@ -301,9 +301,9 @@ class Run:
         Raises:
             PromptError: if the prompt alone is too long.
         """
-        room = self.continuation.room(self.positions)
-        if room < self.continuation.max_new_tokens:
-            context = self.continuation.context
+        room = self.decoder.room(self.positions)
+        if room < self.decoder.max_new_tokens:
+            context = self.decoder.context
             console.note(f"Note: the context of {context} positions leaves room for {room} new tokens.")
         return room
 

@@ -5,13 +5,13 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, expand, resolve
+from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options, resolve
 from vlm_cli.errors import PromptError
 
 __all__ = ["inspect", "print_layout"]
 
 
-@expand
+@flatten_options
 def inspect(
     model: ModelArgument = None,
     compose: ComposeOptions = ComposeOptions(),
@@ -36,12 +36,12 @@ def inspect(
     if image and prompt is None:
         raise PromptError("--image needs --prompt, whose placeholders it fills.")
     chosen = resolve(model, compose)
-    from vlm_cli.cli.models import gate_values, on_meta, processor_of
+    from vlm_cli.cli.models import gate_values, load_meta_model, processor_of
     from vlm_cli.report.description import describe
     from vlm_cli.report.layout import lay_out
 
     revision = compose.revision
-    vlm, dtype, processor = on_meta(chosen, trust_remote_code=compose.trust_remote_code, revision=revision)
+    vlm, dtype, processor = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=revision)
     if processor is None and (parts is not None or isinstance(chosen, str)):
         processor = processor_of(chosen, revision)
     if parts is not None:

@@ -21,10 +21,10 @@ from vlm_cli.errors import LanguageModelError
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 
-__all__ = ["gate_values", "hush", "on_meta", "processor_of"]
+__all__ = ["gate_values", "load_meta_model", "processor_of", "silence_libraries"]
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Keep other libraries' progress bars and advice off the terminal; what matters comes as an error."""
     transformers_logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -34,7 +34,7 @@ def hush() -> None:
     logging.getLogger().setLevel(logging.ERROR)
 
 
-def on_meta(
+def load_meta_model(
     chosen: Composition | str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[VLM, torch.dtype, VLMProcessor | None]:
     """A model without weights.
@@ -42,7 +42,7 @@ def on_meta(
     Returns:
         The model, the dtype that its weights have or would have, and its processor; None if it is not at hand.
     """
-    hush()
+    silence_libraries()
     if isinstance(chosen, Composition):
         blueprint = plan(chosen, trust_remote_code=trust_remote_code, need_tokenizer=False)
         dtype = blueprint.config.get_text_config().dtype or torch.float32

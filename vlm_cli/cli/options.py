@@ -23,7 +23,7 @@ __all__ = [
     "SourceOptions",
     "SpeedOptions",
     "built_model",
-    "expand",
+    "flatten_options",
     "resolve",
 ]
 
@@ -135,9 +135,9 @@ class ComposeOptions:
             if found is not None:  # its parts are in the checkpoint
                 raise
             from vlm_cli.checkpoint.create import not_found
-            from vlm_cli.cli.models import hush
+            from vlm_cli.cli.models import silence_libraries
 
-            hush()
+            silence_libraries()
             raise CompositionError(error.problems + not_found(error)) from None
 
 
@@ -288,7 +288,7 @@ class SamplingOptions:
         }
 
 
-def expand(function: Callable[..., Any]) -> Callable[..., Any]:
+def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the fields of its dataclass parameters as options of its own."""
     signature = inspect.signature(function)
     bundles: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import MAX_SEED, JsonOption, built_model, expand
+from vlm_cli.cli.options import MAX_SEED, JsonOption, built_model, flatten_options
 from vlm_cli.errors import UsageError
 
 __all__ = ["train"]
@@ -118,7 +118,7 @@ class OutputOptions:
     ] = False  # fmt: skip
 
 
-@expand
+@flatten_options
 def train(
     model: Annotated[
         str | None,
@@ -164,11 +164,11 @@ def train(
 def _run(job: Any, settings: Any) -> Any:
     import gc
 
-    from vlm_cli.cli.models import hush
+    from vlm_cli.cli.models import silence_libraries
     from vlm_cli.training.run import Interrupted
     from vlm_cli.training.run import train as run_training
 
-    hush()
+    silence_libraries()
     # `main` switched it off, for commands that end soon.
     gc.freeze()
     gc.enable()

@@ -7,7 +7,7 @@
 
 Prompts and completions are read as `vlm generate` reads a prompt (see `prompt`): `\\<image>` is text, paths start at
 the file's folder, a bare `<image>` takes the next of "images", and without any placeholder the images come first.
-Completions are learned; of a text, everything after its first image is. Other keys are ignored.
+`vlm train` learns completions and, of a text, everything after its first image. It ignores other keys.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from vlm_cli.prompt import Medium, Slot, Text, parse
 from vlm_cli.registry import suggest
 
 __all__ = [
-    "Misfit",
-    "Piece",
     "Problem",
     "Record",
+    "RecordError",
     "Records",
+    "Segment",
+    "get_field",
+    "get_images",
     "parse_object",
     "raise_problems",
     "read_lines",
     "read_records",
-    "take",
-    "take_images",
 ]
 
 MOST_SHOWN = 20  # bad lines that a message lists
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text and images that are learned, or that lead to what is learned."""
+class Segment:
+    """Text and images that the model learns to write (`is_target`), or reads before them."""
 
     parts: tuple[Text | Medium, ...]
-    learned: bool
+    is_target: bool
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line; its pieces take turns: context, what is learned, context, …"""
+    """One line. Its segments alternate: context, target, context, target, …"""
 
     line: int  # of the file, from 1
     id: str
     kind: str | None
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Where its images come from, in order."""
-        return tuple(part.source for piece in self.pieces for part in piece.parts if isinstance(part, Medium))
+        return tuple(part.source for segment in self.segments for part in segment.parts if isinstance(part, Medium))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def read_records(path: Path) -> Records:
         try:
             record = _record(line, raw)
             images.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
-        except (VLMError, Misfit) as error:
+        except (VLMError, RecordError) as error:
             records.problems.append(Problem(line, str(error)))
         else:
             records.good.append(record)
@@ -146,7 +146,7 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
     raise DataError("\n".join([head, *lines]))
 
 
-class Misfit(Exception):
+class RecordError(Exception):
     """A line that is no record."""
 
 
@@ -171,11 +171,11 @@ def read_lines(path: Path) -> Iterator[bytes]:
 def _record(line: int, raw: bytes) -> Record:
     """
     Raises:
-        Misfit: for anything but a record.
+        RecordError: for anything but a record.
     """
     data = parse_object(raw)
-    identity = take(data, "id", (str, int), "text or a number", None)
-    kind = take(data, "kind", str, "text", None)
+    identity = get_field(data, "id", (str, int), "text or a number", None)
+    kind = get_field(data, "kind", str, "text", None)
     return Record(line, f"line {line}" if identity is None else str(identity), kind, tuple(_pieces(data)))
 
 
@@ -183,20 +183,20 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """The object on a line.
 
     Raises:
-        Misfit: for anything else.
+        RecordError: for anything else.
     """
     try:
         data = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise Misfit(f"not UTF-8 text: byte {error.start + 1} is {raw[error.start]:#04x}.") from None
+        raise RecordError(f"not UTF-8 text: byte {error.start + 1} is {raw[error.start]:#04x}.") from None
     except json.JSONDecodeError as error:
-        raise Misfit(f"not JSON: {error.msg} at character {error.colno}.") from None
+        raise RecordError(f"not JSON: {error.msg} at character {error.colno}.") from None
     except ValueError as error:  # a number of more digits than Python reads
-        raise Misfit(f"not JSON: {error}.") from None
+        raise RecordError(f"not JSON: {error}.") from None
     except RecursionError:
-        raise Misfit("not a record: it is nested too deeply.") from None
+        raise RecordError("not a record: it is nested too deeply.") from None
     if not isinstance(data, dict):
-        raise Misfit(f"not a record: expected an object, {{…}}, got {_kind(data)}.")
+        raise RecordError(f"not a record: expected an object, {{…}}, got {_kind(data)}.")
     return data
 
 
@@ -208,73 +208,73 @@ def _kind(value: Any) -> str:
 _MISSING = object()
 
 
-def take(data: dict[str, Any], key: str, types: Any, words: str, default: Any = _MISSING) -> Any:
+def get_field(data: dict[str, Any], key: str, types: Any, words: str, default: Any = _MISSING) -> Any:
     """The value of a key, of the right type.
 
     Raises:
-        Misfit: for another type, or if it is missing and has no default.
+        RecordError: for another type, or if it is missing and has no default.
     """
     value = data.get(key, default)
     if value is _MISSING:
         known = [x for x in data if x not in ("id", "kind", "images")]
-        raise Misfit(f'has no "{key}".{suggest(key, known)}')
+        raise RecordError(f'has no "{key}".{suggest(key, known)}')
     if value is default:
         return value
     if not isinstance(value, types) or isinstance(value, bool):
-        raise Misfit(f'"{key}" must be {words}, got {_kind(value)}.')
+        raise RecordError(f'"{key}" must be {words}, got {_kind(value)}.')
     return value
 
 
-def _pieces(data: dict[str, Any]) -> list[Piece]:
+def _pieces(data: dict[str, Any]) -> list[Segment]:
     forms = [key for key in ("text", "prompt") if key in data]
     if not forms:
         known = ("prompt", "text")
         near = next((hint for key in data if (hint := suggest(key, known))), "")
-        raise Misfit(f'has neither "prompt" nor "text".{near}')
+        raise RecordError(f'has neither "prompt" nor "text".{near}')
     if len(forms) > 1:
-        raise Misfit('has both "text" and "prompt". Give a "text", or a "prompt" with its "completion".')
+        raise RecordError('has both "text" and "prompt". Give a "text", or a "prompt" with its "completion".')
     if "completion" in data and "turns" in data:
-        raise Misfit('has both "completion" and "turns". Give one of them.')
-    given = [("text", take(data, "text", str, "text"))] if forms == ["text"] else _prompts(data)
-    pieces = _with_images(given, take_images(data))
-    if not any(isinstance(part, Medium) for _, parts in pieces for part in parts):
-        raise Misfit('has no image. Write <image:FILE> in it, or list files in "images".')
-    return _split_text(pieces[0][1]) if forms == ["text"] else _paired(pieces)
+        raise RecordError('has both "completion" and "turns". Give one of them.')
+    given = [("text", get_field(data, "text", str, "text"))] if forms == ["text"] else _prompts(data)
+    segments = _with_images(given, get_images(data))
+    if not any(isinstance(part, Medium) for _, parts in segments for part in parts):
+        raise RecordError('has no image. Write <image:FILE> in it, or list files in "images".')
+    return _split_text(segments[0][1]) if forms == ["text"] else _paired(segments)
 
 
 def _prompts(data: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, text) of each prompt and completion, in order."""
-    prompt = take(data, "prompt", str, "text")
+    prompt = get_field(data, "prompt", str, "text")
     if "turns" not in data:
         return [("prompt", prompt), ("completion", _completion(data))]
     given: list[tuple[str, str]] = []
-    turns = take(data, "turns", list, "a list of objects")
+    turns = get_field(data, "turns", list, "a list of objects")
     if not turns:
-        raise Misfit('"turns" is empty. Give at least one {"prompt": …, "completion": …}.')
+        raise RecordError('"turns" is empty. Give at least one {"prompt": …, "completion": …}.')
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise Misfit(f"turn {number} must be an object, got {_kind(turn)}.")
+            raise RecordError(f"turn {number} must be an object, got {_kind(turn)}.")
         try:
-            given += [("prompt", take(turn, "prompt", str, "text")), ("completion", _completion(turn))]
-        except Misfit as error:
-            raise Misfit(f"turn {number}: {error}") from None
+            given += [("prompt", get_field(turn, "prompt", str, "text")), ("completion", _completion(turn))]
+        except RecordError as error:
+            raise RecordError(f"turn {number}: {error}") from None
     # A record's own prompt leads to its first turn.
     return [("prompt", prompt), *given]
 
 
 def _completion(data: dict[str, Any]) -> str:
-    completion = take(data, "completion", str, "text")
+    completion = get_field(data, "completion", str, "text")
     if not completion.strip():
-        raise Misfit(f'"completion" is empty, got {completion!r}: there is nothing to learn.')
+        raise RecordError(f'"completion" is empty, got {completion!r}: there is nothing to learn.')
     return completion
 
 
-def take_images(data: dict[str, Any]) -> list[str]:
+def get_images(data: dict[str, Any]) -> list[str]:
     """The files that a record lists beside its texts."""
-    images = take(data, "images", list, "a list of files", [])
+    images = get_field(data, "images", list, "a list of files", [])
     for image in images:
         if not isinstance(image, str) or not image:
-            raise Misfit(f'"images" must be a list of files, got {image!r} in it.')
+            raise RecordError(f'"images" must be a list of files, got {image!r} in it.')
     return list(images)
 
 
@@ -287,7 +287,7 @@ def _with_images(given: Sequence[tuple[str, str]], images: Sequence[str]) -> lis
         slots, (key, parts) = len(images), parsed[0]
         parsed[0] = (key, [*(Slot() for _ in images), *parts])
     if slots != len(images):
-        raise Misfit(
+        raise RecordError(
             f"has {slots} bare <image> placeholder{'' if slots == 1 else 's'}, but {len(images)} "
             f'file{"" if len(images) == 1 else "s"} in "images". Give one for each, or write <image:FILE>.'
         )
@@ -299,29 +299,31 @@ def _parse(key: str, text: str) -> list[Text | Medium | Slot]:
     try:
         parts = parse(text)
     except PromptError as error:
-        raise Misfit(f'"{key}": {error}') from None
+        raise RecordError(f'"{key}": {error}') from None
     if key == "completion" and any(not isinstance(part, Text) for part in parts):
-        raise Misfit(r'"completion" has an image placeholder; images belong in prompts. For the text, write \<image>.')
+        raise RecordError(
+            r'"completion" has an image placeholder; images belong in prompts. For the text, write \<image>.'
+        )
     return parts
 
 
-def _split_text(parts: Sequence[Text | Medium]) -> list[Piece]:
+def _split_text(parts: Sequence[Text | Medium]) -> list[Segment]:
     first = next(i for i, part in enumerate(parts) if isinstance(part, Medium))
     rest = tuple(parts[first + 1 :])
     if not any(isinstance(part, Text) and part.text.strip() for part in rest):
-        raise Misfit('"text" ends with its images: there is nothing after them to learn.')
-    return [Piece(tuple(parts[: first + 1]), False), Piece(rest, True)]
+        raise RecordError('"text" ends with its images: there is nothing after them to learn.')
+    return [Segment(tuple(parts[: first + 1]), False), Segment(rest, True)]
 
 
-def _paired(pieces: Sequence[tuple[str, list[Text | Medium]]]) -> list[Piece]:
+def _paired(segments: Sequence[tuple[str, list[Text | Medium]]]) -> list[Segment]:
     """Context and completion by turns; prompts that follow each other are one context."""
-    result: list[Piece] = []
+    result: list[Segment] = []
     context: list[Text | Medium] = []
-    for key, parts in pieces:
+    for key, parts in segments:
         if key == "prompt":
             context += parts
         else:
-            result += [Piece(tuple(context), False), Piece(tuple(parts), True)]
+            result += [Segment(tuple(context), False), Segment(tuple(parts), True)]
             context = []
     return result
 
@@ -336,13 +338,13 @@ class _ImageCheck:
     def check(self, sources: Sequence[str], *, thorough: bool) -> None:
         """
         Raises:
-            Misfit: for the first that cannot be read; its reason is looked up if `thorough`.
+            RecordError: for the first that cannot be read; its reason is looked up if `thorough`.
         """
         for source in sources:
             if source not in self.known:
                 self.known[source] = self._problem(source, thorough)
             if (problem := self.known[source]) is not None:
-                raise Misfit(problem)
+                raise RecordError(problem)
 
     def _problem(self, source: str, thorough: bool) -> str | None:
         if source == "-" or source.lower().startswith(("http://", "https://")):

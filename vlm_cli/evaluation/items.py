@@ -42,9 +42,9 @@ def read_items(path: Path, limit: int | None = None) -> tuple[list[Item], Record
 
 def _no_item(record: Record) -> str | None:
     """Why a record has no single answer that could be compared."""
-    if len(record.pieces) > 2:
-        return f'has {len(record.pieces) // 2} turns. Write each as a record: a "prompt" and its "completion".'
-    if any(isinstance(part, Medium) for part in record.pieces[1].parts):
+    if len(record.segments) > 2:
+        return f'has {len(record.segments) // 2} turns. Write each as a record: a "prompt" and its "completion".'
+    if any(isinstance(part, Medium) for part in record.segments[1].parts):
         return 'is a "text" with images in what would be the answer. Write a "prompt" and its "completion".'
     if _has_half_characters(record):
         return r"holds half a character, \ud800 to \udfff, which is no text."
@@ -53,12 +53,14 @@ def _no_item(record: Record) -> str | None:
 
 def _has_half_characters(record: Record) -> bool:
     """JSON can spell them; neither tokenizers nor files take them."""
-    texts = [part.text if isinstance(part, Text) else part.source for piece in record.pieces for part in piece.parts]
+    texts = [
+        part.text if isinstance(part, Text) else part.source for segment in record.segments for part in segment.parts
+    ]
     return any("\ud800" <= x <= "\udfff" for text in (*texts, record.id, record.kind or "") for x in text)
 
 
 def _item(record: Record) -> Item:
-    prompt, answer = (piece.parts for piece in record.pieces)
+    prompt, answer = (segment.parts for segment in record.segments)
     expected = "".join(part.text for part in answer if isinstance(part, Text))
     return Item(record.line, record.id, record.kind, prompt, expected)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
-from vlm_cli.generation.decoder import Continuation
-from vlm_cli.generation.images import Picture
+from vlm_cli.generation.decoder import Decoder
+from vlm_cli.generation.images import EncodedImage
 from vlm_cli.generation.rows import Row
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
@@ -28,8 +28,8 @@ ONE_AT_A_TIME = {
     "rwkv": "the state of one row is carried over to others",
     "xlstm": "its state has one row",
 }
-WINDOW = 8  # batches that are looked at for rows of like length
-ENCODED = 16  # images that the vision encoder reads at once
+LOOKAHEAD_BATCHES = 8  # batches that are looked at for rows of like length
+ENCODE_BATCH = 16  # images that the vision encoder reads at once
 
 
 @dataclass
@@ -48,31 +48,31 @@ class RowAnswerer:
     """Answers rows, and hands them on in their order.
 
     Args:
-        continuation: of the model.
+        decoder: of the model.
         size: rows at once.
         seed: of samples; None draws others each time.
-        most_pictures: that waiting rows may hold together, about.
+        max_images: that waiting rows may hold together, about.
         note: is told what the user should know.
     """
 
     def __init__(
         self,
-        continuation: Continuation,
+        decoder: Decoder,
         size: BatchSize,
         *,
         seed: int | None = None,
-        most_pictures: int = 1000,
+        max_images: int = 1000,
         note: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.continuation, self.model, self.seed = continuation, continuation.model, seed
+        self.decoder, self.model, self.seed = decoder, decoder.model, seed
         kind = self.model.lang_model.config.model_type
         self.size = BatchSize(1) if kind in ONE_AT_A_TIME else size
-        self.most_pictures, self.note = most_pictures, note
+        self.max_images, self.note = max_images, note
         self.counts = Counts()
-        keywords = continuation.keywords
+        keywords = decoder.keywords
         self.sequences: int = keywords["num_return_sequences"]
         self.cost = RowCost(self.model, max(keywords["num_beams"], self.sequences))
-        self.apart: bool = getattr(self.model.vision_tokenizer, "reads_media_apart", False)
+        self.apart: bool = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
         # The penalty reads padding too, which may be a token that counts.
         self.pads = kind not in NO_LEFT_PADDING and keywords["repetition_penalty"] == 1
         # What rows begin with alike, such as the shots of few-shot prompts.
@@ -92,20 +92,20 @@ class RowAnswerer:
                 yield waiting.popleft()
 
     def _fill(self, waiting: deque[Row], rows: Iterator[Row]) -> None:
-        pictures = sum(len(row.pictures) for row in waiting)
-        while len(waiting) < WINDOW * self.size.rows and (not waiting or pictures < self.most_pictures):
+        images = sum(len(row.images) for row in waiting)
+        while len(waiting) < LOOKAHEAD_BATCHES * self.size.rows and (not waiting or images < self.max_images):
             row = next(rows, None)
             if row is None:
                 return
             waiting.append(row)
-            pictures += len(row.pictures)
+            images += len(row.images)
 
     def _choose(self, rows: Sequence[Row]) -> list[Row]:
         """The first row, so that none waits for long, and those that are nearest to it in length."""
-        first, more = rows[0], self.continuation.per_medium - 1
+        first, more = rows[0], self.decoder.per_medium - 1
 
         def distance(row: Row) -> int:
-            return abs(len(row.ids) - len(first.ids)) + more * abs(len(row.pictures) - len(first.pictures))
+            return abs(len(row.ids) - len(first.ids)) + more * abs(len(row.images) - len(first.images))
 
         # Where the context ends an answer, rows of one length end together.
         fitting = [row for row in rows if row.room == first.room and (self.pads or not distance(row))]
@@ -117,9 +117,9 @@ class RowAnswerer:
 
     def _fits(self, rows: Sequence[Row], memory: float) -> bool:
         """Whether rows, padded to each other, stay within so many bytes and the context."""
-        tokens, media = (max(map(len, x)) for x in ([r.ids for r in rows], [r.pictures for r in rows]))
-        positions = tokens + media * (self.continuation.per_medium - 1) + rows[0].room
-        context = self.continuation.context
+        tokens, media = (max(map(len, x)) for x in ([r.ids for r in rows], [r.images for r in rows]))
+        positions = tokens + media * (self.decoder.per_medium - 1) + rows[0].room
+        context = self.decoder.context
         if context is not None and positions > context:
             return False
         return len(rows) * self.cost(positions, media * token_bytes(self.model)) <= memory
@@ -143,7 +143,7 @@ class RowAnswerer:
         if len(rows) == 1:
             row = rows[0]
             row.fail(
-                f"memory does not suffice for this row alone ({row.positions} positions, {len(row.pictures)} images, "
+                f"memory does not suffice for this row alone ({row.positions} positions, {len(row.images)} images, "
                 f"{row.room} new tokens)."
             )
             return
@@ -156,7 +156,7 @@ class RowAnswerer:
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row]) -> None:
         length = max(len(row.ids) for row in rows)
-        pad = self.continuation.processor.tokenizer.pad_token_id
+        pad = self.decoder.processor.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (length - len(row.ids)) + row.ids for row in rows])
         mask = torch.tensor([[0] * (length - len(row.ids)) + [1] * len(row.ids) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": mask, **self._media(rows)}
@@ -166,7 +166,7 @@ class RowAnswerer:
             set_seed((self.seed + rows[0].line.number) % 2**32)  # whatever was answered before
         output = self.model.generate(
             **{name: x.to(self.model.device) for name, x in inputs.items()},
-            **self.continuation.keywords | {"max_new_tokens": rows[0].room},
+            **self.decoder.keywords | {"max_new_tokens": rows[0].room},
             prompt_cache=self.prompt_cache,
         )
         if self.prompt_cache is not None:
@@ -174,33 +174,33 @@ class RowAnswerer:
         new = output[:, length:].tolist()
         for b, row in enumerate(rows):
             own = new[b * self.sequences : (b + 1) * self.sequences]
-            row.sequences = [self.continuation.read(x, row.room) for x in own]
+            row.sequences = [self.decoder.read(x, row.room) for x in own]
             self.counts.new_tokens += sum(x["new_tokens"] for x in row.sequences)
-            self.counts.images += len(row.pictures)
+            self.counts.images += len(row.images)
         self.counts.rows += len(rows)
 
     def _media(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Arguments of `generate`: vision tokens where they are the same in every row, else pixels."""
-        pictures = [[handle.picture for handle in row.pictures if handle.picture is not None] for row in rows]
-        distinct = list(dict.fromkeys(picture for row in pictures for picture in row))
+        images = [[slot.image for slot in row.images if slot.image is not None] for row in rows]
+        distinct = list(dict.fromkeys(image for row in images for image in row))
         if not distinct:
             return {}
         if not self.apart:
             self.counts.encoded += len(distinct)
-            pixels, mask = _stack([[(p.pixels, torch.ones(1, dtype=torch.bool)) for p in row] for row in pictures])
+            pixels, mask = _stack([[(p.pixels, torch.ones(1, dtype=torch.bool)) for p in row] for row in images])
             return {"pixel_values": pixels[:, :, None], "vision_mask": mask}
-        self._encode([picture for picture in distinct if picture.tokens is None])
-        tokens, mask = _stack([[(p.tokens, p.mask) for p in row] for row in pictures])
+        self._encode([image for image in distinct if image.tokens is None])
+        tokens, mask = _stack([[(p.tokens, p.mask) for p in row] for row in images])
         return {"vision_tokens": tokens, "media_mask": mask}
 
-    def _encode(self, pictures: Sequence[Picture]) -> None:
+    def _encode(self, images: Sequence[EncodedImage]) -> None:
         """Make vision tokens of pixels, which are then let go; they wait where the memory is larger."""
-        for i in range(0, len(pictures), ENCODED):
-            some = pictures[i : i + ENCODED]
+        for i in range(0, len(images), ENCODE_BATCH):
+            some = images[i : i + ENCODE_BATCH]
             pixels = torch.stack([p.pixels for p in some if p.pixels is not None])[:, None, None]  # [k, 1, 1, C, H, W]
             tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
-            for picture, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
-                picture.tokens, picture.mask, picture.pixels = x[0].clone(), m[0].clone(), None
+            for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
+                image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
             self.counts.encoded += len(some)
 
 

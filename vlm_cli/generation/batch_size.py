@@ -9,9 +9,9 @@ import torch
 __all__ = ["BatchSize", "RowCost", "available_memory", "is_out_of_memory"]
 
 START = 4  # rows at first
-MOST = 256  # rows at once
+MAX_ROWS = 256  # rows at once
 MANY_LAYERS = 32  # where a configuration does not say
-WORTH = 1.1  # times as many rows per second are worth twice the rows
+MIN_SPEEDUP = 1.1  # times as many rows per second are worth twice the rows
 
 
 class BatchSize:
@@ -33,9 +33,9 @@ class BatchSize:
             return
         self._timed.append(seconds)
         rate = self.rows / min(self._timed)
-        if rate >= WORTH * self._before:
-            self._grows = 2 * self.rows <= MOST
-            self.rows, self._before, self._timed = min(2 * self.rows, MOST), rate, []
+        if rate >= MIN_SPEEDUP * self._before:
+            self._grows = 2 * self.rows <= MAX_ROWS
+            self.rows, self._before, self._timed = min(2 * self.rows, MAX_ROWS), rate, []
         elif len(self._timed) == 2:
             self.rows, self._grows = self.rows // 2, False
 

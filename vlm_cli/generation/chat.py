@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlm_cli.errors import ContextError
 from vlm_cli.generation.conversation import Conversation, Script
-from vlm_cli.generation.decoder import Continuation
+from vlm_cli.generation.decoder import Decoder
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 
@@ -38,13 +38,13 @@ class Chat:
     A turn that fails leaves it as it was.
 
     Args:
-        continuation: of the model, with one answer and no beams.
+        decoder: of the model, with one answer and no beams.
         parse_special_tokens: read the special tokens that the user spells as the tokens.
     """
 
-    def __init__(self, continuation: Continuation, *, parse_special_tokens: bool = False) -> None:
-        self.continuation, self.model = continuation, continuation.model
-        self.conversation = Conversation(Script(continuation.processor, parse_special_tokens=parse_special_tokens))
+    def __init__(self, decoder: Decoder, *, parse_special_tokens: bool = False) -> None:
+        self.decoder, self.model = decoder, decoder.model
+        self.conversation = Conversation(Script(decoder.processor, parse_special_tokens=parse_special_tokens))
         self.seen = Seen()
         self.cache = PromptCache()
         self.turns = 0
@@ -74,7 +74,7 @@ class Chat:
         """
         started = time.monotonic()
         asked = self.conversation.ask(parts)
-        positions = self.continuation.positions(asked.ids)
+        positions = self.decoder.positions(asked.ids)
         room = self._room(positions, note)
         seen = self._see(images)
         ids = torch.tensor([asked.ids], device=self.model.device)
@@ -86,14 +86,14 @@ class Chat:
             prompt_cache=self.cache,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([_Interruption(is_interrupted)]),
-            **self.continuation.keywords | {"max_new_tokens": room},
+            **self.decoder.keywords | {"max_new_tokens": room},
         )
         new = output[0, len(asked.ids) :].tolist()
-        found = self.continuation.read(new, room)
+        found = self.decoder.read(new, room)
         if found["finish_reason"] == "stop_string" and is_interrupted():
             found["finish_reason"] = "interrupted"
         said = new[: found["new_tokens"] - (found["finish_reason"] == "stop_token")]
-        self.conversation = asked.answer(said, found["text"], self.continuation.decode)
+        self.conversation = asked.answer(said, found["text"], self.decoder.decode)
         self.seen = seen
         self.turns += 1
         counts = {"prompt_positions": positions, "reused_positions": self.cache.reused}
@@ -105,14 +105,14 @@ class Chat:
         Raises:
             ContextError: if there is room for none.
         """
-        context = self.continuation.context
+        context = self.decoder.context
         if context is not None and positions >= context:
             raise ContextError(
                 f"the conversation takes {positions} positions with this turn, but the language model has {context}. "
                 "Start another one, or use fewer images; `vlm inspect --prompt` shows what each costs."
             )
-        room = self.continuation.room(positions)
-        if room < self.continuation.max_new_tokens:
+        room = self.decoder.room(positions)
+        if room < self.decoder.max_new_tokens:
             note(f"Note: the context of {context} positions leaves room for {room} new tokens.")
         return room
 
@@ -120,9 +120,9 @@ class Chat:
         """All images so far; where one does not change the others' tokens, only new ones are encoded."""
         if not images:
             return self.seen
-        transform = self.continuation.processor.image_processor.transform
+        transform = self.decoder.processor.image_processor.transform
         pixels = torch.stack([transform(image) for image in images])[None, :, None]  # [1, T_img, 1, C, H, W]
-        apart = getattr(self.model.vision_tokenizer, "reads_media_apart", False)
+        apart = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
         if not apart and self.seen.pixels is not None:
             pixels = torch.cat([self.seen.pixels, pixels], dim=1)
         tokens, mask = self.model.encode_vision(pixels.to(self.model.device))

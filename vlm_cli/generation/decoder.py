@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_cli.errors import PromptError
 
-__all__ = ["Continuation", "cut_at_stop"]
+__all__ = ["Decoder", "cut_at_stop"]
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -20,7 +20,7 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-class Continuation:
+class Decoder:
     """How a model continues any prompt.
 
     Args:
@@ -39,7 +39,7 @@ class Continuation:
             self.keywords |= {"stop_strings": self.stops, "tokenizer": processor.tokenizer}
         self.max_new_tokens: int = self.keywords["max_new_tokens"]
         self.context = context_length(model.config)
-        self.per_medium = model.positions_per_medium()
+        self.per_medium = model.num_positions()
         ends = model.generation_config.eos_token_id or []
         self._ends = set(ends if isinstance(ends, list) else [ends])
 

@@ -29,13 +29,13 @@ from vlm_cli.media import MediaLoader
 if TYPE_CHECKING:
     from vlm_cli.generation.rows import Row
 
-__all__ = ["Gallery", "Handle", "Picture", "Preprocessor", "with_pictures"]
+__all__ = ["EncodedImage", "ImageCache", "ImageSlot", "Preprocessor", "with_images"]
 
-AHEAD = 16  # rows whose images each worker prepares before they are asked for
+PREFETCH_ROWS = 16  # rows whose images each worker prepares before they are asked for
 
 
 @dataclass(eq=False)
-class Picture:
+class EncodedImage:
     """Preprocessed pixels, float[C, H, W], or what the model made of them: float[n, d] and bool[n]."""
 
     pixels: Tensor | None
@@ -44,17 +44,17 @@ class Picture:
 
 
 @dataclass(eq=False)
-class Handle:
-    """A source in the hands of the rows that show it; its picture, or its error, comes from a worker."""
+class ImageSlot:
+    """A source in the hands of the rows that show it; its image, or its error, comes from a worker."""
 
-    picture: Picture | None = None
+    image: EncodedImage | None = None
     error: str | None = None
 
 
-class Gallery:
-    """Pictures that were shown lately, by source; equal pixels are one picture.
+class ImageCache:
+    """Images that were shown lately, by source; equal pixels are one image.
 
-    A picture that leaves lives on in the rows that still wait for it.
+    An image that leaves lives on in the rows that still wait for it.
 
     Args:
         capacity: sources that are kept.
@@ -62,28 +62,28 @@ class Gallery:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._recent: OrderedDict[bytes, Handle] = OrderedDict()
-        self._pictures: WeakValueDictionary[bytes, Picture] = WeakValueDictionary()
+        self._recent: OrderedDict[bytes, ImageSlot] = OrderedDict()
+        self._images: WeakValueDictionary[bytes, EncodedImage] = WeakValueDictionary()
 
-    def find(self, source: str) -> tuple[Handle, bool]:
-        """The handle of a source, and whether it is new: its picture has then to be made."""
+    def find(self, source: str) -> tuple[ImageSlot, bool]:
+        """The slot of a source, and whether it is new: its image has then to be made."""
         key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest()  # a data: URI is long
         known = self._recent.pop(key, None)
-        handle = self._recent[key] = known or Handle()
+        slot = self._recent[key] = known or ImageSlot()
         if len(self._recent) > self.capacity:
             self._recent.popitem(last=False)
-        return handle, known is None
+        return slot, known is None
 
-    def fill(self, handle: Handle, found: np.ndarray | str) -> None:
+    def fill(self, slot: ImageSlot, found: np.ndarray | str) -> None:
         """Put in pixels, float[C, H, W], or a message."""
         if isinstance(found, str):
-            handle.error = found
+            slot.error = found
             return
         digest = hashlib.sha256(found.data).digest()
-        picture = self._pictures.get(digest)
-        if picture is None:
-            picture = self._pictures[digest] = Picture(torch.from_numpy(found))
-        handle.picture = picture
+        image = self._images.get(digest)
+        if image is None:
+            image = self._images[digest] = EncodedImage(torch.from_numpy(found))
+        slot.image = image
 
 
 @dataclass
@@ -114,25 +114,25 @@ class Preprocessor(Dataset):
             return f"the image {source[:80]!r} cannot be preprocessed: {type(error).__name__}: {first_line(error)}."
 
 
-def with_pictures(rows: Iterator[Row], gallery: Gallery, preprocessor: Preprocessor, workers: int) -> Iterator[Row]:
-    """Rows in their order, with their pictures; a row with a bad image has an `error`.
+def with_images(rows: Iterator[Row], cache: ImageCache, preprocessor: Preprocessor, workers: int) -> Iterator[Row]:
+    """Rows in their order, with their images; a row with a bad image has an `error`.
 
     Args:
         rows: are read ahead while the model is at work.
-        gallery: pictures that are there already.
+        cache: images that are there already.
         preprocessor: makes the others.
         workers: processes; 0 for none.
     """
-    under_way: deque[tuple[Row, list[Handle]]] = deque()
+    under_way: deque[tuple[Row, list[ImageSlot]]] = deque()
 
     def ask() -> Iterator[list[str]]:
         for row in rows:
-            missing: list[tuple[str, Handle]] = []
+            missing: list[tuple[str, ImageSlot]] = []
             for source in row.sources if row.error is None else ():
-                handle, is_new = gallery.find(source)
-                row.pictures.append(handle)
-                missing += [(source, handle)] if is_new else []
-            under_way.append((row, [handle for _, handle in missing]))
+                slot, is_new = cache.find(source)
+                row.images.append(slot)
+                missing += [(source, slot)] if is_new else []
+            under_way.append((row, [slot for _, slot in missing]))
             yield [source for source, _ in missing]
 
     with warnings.catch_warnings():
@@ -143,14 +143,14 @@ def with_pictures(rows: Iterator[Row], gallery: Gallery, preprocessor: Preproces
             sampler=ask(),
             collate_fn=_as_it_is,
             num_workers=workers,
-            prefetch_factor=AHEAD if workers else None,
+            prefetch_factor=PREFETCH_ROWS if workers else None,
             worker_init_fn=_ignore_interrupt if workers else None,
         )
     for found in loader:
         row, handles = under_way.popleft()
-        for handle, pixels in zip(handles, found, strict=True):
-            gallery.fill(handle, pixels)
-        if row.error is None and (errors := [x.error for x in row.pictures if x.error is not None]):
+        for slot, pixels in zip(handles, found, strict=True):
+            cache.fill(slot, pixels)
+        if row.error is None and (errors := [x.error for x in row.images if x.error is not None]):
             row.fail(errors[0])
         yield row
 

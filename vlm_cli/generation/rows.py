@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_cli.data.records import Misfit, parse_object, take, take_images
+from vlm_cli.data.records import RecordError, get_field, get_images, parse_object
 from vlm_cli.errors import PromptError
-from vlm_cli.generation.decoder import Continuation
-from vlm_cli.generation.images import Handle
+from vlm_cli.generation.decoder import Decoder
+from vlm_cli.generation.images import ImageSlot
 from vlm_cli.prompt import Medium, interleave
 
 __all__ = ["Line", "Row", "RowReader", "number_lines"]
@@ -46,7 +46,7 @@ class Row:
     ids: list[int] = field(default_factory=list)
     positions: int = 0  # of the prompt in the language model
     room: int = 0  # most new tokens
-    pictures: list[Handle] = field(default_factory=list)
+    images: list[ImageSlot] = field(default_factory=list)
     sequences: list[dict[str, Any]] | None = None
     error: str | None = None
 
@@ -71,15 +71,15 @@ class RowReader:
     """Reads prompts for one model.
 
     Args:
-        continuation: of that model.
+        decoder: of that model.
         special_tokens: read the spelling of special tokens as tokens.
     """
 
-    continuation: Continuation
+    decoder: Decoder
     special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        options = self.continuation.model.config.composition.vision_tokenizer.options
+        options = self.decoder.model.config.composition.vision_tokenizer.options
         self.most_media: int | None = getattr(options, "max_num_media", None)
 
     def read(self, line: Line) -> Row:
@@ -87,25 +87,25 @@ class RowReader:
         row = Row(line)
         try:
             self._fill(row)
-        except (Misfit, PromptError) as error:
+        except (RecordError, PromptError) as error:
             row.fail(str(error))
         return row
 
     def _fill(self, row: Row) -> None:
         data = parse_object(row.line.raw)
         row.data = {key: x for key, x in data.items() if key != "error"}  # an earlier run's
-        prompt, images = take(data, "prompt", str, "text"), take_images(data)
+        prompt, images = get_field(data, "prompt", str, "text"), get_images(data)
         if taken := [key for key in ANSWER if key in data]:
-            raise Misfit(f'"{taken[0]}" is where the answer goes. Give that key of yours another name.')
+            raise RecordError(f'"{taken[0]}" is where the answer goes. Give that key of yours another name.')
         parts = interleave(prompt, images, given_with='"images"').parts
         sources = [part.source for part in parts if isinstance(part, Medium)]
         if "-" in sources:
-            raise Misfit("the image '-' would be read from standard input, which rows do not share. Give a file.")
+            raise RecordError("the image '-' would be read from standard input, which rows do not share. Give a file.")
         if self.most_media is not None and len(sources) > self.most_media:
-            raise Misfit(
+            raise RecordError(
                 f"the prompt has {len(sources)} images, but the vision tokenizer was made for {self.most_media}."
             )
-        ids = self.continuation.processor.encode(parts, parse_special_tokens=self.special_tokens)
-        row.positions = self.continuation.positions(ids)
-        row.room = self.continuation.room(row.positions)
+        ids = self.decoder.processor.encode(parts, parse_special_tokens=self.special_tokens)
+        row.positions = self.decoder.positions(ids)
+        row.room = self.decoder.room(row.positions)
         row.ids, row.sources = ids, sources

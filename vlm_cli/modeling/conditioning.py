@@ -20,7 +20,7 @@ class Conditioning:
         ids: int[B, T] of the running call, as the user wrote them; before the first call, of the prompt.
         media: the fusion's own form of the vision tokens, one row for each row of the prompt; None without media.
         media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
-        media_positions: int[B, T], number of media tokens at or before each position.
+        media_counts: int[B, T], number of media tokens at or before each position.
         hide_media_logit: whether `<image>` gets no chance.
         visibility: what each position sees; set by the cross-attention.
         head_input: float[B, T, d] that the head read last.
@@ -31,14 +31,14 @@ class Conditioning:
     ids: Tensor
     media: Tensor | None
     media_mask: Tensor | None
-    media_positions: Tensor
+    media_counts: Tensor
     hide_media_logit: bool = False
     visibility: MediaVisibility | None = None
     head_input: Tensor | None = None
     is_checkpointed: bool = False
     prompt: Conditioning | None = None
 
-    def at(self, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
+    def for_call(self, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
         """The same for one call of the language model, which may repeat rows, and read a piece of the prompt or what
         follows it.
 
@@ -50,23 +50,20 @@ class Conditioning:
         Raises:
             ValueError: if the rows are not those of the prompt, each repeated as often.
         """
-        repeats, rest = divmod(ids.shape[0], self.media_positions.shape[0])
+        repeats, rest = divmod(ids.shape[0], self.media_counts.shape[0])
         if rest or not repeats:
             raise ValueError(
-                f"the language model is conditioned on {len(self.media_positions)} rows, "
-                f"and was called with {len(ids)}."
+                f"the language model is conditioned on {len(self.media_counts)} rows, and was called with {len(ids)}."
             )
 
         def rows(x: Any) -> Any:
             return x if x is None or repeats == 1 else x.repeat_interleave(repeats, dim=0)
 
-        positions = rows(self.media_positions)
+        positions = rows(self.media_counts)
         num, length = ids.shape[1], positions.shape[1]
         if end is not None and num <= end <= length:
             positions = positions[:, end - num : end]
         elif num != length:
             before = positions[:, -1:] if num < length else 0
             positions = before + (ids == media_token_id).cumsum(-1)
-        return replace(
-            self, ids=ids, media_positions=positions, media=rows(self.media), media_mask=rows(self.media_mask)
-        )
+        return replace(self, ids=ids, media_counts=positions, media=rows(self.media), media_mask=rows(self.media_mask))

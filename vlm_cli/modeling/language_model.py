@@ -21,8 +21,8 @@ from vlm_cli.errors import LanguageModelError
 from vlm_cli.registry import suggest
 
 __all__ = [
+    "NO_CHUNKED_PREFILL",
     "NO_LEFT_PADDING",
-    "NO_PIECES",
     "Widths",
     "check_causal",
     "context_length",
@@ -41,7 +41,7 @@ NO_LEFT_PADDING = {
     "xlstm": "it takes no mask",
 }
 #: Types that cannot read several positions after a cache, in Transformers itself.
-NO_PIECES = {
+NO_CHUNKED_PREFILL = {
     "falcon_mamba": "its cached forward takes one position at a time",
     "jamba": "its cached forward starts its convolution and its state anew",
     "mamba": "its cached forward takes one position at a time",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptCache"]
 
-FEWEST = 8  # positions that rows must share to be read once for all of them
+MIN_SHARED_POSITIONS = 8  # positions that rows must share to be read once for all of them
 
 
 class PromptCache:
@@ -69,7 +69,7 @@ class PromptCache:
                 return ids, keep.long(), None
             common = min(_shared(model, (rows[0], media[0]), (rows[b], media[b])) for b in range(1, len(rows)))
             common = min(common, min(lengths) - 1)
-            if common - start >= FEWEST:
+            if common - start >= MIN_SHARED_POSITIONS:
                 self._read(model, rows[0][:common], media[0], vision_tokens, media_mask)
                 start = len(self._ids)
         self.reused = start
@@ -131,14 +131,14 @@ class PromptCache:
         start = len(self._ids)
         inputs: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
         if vision_tokens is not None and media_mask is not None:
-            inputs |= {"media": model.prepare_media(vision_tokens[:1], media_mask[:1]), "media_mask": media_mask[:1]}
+            inputs |= {"media": model.project_media(vision_tokens[:1], media_mask[:1]), "media_mask": media_mask[:1]}
         positions = (ids == model.config.media_token_id).cumsum(-1)
         cache = self._cache if start else None
         self._forget()  # whatever happens now, it holds no less than it says
         output = model(
             lang_x=ids[None, start:],
             attention_mask=torch.ones_like(ids)[None],
-            media_positions=positions[None, start:],
+            media_counts=positions[None, start:],
             past_key_values=cache,
             **inputs,
         )
@@ -166,7 +166,7 @@ def _shared(model: VLM, a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Te
     for x, y in zip(media, other_media, strict=False):
         if not torch.equal(x, y):
             break
-        alike += model.positions_of_medium(x)
+        alike += model.num_positions_of(x)
     known = (ids[:length] == model.config.media_token_id).cumsum(0) <= alike
     return int((same * known).cumprod(0).sum())
 

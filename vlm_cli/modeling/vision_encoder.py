@@ -17,12 +17,12 @@ from vlm_cli.registry import VISION_ENCODERS
 __all__ = [
     "VisionEncoder",
     "build_tower",
-    "cut",
-    "distinct",
+    "deduplicate",
     "image_size",
     "patch_features",
     "set_image_size",
     "tower_shape",
+    "truncate_layers",
 ]
 
 
@@ -54,7 +54,7 @@ def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
     tower = _build_vision_tower(vision_config["embed_dim"], vision_cfg, vision_config.get("quick_gelu", False))
     if hasattr(tower, "trunk") and vision_cfg.act_kwargs:
         _set_gelu(tower.trunk, **vision_cfg.act_kwargs)
-    return cut(set_image_size(tower), vision_config.get("depth"))
+    return truncate_layers(set_image_size(tower), vision_config.get("depth"))
 
 
 def _set_gelu(trunk: nn.Module, approximate: str) -> None:
@@ -64,7 +64,7 @@ def _set_gelu(trunk: nn.Module, approximate: str) -> None:
             module.approximate = approximate
 
 
-def cut(tower: nn.Module, depth: int | None) -> nn.Module:
+def truncate_layers(tower: nn.Module, depth: int | None) -> nn.Module:
     """Keep the first `depth` layers of OpenCLIP's or timm's vision transformer; None keeps all.
 
     Raises:
@@ -189,7 +189,7 @@ def tower_shape(
     return features.shape[1], features.shape[2]
 
 
-def distinct(frames: Tensor) -> tuple[Tensor, Tensor]:
+def deduplicate(frames: Tensor) -> tuple[Tensor, Tensor]:
     """The frames, or other tensors, that differ, and which of them each is.
 
     float[N, *] -> float[M, *], int[N], so that the first at the second are the frames.

@@ -32,16 +32,16 @@ from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.fusion.expansion import Expansion
+from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.language_model import (
+    NO_CHUNKED_PREFILL,
     NO_LEFT_PADDING,
-    NO_PIECES,
     forward_arguments,
     widths,
 )
 from vlm_cli.modeling.lm_interface import is_filled
 from vlm_cli.modeling.prompt_cache import PromptCache
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, distinct
+from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, deduplicate
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
 
 __all__ = ["VLM"]
@@ -99,7 +99,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             bias=getattr(self.lang_model.get_output_embeddings(), "bias", None) is not None,
             base_bias=parts.language_model.head_bias,
         )
-        self._build_fusion(parts, width.layer)
+        self.build_fusion(parts, width.layer)
         self._conditioning: Conditioning | None = None
         self._attach_hooks()
         self._is_stateful = self.lang_model._is_stateful
@@ -118,23 +118,23 @@ class VLM(PreTrainedModel, GenerationMixin):
         """Channels that the fusion wants of vision tokens; None takes any."""
         raise TypeError(f"{cls.__name__} is no fusion.")
 
-    def positions_per_medium(self, num_frames: int = 1) -> int:
+    def num_positions(self, num_frames: int = 1) -> int:
         """Positions that one medium takes in the language model."""
         return 1
 
-    def positions_of_medium(self, vision_tokens: Tensor) -> int:
+    def num_positions_of(self, vision_tokens: Tensor) -> int:
         """Positions that a medium of such tokens, float[n, d], takes in the language model."""
         return 1
 
-    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+    def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         """Make `self.fusion`, the fusion's own modules."""
         raise TypeError(f"{type(self).__name__} is no fusion.")
 
-    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+    def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
         """What of the vision tokens is the same at every decoded token, computed once: float[B, …]."""
         raise TypeError(f"{type(self).__name__} is no fusion.")
 
-    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> Expansion | None:
+    def expand_prompt(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> ExpandedPrompt | None:
         """The prompt over the language model's positions; None where each token has one."""
         return None
 
@@ -209,21 +209,21 @@ class VLM(PreTrainedModel, GenerationMixin):
         mask = kwargs.get("attention_mask")
         end = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         prompt = self._conditioning.prompt or self._conditioning
-        self._conditioning = replace(self._at_call(prompt, ids, end), prompt=prompt)
+        self._conditioning = replace(self.condition_call(prompt, ids, end), prompt=prompt)
         safe = ids.masked_fill(ids >= self.config.first_added_id, 0)
         return ((safe, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": safe})
 
-    def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
-        return prompt.at(ids, self.config.media_token_id, end)
+    def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
+        return prompt.for_call(ids, self.config.media_token_id, end)
 
     def _embed(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
         c = self._conditioning
         # Some models embed other things with the same table.
         if c is None or embeddings.shape[:-1] != c.ids.shape:
             return None
-        return self._embed_media(self.added_tokens.embed(c.ids, embeddings), c)
+        return self.embed_media(self.added_tokens.embed(c.ids, embeddings), c)
 
-    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
+    def embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
         return embeddings
 
     def _extend_logits(self, module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
@@ -256,7 +256,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         """
         if not vision_x.numel():
             raise ValueError("vision_x holds no media; a prompt without media goes without vision_x.")
-        vision_x = self._as_media(vision_x)
+        vision_x = self._to_6d(vision_x)
         if vision_mask is not None and vision_mask.shape != vision_x.shape[:3]:
             raise ValueError(
                 f"vision_mask must be (B, T_img, F) = {tuple(vision_x.shape[:3])}, got {tuple(vision_mask.shape)}."
@@ -279,9 +279,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         """
         number = torch.full(vision_x.shape[:3], -1, device=vision_x.device)  # of each frame; -1 is padding
         there = number < 0 if frame_mask is None or not frame_mask.any() else frame_mask
-        frames, number[there] = distinct(vision_x[there])
+        frames, number[there] = deduplicate(vision_x[there])
         features = self.vision_encoder(frames[:, None, None]).flatten(0, 2)  # [frames, v, d]
-        apart, place = getattr(self.vision_tokenizer, "reads_media_apart", False), None
+        apart, place = getattr(self.vision_tokenizer, "encodes_media_independently", False), None
         if apart:
             number, place = number.flatten(0, 1).unique(dim=0, return_inverse=True)
             number = number[:, None]  # each medium is a row
@@ -290,7 +290,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         tokens = self.vision_tokenizer(features, None if mask.all() else mask)
         return tokens if place is None else tokens[place, 0].unflatten(0, vision_x.shape[:2])
 
-    def _media(
+    def _resolve_media(
         self, vision_x: Tensor | None, vision_mask: Tensor | None, tokens: Tensor | None, media_mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Media in the fusion's own form, and bool[B, T_img, n]; neither without media.
@@ -308,9 +308,9 @@ class VLM(PreTrainedModel, GenerationMixin):
             return None, None
         if media_mask is None:
             media_mask = torch.ones_like(tokens[..., 0], dtype=torch.bool)
-        return self.prepare_media(tokens, media_mask), media_mask
+        return self.project_media(tokens, media_mask), media_mask
 
-    def _as_media(self, vision_x: Tensor) -> Tensor:
+    def _to_6d(self, vision_x: Tensor) -> Tensor:
         missing, (height, width) = 6 - vision_x.ndim, self.vision_encoder.image_size
         if missing not in (0, 1, 2) or vision_x.shape[-3:] != (3, height, width):
             raise ValueError(f"vision_x must be (B, T_img, F, 3, {height}, {width}), got {tuple(vision_x.shape)}.")
@@ -341,9 +341,9 @@ class VLM(PreTrainedModel, GenerationMixin):
             `input_ids` and `attention_mask` for the language model. Its logits give `<image>` no chance before they are
             normalised, and our `generate` does after that: scores of beams differ by what `<image>` would have got.
         """
-        media, media_mask = self._media(None, None, vision_tokens, media_mask)
+        media, media_mask = self._resolve_media(None, None, vision_tokens, media_mask)
         self._check_media(lang_x, media_mask)
-        ids, mask, _ = self._spread(lang_x, attention_mask, media_mask)
+        ids, mask, _ = self._expand_checked(lang_x, attention_mask, media_mask)
         positions = self._count_media(ids)
         with self._condition(Conditioning(ids, media, media_mask, positions, hide_media_logit=True)):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
@@ -380,14 +380,14 @@ class VLM(PreTrainedModel, GenerationMixin):
                 "for it. Give one of each, or mark the padding of vision_x in vision_mask."
             )
 
-    def _spread(
+    def _expand_checked(
         self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Expansion | None]:
+    ) -> tuple[Tensor, Tensor | None, ExpandedPrompt | None]:
         """
         Raises:
             LanguageModelLimit: for rows of several lengths, if the language model cannot read them together.
         """
-        expansion = None if media_mask is None else self.spread(lang_x, attention_mask, media_mask)
+        expansion = None if media_mask is None else self.expand_prompt(lang_x, attention_mask, media_mask)
         if expansion is not None:
             lang_x, attention_mask = expansion.ids, expansion.attention_mask
         kind = self.lang_model.config.model_type
@@ -412,7 +412,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         vision_tokens: Tensor | None = None,
         media: Tensor | None = None,
         media_mask: Tensor | None = None,
-        media_positions: Tensor | None = None,
+        media_counts: Tensor | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -430,9 +430,9 @@ class VLM(PreTrainedModel, GenerationMixin):
             input_ids: other name of `lang_x`, used by Transformers.
             pixel_values: other name of `vision_x`, used by Transformers.
             vision_tokens: float[B, T_img, n, d], as `encode_vision` returns them, instead of `vision_x`.
-            media: the same in the fusion's own form (`prepare_media`).
+            media: the same in the fusion's own form (`project_media`).
             media_mask: bool[B, T_img, n] of `vision_tokens` or `media`; None for all.
-            media_positions: int[B, T], media tokens at or before each position of the row, where `lang_x` is not the
+            media_counts: int[B, T], media tokens at or before each position of the row, where `lang_x` is not the
                 row's beginning; `lang_x` is then taken as it is, one id for each position of the language model.
             position_ids: int[B, T] for the language model.
             logits_to_keep: number of last positions to compute logits for; 0 for all.
@@ -454,21 +454,21 @@ class VLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             kwargs[self._cache_argument] = past_key_values
         kind = self.lang_model.config.model_type
-        if kind in NO_PIECES and lang_x.shape[1] > 1 and is_filled(kwargs.get(self._cache_argument)):
+        if kind in NO_CHUNKED_PREFILL and lang_x.shape[1] > 1 and is_filled(kwargs.get(self._cache_argument)):
             raise LanguageModelLimit(
-                f"a language model of type {kind} cannot read several tokens after a cache: {NO_PIECES[kind]}. "
-                "Give the whole prompt at once, without prefill_chunk_size."
+                f"a language model of type {kind} cannot read several tokens after a cache: "
+                f"{NO_CHUNKED_PREFILL[kind]}. Give the whole prompt at once, without prefill_chunk_size."
             )
         if media is None:
-            media, media_mask = self._media(vision_x, vision_mask, vision_tokens, media_mask)
+            media, media_mask = self._resolve_media(vision_x, vision_mask, vision_tokens, media_mask)
         expansion = None
-        if media_positions is None:
+        if media_counts is None:
             self._check_media(lang_x, media_mask)
             if attention_mask is None and media_mask is not None and past_key_values is not None:
                 # Spreading may pad the new positions, and a mask is then needed over the old ones too.
                 attention_mask = lang_x.new_ones(len(lang_x), _num_cached(past_key_values) + lang_x.shape[1])
-            lang_x, attention_mask, expansion = self._spread(lang_x, attention_mask, media_mask)
-            media_positions = self._count_media(lang_x)
+            lang_x, attention_mask, expansion = self._expand_checked(lang_x, attention_mask, media_mask)
+            media_counts = self._count_media(lang_x)
             if expansion is not None:
                 position_ids = None
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
@@ -481,7 +481,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             "logits_to_keep": logits_to_keep if expansion is None else 0,
         }
         num_items = kwargs.pop("num_items_in_batch", None)
-        output = self._run_language_model(lang_x, Conditioning(lang_x, media, media_mask, media_positions), kwargs)
+        output = self._run_language_model(lang_x, Conditioning(lang_x, media, media_mask, media_counts), kwargs)
         if expansion is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output.logits = expansion.fold(output.logits)[:, kept]
@@ -561,11 +561,11 @@ class VLM(PreTrainedModel, GenerationMixin):
         vision_x = pixel_values if vision_x is None else vision_x
         if lang_x is None:
             raise ValueError("lang_x is missing: generate needs int[B, T_txt] tokens.")
-        media, media_mask = self._media(vision_x, vision_mask, vision_tokens, media_mask)
+        media, media_mask = self._resolve_media(vision_x, vision_mask, vision_tokens, media_mask)
         self._check_media(lang_x, media_mask)
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = (lang_x != self.config.pad_token_id).long()
-        ids, mask, expansion = self._spread(lang_x, attention_mask, media_mask)
+        ids, mask, expansion = self._expand_checked(lang_x, attention_mask, media_mask)
         if generation_config is None:
             kwargs.setdefault("use_cache", True)  # MPT's own configuration says no
         wants_details = kwargs.get("return_dict_in_generate")
@@ -576,7 +576,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         output = super().generate(
             ids,
             generation_config,
-            logits_processor=LogitsProcessorList([*(logits_processor or []), _Never(self.config.media_token_id)]),
+            logits_processor=LogitsProcessorList([*(logits_processor or []), _ForbidToken(self.config.media_token_id)]),
             attention_mask=mask,
             media=media,
             media_mask=media_mask,
@@ -635,9 +635,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             end = None if attention_mask is None else attention_mask.shape[1]
             counts = mm_token_type_ids[:, :end].cumsum(-1)
         # In memory of its own: a view of a row that grows has another layout at each step, and is compiled anew.
-        inputs["media_positions"] = torch.empty_like(inputs["input_ids"]).copy_(
-            counts[:, -inputs["input_ids"].shape[1] :]
-        )
+        inputs["media_counts"] = torch.empty_like(inputs["input_ids"]).copy_(counts[:, -inputs["input_ids"].shape[1] :])
         return inputs | {"media": media, "media_mask": media_mask}
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -719,7 +717,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         return [group for group in groups if group["params"]]
 
 
-class _Never(LogitsProcessor):
+class _ForbidToken(LogitsProcessor):
     """A token that is not generated. Not Transformers' own class, which would displace `suppress_tokens`."""
 
     def __init__(self, token_id: int) -> None:
@@ -738,7 +736,7 @@ def _num_cached(cache: Any) -> int:
 
 
 def _with_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
-    """Generated sequences that begin with the prompt as it was given, not as it was spread over `length` positions."""
+    """Generated sequences that begin with the prompt as it was given, not as it lies over `length` positions."""
 
     def fold(sequences: Tensor) -> Tensor:
         repeats = sequences.shape[0] // lang_x.shape[0]

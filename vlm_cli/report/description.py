@@ -65,7 +65,7 @@ def describe(
             "lang_x": ["B", "T_txt"],
             "logits": ["B", "T_txt", config.first_added_id + len(config.added_tokens)],
         },
-        "positions_per_image": model.positions_per_medium(),
+        "positions_per_image": model.num_positions(),
         "tokens": _tokens(model, tokenizer),
         "trainable": list(parts.trainable),
         "weight_decay": {"value": parts.weight_decay, "on": list(parts.weight_decay_on)},

@@ -491,7 +491,7 @@ class _Trial:
         model, keywords, ids = self.model, {}, row.lang_x
         if row.vision_x is not None:
             tokens, mask = model.encode_vision(row.vision_x)
-            keywords = {"media": model.prepare_media(tokens, mask), "media_mask": mask}
+            keywords = {"media": model.project_media(tokens, mask), "media_mask": mask}
             with model.conditioned(row.lang_x, tokens) as inputs:
                 ids = inputs["input_ids"]
         positions = (ids == model.config.media_token_id).cumsum(-1)
@@ -502,7 +502,7 @@ class _Trial:
             output = self._call(
                 ids[:, part],
                 torch.ones_like(ids[:, : part.stop]),
-                media_positions=positions[:, part],
+                media_counts=positions[:, part],
                 position_ids=torch.arange(start, part.stop, device=ids.device)[None],
                 past_key_values=cache,
                 use_cache=True,

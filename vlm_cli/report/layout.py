@@ -75,7 +75,7 @@ def lay_out(
         parse_special_tokens: as for the processor.
     """
     ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
-    per_medium = model.positions_per_medium()
+    per_medium = model.num_positions()
     fusion = model.config.composition.fusion.options
     spans: list[Span] = []
     sources = iter([part.source for part in parts if isinstance(part, Medium)])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm_cli.composition import END_OF_CHUNK
-from vlm_cli.data.records import Piece, Problem, Record, raise_problems, read_records
+from vlm_cli.data.records import Problem, Record, Segment, raise_problems, read_records
 from vlm_cli.errors import DataError, LanguageModelError, MediaError
 from vlm_cli.media import MediaLoader
 from vlm_cli.prompt import Medium, Slot, Text
@@ -78,7 +78,7 @@ class Encoder:
         ids: list[int] = []
         learned: list[bool] = []
         shared = False
-        pairs = zip(record.pieces[::2], record.pieces[1::2], strict=True)
+        pairs = zip(record.segments[::2], record.segments[1::2], strict=True)
         for number, (context, target) in enumerate(pairs):
             before, after, cut = self._pair(context, target, continues=number > 0)
             ids += [*before, *after, self.end_id]
@@ -86,7 +86,7 @@ class Encoder:
             shared |= cut
         return ids, learned, shared
 
-    def _pair(self, context: Piece, target: Piece, *, continues: bool) -> tuple[list[int], list[int], bool]:
+    def _pair(self, context: Segment, target: Segment, *, continues: bool) -> tuple[list[int], list[int], bool]:
         before = self._tokens(context.parts, continues)
         both = self._tokens([*context.parts, *target.parts], continues)
         if both[: len(before)] == before:
@@ -113,23 +113,23 @@ class Limits:
     """What a model can read; None where it does not say."""
 
     positions: int | None  # of the language model
-    positions_per_medium: int
+    num_positions: int
     media: int | None  # in one row
 
     @classmethod
     def of(cls, model: Any) -> Limits:
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         media = getattr(model.config.composition.vision_tokenizer.options, "max_num_media", None)
-        return cls(context if isinstance(context, int) else None, model.positions_per_medium(), media)
+        return cls(context if isinstance(context, int) else None, model.num_positions(), media)
 
     def problem(self, num_tokens: int, num_media: int) -> str | None:
         """Why a row of so many tokens, media included, cannot be read."""
         if self.media is not None and num_media > self.media:
             return f"has {num_media} images, but the vision tokenizer was made for at most {self.media}."
-        positions = num_tokens + num_media * (self.positions_per_medium - 1)
+        positions = num_tokens + num_media * (self.num_positions - 1)
         if self.positions is not None and positions > self.positions:
             return (
-                f"takes {positions} positions ({num_media} × {self.positions_per_medium} for images), but the language "
+                f"takes {positions} positions ({num_media} × {self.num_positions} for images), but the language "
                 f"model has {self.positions}. Shorten it."
             )
         return None

@@ -20,22 +20,22 @@ class VLMWithRunningMean(VLM):
     def media_width(cls, dim_embedding: int) -> int | None:
         return None  # any: they are projected here
 
-    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+    def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         dim_embedding = self.get_input_embeddings().weight.shape[1]
         self.fusion = GatedProjection(self.vision_tokenizer.dim_out, dim_embedding, parts.fusion.options.bias)
 
-    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+    def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
         """float[B, T_img, n, d], bool[B, T_img, n] -> float[B, T_img, d]: the k-th is the mean of the first k media."""
         tokens = vision_tokens.where(media_mask[..., None], 0)  # padding may hold anything
         media = tokens.sum(2) / media_mask.sum(2, keepdim=True).clamp(min=1)  # [B, T_img, d]
         counts = torch.arange(1, media.shape[1] + 1, device=media.device)
         return self.fusion(media.cumsum(1) / counts[:, None])
 
-    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
+    def embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
         """float[B, T, d] -> float[B, T, d]. `c` knows how many media precede each position, also while decoding."""
         if c.media is None:
             return embeddings
-        num_seen = c.media_positions[..., None]  # [B, T, 1]
+        num_seen = c.media_counts[..., None]  # [B, T, 1]
         last = (num_seen - 1).clamp(0, c.media.shape[1] - 1).expand(-1, -1, embeddings.shape[-1])
         update = c.media.to(embeddings.dtype).gather(1, last)
         return torch.where(num_seen > 0, embeddings + update, embeddings)

@@ -177,7 +177,7 @@ def _config(model: VLM) -> Any:
         vision_config=vision,
         text_config=text,
         image_token_index=ours.media_token_id,
-        image_seq_length=model.positions_per_medium(),
+        image_seq_length=model.num_positions(),
         projector_hidden_act="gelu",
         multimodal_projector_bias=model.vision_tokenizer.proj[0].bias is not None,
         vision_feature_layer=options.layer,
@@ -256,7 +256,7 @@ def _logits(model: VLM, theirs: Any) -> tuple[Tensor, Tensor]:
     text = torch.randint(config.first_added_id, (1, 12), generator=generator)
     pixels = torch.randn(1, 3, *model.vision_encoder.image_size, generator=generator).to(model.dtype)
     image = torch.tensor([[config.media_token_id]])
-    num = model.positions_per_medium()
+    num = model.num_positions()
     ours = model(pixels[None], torch.cat([text[:, :4], image, text[:, 4:]], dim=1)).logits
     spread = torch.cat([text[:, :4], image.expand(1, num), text[:, 4:]], dim=1)
     back = theirs(input_ids=spread, pixel_values=pixels).logits

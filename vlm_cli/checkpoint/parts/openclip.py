@@ -183,7 +183,7 @@ def load_tower(tower: Tower) -> nn.Module:
     Raises:
         VisionEncoderError: if the weights cannot be fetched or do not fit.
     """
-    from vlm_cli.modeling.vision_encoder import build_tower, cut
+    from vlm_cli.modeling.vision_encoder import build_tower, truncate_layers
 
     if tower.weights is None:
         return build_tower(tower.config)
@@ -191,7 +191,7 @@ def load_tower(tower: Tower) -> nn.Module:
         return _load_registered(tower)
     # Weights are published of all layers.
     whole = replace(tower, config={key: x for key, x in tower.config.items() if key != "depth"})
-    return cut(_load_whole(whole), tower.config.get("depth"))
+    return truncate_layers(_load_whole(whole), tower.config.get("depth"))
 
 
 def _load_whole(tower: Tower) -> nn.Module:

@@ -17,7 +17,7 @@ from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_l
 from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
 from vlm_cli.checkpoint.published.layouts import LAYOUTS
-from vlm_cli.checkpoint.published.layouts.base import Described, Layout, fill
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout, fill
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, first_line
@@ -26,7 +26,7 @@ from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 
-__all__ = ["Imported", "describing", "import_checkpoint", "recognise"]
+__all__ = ["Imported", "blaming_config_of", "import_checkpoint", "recognise"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def import_checkpoint(
     """
     layout = recognise(checkpoint)
     progress(f"recognised {layout.name}")
-    with describing(checkpoint, layout):
+    with blaming_config_of(checkpoint, layout):
         described = layout.describe(checkpoint)
     composition = compose(described.composition)
     _check_own_parts(described, composition)
@@ -107,7 +107,7 @@ def import_checkpoint(
     source = _language_model(checkpoint, layout, described, composition, trust_remote_code)
     tokenizer = source.tokenizer(composition.language_model.tokenizer or described.tokenizer)
     reading = composition.vision_encoder.reading
-    with describing(checkpoint, layout):
+    with blaming_config_of(checkpoint, layout):
         shape = tower_shape(tower_config, **reading)
     config = configure(composition, tower_config, shape, source.config, tokenizer, described.first_added_id)
 
@@ -119,7 +119,7 @@ def import_checkpoint(
         progress(f"loading language model {source.name}")
         lang_model = source.load(dtype)
     with (
-        describing(checkpoint, layout),
+        blaming_config_of(checkpoint, layout),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
     ):
@@ -132,25 +132,25 @@ def import_checkpoint(
     drawn = tower is None or tower.weights is None
     backed = tuple(
         f"{prefix}."
-        for prefix, is_backed in (("vision_encoder", not drawn), ("lang_model", lang_model is not None))
-        if is_backed
+        for prefix, has_weights in (("vision_encoder", not drawn), ("lang_model", lang_model is not None))
+        if has_weights
     )
     progress(f"reading {len(checkpoint.tensors)} tensors")
-    report = fill(model, checkpoint, described, is_backed=lambda name: name.startswith(backed) if backed else False)
+    report = fill(model, checkpoint, described, has_weights=lambda name: name.startswith(backed) if backed else False)
     processor = VLMProcessor(OpenCLIPImageProcessor(tower_config["preprocess"]), tokenizer)
     if not report.is_complete:
         return Imported(None, processor, layout, report, described.notes)
     lm = model.lang_model
     lm.tie_weights()
     _draw_added(model, report, seed)
-    _start_as(model, processor, described.starts_as)
+    _start_as(model, processor, described.initialize_like)
     model.config.dtype = model.config.text_config.dtype = dtype
     model.generation_config = generation_config(model)
     model.set_trainable(composition.trainable)
     return Imported(model.eval(), processor, layout, report, described.notes)
 
 
-def _check_own_parts(described: Described, composition: Composition) -> None:
+def _check_own_parts(described: CheckpointDescription, composition: Composition) -> None:
     """
     Raises:
         CompositionError: if another part was named for one whose weights the checkpoint holds.
@@ -179,7 +179,7 @@ def _check_own_parts(described: Described, composition: Composition) -> None:
 
 
 @contextmanager
-def describing(checkpoint: Checkpoint, layout: Layout) -> Iterator[None]:
+def blaming_config_of(checkpoint: Checkpoint, layout: Layout) -> Iterator[None]:
     """Say of what stands in a configuration, and no model can be made of, where it stands."""
     try:
         yield
@@ -193,13 +193,17 @@ def describing(checkpoint: Checkpoint, layout: Layout) -> Iterator[None]:
 
 
 def _language_model(
-    checkpoint: Checkpoint, layout: Layout, described: Described, composition: Composition, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    layout: Layout,
+    described: CheckpointDescription,
+    composition: Composition,
+    trust_remote_code: bool,
 ) -> LanguageModelSource:
     """The language model that the checkpoint needs, or the one inside it."""
     if described.text_config is None:
         return find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
     data = dict(described.text_config)
-    with describing(checkpoint, layout):
+    with blaming_config_of(checkpoint, layout):
         config: PreTrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
     check_causal(config, checkpoint.name)
     return LanguageModelSource(checkpoint.name, str(checkpoint.folder), {"trust_remote_code": False}, config)

@@ -21,7 +21,7 @@ from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import decoder_layers, update_hidden_states
 from vlm_cli.modeling.layers import feed_forward
 from vlm_cli.modeling.lm_interface import is_filled
-from vlm_cli.modeling.vision_encoder import distinct
+from vlm_cli.modeling.vision_encoder import deduplicate
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["GatedCrossAttention", "GatedCrossAttentionBlock", "VLMWithCrossAttention"]
@@ -118,7 +118,7 @@ class GatedCrossAttention(nn.Module):
             media = vision_tokens.flatten(1, 2)
             return torch.stack([block.attn.project(media) for block in self.blocks.values()], dim=1)
         B, T, n, _ = vision_tokens.shape
-        media, which = distinct(vision_tokens.flatten(0, 1))
+        media, which = deduplicate(vision_tokens.flatten(0, 1))
         keys_values = None
         for slot, block in enumerate(self.blocks.values()):  # never two copies of what all blocks have together
             found = block.attn.project(media)  # [media, 2, h, n, k]
@@ -127,9 +127,9 @@ class GatedCrossAttention(nn.Module):
             keys_values[:, slot] = rearrange(found[which], "(B T) two h n k -> B two h (T n) k", B=B)
         return keys_values
 
-    def visibility(self, media_positions: Tensor, media_mask: Tensor) -> MediaVisibility:
+    def visibility(self, media_counts: Tensor, media_mask: Tensor) -> MediaVisibility:
         return MediaVisibility.build(
-            media_positions,
+            media_counts,
             media_mask,
             attend=self.options.attend,
             feed_forward_before_media=getattr(self.options, "feed_forward_before_media", True),
@@ -145,7 +145,7 @@ class VLMWithCrossAttention(VLM):
     def media_width(cls, dim_embedding: int) -> int | None:
         return None
 
-    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+    def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         options = parts.fusion.options
         layers = decoder_layers(self.lang_model, parts.language_model.decoder_layers)
         first = options.every - 1 if options.first is None else options.first
@@ -154,15 +154,15 @@ class VLMWithCrossAttention(VLM):
         for slot, i in enumerate(numbers):
             layers[i].register_forward_pre_hook(_BeforeLayer(self, str(i), slot), with_kwargs=True)
 
-    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+    def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
         """Keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
         return self.fusion.project(vision_tokens)
 
-    def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
-        c = super()._at_call(prompt, ids, end)
+    def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
+        c = super().condition_call(prompt, ids, end)
         if c.media is not None and c.media_mask is not None:
             # After the prompt, only the last medium is kept where no other is seen.
-            positions = c.media_positions.clamp(max=c.media_mask.shape[1])
+            positions = c.media_counts.clamp(max=c.media_mask.shape[1])
             c.visibility = self.fusion.visibility(positions, c.media_mask)
         return c
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Expansion", "compact", "expand", "place"]
+__all__ = ["ExpandedPrompt", "expand_media_tokens", "pack_valid_tokens", "scatter_media"]
 
 
 @dataclass(frozen=True)
-class Expansion:
+class ExpandedPrompt:
     """A prompt spread over the language model's positions."""
 
     ids: Tensor  # int[B, L]: media tokens repeated, rows padded at the left
@@ -28,9 +28,9 @@ class Expansion:
         return values.gather(1, index)
 
 
-def expand(
+def expand_media_tokens(
     lang_x: Tensor, attention_mask: Tensor | None, is_media: Tensor, num_tokens: Tensor, pad_id: int
-) -> Expansion:
+) -> ExpandedPrompt:
     """Repeat each media token as often as its medium has vision tokens.
 
     With media of 3 tokens and `I` for `<image>`, the rows `a I b` and `a b c` become
@@ -56,10 +56,10 @@ def expand(
     token = torch.searchsorted(ends, position, right=True)  # [B, L]
     there = position >= start
     ids = torch.where(there, lang_x.gather(1, token), pad_id)
-    return Expansion(ids=ids, attention_mask=mask.gather(1, token) * there, last=ends - 1)
+    return ExpandedPrompt(ids=ids, attention_mask=mask.gather(1, token) * there, last=ends - 1)
 
 
-def compact(vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+def pack_valid_tokens(vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
     """A row's vision tokens in order, padding last.
 
     float[B, T_img, n, d], bool[B, T_img, n] -> float[B, T_img·n, d].
@@ -68,18 +68,18 @@ def compact(vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
     return vision_tokens.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, vision_tokens.shape[-1]))
 
 
-def place(embeddings: Tensor, vision_tokens: Tensor, is_media: Tensor, media_positions: Tensor) -> Tensor:
+def scatter_media(embeddings: Tensor, vision_tokens: Tensor, is_media: Tensor, media_counts: Tensor) -> Tensor:
     """Put the k-th vision token of a row at its k-th media position.
 
     Args:
         embeddings: float[B, L, d] of all positions.
         vision_tokens: float[B, S, d], in order.
         is_media: bool[B, L].
-        media_positions: int[B, L], number of media positions at or before each position.
+        media_counts: int[B, L], number of media positions at or before each position.
 
     Returns:
         float[B, L, d].
     """
-    slot = (media_positions - 1).clamp(0, vision_tokens.shape[1] - 1)
+    slot = (media_counts - 1).clamp(0, vision_tokens.shape[1] - 1)
     rows = vision_tokens.gather(1, slot[..., None].expand(-1, -1, vision_tokens.shape[-1]))
     return torch.where(is_media[..., None], rows.to(embeddings.dtype), embeddings)

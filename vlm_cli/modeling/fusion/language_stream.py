@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlm_cli.composition import Composition
 from vlm_cli.modeling.conditioning import Conditioning
-from vlm_cli.modeling.fusion.expansion import Expansion, compact, expand, place
+from vlm_cli.modeling.fusion.expansion import ExpandedPrompt, expand_media_tokens, pack_valid_tokens, scatter_media
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["VLMWithLanguageStream"]
@@ -22,31 +22,31 @@ class VLMWithLanguageStream(VLM):
     def media_width(cls, dim_embedding: int) -> int | None:
         return dim_embedding
 
-    def positions_per_medium(self, num_frames: int = 1) -> int:
+    def num_positions(self, num_frames: int = 1) -> int:
         return self.vision_tokenizer.num_tokens(num_frames)
 
-    def positions_of_medium(self, vision_tokens: Tensor) -> int:
+    def num_positions_of(self, vision_tokens: Tensor) -> int:
         return len(vision_tokens)
 
-    def _build_fusion(self, parts: Composition, dim_layer: int) -> None:
+    def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         self.fusion = nn.Module()
 
-    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+    def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
         """The tokens of a row in order, padding last: float[B, T_img·n, d]."""
-        return compact(vision_tokens, media_mask)
+        return pack_valid_tokens(vision_tokens, media_mask)
 
-    def spread(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> Expansion | None:
+    def expand_prompt(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> ExpandedPrompt | None:
         is_media = lang_x == self.config.media_token_id
         pad_id = self.config.pad_token_id or 0
         mask, before = attention_mask, None
         if attention_mask is not None:  # with a cache, it also covers the positions before `lang_x`
             before, mask = attention_mask.split([attention_mask.shape[1] - lang_x.shape[1], lang_x.shape[1]], dim=1)
-        expansion = expand(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
+        expansion = expand_media_tokens(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
         if before is None:
             return expansion
         return replace(expansion, attention_mask=torch.cat([before, expansion.attention_mask], dim=1))
 
-    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
+    def embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
         if c.media is None:
             return embeddings
-        return place(embeddings, c.media, c.ids == self.config.media_token_id, c.media_positions)
+        return scatter_media(embeddings, c.media, c.ids == self.config.media_token_id, c.media_counts)

@@ -25,7 +25,7 @@ class MediaVisibility:
     With two media of n = 2 tokens, `<image>`s at positions 1 and 3, and `attend="last"`:
 
         position           0     1     2     3     4
-        media_positions    0     1     1     2     2
+        media_counts    0     1     1     2     2
         attention row      ....  11..  11..  ..11  ..11
         reads              no    yes   yes   yes   yes
 
@@ -41,7 +41,7 @@ class MediaVisibility:
     @classmethod
     def build(
         cls,
-        media_positions: Tensor,
+        media_counts: Tensor,
         media_mask: Tensor,
         *,
         attend: Literal["last", "all"],
@@ -49,16 +49,16 @@ class MediaVisibility:
     ) -> MediaVisibility:
         """
         Args:
-            media_positions: int[B, T_txt], number of media tokens at or before each position.
+            media_counts: int[B, T_txt], number of media tokens at or before each position.
             media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
             attend: the latest medium, or all media so far.
             feed_forward_before_media: whether positions before the first medium get the feed-forward.
         """
         num_media, n = media_mask.shape[1:]
-        position = media_positions[:, :, None]  # [B, T_txt, 1]
+        position = media_counts[:, :, None]  # [B, T_txt, 1]
         readers = None
         if attend == "last" and num_media > 1:
-            readers = Readers.build(media_positions, num_media)
+            readers = Readers.build(media_counts, num_media)
         if readers is None:
             number = torch.arange(1, num_media + 1, device=media_mask.device).repeat_interleave(n)  # [S]
             seen = number == position if attend == "last" else number <= position
@@ -68,7 +68,7 @@ class MediaVisibility:
             attention = (seen | ~reads)[:, None]
         else:
             some = media_mask.any(-1)  # [B, T_img]
-            reads = (position > 0) & some.gather(1, (media_positions - 1).clamp(min=0))[..., None]
+            reads = (position > 0) & some.gather(1, (media_counts - 1).clamp(min=0))[..., None]
             attention = (media_mask | ~some[..., None]).flatten(0, 1)[:, None, None]
         row_has_media = media_mask.flatten(1).any(-1)[:, None, None]
         feeds = row_has_media & (position >= 0) if feed_forward_before_media else reads
@@ -79,7 +79,7 @@ class MediaVisibility:
 class Readers:
     """The positions that read each medium, and where each position stands among them.
 
-    With `media_positions` 0 1 1 2 2 2, the readers of the media are the positions 1 2 · and 3 4 5; · is any.
+    With `media_counts` 0 1 1 2 2 2, the readers of the media are the positions 1 2 · and 3 4 5; · is any.
     """
 
     positions: Tensor  # int[B, T_img·P] of P readers of each medium
@@ -87,22 +87,22 @@ class Readers:
     num_media: int
 
     @classmethod
-    def build(cls, media_positions: Tensor, num_media: int) -> Readers | None:
+    def build(cls, media_counts: Tensor, num_media: int) -> Readers | None:
         """None where this would save less than half, or cannot be traced.
 
         Args:
-            media_positions: int[B, T_txt], number of media tokens at or before each position.
+            media_counts: int[B, T_txt], number of media tokens at or before each position.
             num_media: T_img.
         """
-        if torch.compiler.is_compiling() or media_positions.is_meta:
+        if torch.compiler.is_compiling() or media_counts.is_meta:
             return None
-        counts = nnf.one_hot(media_positions, num_media + 1).sum(1)  # [B, 1 + T_img]
+        counts = nnf.one_hot(media_counts, num_media + 1).sum(1)  # [B, 1 + T_img]
         most = int(counts[:, 1:].max())
-        if not 0 < most <= media_positions.shape[1] // 2:
+        if not 0 < most <= media_counts.shape[1] // 2:
             return None
         # Counts never fall along a row, so that the readers of a medium follow each other.
-        number = media_positions - 1
-        everyone = torch.arange(media_positions.shape[1], device=media_positions.device)
+        number = media_counts - 1
+        everyone = torch.arange(media_counts.shape[1], device=media_counts.device)
         start = counts.cumsum(1)[:, :-1]  # [B, T_img]
         positions = start[..., None] + torch.arange(most, device=start.device)  # [B, T_img, P]
         places = number * most + everyone - start.gather(1, number.clamp(min=0))

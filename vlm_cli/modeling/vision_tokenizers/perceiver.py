@@ -79,7 +79,7 @@ class PerceiverResampler(nn.Module):
                 nn.init.normal_(parameter)
 
     @property
-    def reads_media_apart(self) -> bool:
+    def encodes_media_independently(self) -> bool:
         """Whether tokens of a medium depend on nothing else in its row."""
         return self.media_time_embs is None
 

@@ -24,7 +24,7 @@ class QFormer(nn.Module):
     """
 
     #: Whether tokens of a medium depend on nothing else in its row.
-    reads_media_apart = True
+    encodes_media_independently = True
 
     def __init__(self, options: QFormerOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
         super().__init__()

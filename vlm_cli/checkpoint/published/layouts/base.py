@@ -20,37 +20,47 @@ from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["Described", "Layout", "Place", "Places", "fill", "mean_rows", "number_of", "renamer", "same"]
+__all__ = [
+    "CheckpointDescription",
+    "Layout",
+    "Target",
+    "TargetsOf",
+    "fill",
+    "identity",
+    "mean_rows",
+    "number_of",
+    "renamer",
+]
 
 
-def same(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     """A tensor as it is."""
     return x
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where a tensor of a checkpoint goes, or a part of it.
 
     Attributes:
         target: name in `VLM.state_dict()`.
-        rows: part of the target's first axis that it fills; None for all.
-        take: part of the tensor's first axis that is taken; None for all.
-        change: how the taken part is reshaped or scaled.
+        target_rows: part of the target's first axis that it fills; None for all.
+        source_rows: part of the tensor's first axis that is taken; None for all.
+        transform: how the taken part is reshaped or scaled.
     """
 
     target: str
-    rows: slice | None = None
-    take: slice | None = None
-    change: Callable[[Tensor], Tensor] = same
+    target_rows: slice | None = None
+    source_rows: slice | None = None
+    transform: Callable[[Tensor], Tensor] = identity
 
 
-#: Places of a tensor by its name. Empty: it is known and not needed. None: it is not known.
-Places = Callable[[str], Sequence[Place] | None]
+#: TargetsOf of a tensor by its name. Empty: it is known and not needed. None: it is not known.
+TargetsOf = Callable[[str], Sequence[Target] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Described:
+class CheckpointDescription:
     """A checkpoint in our terms.
 
     Attributes:
@@ -64,20 +74,21 @@ class Described:
             weights the checkpoint holds; None if they come from `composition["vision_encoder"]`.
         tokenizer: directory or hub id of the tokenizer; None for that of the checkpoint, or of the language model.
         first_added_id: id of the first token that has rows of ours; None for the one after the tokenizer's last.
-        starts_as: added tokens that the checkpoint writes as text, and the text whose first token's embedding they get.
-        unneeded: pattern of names of ours that the layout never has and a VLM does not use.
+        initialize_like: added token -> a text; the token's embedding starts as that of the text's first token (the
+            checkpoint never had the token itself).
+        optional_pattern: pattern of names of ours that the layout never has and a VLM does not use.
         notes: what the user should know.
     """
 
     composition: Mapping[str, Any]
-    places: Callable[[VLMConfig], Places]
+    places: Callable[[VLMConfig], TargetsOf]
     text_config: Mapping[str, Any] | None = None
     holds_language_model: bool = False
     vision_config: Mapping[str, Any] | None = None
     tokenizer: str | None = None
     first_added_id: int | None = None
-    starts_as: Mapping[str, str] = field(default_factory=dict)
-    unneeded: str = r"(?!)"
+    initialize_like: Mapping[str, str] = field(default_factory=dict)
+    optional_pattern: str = r"(?!)"
     notes: tuple[str, ...] = field(default=())
 
 
@@ -95,7 +106,7 @@ class Layout(Protocol):
     def matches(self, checkpoint: Checkpoint) -> bool:
         """Whether names and shapes are those of this layout."""
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         """The checkpoint in our terms.
 
         Raises:
@@ -103,33 +114,35 @@ class Layout(Protocol):
         """
 
 
-def renamer(table: Iterable[tuple[str, Any]]) -> Places:
-    """Places from a table of patterns, tried in order against the whole name.
+def renamer(table: Iterable[tuple[str, Any]]) -> TargetsOf:
+    """TargetsOf from a table of patterns, tried in order against the whole name.
 
     The right side is a target, in which `\\1` stands for a group; a function of the match that returns places; or None
     for a tensor that is not needed.
     """
     rules = [(re.compile(pattern), right) for pattern, right in table]
 
-    def places(name: str) -> Sequence[Place] | None:
+    def places(name: str) -> Sequence[Target] | None:
         for pattern, right in rules:
             if match := pattern.fullmatch(name):
                 if right is None:
                     return ()
-                return [Place(match.expand(right))] if isinstance(right, str) else right(match)
+                return [Target(match.expand(right))] if isinstance(right, str) else right(match)
         return None
 
     return places
 
 
-def fill(model: VLM, checkpoint: Checkpoint, described: Described, *, is_backed: Callable[[str], bool]) -> KeyReport:
+def fill(
+    model: VLM, checkpoint: Checkpoint, described: CheckpointDescription, *, has_weights: Callable[[str], bool]
+) -> KeyReport:
     """Put a checkpoint's tensors into a model; shapes are compared before the first is read.
 
     Args:
         model: whose parameters may be on the meta device; those get memory when their first tensor comes.
         checkpoint: the tensors.
         described: where they go.
-        is_backed: whether a name of ours has its weights already, from a pretrained part.
+        has_weights: whether a name of ours has its weights already, from a pretrained part.
 
     Raises:
         CheckpointError: if a file is damaged, or its weights are quantized.
@@ -137,7 +150,7 @@ def fill(model: VLM, checkpoint: Checkpoint, described: Described, *, is_backed:
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     report = KeyReport()
     places_of = described.places(model.config)
-    plan: dict[str, list[Place]] = {}
+    plan: dict[str, list[Target]] = {}
     covered: dict[int, int] = {}
     for name, info in checkpoint.tensors.items():
         places = places_of(name)
@@ -154,7 +167,7 @@ def fill(model: VLM, checkpoint: Checkpoint, described: Described, *, is_backed:
                     f"{name!r} of {checkpoint.name!r} holds whole numbers ({info.dtype}): its weights are quantized, "
                     "and scales are not read. Take weights that are not."
                 )
-            wanted = _region(torch.empty_like(target, device="meta"), place.rows)
+            wanted = _region(torch.empty_like(target, device="meta"), place.target_rows)
             given = _given(info.shape, place)
             if given is None or given != tuple(wanted.shape):
                 report.mismatched[name] = (list(given or info.shape), list(wanted.shape))
@@ -164,11 +177,11 @@ def fill(model: VLM, checkpoint: Checkpoint, described: Described, *, is_backed:
     mismatched = {place.target for name in report.mismatched for place in places_of(name) or ()}
     for name, target in state.items():
         done = covered.get(id(target), 0)
-        if done >= target.numel() or (done and is_backed(name)):
+        if done >= target.numel() or (done and has_weights(name)):
             report.loaded.append(name)
         elif name in mismatched or any(id(state[x]) == id(target) for x in mismatched if x in state):
             continue
-        elif is_backed(name) or re.fullmatch(described.unneeded, name):
+        elif has_weights(name) or re.fullmatch(described.optional_pattern, name):
             report.absent.append(name)
         else:
             report.missing.append(name)
@@ -186,7 +199,7 @@ def fill(model: VLM, checkpoint: Checkpoint, described: Described, *, is_backed:
         for place in plan.get(name, ()):
             target = _materialized(state, owners, place.target)
             with torch.no_grad():
-                _region(target, place.rows).copy_(place.change(_region(tensor, place.take)))
+                _region(target, place.target_rows).copy_(place.transform(_region(tensor, place.source_rows)))
     for name in report.absent:
         if state[name].is_meta:  # not needed: whatever it holds changes nothing
             _materialized(state, owners, name).detach().zero_()
@@ -206,10 +219,10 @@ def _region(x: Tensor, rows: slice | None) -> Tensor:
     return x if rows is None else x[rows]
 
 
-def _given(shape: tuple[int, ...], place: Place) -> tuple[int, ...] | None:
+def _given(shape: tuple[int, ...], place: Target) -> tuple[int, ...] | None:
     """The shape that a tensor would have at its place; None if it cannot be changed so."""
     try:
-        return tuple(place.change(_region(torch.empty(shape, device="meta"), place.take)).shape)
+        return tuple(place.transform(_region(torch.empty(shape, device="meta"), place.source_rows)).shape)
     except (RuntimeError, ValueError, IndexError):
         return None
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.towers.eva import EVA_UNNEEDED, eva_table, eva_tower
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
@@ -47,7 +47,7 @@ class HuggingFaceBLIP2:
         wanted = {"query_tokens", "language_projection.weight"}
         return checkpoint.config.get("model_type") == "blip-2" and wanted <= checkpoint.tensors.keys()
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         config = checkpoint.config
         for part, name, fixed in _FIXED:
             if (given := config.get(part, {}).get(name, fixed)) != fixed:
@@ -58,7 +58,7 @@ class HuggingFaceBLIP2:
         text = {"model_type": "opt", **config.get("text_config", {})}
         # Older files have no media token: image features stand before the text.
         media_id = config.get("image_token_index")
-        return Described(
+        return CheckpointDescription(
             composition={
                 **_composition(checkpoint, config.get("qformer_config", {}).get("num_attention_heads", 12)),
                 "vision_encoder": {**vision, "class_token": True, "norm": True},
@@ -68,7 +68,7 @@ class HuggingFaceBLIP2:
             text_config=text,
             vision_config=vision_config,
             first_added_id=media_id,
-            unneeded=EVA_UNNEEDED if media_id is not None else f"{EVA_UNNEEDED}|{_ADDED}",
+            optional_pattern=EVA_UNNEEDED if media_id is not None else f"{EVA_UNNEEDED}|{_ADDED}",
             notes=(_ORDER,),
         )
 
@@ -82,7 +82,7 @@ class LavisBLIP2:
     def matches(self, checkpoint: Checkpoint) -> bool:
         return {"query_tokens", "opt_proj.weight"} <= checkpoint.tensors.keys()
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         renamed = replace(checkpoint, tensors={_huggingface(name): x for name, x in checkpoint.tensors.items()})
         # The Q-Former is BERT's, whose heads have 64 channels at every size.
         composition = _composition(renamed, renamed.shape("query_tokens")[2] // 64)
@@ -105,16 +105,16 @@ class LavisBLIP2:
             f"{known or 'none of the published'}. BLIP-2 ended its answers at a line break."
         )
 
-        def places(ours: VLMConfig) -> Places:
+        def places(ours: VLMConfig) -> TargetsOf:
             of_huggingface = _places(ours, renamed)
             return lambda name: of_huggingface(_huggingface(name))
 
-        return Described(
+        return CheckpointDescription(
             composition=composition,
             places=places,
             holds_language_model="language_model.model.decoder.embed_tokens.weight" in renamed.tensors,
             vision_config=vision_config,
-            unneeded=f"{EVA_UNNEEDED}|{_ADDED}",
+            optional_pattern=f"{EVA_UNNEEDED}|{_ADDED}",
             notes=tuple(notes),
         )
 
@@ -185,7 +185,7 @@ def _composition(checkpoint: Checkpoint, num_heads: int) -> dict[str, Any]:
     }
 
 
-def _places(ours: VLMConfig, checkpoint: Checkpoint) -> Places:
+def _places(ours: VLMConfig, checkpoint: Checkpoint) -> TargetsOf:
     """Where tensors under Transformers' names go."""
     tensors: Mapping[str, Any] = checkpoint.tensors
     patches = tensors.get(f"{_TOWER}embeddings.patch_embedding.weight")
@@ -206,16 +206,16 @@ def _places(ours: VLMConfig, checkpoint: Checkpoint) -> Places:
 
 
 def _table(ours: VLMConfig, checkpoint: Checkpoint, *, head: bool) -> Any:
-    """Places of a table of the language model, which may hold the media token as a row of its own."""
+    """TargetsOf of a table of the language model, which may hold the media token as a row of its own."""
     end = ours.first_added_id + len(ours.added_tokens)
     added = slice(ours.first_added_id, end)
     is_tied = "language_model.lm_head.weight" not in checkpoint.tensors
 
-    def places(match: Any) -> list[Place]:
-        found = [Place(f"lang_model.{match[1]}.weight")]
+    def places(match: Any) -> list[Target]:
+        found = [Target(f"lang_model.{match[1]}.weight")]
         if checkpoint.shape(f"language_model.{match[1]}.weight")[0] >= end:
             wanted = ["head"] if head else ["embedding", "head"] if is_tied else ["embedding"]
-            found += [Place(f"added_tokens.{name}.weight", take=added) for name in wanted]
+            found += [Target(f"added_tokens.{name}.weight", source_rows=added) for name in wanted]
         return found
 
     return places

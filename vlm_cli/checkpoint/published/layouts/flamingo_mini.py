@@ -17,7 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, mean_rows, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.base import (
+    CheckpointDescription,
+    Target,
+    TargetsOf,
+    mean_rows,
+    number_of,
+    renamer,
+)
 from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
@@ -67,7 +74,7 @@ class FlamingoMini:
         names = checkpoint.tensors
         return "flamingo.resampler.latents" in names and any(re.match(rf"{_LAYER}xattn_block\.", x) for x in names)
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         if not checkpoint.config:
             raise CheckpointError(
                 f"{checkpoint.name!r} has no config.json, and its tensors do not say how many heads there are. Give "
@@ -88,7 +95,7 @@ class FlamingoMini:
             "There, a prompt without any image passes through the feed-forwards of the blocks; here, it does not.",
         )
         head = "flamingo.lm_head.weight" in checkpoint.tensors
-        return Described(
+        return CheckpointDescription(
             composition={
                 "family": "flamingo",
                 "vision_encoder": encoder,
@@ -117,8 +124,8 @@ class FlamingoMini:
             places=lambda ours: _places(ours, width, has_head=head),
             holds_language_model=any(re.match(rf"{_LAYER}lm_block\.", name) for name in checkpoint.tensors),
             vision_config=vision_config,
-            starts_as={MEDIA_TOKEN: "<"},
-            unneeded=CLIP_UNNEEDED,
+            initialize_like={MEDIA_TOKEN: "<"},
+            optional_pattern=CLIP_UNNEEDED,
             notes=notes,
         )
 
@@ -175,21 +182,21 @@ def _vision_config(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, int]:
     return clip_vision_config(config, checkpoint.folder), width
 
 
-def _places(config: VLMConfig, width: int, *, has_head: bool) -> Places:
+def _places(config: VLMConfig, width: int, *, has_head: bool) -> TargetsOf:
     first, new = config.first_added_id, len(config.added_tokens) - 1
     text = config.get_text_config(decoder=True)
     base = text.vocab_size
     inside = {"opt": "model", "gpt2": "transformer"}.get(text.model_type, "model")
 
-    def added(target: str) -> list[Place]:
+    def added(target: str) -> list[Target]:
         # `<EOC>` is the id after the tokenizer's last; in OPT's padded table that is not the row that was appended.
         return [
-            Place(f"added_tokens.{target}.weight", rows=slice(1), take=slice(first, first + 1)),
-            Place(f"added_tokens.{target}.weight", rows=slice(1, None), change=mean_rows(first, new)),
+            Target(f"added_tokens.{target}.weight", target_rows=slice(1), source_rows=slice(first, first + 1)),
+            Target(f"added_tokens.{target}.weight", target_rows=slice(1, None), transform=mean_rows(first, new)),
         ]
 
-    def embedding(match: Any) -> list[Place]:
-        table = [Place(f"lang_model.{inside}.{match[1]}.weight", take=slice(base)), *added("embedding")]
+    def embedding(match: Any) -> list[Target]:
+        table = [Target(f"lang_model.{inside}.{match[1]}.weight", source_rows=slice(base)), *added("embedding")]
         return table if has_head else [*table, *added("head")]  # they are tied
 
     inner = r"(weight|bias)"
@@ -198,7 +205,7 @@ def _places(config: VLMConfig, width: int, *, has_head: bool) -> Places:
             *clip_table(rf"{_VISION}vision_model\.", width),
             (
                 r"flamingo\.resampler\.time_pos_emb",
-                lambda _: [Place("vision_tokenizer.frame_embs", change=_without_one)],
+                lambda _: [Target("vision_tokenizer.frame_embs", transform=_without_one)],
             ),
             (rf"flamingo\.resampler\.(layers\.\d+\.0)\.to_k\.{inner}", lambda m: [_half(m, 0, config)]),
             (rf"flamingo\.resampler\.(layers\.\d+\.0)\.to_v\.{inner}", lambda m: [_half(m, 1, config)]),
@@ -213,17 +220,19 @@ def _places(config: VLMConfig, width: int, *, has_head: bool) -> Places:
             (r"flamingo\.lm\.(.*)", rf"lang_model.{inside}.\1"),
             (
                 r"flamingo\.lm_head\.weight",
-                lambda _: [Place("lang_model.lm_head.weight", take=slice(base)), *added("head")],
+                lambda _: [Target("lang_model.lm_head.weight", source_rows=slice(base)), *added("head")],
             ),
         ]
     )
 
 
-def _half(match: Any, number: int, config: VLMConfig) -> Place:
+def _half(match: Any, number: int, config: VLMConfig) -> Target:
     """Keys or values, which are one matrix here: keys first."""
     options = config.composition.vision_tokenizer.options
     rows = options.num_heads * options.head_dim
-    return Place(f"vision_tokenizer.{match[1]}.to_kv.{match[2]}", rows=slice(number * rows, (number + 1) * rows))
+    return Target(
+        f"vision_tokenizer.{match[1]}.to_kv.{match[2]}", target_rows=slice(number * rows, (number + 1) * rows)
+    )
 
 
 def _without_one(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config, read_preprocessing
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
@@ -36,7 +36,7 @@ class HuggingFaceIDEFICS:
     def matches(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.config.get("model_type") == "idefics" and f"{_BLOCKS}0.alpha_cross_attn" in checkpoint.tensors
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         config = {**_DEFAULTS, **checkpoint.config}
         vision = {**_VISION_DEFAULTS, **config.get("vision_config", {})}
         vision["hidden_size"] = vision["embed_dim"]
@@ -54,7 +54,7 @@ class HuggingFaceIDEFICS:
                 f"{checkpoint.name!r} has {num_added} tokens beside Llama's; IDEFICS has {' and '.join(_ADDED[:2])}, "
                 f"and {_ADDED[2]} if it was instructed."
             )
-        return Described(
+        return CheckpointDescription(
             composition={
                 "family": "flamingo",
                 "vision_encoder": {"name": _name(vision), "norm": False, "class_token": True},
@@ -81,7 +81,7 @@ class HuggingFaceIDEFICS:
             },
             vision_config=tower,
             first_added_id=config["vocab_size"],
-            unneeded=CLIP_UNNEEDED,
+            optional_pattern=CLIP_UNNEEDED,
             notes=(
                 f"IDEFICS was trained with {_ADDED[0]} before and after each image, or between two that follow each "
                 "other. A prompt is taken as it is written: write them, and read special tokens as such.",
@@ -196,25 +196,25 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten()
 
 
-def _places(ours: VLMConfig, vision_width: int, every: int, checkpoint: Checkpoint) -> Places:
+def _places(ours: VLMConfig, vision_width: int, every: int, checkpoint: Checkpoint) -> TargetsOf:
     inner = checkpoint.shape(f"{_PERCEIVER}blocks.0.0.k_proj.weight")[0]
 
-    def keys_values(match: Any) -> list[Place]:
+    def keys_values(match: Any) -> list[Target]:
         """One matrix of keys, then values."""
         start = "kv".index(match[2]) * inner
-        return [Place(f"vision_tokenizer.layers.{match[1]}.0.to_kv.weight", rows=slice(start, start + inner))]
+        return [Target(f"vision_tokenizer.layers.{match[1]}.0.to_kv.weight", target_rows=slice(start, start + inner))]
 
     def block(target: str, change: Any = None) -> Any:
         """Blocks are numbered by themselves there, and by their decoder layers here."""
 
-        def places(match: Any) -> list[Place]:
+        def places(match: Any) -> list[Target]:
             name = f"fusion.blocks.{int(match[1]) * every}.{match.expand(target)}"
-            return [Place(name) if change is None else Place(name, change=change)]
+            return [Target(name) if change is None else Target(name, transform=change)]
 
         return places
 
     is_tied = "lm_head.weight" not in checkpoint.tensors
-    added = [Place("added_tokens.embedding.weight"), *([Place("added_tokens.head.weight")] if is_tied else [])]
+    added = [Target("added_tokens.embedding.weight"), *([Target("added_tokens.head.weight")] if is_tied else [])]
     resampler, layer = r"model\.perceiver_resampler\.", r"model\.gated_cross_attn_layers\.(\d+)\."
     attention, feed_forward = rf"{resampler}blocks\.(\d+)\.0\.", rf"{resampler}blocks\.(\d+)\.1\."
     mine = r"vision_tokenizer.layers.\1."

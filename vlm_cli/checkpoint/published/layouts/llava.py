@@ -12,7 +12,7 @@ from math import isqrt
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
@@ -34,7 +34,7 @@ class HuggingFaceLLaVA:
             name.endswith("multi_modal_projector.linear_1.weight") for name in checkpoint.tensors
         )
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         config = checkpoint.config
         vision, text = config["vision_config"], dict(config["text_config"])
         vision = {**_CLIP_LARGE, **vision}
@@ -54,7 +54,7 @@ class HuggingFaceLLaVA:
             (rf"{_MODEL}multi_modal_projector\.linear_1\.(\w+)", r"vision_tokenizer.proj.0.\1"),
             (rf"{_MODEL}multi_modal_projector\.linear_2\.(\w+)", r"vision_tokenizer.proj.2.\1"),
         ]
-        return Described(
+        return CheckpointDescription(
             composition={
                 "family": "llava",
                 "vision_encoder": {
@@ -73,12 +73,12 @@ class HuggingFaceLLaVA:
             text_config=text,
             vision_config=clip_vision_config(vision, checkpoint.folder),
             first_added_id=media_id,
-            unneeded=rf"{CLIP_UNNEEDED}|vision_encoder\.visual\.ln_post\.\w+",
+            optional_pattern=rf"{CLIP_UNNEEDED}|vision_encoder\.visual\.ln_post\.\w+",
         )
 
 
 def language_model_table(config: VLMConfig) -> list[tuple[str, Any]]:
-    """Places of a language model under `language_model`, whose tables hold the added tokens as rows of their own.
+    """TargetsOf of a language model under `language_model`, whose tables hold the added tokens as rows of their own.
 
     Of tied tables a file keeps the embedding alone, whose rows are then those of both.
     """
@@ -86,7 +86,10 @@ def language_model_table(config: VLMConfig) -> list[tuple[str, Any]]:
     is_tied = config.get_text_config(decoder=True).tie_word_embeddings
 
     def table(target: str, *ours: str) -> Any:
-        return lambda match: [Place(target), *(Place(f"added_tokens.{name}.weight", take=added) for name in ours)]
+        return lambda match: [
+            Target(target),
+            *(Target(f"added_tokens.{name}.weight", source_rows=added) for name in ours),
+        ]
 
     return [
         (
@@ -147,7 +150,7 @@ class OriginalLLaVA:
     def matches(self, checkpoint: Checkpoint) -> bool:
         return any(re.fullmatch(rf"{_PROJECTOR}(?:0\.)?weight", name) for name in checkpoint.tensors)
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         config = checkpoint.config
         if "model.image_newline" in checkpoint.tensors or config.get("image_aspect_ratio") == "anyres":
             raise CheckpointError(
@@ -167,7 +170,7 @@ class OriginalLLaVA:
                 "It was trained on images that are padded to squares; OpenCLIP's tower cuts out the middle. Pad images "
                 "that are far from square."
             )
-        return Described(
+        return CheckpointDescription(
             composition={
                 "family": "llava",
                 "vision_encoder": {**tower, **reading},
@@ -180,7 +183,7 @@ class OriginalLLaVA:
             places=lambda ours: _original_places(checkpoint, ours, reading),
             text_config=text if holds_lm else None,
             vision_config=vision,
-            unneeded=rf"{CLIP_UNNEEDED}|vision_encoder\.visual\.ln_post\.\w+|added_tokens\..*",
+            optional_pattern=rf"{CLIP_UNNEEDED}|vision_encoder\.visual\.ln_post\.\w+|added_tokens\..*",
             notes=tuple(notes),
         )
 
@@ -266,7 +269,7 @@ def _language_model(checkpoint: Checkpoint) -> str | None:
     return checkpoint.config.get("_name_or_path") or known
 
 
-def _original_places(checkpoint: Checkpoint, config: VLMConfig, reading: Mapping[str, Any]) -> Places:
+def _original_places(checkpoint: Checkpoint, config: VLMConfig, reading: Mapping[str, Any]) -> TargetsOf:
     """
     Raises:
         CheckpointError: if another tower was named, and features of it that the projection was not trained on.

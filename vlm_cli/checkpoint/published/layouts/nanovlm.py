@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, mean_rows, renamer
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, mean_rows, renamer
 from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_UNNEEDED, siglip_name, siglip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
@@ -34,7 +34,7 @@ class NanoVLM:
             checkpoint.tensors
         )
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         config = checkpoint.config
         if "lm_n_heads" not in config:
             raise CheckpointError(
@@ -65,7 +65,7 @@ class NanoVLM:
         if "image_token" not in (config.get("vlm_extra_tokens") or {}):
             notes.append(f"This model was trained with the image first: {MEDIA_TOKEN}Question: … Answer:")
         has_rows = config["lm_vocab_size"] > base
-        return Described(
+        return CheckpointDescription(
             composition={
                 "family": "llava",
                 "vision_encoder": {"name": siglip_name(vision)},
@@ -88,7 +88,7 @@ class NanoVLM:
             text_config=_text_config(config, base),
             vision_config=siglip_vision_config(vision, plain),
             tokenizer=config.get("lm_tokenizer"),
-            unneeded=SIGLIP_UNNEEDED if has_rows else rf"{SIGLIP_UNNEEDED}|added_tokens\..*",
+            optional_pattern=SIGLIP_UNNEEDED if has_rows else rf"{SIGLIP_UNNEEDED}|added_tokens\..*",
             notes=tuple(notes),
         )
 
@@ -149,21 +149,28 @@ def _has_head(checkpoint: Checkpoint) -> dict[str, bool]:
     }
 
 
-def _places(config: VLMConfig, rows: int, *, has_head: Mapping[str, bool]) -> Places:
+def _places(config: VLMConfig, rows: int, *, has_head: Mapping[str, bool]) -> TargetsOf:
     first, text = config.first_added_id, config.get_text_config(decoder=True)
     known = min(rows - first, len(config.added_tokens))  # of our added tokens, so many have a row
     new = len(config.added_tokens) - known
 
-    def added(kind: str) -> list[Place]:
+    def added(kind: str) -> list[Target]:
         if known <= 0:
             return []
         target = f"added_tokens.{kind}.weight"
-        mine = [Place(target, rows=slice(known), take=slice(first, rows))]
-        return [*mine, Place(target, rows=slice(known, None), change=mean_rows(first, new))] if new > 0 else mine
+        mine = [Target(target, target_rows=slice(known), source_rows=slice(first, rows))]
+        return (
+            [*mine, Target(target, target_rows=slice(known, None), transform=mean_rows(first, new))]
+            if new > 0
+            else mine
+        )
 
     def table(target: str, kind: str, other: str) -> Any:
         kinds = [kind] if has_head[other] or not text.tie_word_embeddings else [kind, other]
-        return lambda _: [Place(target, take=slice(text.vocab_size)), *(place for x in kinds for place in added(x))]
+        return lambda _: [
+            Target(target, source_rows=slice(text.vocab_size)),
+            *(place for x in kinds for place in added(x)),
+        ]
 
     block, layer = r"vision_encoder\.blocks\.(\d+)\.", r"decoder\.blocks\.(\d+)\."
     ours, theirs = rf"{_TRUNK}blocks.\1.", rf"{_LM}layers.\1."

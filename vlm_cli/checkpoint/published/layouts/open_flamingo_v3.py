@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.layouts.openflamingo import (
     check_fusion,
     check_heads,
@@ -48,27 +48,27 @@ class ReducedScope:
             re.match(r"vision_encoder\.(?!visual\.)|vision_tokenizer\.|lang_model\.", name) for name in names
         )
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         parts = _parts(checkpoint)
         is_stream = parts["family"] != "flamingo"
         rows = {checkpoint.shape(name)[0] for name in checkpoint.tensors if re.match(_ROWS, name)}
         has_lm = any(True for _ in _base_names(checkpoint))
         # Where `<image>` is, there are vision tokens: BLIP leaves its row as it was drawn, and does not save it. The
         # pad token, for which the code base took a row of the language model, has one of ours.
-        unneeded = [r"added_tokens\.(embedding|head)\.\w+"] if rows or is_stream else []
+        optional_pattern = [r"added_tokens\.(embedding|head)\.\w+"] if rows or is_stream else []
         notes = [
             "The code base made its vision encoder read images of 490 pixels. If this was trained so: --set "
             "vision_encoder.image_size=490."
         ]
         if has_bias(checkpoint) and not _base_bias(checkpoint):
-            unneeded.append(r"added_tokens\.base_bias")
+            optional_pattern.append(r"added_tokens\.base_bias")
             notes.append(
                 "The code base gave the head a random bias, which it neither trained nor saved; it is left out, and "
                 "logits differ from those in training by it."
             )
         if parts["family"] == "blip":
             notes.append("Shapes do not tell the heads of a Q-Former. Those of the code base are 12; see --set.")
-        return Described(
+        return CheckpointDescription(
             composition={
                 **parts,
                 "vision_encoder": {"name": ""},  # neither is named in the file
@@ -77,7 +77,7 @@ class ReducedScope:
             },
             places=lambda config: _places(checkpoint, config),
             holds_language_model=has_lm,
-            unneeded="|".join(unneeded) or r"(?!)",
+            optional_pattern="|".join(optional_pattern) or r"(?!)",
             notes=tuple(notes),
         )
 
@@ -163,7 +163,7 @@ def _has_own_bias(config: VLMConfig) -> bool:
 
 
 def decoupled_table(config: VLMConfig) -> list[tuple[str, Any]]:
-    """Places of tables that keep the language model's rows and the added ones apart.
+    """TargetsOf of tables that keep the language model's rows and the added ones apart.
 
     The added rows come in the composition's order, and are fewer than ours where the tokenizer lacks a pad token.
     """
@@ -171,20 +171,20 @@ def decoupled_table(config: VLMConfig) -> list[tuple[str, Any]]:
     num_named = len(config.composition.added_tokens)
 
     def added(ours: str) -> Any:
-        return lambda match: [Place(f"added_tokens.{ours}.{match[1]}", rows=slice(num_named))]
+        return lambda match: [Target(f"added_tokens.{ours}.{match[1]}", target_rows=slice(num_named))]
 
     table: list[tuple[str, Any]] = [
         (r"lang_model\..*\.additional_embedding\.(weight)", added("embedding")),
         (r"lang_model\..*\.additional_fc\.(weight|bias)", added("head")),
     ]
     if config.composition.language_model.head_bias:
-        table.append((_BIAS, lambda match: [Place("added_tokens.base_bias", take=slice(first))]))
+        table.append((_BIAS, lambda match: [Target("added_tokens.base_bias", source_rows=slice(first))]))
     if config.text_config.model_type == "gpt_neox":  # its head was called so before Transformers 5
         table.append((r"lang_model\.embed_out\.(\w+)", r"lang_model.lm_head.\1"))
     return table
 
 
-def _places(checkpoint: Checkpoint, config: VLMConfig) -> Places:
+def _places(checkpoint: Checkpoint, config: VLMConfig) -> TargetsOf:
     parts = config.composition
     if parts.vision_tokenizer.type == "perceiver":
         check_heads(checkpoint, r"vision_tokenizer\.", "vision_tokenizer", parts.vision_tokenizer.options)

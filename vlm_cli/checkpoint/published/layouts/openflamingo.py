@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Place, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
@@ -49,7 +49,7 @@ class OpenFlamingo:
         names = checkpoint.tensors
         return "perceiver.latents" in names and any(re.match(_BLOCK, name) for name in names)
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         known = _language_model(checkpoint)
         # Every published model reads this tower, and none its last norm: OpenCLIP gave patches before it until version
         # 2.22, of October 2023, and these models are older.
@@ -61,7 +61,7 @@ class OpenFlamingo:
             "Patches are read before the vision encoder's last norm, as in the published models. If it was trained "
             "with OpenCLIP 2.23 or later: --set vision_encoder.norm=true.",
         )
-        return Described(
+        return CheckpointDescription(
             composition={
                 "family": "flamingo",
                 "vision_encoder": {**tower, "norm": False},
@@ -72,7 +72,7 @@ class OpenFlamingo:
             },
             places=lambda config: _places(checkpoint, config),
             # Rows of an untied head were never trained, and are in a file only if their name says "embed" (GPT-NeoX).
-            unneeded=r"added_tokens\.head\.\w+",
+            optional_pattern=r"added_tokens\.head\.\w+",
             notes=notes,
         )
 
@@ -178,7 +178,7 @@ def _language_model(checkpoint: Checkpoint) -> str | None:
     return _LANGUAGE_MODELS.get((table[1].rpartition(".")[2], checkpoint.shape(table[0])[1]))
 
 
-def _places(checkpoint: Checkpoint, config: VLMConfig) -> Places:
+def _places(checkpoint: Checkpoint, config: VLMConfig) -> TargetsOf:
     first, parts = config.first_added_id, config.composition
     check_heads(checkpoint, r"perceiver\.", "vision_tokenizer", parts.vision_tokenizer.options)
     check_fusion(checkpoint, _BLOCK, config)
@@ -192,12 +192,16 @@ def _places(checkpoint: Checkpoint, config: VLMConfig) -> Places:
     def table(*ours: str) -> Any:
         """The resized table: base rows stay with the language model, the others are ours."""
         return lambda match: [
-            Place(f"lang_model.{renamed.get(match[1], match[1])}.weight", rows=slice(first), take=slice(first)),
-            *(Place(f"added_tokens.{x}.weight", take=slice(first, None)) for x in ours),
+            Target(
+                f"lang_model.{renamed.get(match[1], match[1])}.weight",
+                target_rows=slice(first),
+                source_rows=slice(first),
+            ),
+            *(Target(f"added_tokens.{x}.weight", source_rows=slice(first, None)) for x in ours),
         ]
 
-    def block(match: Any) -> list[Place]:
-        return [Place(f"fusion.blocks.{match[1] or match[2]}.{match[3]}")]
+    def block(match: Any) -> list[Target]:
+        return [Target(f"fusion.blocks.{match[1] or match[2]}.{match[3]}")]
 
     return renamer(
         [

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Described, Places, number_of, renamer
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import check_bias, decoupled_table, has_bias
 from vlm_cli.checkpoint.published.layouts.openflamingo import attention_channels, check_heads, perceiver_options
 from vlm_cli.checkpoint.published.towers.siglip import (
@@ -52,7 +52,7 @@ class XGenMM:
                 return rows.shape[0] == len(_ADDED)
         return False
 
-    def describe(self, checkpoint: Checkpoint) -> Described:
+    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
         prefix = "vlm." if f"vlm.{_ROWS}" in checkpoint.tensors else ""
         inner = attention_channels(checkpoint, rf"{re.escape(prefix)}vision_tokenizer\.")
         heads = {} if inner % _HEAD_WIDTH else {"num_heads": inner // _HEAD_WIDTH, "head_dim": _HEAD_WIDTH}
@@ -60,7 +60,7 @@ class XGenMM:
         text = checkpoint.config.get("text_config")
         is_phi = checkpoint.shape(f"{prefix}{_ROWS}")[1] == 3072
         first = text.get("initial_tokenizer_len") if text and _knows_media(checkpoint.folder) else None
-        return Described(
+        return CheckpointDescription(
             composition={
                 "family": "kosmos",
                 "vision_encoder": name,
@@ -82,7 +82,8 @@ class XGenMM:
             holds_language_model=text is None,
             vision_config=tower,
             first_added_id=first,
-            unneeded=rf"{SIGLIP_UNNEEDED}|added_tokens\.(embedding|head)\.\w+",  # a pad token has no row in the file
+            # A pad token has no row in the file.
+            optional_pattern=rf"{SIGLIP_UNNEEDED}|added_tokens\.(embedding|head)\.\w+",
             notes=(
                 "xGen-MM cuts an image in tiles and shows all of them and the whole; vlm shows the whole image alone.",
             ),
@@ -136,7 +137,7 @@ def _knows_media(folder: Path) -> bool:
     return any(f'"{MEDIA_TOKEN}"' in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
-def _places(checkpoint: Checkpoint, config: VLMConfig, prefix: str) -> Places:
+def _places(checkpoint: Checkpoint, config: VLMConfig, prefix: str) -> TargetsOf:
     options = config.composition.vision_tokenizer.options
     check_heads(checkpoint, rf"{re.escape(prefix)}vision_tokenizer\.", "vision_tokenizer", options)
     check_bias(checkpoint, config)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.checkpoint.published.layouts.base import Place
+from vlm_cli.checkpoint.published.layouts.base import Target
 from vlm_cli.errors import CheckpointError
 
 __all__ = ["CLIP_UNNEEDED", "clip_table", "clip_vision_config", "read_preprocessing"]
@@ -22,7 +22,7 @@ _OURS = "vision_encoder.visual."
 
 
 def clip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
-    """Places of a vision transformer's tensors.
+    """TargetsOf of a vision transformer's tensors.
 
     Args:
         prefix: pattern before `embeddings.`, `encoder.` and so on.
@@ -30,10 +30,14 @@ def clip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
     """
     block = rf"{_OURS}transformer.resblocks.\1."
 
-    def rows(match: Any) -> list[Place]:
+    def rows(match: Any) -> list[Target]:
         number, which, kind = match.groups()
         start = "qkv".index(which) * width
-        return [Place(f"{_OURS}transformer.resblocks.{number}.attn.in_proj_{kind}", rows=slice(start, start + width))]
+        return [
+            Target(
+                f"{_OURS}transformer.resblocks.{number}.attn.in_proj_{kind}", target_rows=slice(start, start + width)
+            )
+        ]
 
     layer = rf"{prefix}encoder\.layers\.(\d+)\."
     return [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import Checkpoint
-from vlm_cli.checkpoint.published.layouts.base import Place, number_of
+from vlm_cli.checkpoint.published.layouts.base import Target, number_of
 from vlm_cli.checkpoint.published.towers.clip import read_preprocessing
 from vlm_cli.errors import CheckpointError
 
@@ -43,17 +43,20 @@ EVA_TOWERS = {
 
 
 def eva_table(prefix: str, width: int) -> list[tuple[str, Any]]:
-    """Places of a tower's tensors.
+    """TargetsOf of a tower's tensors.
 
     Args:
         prefix: pattern before `embeddings.`, `encoder.` and so on.
         width: channels.
     """
 
-    def bias(match: Any) -> list[Place]:
+    def bias(match: Any) -> list[Target]:
         """timm has no bias of keys: it adds the same to all scores of a query, which a softmax does not see."""
         block = f"{_OURS}blocks.{match[1]}.attn."
-        return [Place(f"{block}q_bias", take=slice(width)), Place(f"{block}v_bias", take=slice(2 * width, None))]
+        return [
+            Target(f"{block}q_bias", source_rows=slice(width)),
+            Target(f"{block}v_bias", source_rows=slice(2 * width, None)),
+        ]
 
     block, layer = rf"{_OURS}blocks.\1.", rf"{prefix}encoder\.layers\.(\d+)\."
     return [

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_cli.checkpoint.published.layouts.base import Place
+from vlm_cli.checkpoint.published.layouts.base import Target
 from vlm_cli.errors import CheckpointError
 
 __all__ = ["SIGLIP_TOWERS", "SIGLIP_UNNEEDED", "as_positions", "siglip_name", "siglip_table", "siglip_vision_config"]
@@ -32,7 +32,7 @@ _OURS = "vision_encoder.visual.trunk."
 
 
 def siglip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
-    """Places of the tower's tensors.
+    """TargetsOf of the tower's tensors.
 
     Args:
         prefix: pattern before `embeddings.`, `encoder.`, `post_layernorm.` and `head.`.
@@ -40,15 +40,15 @@ def siglip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
     """
     block, pool = rf"{_OURS}blocks.\1.", f"{_OURS}attn_pool."
 
-    def rows(match: Any) -> list[Place]:
+    def rows(match: Any) -> list[Target]:
         number, which, kind = match.groups()
         start = "qkv".index(which) * width
-        return [Place(f"{_OURS}blocks.{number}.attn.qkv.{kind}", rows=slice(start, start + width))]
+        return [Target(f"{_OURS}blocks.{number}.attn.qkv.{kind}", target_rows=slice(start, start + width))]
 
-    def pooled(match: Any) -> list[Place]:
+    def pooled(match: Any) -> list[Target]:
         return [
-            Place(f"{pool}q.{match[1]}", take=slice(width)),
-            Place(f"{pool}kv.{match[1]}", take=slice(width, None)),
+            Target(f"{pool}q.{match[1]}", source_rows=slice(width)),
+            Target(f"{pool}kv.{match[1]}", source_rows=slice(width, None)),
         ]
 
     layer = rf"{prefix}encoder\.layers\.(\d+)\."
@@ -69,9 +69,9 @@ def siglip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
     ]
 
 
-def as_positions(match: Any) -> list[Place]:
+def as_positions(match: Any) -> list[Target]:
     """float[v, d] to timm's position embedding, float[1, v, d]."""
-    return [Place(f"{_OURS}pos_embed", change=_with_batch)]
+    return [Target(f"{_OURS}pos_embed", transform=_with_batch)]
 
 
 def _with_batch(x: Tensor) -> Tensor:
