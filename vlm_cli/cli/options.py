@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -289,34 +289,45 @@ class SamplingOptions:
 
 
 def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the fields of its dataclass parameters as options of its own."""
+    """Turn each field of a command's dataclass parameters into an option of the command.
+
+    `def build(out: str, device: DeviceOptions = DeviceOptions())` becomes a command with `--device` and `--dtype`,
+    and `build` still receives one `DeviceOptions`. Annotations may be strings (`from __future__ import annotations`).
+    """
     signature = inspect.signature(function)
-    bundles: dict[str, Any] = {
-        n: p.annotation for n, p in signature.parameters.items() if dataclasses.is_dataclass(p.annotation)
-    }
+    hints = get_type_hints(function, include_extras=True)
+    bundles = {name: hints[name] for name in signature.parameters if dataclasses.is_dataclass(hints[name])}
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
-        if name not in bundles:
-            parameters.append(parameter)
-            continue
-        for field in dataclasses.fields(bundles[name]):
-            parameters.append(
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
-                )
-            )
+        if name in bundles:
+            parameters += _field_parameters(bundles[name])
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+    names = [parameter.name for parameter in parameters]
+    repeated = {name for name in names if names.count(name) > 1}
+    assert not repeated, f"{function.__name__}: two options have the name {', '.join(sorted(repeated))}"
 
     @functools.wraps(function)
     def command(**kwargs: Any) -> Any:
         for name, bundle in bundles.items():
-            names = [field.name for field in dataclasses.fields(bundle)]
-            kwargs[name] = bundle(**{key: kwargs.pop(key) for key in names})
+            fields = [field.name for field in dataclasses.fields(bundle)]
+            kwargs[name] = bundle(**{key: kwargs.pop(key) for key in fields})
         return function(**kwargs)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _field_parameters(bundle: Any) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters of a command."""
+    hints = get_type_hints(bundle, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(bundle)
+    ]
 
 
 def built_model(model: str | None, revision: str | None = None) -> str:
