@@ -22,8 +22,8 @@ from PIL import Image
 import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM
 from vlm_cli.cli import batch as batch_module
-from vlm_cli.cli.eval import Progress
 from vlm_cli.cli.options import DEMO
+from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
 from vlm_cli.generation.images import ImageCache, Preprocessor
@@ -549,7 +549,7 @@ def test_a_killed_process_loses_and_repeats_no_row(environment, vlm, long_run, f
 
 
 def test_ctrl_c_keeps_the_answers_and_ends_the_workers(vlm, long_run, folder, monkeypatch):
-    show = Progress.show
+    show = ProgressLine.show
 
     def interrupt(self, done):
         show(self, done)
@@ -558,7 +558,7 @@ def test_ctrl_c_keeps_the_answers_and_ends_the_workers(vlm, long_run, folder, mo
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "show", interrupt)
+        patch.setattr(ProgressLine, "show", interrupt)
         result = vlm(*long_run, folder / "out.jsonl")
     assert result.exit_code == 130 and "6 answers are kept in" in result.stderr
     assert not multiprocessing.active_children()

@@ -14,7 +14,7 @@ from test_readme import vlm
 from typer.testing import CliRunner
 
 from vlm_cli.cli.app import app
-from vlm_cli.cli.eval import Progress
+from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.evaluation.scores import wilson_interval
 
 SHORT = ["--max-new-tokens", "6"]
@@ -166,7 +166,7 @@ def test_full_disk_leaves_what_was_there(write: Write, monkeypatch: pytest.Monke
 
 
 def test_interrupt(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Progress, "show", lambda self, done: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(ProgressLine, "show", lambda self, done: signal.raise_signal(signal.SIGINT))
     code, stdout, stderr = evaluate("stream", "-d", write([GOOD]), "-n", "1", "-o", "interrupted.jsonl")
     assert (code, stdout) == (130, "") and "Interrupted." in stderr
     assert not Path("interrupted.jsonl").exists()
@@ -174,8 +174,8 @@ def test_interrupt(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 105.0, 112.0, 115.0, 120.0])
-    monkeypatch.setattr("vlm_cli.cli.eval.time.monotonic", lambda: next(times))
-    with Progress(80) as progress:
+    monkeypatch.setattr("vlm_cli.cli.progress.time.monotonic", lambda: next(times))
+    with ProgressLine(80) as progress:
         for done in (20, 48, 60):
             progress.show(done)
     told = capsys.readouterr().err.splitlines()

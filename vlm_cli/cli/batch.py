@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.eval import Progress
+from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import SamplingOptions
+from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.errors import DataError, UsageError
 
 __all__ = ["BatchOptions", "BatchRun", "files_digest"]
@@ -198,8 +199,6 @@ class BatchRun:
 
     def _answer_rest(self, lines: Iterator[Any], total: int | None) -> None:
         """Answer the lines that are left; without any, no model is loaded."""
-        import gc
-
         self.counts, self.seconds, self.load_seconds, self.rows_at_once = None, 0.0, 0.0, 0
         first = next(lines, None)
         if first is None:
@@ -208,13 +207,11 @@ class BatchRun:
 
         silence_libraries()
         self.model, processor, self.load_seconds = self.load()
-        # `main` switched it off, for commands that end soon.
-        gc.freeze()
-        gc.enable()
+        keep_collecting()
         journal, started = self.journal, time.monotonic()
-        progress = _RowProgress(total, noun="rows", before=self.before)
+        progress = ProgressLine(total, noun="rows", done_before=self.before, has_summary=False)
         with progress:
-            answerer, rows = self._pipeline(processor, chain([first], lines), progress.note)
+            answerer, rows = self._pipeline(processor, chain([first], lines), progress.notify)
             with closing(rows):
                 for row in answerer.answer(rows):
                     journal.add(row.line, row.answer())
@@ -296,18 +293,3 @@ class BatchRun:
             f"the model, {self.rows_at_once} rows at once in the end, load {self.load_seconds:.2f} s, "
             f"peak memory {console.human_bytes(console.peak_memory(self.model.device))}"
         )
-
-
-class _RowProgress(Progress):
-    """Progress whose end is told elsewhere."""
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._leave_line()
-
-    def note(self, message: str) -> None:
-        self._leave_line()
-        console.note(message)
-
-    def _leave_line(self) -> None:
-        if self.is_terminal and self.shown != self.started:
-            print(file=sys.stderr, flush=True)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_cli.cli import console
+from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import SamplingOptions
+from vlm_cli.cli.prompts import PromptOptions
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
+from vlm_cli.interrupt import deferred_interrupt
 from vlm_cli.prompt import Interleaved, Medium, interleave
-
-if TYPE_CHECKING:
-    from vlm_cli.cli.generate import PromptOptions
 
 __all__ = ["ChatRun", "check_chat"]
 
@@ -110,15 +109,11 @@ class ChatRun:
         return [image.image for image in prompts.load(found)]
 
     def _start(self) -> Any:
-        import gc
-
         from vlm_cli.cli.models import silence_libraries
 
         silence_libraries()
         model, processor, _ = self.load()
-        # `main` switched it off, for commands that end soon.
-        gc.freeze()
-        gc.enable()
+        keep_collecting()
         from transformers import set_seed
 
         from vlm_cli.generation.chat import Chat
@@ -134,7 +129,7 @@ class ChatRun:
 
         decoder = self.chat.decoder
         streamer = TextStream(decoder.decode, _write, decoder.stops) if self.stream else None
-        with _interruptible(self.typed) as is_interrupted:
+        with deferred_interrupt() if self.typed else nullcontext(lambda: False) as is_interrupted:
             found = self.chat.answer(
                 turn.parts, images, streamer=streamer, note=console.note, is_interrupted=is_interrupted
             )
@@ -156,7 +151,7 @@ def is_terminal(stream: Any) -> bool:
 
 def _typed_turns() -> Iterator[str]:
     """Lines that are typed, until Ctrl-D; those without text are skipped."""
-    with contextlib.suppress(ImportError):  # arrows and history, where there are any
+    with suppress(ImportError):  # arrows and history, where there are any
         import readline  # noqa: F401
     while True:
         # `input` would write its prompt among the answers if these go to a file.
@@ -184,26 +179,6 @@ def _piped_turns() -> Iterator[str]:
             raise PromptError(f"line {number} of stdin is not UTF-8 text: {error}.") from None
         if text.strip():
             yield text
-
-
-@contextlib.contextmanager
-def _interruptible(typed: bool) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, which ends an answer, and pressed again the command; in a pipe it always does."""
-    pressed: list[int] = []
-    if not typed:
-        yield lambda: False
-        return
-
-    def press(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _write(text: str) -> None:

@@ -1,6 +1,5 @@
 """`vlm eval`."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import (
     DEMO,
     DeviceOptions,
@@ -19,6 +19,7 @@ from vlm_cli.cli.options import (
     built_model,
     flatten_options,
 )
+from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.errors import UsageError
 
 __all__ = ["EvalOptions", "OutputOptions", "evaluate"]
@@ -132,15 +133,12 @@ class Evaluation:
 
     def run(self) -> None:
         """Answer and count."""
-        import gc
-
         from vlm_cli.evaluation.answers import answer, group
         from vlm_cli.evaluation.scores import score
 
-        # `main` switched it off, for commands that end soon.
-        gc.freeze()
-        gc.enable()
-        with Progress(len(self.items)) as progress:
+        keep_collecting()
+        started = time.monotonic()
+        with ProgressLine(len(self.items)) as progress:
             self.answers = answer(
                 self.model,
                 self.processor,
@@ -151,7 +149,7 @@ class Evaluation:
                 name=str(self.questions.data),
                 report=progress.show,
             )
-        self.seconds = progress.seconds
+        self.seconds = time.monotonic() - started
         self.kinds, self.total = score((a.item.kind, a.exact) for a in self.answers)
         self.unended = sum(not a.ended for a in self.answers)
         if self.unended:
@@ -237,67 +235,3 @@ def _cells(score: Any) -> list[str]:
         f"{100 * score.share:.1f} %",
         f"{100 * low:.1f} – {100 * high:.1f} %",
     ]
-
-
-class Progress:
-    """How many are done, how fast, and the time left: one line on a terminal, and one every ten seconds elsewhere.
-
-    Args:
-        total: items; None if that is not known.
-        noun: what they are called.
-        before: how many of them an earlier run did.
-    """
-
-    def __init__(self, total: int | None, *, noun: str = "items", before: int = 0) -> None:
-        self.total, self.noun, self.before = total, noun, before
-        self.started = time.monotonic()
-        self.is_terminal = sys.stderr.isatty()
-        self.every = 0.2 if self.is_terminal else 10.0  # seconds
-        self.shown = self.started
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.seconds = time.monotonic() - self.started
-        if error is None:
-            self._print(self._summary())
-        if self.is_terminal and (error is None or self.shown != self.started):
-            print(file=sys.stderr, flush=True)
-
-    def show(self, done: int) -> None:
-        """So many are done, those of an earlier run included."""
-        now = time.monotonic()
-        if done == self.total or now - self.shown < self.every:
-            return
-        self.shown = now
-        rate = (done - self.before) / (now - self.started)
-        if self.total is None:
-            self._print(f"  {done:,} {self.noun}, {rate:.1f} {self.noun}/s")
-            return
-        left = _duration((self.total - done) / rate) if rate else "unknown time"
-        self._print(f"  {done:,} of {self.total:,}, {rate:.1f} {self.noun}/s, {left} left")
-
-    def _summary(self) -> str:
-        total = self.total or 0
-        return f"  {total:,} {self.noun} in {_duration(self.seconds)}, {total / self.seconds:.1f} {self.noun}/s"
-
-    def _print(self, text: str) -> None:
-        """On a terminal, the next line overwrites it."""
-        if self.is_terminal:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        else:
-            console.note(text)
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(3725), _duration(62), _duration(4.21)
-    ('1 h 02 min', '1 min 02 s', '4.2 s')
-    """
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
 from vlm_cli.generation.decoder import Decoder
-from vlm_cli.generation.images import EncodedImage
+from vlm_cli.generation.encoded_image import EncodedImage
 from vlm_cli.generation.rows import Row
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache

@@ -10,12 +10,11 @@ C H W pixels, n vision tokens of d channels.
 from __future__ import annotations
 
 import hashlib
-import signal
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -24,31 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_cli.errors import MediaError, first_line
+from vlm_cli.generation.encoded_image import EncodedImage, ImageSlot
+from vlm_cli.generation.rows import Row
+from vlm_cli.interrupt import ignore_interrupt
 from vlm_cli.media import MediaLoader
 
-if TYPE_CHECKING:
-    from vlm_cli.generation.rows import Row
-
-__all__ = ["EncodedImage", "ImageCache", "ImageSlot", "Preprocessor", "with_images"]
+__all__ = ["ImageCache", "Preprocessor", "with_images"]
 
 PREFETCH_ROWS = 16  # rows whose images each worker prepares before they are asked for
-
-
-@dataclass(eq=False)
-class EncodedImage:
-    """Preprocessed pixels, float[C, H, W], or what the model made of them: float[n, d] and bool[n]."""
-
-    pixels: Tensor | None
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
-
-
-@dataclass(eq=False)
-class ImageSlot:
-    """A source in the hands of the rows that show it; its image, or its error, comes from a worker."""
-
-    image: EncodedImage | None = None
-    error: str | None = None
 
 
 class ImageCache:
@@ -144,7 +126,7 @@ def with_images(rows: Iterator[Row], cache: ImageCache, preprocessor: Preprocess
             collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=PREFETCH_ROWS if workers else None,
-            worker_init_fn=_ignore_interrupt if workers else None,
+            worker_init_fn=ignore_interrupt if workers else None,
         )
     for found in loader:
         row, handles = under_way.popleft()
@@ -157,8 +139,3 @@ def with_images(rows: Iterator[Row], cache: ImageCache, preprocessor: Preprocess
 
 def _as_it_is(found: Any) -> Any:
     return found
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is for the main process, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

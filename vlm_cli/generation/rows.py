@@ -15,7 +15,7 @@ from typing import Any
 from vlm_cli.data.records import RecordError, get_field, get_images, parse_object
 from vlm_cli.errors import PromptError
 from vlm_cli.generation.decoder import Decoder
-from vlm_cli.generation.images import ImageSlot
+from vlm_cli.generation.encoded_image import ImageSlot
 from vlm_cli.prompt import Medium, interleave
 
 __all__ = ["Line", "Row", "RowReader", "number_lines"]

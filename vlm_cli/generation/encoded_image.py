@@ -1,0 +1,38 @@
+"""One image on its way through the vision encoder.
+
+C H W pixels, n vision tokens of d channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["EncodedImage", "ImageSlot"]
+
+
+@dataclass(eq=False)
+class EncodedImage:
+    """An image: pixels until the vision encoder has read it, and vision tokens afterwards.
+
+    Attributes:
+        pixels: float[C, H, W], preprocessed; None once `tokens` are known.
+        tokens: float[n, d], the vision tokens.
+        mask: bool[n], which of them are valid.
+    """
+
+    pixels: Tensor | None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(eq=False)
+class ImageSlot:
+    """The place of one image source; every row that shows the source holds the same slot.
+
+    A worker process decodes the source. Then the slot holds the image, or the reason why it cannot be read.
+    """
+
+    image: EncodedImage | None = None
+    error: str | None = None
