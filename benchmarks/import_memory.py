@@ -50,10 +50,11 @@ def write(folder: Path, gigabytes: float, shard: str) -> None:
 
 def measure(folder: Path, out: Path) -> None:
     """In a process of its own: peak bytes before and after, as JSON. Linux only."""
-    from vlm_cli.checkpoint.directory import replacing, save
+    from vlm_cli.checkpoint.directory import save
     from vlm_cli.checkpoint.published.checkpoint import Checkpoint
     from vlm_cli.checkpoint.published.importing import import_checkpoint
     from vlm_cli.cli.options import ComposeOptions
+    from vlm_cli.files import replacing_directory
 
     def peak() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -64,7 +65,7 @@ def measure(folder: Path, out: Path) -> None:
     imported = import_checkpoint(Checkpoint.open(str(folder)), ComposeOptions().over)
     assert imported.model is not None
     filled = peak()
-    with replacing(out) as partial:
+    with replacing_directory(out) as partial:
         save(imported.model, imported.processor, partial)
     size = sum(p.numel() * p.element_size() for p in imported.model.parameters())
     print(json.dumps({"libraries": libraries, "filled": filled, "written": peak(), "model": size}))

@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from vlm_cli import Composition, create, load, plan
-from vlm_cli.checkpoint.directory import check_output, is_vlm_directory, read_tensors, replacing, save
+from vlm_cli.checkpoint.directory import read_tensors, save
 from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers
 from vlm_cli.checkpoint.weights import load_weights, read_weights, translate
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, OutputExistsError, UnknownNameError
+from vlm_cli.files import check_directory, is_vlm_directory, replacing_directory
 from vlm_cli.modeling.config import VLMConfig
 
 PARITY = Path(__file__).parent / "parity"
@@ -139,13 +140,13 @@ def test_only_named_tensors_are_read(tmp_path):
 
 
 def write(folder: Path, text: str, **keywords) -> None:
-    with replacing(folder, **keywords) as partial:
+    with replacing_directory(folder, **keywords) as partial:
         (partial / "config.json").write_text(json.dumps({"model_type": "vlm", "text": text}))
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), replacing(out) as partial:
+    with pytest.raises(ZeroDivisionError), replacing_directory(out) as partial:
         (partial / "half").touch()
         assert not out.exists()
         raise ZeroDivisionError
@@ -170,7 +171,7 @@ def test_a_link_is_replaced_and_what_it_points_to_is_not(tmp_path):
 def test_a_path_below_a_file_is_none(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="does not exist"):
-        check_output(tmp_path / "file/out", overwrite=True)
+        check_directory(tmp_path / "file/out", overwrite=True)
 
 
 @pytest.fixture(scope="module")

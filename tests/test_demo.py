@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import vlm_cli
-from vlm_cli.checkpoint.directory import is_vlm_directory
 from vlm_cli.cli.app import app
 from vlm_cli.cli.options import DEMO
+from vlm_cli.files import is_vlm_directory
 
 IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
 ANSWERS = [

@@ -6,6 +6,8 @@ Names load on first use, so that importing the package is cheap.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlm_cli.version import __version__
+
 if TYPE_CHECKING:
     from vlm_cli.checkpoint.create import create, plan
     from vlm_cli.checkpoint.directory import load
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Composition": "vlm_cli.composition",

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm_cli.checkpoint.create import cast
-from vlm_cli.checkpoint.directory import DELTA_FILE
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.openclip import Tower, fetch_weights, find_tower, load_tower, weights_in
 from vlm_cli.composition import LanguageModelOptions
@@ -28,7 +27,9 @@ from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["Backbone", "assemble", "delta_bytes", "hash_tensors", "write_delta"]
+__all__ = ["DELTA_FILE", "Backbone", "assemble", "delta_bytes", "hash_tensors", "write_delta"]
+
+DELTA_FILE = "delta.safetensors"  # Transformers loads no file of this name, so it cannot leave the other tensors random
 
 #: Names of the tensors of the parts that can be pretrained.
 PREFIXES = {"vision_encoder": "vision_encoder.visual.", "language_model": "lang_model."}

@@ -3,113 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError
 
-from vlm_cli.errors import CheckpointError, OutputExistsError, PluginError, first_line
+from vlm_cli.errors import CheckpointError, PluginError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 
 __all__ = [
-    "DELTA_FILE",
-    "EXPORT_FILE",
-    "check_output",
-    "is_vlm_directory",
     "load",
     "read_config",
     "read_generation_config",
     "read_processor",
     "read_tensors",
-    "replacing",
     "save",
 ]
 
 COMPOSITION_FILE = "composition.yaml"
-DELTA_FILE = "delta.safetensors"  # no name that Transformers would load, and leave the rest at random
-EXPORT_FILE = "vlm_export.json"  # marks what `vlm export` wrote for other programs
-
-
-def is_vlm_directory(path: Path) -> bool:
-    """Whether `vlm build` wrote this directory."""
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "vlm"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """
-    Raises:
-        OutputExistsError: if `out` may not be written.
-        CheckpointError: if its folder is not there.
-    """
-    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise OutputExistsError(f"{str(out)!r} is the working directory or holds it. Choose another name.")
-    if not out.absolute().parent.is_dir():
-        raise CheckpointError(f"cannot write {str(out)!r}: the folder {str(out.absolute().parent)!r} does not exist.")
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise OutputExistsError(f"{str(out)!r} exists. Choose another name, or add --overwrite to replace it.")
-    ours = is_vlm_directory(out) or (out / EXPORT_FILE).is_file()
-    if not out.is_dir() or (any(out.iterdir()) and not ours):
-        raise OutputExistsError(
-            f"{str(out)!r} is not a directory that vlm wrote, so --overwrite does not replace it. Choose another name."
-        )
-
-
-@contextmanager
-def replacing(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling that becomes `out` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        OutputExistsError: if `out` may not be written.
-        CheckpointError: if the disk is full or the folder cannot be written.
-    """
-    check_output(out, overwrite=overwrite)
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
-    try:
-        yield partial
-        _open_to_others(partial)
-        _swap(partial, out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {str(out)!r}: {error.strerror or error}. Nothing was changed.") from error
-    except SafetensorError as error:  # a full disk reaches us under this name, too
-        raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(new: Path, out: Path) -> None:
-    if not out.exists():
-        os.rename(new, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.absolute().parent))
-    try:
-        os.rename(out, old / out.name)
-        os.rename(new, out)
-    finally:
-        if not out.exists():
-            os.rename(old / out.name, out)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _open_to_others(folder: Path) -> None:
-    """Give a folder the usual permissions: mkdtemp and safetensors make what only its owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def save(

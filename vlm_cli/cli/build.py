@@ -57,9 +57,9 @@ def build(
     output = None if out is None or dry_run else _Output(out, max_shard_size, overwrite, keywords)
     composition = None if source is not None else compose.compose()
     if out is not None:
-        from vlm_cli.checkpoint.directory import check_output
+        from vlm_cli.files import check_directory
 
-        check_output(out, overwrite=overwrite)
+        check_directory(out, overwrite=overwrite)
     if source is not None:
         _import(source, output, compose, wanted, seed, quiet, as_json)
         return
@@ -100,13 +100,14 @@ class _Output:
     delta: dict[str, Any] | None  # arguments of `write_delta`; None writes all tensors
 
     def write(self, model: Any, processor: Any, announce: Any) -> None:
-        from vlm_cli.checkpoint.directory import replacing, save
+        from vlm_cli.checkpoint.directory import save
         from vlm_cli.cli.card import model_card
+        from vlm_cli.files import replacing_directory
 
         announce(f"writing {self.path}")
         delta = None if self.delta is None else {**self.delta, "progress": announce}
         card = model_card(model, self.path.name)
-        with replacing(self.path, overwrite=self.overwrite) as partial:
+        with replacing_directory(self.path, overwrite=self.overwrite) as partial:
             save(model, processor, partial, card=card, max_shard_size=self.max_shard_size, delta=delta)
 
     def tell(self) -> None:

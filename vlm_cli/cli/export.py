@@ -43,12 +43,13 @@ def export(
 
     check_size(max_shard_size)
     built = built_model(model, source.revision)
-    from vlm_cli.checkpoint.directory import check_output
+    from vlm_cli.files import check_directory
 
-    check_output(out, overwrite=overwrite)
-    from vlm_cli.checkpoint.directory import load, read_config, replacing
+    check_directory(out, overwrite=overwrite)
+    from vlm_cli.checkpoint.directory import load, read_config
     from vlm_cli.checkpoint.export.programs import write_mark
     from vlm_cli.cli.models import silence_libraries
+    from vlm_cli.files import replacing_directory
 
     silence_libraries()
     with console.step(quiet) as announce:
@@ -57,7 +58,7 @@ def export(
         write = _writer(kind, config, max_shard_size, source.trust_remote_code, out.name)
         announce(f"loading {model}")
         vlm, processor = load(built, trust_remote_code=source.trust_remote_code, **source.hub)
-        with replacing(out, overwrite=overwrite) as partial:
+        with replacing_directory(out, overwrite=overwrite) as partial:
             announce(f"exporting {kind}")
             facts = write(vlm, processor, partial)
             if kind != "delta":

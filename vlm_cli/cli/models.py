@@ -9,8 +9,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from vlm_cli.checkpoint.create import plan
+from vlm_cli.checkpoint.delta import DELTA_FILE
 from vlm_cli.checkpoint.directory import (
-    DELTA_FILE,
     read_config,
     read_generation_config,
     read_processor,

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlm_cli import __version__
+from vlm_cli.version import __version__
 
 __all__ = ["EncoderFacts", "cache_file", "encoder_facts", "keep", "kept", "measure"]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.errors import CheckpointError, UsageError, first_line
+from vlm_cli.files import flush_to_disk
 
 __all__ = ["MARK", "Checkpoint", "Checkpoints", "folder_of"]
 
@@ -121,31 +122,14 @@ class Checkpoints:
         path = self.folder / written.name
         (written / MARK).write_text(json.dumps(mark), encoding="utf-8")
         for file in written.rglob("*"):
-            _flush(file)
+            flush_to_disk(file)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(written, path)
         shutil.rmtree(written.parent, ignore_errors=True)
-        _flush(self.folder)
+        flush_to_disk(self.folder)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old.path, ignore_errors=True)
         return Checkpoint(path, **mark)
-
-
-def _flush(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk, where the system can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        import errno
-
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-    finally:
-        os.close(handle)
 
 
 def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:

@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from vlm_cli import __version__
-from vlm_cli.checkpoint.directory import check_output, load, read_config, replacing, save
+from vlm_cli.checkpoint.directory import load, read_config, save
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError, VLMError
+from vlm_cli.files import check_directory, replacing_directory
 from vlm_cli.training.checkpoints import Checkpoint, Checkpoints, check_same_run, folder_of
 from vlm_cli.training.dataset import RecordDataset, load_dataset
 from vlm_cli.training.plot import draw_losses
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import METRICS_FILE, Progress, VLMTrainer
+from vlm_cli.version import __version__
 
 __all__ = ["Interrupted", "Listener", "Result", "train"]
 
@@ -142,7 +143,7 @@ class _Run:
         Raises:
             VLMError: if something is in the way, or MODEL is no model.
         """
-        check_output(self.job.output, overwrite=self.job.overwrite)
+        check_directory(self.job.output, overwrite=self.job.overwrite)
         read_config(self.job.model, trust_remote_code=self.job.trust_remote_code)
         if self.job.resume:
             for path in self.checkpoints.clean():
@@ -264,7 +265,7 @@ class _Run:
         model.to("cpu", dtype).eval()
         model.config.dtype = model.config.text_config.dtype = dtype
         try:
-            with replacing(out, overwrite=self.job.overwrite) as partial:
+            with replacing_directory(out, overwrite=self.job.overwrite) as partial:
                 save(model, processor, partial, card=self.listener.card(model, result))
                 shutil.copy(trainer.metrics_path, partial / METRICS_FILE)
                 draw_losses(trainer.history, partial / "loss.png", title=f"{out.name}: loss per token")

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_cli import __version__
-from vlm_cli.checkpoint.directory import EXPORT_FILE
 from vlm_cli.checkpoint.parts.remote_code import write_code
 from vlm_cli.errors import CheckpointError, UsageError, first_line
+from vlm_cli.files import EXPORT_FILE
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.version import __version__
 
 __all__ = [
     "VisionSide",
