@@ -287,8 +287,8 @@ def test_a_language_model_that_mixes_its_rows_gets_one_at_a_time(answer, asked, 
 def test_a_batch_grows_while_that_is_faster(best, found):
     size = BatchSize()
     for _ in range(40):
-        size.note(1, 0.001)  # too few rows to tell
-        size.note(size.rows, 1.0 + max(0, size.rows - best))
+        size.record(1, 0.001)  # too few rows to tell
+        size.record(size.rows, 1.0 + max(0, size.rows - best))
     assert size.rows == found
 
 

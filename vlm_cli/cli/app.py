@@ -62,7 +62,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            console.note("Interrupted.")
+            console.notify("Interrupted.")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise typer.Exit(1) from None  # the reader has seen enough (`vlm list | head`)

@@ -181,7 +181,7 @@ class BatchRun:
             journal.skip(lines, "standard input" if total is None else repr(self.options.batch))
             self.before = journal.answered
             if self.before:
-                console.note(f"Going on after {self.before:,} rows that are answered in {journal.path}.")
+                console.notify(f"Going on after {self.before:,} rows that are answered in {journal.path}.")
             self._answer_rest(lines, total)
             if not journal.answered:
                 raise DataError(
@@ -192,7 +192,7 @@ class BatchRun:
         except BaseException:
             if journal.answered:
                 again = "the same command without --overwrite" if self.options.overwrite else "the same command"
-                console.note(f"{journal.answered:,} answers are kept in {journal.path}; {again} goes on.")
+                console.notify(f"{journal.answered:,} answers are kept in {journal.path}; {again} goes on.")
             journal.close(remove=not journal.answered)
             raise
         self._tell()
@@ -219,7 +219,7 @@ class BatchRun:
         self.seconds = time.monotonic() - started
         self.counts, self.rows_at_once = answerer.counts, answerer.size.rows
 
-    def _pipeline(self, processor: Any, lines: Iterator[Any], note: Callable[[str], None]) -> tuple[Any, Any]:
+    def _pipeline(self, processor: Any, lines: Iterator[Any], notify: Callable[[str], None]) -> tuple[Any, Any]:
         """What answers, and the rows that are put to it."""
         from vlm_cli.generation.answers import RowAnswerer, token_bytes
         from vlm_cli.generation.batch_size import BatchSize
@@ -236,7 +236,7 @@ class BatchRun:
             BatchSize(self.options.rows_at_once()),
             seed=self.sampling.seed,
             max_images=most,
-            note=note,
+            notify=notify,
         )
         reader = RowReader(decoder, self.special_tokens)
         loader = MediaLoader(self.options.folder, allow_urls=self.allow_urls)
@@ -252,16 +252,16 @@ class BatchRun:
     def _tell(self) -> None:
         data = self.to_dict()
         earlier = f" ({self.before:,} of them earlier)" if self.before else ""
-        console.note(
+        console.notify(
             f"{data['rows']:,} rows{earlier}, {data['failed']:,} failed, {data['rows_per_second']:.1f} rows/s, "
             f"{data['tokens_per_second']:.1f} tokens/s, {data['images_encoded']:,} images encoded of "
             f"{data['images']:,} used"
         )
         if self.failed:
-            console.note(
+            console.notify(
                 f'{self.failed:,} of {data["rows"]:,} rows could not be answered; their lines have an "error".'
             )
-        console.note(f"Wrote {self.options.output}")
+        console.notify(f"Wrote {self.options.output}")
 
     def to_dict(self) -> dict[str, Any]:
         """What was done; rates and images are of this run alone."""

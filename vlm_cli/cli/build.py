@@ -82,7 +82,7 @@ def build(
     else:
         _report(model, out, as_json)
     if not random_weights and output is not None and blueprint.tower.weights is None and weights is None:
-        console.note(
+        console.notify(
             f"Note: vision encoder {composition.vision_encoder.name!r} names no pretrained weights, so it was drawn at "
             "random. Give a tag, as in ViT-B-32:laion2b_s34b_b79k."
         )
@@ -112,7 +112,7 @@ class _Output:
 
     def tell(self) -> None:
         name = shlex.quote(str(self.path))
-        console.note(f'Wrote {self.path}. Next: vlm generate --model {name} --image FILE "A photo of"')
+        console.notify(f'Wrote {self.path}. Next: vlm generate --model {name} --image FILE "A photo of"')
 
 
 def _import(
@@ -141,12 +141,12 @@ def _import(
             seed=seed,
             progress=announce,
         )
-        console.note(f"Layout: {imported.layout.name} ({imported.layout.source})")
+        console.notify(f"Layout: {imported.layout.name} ({imported.layout.source})")
         for note in imported.notes:
-            console.note(f"Note: {note}")
+            console.notify(f"Note: {note}")
         _print_key_report(imported.report)
         if any(name.startswith("added_tokens.") for name in imported.report.absent):
-            console.note(
+            console.notify(
                 "  the checkpoint has no rows for added tokens: they start at the mean of the language model's"
             )
         if imported.model is None:
@@ -230,7 +230,7 @@ def _print_key_report(report: Any) -> None:
         ("of another shape", shapes),
     ):
         shown = f": {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names and title != "loaded" else ""
-        console.note(f"  {len(names)} tensors {title}{shown}")
+        console.notify(f"  {len(names)} tensors {title}{shown}")
 
 
 def _report(model: Any, out: Path | None, as_json: bool, dtype: Any = None, **more: Any) -> None:

@@ -100,7 +100,7 @@ class ChatRun:
         images = () if self.chat.turns else self.images
         found = interleave(text, images)
         if found.images_prepended:
-            console.note("Note: the turn has no <image> placeholder, so the images come first.")
+            console.notify("Note: the turn has no <image> placeholder, so the images come first.")
         return found, self._load(found, replace(self.prompts, prompt_file=None))
 
     def _load(self, found: Interleaved, prompts: PromptOptions) -> list[Any]:
@@ -131,14 +131,14 @@ class ChatRun:
         streamer = TextStream(decoder.decode, _write, decoder.stops) if self.stream else None
         with deferred_interrupt() if self.typed else nullcontext(lambda: False) as is_interrupted:
             found = self.chat.answer(
-                turn.parts, images, streamer=streamer, note=console.note, is_interrupted=is_interrupted
+                turn.parts, images, streamer=streamer, notify=console.notify, is_interrupted=is_interrupted
             )
         if self.as_json:
             console.print_json(found, indent=None)
         else:
             print("" if self.stream else found["text"], flush=True)
         if self.stats:
-            console.note(
+            console.notify(
                 f"{found['prompt_positions']} positions, {found['reused_positions']} of them read before, "
                 f"{found['new_tokens']} new tokens in {found['seconds']:.2f} s, "
                 f"peak memory {console.human_bytes(console.peak_memory(decoder.model.device))}"
@@ -160,7 +160,7 @@ def _typed_turns() -> Iterator[str]:
         try:
             text = input("> " if is_terminal(sys.stdout) else "")
         except EOFError:
-            console.note("")
+            console.notify("")
             return
         if text.strip():
             yield text

@@ -13,16 +13,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["error", "human_bytes", "note", "peak_memory", "print_json", "print_table", "step"]
+__all__ = ["error", "human_bytes", "notify", "peak_memory", "print_json", "print_table", "step"]
 
 
-def note(message: str) -> None:
+def notify(message: str) -> None:
     """One line for the user, on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def error(message: str) -> None:
-    note(f"Error: {message}")
+    notify(f"Error: {message}")
 
 
 def print_json(data: Any, *, indent: int | None = 2) -> None:
@@ -97,7 +97,7 @@ def step(quiet: bool = False) -> Iterator[Any]:
     def finish() -> None:
         if started:
             name, since = started.pop()
-            note(f"  {name} … {time.monotonic() - since:.1f} s")
+            notify(f"  {name} … {time.monotonic() - since:.1f} s")
 
     def announce(name: str) -> None:
         finish()

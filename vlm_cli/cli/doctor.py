@@ -42,7 +42,7 @@ def doctor(
     vlm = _model(chosen, compose, devices, seed)
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
-    console.note(f"Model {name} on {vlm.device}, {dtype}")
+    console.notify(f"Model {name} on {vlm.device}, {dtype}")
     findings = []
     with console.step(quiet=as_json) as announce:
         for finding in check_invariants(vlm, QUICK if quick else tuple(CHECKS), seed=seed, progress=announce):
@@ -107,7 +107,7 @@ def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOp
         return load(chosen, dtype=dtype, device=device, trust_remote_code=compose.trust_remote_code, **hub)[0]
     blueprint = plan(chosen, trust_remote_code=compose.trust_remote_code, need_tokenizer=False)
     _check_memory(blueprint, dtype)
-    console.note("Weights are drawn at random; give a built directory to check its own.")
+    console.notify("Weights are drawn at random; give a built directory to check its own.")
     return create(blueprint, random_weights=True, dtype=dtype, seed=seed).to(device)
 
 

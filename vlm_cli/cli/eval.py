@@ -87,7 +87,7 @@ def evaluate(
     files.check(questions.data)
     built = built_model(model, source.revision)
     items, records = read_items(questions.data, questions.limit)
-    console.note(f"{len(items):,} items from {questions.data}")
+    console.notify(f"{len(items):,} items from {questions.data}")
     evaluation = Evaluation(model, questions, items, records)
     evaluation.load(built, devices, source)
     evaluation.run()
@@ -126,7 +126,7 @@ class Evaluation:
             built, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code, **source.hub
         )
         self.dtype = str(self.model.dtype).removeprefix("torch.")
-        console.note(f"Model {self.name} on {self.device}, {self.dtype}")
+        console.notify(f"Model {self.name} on {self.device}, {self.dtype}")
         self.lengths = check_lengths(
             self.items, self.records, self.model, self.processor, self.questions.max_new_tokens
         )
@@ -153,7 +153,7 @@ class Evaluation:
         self.kinds, self.total = score((a.item.kind, a.exact) for a in self.answers)
         self.unended = sum(not a.ended for a in self.answers)
         if self.unended:
-            console.note(
+            console.notify(
                 f"Note: {self.unended:,} of {len(self.items):,} answers were cut at {self.questions.max_new_tokens} "
                 "tokens, before a stop token; --max-new-tokens allows more."
             )
@@ -201,12 +201,12 @@ class Evaluation:
         if files.output is not None:
             with replacing_file(files.output, overwrite=files.overwrite) as file:
                 file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in self.answers)
-            console.note(f"Wrote {files.output}")
+            console.notify(f"Wrote {files.output}")
         if files.html is not None:
             title = f"{Path(self.name).name} on {self.questions.data}"
             with replacing_file(files.html, overwrite=files.overwrite) as file:
                 write_page(file, title, self._facts(), self.kinds, self.total, self.answers, self.loader)
-            console.note(f"Wrote {files.html}")
+            console.notify(f"Wrote {files.html}")
 
     def _facts(self) -> Mapping[str, str]:
         return {

@@ -69,8 +69,8 @@ def export(
     else:
         console.print_table(("File", "Bytes"), [[name, f"{size:,}"] for name, size in files.items()])
     if "largest_difference" in facts:
-        console.note(f"Compared with the model: they differ by {facts['largest_difference']:.1e} at most.")
-    console.note(f"Wrote {out}. Next: {FORMATS[kind].format(out=out)}")
+        console.notify(f"Compared with the model: they differ by {facts['largest_difference']:.1e} at most.")
+    console.notify(f"Wrote {out}. Next: {FORMATS[kind].format(out=out)}")
 
 
 def _writer(kind: str, config: Any, max_shard_size: str, trust_remote_code: bool, name: str) -> Any:

@@ -82,7 +82,7 @@ def generate(
     elif not run.streamed:
         print("\n".join(sequence["text"] for sequence in run.sequences), flush=True)
     if stats:
-        console.note(run.statistics())
+        console.notify(run.statistics())
 
 
 def _load(
@@ -96,9 +96,9 @@ def _load(
     vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code, **source.hub)
     speed.apply(vlm)
     how = [str(vlm.dtype).removeprefix("torch."), *([speed.quantize] if speed.quantize else [])]
-    console.note(f"Model {name} on {device}, {', '.join(how)}")
+    console.notify(f"Model {name} on {device}, {', '.join(how)}")
     if built == str(DEMO) and has_images:
-        console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
+        console.notify("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
     return vlm, processor, time.monotonic() - started
 
 
@@ -137,7 +137,7 @@ def _answer_batch(
     if as_json:
         console.print_json({"model": model, **run.to_dict()})
     if stats:
-        console.note(run.statistics())
+        console.notify(run.statistics())
     if run.failed:
         raise typer.Exit(1)
 
@@ -188,7 +188,7 @@ class Run:
         if compile:
             from vlm_cli.modeling.acceleration import compile_for
 
-            console.note("Compiling the step that writes a token …")
+            console.notify("Compiling the step that writes a token …")
             with torch.inference_mode():
                 self.compile_seconds = compile_for(self.model, **inputs, **keywords)
         if self.sampling.seed is not None:
@@ -213,7 +213,7 @@ class Run:
         room = self.decoder.room(self.positions)
         if room < self.decoder.max_new_tokens:
             context = self.decoder.context
-            console.note(f"Note: the context of {context} positions leaves room for {room} new tokens.")
+            console.notify(f"Note: the context of {context} positions leaves room for {room} new tokens.")
         return room
 
     def to_dict(self, images: list[Any]) -> dict[str, Any]:

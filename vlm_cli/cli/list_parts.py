@@ -44,7 +44,7 @@ def list_parts(
     entries = found[kind]
     told = kind == "language-models" and _tell_unsuitable(word, quiet=as_json)
     if not entries and not told:
-        console.note(f"No {kind} have {word!r} in their names.")
+        console.notify(f"No {kind} have {word!r} in their names.")
     facts = _facts(entries) if kind == "vision-encoders" else {}
     if as_json:
         console.print_json(facts or entries)
@@ -118,7 +118,7 @@ def _outside_facts(name: str) -> dict[str, Any]:
         return asdict(measure(find_tower(options).config))
     except Exception as error:  # whatever that package raises; the other encoders are to be listed all the same
         problem = f"{type(error).__name__}: {first_line(error)}"
-        console.note(f"Cannot measure the vision encoder {name!r}. {problem}")
+        console.notify(f"Cannot measure the vision encoder {name!r}. {problem}")
         return {"problem": problem}
 
 
@@ -126,7 +126,7 @@ def _track(names: Sequence[str]) -> Iterable[str]:
     """Show on stderr how far the measuring is."""
     what = f"Measuring {len(names)} vision encoder{'s' * (len(names) > 1)}, once"
     if not sys.stderr.isatty():
-        console.note(f"{what} for these versions of OpenCLIP and timm …")
+        console.notify(f"{what} for these versions of OpenCLIP and timm …")
         return names
     return _progress(names, what)
 
@@ -180,9 +180,9 @@ def _tell_unsuitable(word: str, quiet: bool) -> bool:
         if _contains(name, word):
             by_reason.setdefault(UNSUITABLE_LANGUAGE_MODELS[name], []).append(name)
     for reason, names in by_reason.items():
-        console.note(f"Not suitable: {', '.join(names)} ({reason}).")
+        console.notify(f"Not suitable: {', '.join(names)} ({reason}).")
     if not word and not quiet:
-        console.note(
+        console.notify(
             f"{len(unsuitable)} further types of AutoModelForCausalLM cannot be the language model of a VLM; "
             "`vlm list language-models TYPE` says why."
         )

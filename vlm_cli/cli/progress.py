@@ -64,7 +64,7 @@ class ProgressLine:
     def notify(self, message: str) -> None:
         """Write a message on a line of its own."""
         self._end_line()
-        console.note(message)
+        console.notify(message)
 
     def _summary(self, seconds: float) -> str:
         total = self.total or 0
@@ -79,7 +79,7 @@ class ProgressLine:
         if self.is_terminal:
             print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
         else:
-            console.note(text)
+            console.notify(text)
 
 
 def format_duration(seconds: float) -> str:

@@ -66,7 +66,7 @@ class PromptOptions:
             images = [str(Path(x).absolute()) if Path(x).exists() else x for x in images]
         found = interleave(self._text(images), images)
         if found.images_prepended:
-            console.note("Note: the prompt has no <image> placeholder, so the images come first.")
+            console.notify("Note: the prompt has no <image> placeholder, so the images come first.")
         return found
 
     def load(self, parts: Interleaved) -> list[Any]:
@@ -77,7 +77,7 @@ class PromptOptions:
         loader = MediaLoader(base_dir=folder, allow_urls=self.allow_urls)
         images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
         for image in images:
-            console.note(f"Image {short_name(image.source)} ({image.width}x{image.height})")
+            console.notify(f"Image {short_name(image.source)} ({image.width}x{image.height})")
         return images
 
     def _text(self, images: list[str]) -> str:

@@ -158,7 +158,7 @@ def train(
         console.print_json(result.to_dict())
     else:
         _print_result(result)
-    console.note(f'Wrote {output}. Next: vlm generate --model {output} --image FILE "…"')
+    console.notify(f'Wrote {output}. Next: vlm generate --model {output} --image FILE "…"')
 
 
 def _run(job: Any, settings: Any) -> Any:
@@ -176,7 +176,7 @@ def _run(job: Any, settings: Any) -> Any:
     try:
         return run_training(job, settings, terminal)
     except Interrupted as error:
-        terminal.note(str(error))
+        terminal.notify(str(error))
         raise KeyboardInterrupt from None
     finally:
         terminal.leave_line()
@@ -197,14 +197,14 @@ def _listener() -> Any:
             if name:
                 self.under_way.enter_context(console.step())(name)
 
-        def note(self, message: str) -> None:
+        def notify(self, message: str) -> None:
             self.leave_line()
-            console.note(message)
+            console.notify(message)
 
         def progress(self, progress: Any) -> None:
             line = _progress_line(progress)
             if not sys.stderr.isatty() or progress.loss is None:
-                self.note(line)
+                self.notify(line)
                 return
             print(f"\r{line:<{self.shown}}", end="", file=sys.stderr, flush=True)
             self.shown = len(line)

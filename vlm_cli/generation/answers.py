@@ -52,7 +52,7 @@ class RowAnswerer:
         size: rows at once.
         seed: of samples; None draws others each time.
         max_images: that waiting rows may hold together, about.
-        note: is told what the user should know.
+        notify: is told what the user should know.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class RowAnswerer:
         *,
         seed: int | None = None,
         max_images: int = 1000,
-        note: Callable[[str], None] = lambda message: None,
+        notify: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.decoder, self.model, self.seed = decoder, decoder.model, seed
         kind = self.model.lang_model.config.model_type
         self.size = BatchSize(1) if kind in ONE_AT_A_TIME else size
-        self.max_images, self.note = max_images, note
+        self.max_images, self.notify = max_images, notify
         self.counts = Counts()
         keywords = decoder.keywords
         self.sequences: int = keywords["num_return_sequences"]
@@ -135,7 +135,7 @@ class RowAnswerer:
         else:
             seconds = time.monotonic() - started
             self.counts.seconds += seconds
-            self.size.note(len(rows), seconds)
+            self.size.record(len(rows), seconds)
             return
         # Here the error is gone, and with it the tensors that its traceback held.
         if self.model.device.type == "cuda":
@@ -148,7 +148,7 @@ class RowAnswerer:
             )
             return
         self.size.halve(len(rows))
-        self.note(f"Note: memory does not suffice for {len(rows)} rows at once; going on with {self.size.rows}.")
+        self.notify(f"Note: memory does not suffice for {len(rows)} rows at once; going on with {self.size.rows}.")
         half = (len(rows) + 1) // 2
         self._answer(rows[:half])
         self._answer(rows[half:])

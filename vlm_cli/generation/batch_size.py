@@ -27,7 +27,7 @@ class BatchSize:
         self._before = 0.0  # rows per second with half as many
         self._timed: list[float] = []  # seconds of each full batch of this size
 
-    def note(self, rows: int, seconds: float) -> None:
+    def record(self, rows: int, seconds: float) -> None:
         """Learn from a batch how long it took; one that took too long gets a second chance."""
         if not self._grows or rows < self.rows:
             return

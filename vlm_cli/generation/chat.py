@@ -56,7 +56,7 @@ class Chat:
         images: Sequence[Any],
         *,
         streamer: Any = None,
-        note: Callable[[str], None] = lambda message: None,
+        notify: Callable[[str], None] = lambda message: None,
         is_interrupted: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """What the model answers to a turn.
@@ -65,7 +65,7 @@ class Chat:
             parts: of the turn, in reading order.
             images: one for each medium among them.
             streamer: is given the tokens.
-            note: is told what the user should know.
+            notify: is told what the user should know.
             is_interrupted: whether the answer is to end here; asked after each token.
 
         Raises:
@@ -75,7 +75,7 @@ class Chat:
         started = time.monotonic()
         asked = self.conversation.ask(parts)
         positions = self.decoder.positions(asked.ids)
-        room = self._room(positions, note)
+        room = self._room(positions, notify)
         seen = self._see(images)
         ids = torch.tensor([asked.ids], device=self.model.device)
         output = self.model.generate(
@@ -99,7 +99,7 @@ class Chat:
         counts = {"prompt_positions": positions, "reused_positions": self.cache.reused}
         return {"turn": self.turns, **found, **counts, "seconds": round(time.monotonic() - started, 3)}
 
-    def _room(self, positions: int, note: Callable[[str], None]) -> int:
+    def _room(self, positions: int, notify: Callable[[str], None]) -> int:
         """New tokens that there may be.
 
         Raises:
@@ -113,7 +113,7 @@ class Chat:
             )
         room = self.decoder.room(positions)
         if room < self.decoder.max_new_tokens:
-            note(f"Note: the context of {context} positions leaves room for {room} new tokens.")
+            notify(f"Note: the context of {context} positions leaves room for {room} new tokens.")
         return room
 
     def _see(self, images: Sequence[Any]) -> Seen:

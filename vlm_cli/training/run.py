@@ -35,7 +35,7 @@ class Listener:
     def step(self, name: str) -> None:
         """A part of the preparation begins."""
 
-    def note(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Something that the user should know."""
 
     def progress(self, progress: Progress) -> None:
@@ -125,7 +125,7 @@ class _Run:
             self.checkpoints,
             run=run,
             report=self.listener.progress,
-            note=self.listener.note,
+            notify=self.listener.notify,
             use_cpu=self.use_cpu,
         )
         self.listener.step("")
@@ -147,9 +147,9 @@ class _Run:
         read_config(self.job.model, trust_remote_code=self.job.trust_remote_code)
         if self.job.resume:
             for path in self.checkpoints.clean():
-                self.listener.note(f"Removed {path}, which was not written to its end.")
+                self.listener.notify(f"Removed {path}, which was not written to its end.")
             last = self.checkpoints.last()
-            self.listener.note(
+            self.listener.notify(
                 f"No complete checkpoint in {self.checkpoints.folder}; starting from the beginning."
                 if last is None
                 else f"Resuming from {last.path}."
@@ -197,7 +197,7 @@ class _Run:
         sets = [None if path is None else load_dataset(path, model, processor) for path in files]
         for path, data in zip(files, sets, strict=True):
             if data is not None and data.shared:
-                self.listener.note(
+                self.listener.notify(
                     f"Note: in {len(data.shared)} records of {path}, as in line {data.shared[0]}, the completion was "
                     "cut from a token that it shares with its prompt. A space between the two is best written at the "
                     "completion's beginning."
@@ -233,7 +233,7 @@ class _Run:
         bounds = [] if steps is None else [f"{steps} steps of {self.settings.step_size(self.processes.count)} records"]
         bounds += [] if minutes is None else [f"{minutes:g} minutes"]
         held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
-        self.listener.note(
+        self.listener.notify(
             f"Training {', '.join(model.config.composition.trainable)} ({trained:,} of {total:,} parameters) on "
             f"{len(data)} records{held_out} for {' or '.join(bounds)}. Checkpoints in {self.checkpoints.folder}"
         )

@@ -64,7 +64,7 @@ class VLMTrainer(Trainer):
         checkpoints: where the state is kept.
         run: what must stay the same when a run is resumed.
         report: is told where the run stands.
-        note: is told what else the user should know.
+        notify: is told what else the user should know.
         use_cpu: leave accelerators alone.
     """
 
@@ -82,10 +82,10 @@ class VLMTrainer(Trainer):
         *,
         run: dict[str, Any],
         report: Callable[[Progress], None],
-        note: Callable[[str], None],
+        notify: Callable[[str], None],
         use_cpu: bool,
     ) -> None:
-        self.settings, self.checkpoints, self.run, self.report, self.note = settings, checkpoints, run, report, note
+        self.settings, self.checkpoints, self.run, self.report, self.notify = settings, checkpoints, run, report, notify
         self.metrics_path = checkpoints.folder / METRICS_FILE
         self.interrupted = False
         self.images = 0  # seen so far, earlier runs included
@@ -541,7 +541,7 @@ def _deferred_interrupt(trainer: VLMTrainer) -> Iterator[None]:
         if trainer.interrupted:
             raise KeyboardInterrupt
         trainer.interrupted = True
-        trainer.note("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
+        trainer.notify("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
 
     before = signal.signal(signal.SIGINT, handle)
     try:
