@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vlm_cli.checkpoint.create import configure
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint, TensorInfo
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint, recognise
 from vlm_cli.checkpoint.published.layouts.base import fill
 from vlm_cli.checkpoint.weights import KeyReport
@@ -71,7 +71,7 @@ def stir(module: nn.Module, scale: float = 0.2, seed: int = 5) -> nn.Module:
 
 
 def load(case: Case, **options: Any) -> Imported:
-    return import_checkpoint(Checkpoint.open(str(case.source)), case.options.over, **options)
+    return import_checkpoint(PublishedCheckpoint.open(str(case.source)), case.options.over, **options)
 
 
 def prompt(model: VLM, num_media: int = 2, length: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -166,14 +166,14 @@ def rewrite_config(folder: Path, name: str = "config.json", **values: Any) -> No
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}), encoding="utf-8")
 
 
-class _Shapes(Checkpoint):
+class _Shapes(PublishedCheckpoint):
     """A checkpoint whose tensors are shapes alone."""
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())
 
 
-def shapes_of(theirs: PreTrainedModel | Mapping[str, Tensor]) -> Checkpoint:
+def shapes_of(theirs: PreTrainedModel | Mapping[str, Tensor]) -> PublishedCheckpoint:
     """A checkpoint of published sizes, of a model on the meta device or its tensors."""
     is_model = isinstance(theirs, PreTrainedModel)
     tensors = theirs.state_dict(keep_vars=True) if is_model else theirs
@@ -183,7 +183,7 @@ def shapes_of(theirs: PreTrainedModel | Mapping[str, Tensor]) -> Checkpoint:
     return _Shapes("ORG/NAME", Path("no-such-folder"), infos, theirs.config.to_dict() if is_model else {})
 
 
-def sized(checkpoint: Checkpoint) -> tuple[VLM, KeyReport]:
+def sized(checkpoint: PublishedCheckpoint) -> tuple[VLM, KeyReport]:
     """The model that a checkpoint describes, of which no weight has memory, and where its tensors would go."""
     found = recognise(checkpoint).describe(checkpoint)
     composition = ComposeOptions().over(found.composition)

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from vlm_cli.checkpoint.create import configure
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.checkpoint.published.layouts.base import fill
 from vlm_cli.cli.options import ComposeOptions
@@ -408,7 +408,7 @@ def test_the_tower_may_come_from_openclip(tmp_path):
 def test_the_tower_is_named(tmp_path):
     case = flamingo(tmp_path)
     rewrite(tmp_path, lambda state: {k: x for k, x in state.items() if "vision_encoder" not in k})
-    checkpoint = Checkpoint.open(str(case.source))
+    checkpoint = PublishedCheckpoint.open(str(case.source))
     encoder = recognise(checkpoint).describe(checkpoint).composition["vision_encoder"]
     assert encoder == {"name": "ViT-L-14", "pretrained": "openai", "class_token": True, "norm": False}
 

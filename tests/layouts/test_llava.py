@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.errors import CheckpointError, CompositionError
@@ -96,7 +96,7 @@ def test_huggingface(tmp_path, changes):
 def test_tied_tables(tmp_path):
     """The file has one table, whose last rows are the added tokens' in both."""
     case = huggingface(tmp_path, is_tied=True)
-    assert not any("lm_head" in name for name in Checkpoint.open(str(tmp_path)).tensors)
+    assert not any("lm_head" in name for name in PublishedCheckpoint.open(str(tmp_path)).tensors)
     check(case)
     added = load(case).model.added_tokens
     assert torch.equal(added.head.weight, added.embedding.weight)

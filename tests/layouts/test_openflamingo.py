@@ -14,7 +14,7 @@ from test_parity import check_text, check_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MptConfig
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint, TensorInfo
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
 from vlm_cli.checkpoint.published.layouts.openflamingo import OpenFlamingo
 from vlm_cli.cli.options import ComposeOptions
@@ -71,7 +71,7 @@ def parts(parity, tmp_path_factory) -> ComposeOptions:
 
 
 def load(source: str, options: ComposeOptions) -> Imported:
-    return import_checkpoint(Checkpoint.open(source), options.over)
+    return import_checkpoint(PublishedCheckpoint.open(source), options.over)
 
 
 @pytest.mark.parametrize("wrapper", ["", "module"])
@@ -277,7 +277,7 @@ def test_published_sizes(layers, table, width, depth, every, rows, known, traine
     shapes[f"lang_encoder.{table}.weight"] = (rows, width)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == trained
     tensors = {name: TensorInfo(shape, torch.float32, None) for name, shape in shapes.items()}
-    checkpoint = Checkpoint("checkpoint.pt", None, tensors, {})
+    checkpoint = PublishedCheckpoint("checkpoint.pt", None, tensors, {})
     assert OpenFlamingo().matches(checkpoint)
     parts = Composition.compose(None, OpenFlamingo().describe(checkpoint).composition)
     assert parts.language_model.name.endswith(known)

@@ -15,7 +15,7 @@ from test_parity import check_text, check_vision
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
 from vlm_cli.cli.options import ComposeOptions
 from vlm_cli.errors import CheckpointError, CompositionError
@@ -52,12 +52,12 @@ def options(parity: Parity, folder, **changes) -> ComposeOptions:
 
 def load(tensors: dict[str, Tensor], folder, flags: ComposeOptions) -> Imported:
     save_file(tensors, folder / "w.safetensors")
-    return import_checkpoint(Checkpoint.open(str(folder / "w.safetensors")), flags.over)
+    return import_checkpoint(PublishedCheckpoint.open(str(folder / "w.safetensors")), flags.over)
 
 
 def test_whole_files(parity, tmp_path):
     """The backbones have no weights anywhere else."""
-    source = Checkpoint.open(str(parity.folder / "weights.safetensors"))
+    source = PublishedCheckpoint.open(str(parity.folder / "weights.safetensors"))
     imported = import_checkpoint(source, options(parity, tmp_path).over)
     report, case = imported.report, parity.case(imported.model)
     assert imported.layout.name == "open_flamingo, later branch"

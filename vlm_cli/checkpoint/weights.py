@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.composition import PARTS
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLM
@@ -69,7 +69,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no weight file {str(path)!r}.")
-    return dict(Checkpoint.open(str(path)).read())
+    return dict(PublishedCheckpoint.open(str(path)).read())
 
 
 def translate(names: Iterable[str]) -> dict[str, str]:

@@ -123,14 +123,14 @@ def _import(
     Raises:
         VLMError: if they are not known, damaged, or do not cover the model.
     """
-    from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+    from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
     from vlm_cli.checkpoint.published.importing import import_checkpoint, recognise
     from vlm_cli.cli.models import silence_libraries
 
     silence_libraries()
     with console.step(quiet) as announce:
         announce(f"finding {source}")
-        checkpoint = Checkpoint.open(source, revision=compose.revision)
+        checkpoint = PublishedCheckpoint.open(source, revision=compose.revision)
         if output is not None and output.delta is not None:
             _check_left_out(recognise(checkpoint), checkpoint)
         imported = import_checkpoint(

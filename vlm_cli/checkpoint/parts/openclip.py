@@ -20,7 +20,7 @@ from vlm_cli.registry import VISION_ENCODERS, suggest
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Tower", "fetch_weights", "find_tower", "list_towers", "load_tower", "weights_in"]
+__all__ = ["Tower", "complete_preprocessing", "fetch_weights", "find_tower", "list_towers", "load_tower", "weights_in"]
 
 
 def list_towers() -> dict[str, str]:
@@ -123,7 +123,7 @@ def _find_registered(options: VisionEncoderOptions) -> Tower:
         # As it will be read from config.json, where a tuple is a list.
         config = json.loads(json.dumps(encoder.configure(options)))
         given, size = config.get("preprocess", {}), config["vision_cfg"]["image_size"]
-        preprocess = _preprocessing({**given, "size": size})
+        preprocess = complete_preprocessing({**given, "size": size})
         if unknown := sorted(given.keys() - preprocess.keys()):  # OpenCLIP would pass over them
             raise ValueError(f"preprocess has {unknown[0]!r}, and may have {', '.join(preprocess)}")
     except VLMError:
@@ -137,8 +137,8 @@ def _find_registered(options: VisionEncoderOptions) -> Tower:
     return Tower({**config, "type": name, "preprocess": preprocess}, {}, weights)
 
 
-def _preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenCLIP's description of how images are prepared, whole: its defaults where `given` says nothing."""
+def complete_preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return OpenCLIP's whole description of how images are prepared, with its defaults for what `given` leaves out."""
     from dataclasses import asdict
 
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -158,7 +158,7 @@ def _tower_config(
         "vision_cfg": vision,
         # The weights know which activation they were trained with; OpenCLIP only warns when the name disagrees.
         "quick_gelu": tag.get("quick_gelu", False) if tag else model.get("quick_gelu", False),
-        "preprocess": _preprocessing({**preprocess, **size}),
+        "preprocess": complete_preprocessing({**preprocess, **size}),
     }
     return config if options.depth is None else {**config, "depth": options.depth}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_cli.errors import CheckpointError, first_line
 
-__all__ = ["Checkpoint", "TensorInfo"]
+__all__ = ["PublishedCheckpoint", "TensorInfo"]
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 #: What is fetched of a hub repository: weights, and the small files that say what they are.
@@ -33,7 +33,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PublishedCheckpoint:
     """Named tensors in files, and the configuration beside them.
 
     Attributes:
@@ -49,7 +49,7 @@ class Checkpoint:
     config: Mapping[str, Any] = field(repr=False)
 
     @classmethod
-    def open(cls, name: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
+    def open(cls, name: str, *, revision: str | None = None, token: str | None = None) -> PublishedCheckpoint:
         """Find the files of a checkpoint and read what they hold, without reading a tensor of a safetensors file.
 
         Raises:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from vlm_cli.checkpoint.create import cast, configure, generation_config
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts import LAYOUTS
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout, fill
 from vlm_cli.checkpoint.weights import KeyReport
@@ -48,7 +48,7 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def recognise(checkpoint: Checkpoint) -> Layout:
+def recognise(checkpoint: PublishedCheckpoint) -> Layout:
     """The layout whose names and shapes these are.
 
     Raises:
@@ -71,7 +71,7 @@ def recognise(checkpoint: Checkpoint) -> Layout:
 
 
 def import_checkpoint(
-    checkpoint: Checkpoint,
+    checkpoint: PublishedCheckpoint,
     compose: Callable[[Mapping[str, Any]], Composition],
     *,
     dtype: torch.dtype | str = "auto",
@@ -179,7 +179,7 @@ def _check_own_parts(described: CheckpointDescription, composition: Composition)
 
 
 @contextmanager
-def blaming_config_of(checkpoint: Checkpoint, layout: Layout) -> Iterator[None]:
+def blaming_config_of(checkpoint: PublishedCheckpoint, layout: Layout) -> Iterator[None]:
     """Say of what stands in a configuration, and no model can be made of, where it stands."""
     try:
         yield
@@ -193,7 +193,7 @@ def blaming_config_of(checkpoint: Checkpoint, layout: Layout) -> Iterator[None]:
 
 
 def _language_model(
-    checkpoint: Checkpoint,
+    checkpoint: PublishedCheckpoint,
     layout: Layout,
     described: CheckpointDescription,
     composition: Composition,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
@@ -103,10 +103,10 @@ class Layout(Protocol):
     name: str
     source: str
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         """Whether names and shapes are those of this layout."""
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         """The checkpoint in our terms.
 
         Raises:
@@ -134,7 +134,7 @@ def renamer(table: Iterable[tuple[str, Any]]) -> TargetsOf:
 
 
 def fill(
-    model: VLM, checkpoint: Checkpoint, described: CheckpointDescription, *, has_weights: Callable[[str], bool]
+    model: VLM, checkpoint: PublishedCheckpoint, described: CheckpointDescription, *, has_weights: Callable[[str], bool]
 ) -> KeyReport:
     """Put a checkpoint's tensors into a model; shapes are compared before the first is read.
 
@@ -241,7 +241,7 @@ def _materialized(state: dict[str, Tensor], owners: dict[int, list[tuple[nn.Modu
     return new
 
 
-def number_of(checkpoint: Checkpoint, pattern: str) -> int:
+def number_of(checkpoint: PublishedCheckpoint, pattern: str) -> int:
     """How many different numbers stand where the pattern has its group.
 
     Raises:

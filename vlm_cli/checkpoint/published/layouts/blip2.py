@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.towers.eva import EVA_UNNEEDED, eva_table, eva_tower
 from vlm_cli.composition import MEDIA_TOKEN
@@ -43,11 +43,11 @@ class HuggingFaceBLIP2:
     name = "BLIP-2 (Hugging Face)"
     source = "transformers/models/blip_2/modeling_blip_2.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         wanted = {"query_tokens", "language_projection.weight"}
         return checkpoint.config.get("model_type") == "blip-2" and wanted <= checkpoint.tensors.keys()
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         config = checkpoint.config
         for part, name, fixed in _FIXED:
             if (given := config.get(part, {}).get(name, fixed)) != fixed:
@@ -79,10 +79,10 @@ class LavisBLIP2:
     name = "BLIP-2 (LAVIS)"
     source = "https://github.com/salesforce/LAVIS/blob/main/lavis/models/blip2_models/blip2_opt.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         return {"query_tokens", "opt_proj.weight"} <= checkpoint.tensors.keys()
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         renamed = replace(checkpoint, tensors={_huggingface(name): x for name, x in checkpoint.tensors.items()})
         # The Q-Former is BERT's, whose heads have 64 channels at every size.
         composition = _composition(renamed, renamed.shape("query_tokens")[2] // 64)
@@ -155,7 +155,7 @@ def _huggingface(name: str) -> str:
     return name
 
 
-def _composition(checkpoint: Checkpoint, num_heads: int) -> dict[str, Any]:
+def _composition(checkpoint: PublishedCheckpoint, num_heads: int) -> dict[str, Any]:
     """What is the same in both: the Q-Former, whose sizes its tensors tell."""
     layer = r"qformer\.encoder\.layer\.(\d+)\."
     depth = number_of(checkpoint, layer)
@@ -185,7 +185,7 @@ def _composition(checkpoint: Checkpoint, num_heads: int) -> dict[str, Any]:
     }
 
 
-def _places(ours: VLMConfig, checkpoint: Checkpoint) -> TargetsOf:
+def _places(ours: VLMConfig, checkpoint: PublishedCheckpoint) -> TargetsOf:
     """Where tensors under Transformers' names go."""
     tensors: Mapping[str, Any] = checkpoint.tensors
     patches = tensors.get(f"{_TOWER}embeddings.patch_embedding.weight")
@@ -205,7 +205,7 @@ def _places(ours: VLMConfig, checkpoint: Checkpoint) -> TargetsOf:
     )
 
 
-def _table(ours: VLMConfig, checkpoint: Checkpoint, *, head: bool) -> Any:
+def _table(ours: VLMConfig, checkpoint: PublishedCheckpoint, *, head: bool) -> Any:
     """TargetsOf of a table of the language model, which may hold the media token as a row of its own."""
     end = ours.first_added_id + len(ours.added_tokens)
     added = slice(ours.first_added_id, end)

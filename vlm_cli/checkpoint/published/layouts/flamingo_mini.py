@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import (
     CheckpointDescription,
     Target,
@@ -70,11 +70,11 @@ class FlamingoMini:
     name = "flamingo-mini"
     source = "https://github.com/dhansmair/flamingo-mini/blob/main/flamingo_mini/modeling_flamingo.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         names = checkpoint.tensors
         return "flamingo.resampler.latents" in names and any(re.match(rf"{_LAYER}xattn_block\.", x) for x in names)
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         if not checkpoint.config:
             raise CheckpointError(
                 f"{checkpoint.name!r} has no config.json, and its tensors do not say how many heads there are. Give "
@@ -130,7 +130,7 @@ class FlamingoMini:
         )
 
 
-def _activation(checkpoint: Checkpoint, name: str) -> str:
+def _activation(checkpoint: PublishedCheckpoint, name: str) -> str:
     if name not in _ACTIVATIONS:
         raise CheckpointError(
             f"{checkpoint.name!r} has activation {name!r}; flamingo-mini has {', '.join(_ACTIVATIONS)}."
@@ -138,7 +138,7 @@ def _activation(checkpoint: Checkpoint, name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _check_sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+def _check_sizes(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> None:
     """
     Raises:
         CheckpointError: if `config.json` gives other heads, layers or blocks than the tensors have.
@@ -164,7 +164,7 @@ def _check_sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
             )
 
 
-def _vision_config(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, int]:
+def _vision_config(checkpoint: PublishedCheckpoint) -> tuple[dict[str, Any] | None, int]:
     """OpenCLIP's configuration of the tower, by its shapes, and its channels; None if the checkpoint has none."""
     prefix = "flamingo.vision_encoder.vision_model."
     table = f"{prefix}embeddings.position_embedding.weight"

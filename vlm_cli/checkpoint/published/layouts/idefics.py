@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config, read_preprocessing
 from vlm_cli.composition import MEDIA_TOKEN
@@ -33,10 +33,10 @@ class HuggingFaceIDEFICS:
     name = "IDEFICS (Hugging Face)"
     source = "transformers/models/idefics/modeling_idefics.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         return checkpoint.config.get("model_type") == "idefics" and f"{_BLOCKS}0.alpha_cross_attn" in checkpoint.tensors
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         config = {**_DEFAULTS, **checkpoint.config}
         vision = {**_VISION_DEFAULTS, **config.get("vision_config", {})}
         vision["hidden_size"] = vision["embed_dim"]
@@ -144,7 +144,7 @@ def _name(vision: Mapping[str, Any]) -> str:
     return "ViT-H-14" if sizes == (1280, 32, 14, 224) else "clip-vision-transformer"
 
 
-def _interval(checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
+def _interval(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> int:
     """From one decoder layer with a block to the next.
 
     Raises:
@@ -160,7 +160,7 @@ def _interval(checkpoint: Checkpoint, config: Mapping[str, Any]) -> int:
     return every
 
 
-def _perceiver(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+def _perceiver(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     Raises:
         CheckpointError: if there is none.
@@ -196,7 +196,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten()
 
 
-def _places(ours: VLMConfig, vision_width: int, every: int, checkpoint: Checkpoint) -> TargetsOf:
+def _places(ours: VLMConfig, vision_width: int, every: int, checkpoint: PublishedCheckpoint) -> TargetsOf:
     inner = checkpoint.shape(f"{_PERCEIVER}blocks.0.0.k_proj.weight")[0]
 
     def keys_values(match: Any) -> list[Target]:

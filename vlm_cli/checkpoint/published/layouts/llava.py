@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
@@ -29,12 +29,12 @@ class HuggingFaceLLaVA:
     name = "LLaVA (Hugging Face)"
     source = "transformers/models/llava/modeling_llava.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         return checkpoint.config.get("model_type") == "llava" and any(
             name.endswith("multi_modal_projector.linear_1.weight") for name in checkpoint.tensors
         )
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         config = checkpoint.config
         vision, text = config["vision_config"], dict(config["text_config"])
         vision = {**_CLIP_LARGE, **vision}
@@ -147,10 +147,10 @@ class OriginalLLaVA:
     name = "LLaVA (original)"
     source = "https://github.com/haotian-liu/LLaVA/blob/main/llava/model/llava_arch.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         return any(re.fullmatch(rf"{_PROJECTOR}(?:0\.)?weight", name) for name in checkpoint.tensors)
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         config = checkpoint.config
         if "model.image_newline" in checkpoint.tensors or config.get("image_aspect_ratio") == "anyres":
             raise CheckpointError(
@@ -188,7 +188,7 @@ class OriginalLLaVA:
         )
 
 
-def _reading(checkpoint: Checkpoint) -> dict[str, Any]:
+def _reading(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
     """Which features of the tower are projected; those of LLaVA-1.5 where nothing says it."""
     config = checkpoint.config
     layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
@@ -200,7 +200,7 @@ def _reading(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"layer": layer, "norm": False, "class_token": feature == "cls_patch"}
 
 
-def _vision(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, dict[str, Any], list[str]]:
+def _vision(checkpoint: PublishedCheckpoint) -> tuple[dict[str, Any] | None, dict[str, Any], list[str]]:
     """Configuration of a tower in the files, what a composition calls it, and notes."""
     named = checkpoint.config.get("mm_vision_tower")
     name, pretrained = _TOWERS.get(str(named), ("", None))
@@ -220,12 +220,12 @@ _GUESSED = (
 )
 
 
-def _shape(checkpoint: Checkpoint, pattern: str) -> tuple[int, ...] | None:
+def _shape(checkpoint: PublishedCheckpoint, pattern: str) -> tuple[int, ...] | None:
     found = (info.shape for name, info in checkpoint.tensors.items() if re.fullmatch(pattern, name))
     return next(found, None)
 
 
-def _shapes_of_tower(checkpoint: Checkpoint, patch: tuple[int, ...], *, is_openai: bool) -> dict[str, Any]:
+def _shapes_of_tower(checkpoint: PublishedCheckpoint, patch: tuple[int, ...], *, is_openai: bool) -> dict[str, Any]:
     """Transformers' configuration of a CLIP tower, of its shapes."""
     width, size = patch[0], patch[-1]
     positions = _shape(checkpoint, rf"{_TOWER}embeddings\.position_embedding\.weight")
@@ -244,32 +244,32 @@ def _shapes_of_tower(checkpoint: Checkpoint, patch: tuple[int, ...], *, is_opena
     }
 
 
-def _projection(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+def _projection(checkpoint: PublishedCheckpoint) -> list[tuple[int, ...]]:
     """Shapes of the projection's matrices, in order."""
     names = sorted(name for name in checkpoint.tensors if re.fullmatch(rf"{_PROJECTOR}(?:\d+\.)?weight", name))
     return [checkpoint.shape(name) for name in names]
 
 
-def _projector(checkpoint: Checkpoint) -> dict[str, Any]:
+def _projector(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
     count = len(_projection(checkpoint))
     if count > 2:
         raise CheckpointError(f"{checkpoint.name!r} has a projection of {count} layers; vlm has those of 1 and 2.")
     return {"type": "linear" if count == 1 else "mlp"}
 
 
-def _type(checkpoint: Checkpoint) -> str:
+def _type(checkpoint: PublishedCheckpoint) -> str:
     """The language model's type: that of LLaVA's own configuration, which is named after it."""
     given = checkpoint.config.get("model_type", "llava")
     return {"llava": "llama"}.get(given, given.removeprefix("llava_"))
 
 
-def _language_model(checkpoint: Checkpoint) -> str | None:
+def _language_model(checkpoint: PublishedCheckpoint) -> str | None:
     projection = _projection(checkpoint)
     known = _LANGUAGE_MODELS.get(projection[-1][0]) if len(projection) == 2 else None
     return checkpoint.config.get("_name_or_path") or known
 
 
-def _original_places(checkpoint: Checkpoint, config: VLMConfig, reading: Mapping[str, Any]) -> TargetsOf:
+def _original_places(checkpoint: PublishedCheckpoint, config: VLMConfig, reading: Mapping[str, Any]) -> TargetsOf:
     """
     Raises:
         CheckpointError: if another tower was named, and features of it that the projection was not trained on.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, mean_rows, renamer
 from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_UNNEEDED, siglip_name, siglip_vision_config
 from vlm_cli.composition import MEDIA_TOKEN
@@ -29,12 +29,12 @@ class NanoVLM:
     name = "nanoVLM"
     source = "https://github.com/huggingface/nanoVLM/blob/main/models/vision_language_model.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         return {"MP.proj.weight", "decoder.norm.weight", "vision_encoder.patch_embedding.conv.weight"} <= set(
             checkpoint.tensors
         )
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         config = checkpoint.config
         if "lm_n_heads" not in config:
             raise CheckpointError(
@@ -93,7 +93,7 @@ class NanoVLM:
         )
 
 
-def _check(checkpoint: Checkpoint) -> None:
+def _check(checkpoint: PublishedCheckpoint) -> None:
     """
     Raises:
         CheckpointError: for numbers that a composition of ours has no place for, or that contradict each other.
@@ -141,7 +141,7 @@ def _text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     }
 
 
-def _has_head(checkpoint: Checkpoint) -> dict[str, bool]:
+def _has_head(checkpoint: PublishedCheckpoint) -> dict[str, bool]:
     """Which of the two tables are in the file: of tied ones, safetensors keeps one."""
     return {
         "embedding": "decoder.token_embedding.weight" in checkpoint.tensors,

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.layouts.openflamingo import (
     check_fusion,
@@ -42,13 +42,13 @@ class ReducedScope:
     name = "open_flamingo, later branch"
     source = "https://github.com/mlfoundations/open_flamingo/blob/reduce-scope-mllm/open_flamingo/src/vlm.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         names = checkpoint.tensors
         return any(anchor in names for anchor in (_LATENTS, _QUERIES, _PROJECTION)) and all(
             re.match(r"vision_encoder\.(?!visual\.)|vision_tokenizer\.|lang_model\.", name) for name in names
         )
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         parts = _parts(checkpoint)
         is_stream = parts["family"] != "flamingo"
         rows = {checkpoint.shape(name)[0] for name in checkpoint.tensors if re.match(_ROWS, name)}
@@ -82,7 +82,7 @@ class ReducedScope:
         )
 
 
-def _parts(checkpoint: Checkpoint) -> dict[str, Any]:
+def _parts(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
     """The family, its vision tokenizer and its fusion."""
     names = checkpoint.tensors
     if _QUERIES in names:
@@ -101,7 +101,7 @@ def _parts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"family": "kosmos", "vision_tokenizer": perceiver}
 
 
-def _qformer_options(checkpoint: Checkpoint) -> dict[str, Any]:
+def _qformer_options(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
     """Settings of a Q-Former, but for its heads."""
     _, num_queries, dim = checkpoint.shape(_QUERIES)
     numbers = {int(m[1]) for name in checkpoint.tensors if (m := re.match(rf"{_QFORMER}crossattention\.", name))}
@@ -116,12 +116,12 @@ def _qformer_options(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def has_bias(checkpoint: Checkpoint) -> bool:
+def has_bias(checkpoint: PublishedCheckpoint) -> bool:
     """Whether the head has a bias. The code base gives each head one, where the language model has none too."""
     return any(name.endswith(".additional_fc.bias") for name in checkpoint.tensors)
 
 
-def _base_names(checkpoint: Checkpoint) -> Iterator[str]:
+def _base_names(checkpoint: PublishedCheckpoint) -> Iterator[str]:
     """Names of the language model's own tensors."""
     return (
         name
@@ -133,11 +133,11 @@ def _base_names(checkpoint: Checkpoint) -> Iterator[str]:
 _BIAS = r"lang_model\.(?:lm_head|embed_out)\.bias"
 
 
-def _base_bias(checkpoint: Checkpoint) -> bool:
+def _base_bias(checkpoint: PublishedCheckpoint) -> bool:
     return any(re.fullmatch(_BIAS, name) for name in checkpoint.tensors)
 
 
-def check_bias(checkpoint: Checkpoint, config: VLMConfig) -> None:
+def check_bias(checkpoint: PublishedCheckpoint, config: VLMConfig) -> None:
     """Refuse a composition that would drop the head's bias, or have two.
 
     Raises:
@@ -184,7 +184,7 @@ def decoupled_table(config: VLMConfig) -> list[tuple[str, Any]]:
     return table
 
 
-def _places(checkpoint: Checkpoint, config: VLMConfig) -> TargetsOf:
+def _places(checkpoint: PublishedCheckpoint, config: VLMConfig) -> TargetsOf:
     parts = config.composition
     if parts.vision_tokenizer.type == "perceiver":
         check_heads(checkpoint, r"vision_tokenizer\.", "vision_tokenizer", parts.vision_tokenizer.options)

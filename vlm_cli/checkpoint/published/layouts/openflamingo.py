@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
@@ -45,11 +45,11 @@ class OpenFlamingo:
     name = "OpenFlamingo"
     source = "https://github.com/mlfoundations/open_flamingo/blob/main/open_flamingo/src/flamingo.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         names = checkpoint.tensors
         return "perceiver.latents" in names and any(re.match(_BLOCK, name) for name in names)
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         known = _language_model(checkpoint)
         # Every published model reads this tower, and none its last norm: OpenCLIP gave patches before it until version
         # 2.22, of October 2023, and these models are older.
@@ -77,7 +77,7 @@ class OpenFlamingo:
         )
 
 
-def perceiver_options(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+def perceiver_options(checkpoint: PublishedCheckpoint, prefix: str) -> dict[str, Any]:
     """Settings of a resampler whose names are open_flamingo's, behind a prefix."""
     num_latents, dim = checkpoint.shape(f"{prefix}latents")
     frames, media = (checkpoint.tensors.get(f"{prefix}{name}") for name in ("frame_embs", "media_time_embs"))
@@ -91,7 +91,7 @@ def perceiver_options(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
     }
 
 
-def cross_attention_options(checkpoint: Checkpoint, block: str) -> dict[str, Any]:
+def cross_attention_options(checkpoint: PublishedCheckpoint, block: str) -> dict[str, Any]:
     """Settings of the gated cross-attention.
 
     Args:
@@ -118,7 +118,7 @@ def cross_attention_options(checkpoint: Checkpoint, block: str) -> dict[str, Any
     }
 
 
-def check_heads(checkpoint: Checkpoint, pattern: str, part: str, options: Any) -> None:
+def check_heads(checkpoint: PublishedCheckpoint, pattern: str, part: str, options: Any) -> None:
     """Refuse heads that are not as many channels as the checkpoint has.
 
     Raises:
@@ -133,7 +133,7 @@ def check_heads(checkpoint: Checkpoint, pattern: str, part: str, options: Any) -
         )
 
 
-def check_fusion(checkpoint: Checkpoint, block: str, config: VLMConfig) -> None:
+def check_fusion(checkpoint: PublishedCheckpoint, block: str, config: VLMConfig) -> None:
     """Refuse a language model or an interval with blocks before other layers than the checkpoint has.
 
     Raises:
@@ -150,12 +150,12 @@ def check_fusion(checkpoint: Checkpoint, block: str, config: VLMConfig) -> None:
     check_heads(checkpoint, block, "fusion", options)
 
 
-def _layers(checkpoint: Checkpoint, block: str) -> list[int]:
+def _layers(checkpoint: PublishedCheckpoint, block: str) -> list[int]:
     matches = (re.match(block, name) for name in checkpoint.tensors)
     return sorted({int(next(x for x in match.groups() if x)) for match in matches if match})
 
 
-def attention_channels(checkpoint: Checkpoint, pattern: str) -> int:
+def attention_channels(checkpoint: PublishedCheckpoint, pattern: str) -> int:
     """Heads × width of the attention whose names begin so."""
     names = re.compile(rf"{pattern}.*\bto_q\.weight")
     return next(info.shape[0] for name, info in checkpoint.tensors.items() if names.fullmatch(name))
@@ -166,19 +166,19 @@ def _heads(inner: int) -> dict[str, int]:
     return {} if inner % _HEAD_WIDTH else {"num_heads": inner // _HEAD_WIDTH, "head_dim": _HEAD_WIDTH}
 
 
-def _table(checkpoint: Checkpoint) -> re.Match[str] | None:
+def _table(checkpoint: PublishedCheckpoint) -> re.Match[str] | None:
     """The name of the resized input embedding."""
     return next((m for name in checkpoint.tensors if (m := re.fullmatch(_EMBEDDING, name))), None)
 
 
-def _language_model(checkpoint: Checkpoint) -> str | None:
+def _language_model(checkpoint: PublishedCheckpoint) -> str | None:
     table = _table(checkpoint)
     if table is None:
         return None
     return _LANGUAGE_MODELS.get((table[1].rpartition(".")[2], checkpoint.shape(table[0])[1]))
 
 
-def _places(checkpoint: Checkpoint, config: VLMConfig) -> TargetsOf:
+def _places(checkpoint: PublishedCheckpoint, config: VLMConfig) -> TargetsOf:
     first, parts = config.first_added_id, config.composition
     check_heads(checkpoint, r"perceiver\.", "vision_tokenizer", parts.vision_tokenizer.options)
     check_fusion(checkpoint, _BLOCK, config)
@@ -217,7 +217,7 @@ def _places(checkpoint: Checkpoint, config: VLMConfig) -> TargetsOf:
     )
 
 
-def _check_rows(checkpoint: Checkpoint, config: VLMConfig) -> None:
+def _check_rows(checkpoint: PublishedCheckpoint, config: VLMConfig) -> None:
     table = _table(checkpoint)
     rows, added = checkpoint.shape(table[0])[0] if table else None, len(config.added_tokens)
     if rows is not None and rows != config.first_added_id + added:

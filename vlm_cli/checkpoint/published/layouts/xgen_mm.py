@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, TargetsOf, number_of, renamer
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import check_bias, decoupled_table, has_bias
 from vlm_cli.checkpoint.published.layouts.openflamingo import attention_channels, check_heads, perceiver_options
@@ -44,7 +44,7 @@ class XGenMM:
     name = "xGen-MM"
     source = "https://github.com/salesforce/LAVIS/blob/xgen-mm/open_flamingo/src/xgenmm.py"
 
-    def matches(self, checkpoint: Checkpoint) -> bool:
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         names = checkpoint.tensors
         for prefix in ("vlm.", ""):
             rows = names.get(f"{prefix}{_ROWS}")
@@ -52,7 +52,7 @@ class XGenMM:
                 return rows.shape[0] == len(_ADDED)
         return False
 
-    def describe(self, checkpoint: Checkpoint) -> CheckpointDescription:
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         prefix = "vlm." if f"vlm.{_ROWS}" in checkpoint.tensors else ""
         inner = attention_channels(checkpoint, rf"{re.escape(prefix)}vision_tokenizer\.")
         heads = {} if inner % _HEAD_WIDTH else {"num_heads": inner // _HEAD_WIDTH, "head_dim": _HEAD_WIDTH}
@@ -90,7 +90,7 @@ class XGenMM:
         )
 
 
-def _tower(checkpoint: Checkpoint, prefix: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _tower(checkpoint: PublishedCheckpoint, prefix: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Configuration of the tower in the files, if it is there, and what a composition calls it."""
     pattern = f"{re.escape(prefix)}{_TOWER}"
 
@@ -137,7 +137,7 @@ def _knows_media(folder: Path) -> bool:
     return any(f'"{MEDIA_TOKEN}"' in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
-def _places(checkpoint: Checkpoint, config: VLMConfig, prefix: str) -> TargetsOf:
+def _places(checkpoint: PublishedCheckpoint, config: VLMConfig, prefix: str) -> TargetsOf:
     options = config.composition.vision_tokenizer.options
     check_heads(checkpoint, rf"{re.escape(prefix)}vision_tokenizer\.", "vision_tokenizer", options)
     check_bias(checkpoint, config)

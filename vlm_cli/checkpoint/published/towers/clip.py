@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_cli.checkpoint.parts.openclip import complete_preprocessing
 from vlm_cli.checkpoint.published.layouts.base import Target
 from vlm_cli.errors import CheckpointError
 
@@ -96,10 +97,6 @@ def read_preprocessing(folder: Path | None, image_size: int, *, resize_mode: str
     Raises:
         CheckpointError: if images would be prepared in a way that OpenCLIP does not have.
     """
-    from dataclasses import asdict
-
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
     given: dict[str, Any] = {"size": image_size, "resize_mode": resize_mode}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if folder is None or not (file := folder / name).is_file():
@@ -115,4 +112,4 @@ def read_preprocessing(folder: Path | None, image_size: int, *, resize_mode: str
             given["interpolation"] = _PIL[data["resample"]]
         if isinstance(data.get("size"), Mapping):
             given["resize_mode"] = "shortest" if "shortest_edge" in data["size"] else "squash"
-    return merge_preprocess_dict(asdict(PreprocessCfg()), given)
+    return complete_preprocessing(given)

@@ -10,7 +10,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.checkpoint.published.checkpoint import Checkpoint
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import Target, number_of
 from vlm_cli.checkpoint.published.towers.clip import read_preprocessing
 from vlm_cli.errors import CheckpointError
@@ -74,7 +74,7 @@ def eva_table(prefix: str, width: int) -> list[tuple[str, Any]]:
 
 
 def eva_tower(
-    checkpoint: Checkpoint, prefix: str, num_heads: int | None = None, folder: Path | None = None
+    checkpoint: PublishedCheckpoint, prefix: str, num_heads: int | None = None, folder: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of the vision encoder, and OpenCLIP's configuration of it, from the shapes of its tensors.
 

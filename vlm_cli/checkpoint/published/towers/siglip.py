@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlm_cli.checkpoint.parts.openclip import complete_preprocessing
 from vlm_cli.checkpoint.published.layouts.base import Target
 from vlm_cli.errors import CheckpointError
 
@@ -92,10 +93,6 @@ def siglip_vision_config(
     Raises:
         CheckpointError: for sizes, an activation or an epsilon that none of timm's towers has.
     """
-    from dataclasses import asdict
-
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
     width, layers = config["hidden_size"], config["num_hidden_layers"]
     sizes = (width, layers, config["num_attention_heads"], config["patch_size"])
     if sizes not in SIGLIP_TOWERS:
@@ -122,7 +119,7 @@ def siglip_vision_config(
         "embed_dim": width,
         "vision_cfg": vision_cfg,
         "quick_gelu": False,
-        "preprocess": merge_preprocess_dict(asdict(PreprocessCfg()), {**own, **(preprocess or {})}),
+        "preprocess": complete_preprocessing({**own, **(preprocess or {})}),
     }
 
 
