@@ -251,7 +251,7 @@ def test_a_tokenizer_that_numbers_media_gets_pixels(vlm, answer, asked, parts, f
     result, written = answer([*rows, {"prompt": "<image:0.png>" * 3}], model=numbered, code=1)
     assert [row["text"] for row in written[:5]] == [x["text"] for x in one_by_one(vlm, numbered, folder, rows)]
     assert all("pixel_values" in kwargs for kwargs in asked[0])
-    assert written[5]["error"] == "line 6: the prompt has 3 images, but the vision tokenizer was made for 2."
+    assert written[5]["error"] == "line 6: the prompt has 3 images, but the vision tokenizer was made for at most 2."
 
 
 def test_worker_processes_give_the_same_and_hold_no_model(answer, open_gates):

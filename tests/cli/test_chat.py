@@ -210,6 +210,12 @@ def test_where_images_change_each_other_they_are_read_again(talk, in_order, phot
     assert found[2]["reused_positions"] == len(["The", "cat"]) + 1
 
 
+def test_more_images_than_the_tokenizer_takes_end_the_chat(vlm, in_order, photos):
+    result = vlm("generate", "--chat", "-m", in_order, "-n", 2, input="".join(f"{photos[0]}cat\n" for _ in range(5)))
+    assert result.exit_code == 1
+    assert "the conversation has 5 images, but the vision tokenizer was made for at most 4." in result.stderr
+
+
 def test_images_are_encoded_once(talk, monkeypatch, photos):
     count, original = [], VLM.encode_vision
 

@@ -266,6 +266,15 @@ def test_a_length_by_another_name_bounds_the_answer(vlm, parts, example, tmp_pat
     assert json.loads(result.stdout)["new_tokens"] == 12 - json.loads(result.stdout)["prompt_tokens"]
 
 
+def test_more_images_than_the_tokenizer_takes_are_refused(vlm, parts, photo, tmp_path):
+    flags = ("--set", "vision_tokenizer.max_num_media=2", "--quiet")
+    assert vlm("build", tmp_path / "out", *parts.kosmos, *flags).exit_code == 0
+    pictures = [x for _ in range(3) for x in ("-i", photo)]
+    result = vlm("generate", "-m", tmp_path / "out", "<image>" * 3, *pictures)
+    assert result.exit_code == 2 and not result.stdout
+    assert "the prompt has 3 images, but the vision tokenizer was made for at most 2." in result.stderr
+
+
 def stream(tokenizer, ids, stops=()):
     """Pieces as they are written, one token at a time."""
     pieces = []

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from training_files import CROSS_ATTENTION, write
+from transformers import AutoConfig
 
 from vlm_cli import load
 from vlm_cli.composition import END_OF_CHUNK
@@ -143,6 +144,14 @@ def test_what_does_not_fit_is_a_bad_line(folder: Path, fusion: str, request: pyt
     assert "2 of the 3 records" in message
     assert f"line 2: takes {24 + (3 if fusion == 'language_stream' else 0)} positions" in message
     assert "the language model has 12" in message and "line 3: has no image" in message
+
+
+def test_a_length_by_another_name_is_checked(folder: Path, cross_attention: Path) -> None:
+    """MPT calls its context `max_seq_len`."""
+    vlm = load(str(cross_attention))
+    vlm[0].config.text_config = AutoConfig.for_model("mpt", max_seq_len=12)
+    with pytest.raises(DataError, match=r"takes 24 positions .* the language model has 12"):
+        dataset(folder, vlm, {"prompt": "<image:red.png>A:", "completion": " cat" * 20})
 
 
 def test_too_many_images_are_a_bad_line(folder: Path, build: Any) -> None:

@@ -16,8 +16,8 @@ from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_l
 from vlm_cli.checkpoint.parts.openclip import Tower, find_tower, load_tower
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
+from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.language_model import context_length
 from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
@@ -192,11 +192,13 @@ def _check_fit(blueprint: Blueprint) -> None:
                 f"at most {most}."
             )
         )
-    positions, context = model.num_positions(), context_length(text)
-    if context is not None and positions >= context:
+    budget = ContextBudget.of(model)
+    positions = budget.positions(1, [MediumSize()])
+    left = budget.left(positions)
+    if left is not None and left < 1:
         problems.append(
             CompositionError(
-                f"one image takes {positions} positions, but the language model has {context}. Choose a vision "
+                f"one image takes {positions} positions, but the language model has {budget.context}. Choose a vision "
                 "tokenizer with fewer tokens (perceiver, qformer), another vision encoder, or cross-attention."
             )
         )

@@ -177,13 +177,15 @@ class Run:
         from transformers import set_seed
 
         from vlm_cli.cli.stream import TextStream
+        from vlm_cli.modeling.budget import MediumSize
 
+        self.decoder.budget.check_media(len(images))
         inputs = self.processor(
             images=[[image.image for image in images]], text=[parts.parts], parse_special_tokens=special
         ).to(self.model.device)
         self.prompt_tokens = inputs["input_ids"].shape[1]
-        self.positions = self.decoder.positions(inputs["input_ids"][0].tolist())
-        room = self._within_context()
+        self.positions = self.decoder.budget.positions(self.prompt_tokens, [MediumSize() for _ in images])
+        room = self.decoder.room(self.positions, console.notify)
         keywords = self.decoder.keywords | {"max_new_tokens": room}
         if compile:
             from vlm_cli.modeling.acceleration import compile_for
@@ -203,18 +205,6 @@ class Run:
         self.sequences = [self.decoder.read(row, room) for row in output[:, self.prompt_tokens :].tolist()]
         if self.streamed:
             print(flush=True)
-
-    def _within_context(self) -> int:
-        """New tokens: fewer where the context ends sooner.
-
-        Raises:
-            PromptError: if the prompt alone is too long.
-        """
-        room = self.decoder.room(self.positions)
-        if room < self.decoder.max_new_tokens:
-            context = self.decoder.context
-            console.notify(f"Note: the context of {context} positions leaves room for {room} new tokens.")
-        return room
 
     def to_dict(self, images: list[Any]) -> dict[str, Any]:
         return {

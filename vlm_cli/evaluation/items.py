@@ -73,15 +73,16 @@ def check_lengths(
     Raises:
         DataError: listing every line that does not.
     """
-    from vlm_cli.training.dataset import Limits
+    from vlm_cli.modeling.budget import ContextBudget, MediumSize
 
-    limits = Limits.of(model)
+    budget = ContextBudget.of(model)
     lengths = [len(processor.encode(item.prompt)) for item in items]
     problems: list[Problem] = []
     for item, length in zip(items, lengths, strict=True):
-        if problem := limits.problem(length, len(item.sources)):
+        media = [MediumSize() for _ in item.sources]
+        if problem := budget.problem(length, media):
             problems.append(Problem(item.line, problem))
-        elif problem := limits.problem(length + max_new_tokens, len(item.sources)):
+        elif problem := budget.problem(length + max_new_tokens, media):
             problems.append(Problem(item.line, f"with --max-new-tokens {max_new_tokens}, {problem}"))
     raise_problems(records, problems)
     return lengths

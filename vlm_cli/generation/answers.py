@@ -102,10 +102,11 @@ class RowAnswerer:
 
     def _choose(self, rows: Sequence[Row]) -> list[Row]:
         """The first row, so that none waits for long, and those that are nearest to it in length."""
-        first, more = rows[0], self.decoder.per_medium - 1
+        first = rows[0]
 
         def distance(row: Row) -> int:
-            return abs(len(row.ids) - len(first.ids)) + more * abs(len(row.images) - len(first.images))
+            more, first_more = row.positions - len(row.ids), first.positions - len(first.ids)  # for media
+            return abs(len(row.ids) - len(first.ids)) + abs(more - first_more)
 
         # Where the context ends an answer, rows of one length end together.
         fitting = [row for row in rows if row.room == first.room and (self.pads or not distance(row))]
@@ -117,10 +118,10 @@ class RowAnswerer:
 
     def _fits(self, rows: Sequence[Row], memory: float) -> bool:
         """Whether rows, padded to each other, stay within so many bytes and the context."""
-        tokens, media = (max(map(len, x)) for x in ([r.ids for r in rows], [r.images for r in rows]))
-        positions = tokens + media * (self.decoder.per_medium - 1) + rows[0].room
-        context = self.decoder.context
-        if context is not None and positions > context:
+        budget, media = self.decoder.budget, max(len(row.images) for row in rows)
+        positions = budget.positions_together([(len(row.ids), row.positions) for row in rows]) + rows[0].room
+        left = budget.left(positions)
+        if left is not None and left < 0:
             return False
         return len(rows) * self.cost(positions, media * token_bytes(self.model)) <= memory
 

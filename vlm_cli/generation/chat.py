@@ -17,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from vlm_cli.errors import ContextError
 from vlm_cli.generation.conversation import Conversation, Script
 from vlm_cli.generation.decoder import Decoder
+from vlm_cli.modeling.budget import MediumSize
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 
@@ -74,8 +75,8 @@ class Chat:
         """
         started = time.monotonic()
         asked = self.conversation.ask(parts)
-        positions = self.decoder.positions(asked.ids)
-        room = self._room(positions, notify)
+        positions = self._positions(asked)
+        room = self.decoder.room(positions, notify)
         seen = self._see(images)
         ids = torch.tensor([asked.ids], device=self.model.device)
         output = self.model.generate(
@@ -99,22 +100,25 @@ class Chat:
         counts = {"prompt_positions": positions, "reused_positions": self.cache.reused}
         return {"turn": self.turns, **found, **counts, "seconds": round(time.monotonic() - started, 3)}
 
-    def _room(self, positions: int, notify: Callable[[str], None]) -> int:
-        """New tokens that there may be.
+    def _positions(self, asked: Conversation) -> int:
+        """Count the positions of a conversation whose last turn has no answer yet.
 
         Raises:
-            ContextError: if there is room for none.
+            ContextError: if they leave no room for an answer, or if the vision tokenizer takes fewer images.
         """
-        context = self.decoder.context
-        if context is not None and positions >= context:
+        budget = self.decoder.budget
+        num_media = asked.ids.count(self.model.config.media_token_id)
+        if problem := budget.media_problem(num_media):
+            raise ContextError(f"the conversation {problem} Start another one.")
+        positions = budget.positions(len(asked.ids), [MediumSize()] * num_media)
+        left = budget.left(positions)
+        if left is not None and left < 1:
             raise ContextError(
-                f"the conversation takes {positions} positions with this turn, but the language model has {context}. "
-                "Start another one, or use fewer images; `vlm inspect --prompt` shows what each costs."
+                f"the conversation takes {positions} positions with this turn, but the language model has "
+                f"{budget.context}. Start another one, or use fewer images; `vlm inspect --prompt` shows what each "
+                "costs."
             )
-        room = self.decoder.room(positions)
-        if room < self.decoder.max_new_tokens:
-            notify(f"Note: the context of {context} positions leaves room for {room} new tokens.")
-        return room
+        return positions
 
     def _see(self, images: Sequence[Any]) -> Seen:
         """All images so far; where one does not change the others' tokens, only new ones are encoded."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from vlm_cli.errors import PromptError
 
 __all__ = ["Decoder", "cut_at_stop"]
 
@@ -31,37 +29,31 @@ class Decoder:
     """
 
     def __init__(self, model: Any, processor: Any, keywords: Mapping[str, Any], stops: Sequence[str] = ()) -> None:
-        from vlm_cli.modeling.language_model import context_length
+        from vlm_cli.modeling.budget import ContextBudget
 
         self.model, self.processor, self.stops = model, processor, list(stops)
         self.keywords = dict(keywords)
         if self.stops:
             self.keywords |= {"stop_strings": self.stops, "tokenizer": processor.tokenizer}
         self.max_new_tokens: int = self.keywords["max_new_tokens"]
-        self.context = context_length(model.config)
-        self.per_medium = model.num_positions()
+        self.budget = ContextBudget.of(model)
         ends = model.generation_config.eos_token_id or []
         self._ends = set(ends if isinstance(ends, list) else [ends])
 
-    def positions(self, ids: Sequence[int]) -> int:
-        """Positions that a prompt takes in the language model."""
-        return len(ids) + ids.count(self.model.config.media_token_id) * (self.per_medium - 1)
+    def room(self, positions: int, notify: Callable[[str], None] = lambda message: None) -> int:
+        """Return how many new tokens a prompt of so many positions may get: fewer where the context ends sooner.
 
-    def room(self, positions: int) -> int:
-        """New tokens that a prompt of so many positions may get: fewer where the context ends sooner.
+        Args:
+            positions: of the prompt, as `budget` counts them.
+            notify: receives a note if the context allows fewer than `max_new_tokens`.
 
         Raises:
             PromptError: if the prompt alone is too long.
         """
-        if self.context is None:
-            return self.max_new_tokens
-        left = self.context - positions
-        if left < 1:
-            raise PromptError(
-                f"the prompt takes {positions} positions, but the language model has {self.context}. Shorten it, or "
-                "use fewer images; `vlm inspect --prompt` shows what each costs."
-            )
-        return min(left, self.max_new_tokens)
+        room = self.budget.room(positions, self.max_new_tokens)
+        if room < self.max_new_tokens:
+            notify(f"Note: the context of {self.budget.context} positions leaves room for {room} new tokens.")
+        return room
 
     def decode(self, ids: list[int]) -> str:
         # Clean-up would take back spaces that were written already.

@@ -16,6 +16,7 @@ from vlm_cli.data.records import RecordError, get_field, get_images, parse_objec
 from vlm_cli.errors import PromptError
 from vlm_cli.generation.decoder import Decoder
 from vlm_cli.generation.encoded_image import ImageSlot
+from vlm_cli.modeling.budget import MediumSize
 from vlm_cli.prompt import Medium, interleave
 
 __all__ = ["Line", "Row", "RowReader", "number_lines"]
@@ -78,10 +79,6 @@ class RowReader:
     decoder: Decoder
     special_tokens: bool = False
 
-    def __post_init__(self) -> None:
-        options = self.decoder.model.config.composition.vision_tokenizer.options
-        self.most_media: int | None = getattr(options, "max_num_media", None)
-
     def read(self, line: Line) -> Row:
         """The row of a line; one that cannot be answered has an `error`."""
         row = Row(line)
@@ -101,11 +98,8 @@ class RowReader:
         sources = [part.source for part in parts if isinstance(part, Medium)]
         if "-" in sources:
             raise RecordError("the image '-' would be read from standard input, which rows do not share. Give a file.")
-        if self.most_media is not None and len(sources) > self.most_media:
-            raise RecordError(
-                f"the prompt has {len(sources)} images, but the vision tokenizer was made for {self.most_media}."
-            )
+        self.decoder.budget.check_media(len(sources))
         ids = self.decoder.processor.encode(parts, parse_special_tokens=self.special_tokens)
-        row.positions = self.decoder.positions(ids)
+        row.positions = self.decoder.budget.positions(len(ids), [MediumSize() for _ in sources])
         row.room = self.decoder.room(row.positions)
         row.ids, row.sources = ids, sources

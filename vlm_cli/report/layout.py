@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlm_cli.composition import CrossAttentionOptions
-from vlm_cli.modeling.language_model import context_length
+from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
@@ -75,18 +75,18 @@ def lay_out(
         parse_special_tokens: as for the processor.
     """
     ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
-    per_medium = model.num_positions()
+    budget = ContextBudget.of(model)
     fusion = model.config.composition.fusion.options
     spans: list[Span] = []
     sources = iter([part.source for part in parts if isinstance(part, Medium)])
     number = start = 0
     for run, is_media in _runs(ids, processor.media_token_id):
         number += is_media
-        end = start + (per_medium if is_media else len(run))
+        end = start + budget.positions(len(run), [MediumSize()] * is_media)
         content = next(sources) if is_media else processor.tokenizer.decode(run)
         spans.append(Span("medium" if is_media else "text", content, len(run), start, end, _sees(fusion, number)))
         start = end
-    return Layout(spans, ids, start, context_length(model.config))
+    return Layout(spans, ids, start, budget.context)
 
 
 def _runs(ids: Sequence[int], media_id: int) -> list[tuple[list[int], bool]]:

@@ -20,9 +20,10 @@ from vlm_cli.composition import END_OF_CHUNK
 from vlm_cli.data.records import Problem, Record, Segment, raise_problems, read_records
 from vlm_cli.errors import DataError, LanguageModelError, MediaError
 from vlm_cli.media import MediaLoader
+from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.prompt import Medium, Slot, Text
 
-__all__ = ["IGNORED", "Collator", "Encoder", "Limits", "RecordDataset", "end_token_id", "load_dataset"]
+__all__ = ["IGNORED", "Collator", "Encoder", "RecordDataset", "end_token_id", "load_dataset"]
 
 IGNORED = -100  # label of a token that is not learned
 
@@ -108,33 +109,6 @@ class Encoder:
         return ids[ids.index(self._media_id) + 1 :]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a model can read; None where it does not say."""
-
-    positions: int | None  # of the language model
-    num_positions: int
-    media: int | None  # in one row
-
-    @classmethod
-    def of(cls, model: Any) -> Limits:
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        media = getattr(model.config.composition.vision_tokenizer.options, "max_num_media", None)
-        return cls(context if isinstance(context, int) else None, model.num_positions(), media)
-
-    def problem(self, num_tokens: int, num_media: int) -> str | None:
-        """Why a row of so many tokens, media included, cannot be read."""
-        if self.media is not None and num_media > self.media:
-            return f"has {num_media} images, but the vision tokenizer was made for at most {self.media}."
-        positions = num_tokens + num_media * (self.num_positions - 1)
-        if self.positions is not None and positions > self.positions:
-            return (
-                f"takes {positions} positions ({num_media} × {self.num_positions} for images), but the language "
-                f"model has {self.positions}. Shorten it."
-            )
-        return None
-
-
 @dataclass
 class RecordDataset(Dataset):
     """N records, tokenised; an item is `index`, `ids`, `labels` and `pixels`.
@@ -205,7 +179,7 @@ def load_dataset(path: Path, model: Any, processor: Any) -> RecordDataset:
     """
     records = read_records(path)
     encoder = Encoder(processor, end_token_id(model, processor))
-    limits = Limits.of(model)
+    budget = ContextBudget.of(model)
     dataset = RecordDataset(
         path.name, processor.image_processor.transform, MediaLoader(records.folder), sha256=records.sha256
     )
@@ -214,7 +188,7 @@ def load_dataset(path: Path, model: Any, processor: Any) -> RecordDataset:
     problems: list[Problem] = []
     for record in records.good:
         tokens, flags, shared = encoder.encode(record)
-        if problem := limits.problem(len(tokens), len(record.sources)):
+        if problem := budget.problem(len(tokens), [MediumSize() for _ in record.sources]):
             problems.append(Problem(record.line, problem))
             continue
         ids.append(np.array(tokens, np.int32))

@@ -1,0 +1,121 @@
+"""`ContextBudget`: how many positions of the language model a prompt takes, and how many are left for an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlm_cli.errors import PromptError
+from vlm_cli.modeling.language_model import context_length
+
+if TYPE_CHECKING:
+    from vlm_cli.modeling.vlm import VLM
+
+__all__ = ["ContextBudget", "MediumSize"]
+
+
+@dataclass(frozen=True)
+class MediumSize:
+    """What decides how many positions one medium takes; the default is a still image."""
+
+    num_frames: int = 1
+
+
+@dataclass(frozen=True)
+class ContextBudget:
+    """Count the positions of prompts for one model.
+
+    A prompt's tokens take one position each, except `<image>`: it takes as many as the fusion gives its medium. In the
+    language stream, with a linear tokenizer over 4 patches, `a <image> b` with a clip of 2 frames is 3 tokens and takes
+    1 + 8 + 1 = 10 positions. Cross-attention leaves each `<image>` at one position.
+
+    Attributes:
+        model: on any device; shapes are enough.
+        context: positions that the language model can read; None if its configuration sets no limit.
+        max_num_media: media that the vision tokenizer takes in one prompt; None if it sets no limit.
+    """
+
+    model: VLM
+    context: int | None
+    max_num_media: int | None
+
+    @classmethod
+    def of(cls, model: VLM) -> ContextBudget:
+        """Read the limits of a model from its configuration."""
+        options = model.config.composition.vision_tokenizer.options
+        return cls(model, context_length(model.config), getattr(options, "max_num_media", None))
+
+    def positions(self, num_tokens: int, media: Iterable[MediumSize]) -> int:
+        """Count the positions of a prompt.
+
+        Args:
+            num_tokens: tokens of the prompt, with one `<image>` for each medium.
+            media: the size of each medium.
+        """
+        return num_tokens + sum(self.model.num_positions(medium.num_frames) - 1 for medium in media)
+
+    def positions_together(self, rows: Sequence[tuple[int, int]]) -> int:
+        """Count the positions of each row of a batch, after padding.
+
+        The batch is padded to one number of tokens before each `<image>` is repeated, and to one number of positions
+        after that.
+
+        Args:
+            rows: tokens and positions of each row alone.
+        """
+        return max(tokens for tokens, _ in rows) + max(positions - tokens for tokens, positions in rows)
+
+    def left(self, positions: int) -> int | None:
+        """Count the positions after a prompt of so many; negative if the prompt is too long, None without a limit."""
+        return None if self.context is None else self.context - positions
+
+    def room(self, positions: int, wanted: int) -> int:
+        """Return how many of `wanted` new tokens fit after a prompt of so many positions.
+
+        Raises:
+            PromptError: if none fits.
+        """
+        left = self.left(positions)
+        if left is None:
+            return wanted
+        if left < 1:
+            raise PromptError(
+                f"the prompt takes {positions} positions, but the language model has {self.context}. Shorten it, or "
+                "use fewer images; `vlm inspect --prompt` shows what each costs."
+            )
+        return min(left, wanted)
+
+    def media_problem(self, num_media: int) -> str | None:
+        """Say why the vision tokenizer cannot take so many media in one prompt; None if it can."""
+        if self.max_num_media is None or num_media <= self.max_num_media:
+            return None
+        return f"has {num_media} images, but the vision tokenizer was made for at most {self.max_num_media}."
+
+    def check_media(self, num_media: int) -> None:
+        """Refuse a prompt with more media than the vision tokenizer takes.
+
+        Raises:
+            PromptError: with both numbers.
+        """
+        if problem := self.media_problem(num_media):
+            raise PromptError(f"the prompt {problem}")
+
+    def problem(self, num_tokens: int, media: Sequence[MediumSize]) -> str | None:
+        """Say why the model cannot read a row; None if it can.
+
+        Args:
+            num_tokens: tokens of the row, with one `<image>` for each medium.
+            media: the size of each medium.
+        """
+        if problem := self.media_problem(len(media)):
+            return problem
+        positions = self.positions(num_tokens, media)
+        left = self.left(positions)
+        if left is None or left >= 0:
+            return None
+        of_media = positions - num_tokens + len(media)
+        return (
+            f"takes {positions} positions ({of_media} of them for {len(media)} images), but the language model has "
+            f"{self.context}. Shorten it."
+        )
