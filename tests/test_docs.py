@@ -212,7 +212,7 @@ _MIDDLE = (*_UPPER, "vlm_cli.report", "vlm_cli.checkpoint")
 FORBIDDEN = {
     "vlm_cli/errors.py": ("vlm_cli",),
     "vlm_cli/prompt.py": ("vlm_cli", "!vlm_cli.errors"),
-    "vlm_cli/media.py": ("vlm_cli", "!vlm_cli.errors"),
+    "vlm_cli/media": ("vlm_cli", "!vlm_cli.errors", "!vlm_cli.media"),
     "vlm_cli/registry.py": ("vlm_cli", "!vlm_cli.errors"),
     "vlm_cli/composition.py": ("vlm_cli", "!vlm_cli.errors", "!vlm_cli.registry"),
     "vlm_cli/modeling": (*_MIDDLE, "vlm_cli.processor", "vlm_cli.prompt", "vlm_cli.media", "safetensors", "yaml"),
@@ -225,7 +225,13 @@ FORBIDDEN = {
 }
 
 #: What is imported before a command runs.
-LIGHT = ("vlm_cli/errors.py", "vlm_cli/prompt.py", "vlm_cli/media.py", "vlm_cli/registry.py", "vlm_cli/composition.py")
+LIGHT = (
+    "vlm_cli/errors.py",
+    "vlm_cli/prompt.py",
+    "vlm_cli/media/loader.py",
+    "vlm_cli/registry.py",
+    "vlm_cli/composition.py",
+)
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 
 

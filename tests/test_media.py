@@ -21,9 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from vlm_cli import media
 from vlm_cli.errors import MediaError
-from vlm_cli.media import LoadedImage, MediaLoader, load_image, short_name
+from vlm_cli.media import LoadedImage, MediaLoader, decode, short_name, sources
 
 PICTURE = Image.frombytes("RGB", (5, 3), bytes((31 * i) % 256 for i in range(5 * 3 * 3)))
 
@@ -44,6 +43,10 @@ def data_uri(data):
 def pixels(image):
     assert type(image) is Image.Image and image.mode == "RGB"
     return image.size, image.tobytes()
+
+
+def load_image(source, **options):
+    return MediaLoader(**options).load(source).image
 
 
 def refusal(source, **options):
@@ -203,9 +206,9 @@ def test_addresses_that_cannot_be_fetched(url, monkeypatch):
 
 def test_urls_end_in_time_and_size(server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(media, "URL_TOTAL", -1.0)
+        patch.setattr(sources, "URL_TOTAL", -1.0)
         assert "takes longer than" in refusal(server + "/cat.png", allow_urls=True)
-    monkeypatch.setattr(media, "MAX_BYTES", len(PNG) - 1)
+    monkeypatch.setattr(sources, "MAX_BYTES", len(PNG) - 1)
     assert "is larger than" in refusal(server + "/cat.png", allow_urls=True)
 
 
@@ -279,27 +282,27 @@ def test_unreadable_files(tmp_path, monkeypatch):
 def test_large_files(tmp_path, monkeypatch):
     with (tmp_path / "large.png").open("wb") as file:
         file.write(PNG)
-        file.truncate(media.MAX_BYTES + 1)  # sparse: no bytes on the disk
-    assert "'large.png' is larger than the 268.4 MB that are read" in refusal("large.png", base_dir=tmp_path)
-    monkeypatch.setattr(media, "MAX_BYTES", len(PNG))
+        file.truncate(sources.MAX_BYTES + 1)  # sparse: no bytes on the disk
+    assert "'large.png' is larger than the 268.4 MB that vlm reads" in refusal("large.png", base_dir=tmp_path)
+    monkeypatch.setattr(sources, "MAX_BYTES", len(PNG))
     assert load_image("-", stdin=io.BytesIO(PNG)).size == (5, 3)
     assert "standard input is larger than" in refusal("-", stdin=io.BytesIO(PNG + b"\0"))
     assert "larger than" in refusal(data_uri(PNG + b"\0"))
 
 
 def test_decompression_bombs(monkeypatch):
-    assert media.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    assert decode.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     before = list(warnings.filters), Image.MAX_IMAGE_PIXELS
     with pytest.warns(Image.DecompressionBombWarning):
         message = refusal(data_uri(png_header(10_000, 9_000)))
-    assert "has 10000 × 9000 = 90,000,000 pixels; at most 89,478,485 are read" in message
+    assert "has 10000 × 9000 = 90,000,000 pixels; vlm reads at most 89,478,485" in message
     assert "has too many pixels" in refusal(data_uri(png_header(100_000, 100_000)))
     assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS) == before
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "has too many pixels" in refusal(data_uri(png_header(10_000, 9_000)))
     assert "damaged or cut short" in refusal(data_uri(png_header(10, 9)))
-    monkeypatch.setattr(media, "MAX_PIXELS", 14)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 14)
     assert "has 5 × 3 = 15 pixels" in refusal(data_uri(PNG))
 
 
@@ -327,7 +330,7 @@ def test_what_is_not_an_image(data, words):
 
 
 def test_postscript_is_not_run():
-    assert "PostScript program, which is not run" in refusal(data_uri(encode(PICTURE, "EPS")))
+    assert "PostScript program, and vlm runs none" in refusal(data_uri(encode(PICTURE, "EPS")))
 
 
 FORMATS = [

@@ -1,0 +1,64 @@
+"""From a source to an image: read its bytes, then decode them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from vlm_cli.errors import MediaError
+from vlm_cli.media.decode import decode_image
+from vlm_cli.media.sources import quote_source, read_source, read_stdin
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["LoadedImage", "MediaLoader"]
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """A decoded image and its source; `width` and `height` are those of the upright image, in pixels."""
+
+    image: Image
+    source: str
+    width: int
+    height: int
+
+
+@dataclass
+class MediaLoader:
+    """Load images from paths, URIs, URLs and standard input (see `sources`).
+
+    The loader reads standard input once and keeps its bytes, so that `-` may stand for the same image twice.
+
+    Args:
+        base_dir: the folder where relative paths start; the working directory if None.
+        allow_urls: fetch `http(s)://` sources.
+        stdin: the stream that `-` reads; the standard input of the process if None.
+    """
+
+    base_dir: Path | None = None
+    allow_urls: bool = False
+    stdin: BinaryIO | None = None
+    _piped: bytes | None = field(default=None, init=False, repr=False)
+
+    def load(self, source: str) -> LoadedImage:
+        """Read and decode one source.
+
+        Raises:
+            MediaError: if the source cannot be found or read, is too large, or is not a whole image.
+        """
+        data = self._read(source)
+        if not data:
+            hint = " A pipe can be read only once." if source == "-" else ""
+            raise MediaError(f"{quote_source(source)} is empty (0 bytes); an image was expected.{hint}")
+        image = decode_image(data, quote_source(source))
+        return LoadedImage(image, source, image.width, image.height)
+
+    def _read(self, source: str) -> bytes:
+        if source != "-":
+            return read_source(source, base_dir=self.base_dir, allow_urls=self.allow_urls)
+        if self._piped is None:
+            self._piped = read_stdin(self.stdin)
+        return self._piped
