@@ -219,6 +219,7 @@ FORBIDDEN = {
     "vlm_cli/processor.py": _MIDDLE,
     "vlm_cli/checkpoint": (*_UPPER, "vlm_cli.report"),
     "vlm_cli/report": (*_UPPER, "vlm_cli.checkpoint"),
+    "vlm_cli/data": ("vlm_cli", *(f"!vlm_cli.{x}" for x in ("data", "media", "prompt", "registry", "errors"))),
     "vlm_cli/training": ("vlm_cli.cli", "vlm_cli.generation", "vlm_cli.evaluation", "typer", "rich"),
     "vlm_cli/evaluation": ("vlm_cli.cli", "vlm_cli.generation", "typer", "rich"),
     "vlm_cli/generation": ("vlm_cli.cli", "typer", "rich"),
@@ -288,6 +289,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("vlm_cli/prompt.py", "if True:\n    import transformers"),
         ("vlm_cli/registry.py", "from vlm_cli.composition import PARTS"),
         ("vlm_cli/report/layout.py", "from vlm_cli.cli import console"),
+        ("vlm_cli/data/records.py", "def f():\n    from vlm_cli.training import dataset"),
     ],
 )
 def test_a_wrong_import_is_noticed(path: str, source: str) -> None:

@@ -102,7 +102,7 @@ GOOD = {"prompt": "<image:red.png>", "completion": "x"}
         ({"prompt": "<image:red.png>", "turns": [{"prompt": "x", "completion": ""}]}, 'turn 1: "completion" is empty'),
         ({"prompt": "Caption:", "completion": "x"}, "has no image"),
         ({"text": "Words."}, "has no image"),
-        ({"text": "Words. <image:red.png> "}, "nothing after them to learn"),
+        ({"text": "Words. <image:red.png> "}, "would have nothing to learn after them"),
         ({"prompt": "<image>", "completion": "x"}, "1 bare <image> placeholder, but 0 files"),
         (GOOD | {"prompt": "<image><image>", "images": ["red.png"]}, "2 bare <image> placeholders, but 1 file in"),
         (GOOD | {"images": ["blue.png"]}, "0 bare <image> placeholders, but 1 file"),

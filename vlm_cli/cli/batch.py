@@ -110,7 +110,7 @@ class BatchOptions:
         Raises:
             DataError: if it cannot be read.
         """
-        from vlm_cli.data.records import read_lines
+        from vlm_cli.data.jsonl import read_lines
 
         if self.batch != "-":
             return read_lines(Path(str(self.batch)))
@@ -169,8 +169,8 @@ class BatchRun:
         Raises:
             VLMError: if the input or the output cannot be used. What is answered is kept.
         """
+        from vlm_cli.data.jsonl import number_lines
         from vlm_cli.generation.journal import Journal
-        from vlm_cli.generation.rows import number_lines
 
         assert self.options.output is not None
         total, lines = self.options.count(), number_lines(self.options.read())

@@ -1,1 +1,1 @@
-"""Records: what people train, evaluate and batch on, one JSON object a line."""
+"""Read JSONL files: prompts for `vlm batch`, and records for `vlm train` and `vlm eval`."""

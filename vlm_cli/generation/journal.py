@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vlm_cli.data.jsonl import Line
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import check_file, replacing_file
-from vlm_cli.generation.rows import Line
 
 __all__ = ["Journal", "partial_of"]
 

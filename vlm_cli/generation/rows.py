@@ -8,33 +8,20 @@ Prompts are read as `vlm generate` reads one; other keys are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_cli.data.records import RecordError, get_field, get_images, parse_object
+from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
+from vlm_cli.data.records import get_images
 from vlm_cli.errors import PromptError
 from vlm_cli.generation.decoder import Decoder
 from vlm_cli.generation.encoded_image import ImageSlot
 from vlm_cli.modeling.budget import MediumSize
 from vlm_cli.prompt import Medium, interleave
 
-__all__ = ["Line", "Row", "RowReader", "number_lines"]
+__all__ = ["Row", "RowReader"]
 
 ANSWER = ("text", "new_tokens", "finish_reason", "sequences")  # keys of an answer
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line that is not blank."""
-
-    number: int  # of the file, from 1
-    raw: bytes
-
-
-def number_lines(raw_lines: Iterable[bytes]) -> Iterator[Line]:
-    """The lines that hold something."""
-    return (Line(n, raw) for n, raw in enumerate(raw_lines, start=1) if raw.strip())
 
 
 @dataclass(eq=False)

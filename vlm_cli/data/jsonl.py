@@ -1,0 +1,105 @@
+"""Read JSONL files: lines, their numbers, the object on each line, and fields of a known type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_cli.errors import DataError
+from vlm_cli.registry import suggest
+
+__all__ = ["Line", "RecordError", "describe_type", "get_field", "number_lines", "parse_object", "read_lines"]
+
+_MISSING = object()
+
+
+class RecordError(Exception):
+    """A line that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank."""
+
+    number: int  # in the file, from 1
+    raw: bytes
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except IsADirectoryError:
+        raise DataError(f"{str(path)!r} is a directory. Give the JSONL file in it.") from None
+    except FileNotFoundError:
+        folder = path.absolute().parent
+        near = [x.name for x in folder.iterdir() if x.is_file()] if folder.is_dir() else []
+        raise DataError(f"cannot find the records {str(path)!r}.{suggest(path.name, near)}") from None
+    except OSError as error:
+        raise DataError(f"cannot read the records {str(path)!r}: {error.strerror}.") from None
+
+
+def number_lines(raw_lines: Iterable[bytes]) -> Iterator[Line]:
+    """Number the lines from 1, and leave out the blank ones."""
+    return (Line(number, raw) for number, raw in enumerate(raw_lines, start=1) if raw.strip())
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse a line as a JSON object.
+
+    Raises:
+        RecordError: if the line is not UTF-8, not JSON, or no object.
+    """
+    try:
+        data = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RecordError(f"not UTF-8 text: byte {error.start + 1} is {raw[error.start]:#04x}.") from None
+    except json.JSONDecodeError as error:
+        raise RecordError(f"not JSON: {error.msg} at character {error.colno}.") from None
+    except ValueError as error:  # a number with more digits than Python reads
+        raise RecordError(f"not JSON: {error}.") from None
+    except RecursionError:
+        raise RecordError("not a record: it is nested too deeply.") from None
+    if not isinstance(data, dict):
+        raise RecordError(f"not a record: expected an object, {{…}}, got {describe_type(data)}.")
+    return data
+
+
+def get_field(
+    data: dict[str, Any], key: str, types: type | tuple[type, ...], words: str, default: Any = _MISSING
+) -> Any:
+    """Return the value of a key, after a check of its type.
+
+    Args:
+        data: the object of one line.
+        key: the name of the field.
+        types: Python types that the value may have; true and false are never accepted as numbers.
+        words: those types in words, for the message.
+        default: the value of a field that is missing; without a default, a missing field is an error.
+
+    Raises:
+        RecordError: if the value has another type, or is missing and has no default.
+    """
+    value = data.get(key, default)
+    if value is _MISSING:
+        known = [x for x in data if x not in ("id", "kind", "images")]
+        raise RecordError(f'has no "{key}".{suggest(key, known)}')
+    if value is default:
+        return value
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise RecordError(f'"{key}" must be {words}, got {describe_type(value)}.')
+    return value
+
+
+def describe_type(value: Any) -> str:
+    """Name the JSON type of a value in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
