@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from vlm_cli.cli.app import app
 
-# `benchmarks` is not packaged. At the end, so that the package that is tested stays the one that is installed.
+# `benchmarks` and `examples` are not packaged. At the end, so that the package that is tested stays the one that is
+# installed.
 sys.path.append(str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 # A shell starts its background jobs with Ctrl-C ignored, and so would the commands that the tests interrupt.

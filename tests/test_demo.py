@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 import vlm_cli
+from tests.support import ROOT
 from vlm_cli.cli.app import app
 from vlm_cli.cli.options import DEMO
 from vlm_cli.files import is_vlm_directory
 
-IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
+IMAGES = ROOT / "examples" / "images"
 ANSWERS = [
     ("one", "Describe the image.", "a small green cross."),
     ("two", "Describe the image.", "a small yellow cross above a large red heart."),

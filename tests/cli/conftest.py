@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 TOWER = {
     "embed_dim": 48,

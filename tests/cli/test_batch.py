@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import vlm_cli.checkpoint.directory as directory
+from tests.support import ROOT
 from vlm_cli import VLM
 from vlm_cli.cli import batch as batch_module
 from vlm_cli.cli.options import DEMO
@@ -140,7 +140,7 @@ def test_the_images_of_a_batch_matter(answer):
 
 
 def test_the_demo_answers_as_one_by_one(vlm, answer, folder):
-    images = Path(__file__).parents[2] / "examples" / "images"
+    images = ROOT / "examples" / "images"
     rows = [
         {"prompt": f"<image:{images / name}.png>{question}"}
         for name in ("one", "two", "three")

@@ -17,9 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.support import ROOT
 from vlm_cli import VLM, Composition, create, load, plan
 
-PARITY = Path(__file__).parents[1] / "parity"
+PARITY = ROOT / "tests" / "parity"
 
 
 def inputs(processor, num_images=2):

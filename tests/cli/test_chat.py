@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import vlm_cli.checkpoint.directory as directory
+from tests.support import ROOT
 from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
 from vlm_cli.cli.stream import TextStream
@@ -166,7 +166,7 @@ def test_another_image_before_is_another_answer(name, request, talk, load, asked
 
 
 def test_the_demo_knows_what_was_said(vlm, talk, asked):
-    folder = Path(__file__).parents[2] / "examples" / "images"
+    folder = ROOT / "examples" / "images"
     turns = [f"<image:{folder / 'two.png'}>Describe the image.", "How many things are there?"]
     turns += [f"<image:{folder / 'one.png'}>What is it?", "Q: What colour is it? A:"]
     found, whole = talk(*turns, model="demo", tokens=20), ""

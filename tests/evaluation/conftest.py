@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from PIL import Image, ImageDraw
-from questions import COLOURS, Write
-from test_readme import ROOT, vlm
+
+from tests.support import ROOT, tiny
+from tests.support.command import vlm
+from tests.support.questions import COLOURS, Write
 
 
 @pytest.fixture(scope="session")

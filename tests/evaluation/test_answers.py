@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from questions import PROMPTS, Write
 
+from tests.support.questions import PROMPTS, Write
 from vlm_cli.checkpoint.directory import load
 from vlm_cli.cli.options import SamplingOptions
 from vlm_cli.evaluation.answers import Answer, answer, group

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from questions import PROMPTS, Write
-from test_readme import vlm
 from typer.testing import CliRunner
 
+from tests.support.command import vlm
+from tests.support.questions import PROMPTS, Write
 from vlm_cli.cli.app import app
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.evaluation.scores import wilson_interval

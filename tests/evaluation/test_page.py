@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from PIL import Image
-from questions import Write
 
+from tests.support.questions import Write
 from vlm_cli.evaluation.answers import Answer
 from vlm_cli.evaluation.items import Item, read_items
 from vlm_cli.evaluation.page import MOST_PIXELS, write_page

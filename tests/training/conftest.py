@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from training_files import COLOURS, CROSS_ATTENTION, LANGUAGE_STREAM, SIZE, TOWER, write
 from typer.testing import CliRunner, Result
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import tiny_language_model
-
 import vlm_cli
+from examples import tiny_language_model
+from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, TOWER, write_pictures_and_records
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.cli.app import app
 from vlm_cli.composition import Composition
@@ -60,24 +55,7 @@ def language_stream(build: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, and 24 records about them in `train.jsonl`."""
-    folder = tmp_path_factory.mktemp("data")
-    records: list[dict[str, Any]] = []
-    for name, colour in COLOURS.items():
-        Image.new("RGB", (SIZE, SIZE), colour).save(folder / f"{name}.png")
-        prompt = f"<image:{name}.png>"
-        records += [
-            {"prompt": f"{prompt}Caption:", "completion": f" A {name} square.", "id": f"caption-{name}"},
-            {"prompt": f"{prompt}Q: What colour? A:", "completion": f" {name}"},
-            {
-                "prompt": prompt,
-                "turns": [
-                    {"prompt": "Q: What colour? A:", "completion": f" {name}"},
-                    {"prompt": " Q: A circle? A:", "completion": " no"},
-                ],
-            },
-        ]
-    write(folder / "train.jsonl", [*records, *records])
-    return folder
+    return write_pictures_and_records(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

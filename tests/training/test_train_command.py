@@ -19,10 +19,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_files import CROSS_ATTENTION, LANGUAGE_STREAM, losses, metrics, write
 from typer.testing import Result
 
 import vlm_cli.modeling.vlm
+from tests.support import ROOT
+from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, losses, metrics, write
 from vlm_cli import load
 from vlm_cli.training import run as run_module
 from vlm_cli.training.dataset import Collator, load_dataset
@@ -183,7 +184,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     weights = load_file(out / "model.safetensors")
     out.rename(tmp_path / "first")
     command = ["-m", "vlm_cli", "train", cross_attention, "--data", folder / "train.jsonl", "--output", out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         list(map(str, [sys.executable, *command, *STEPS, *options])), env=environment, stderr=subprocess.DEVNULL
     )
@@ -463,7 +464,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     options_of_launcher = ["--nproc-per-node", 2] if "torch" in module else ["--multi_gpu", "--num_processes", 2]
     command = [sys.executable, "-m", module, *options_of_launcher, "-m", "vlm_cli", "train", cross_attention]
     command += ["--data", folder / "train.jsonl", "--output", out, *options, "--batch-size", 3]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     two = metrics(out)

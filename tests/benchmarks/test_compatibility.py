@@ -1,0 +1,109 @@
+"""docs/compatibility.md says what is so: each row is measured again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from benchmarks.compatibility.__main__ import check_type
+from benchmarks.compatibility.document import FUSIONS, PAGE, language_model_row, tower_row, versions
+from benchmarks.compatibility.language_models import model_types, tiny_config, tiny_vlm
+from benchmarks.compatibility.towers import check_tower, towers
+from tests.support import ROOT
+from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
+from vlm_cli.errors import LanguageModelLimit
+from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING
+from vlm_cli.report.invariants import CHECKS
+
+TEXT = PAGE.read_text(encoding="utf-8")
+#: The page tells of one set of versions; with others a row may differ, and must hold all the same.
+IS_CURRENT = f"Versions: {versions()}." in TEXT
+ROWS = {line.split(" | ")[0].strip("| "): line for line in TEXT.splitlines() if line.startswith("| ")}
+
+
+def stable(row: str) -> str:
+    """A row without limits that are a matter of rounding, which another processor may not show."""
+    return row.replace("○", "✓") if row.startswith("| zamba2 ") else row
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("model_type", model_types())
+def test_language_model(model_type: str) -> None:
+    row = check_type(model_type)
+    failed = [f"{fusion}: {f}" for fusion, found in row.findings.items() for f in found if f.verdict == "fails"]
+    assert not failed
+    for fusion in FUSIONS:
+        assert [f.name for f in row.findings[fusion]] == list(CHECKS)
+    if IS_CURRENT:
+        assert stable(ROWS[model_type]) == stable(language_model_row(row)), "run `python -m benchmarks.compatibility`"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", towers())
+def test_tower(name: str) -> None:
+    row = check_tower(name)
+    assert row.verdict, row.reason
+    if IS_CURRENT:
+        assert ROWS[name] == tower_row(row), "run `python -m benchmarks.compatibility`"
+
+
+def test_totals_are_those_of_the_rows() -> None:
+    if not IS_CURRENT:
+        pytest.skip(f"the page tells of other versions than {versions()}")
+    types = [name for name in model_types() if name in ROWS]
+    assert types == model_types() and all(name in ROWS for name in towers())
+    good = sum("✗" not in ROWS[name] for name in types)
+    assert f"| **{good * len(FUSIONS)}** |" in ROWS[f"language model types × fusions, of {len(types)} × {len(FUSIONS)}"]
+    assert "| **144** |" in ROWS[f"OpenCLIP towers, of {len(towers())}"]
+    assert not [name for name, row in ROWS.items() if "✗" in row]
+
+
+def test_each_limit_has_its_reason() -> None:
+    limits = re.findall(r"^- `([\w.-]+)`, (\w+): (.+)$", TEXT, re.MULTILINE)
+    told = {check: {name for name, which, _ in limits if which == check} for check in CHECKS}
+    if IS_CURRENT:
+        assert told["pieces"] == set(NO_CHUNKED_PREFILL) and told["padded"] >= set(NO_LEFT_PADDING)
+    for name, reason in UNSUITABLE_LANGUAGE_MODELS.items():
+        assert re.search(rf"^- {re.escape(reason)}: .*`{name}`", TEXT, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3", "jamba", "qwen3_5"])
+def test_tiny_models_are_tiny(model_type: str) -> None:
+    """Sizes come from field names, of which a new type may have others."""
+    config = tiny_config(model_type).get_text_config(decoder=True)
+    assert config.vocab_size == 80 and config.hidden_size == 32
+    assert sum(p.numel() for p in tiny_vlm(model_type, "cross-attention").lang_model.parameters()) < 3_000_000
+
+
+def test_readme_totals() -> None:
+    """The README repeats the totals."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if IS_CURRENT:
+        assert f"measured: {len(model_types())}\ntypes" in readme and f"all {len(towers())} towers" in readme
+
+
+@pytest.mark.parametrize("model_type", sorted(NO_LEFT_PADDING))
+def test_padding_at_the_left_is_refused(model_type: str) -> None:
+    model = tiny_vlm(model_type, "cross-attention")
+    ids, mask = torch.randint(1, 80, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :2] = 0
+    for call in (model, model.generate):
+        with pytest.raises(LanguageModelLimit, match=f"of type {model_type} cannot read .*--batch-size 1"):
+            call(lang_x=ids, attention_mask=mask)
+    with torch.no_grad():
+        # Padding that comes last does no harm.
+        assert model(lang_x=ids, attention_mask=mask.flip(1)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "mamba", "zamba"])
+def test_pieces_are_refused(model_type: str) -> None:
+    model = tiny_vlm(model_type, "cross-attention")
+    ids = torch.randint(1, 80, (1, 8))
+    with torch.no_grad():
+        output = model(lang_x=ids[:, :4], use_cache=True)
+        cache = next(output[name] for name in ("cache", "past_key_values", "cache_params") if name in output)
+        with pytest.raises(LanguageModelLimit, match="several tokens after a cache"):
+            model(lang_x=ids[:, 4:], past_key_values=cache)
+        assert model(lang_x=ids[:, 4:5], past_key_values=cache, use_cache=True).logits.shape[1] == 1

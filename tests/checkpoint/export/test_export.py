@@ -1,0 +1,283 @@
+"""`vlm export`: what other programs read gives what the model gives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+)
+
+import vlm_cli
+from tests.support import disk, tiny
+from tests.support.disk import run
+from vlm_cli.checkpoint.export import programs
+from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava
+from vlm_cli.errors import CheckpointError, UsageError
+
+CLOSE = {"atol": 1e-4, "rtol": 0}  # float32, through different kernels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`lm`, `tower`, and a model of each fusion."""
+    path = tmp_path_factory.mktemp("export")
+    lm, tower = disk.language_model(path / "lm"), disk.tower(path / "tower")
+    named = f"local-dir:{tower}", str(lm)
+    disk.write(path / "flamingo", disk.composition(*named, "perceiver", "cross-attention"))
+    llava = {"vision_encoder": {"layer": -2}}
+    disk.write(path / "llava", disk.composition(*named, "mlp", "language-stream", **llava))
+    return path
+
+
+def exported(folder: Path, model: str, kind: str, out: Path) -> dict:
+    result = run("export", folder / model, out, "--format", kind, "--json")
+    assert result.exit_code == 0, result.output
+    assert f"exporting {kind}" in result.stderr
+    return json.loads(result.stdout)
+
+
+# -- the language model alone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["flamingo", "llava"])
+@torch.no_grad()
+def test_the_language_model_is_the_one_that_was_published(folder, tmp_path, model):
+    report = exported(folder, model, "language-model", tmp_path / "out")
+    assert report["format"] == "language-model" and report["files"].keys() >= {"config.json", "model.safetensors"}
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", folder / "lm"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], x) for name, x in theirs.items())
+    ids = torch.tensor([[5, 6, 7, 300]])
+    back, bare = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", folder / "lm"))
+    assert torch.equal(back(ids).logits, bare(ids).logits)
+    with tiny.nudged(bare.model.norm.weight):
+        assert not torch.equal(back(ids).logits, bare(ids).logits)
+
+
+def test_the_tokenizer_knows_none_of_our_tokens(folder, tmp_path):
+    exported(folder, "flamingo", "language-model", tmp_path / "out")
+    back, bare, ours = (
+        AutoTokenizer.from_pretrained(x) for x in (tmp_path / "out", folder / "lm", folder / "flamingo")
+    )
+    text = "The cat <image> sits.</s>"
+    assert back(text).input_ids == bare(text).input_ids != ours(text).input_ids
+    assert back.get_vocab() == bare.get_vocab() and back.special_tokens_map == bare.special_tokens_map
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (settings.eos_token_id, settings.pad_token_id) == (bare.eos_token_id, None)
+
+
+# -- the vision side ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def vision_tokens(folder: Path, pixels: torch.Tensor) -> torch.Tensor:
+    model, _ = vlm_cli.load(str(folder))
+    return model.encode_vision(pixels[:, None, None])[0][:, 0]
+
+
+@pytest.mark.matrix
+def test_the_vision_side_is_a_program_for_any_batch(folder, tmp_path):
+    report = exported(folder, "flamingo", "vision-program", tmp_path / "out")
+    assert report["input"] == ["N", 3, 32, 32] and report["output"] == ["N", 3, 48]
+    program = torch.export.load(tmp_path / "out/vision.pt2").module()
+    pixels = torch.randn(5, 3, 32, 32)
+    wanted = vision_tokens(folder / "flamingo", pixels)
+    torch.testing.assert_close(program(pixels), wanted, **CLOSE)
+    assert (program(pixels + 0.01) - wanted).abs().max() > 1e-4
+
+
+def test_a_program_that_differs_is_not_written(folder, tmp_path, monkeypatch):
+    class Other:
+        def module(self):
+            return lambda pixels: torch.zeros(len(pixels), 16, 64)
+
+    monkeypatch.setattr(torch.export, "load", lambda file: Other())
+    result = run("export", folder / "llava", tmp_path / "out", "--format", "vision-program")
+    assert result.exit_code == 1 and "the program differs from the model" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tower_whose_batch_is_fixed_says_so(folder, tmp_path, monkeypatch):
+    real = torch.export.export
+
+    def strict(side, inputs, dynamic_shapes=None):
+        if dynamic_shapes:
+            raise ValueError("specialized")
+        return real(side, inputs)
+
+    monkeypatch.setattr(torch.export, "export", strict)
+    report = exported(folder, "llava", "vision-program", tmp_path / "out")
+    assert report["input"][0] == 1 and report["output"] == [1, 16, 64]
+
+
+@pytest.mark.matrix
+def test_the_vision_side_as_onnx(folder, tmp_path):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    report = exported(folder, "llava", "vision-onnx", tmp_path / "out")
+    session = runtime.InferenceSession(tmp_path / "out/vision.onnx")
+    assert report["input"] == ["N", 3, 32, 32] and session.get_inputs()[0].shape[1:] == [3, 32, 32]
+    pixels = torch.randn(5, 3, 32, 32)
+    wanted = vision_tokens(folder / "llava", pixels)
+    found = torch.from_numpy(session.run(["tokens"], {"pixels": pixels.numpy()})[0])
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_onnx_names_what_is_not_installed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "find_spec", lambda name: None if name == "onnxscript" else name)
+    result = run("export", folder / "llava", tmp_path / "out", "--format", "vision-onnx")
+    assert result.exit_code == 2 and "needs onnxscript. Install it: pip install 'vlm-cli[onnx]'" in result.stderr
+
+
+def test_agreement_is_measured():
+    ours = torch.tensor([1.0, -200.0])
+    assert programs.must_agree("x", ours, ours + 0.01) == pytest.approx(5e-5, rel=0.1)
+    for theirs in (ours + 0.1, ours * torch.nan):
+        with pytest.raises(CheckpointError, match="x differs from the model"):
+            programs.must_agree("x", ours, theirs)
+    with pytest.raises(CheckpointError, match=r"x gives \[1\], the model \[2\]"):
+        programs.must_agree("x", ours, ours[:1])
+
+
+# -- LLaVA -------------------------------------------------------------------------------------------------------------
+
+READINGS = {
+    "llama": {"layer": -2},
+    "mistral": {"layer": -1, "norm": False},
+    "qwen2": {"layer": -3, "class_token": True},
+}
+
+
+def llava_logits(ours, processor, theirs, their_processor):
+    """Logits of both for a prompt with an image; theirs at the last of its positions."""
+    photo = Image.effect_noise((48, 40), 80).convert("RGB")
+    prompt = "The cat <image> sits on"
+    batch = processor(text=prompt, images=[photo])
+    spread = their_processor(text=prompt, images=photo, return_tensors="pt")
+    assert (spread["pixel_values"] - batch["pixel_values"][0, 0]).abs().max() < 0.1  # torchvision resizes, not PIL
+    spread["pixel_values"] = batch["pixel_values"][0, 0]
+    is_image = spread["input_ids"][0] == ours.config.media_token_id
+    assert is_image.sum() == ours.num_positions()
+    kept = ~is_image
+    kept[is_image.nonzero()[-1]] = True
+    return ours(**batch).logits, theirs(**spread).logits[:, kept]
+
+
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+@torch.no_grad()
+def test_llava_gives_the_same_logits(folder, tmp_path, model_type):
+    reading = READINGS.get(model_type, {"layer": -2})
+    lm = disk.language_model(tmp_path / "lm", model_type)
+    named = f"local-dir:{folder / 'tower'}", str(lm), "mlp", "language-stream"
+    disk.write(tmp_path / "llava", disk.composition(*named, vision_encoder=reading))
+    exported(tmp_path, "llava", "llava", tmp_path / "out")
+    ours, processor = vlm_cli.load(str(tmp_path / "llava"))
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    pair = processor, theirs, AutoProcessor.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(*llava_logits(ours, *pair), **CLOSE)
+    with tiny.nudged(ours.vision_encoder.visual.transformer.resblocks[0].mlp.c_fc.weight, by=1.0):
+        mine, back = llava_logits(ours, *pair)
+        assert (mine - back).abs().max() > 1e-4
+
+
+def test_llava_generates_what_the_model_generates(folder, tmp_path):
+    exported(folder, "llava", "llava", tmp_path / "out")
+    # Of the tower's size, so that nothing is resized; without a word, <image> would come first on some.
+    photos = [Image.frombytes("RGB", (32, 32), random.Random(i).randbytes(3 * 32 * 32)) for i in range(6)]
+    texts = []
+    for model, processor in (
+        vlm_cli.load(str(folder / "llava")),
+        (
+            LlavaForConditionalGeneration.from_pretrained(tmp_path / "out"),
+            AutoProcessor.from_pretrained(tmp_path / "out"),
+        ),
+    ):
+        for photo in photos:
+            batch = processor(text="<image>The", images=photo, return_tensors="pt")
+            ids = model.generate(**batch, max_new_tokens=6, do_sample=False)
+            texts.append(ids[0, batch["input_ids"].shape[1] :].tolist())
+    assert texts[: len(photos)] == texts[len(photos) :]
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        ({"fusion": "cross-attention"}, "fusion is cross-attention; it would have to be language-stream"),
+        ({"tokenizer": "linear"}, "vision_tokenizer is linear; it would have to be mlp"),
+        ({"tokenizer": {"type": "mlp", "pixel_shuffle": 2}}, "pixel_shuffle is 2; it would have to be 1"),
+        ({"language_model": "gpt2"}, "the language model is of type gpt2; it would have to be llama"),
+        ({"vision": "resnet"}, "has a ResNet; it would have to be a plain ViT"),
+        ({"vision": "siglip"}, "timm_model_name='test_vit'; it would have to be a plain ViT"),
+        ({"vision": "coca"}, "attentional_pool=True; it would have to be a plain ViT"),
+        (
+            {"vision_encoder": {"name": "vit", "layer": -1}},
+            "layer -1 of the vision encoder passes through its last norm",
+        ),
+    ],
+)
+def test_what_llava_cannot_hold(parts, problem):
+    fitting = {"tokenizer": "mlp", "fusion": "language-stream", "vision_encoder": {"name": "vit", "layer": -2}}
+    check_llava(tiny.config(**fitting))
+    with pytest.raises(UsageError, match="no directory of Hugging Face's LLaVA can hold this model:") as caught:
+        check_llava(tiny.config(**{**fitting, **parts}))
+    assert problem in str(caught.value)
+
+
+def test_a_refusal_comes_before_weights_are_read(folder, tmp_path):
+    broken = folder / "flamingo-without-weights"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((folder / "flamingo/config.json").read_bytes())
+    result = run("export", broken, tmp_path / "out", "--format", "llava")
+    assert result.exit_code == 2
+    assert "fusion is cross-attention" in result.stderr and "vision_tokenizer is perceiver" in result.stderr
+
+
+# -- where it is written -----------------------------------------------------------------------------------------------
+
+
+def test_what_was_exported_may_be_replaced_and_nothing_else(folder, tmp_path):
+    out = tmp_path / "out"
+    exported(folder, "llava", "language-model", out)
+    result = run("export", folder / "llava", out, "--format", "language-model")
+    assert result.exit_code == 2 and "add --overwrite" in result.stderr
+    assert run("export", folder / "llava", out, "-f", "llava", "--overwrite", "--quiet").exit_code == 0
+    assert json.loads((out / "vlm_export.json").read_text())["format"] == "llava"
+    (out / "vlm_export.json").unlink()
+    result = run("export", folder / "llava", out, "-f", "llava", "--overwrite")
+    assert result.exit_code == 2 and "not a directory that vlm wrote" in result.stderr
+
+
+def test_an_unknown_format(folder, tmp_path):
+    result = run("export", folder / "llava", tmp_path / "out", "--format", "lava")
+    assert result.exit_code == 2 and "unknown format 'lava'. Did you mean 'llava'?" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["language-model", "vision-program"])
+def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, kind):
+    """Safetensors says so with an error of its own; torch's writer of programs would end the process."""
+
+    def write_bytes(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save_file(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_file)
+    result = run("export", folder / "flamingo", tmp_path / "out", "--format", kind)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr and "Nothing was changed" in result.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,266 @@
+"""IDEFICS in the layout of Transformers, against Transformers' own class, with the image mask of its own processor."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers.models.idefics.processing_idefics import (
+    image_attention_mask_for_packed_input_ids,
+    incremental_to_binary_attention_mask,
+)
+
+from tests.support.published import (
+    SIZE,
+    VOCABULARY,
+    Case,
+    check,
+    load,
+    prompt,
+    rewrite,
+    rewrite_config,
+    shapes_of,
+    sized,
+    stir,
+    write_tokenizer,
+)
+from vlm_cli.cli.options import ComposeOptions
+from vlm_cli.errors import CheckpointError
+from vlm_cli.modeling.vlm import VLM
+
+FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+IMAGE_ID = VOCABULARY + 1
+
+VISION = {
+    "embed_dim": 32,
+    "image_size": SIZE,
+    "patch_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+PERCEIVER = {
+    "use_resampler": True,
+    "resampler_n_latents": 3,
+    "resampler_depth": 2,
+    "resampler_n_heads": 2,
+    "resampler_head_dim": 8,
+    "qk_layer_norms_perceiver": True,
+}
+
+
+def config(**changes: Any) -> IdeficsConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "additional_vocab_size": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "cross_layer_interval": 2,
+        "qk_layer_norms": True,
+        "use_resampler": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "vision_config": VISION,
+        "perceiver_config": PERCEIVER,
+    }
+    return IdeficsConfig(**{**sizes, **changes})
+
+
+@torch.no_grad()
+def huggingface(folder: Path, *, num_added: int = 2, **changes: Any) -> Case:
+    theirs = stir(IdeficsForVisionText2Text(config(additional_vocab_size=num_added, **changes)))
+    for block in theirs.model.gated_cross_attn_layers:
+        for gate in (block.alpha_cross_attn, block.alpha_dense):
+            gate.copy_(0.7 + 0.2 * torch.randn_like(gate))
+    theirs.save_pretrained(folder)
+    tokenizer = write_tokenizer(folder, *(FAKE, IMAGE, END)[:num_added], pad="w0")
+
+    @torch.no_grad()
+    def logits(lang_x: Tensor, vision_x: Tensor) -> Tensor:
+        seen, _ = image_attention_mask_for_packed_input_ids(lang_x, tokenizer, "pt")
+        mask = incremental_to_binary_attention_mask(seen, "pt", num_classes=vision_x.shape[1])
+        pixels = vision_x[:, :, 0]
+        return theirs(input_ids=lang_x, pixel_values=pixels, image_attention_mask=mask).logits[0, :, :VOCABULARY]
+
+    return Case(source=folder, logits=logits, made_by="Transformers' IdeficsForVisionText2Text")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"alpha_type": "vector"},
+        {"qk_layer_norms": False},
+        {"perceiver_config": {**PERCEIVER, "qk_layer_norms_perceiver": False}},
+        {"cross_layer_interval": 1},
+        {"num_added": 3},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_huggingface(tmp_path, changes):
+    check(huggingface(tmp_path, **changes), is_told=not changes)
+
+
+@torch.no_grad()
+def test_text_between_and_before_media(tmp_path):
+    """Each position sees the last image, the tokens around the images included; text before the first sees none."""
+    found = huggingface(tmp_path)
+    imported = load(found)
+    model, tokenizer = imported.model, imported.processor.tokenizer
+    text = f"w5 w6 {FAKE} {IMAGE} {FAKE} w7 w8 {FAKE} {IMAGE} {IMAGE} {FAKE} w9 w10"
+    lang_x = torch.tensor([tokenizer.convert_tokens_to_ids(text.split())])
+    assert lang_x[0, 2:4].tolist() == [VOCABULARY, IMAGE_ID]
+    vision_x = torch.randn(1, 3, 1, 3, SIZE, SIZE)
+    ours = model(lang_x=lang_x, vision_x=vision_x).logits[0, :, :VOCABULARY]
+    torch.testing.assert_close(ours, found.logits(lang_x, vision_x), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_built_directory(vlm, tmp_path):
+    """What is written reads back the same."""
+    found = huggingface(tmp_path / "published")
+    result = vlm("build", tmp_path / "ours", "--from", tmp_path / "published")
+    assert result.exit_code == 0, result.stderr
+    imported, built = load(found).model, VLM.from_pretrained(tmp_path / "ours").eval()
+    lang_x, vision_x = prompt(imported, 2)
+    ours, theirs = (model(lang_x=lang_x, vision_x=vision_x).logits for model in (imported, built))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_of_added_tokens(tmp_path):
+    """The ids after Llama's are those of the second tables, in their order."""
+    imported = load(huggingface(tmp_path, num_added=3))
+    theirs = IdeficsForVisionText2Text.from_pretrained(tmp_path)
+    tokenizer = imported.processor.tokenizer
+    assert imported.model.config.added_tokens == [FAKE, IMAGE, END]
+    assert tokenizer.convert_tokens_to_ids([FAKE, IMAGE, END]) == [VOCABULARY, VOCABULARY + 1, VOCABULARY + 2]
+    ours = imported.model.added_tokens
+    assert torch.equal(ours.embedding.weight, theirs.model.embed_tokens.additional_embedding.weight)
+    assert torch.equal(ours.head.weight, theirs.lm_head.additional_fc.weight)
+
+
+@torch.no_grad()
+def test_without_images(tmp_path):
+    """Llama alone. IDEFICS's feed-forwards beside it also read text without images, which ours do not: a departure."""
+    found = huggingface(tmp_path)
+    imported = load(found)
+    assert any("read by Llama alone" in note for note in imported.notes)
+    model = imported.model
+    lang_x = torch.randint(1, VOCABULARY, (1, 7))
+    ours = model(lang_x=lang_x).logits[0, :, :VOCABULARY]
+    theirs = found.logits(lang_x, torch.zeros(1, 1, 1, 3, SIZE, SIZE))
+    assert float((ours - theirs).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "vision_encoder.norm=true",
+        "vision_encoder.class_token=false",
+        "vision_tokenizer.activation=gelu",
+        "fusion.attend=all",
+    ],
+)
+@torch.no_grad()
+def test_another_reading_is_noticed(tmp_path, wrong):
+    found = huggingface(tmp_path)
+    models = [load(x).model for x in (found, replace(found, options=ComposeOptions(set=[wrong])))]
+    lang_x, vision_x = prompt(models[0], 2)
+    right, other = (model(lang_x=lang_x, vision_x=vision_x).logits for model in models)
+    assert float((right - other).abs().max()) > 1e-3
+
+
+def test_blocks_elsewhere_have_no_weights(tmp_path):
+    """Flamingo's blocks stand before the last layer of each interval, and IDEFICS's before the first."""
+    found = huggingface(tmp_path)
+    imported = load(replace(found, options=ComposeOptions(set=["fusion.first=null"])))
+    assert imported.model is None
+    assert {name.split(".")[2] for name in imported.report.missing} == {"1", "3"}
+    assert {name.split(".")[2] for name in imported.report.unused} == {"0", "1"}  # theirs are numbered by themselves
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"cross_layer_interval": 4},
+            "has 2 cross-attention blocks, but cross_layer_interval=4 over 4 layers asks for 1",
+        ),
+        ({"num_hidden_layers": 6}, "has 2 cross-attention blocks, but cross_layer_interval=2 over 6 layers asks for 3"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    ],
+    ids=str,
+)
+def test_other_numbers_are_refused(tmp_path, changes, words):
+    found = huggingface(tmp_path)
+    rewrite_config(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        load(found)
+
+
+def test_without_resampler_is_refused(tmp_path):
+    IdeficsForVisionText2Text(config(use_resampler=False)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="use_resampler=False"):
+        load(Case(source=tmp_path, logits=lambda *_: _, made_by=""))
+
+
+def test_other_tokens_are_refused(tmp_path):
+    IdeficsForVisionText2Text(config(additional_vocab_size=5)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has 5 tokens beside Llama's"):
+        load(Case(source=tmp_path, logits=lambda *_: _, made_by=""))
+
+
+def test_another_width_is_named(tmp_path):
+    found = huggingface(tmp_path)
+    name = "model.gated_cross_attn_layers.1.mlp.up_proj.weight"
+    rewrite(tmp_path, lambda tensors: {**tensors, name: torch.zeros(47, 32)})
+    report = load(found).report
+    assert report.mismatched == {name: ([47, 32], [48, 32])}
+
+
+def test_older_names(tmp_path):
+    """Older releases of Transformers saved what rotary positions are computed from."""
+    found = huggingface(tmp_path)
+    more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(4)}
+    rewrite(tmp_path, lambda tensors: {**tensors, **more})
+    check(found)
+
+
+def test_published_sizes():
+    """https://huggingface.co/HuggingFaceM4/idefics-9b: ViT-H/14, Llama-7B, a block before every fourth layer."""
+    settings = IdeficsConfig(
+        additional_vocab_size=2,
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        use_resampler=True,
+        vision_config={"embed_dim": 1280, "intermediate_size": 5120, "num_hidden_layers": 32},
+        perceiver_config={"use_resampler": True, "qk_layer_norms_perceiver": True},
+    )
+    with torch.device("meta"):
+        theirs = IdeficsForVisionText2Text(settings)
+    model, report = sized(shapes_of(theirs))
+    assert report.is_complete and not report.unused
+    assert model.config.composition.vision_encoder.name == "ViT-H-14"
+    assert list(model.fusion.blocks) == ["0", "4", "8", "12", "16", "20", "24", "28"]
+    assert (model.config.vision_config["num_patches"], model.config.media_token_id) == (257, 32001)
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    projection = model.vision_encoder.visual.proj.numel()
+    assert count(model.vision_encoder) - projection == count(theirs.model.vision_model)
+    assert count(model.vision_tokenizer) == count(theirs.model.perceiver_resampler)
+    assert count(model.fusion) == count(theirs.model.gated_cross_attn_layers)
+    assert count(model.lang_model) == 6_738_415_616  # Llama-7B
+    assert count(model.added_tokens) == 2 * 2 * 4096
+    assert sum(count(part) for part in model.part_modules().values()) - projection == count(theirs)

@@ -1,0 +1,186 @@
+"""A prompt whose beginning was read before: the same answer, and fewer positions computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import tiny
+from tests.support.tiny import IMAGE
+from vlm_cli.modeling.prompt_cache import PromptCache
+from vlm_cli.modeling.vlm import VLM
+
+NEW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
+#: Language models whose state is more than keys and values by position.
+NOT_KEPT = {"mamba", "mamba2", "jamba", "zamba2", "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "openai-gpt"}
+
+
+class Counter:
+    """Positions that the language model read: B times the length of each call."""
+
+    def __init__(self, model: VLM) -> None:
+        self.positions = 0
+        model.lang_model.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, module: Any, args: Any, kwargs: Any) -> None:
+        self.positions += kwargs["input_ids"].numel()
+
+    def of(self, call: Any) -> tuple[Any, int]:
+        before = self.positions
+        return call(), self.positions - before
+
+
+def prompt(model: VLM, media: list[int], *, texts: list[int], pool: Tensor) -> dict[str, Tensor]:
+    """`texts` tokens after each of the media, which are numbers in `pool`, float[M, n, d]."""
+    ids = [1]
+    for k, length in zip([*media, None], texts, strict=True):
+        ids += [2 + (7 * len(ids) + i) % 11 for i in range(length)] + ([IMAGE] if k is not None else [])
+    inputs = {"lang_x": torch.tensor([ids])}
+    if media:
+        inputs |= {"vision_tokens": pool[media][None], "media_mask": torch.ones(1, len(media), pool.shape[1]).bool()}
+    return inputs
+
+
+@pytest.fixture(params=tiny.FUSIONS)
+def model(request: pytest.FixtureRequest) -> VLM:
+    return tiny.open_gates(tiny.build(fusion=request.param))
+
+
+@pytest.fixture
+def pool(model: VLM) -> Tensor:
+    """Vision tokens of four images, float[4, n, d]."""
+    torch.manual_seed(4)
+    size = model.config.vision_config["vision_cfg"]["image_size"]
+    with torch.no_grad():
+        return model.encode_vision(torch.randn(1, 4, 1, 3, size, size))[0][0]
+
+
+def with_answer(inputs: dict[str, Tensor], answer: Tensor, more: list[int]) -> dict[str, Tensor]:
+    return inputs | {"lang_x": torch.cat([answer, torch.tensor([more])], dim=1)}
+
+
+def test_turns_of_a_chat_are_read_once(model, pool):
+    counter, cache = Counter(model), PromptCache()
+    inputs = prompt(model, [0], texts=[3, 4], pool=pool)
+    for turn in range(3):
+        plain, all_positions = counter.of(lambda inputs=inputs: model.generate(**inputs, **NEW))
+        found, positions = counter.of(lambda inputs=inputs: model.generate(**inputs, **NEW, prompt_cache=cache))
+        assert torch.equal(found, plain)
+        assert positions == all_positions - cache.reused and (cache.reused > 0) == (turn > 0)
+        inputs = with_answer(inputs, found, [IMAGE, 5, 6] if turn == 0 else [7, 8])
+        if turn == 0:
+            inputs |= {"vision_tokens": pool[[0, 1]][None], "media_mask": torch.ones(1, 2, pool.shape[1]).bool()}
+    # All but the last token, whose turn never came, and the two of the turn.
+    new, per_medium = NEW["max_new_tokens"], model.num_positions()
+    assert cache.reused == found.shape[1] + 2 * (per_medium - 1) - new - 3
+
+
+def test_what_changed_is_read_again(model, pool):
+    cache = PromptCache()
+    before = prompt(model, [0, 1], texts=[3, 4, 2], pool=pool)
+    model.generate(**before, **NEW, prompt_cache=cache)
+    other_image = prompt(model, [0, 2], texts=[3, 4, 2], pool=pool)
+    other_text = before | {"lang_x": before["lang_x"].clone()}
+    other_text["lang_x"][0, 2] += 1
+    per_medium = model.num_positions()
+    for inputs, reused in ((other_image, 1 + 3 + per_medium + 4), (other_text, 2), (before, 2)):
+        found = model.generate(**inputs, **NEW, prompt_cache=cache)
+        assert cache.reused == reused
+        assert torch.equal(found, model.generate(**inputs, **NEW))
+
+
+def test_a_cache_that_believed_the_text_alone_would_be_wrong(model, pool, monkeypatch):
+    """The twin of the test above: with the images not compared, another answer comes out."""
+    monkeypatch.setattr("vlm_cli.modeling.prompt_cache.torch.equal", lambda a, b: True)
+    cache, wrong = PromptCache(), 0
+    for k in range(3):
+        inputs = prompt(model, [k, 3], texts=[1, 1, 6], pool=5 * pool)
+        scores = [
+            model.generate(**inputs, **NEW, **options, output_scores=True, return_dict_in_generate=True).scores[0]
+            for options in ({}, {"prompt_cache": cache})
+        ]
+        wrong += bool((scores[0] - scores[1])[..., :IMAGE].abs().max() > 1e-3)
+    assert wrong == 2
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 5, 3)])
+def test_shots_that_rows_share_are_read_once(model, pool, lengths):
+    counter, cache = Counter(model), PromptCache()
+    rows = [prompt(model, [0, 1, 2 + b % 2], texts=[3, 6, 1, n], pool=pool) for b, n in enumerate(lengths)]
+    longest = max(row["lang_x"].shape[1] for row in rows)
+    pad = [longest - row["lang_x"].shape[1] for row in rows]
+    batch = {
+        "lang_x": torch.cat([torch.nn.functional.pad(r["lang_x"], (n, 0)) for r, n in zip(rows, pad, strict=True)]),
+        "vision_tokens": torch.cat([row["vision_tokens"] for row in rows]),
+        "media_mask": torch.cat([row["media_mask"] for row in rows]),
+    }
+    batch["attention_mask"] = (torch.arange(longest) >= torch.tensor(pad)[:, None]).long()
+    plain, all_positions = counter.of(lambda: model.generate(**batch, **NEW))
+    found, first = counter.of(lambda: model.generate(**batch, **NEW, prompt_cache=cache))
+    shared = 1 + 3 + 6 + 2 * model.num_positions() + 1
+    assert torch.equal(found, plain) and cache.reused == shared
+    assert first == all_positions - 2 * shared  # once instead of three times
+    found, second = counter.of(lambda: model.generate(**batch, **NEW, prompt_cache=cache))
+    assert torch.equal(found, plain) and second == first - shared
+    for b, row in enumerate(rows):
+        assert torch.equal(found[b, pad[b] :], model.generate(**row, **NEW)[0])
+    other = batch | {"lang_x": batch["lang_x"].clone()}
+    other["lang_x"][batch["lang_x"] == 1] = 9  # another first token: nothing of before is of use
+    found = model.generate(**other, **NEW, prompt_cache=cache)
+    assert torch.equal(found, model.generate(**other, **NEW)) and cache.reused == shared
+
+
+@each_fusion
+@pytest.mark.parametrize("language_model", tiny.LANGUAGE_MODELS)
+def test_every_language_model_answers_the_same(language_model, fusion):
+    model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
+    inputs = tiny.row(model, 2, 12)
+    tokens, mask = model.encode_vision(inputs.vision_x)
+    cache, lang_x = PromptCache(), inputs.lang_x
+    for _ in range(2):
+        given = {"lang_x": lang_x, "vision_tokens": tokens, "media_mask": mask}
+        plain = model.generate(**given, **NEW)
+        assert torch.equal(model.generate(**given, **NEW, prompt_cache=cache), plain)
+        lang_x = torch.cat([plain, torch.tensor([[3, 4]])], dim=1)
+    assert bool(cache.reused) == (language_model not in NOT_KEPT)
+
+
+def test_interrupted_answers_leave_a_cache_that_is_right(model, pool):
+    class Stop(Exception):
+        pass
+
+    class Streamer:
+        left = 3
+
+        def put(self, value: Any) -> None:
+            self.left -= 1
+            if not self.left:
+                raise Stop
+
+        def end(self) -> None: ...
+
+    cache = PromptCache()
+    inputs = prompt(model, [0], texts=[3, 4], pool=pool)
+    answer = model.generate(**inputs, **NEW, prompt_cache=cache)
+    longer = with_answer(inputs, answer, [4, 5, 6])
+    with pytest.raises(Stop):
+        model.generate(**longer, **NEW, prompt_cache=cache, streamer=Streamer())
+    other = with_answer(inputs, answer, [6, 5, 4, 3])
+    assert torch.equal(model.generate(**other, **NEW, prompt_cache=cache), model.generate(**other, **NEW))
+    assert cache.reused
+
+
+def test_refusals(model, pool):
+    inputs = prompt(model, [0], texts=[1, 1], pool=pool)
+    with pytest.raises(ValueError, match="num_beams must be 1"):
+        model.generate(**inputs, num_beams=2, prompt_cache=PromptCache())
+    row = tiny.row(model, 1)
+    with pytest.raises(ValueError, match="give vision_tokens"):
+        model.generate(**row.inputs(), prompt_cache=PromptCache())
+    text = {"lang_x": inputs["lang_x"][:, :1]}
+    details = model.generate(**text, **NEW, prompt_cache=PromptCache(), return_dict_in_generate=True)
+    assert torch.equal(details.sequences, model.generate(**text, **NEW))
