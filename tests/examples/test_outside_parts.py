@@ -173,7 +173,9 @@ def test_own_settings_are_checked_as_all_are(plugin: None, override: str, messag
 def test_the_settings_of_one_encoder_are_not_those_of_another(plugin: None) -> None:
     assert compose(vision_encoder="ViT-B-32").vision_encoder == VisionEncoderOptions(name="ViT-B-32")
     # Both have a `depth`, of convolutions and of the layers that are kept.
-    assert encoder(depth=0).of_openclip == {} and encoder(depth=0).reading == encoder().reading
+    assert (
+        encoder(depth=0).openclip_settings == {} and encoder(depth=0).feature_arguments == encoder().feature_arguments
+    )
     with pytest.raises(CompositionError, match=r"vision_encoder\.depth must be at least 1, got 0"):
         compose("vision_encoder.depth=0", vision_encoder="ViT-B-32")
 

@@ -191,7 +191,7 @@ def sized(checkpoint: PublishedCheckpoint) -> tuple[VLM, KeyReport]:
     found = recognise(checkpoint).describe(checkpoint)
     composition = ComposeOptions().over(found.composition)
     text = dict(found.text_config)
-    shape = tower_shape(found.vision_config, **composition.vision_encoder.reading)
+    shape = tower_shape(found.vision_config, **composition.vision_encoder.feature_arguments)
     text_config = AutoConfig.for_model(text.pop("model_type"), **text)
     with torch.device("meta"):
         model = VLM(configure(composition, found.vision_config, shape, text_config, None, found.first_added_id))

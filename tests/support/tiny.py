@@ -253,8 +253,8 @@ def config(
         },
         overrides,
     )
-    depth = {key: x for key, x in parts.vision_encoder.of_openclip.items() if key == "depth"}
-    num_patches, dim = _tower_shape(vision, **depth, **parts.vision_encoder.reading)
+    depth = {key: x for key, x in parts.vision_encoder.openclip_settings.items() if key == "depth"}
+    num_patches, dim = _tower_shape(vision, **depth, **parts.vision_encoder.feature_arguments)
     return VLMConfig(
         text_config=language_model_config(language_model),
         vision_config=VISION[vision] | depth | {"num_patches": num_patches, "dim": dim},
@@ -285,7 +285,7 @@ def build(
     torch.manual_seed(seed)
     settings = config(vision, tokenizer, fusion, language_model, **overrides)
     options = settings.composition.vision_encoder
-    encoder = VisionEncoder(tower(vision, options.of_openclip.get("depth")), **options.reading)
+    encoder = VisionEncoder(tower(vision, options.openclip_settings.get("depth")), **options.feature_arguments)
     return VLM(settings, vision_encoder=encoder, lang_model=lm).eval()
 
 

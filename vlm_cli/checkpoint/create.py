@@ -156,9 +156,9 @@ def _tokenizer(lm: LanguageModelSource, composition: Composition, needed: bool) 
 def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
     options = composition.vision_encoder
     try:
-        return tower_shape(tower.config, **options.reading)
+        return tower_shape(tower.config, **options.feature_arguments)
     except Exception as error:
-        asked = {"layer": options.layer, "image_size": options.image_size, **options.of_openclip}
+        asked = {"layer": options.layer, "image_size": options.image_size, **options.openclip_settings}
         raise CompositionError(
             f"vision encoder {options.name!r} does not give features with "
             f"{' and '.join(f'{key}={value}' for key, value in asked.items())}: {first_line(error)}."
@@ -246,7 +246,7 @@ def create(
             progress(f"loading language model {blueprint.language_model.name}")
             lang_model = blueprint.language_model.load(dtype)
             progress("composing")
-            encoder = VisionEncoder(visual, **config.composition.vision_encoder.reading)
+            encoder = VisionEncoder(visual, **config.composition.vision_encoder.feature_arguments)
             model = VLM(config, vision_encoder=encoder, lang_model=lang_model)
         lm = model.lang_model
         model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())

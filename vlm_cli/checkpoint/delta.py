@@ -269,7 +269,7 @@ def assemble(
         except _NotThere as problem:
             part = problem.part
             raise CheckpointError(_how_to_get(name, part, backbones[part], problem)) from None
-        encoder = VisionEncoder(visual, **config.composition.vision_encoder.reading)
+        encoder = VisionEncoder(visual, **config.composition.vision_encoder.feature_arguments)
         model = VLM(config, vision_encoder=encoder, lang_model=lm)
     cast(model, stored)
     _fill(name, model, held, backbones)

@@ -80,7 +80,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         parts = config.composition
         self.vision_encoder = vision_encoder or VisionEncoder(
-            build_tower(config.vision_config), **parts.vision_encoder.reading
+            build_tower(config.vision_config), **parts.vision_encoder.feature_arguments
         )
         self.lang_model = lang_model or AutoModelForCausalLM.from_config(config.text_config)
         width = widths(self.lang_model)

@@ -44,7 +44,7 @@ def describe(
             "pretrained": parts.vision_encoder.pretrained,
             "class": _tower_class(model),
             "layer": parts.vision_encoder.layer,
-            **parts.vision_encoder.of_openclip,
+            **parts.vision_encoder.openclip_settings,
             "preprocessing": preprocess,
         },
         "vision_tokenizer": parts.vision_tokenizer.to_dict(),

@@ -108,9 +108,9 @@ def _find_registered(options: VisionEncoderOptions) -> Tower:
             f"vision encoder {name!r} is a name of OpenCLIP, and an installed package registers it too. Uninstall that "
             "package."
         )
-    if options.of_openclip:
+    if settings := options.openclip_settings:
         raise VisionEncoderError(
-            f"vision encoder {name!r} is of another package, and {' and '.join(options.of_openclip)} are settings of "
+            f"vision encoder {name!r} is of another package, and {' and '.join(settings)} are settings of "
             "OpenCLIP's towers. Leave them out."
         )
     encoder = VISION_ENCODERS[name].load()

@@ -106,7 +106,7 @@ def import_checkpoint(
     assert tower_config is not None
     source = _language_model(checkpoint, layout, described, composition, trust_remote_code)
     tokenizer = source.tokenizer(composition.language_model.tokenizer or described.tokenizer)
-    reading = composition.vision_encoder.reading
+    reading = composition.vision_encoder.feature_arguments
     with blaming_config_of(checkpoint, layout):
         shape = tower_shape(tower_config, **reading)
     config = configure(composition, tower_config, shape, source.config, tokenizer, described.first_added_id)

@@ -524,7 +524,7 @@ def test_published_sizes(name):
     described = recognise(checkpoint).describe(checkpoint)
     composition = Composition.compose(None, described.composition)
     assert composition.vision_encoder.name == "ViT-L-14"
-    shape = tower_shape(described.vision_config, **composition.vision_encoder.reading)
+    shape = tower_shape(described.vision_config, **composition.vision_encoder.feature_arguments)
     assert shape == (257, 1024)
     settings = configure(composition, described.vision_config, shape, text, None, 50265)
     with torch.device("meta"):

@@ -274,7 +274,7 @@ def _original_places(checkpoint: PublishedCheckpoint, config: VLMConfig, reading
     Raises:
         CheckpointError: if another tower was named, and features of it that the projection was not trained on.
     """
-    found = config.composition.vision_encoder.reading
+    found = config.composition.vision_encoder.feature_arguments
     if found != dict(reading):
         wrong = [name for name in reading if found[name] != reading[name]]
         flags = " ".join(f"--set vision_encoder.{name}={str(reading[name]).lower()}" for name in wrong)

@@ -1,0 +1,47 @@
+"""Compositions: which parts make up a model, their settings, what trains, and how a user writes it all down."""
+
+from vlm_cli.composition.composition import Choice, Composition
+from vlm_cli.composition.families import FAMILIES
+from vlm_cli.composition.files import merge, parse_override, read_file, split_name
+from vlm_cli.composition.language_model_types import UNSUITABLE_LANGUAGE_MODELS
+from vlm_cli.composition.options import (
+    END_OF_CHUNK,
+    MEDIA_TOKEN,
+    PARTS,
+    Activation,
+    CrossAttentionOptions,
+    GatedFusionOptions,
+    LanguageModelOptions,
+    LanguageStreamOptions,
+    LinearOptions,
+    LlamaCrossAttentionOptions,
+    MLPOptions,
+    PerceiverOptions,
+    QFormerOptions,
+    VisionEncoderOptions,
+)
+
+__all__ = [
+    "END_OF_CHUNK",
+    "FAMILIES",
+    "MEDIA_TOKEN",
+    "PARTS",
+    "UNSUITABLE_LANGUAGE_MODELS",
+    "Activation",
+    "Choice",
+    "Composition",
+    "CrossAttentionOptions",
+    "GatedFusionOptions",
+    "LanguageModelOptions",
+    "LanguageStreamOptions",
+    "LinearOptions",
+    "LlamaCrossAttentionOptions",
+    "MLPOptions",
+    "PerceiverOptions",
+    "QFormerOptions",
+    "VisionEncoderOptions",
+    "merge",
+    "parse_override",
+    "read_file",
+    "split_name",
+]

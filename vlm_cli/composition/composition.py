@@ -1,0 +1,272 @@
+"""A composition: which part stands in each of the four places, its settings, and what trains.
+
+Plain data without torch. A user gives it as YAML, JSON or flags; vlm compares it, prints it and writes it back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from vlm_cli.composition.families import FAMILIES
+from vlm_cli.composition.files import merge, parse_overrides, split_name
+from vlm_cli.composition.options import MEDIA_TOKEN, PARTS, LanguageModelOptions, VisionEncoderOptions
+from vlm_cli.errors import CompositionError
+from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, suggest
+
+__all__ = ["Choice", "Composition"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One chosen part: its registered name and its settings."""
+
+    type: str
+    options: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type, **dataclasses.asdict(self.options)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """One choice for each of the four parts, the added tokens, and what trains.
+
+    `Composition.compose` makes one from a family and your changes; `vlm_cli.plan` or `vlm_cli.build` turns it into a
+    model:
+
+        composition = Composition.compose("flamingo", {"language_model": "./my-llama"})
+    """
+
+    family: str | None = None
+    vision_encoder: VisionEncoderOptions
+    vision_tokenizer: Choice
+    fusion: Choice
+    language_model: LanguageModelOptions
+    added_tokens: tuple[str, ...] = (MEDIA_TOKEN,)
+    trainable: tuple[str, ...] = ("vision_tokenizer", "fusion", "added_tokens")
+    weight_decay: float = 0.0
+    weight_decay_on: tuple[str, ...] = PARTS
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Composition:
+        """Read the plain data that `to_dict` writes, or a composition file holds.
+
+        Raises:
+            CompositionError: with all problems of the data at once.
+        """
+        return _CompositionReader(data).read_composition()
+
+    @classmethod
+    def compose(
+        cls,
+        family: str | None = None,
+        *layers: Mapping[str, Any],
+        overrides: Sequence[str] = (),
+    ) -> Composition:
+        """Cover a family's composition with each of `layers`, then with the overrides.
+
+        Args:
+            family: name of a family; None takes the last family that a layer names, or starts from nothing.
+            layers: plain data, such as {"fusion": {"type": "cross-attention", "every": 4}}; later layers win.
+            overrides: texts like "vision_tokenizer.num_latents=32".
+
+        Raises:
+            CompositionError: with all problems at once, an unknown family included.
+        """
+        problems: list[str] = []
+        layers = (*layers, *parse_overrides(overrides, problems))
+        chosen = family or next((x["family"] for x in reversed(layers) if x.get("family")), None)
+        is_known = chosen is None or (isinstance(chosen, str) and chosen in FAMILIES)
+        if not is_known:
+            problems.append(f"unknown family {chosen!r}.{suggest(str(chosen), FAMILIES)} Known: {', '.join(FAMILIES)}.")
+        merged = FAMILIES[chosen] if chosen and is_known else {}
+        for layer in layers:
+            merged = merge(merged, layer)
+        return _CompositionReader({**merged, "family": chosen}, problems, is_whole=is_known).read_composition()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the composition as plain data, which `from_dict` reads back."""
+        return {
+            "family": self.family,
+            "vision_encoder": dataclasses.asdict(self.vision_encoder),
+            "vision_tokenizer": self.vision_tokenizer.to_dict(),
+            "fusion": self.fusion.to_dict(),
+            "language_model": dataclasses.asdict(self.language_model),
+            "added_tokens": list(self.added_tokens),
+            "trainable": list(self.trainable),
+            "weight_decay": self.weight_decay,
+            "weight_decay_on": list(self.weight_decay_on),
+        }
+
+
+@dataclass
+class _CompositionReader:
+    """Turns plain data into a composition. It collects all problems instead of stopping at the first.
+
+    Args:
+        data: the composition.
+        problems: problems that the caller found before.
+        is_whole: whether an absent part is a problem.
+    """
+
+    data: Mapping[str, Any]
+    problems: list[str] = field(default_factory=list)
+    is_whole: bool = True
+
+    def read_composition(self) -> Composition:
+        """Read all parts.
+
+        Raises:
+            CompositionError: with all problems, and with the settings of the parts that could be read.
+        """
+        fields = [f.name for f in dataclasses.fields(Composition)]
+        self.problems += [
+            f"unknown key {key!r}.{suggest(str(key), fields)} Known: {', '.join(fields)}."
+            for key in self.data
+            if key not in fields
+        ]
+        vision_encoder = self.read_vision_encoder()
+        language_model = self.read_options("language_model", LanguageModelOptions, self.read_settings("language_model"))
+        for name, part in (("vision_encoder", vision_encoder), ("language_model", language_model)):
+            if part is not None and not part.name and self.is_whole:
+                flag = name.replace("_", "-")
+                self.problems.append(f"no {name.replace('_', ' ')} is named. Add --{flag}, or {name}.name.")
+        vision_tokenizer = self.read_choice("vision_tokenizer", VISION_TOKENIZERS)
+        fusion = self.read_choice("fusion", FUSIONS)
+        added_tokens = self.read_names("added_tokens", (MEDIA_TOKEN,))
+        if MEDIA_TOKEN not in added_tokens:
+            self.problems.append(f"added_tokens must hold {MEDIA_TOKEN!r}, got {list(added_tokens)}.")
+        trainable = self.read_names("trainable", ("vision_tokenizer", "fusion", "added_tokens"), PARTS)
+        weight_decay = self.read_number("weight_decay", 0.0)
+        weight_decay_on = self.read_names("weight_decay_on", PARTS, PARTS)
+        if self.problems:
+            readable = {"vision_encoder": vision_encoder or self.read_encoder_name(), "language_model": language_model}
+            raise CompositionError(self.problems, readable)
+        return Composition(
+            family=self.data.get("family"),
+            vision_encoder=vision_encoder,
+            vision_tokenizer=vision_tokenizer,
+            fusion=fusion,
+            language_model=language_model,
+            added_tokens=added_tokens,
+            trainable=trainable,
+            weight_decay=weight_decay,
+            weight_decay_on=weight_decay_on,
+        )
+
+    def read_settings(self, part: str) -> Any:
+        """Read the settings of the vision encoder or the language model. A bare string is the part's name."""
+        value = self.data.get(part) or {}
+        return {"name": value} if isinstance(value, str) else value
+
+    def read_vision_encoder(self) -> Any:
+        """Read the vision encoder into the dataclass of its name; None if there is a problem."""
+        value = self.read_settings("vision_encoder")
+        name = value.get("name") if isinstance(value, Mapping) else None
+        if isinstance(name, str) and value.get("pretrained") is None:
+            value = {**value, **split_name(name)}
+            name = value["name"]
+        options: Any = VisionEncoderOptions
+        if isinstance(name, str) and name in VISION_ENCODERS:
+            options = VISION_ENCODERS[name].options_class()
+        return self.read_options("vision_encoder", options, value)
+
+    def read_encoder_name(self) -> VisionEncoderOptions | None:
+        """Read the name alone of a vision encoder whose settings do not fit.
+
+        They may be settings of a package that is not installed. The name lets the caller report that too.
+        """
+        value = self.read_settings("vision_encoder")
+        name = value.get("name") if isinstance(value, Mapping) else None
+        if not isinstance(name, str) or name in VISION_ENCODERS:
+            return None
+        return VisionEncoderOptions(name=split_name(name)["name"] or "")
+
+    def read_choice(self, name: str, registry: Registry) -> Any:
+        """Read the part that `name` stands for, of one of the registry's types; None if there is a problem."""
+        value = self.data.get(name)
+        value = {"type": value} if isinstance(value, str) else value
+        if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+            flag = name.replace("_", "-")
+            if self.is_whole:
+                self.problems.append(
+                    f"no {registry.kind} is chosen. Add --family ({', '.join(FAMILIES)}) or --{flag} "
+                    f"({', '.join(registry)})."
+                )
+            return None
+        if value["type"] not in registry:
+            self.problems.append(registry.unknown(value["type"]))
+            return None
+        settings = {key: x for key, x in value.items() if key != "type"}
+        options = self.read_options(name, registry[value["type"]].options_class(), settings)
+        return Choice(type=value["type"], options=options)
+
+    def read_options(self, place: str, options: type, settings: Any) -> Any:
+        """Make the dataclass `options` of a part's settings; None if there is a problem."""
+        if not isinstance(settings, Mapping):
+            self.problems.append(f"{place} must be a name or a mapping, got {settings!r}.")
+            return None
+        hints = get_type_hints(options)
+        found = len(self.problems)
+        for key, value in settings.items():
+            if key not in hints:
+                known = ", ".join(hints) or "none"
+                self.problems.append(f"unknown key {place}.{key}.{suggest(str(key), hints)} Known: {known}.")
+            elif problem := _type_problem(hints[key], value):
+                self.problems.append(f"{place}.{key} must be {problem}, got {value!r}.")
+        if len(self.problems) > found:
+            return None
+        try:
+            return options(**settings)
+        except CompositionError as error:
+            self.problems += [f"{place}.{problem}" for problem in error.problems]
+            return None
+
+    def read_names(self, key: str, default: tuple[str, ...], known: Iterable[str] = ()) -> tuple[str, ...]:
+        """Read a list of names; a bare string is a list of one. If `known` is not empty, all must be in it."""
+        value = self.data.get(key, default)
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
+            self.problems.append(f"{key} must be a list of names, got {value!r}.")
+            return default
+        known = list(known)
+        self.problems += [
+            f"unknown part {x!r} in {key}.{suggest(x, known)} Known: {', '.join(known)}."
+            for x in value
+            if known and x not in known
+        ]
+        if len(set(value)) < len(value):
+            self.problems.append(f"{key} names something twice: {list(value)}.")
+        return tuple(value)
+
+    def read_number(self, key: str, default: float) -> float:
+        """Read a number."""
+        value = self.data.get(key, default)
+        if problem := _type_problem(float, value):
+            self.problems.append(f"{key} must be {problem}, got {value!r}.")
+            return default
+        return float(value)
+
+
+def _type_problem(hint: Any, value: Any) -> str | None:
+    """Say in words what a value had to be; None if the value fits its annotation.
+
+    >>> _type_problem(int | None, "x")
+    'a whole number or null'
+    """
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if get_origin(hint) in (types.UnionType, typing.Union):
+        inner = next(x for x in get_args(hint) if x is not type(None))
+        problem = None if value is None else _type_problem(inner, value)
+        return f"{problem} or null" if problem else None
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else " or ".join(map(repr, get_args(hint)))
+    # A bool is an int in Python, but `depth: true` is a mistake.
+    accepts = (int, float) if hint is float else hint
+    fits = isinstance(value, accepts) and (hint is bool or not isinstance(value, bool))
+    return None if fits else words[hint]
