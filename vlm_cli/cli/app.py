@@ -16,6 +16,7 @@ import typer
 
 from vlm_cli import __version__
 from vlm_cli.cli import build, console, count_params, doctor, eval, export, generate, inspect, list_parts, train
+from vlm_cli.cli.command import Command
 from vlm_cli.errors import VLMError, first_line
 
 __all__ = ["app", "main"]
@@ -91,7 +92,7 @@ for _name, _command in (
     ("eval", eval.evaluate),
     ("export", export.export),
 ):
-    app.command(_name)(_guarded(_command))
+    app.command(_name, cls=Command)(_guarded(_command))
 
 
 def main() -> int:
