@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, UNSUITABLE_LANGUAGE_MODELS, Composition
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.fusion.gates import is_gate
 from vlm_cli.modeling.vision_encoder import tower_shape
 from vlm_cli.modeling.vlm import VLM
 
@@ -175,7 +176,7 @@ def tiny_vlm(model_type: str, fusion: str, *, seed: int = 0) -> VLM:
     with torch.no_grad():
         for part in (model.vision_encoder, model.vision_tokenizer, model.fusion, model.added_tokens):
             for name, parameter in part.named_parameters():
-                if not name.endswith("_gate"):
+                if not is_gate(name):
                     parameter += 0.2 * torch.randn_like(parameter)
     return model
 

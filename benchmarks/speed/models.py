@@ -37,6 +37,7 @@ from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.parts.openclip import find_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
+from vlm_cli.modeling.fusion.gates import is_gate
 from vlm_cli.modeling.vision_encoder import build_tower
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
@@ -395,7 +396,7 @@ class Models:
 def open_gates(model: nn.Module) -> None:
     """Those of Flamingo's blocks, which are named alike in ours and in the reference."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("attn_gate", "ff_gate")):
+        if is_gate(name):
             parameter.fill_(GATE)
 
 

@@ -192,9 +192,11 @@ def open_gates(folder: Path, value: float = GATE) -> int:
     """Set all gates of a model's directory to a value; return how many there are."""
     from safetensors.torch import load_file, save_file
 
+    from vlm_cli.modeling.fusion.gates import is_gate
+
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    gates = [name for name in tensors if name.endswith("_gate")]
+    gates = [name for name in tensors if is_gate(name)]
     for name in gates:
         tensors[name].fill_(value)
     save_file(tensors, path, metadata={"format": "pt"})

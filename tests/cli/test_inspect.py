@@ -131,6 +131,20 @@ def test_what_text_sees_with_cross_attention(shown, parts, attend):
     assert layout["positions"] == len(layout["ids"])
 
 
+@pytest.mark.parametrize("attend", ["last", "all"])
+def test_what_text_sees_with_blocks_made_like_llamas(vlm, shown, parts, attend, photo, tmp_path):
+    """As with Flamingo's blocks; `vlm generate --dry-run` shows the same."""
+    sizes = ("num_heads=2", "head_dim=16", "dim_ff=32", f"attend={attend}")
+    flags = ["--fusion", "llama-cross-attention", *(x for size in sizes for x in ("--set", f"fusion.{size}"))]
+    chosen = [*parts.named, "--vision-tokenizer", "linear", *flags]
+    layout, found = spans(shown, *chosen)
+    assert [sees for *_, sees in found] == TEXT_SEES[attend]
+    assert layout["positions"] == len(layout["ids"])
+    assert vlm("build", tmp_path / "out", *chosen, "--quiet").exit_code == 0
+    dry = vlm("generate", "-m", tmp_path / "out", f"<image:{photo}>a" * 2, "--dry-run", "--json")
+    assert [span["sees"] for span in json.loads(dry.stdout)["spans"]] == TEXT_SEES[attend][1:]
+
+
 def test_an_image_takes_n_positions_of_the_language_stream(shown, kosmos):
     layout, found = spans(shown, kosmos)
     assert [sees for *_, sees in found] == TEXT_SEES["all"]

@@ -170,7 +170,6 @@ def _check_fit(blueprint: Blueprint) -> None:
     Raises:
         CompositionError: with each misfit between parts that exist.
     """
-    parts, text = blueprint.config.composition, blueprint.config.get_text_config(decoder=True)
     model = blueprint.meta_model
     problems: list[VLMError] = []
     width = model.media_width(model.get_input_embeddings().weight.shape[1])
@@ -181,17 +180,8 @@ def _check_fit(blueprint: Blueprint) -> None:
                 f"vision tokens have the {width} channels of the language model's embeddings. Leave dim_out out."
             )
         )
-    if len(getattr(model.fusion, "blocks", "any")) == 0:
-        depth, first = text.num_hidden_layers, parts.fusion.options.first
-        name, value, most = (
-            ("every", parts.fusion.options.every, depth) if first is None else ("first", first, depth - 1)
-        )
-        problems.append(
-            CompositionError(
-                f"fusion.{name}={value} leaves no cross-attention block: the language model has {depth} layers. Choose "
-                f"at most {most}."
-            )
-        )
+    if problem := model.fusion_problem():
+        problems.append(CompositionError(problem))
     budget = ContextBudget.of(model)
     positions = budget.positions(1, [MediumSize()])
     left = budget.left(positions)

@@ -70,7 +70,7 @@ def processor_of(chosen: Composition | str, revision: str | None = None) -> VLMP
 
 def gate_values(chosen: Composition | str, model: VLM, revision: str | None = None) -> dict[str, float]:
     """tanh of the gates, or its mean size where a gate is a vector; those of a directory are read from its files."""
-    names = [name for name, _ in model.fusion.named_parameters() if name.endswith("_gate")]
+    names = list(model.gates())
     if isinstance(chosen, Composition):
         return dict.fromkeys(names, 0.0)
     where = {"file": DELTA_FILE} if getattr(model.config, "backbones", None) else {}

@@ -62,7 +62,7 @@ class RowCost:
         self._per_position = sequences * (2 * layers * shared + 16) * width
         # Logits and their sorted copies.
         self._per_row = sequences * 16 * text.vocab_size
-        self._copies = 1 + 2 * sequences * len(getattr(model.fusion, "blocks", ()))
+        self._copies = 1 + 2 * sequences * len(model.block_layers)
 
     def __call__(self, positions: int, media_bytes: int) -> float:
         """

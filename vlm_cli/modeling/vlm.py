@@ -33,6 +33,7 @@ from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
+from vlm_cli.modeling.fusion.gates import is_gate
 from vlm_cli.modeling.language_model import (
     NO_CHUNKED_PREFILL,
     NO_LEFT_PADDING,
@@ -125,6 +126,26 @@ class VLM(PreTrainedModel, GenerationMixin):
     def num_positions_of(self, vision_tokens: Tensor) -> int:
         """Positions that a medium of such tokens, float[n, d], takes in the language model."""
         return 1
+
+    #: Whether vision tokens take the place of `<image>` among the text's embeddings.
+    splices_media = False
+
+    def media_seen(self, num_media: int) -> list[int]:
+        """Return the numbers, from 1, of the media that text after the `num_media`-th medium of its row reads."""
+        return list(range(1, num_media + 1))
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        """Return the fusion's gates by their names in it; a gate is one number, or one for each channel."""
+        return {name: parameter for name, parameter in self.fusion.named_parameters() if is_gate(name)}
+
+    @property
+    def block_layers(self) -> list[int]:
+        """The numbers, from 0, of the decoder layers that the fusion puts a block of its own before."""
+        return []
+
+    def fusion_problem(self) -> str | None:
+        """Say why the fusion does not fit the language model; None if it fits."""
+        return None
 
     def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         """Make `self.fusion`, the fusion's own modules."""

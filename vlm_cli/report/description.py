@@ -81,8 +81,8 @@ def _tower_class(model: VLM) -> str:
 
 
 def _blocks(model: VLM) -> dict[str, Any]:
-    blocks = getattr(model.fusion, "blocks", None)
-    return {} if blocks is None else {"before_layers": [int(i) for i in blocks]}
+    layers = model.block_layers
+    return {"before_layers": layers} if layers else {}
 
 
 def _tokens(model: VLM, tokenizer: Any) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from vlm_cli.errors import LanguageModelLimit, first_line
-from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.language_model import forward_arguments
 from vlm_cli.modeling.vlm import VLM
 
@@ -186,11 +185,11 @@ class _Trial:
     gates: dict[str, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.gates = {name: p for name, p in self.model.fusion.named_parameters() if name.endswith("_gate")}
+        self.gates = self.model.gates()
 
     @property
     def is_stream(self) -> bool:
-        return isinstance(self.model, VLMWithLanguageStream)
+        return self.model.splices_media
 
     @property
     def pad_token_id(self) -> int:

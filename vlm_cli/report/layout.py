@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlm_cli.composition import CrossAttentionOptions
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
@@ -76,7 +75,6 @@ def lay_out(
     """
     ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
     budget = ContextBudget.of(model)
-    fusion = model.config.composition.fusion.options
     spans: list[Span] = []
     sources = iter([part.source for part in parts if isinstance(part, Medium)])
     number = start = 0
@@ -84,7 +82,7 @@ def lay_out(
         number += is_media
         end = start + budget.positions(len(run), [MediumSize()] * is_media)
         content = next(sources) if is_media else processor.tokenizer.decode(run)
-        spans.append(Span("medium" if is_media else "text", content, len(run), start, end, _sees(fusion, number)))
+        spans.append(Span("medium" if is_media else "text", content, len(run), start, end, model.media_seen(number)))
         start = end
     return Layout(spans, ids, start, budget.context)
 
@@ -99,10 +97,3 @@ def _runs(ids: Sequence[int], media_id: int) -> list[tuple[list[int], bool]]:
         else:
             runs[-1][0].append(i)
     return runs
-
-
-def _sees(fusion: Any, number: int) -> list[int]:
-    """Media that text after the `number`-th one reads; in the language stream, all before it."""
-    if isinstance(fusion, CrossAttentionOptions) and fusion.attend == "last":
-        return [number] if number else []
-    return list(range(1, number + 1))

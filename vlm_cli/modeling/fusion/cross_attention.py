@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vlm_cli.composition import Composition
+from vlm_cli.composition import Composition, GatedFusionOptions
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import decoder_layers, update_hidden_states
@@ -100,9 +100,9 @@ class GatedCrossAttention(nn.Module):
         layers: numbers of the decoder layers that get a block.
     """
 
-    def __init__(self, options: Any, dim: int, dim_media: int, layers: Sequence[int]) -> None:
+    def __init__(self, options: GatedFusionOptions, dim: int, dim_media: int, layers: Sequence[int]) -> None:
         super().__init__()
-        self.options = options
+        self.options: Any = options
         self.blocks = nn.ModuleDict({str(i): self.build_block(options, dim, dim_media) for i in layers})
 
     @staticmethod
@@ -127,12 +127,17 @@ class GatedCrossAttention(nn.Module):
             keys_values[:, slot] = rearrange(found[which], "(B T) two h n k -> B two h (T n) k", B=B)
         return keys_values
 
+    @property
+    def feeds_before_media(self) -> bool:
+        """Whether text before its row's first medium gets the feed-forward."""
+        return self.options.feed_forward_before_media
+
     def visibility(self, media_counts: Tensor, media_mask: Tensor) -> MediaVisibility:
         return MediaVisibility.build(
             media_counts,
             media_mask,
             attend=self.options.attend,
-            feed_forward_before_media=getattr(self.options, "feed_forward_before_media", True),
+            feed_forward_before_media=self.feeds_before_media,
         )
 
 
@@ -144,6 +149,27 @@ class VLMWithCrossAttention(VLM):
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:
         return None
+
+    def media_seen(self, num_media: int) -> list[int]:
+        if self.fusion.options.attend == "last":
+            return [num_media] if num_media else []
+        return super().media_seen(num_media)
+
+    @property
+    def block_layers(self) -> list[int]:
+        return [int(i) for i in self.fusion.blocks]
+
+    def fusion_problem(self) -> str | None:
+        if self.block_layers:
+            return None
+        options, depth = self.fusion.options, self.config.get_text_config(decoder=True).num_hidden_layers
+        name, value, most = (
+            ("every", options.every, depth) if options.first is None else ("first", options.first, depth - 1)
+        )
+        return (
+            f"fusion.{name}={value} leaves no cross-attention block: the language model has {depth} layers. Choose at "
+            f"most {most}."
+        )
 
     def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         options = parts.fusion.options
@@ -172,7 +198,7 @@ class VLMWithCrossAttention(VLM):
         if (
             media is None
             or mask is None
-            or self.config.composition.fusion.options.attend != "last"
+            or self.fusion.options.attend != "last"
             or mask.shape[1] == 1
             or not is_filled(kept.get(self._cache_argument))
         ):

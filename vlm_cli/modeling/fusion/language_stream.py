@@ -18,6 +18,8 @@ __all__ = ["VLMWithLanguageStream"]
 class VLMWithLanguageStream(VLM):
     """Vision tokens take the place of the media token among the text tokens (Kosmos, BLIP-2, LLaVA)."""
 
+    splices_media = True
+
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:
         return dim_embedding

@@ -72,6 +72,8 @@ class SwiGLU(nn.Module):
 class LlamaGatedCrossAttention(GatedCrossAttention):
     """The blocks of a language model; the feed-forward applies to every position of a row that has media."""
 
+    feeds_before_media = True
+
     @staticmethod
     def build_block(options: LlamaCrossAttentionOptions, dim: int, dim_media: int) -> GatedCrossAttentionBlock:
         return GatedCrossAttentionBlock(
