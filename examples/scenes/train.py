@@ -209,7 +209,12 @@ def train(shop: Workshop, recipe: Recipe, name: str) -> None:
     minutes = f"{recipe.composition_minutes:g}"
     flags = ["--data", "data/data.jsonl", "--output", name, "--max-minutes", minutes, "--optimizer", "muon"]
     flags += ["--learning-rate", f"{recipe.learning_rate:g}", "--batch-size", str(recipe.batch_size)]
-    flags += ["--warmup", "0.1" if recipe.composition_minutes < SHORT else str(WARMUP), "--seed", str(recipe.seed)]
+    flags += [
+        "--warmup-steps",
+        "0.1" if recipe.composition_minutes < SHORT else str(WARMUP),
+        "--seed",
+        str(recipe.seed),
+    ]
     flags += ["--dtype", recipe.dtype, "--log-every", "50", *(["--bf16"] if recipe.bf16 else [])]
     flags += ["--resume"] if shop.has(f"{name}.checkpoints") else []
     shop.run("vlm_cli", "train", f"start/{name}", *flags)

@@ -303,7 +303,9 @@ def test_another_run_is_not_gone_on_with(train: Vlm, language_stream: Path) -> N
 @pytest.mark.usefixtures("unfinished")
 def test_what_may_change_is_changed(train: Vlm, out: Path) -> None:
     output(
-        train("--max-steps", 8, "--resume", "--lr", 1e-5, "--schedule", "constant", "--save-every", 3, "--warmup", 0)
+        train(
+            "--max-steps", 8, "--resume", "--lr", 1e-5, "--schedule", "constant", "--save-every", 3, "--warmup-steps", 0
+        )
     )
     entries = {entry["step"]: entry for entry in metrics(out)}
     assert [entries[step]["learning_rate"] for step in range(3, 9)] == [1e-5] * 6
@@ -388,7 +390,7 @@ def test_a_disk_that_fills_at_the_end(train: Vlm, out: Path, monkeypatch: pytest
         ({"--max-steps": "-1"}, 2, "--max-steps must be above 0, got -1"),
         ({"--trainable": "visual"}, 2, "unknown part 'visual' in --trainable."),
         ({"--trainable": ""}, 2, "--trainable names no part"),
-        ({"--device": "cuda:1"}, 2, "--device must be auto or cpu"),
+        ({"--device": "cuda:1"}, 2, "unknown device 'cuda:1'. Known: auto, cpu. To choose one of several GPUs, set"),
         ({"--output": "no/such/out"}, 1, "the folder"),
     ],
 )

@@ -1,15 +1,17 @@
-"""The class of every command: help under headings, and old spellings of renamed options."""
+"""The class of every command: headings in its help, old names of its options, and options made from settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, get_origin
 
+import typer
 from typer.core import TyperCommand
 
 from vlm_cli.cli import console
+from vlm_cli.flags import Setting
 
-__all__ = ["Command", "accept_old_names"]
+__all__ = ["Command", "accept_old_names", "make_option"]
 
 
 class Command(TyperCommand):
@@ -20,10 +22,14 @@ class Command(TyperCommand):
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:  # None: the option is hidden
-                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                heading = getattr(parameter, "rich_help_panel", None) or default
-                sections.setdefault(heading, []).append(record)
+            if record is None:
+                continue  # a hidden option
+            default = "Options"
+            if parameter.param_type_name == "argument":
+                # Typer writes `MODEL <str>`; the Python type says nothing to the user.
+                default, record = "Arguments", (record[0].split(" <")[0], record[1])
+            heading = getattr(parameter, "rich_help_panel", None) or default
+            sections.setdefault(heading, []).append(record)
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):
@@ -57,3 +63,29 @@ def _replace_old_names(args: list[str], old_names: Mapping[str, str]) -> list[st
             console.notify(f"Note: {name} is now called {old_names[name]}.")
             replaced[i] = old_names[name] + equals + value
     return replaced
+
+
+def make_option(setting: Setting) -> Any:
+    """Make the annotation of a command's parameter, which Typer reads, from a setting.
+
+    A setting that lists its choices takes a text, so that the settings class says what is wrong with it.
+    """
+    flag, kind = setting.flag, setting.type
+    # Typer gives an option that is off without a name of its own a second one, `--no-…`.
+    names = [setting.spelling] if kind is not bool or not setting.default else []
+    names += [flag.short] if flag.short is not None else []
+    keywords: dict[str, Any] = {"help": flag.help, "rich_help_panel": flag.heading, "metavar": flag.metavar}
+    if setting.choices:
+        kind, keywords["metavar"] = str, "|".join(setting.choices)
+    elif get_origin(kind) is tuple:
+        kind, keywords["parser"] = str, _split_names
+    optional = kind | None if setting.default is None else kind
+    return Annotated[optional, typer.Option(*names, **keywords)]
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    """
+    >>> _split_names("vision-tokenizer, fusion")
+    ('vision_tokenizer', 'fusion')
+    """
+    return tuple(name for part in text.split(",") if (name := part.strip().replace("-", "_")))

@@ -10,8 +10,10 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from vlm_cli.cli.command import accept_old_names, make_option
 from vlm_cli.composition import FAMILIES, Composition, read_file, split_name
 from vlm_cli.errors import CompositionError, UnknownNameError, UsageError, first_line
+from vlm_cli.flags import list_settings
 from vlm_cli.registry import suggest
 
 __all__ = [
@@ -316,15 +318,18 @@ def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    for setting in (setting for bundle in bundles.values() for setting in list_settings(bundle)):
+        accept_old_names(command, {old: setting.spelling for old in setting.flag.old_names})
     return command
 
 
 def _field_parameters(bundle: Any) -> list[inspect.Parameter]:
-    """The fields of a dataclass as parameters of a command."""
-    hints = get_type_hints(bundle, include_extras=True)
+    """Turn the fields of a dataclass into parameters of a command."""
+    annotations = get_type_hints(bundle, include_extras=True)
+    annotations |= {setting.name: make_option(setting) for setting in list_settings(bundle)}
     return [
         inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name]
         )
         for field in dataclasses.fields(bundle)
     ]

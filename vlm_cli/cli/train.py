@@ -1,159 +1,96 @@
 """`vlm train`."""
 
+from __future__ import annotations
+
 import contextlib
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import MAX_SEED, JsonOption, built_model, flatten_options
+from vlm_cli.cli.options import JsonOption, built_model, flatten_options
 from vlm_cli.errors import UsageError
+from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
 
 __all__ = ["train"]
-
-DATA, LEARN, LENGTH, RUN = "Data", "Learning", "Length", "Run"
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Records and how they come in batches."""
-
-    data: Annotated[
-        Path | None, typer.Option("--data", "-d", help="Records to learn, JSONL.", rich_help_panel=DATA)
-    ] = None
-    eval_data: Annotated[
-        Path | None,
-        typer.Option(help="Records for the held-out loss, taken at each checkpoint.", rich_help_panel=DATA),
-    ] = None
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Records at once.", rich_help_panel=DATA)] = 8
-    gradient_accumulation: Annotated[int, typer.Option(help="Batches per step.", rich_help_panel=DATA)] = 1
-    group_by_length: Annotated[
-        bool, typer.Option(help="Records with as many images and tokens share a batch.", rich_help_panel=DATA)
-    ] = True
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that decode images; none on the CPU.", rich_help_panel=DATA)
-    ] = None
-
-
-@dataclass(frozen=True)
-class LearningOptions:
-    """What trains, and how."""
-
-    trainable: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated parts, instead of the composition's.", rich_help_panel=LEARN),
-    ] = None
-    optimizer: Annotated[
-        str, typer.Option(help="adamw, or muon (for matrices; adamw for the rest).", rich_help_panel=LEARN)
-    ] = "adamw"
-    learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--lr", help="At its highest.", rich_help_panel=LEARN)
-    ] = 1e-4
-    schedule: Annotated[str, typer.Option(help="How it falls: cosine, linear or constant.", rich_help_panel=LEARN)] = (
-        "cosine"
-    )
-    warmup: Annotated[
-        float, typer.Option(help="Steps over which it rises; below 1, share of the run.", rich_help_panel=LEARN)
-    ] = 0.03
-    weight_decay: Annotated[float | None, typer.Option(help="Instead of the composition's.", rich_help_panel=LEARN)] = (
-        None
-    )
-    clip: Annotated[float, typer.Option(help="Most norm of a gradient; 0 does not clip.", rich_help_panel=LEARN)] = 1.0
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=LEARN)] = False
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=LEARN)
-    ] = False
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of the order of records, and of dropout.", rich_help_panel=LEARN)
-    ] = 0
-
-
-@dataclass(frozen=True)
-class LengthOptions:
-    """When a run ends; the first bound that is reached counts."""
-
-    epochs: Annotated[
-        float | None, typer.Option(help="Times that each record is learned; 1 if nothing else ends the run.",
-                                   rich_help_panel=LENGTH)
-    ] = None  # fmt: skip
-    max_steps: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=LENGTH)] = None
-    max_minutes: Annotated[
-        float | None, typer.Option(help="Minutes of training; the schedule follows them.", rich_help_panel=LENGTH)
-    ] = None
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run takes place and what it keeps."""
-
-    device: Annotated[str, typer.Option(help="auto or cpu.", rich_help_panel=RUN)] = "auto"
-    dtype: Annotated[
-        str,
-        typer.Option(help="Of OUT's weights: auto (MODEL's), float32, bfloat16 or float16.", rich_help_panel=RUN),
-    ] = "auto"
-    save_every: Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.", rich_help_panel=RUN)] = 500
-    log_every: Annotated[int, typer.Option(help="Steps from report to report.", rich_help_panel=RUN)] = 10
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """What may be replaced, gone on with, and left."""
-
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last complete checkpoint.", rich_help_panel=RUN)
-    ] = False
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if vlm wrote it; forget an unfinished run.",
-                           rich_help_panel=RUN)
-    ] = False  # fmt: skip
-    keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Leave OUT.checkpoints at the end.", rich_help_panel=RUN)
-    ] = False
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the language model's own code from the directory.",
-                           rich_help_panel=RUN)
-    ] = False  # fmt: skip
 
 
 @flatten_options
 def train(
+    *,
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", show_default=False),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")] = None,
-    data: DataOptions = DataOptions(),
-    learning: LearningOptions = LearningOptions(),
-    length: LengthOptions = LengthOptions(),
-    run: RunOptions = RunOptions(),
-    outputs: OutputOptions = OutputOptions(),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the trained model to the directory OUT.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", metavar="FILE", help="Learn the records in FILE (JSONL).", rich_help_panel=DATA),
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure the loss on the records in FILE (JSONL) at each checkpoint.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    settings: TrainingSettings,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue an interrupted run from its last complete checkpoint.", rich_help_panel=RUN
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace OUT if vlm wrote it, and delete the checkpoints of an unfinished run.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    keep_checkpoints: Annotated[
+        bool,
+        typer.Option("--keep-checkpoints", help="Keep OUT.checkpoints after the run has ended.", rich_help_panel=RUN),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run the language model's own code from the directory of MODEL.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model on records of images and text; OUT appears when it is done.
+    """Train a model on records of images and text, and write it to OUT.
 
     A record is a line such as {"prompt": "<image:cat.jpg>Caption:", "completion": " A cat."}
 
     Example: vlm train my-flamingo --data train.jsonl --output my-trained --max-steps 1000
-    """  # fmt: skip
-    for name, given in (("MODEL", model), ("--data FILE.jsonl", data.data), ("--output OUT", output)):
+    """
+    for name, given in (("MODEL", model), ("--data FILE.jsonl", data), ("--output OUT", output)):
         if given is None:
             raise UsageError(f"no {name} is given: vlm train MODEL --data FILE.jsonl --output OUT")
-    assert model is not None and data.data is not None and output is not None
-    from vlm_cli.training.settings import Job, TrainingSettings
-
-    values: dict[str, Any] = {**asdict(data), **asdict(learning), **asdict(length), **asdict(run)}
-    files = {name: values.pop(name) for name in ("data", "eval_data")}
-    job = Job(model=built_model(model), output=output, **files, **asdict(outputs))
-    if learning.trainable is not None:
-        names = [x.strip().replace("-", "_") for x in learning.trainable.split(",")]
-        values["trainable"] = tuple(x for x in names if x)
-    settings = TrainingSettings(**values)
+    assert model is not None and data is not None and output is not None
+    job = Job(
+        model=built_model(model),
+        data=data,
+        output=output,
+        eval_data=eval_data,
+        resume=resume,
+        overwrite=overwrite,
+        keep_checkpoints=keep_checkpoints,
+        trust_remote_code=trust_remote_code,
+    )
     result = _run(job, settings)
     if result is None:
-        return  # the first process speaks for all
+        return  # only the first of several processes prints
     if as_json:
         console.print_json(result.to_dict())
     else:

@@ -1,4 +1,7 @@
-"""What a run is told: files, and how to learn from them."""
+"""The settings of a training run: which files it reads and writes, and how the model learns.
+
+`TrainingSettings` is the only source of the options of `vlm train`: their names, help, choices and defaults.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,32 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vlm_cli.composition import PARTS
 from vlm_cli.errors import UsageError
+from vlm_cli.flags import Flag, find_problems
 from vlm_cli.registry import suggest
 
-__all__ = ["Job", "TrainingSettings"]
+__all__ = ["DATA", "LEARNING", "LENGTH", "RUN", "Job", "TrainingSettings"]
+
+DATA, LEARNING, LENGTH, RUN = "Data", "Learning", "Length of the run", "Run"  # headings in --help
+
+_MAX_SEED = 2**32 - 1  # the largest seed that NumPy takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Which files a run reads and writes.
+    """The files that a run reads and writes.
 
     Attributes:
-        model: directory that `vlm build` wrote, or a hub id.
+        model: the directory that `vlm build` wrote, or a hub id.
         data: records to learn.
-        output: directory to write.
+        output: the directory to write.
         eval_data: records for the held-out loss.
-        resume: go on from the last complete checkpoint, if there is one.
-        overwrite: replace the output, and forget an unfinished run.
-        keep_checkpoints: leave them when the output is written.
+        resume: continue from the last complete checkpoint, if there is a checkpoint.
+        overwrite: replace the output, and delete the checkpoints of an unfinished run.
+        keep_checkpoints: keep the checkpoints after the output is written.
         trust_remote_code: run the language model's own code from the model's directory.
     """
 
@@ -42,32 +50,153 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How to learn. Of `epochs`, `max_steps` and `max_minutes`, the first that is reached ends the run."""
+    """How a model learns. The first limit that is reached, of epochs, steps and minutes, ends the run.
 
-    learning_rate: float = 1e-4  # at its highest
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.03  # steps; below 1, a share of the run
-    weight_decay: float | None = None  # None: the composition's
-    clip: float = 1.0  # most that the gradient's norm may be; 0 does not clip
-    epochs: float | None = None  # None: 1, unless the run is bounded otherwise
-    max_steps: int | None = None
-    max_minutes: float | None = None
-    batch_size: int = 8  # records per process and step of accumulation
-    gradient_accumulation: int = 1  # batches per step
-    group_by_length: bool = True
-    trainable: tuple[str, ...] | None = None  # parts; None: the composition's
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    save_every: int = 500  # steps
-    log_every: int = 10  # steps
-    seed: int = 0
-    device: str = "auto"  # or cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights that are written
-    workers: int | None = None  # processes that decode images; None: as many as help
+    Raises:
+        UsageError: listing every value that is not possible.
+    """
+
+    batch_size: Annotated[
+        int, Flag(help="Put N records in each batch of each process.", heading=DATA, metavar="N", short="-b", above=0)
+    ] = 8
+    gradient_accumulation: Annotated[
+        int,
+        Flag(
+            help="Add up the gradients of N batches before each step of the optimizer.",
+            heading=DATA,
+            metavar="N",
+            above=0,
+        ),
+    ] = 1
+    group_by_length: Annotated[
+        bool,
+        Flag(
+            help="Put records with similar numbers of images and tokens in the same batch, which saves padding.",
+            heading=DATA,
+        ),
+    ] = True
+    workers: Annotated[
+        int | None,
+        Flag(
+            help="Decode images in N processes beside the main one. By default up to 4 on a GPU, and none on the CPU.",
+            heading=DATA,
+            metavar="N",
+            least=0,
+        ),
+    ] = None
+    trainable: Annotated[
+        tuple[str, ...] | None,
+        Flag(
+            help=f"Train these parts, and not those that the model's composition names. Parts: {', '.join(PARTS)}.",
+            heading=LEARNING,
+            metavar="PART,…",
+        ),
+    ] = None
+    optimizer: Annotated[
+        Literal["adamw", "muon"],
+        Flag(
+            help="Choose the optimizer. muon updates matrices with Muon, and all other parameters with AdamW.",
+            heading=LEARNING,
+        ),
+    ] = "adamw"
+    learning_rate: Annotated[
+        float,
+        Flag(help="Highest learning rate of the run.", heading=LEARNING, metavar="RATE", short="--lr", above=0),
+    ] = 1e-4
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"],
+        Flag(
+            help="How the learning rate falls after the warm-up: to 0 along a cosine or a line, or not at all.",
+            heading=LEARNING,
+        ),
+    ] = "cosine"
+    warmup_steps: Annotated[
+        float,
+        Flag(
+            help="Raise the learning rate from 0 over the first N steps. Below 1, N is a share of the run.",
+            heading=LEARNING,
+            metavar="N",
+            old_names=("--warmup",),
+            least=0,
+        ),
+    ] = 0.03
+    weight_decay: Annotated[
+        float | None,
+        Flag(
+            help="Use this weight decay, and not that of the model's composition.",
+            heading=LEARNING,
+            metavar="X",
+            least=0,
+        ),
+    ] = None
+    max_grad_norm: Annotated[
+        float,
+        Flag(
+            help="Scale a gradient whose norm is above X down to X. With 0, never.",
+            heading=LEARNING,
+            metavar="X",
+            old_names=("--clip",),
+            least=0,
+        ),
+    ] = 1.0
+    bf16: Annotated[
+        bool, Flag(help="Compute in bfloat16; the weights that train stay in float32.", heading=LEARNING)
+    ] = False
+    gradient_checkpointing: Annotated[
+        bool,
+        Flag(help="Compute activations again in the backward pass: less memory, more time.", heading=LEARNING),
+    ] = False
+    seed: Annotated[
+        int,
+        Flag(
+            help="Seed for the order of the records and for dropout.",
+            heading=LEARNING,
+            metavar="N",
+            least=0,
+            most=_MAX_SEED,
+        ),
+    ] = 0
+    epochs: Annotated[
+        float | None,
+        Flag(
+            help="Stop after X passes over the records. Without a limit of passes, steps or minutes, X is 1.",
+            heading=LENGTH,
+            metavar="X",
+            above=0,
+        ),
+    ] = None
+    max_steps: Annotated[
+        int | None, Flag(help="Stop after N steps of the optimizer.", heading=LENGTH, metavar="N", above=0)
+    ] = None
+    max_minutes: Annotated[
+        float | None,
+        Flag(
+            help="Stop after X minutes of training, at which the learning rate has reached the end of its schedule.",
+            heading=LENGTH,
+            metavar="X",
+            above=0,
+        ),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu"],
+        Flag(
+            help="Train on a GPU if the machine has one (auto), or on the CPU.",
+            heading=RUN,
+            hint="To choose one of several GPUs, set CUDA_VISIBLE_DEVICES. To use several, start vlm with `torchrun` "
+            "or `accelerate launch`.",
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Flag(help="Write OUT's weights with this dtype; auto is the dtype of MODEL.", heading=RUN),
+    ] = "auto"
+    save_every: Annotated[
+        int, Flag(help="Write a checkpoint after every N steps.", heading=RUN, metavar="N", above=0)
+    ] = 500
+    log_every: Annotated[int, Flag(help="Report the loss after every N steps.", heading=RUN, metavar="N", above=0)] = 10
 
     def __post_init__(self) -> None:
-        problems = [*self._choices(), *self._numbers()]
+        problems = find_problems(self)
         for part in self.trainable or ():
             if part not in PARTS:
                 problems.append(
@@ -75,52 +204,21 @@ class TrainingSettings:
                 )
         if self.trainable == ():
             problems.append(f"--trainable names no part. Known: {', '.join(PARTS)}.")
-        if self.device not in ("auto", "cpu"):
-            problems.append(
-                f"--device must be auto or cpu, got {self.device!r}. One of several GPUs is chosen by "
-                "CUDA_VISIBLE_DEVICES, several are used by `torchrun` and `accelerate launch`."
-            )
         if problems:
             raise UsageError("\n".join(problems))
 
-    def _choices(self) -> list[str]:
-        problems = []
-        for name, known in (
-            ("optimizer", ("adamw", "muon")),
-            ("schedule", ("cosine", "linear", "constant")),
-            ("dtype", ("auto", "float32", "bfloat16", "float16")),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                problems.append(f"unknown {name} {value!r}.{suggest(value, known)} Known: {', '.join(known)}.")
-        return problems
-
-    def _numbers(self) -> list[str]:
-        above_zero = ("learning_rate", "epochs", "max_steps", "max_minutes", "batch_size", "gradient_accumulation")
-        positive = (*above_zero, "save_every", "log_every")
-        not_negative = ("warmup", "weight_decay", "clip", "workers", "seed")
-        problems = []
-        for name in (*positive, *not_negative):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            flag = f"--{name.replace('_', '-')}"
-            if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-                problems.append(f"{flag} must be {'above 0' if name in positive else '0 or more'}, got {value}.")
-        return problems
-
     def total_steps(self, num_records: int, num_processes: int) -> int | None:
-        """Steps of the run; None if only its minutes bound it."""
+        """Return the number of steps of the run; None if only `max_minutes` limits it."""
         epochs = self.epochs
         if epochs is None and self.max_steps is None and self.max_minutes is None:
             epochs = 1.0
-        bounds = [] if self.max_steps is None else [self.max_steps]
+        limits = [] if self.max_steps is None else [self.max_steps]
         if epochs is not None:
-            bounds.append(max(1, math.ceil(epochs * num_records / self.step_size(num_processes))))
-        return min(bounds, default=None)
+            limits.append(max(1, math.ceil(epochs * num_records / self.step_size(num_processes))))
+        return min(limits, default=None)
 
     def step_size(self, num_processes: int) -> int:
-        """Records of one step, over all processes."""
+        """Return the number of records in one step, over all processes."""
         return self.batch_size * self.gradient_accumulation * num_processes
 
     def to_dict(self) -> dict[str, Any]:

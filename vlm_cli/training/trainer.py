@@ -196,7 +196,7 @@ class VLMTrainer(Trainer):
 
     def _factor(self, step: int) -> float:
         return learning_rate_factor(
-            self.settings.schedule, step=step, progress=self.progress(step), warmup=self.settings.warmup
+            self.settings.schedule, step=step, progress=self.progress(step), warmup=self.settings.warmup_steps
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -297,7 +297,7 @@ class VLMTrainer(Trainer):
         )
         raise TrainingError(
             f"the {what} is {value} at step {step}, in the records {self.train_dataset.describe(records)}. {kept} and "
-            "a lower --learning-rate or --clip, or without --bf16, or mend the records."
+            "a lower --learning-rate or --max-grad-norm, or without --bf16, or mend the records."
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -494,7 +494,7 @@ def _arguments(settings: TrainingSettings, folder: Path, *, use_cpu: bool, has_e
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
-        max_grad_norm=settings.clip,
+        max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         **_checkpointing(settings.gradient_checkpointing),
         seed=settings.seed,

@@ -1,0 +1,112 @@
+"""Describe a setting once, beside its type and default: `Annotated[float, Flag(help="Highest rate.", …)] = 1e-4`.
+
+From this description the command line makes the setting's option, and `find_problems` checks the setting's value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vlm_cli.registry import suggest
+
+__all__ = ["Flag", "Setting", "find_problems", "list_settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """How a setting reads on the command line, and which values it may have.
+
+    Attributes:
+        help: the text in `--help`.
+        heading: the heading of `--help` under which the option stands.
+        metavar: what the user types after the option, such as `N` or `FILE`; not needed for choices.
+        short: a shorter spelling, such as `-b`.
+        old_names: spellings of earlier versions, which still work.
+        above: the value must be greater than this.
+        least: the value must be at least this.
+        most: the value must be at most this.
+        hint: a sentence that is added when the value is none of the choices.
+    """
+
+    help: str
+    heading: str
+    metavar: str | None = None
+    short: str | None = None
+    old_names: tuple[str, ...] = ()
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a dataclass of settings."""
+
+    name: str
+    type: Any  # without `None`
+    default: Any
+    flag: Flag
+
+    @property
+    def spelling(self) -> str:
+        """The option's name: `--max-steps` for `max_steps`."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that the setting may have; empty if they are not listed."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def find_problem(self, value: Any) -> str | None:
+        """Say why the setting may not have this value; None if it may."""
+        flag = self.flag
+        if value is None:
+            return None
+        if self.choices:
+            if value in self.choices:
+                return None
+            hint = f" {flag.hint}" if flag.hint else ""
+            known = ", ".join(self.choices)
+            return f"unknown {self.name} {value!r}.{suggest(str(value), self.choices)} Known: {known}.{hint}"
+        if flag.above is not None and not (math.isfinite(value) and value > flag.above):
+            return f"{self.spelling} must be above {flag.above:g}, got {value}."
+        if flag.least is not None and not (math.isfinite(value) and value >= flag.least):
+            return f"{self.spelling} must be {flag.least:g} or more, got {value}."
+        if flag.most is not None and value > flag.most:
+            return f"{self.spelling} must be at most {flag.most}, got {value}."
+        return None
+
+
+def list_settings(settings: Any) -> list[Setting]:
+    """List the fields of a dataclass, or of one of its objects, that have a `Flag`."""
+    hints = get_type_hints(settings if isinstance(settings, type) else type(settings), include_extras=True)
+    found = []
+    for field in dataclasses.fields(settings):
+        flags = [x for x in getattr(hints[field.name], "__metadata__", ()) if isinstance(x, Flag)]
+        if flags:
+            found.append(Setting(field.name, _strip(hints[field.name]), field.default, flags[0]))
+    return found
+
+
+def find_problems(settings: Any) -> list[str]:
+    """Check the value of every setting, and return one message for each that it may not have."""
+    problems = (setting.find_problem(getattr(settings, setting.name)) for setting in list_settings(settings))
+    return [problem for problem in problems if problem is not None]
+
+
+def _strip(annotation: Any) -> Any:
+    """
+    >>> _strip(Annotated[int | None, "words"])
+    <class 'int'>
+    """
+    if get_origin(annotation) is Annotated:
+        return _strip(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+        return kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007
+    return annotation
