@@ -27,6 +27,7 @@ from transformers import (
 
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError, PromptError
+from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import Medium, Text, parse
@@ -81,14 +82,8 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
             `pixel_values` float[B, T_img, F, C, H, W], zero at padding, and `vision_mask` bool[B, T_img, F], false
             there.
         """
-        most_media = max(map(len, images), default=0)
-        most_frames = max((len(medium) for row in images for medium in row), default=0)
-        shape = (len(images), most_media, most_frames)
-        pixels, mask = torch.zeros(*shape, *self.frame_shape), torch.zeros(shape, dtype=torch.bool)
-        for b, row in enumerate(images):
-            for t, medium in enumerate(row):
-                pixels[b, t, : len(medium)] = torch.stack([self.transform(frame) for frame in medium])
-                mask[b, t, : len(medium)] = True
+        media = [[torch.stack([self.transform(frame) for frame in medium]) for medium in row] for row in images]
+        pixels, mask = stack_media(media, shape=self.frame_shape)
         return BatchFeature({"pixel_values": pixels, "vision_mask": mask})
 
     __call__ = preprocess
@@ -142,12 +137,8 @@ class VLMProcessor(ProcessorMixin):
         rows = [_parts(x) for x in texts]
         media = _media_of_rows(images, [sum(not isinstance(p, Text) for p in row) for row in rows])
         ids = [self.encode(row, parse_special_tokens=parse_special_tokens) for row in rows]
-        length = max(map(len, ids), default=0)
-        pad = self.tokenizer.pad_token_id
-        data = {
-            "input_ids": torch.tensor([[pad] * (length - len(x)) + x for x in ids]),
-            "attention_mask": torch.tensor([[0] * (length - len(x)) + [1] * len(x) for x in ids]),
-        }
+        input_ids, attention_mask = pad_left(ids, self.tokenizer.pad_token_id)
+        data = {"input_ids": input_ids, "attention_mask": attention_mask}
         if any(media):
             data |= self.image_processor.preprocess(media)
         return BatchFeature(data)

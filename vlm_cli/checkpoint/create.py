@@ -18,6 +18,7 @@ from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
@@ -256,22 +257,18 @@ def cast(model: VLM, dtype: torch.dtype) -> None:
 
 def _stop_tokens(config: PreTrainedConfig, tokenizer: Tokenizer | None, added: list[str]) -> list[int] | None:
     """Ids that end an answer: the language model's, its tokenizer's, and the end of a chunk."""
-    theirs = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
-    stops = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
-    if tokenizer is not None:
-        stops.append(tokenizer.eos_token_id)
-        if END_OF_CHUNK in added:
-            stops.append(tokenizer.convert_tokens_to_ids(END_OF_CHUNK))
-    return list(dict.fromkeys(x for x in stops if x is not None)) or None
+    stops = list(stop_token_ids(config.get_text_config(decoder=True), tokenizer))
+    if tokenizer is not None and END_OF_CHUNK in added:
+        end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
+        stops += [end] if end not in stops else []
+    return stops or None
 
 
 def generation_config(model: VLM) -> GenerationConfig:
     """The language model's own settings, with our pad and stop tokens."""
     config = GenerationConfig.from_dict(model.lang_model.generation_config.to_dict())
-    theirs = config.eos_token_id
-    stops: list[Any] = [*(theirs if isinstance(theirs, list) else [theirs]), *(model.config.eos_token_id or [])]
     config.pad_token_id = model.config.pad_token_id
-    config.eos_token_id = list(dict.fromkeys(x for x in stops if x is not None)) or None
+    config.eos_token_id = list(stop_token_ids(config, model.config)) or None
     # Lengths are the caller's affair; a default of 20 tokens in all would count the prompt.
     config.max_length = None
     config.use_cache = True  # MPT's own says no

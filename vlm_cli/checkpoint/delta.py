@@ -32,7 +32,10 @@ __all__ = ["DELTA_FILE", "Backbone", "assemble", "delta_bytes", "hash_tensors", 
 DELTA_FILE = "delta.safetensors"  # Transformers loads no file of this name, so it cannot leave the other tensors random
 
 #: Names of the tensors of the parts that can be pretrained.
-PREFIXES = {"vision_encoder": "vision_encoder.visual.", "language_model": "lang_model."}
+PREFIXES = {
+    "vision_encoder": f"{VLM.PART_PREFIXES['vision_encoder']}visual.",
+    "language_model": VLM.PART_PREFIXES["language_model"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.composition import PARTS
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLM
 
@@ -112,7 +111,7 @@ def load_weights(model: VLM, path: Path, *, random_parts: Iterable[str] = ()) ->
     report.loaded = sorted(loadable)
     # Tied weights have two names for one tensor.
     covered = {id(state[name]) for name in loadable} | {id(state[ours[name]]) for name in report.mismatched}
-    random = [_prefix(model, part) for part in random_parts]
+    random = [VLM.PART_PREFIXES[part] for part in random_parts]
     for name, target in state.items():
         if id(target) not in covered:
             needed = target.requires_grad or any(name.startswith(prefix) for prefix in random)
@@ -122,8 +121,3 @@ def load_weights(model: VLM, path: Path, *, random_parts: Iterable[str] = ()) ->
             for name, tensor in loadable.items():
                 state[name].copy_(tensor)
     return report
-
-
-def _prefix(model: VLM, part: str) -> str:
-    assert part in PARTS
-    return "lang_model." if part == "language_model" else f"{part}."

@@ -129,8 +129,7 @@ def _tokens(report: dict[str, Any]) -> list[list[str]]:
     tokens = report["tokens"]
     rows = [[name, str(i), "added"] for name, i in tokens["added"].items()]
     rows += [[name, str(i), ""] for name, i in tokens.get("special", {}).items() if name not in tokens["added"]]
-    stop = tokens["stop"] if isinstance(tokens["stop"], list) else [tokens["stop"]]
-    marks = {tokens["media"]: "media", tokens["pad"]: "pad", **{i: "stop" for i in stop if i is not None}}
+    marks = {tokens["media"]: "media", tokens["pad"]: "pad", **dict.fromkeys(tokens["stop"] or [], "stop")}
     return [[name, i, f"{mark} {marks.get(int(i), '')}".strip()] for name, i, mark in rows] + [
         ["positions per image", str(report["positions_per_image"]), ""]
     ]

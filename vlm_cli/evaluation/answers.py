@@ -106,12 +106,13 @@ def _generate(
 ) -> list[Answer]:
     import torch
 
+    from vlm_cli.modeling.stop_tokens import stop_token_ids
+
     inputs = processor(images=images, text=[item.prompt for item in items]).to(model.device)
     with torch.inference_mode():
         output = model.generate(**inputs, **keywords)
     new = output[:, inputs["input_ids"].shape[1] :].tolist()
-    stops = model.generation_config.eos_token_id or []
-    stops = set(stops if isinstance(stops, list) else [stops])
+    stops = set(stop_token_ids(model.generation_config))
     return [_answer(item, ids, stops, processor) for item, ids in zip(items, new, strict=True)]
 
 

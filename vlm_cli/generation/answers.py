@@ -18,6 +18,7 @@ from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, 
 from vlm_cli.generation.decoder import Decoder
 from vlm_cli.generation.encoded_image import EncodedImage
 from vlm_cli.generation.rows import Row
+from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
 
@@ -157,9 +158,7 @@ class RowAnswerer:
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row]) -> None:
         length = max(len(row.ids) for row in rows)
-        pad = self.decoder.processor.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (length - len(row.ids)) + row.ids for row in rows])
-        mask = torch.tensor([[0] * (length - len(row.ids)) + [1] * len(row.ids) for row in rows])
+        ids, mask = pad_left([row.ids for row in rows], self.decoder.processor.tokenizer.pad_token_id)
         inputs = {"input_ids": ids, "attention_mask": mask, **self._media(rows)}
         if self.seed is not None:
             from transformers import set_seed
@@ -188,10 +187,12 @@ class RowAnswerer:
             return {}
         if not self.apart:
             self.counts.encoded += len(distinct)
-            pixels, mask = _stack([[(p.pixels, torch.ones(1, dtype=torch.bool)) for p in row] for row in images])
-            return {"pixel_values": pixels[:, :, None], "vision_mask": mask}
+            pixels, mask = stack_media([[x.pixels[None] for x in row if x.pixels is not None] for row in images])
+            return {"pixel_values": pixels, "vision_mask": mask}
         self._encode([image for image in distinct if image.tokens is None])
-        tokens, mask = _stack([[(p.tokens, p.mask) for p in row] for row in images])
+        tokens, mask = stack_media(
+            [[image.tokens for image in row] for row in images], [[image.mask for image in row] for row in images]
+        )
         return {"vision_tokens": tokens, "media_mask": mask}
 
     def _encode(self, images: Sequence[EncodedImage]) -> None:
@@ -208,14 +209,3 @@ class RowAnswerer:
 def token_bytes(model: Any) -> int:
     """Bytes of the vision tokens of one image."""
     return model.vision_tokenizer.num_tokens(1) * model.vision_tokenizer.dim_out * model.dtype.itemsize
-
-
-def _stack(rows: Sequence[Sequence[tuple[Any, Any]]]) -> tuple[Tensor, Tensor]:
-    """(x, mask) of each medium to [B, T_img, …]; padding comes last in a row, zero in one and false in the other."""
-    x, m = next(pair for row in rows for pair in row)
-    shape = (len(rows), max(map(len, rows)))
-    stacked, mask = x.new_zeros(*shape, *x.shape), m.new_zeros(*shape, *m.shape)
-    for b, row in enumerate(rows):
-        for t, pair in enumerate(row):
-            stacked[b, t], mask[b, t] = pair
-    return stacked, mask

@@ -30,6 +30,7 @@ class Decoder:
 
     def __init__(self, model: Any, processor: Any, keywords: Mapping[str, Any], stops: Sequence[str] = ()) -> None:
         from vlm_cli.modeling.budget import ContextBudget
+        from vlm_cli.modeling.stop_tokens import stop_token_ids
 
         self.model, self.processor, self.stops = model, processor, list(stops)
         self.keywords = dict(keywords)
@@ -37,8 +38,7 @@ class Decoder:
             self.keywords |= {"stop_strings": self.stops, "tokenizer": processor.tokenizer}
         self.max_new_tokens: int = self.keywords["max_new_tokens"]
         self.budget = ContextBudget.of(model)
-        ends = model.generation_config.eos_token_id or []
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._ends = set(stop_token_ids(model.generation_config))
 
     def room(self, positions: int, notify: Callable[[str], None] = lambda message: None) -> int:
         """Return how many new tokens a prompt of so many positions may get: fewer where the context ends sooner.

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from vlm_cli.modeling.fusion.visibility import MediaVisibility
 
-__all__ = ["Conditioning"]
+__all__ = ["Conditioning", "count_media"]
+
+
+def count_media(ids: Tensor, media_token_id: int) -> Tensor:
+    """Count the media tokens at or before each position: int[*, T] -> int[*, T]."""
+    return (ids == media_token_id).cumsum(-1)
 
 
 @dataclass
@@ -65,5 +70,5 @@ class Conditioning:
             positions = positions[:, end - num : end]
         elif num != length:
             before = positions[:, -1:] if num < length else 0
-            positions = before + (ids == media_token_id).cumsum(-1)
+            positions = before + count_media(ids, media_token_id)
         return replace(self, ids=ids, media_counts=positions, media=rows(self.media), media_mask=rows(self.media_mask))

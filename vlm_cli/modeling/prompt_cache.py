@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from vlm_cli.modeling.batching import pad_left
+from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 
 if TYPE_CHECKING:
@@ -75,13 +77,9 @@ class PromptCache:
         self.reused = start
         if not start:
             return ids, keep.long(), None
-        length = max(map(len, rows)) - start
-        pad = model.config.pad_token_id or 0
-        padded, there = ids.new_full((len(rows), start + length), pad), ids.new_zeros(len(rows), start + length)
-        for b, row in enumerate(rows):
-            for out, x in ((padded, row), (there, torch.ones_like(row))):
-                out[b, :start] = x[:start]
-                out[b, len(out[b]) - (len(row) - start) :] = x[start:]
+        rest, is_valid = pad_left([row[start:] for row in rows], model.config.pad_token_id or 0)
+        padded = torch.cat([rows[0][:start].expand(len(rows), -1), rest], dim=1)
+        there = torch.cat([torch.ones_like(padded[:, :start]), is_valid], dim=1)
         if len(rows) == 1:
             return padded, there, self._cache
         cache = copy.deepcopy(self._cache)
@@ -132,7 +130,7 @@ class PromptCache:
         inputs: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
         if vision_tokens is not None and media_mask is not None:
             inputs |= {"media": model.project_media(vision_tokens[:1], media_mask[:1]), "media_mask": media_mask[:1]}
-        positions = (ids == model.config.media_token_id).cumsum(-1)
+        positions = count_media(ids, model.config.media_token_id)
         cache = self._cache if start else None
         self._forget()  # whatever happens now, it holds no less than it says
         output = model(
@@ -167,7 +165,7 @@ def _shared(model: VLM, a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Te
         if not torch.equal(x, y):
             break
         alike += model.num_positions_of(x)
-    known = (ids[:length] == model.config.media_token_id).cumsum(0) <= alike
+    known = count_media(ids[:length], model.config.media_token_id) <= alike
     return int((same * known).cumprod(0).sum())
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from vlm_cli.composition import PARTS, Composition
 from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.added_tokens import AddedTokens
-from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.conditioning import Conditioning, count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.fusion.gates import is_gate
@@ -65,6 +65,11 @@ class VLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules = ["GatedCrossAttentionBlock", "VisionEncoder"]
+
+    #: What the names of a part's tensors begin with.
+    PART_PREFIXES: ClassVar[dict[str, str]] = {
+        part: "lang_model." if part == "language_model" else f"{part}." for part in PARTS
+    }
 
     def __new__(cls, config: VLMConfig | None = None, *args: Any, **kwargs: Any) -> VLM:
         # `copy` and `pickle` call it without a configuration, on the fusion's class.
@@ -365,7 +370,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         media, media_mask = self._resolve_media(None, None, vision_tokens, media_mask)
         self._check_media(lang_x, media_mask)
         ids, mask, _ = self._expand_checked(lang_x, attention_mask, media_mask)
-        positions = self._count_media(ids)
+        positions = count_media(ids, self.config.media_token_id)
         with self._condition(Conditioning(ids, media, media_mask, positions, hide_media_logit=True)):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
 
@@ -376,10 +381,6 @@ class VLM(PreTrainedModel, GenerationMixin):
             yield
         finally:
             self._conditioning = before
-
-    def _count_media(self, ids: Tensor) -> Tensor:
-        """int[B, T] -> int[B, T]: media tokens at or before each position."""
-        return (ids == self.config.media_token_id).cumsum(-1)
 
     def _check_media(self, lang_x: Tensor, media_mask: Tensor | None) -> None:
         """Each row needs as many media as it has media tokens.
@@ -489,7 +490,7 @@ class VLM(PreTrainedModel, GenerationMixin):
                 # Spreading may pad the new positions, and a mask is then needed over the old ones too.
                 attention_mask = lang_x.new_ones(len(lang_x), _num_cached(past_key_values) + lang_x.shape[1])
             lang_x, attention_mask, expansion = self._expand_checked(lang_x, attention_mask, media_mask)
-            media_counts = self._count_media(lang_x)
+            media_counts = count_media(lang_x, self.config.media_token_id)
             if expansion is not None:
                 position_ids = None
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
@@ -650,7 +651,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        counts = self._count_media(input_ids)
+        counts = count_media(input_ids, self.config.media_token_id)
         if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > counts.shape[1]:
             # `input_ids` is one chunk of the prompt, up to which the mask reaches.
             end = None if attention_mask is None else attention_mask.shape[1]
@@ -702,10 +703,12 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def part_modules(self) -> dict[str, nn.Module]:
         """The module of each part, by its name in `PARTS`."""
-        modules = (
-            self.vision_encoder, self.vision_tokenizer, self.fusion, self.added_tokens, self.lang_model
-        )  # fmt: skip
-        return dict(zip(PARTS, modules, strict=True))
+        return {part: self.get_submodule(prefix.removesuffix(".")) for part, prefix in self.PART_PREFIXES.items()}
+
+    def trained_prefixes(self) -> list[str]:
+        """Return what the tensor names of parts with a trainable parameter begin with."""
+        modules = self.part_modules().items()
+        return [self.PART_PREFIXES[part] for part, x in modules if any(p.requires_grad for p in x.parameters())]
 
     def set_trainable(self, parts: Iterable[str]) -> None:
         """Train these parts and freeze the others.

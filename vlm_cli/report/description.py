@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vlm_cli.modeling.language_model import context_length, widths
+from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.report.parameters import count_parameters
 
@@ -88,7 +89,7 @@ def _blocks(model: VLM) -> dict[str, Any]:
 def _tokens(model: VLM, tokenizer: Any) -> dict[str, Any]:
     config = model.config
     added = {token: config.first_added_id + i for i, token in enumerate(config.added_tokens)}
-    stops = model.generation_config.eos_token_id
+    stops = list(stop_token_ids(model.generation_config)) or None
     result = {"added": added, "media": config.media_token_id, "pad": config.pad_token_id, "stop": stops}
     if tokenizer is not None:
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

@@ -20,7 +20,9 @@ from vlm_cli.composition import END_OF_CHUNK
 from vlm_cli.data.records import Problem, Record, Segment, raise_problems, read_records
 from vlm_cli.errors import DataError, LanguageModelError, MediaError
 from vlm_cli.media import MediaLoader
+from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.prompt import Medium, Slot, Text
 
 __all__ = ["IGNORED", "Collator", "Encoder", "RecordDataset", "end_token_id", "load_dataset"]
@@ -38,16 +40,13 @@ def end_token_id(model: Any, processor: Any) -> int:
     """
     if END_OF_CHUNK in model.config.composition.added_tokens:
         return processor.tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
-    ends = model.config.eos_token_id
-    found = processor.tokenizer.eos_token_id
-    if found is None and ends is not None:
-        found = ends[0] if isinstance(ends, list) else ends
-    if found is None:
+    found = stop_token_ids(processor.tokenizer, model.config)
+    if not found:
         raise LanguageModelError(
             f"the model has no token that ends an answer: neither {END_OF_CHUNK} nor an end-of-text token. Build it "
             f"again with --set 'added_tokens=[{END_OF_CHUNK!r}, <image>]'."
         )
-    return found
+    return found[0]
 
 
 class Encoder:
@@ -223,17 +222,9 @@ class Collator:
         for item in items:
             if "error" in item:
                 return {"error": item["error"]}
-        length = max(len(item["ids"]) for item in items)
-        most = max(len(item["pixels"]) for item in items)
-        input_ids = torch.full((len(items), length), self.pad_id)
-        labels = torch.full((len(items), length), IGNORED)
-        attention_mask = torch.zeros(len(items), length, dtype=torch.long)
-        pixels = torch.zeros(len(items), most, 1, *items[0]["pixels"].shape[1:])
-        mask = torch.zeros(len(items), most, 1, dtype=torch.bool)
-        for row, item in enumerate(items):
-            text, media = slice(length - len(item["ids"]), None), slice(len(item["pixels"]))
-            input_ids[row, text], labels[row, text], attention_mask[row, text] = item["ids"], item["labels"], 1
-            pixels[row, media, 0], mask[row, media] = item["pixels"], True
+        input_ids, attention_mask = pad_left([item["ids"] for item in items], self.pad_id)
+        labels, _ = pad_left([item["labels"] for item in items], IGNORED)
+        pixels, mask = stack_media([item["pixels"].unsqueeze(1).unbind() for item in items])  # of one frame each
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -404,7 +404,7 @@ class VLMTrainer(Trainer):
         os.makedirs(output_dir, exist_ok=True)
         unwrapped = self.accelerator.unwrap_model(self.model)
         whole = unwrapped.state_dict() if state_dict is None else state_dict
-        trains = tuple(f"{name}." for name in trained_children(unwrapped))
+        trains = tuple(unwrapped.trained_prefixes())
         seen: set[int] = set()
         kept = {}
         for name, tensor in whole.items():
@@ -413,11 +413,6 @@ class VLMTrainer(Trainer):
                 seen.add(tensor.data_ptr())
                 kept[name] = tensor.contiguous()
         safetensors.torch.save_file(kept, Path(output_dir) / "model.safetensors")
-
-
-def trained_children(model: Any) -> list[str]:
-    """Names of the model's attributes that hold trainable parameters."""
-    return [name for name, child in model.named_children() if any(p.requires_grad for p in child.parameters())]
 
 
 def _metrics_line(entry: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlm_cli.checkpoint.parts.remote_code import write_code
 from vlm_cli.errors import CheckpointError, UsageError, first_line
 from vlm_cli.files import EXPORT_FILE
+from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.version import __version__
@@ -80,23 +81,15 @@ def export_language_model(
     lm, first = model.lang_model, model.config.first_added_id
     write_code(lm, out)
     settings = copy.deepcopy(model.generation_config)
-    settings.eos_token_id, settings.pad_token_id = (
-        _below(first, x) for x in (settings.eos_token_id, settings.pad_token_id)
-    )
+    stops = [i for i in stop_token_ids(settings) if i < first]
+    settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    settings.pad_token_id = None if (settings.pad_token_id or 0) >= first else settings.pad_token_id
     lm.generation_config = settings
     lm.save_pretrained(out, max_shard_size=max_shard_size)
     processor.tokenizer.save_pretrained(out)
     _forget_tokens(out, set(model.config.added_tokens))
     _check_tokenizer(out, first)
     return {"model_type": lm.config.model_type, "tokens": first}
-
-
-def _below(first: int, ids: int | list[int] | None) -> int | list[int] | None:
-    """Those of `ids` that are below `first`, in the form they came in."""
-    if isinstance(ids, list):
-        kept = [i for i in ids if i < first]
-        return kept[0] if len(kept) == 1 else kept or None
-    return ids if ids is not None and ids < first else None
 
 
 def _forget_tokens(folder: Path, names: set[str]) -> None:

@@ -131,8 +131,8 @@ def import_checkpoint(
     # A tower that names no weights was drawn: the checkpoint has to bring them.
     drawn = tower is None or tower.weights is None
     backed = tuple(
-        f"{prefix}."
-        for prefix, has_weights in (("vision_encoder", not drawn), ("lang_model", lang_model is not None))
+        VLM.PART_PREFIXES[part]
+        for part, has_weights in (("vision_encoder", not drawn), ("language_model", lang_model is not None))
         if has_weights
     )
     progress(f"reading {len(checkpoint.tensors)} tensors")
