@@ -1,13 +1,13 @@
 """Parts of another package in this process: those of `examples/plugin`, and vision encoders made for a test.
 
-The tests named in `HELD` run here as they do on our own parts, on the models of this file.
+The checks of `tests/support/invariants.py` run here, on the models of this file, as they run on our own parts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vlm_cli.registry
-from tests.modeling import test_invariants
-from tests.support import ROOT, tiny
+from tests.support import ROOT, invariants, tiny
 from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers, load_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, PluginError, UnknownNameError, VisionEncoderError
@@ -29,19 +28,6 @@ from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Part
 
 PLUGIN = ROOT / "examples" / "plugin"
 REGISTRIES = (VISION_ENCODERS, VISION_TOKENIZERS, FUSIONS)
-
-HELD = (
-    "test_text_only_is_the_bare_language_model",
-    "test_closed_gates_or_spliced_media_are_the_bare_language_model",
-    "test_cached_decoding_equals_the_full_pass",
-    "test_forward_continues_a_cache",
-    "test_chunked_prefill_equals_whole",
-    "test_a_row_does_not_depend_on_its_batch",
-    "test_saved_and_loaded_models_are_equal",
-    "test_exactly_the_declared_parameters_train",
-    "test_each_image_is_first_seen_at_its_placeholder",
-)
-globals().update({name: getattr(test_invariants, name) for name in HELD})
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +74,38 @@ def encoder(**settings: Any) -> Any:
     return VISION_ENCODERS["conv-patches"].options_class()(name="conv-patches", **settings)
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        invariants.check_text_only,
+        invariants.check_against_bare,
+        invariants.check_cached,
+        invariants.check_continued_cache,
+        invariants.check_chunked_prefill,
+        invariants.check_rows,
+        invariants.check_trainable,
+        invariants.check_placeholders,
+    ],
+)
+def test_what_holds_for_our_parts_holds_here(model: VLM, check: Callable[[VLM], None]) -> None:
+    if check is invariants.check_chunked_prefill and invariants.language_model_name(model) == "mamba2":
+        pytest.skip(invariants.NO_CHUNKED_GENERATE["mamba2"])
+    check(model)
+
+
+def test_a_saved_model_is_loaded_as_it_was(model: VLM, tmp_path: Path) -> None:
+    invariants.check_saved(model, tmp_path)
+
+
 def test_padding_frames_never_leak(model: VLM) -> None:
     rows = [tiny.row(model, n, 7 + n, frames=frames, seed=n) for n, frames in ((1, 2), (2, 3), (0, 1))]
     batch = tiny.collate(rows, garbage=1e4)
-    together = test_invariants.logits(model, **batch)
+    together = invariants.logits(model, **batch)
     for i, row in enumerate(rows):
-        alone = test_invariants.logits(model, **row.inputs())[0]
-        test_invariants.same(together[i][batch["attention_mask"][i].bool()], alone)
+        alone = invariants.logits(model, **row.inputs())[0]
+        invariants.same(together[i][batch["attention_mask"][i].bool()], alone)
     batch["vision_mask"][0, 0, 2] = True
-    assert test_invariants.differs(test_invariants.logits(model, **batch)[0], together[0])
+    assert invariants.differs(invariants.logits(model, **batch)[0], together[0])
 
 
 def test_a_closed_gate_is_the_bare_language_model(plugin: None) -> None:
@@ -104,8 +113,8 @@ def test_a_closed_gate_is_the_bare_language_model(plugin: None) -> None:
         patch.setitem(tiny.FUSIONS, "running-mean", {"type": "running-mean"})
         model = tiny.build(fusion="running-mean")
     row = tiny.row(model, 2)
-    ours = test_invariants.logits(model, **row.inputs())[0, :, : tiny.VOCABULARY]
-    assert torch.equal(ours, test_invariants.bare_logits(model, row))
+    ours = invariants.logits(model, **row.inputs())[0, :, : tiny.VOCABULARY]
+    assert torch.equal(ours, invariants.bare_logits(model, row))
 
 
 def test_media_count_from_their_placeholder_on_and_on_average(plugin: None) -> None:

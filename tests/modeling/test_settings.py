@@ -15,9 +15,8 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
-from tests.modeling import test_invariants as invariants
-from tests.modeling.test_invariants import differs, logits, opened, same
-from tests.support import reference, tiny
+from tests.support import invariants, reference, tiny
+from tests.support.invariants import differs, logits, opened, same
 from tests.support.tiny import VOCABULARY, nudged
 from vlm_cli.checkpoint.create import plan
 from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
