@@ -53,7 +53,7 @@ def measure(folder: Path, out: Path) -> None:
     from vlm_cli.checkpoint.directory import save
     from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
     from vlm_cli.checkpoint.published.importing import import_checkpoint
-    from vlm_cli.cli.options import ComposeOptions
+    from vlm_cli.composition import CompositionRequest
     from vlm_cli.files import replacing_directory
 
     def peak() -> int:
@@ -62,7 +62,7 @@ def measure(folder: Path, out: Path) -> None:
 
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the process that started this one
     libraries = peak()
-    imported = import_checkpoint(PublishedCheckpoint.open(str(folder)), ComposeOptions().over)
+    imported = import_checkpoint(PublishedCheckpoint.open(str(folder)), CompositionRequest().compose_over)
     assert imported.model is not None
     filled = peak()
     with replacing_directory(out) as partial:

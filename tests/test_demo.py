@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 import vlm_cli
 from tests.support import ROOT
 from vlm_cli.cli.app import app
-from vlm_cli.cli.options import DEMO
 from vlm_cli.files import is_vlm_directory
+from vlm_cli.models import DEMO
 
 IMAGES = ROOT / "examples" / "images"
 ANSWERS = [
@@ -52,7 +52,7 @@ def test_examples_in_the_prompt_say_what_is_asked() -> None:
 def test_it_is_a_directory_like_any_other_and_small() -> None:
     assert is_vlm_directory(DEMO)
     assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 6e6
-    model, processor = vlm_cli.load(str(DEMO))
+    model, processor = vlm_cli.load("demo")
     assert model.config.composition.family is None and processor.tokenizer.pad_token
 
 

@@ -10,18 +10,19 @@ from vlm_cli.version import __version__
 
 if TYPE_CHECKING:
     from vlm_cli.checkpoint.create import create, plan
-    from vlm_cli.checkpoint.directory import load
-    from vlm_cli.composition import Composition
+    from vlm_cli.composition import Composition, CompositionRequest
     from vlm_cli.modeling.acceleration import accelerate
     from vlm_cli.modeling.config import VLMConfig
     from vlm_cli.modeling.fusion.cross_attention import VLMWithCrossAttention
     from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
     from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.models import load
     from vlm_cli.processor import VLMProcessor
 
 
 _HOMES = {
     "Composition": "vlm_cli.composition",
+    "CompositionRequest": "vlm_cli.composition",
     "VLM": "vlm_cli.modeling.vlm",
     "VLMConfig": "vlm_cli.modeling.config",
     "VLMProcessor": "vlm_cli.processor",
@@ -29,7 +30,7 @@ _HOMES = {
     "VLMWithLanguageStream": "vlm_cli.modeling.fusion.language_stream",
     "accelerate": "vlm_cli.modeling.acceleration",
     "create": "vlm_cli.checkpoint.create",
-    "load": "vlm_cli.checkpoint.directory",
+    "load": "vlm_cli.models",
     "plan": "vlm_cli.checkpoint.create",
 }
 

@@ -22,13 +22,13 @@ import vlm_cli.checkpoint.directory as directory
 from tests.support import ROOT
 from vlm_cli import VLM
 from vlm_cli.cli import batch as batch_module
-from vlm_cli.cli.options import DEMO
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
 from vlm_cli.generation.images import ImageCache, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of
 from vlm_cli.media import MediaLoader
+from vlm_cli.models import DEMO
 
 ANSWER = ("text", "new_tokens", "finish_reason")
 PROMPTS = [

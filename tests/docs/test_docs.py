@@ -218,8 +218,9 @@ FORBIDDEN = {
     "vlm_cli/composition": ("vlm_cli", "!vlm_cli.composition", "!vlm_cli.errors", "!vlm_cli.registry"),
     "vlm_cli/modeling": (*_MIDDLE, "vlm_cli.processor", "vlm_cli.prompt", "vlm_cli.media", "safetensors", "yaml"),
     "vlm_cli/processor.py": _MIDDLE,
-    "vlm_cli/checkpoint": (*_UPPER, "vlm_cli.report"),
-    "vlm_cli/report": (*_UPPER, "vlm_cli.checkpoint"),
+    "vlm_cli/checkpoint": (*_UPPER, "vlm_cli.models"),
+    "vlm_cli/models.py": _UPPER,
+    "vlm_cli/report": (*_UPPER, "vlm_cli.checkpoint", "vlm_cli.models"),
     "vlm_cli/data": ("vlm_cli", *(f"!vlm_cli.{x}" for x in ("data", "media", "prompt", "registry", "errors"))),
     "vlm_cli/training": ("vlm_cli.cli", "vlm_cli.generation", "vlm_cli.evaluation", "typer", "rich"),
     "vlm_cli/evaluation": ("vlm_cli.cli", "vlm_cli.generation", "typer", "rich"),
@@ -232,6 +233,7 @@ LIGHT = (
     "vlm_cli/prompt.py",
     "vlm_cli/media/loader.py",
     "vlm_cli/registry.py",
+    "vlm_cli/models.py",
     "vlm_cli/composition",
 )
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")

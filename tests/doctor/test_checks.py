@@ -17,13 +17,13 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from benchmarks.compatibility.language_models import tiny_vlm
 from tests.support import tiny
 from vlm_cli import load
-from vlm_cli.cli.options import DEMO
 from vlm_cli.modeling import vlm as vlm_module
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.fusion import language_stream
 from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock, VLMWithCrossAttention
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.models import DEMO
 from vlm_cli.report.invariants import CHECKS, QUICK, Finding, check_invariants
 
 CROSS, STREAM = "cross-attention", "language-stream"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorI
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint, recognise
 from vlm_cli.checkpoint.published.layouts.base import fill
 from vlm_cli.checkpoint.weights import KeyReport
-from vlm_cli.cli.options import ComposeOptions
-from vlm_cli.composition import MEDIA_TOKEN
+from vlm_cli.composition import MEDIA_TOKEN, CompositionRequest
 from vlm_cli.modeling.vision_encoder import tower_shape
 from vlm_cli.modeling.vlm import VLM
 
@@ -45,7 +44,7 @@ class Case:
 
     source: Path
     logits: Callable[[Tensor, Tensor], Tensor]
-    options: ComposeOptions = ComposeOptions()
+    options: CompositionRequest = field(default_factory=CompositionRequest)
     made_by: str
     unused: int = 0
 
@@ -72,7 +71,7 @@ def stir(module: nn.Module, scale: float = 0.2, seed: int = 5) -> nn.Module:
 
 
 def load(case: Case, **options: Any) -> Imported:
-    return import_checkpoint(PublishedCheckpoint.open(str(case.source)), case.options.over, **options)
+    return import_checkpoint(PublishedCheckpoint.open(str(case.source)), case.options.compose_over, **options)
 
 
 def prompt(model: VLM, num_media: int = 2, length: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -189,7 +188,7 @@ def shapes_of(theirs: PreTrainedModel | Mapping[str, Tensor]) -> PublishedCheckp
 def sized(checkpoint: PublishedCheckpoint) -> tuple[VLM, KeyReport]:
     """The model that a checkpoint describes, of which no weight has memory, and where its tensors would go."""
     found = recognise(checkpoint).describe(checkpoint)
-    composition = ComposeOptions().over(found.composition)
+    composition = CompositionRequest().compose_over(found.composition)
     text = dict(found.text_config)
     shape = tower_shape(found.vision_config, **composition.vision_encoder.feature_arguments)
     text_config = AutoConfig.for_model(text.pop("model_type"), **text)

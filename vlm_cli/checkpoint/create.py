@@ -22,8 +22,9 @@ from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
+from vlm_cli.quiet import quiet_libraries
 
-__all__ = ["Blueprint", "cast", "configure", "create", "generation_config", "not_found", "plan"]
+__all__ = ["Blueprint", "cast", "configure", "create", "find_missing_parts", "generation_config", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +119,18 @@ def configure(
     )
 
 
-def not_found(error: CompositionError, *, trust_remote_code: bool = False) -> list[str]:
-    """What else is wrong with a composition that could not be read: which of the parts it names do not exist."""
+def find_missing_parts(error: CompositionError) -> list[str]:
+    """Say which parts do not exist, of those that a composition with problems names.
+
+    `CompositionError` reports them with the other problems, so that a user meets all of them at once.
+    """
     search = _Search()
     encoder, lm = error.readable.get("vision_encoder"), error.readable.get("language_model")
-    if encoder is not None and encoder.name:
-        search.attempt(lambda: find_tower(encoder))
-    if lm is not None and lm.name:
-        search.attempt(lambda: find_language_model(lm, trust_remote_code=trust_remote_code))
+    with quiet_libraries():
+        if encoder is not None and encoder.name:
+            search.attempt(lambda: find_tower(encoder))
+        if lm is not None and lm.name:
+            search.attempt(lambda: find_language_model(lm))
     return [str(problem) for problem in search.problems]
 
 

@@ -16,6 +16,7 @@ from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import SamplingOptions
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.errors import DataError, UsageError
+from vlm_cli.models import hub_arguments
 
 __all__ = ["BatchOptions", "BatchRun", "files_digest"]
 
@@ -139,8 +140,7 @@ def files_digest(built: str, revision: str | None) -> str:
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     from vlm_cli.checkpoint.directory import read_config
 
-    hub: dict[str, Any] = {} if revision is None else {"revision": revision}
-    return str(getattr(read_config(built, **hub), "_commit_hash", None))
+    return str(getattr(read_config(built, **hub_arguments(revision)), "_commit_hash", None))
 
 
 @dataclass
@@ -203,7 +203,7 @@ class BatchRun:
         first = next(lines, None)
         if first is None:
             return
-        from vlm_cli.cli.models import silence_libraries
+        from vlm_cli.quiet import silence_libraries
 
         silence_libraries()
         self.model, processor, self.load_seconds = self.load()

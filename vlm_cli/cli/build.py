@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm_cli import models
 from vlm_cli.cli import console
 from vlm_cli.cli.options import MAX_SEED, ComposeOptions, JsonOption, flatten_options, resolve_dtype
 from vlm_cli.errors import CheckpointError, UsageError
@@ -55,7 +56,7 @@ def build(
         )
     keywords = {"trust_remote_code": compose.trust_remote_code} if delta else None
     output = None if out is None or dry_run else _Output(out, max_shard_size, overwrite, keywords)
-    composition = None if source is not None else compose.compose()
+    composition = None if source is not None else models.compose(compose.request)
     if out is not None:
         from vlm_cli.files import check_directory
 
@@ -65,7 +66,7 @@ def build(
         return
     assert composition is not None
     from vlm_cli.checkpoint.create import plan
-    from vlm_cli.cli.models import silence_libraries
+    from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
     with console.step(quiet) as announce:
@@ -125,7 +126,7 @@ def _import(
     """
     from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
     from vlm_cli.checkpoint.published.importing import import_checkpoint, recognise
-    from vlm_cli.cli.models import silence_libraries
+    from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
     with console.step(quiet) as announce:
@@ -135,7 +136,7 @@ def _import(
             _check_left_out(recognise(checkpoint), checkpoint)
         imported = import_checkpoint(
             checkpoint,
-            compose.over,
+            compose.request.compose_over,
             dtype=dtype,
             trust_remote_code=compose.trust_remote_code,
             seed=seed,

@@ -109,7 +109,7 @@ class ChatRun:
         return [image.image for image in prompts.load(found)]
 
     def _start(self) -> Any:
-        from vlm_cli.cli.models import silence_libraries
+        from vlm_cli.quiet import silence_libraries
 
         silence_libraries()
         model, processor, _ = self.load()

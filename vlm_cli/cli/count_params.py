@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options, resolve, resolve_dtype
+from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options, resolve_dtype
 from vlm_cli.errors import UsageError
+from vlm_cli.models import resolve
 
 __all__ = ["count_params"]
 
@@ -32,12 +33,14 @@ def count_params(
     """
     if as_json + as_csv + as_markdown > 1:
         raise UsageError("--json, --csv and --markdown exclude each other. Choose one.")
-    chosen = resolve(model, compose)
+    chosen = resolve(model, compose.request)
     from vlm_cli.checkpoint.delta import delta_bytes
-    from vlm_cli.cli.models import load_meta_model
+    from vlm_cli.models import load_meta_model
+    from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.parameters import count_parameters
 
     wanted = resolve_dtype(dtype)
+    silence_libraries()
     vlm, stored, _ = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
     dtype_of_weights = stored if wanted == "auto" else wanted
     report = count_parameters(vlm, depth=depth, dtype=dtype_of_weights)

@@ -5,18 +5,10 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import (
-    DEMO,
-    MAX_SEED,
-    ComposeOptions,
-    DeviceOptions,
-    JsonOption,
-    ModelArgument,
-    flatten_options,
-    resolve,
-)
+from vlm_cli.cli.options import MAX_SEED, ComposeOptions, DeviceOptions, JsonOption, ModelArgument, flatten_options
 from vlm_cli.composition import Composition
 from vlm_cli.errors import VLMError
+from vlm_cli.models import DEMO, hub_arguments, resolve
 
 __all__ = ["doctor"]
 
@@ -36,7 +28,7 @@ def doctor(
 
     Example: vlm doctor my-flamingo --dtype bfloat16
     """
-    chosen = resolve(model, compose)
+    chosen = resolve(model, compose.request)
     from vlm_cli.report.invariants import CHECKS, QUICK, check_invariants
 
     vlm = _model(chosen, compose, devices, seed)
@@ -98,13 +90,18 @@ def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOp
     """
     from vlm_cli.checkpoint.create import create, plan
     from vlm_cli.checkpoint.directory import load
-    from vlm_cli.cli.models import silence_libraries
+    from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
     device, dtype = devices.resolve()
     if isinstance(chosen, str):
-        hub: dict[str, Any] = {} if compose.revision is None else {"revision": compose.revision}
-        return load(chosen, dtype=dtype, device=device, trust_remote_code=compose.trust_remote_code, **hub)[0]
+        return load(
+            chosen,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=compose.trust_remote_code,
+            **hub_arguments(compose.revision),
+        )[0]
     blueprint = plan(chosen, trust_remote_code=compose.trust_remote_code, need_tokenizer=False)
     _check_memory(blueprint, dtype)
     console.notify("Weights are drawn at random; give a built directory to check its own.")

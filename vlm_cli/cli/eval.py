@@ -10,17 +10,10 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import keep_collecting
-from vlm_cli.cli.options import (
-    DEMO,
-    DeviceOptions,
-    JsonOption,
-    SamplingOptions,
-    SourceOptions,
-    built_model,
-    flatten_options,
-)
+from vlm_cli.cli.options import DeviceOptions, JsonOption, SamplingOptions, SourceOptions, flatten_options
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.errors import UsageError
+from vlm_cli.models import DEMO, resolve_built_model
 
 __all__ = ["EvalOptions", "OutputOptions", "evaluate"]
 
@@ -85,7 +78,7 @@ def evaluate(
     if questions.data is None:
         raise UsageError(f"no questions are given: vlm eval {model} --data FILE.jsonl")
     files.check(questions.data)
-    built = built_model(model, source.revision)
+    built = resolve_built_model(model, source.revision)
     items, records = read_items(questions.data, questions.limit)
     console.notify(f"{len(items):,} items from {questions.data}")
     evaluation = Evaluation(model, questions, items, records)
@@ -115,7 +108,7 @@ class Evaluation:
 
     def load(self, built: str, devices: DeviceOptions, source: SourceOptions) -> None:
         """Load the model, and see that the items fit it."""
-        from vlm_cli.cli.models import silence_libraries
+        from vlm_cli.quiet import silence_libraries
 
         silence_libraries()
         from vlm_cli.checkpoint.directory import load

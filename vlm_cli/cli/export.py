@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import JsonOption, SourceOptions, built_model, flatten_options
+from vlm_cli.cli.options import JsonOption, SourceOptions, flatten_options
 from vlm_cli.errors import UnknownNameError
+from vlm_cli.models import resolve_built_model
 from vlm_cli.registry import suggest
 
 __all__ = ["FORMATS", "export"]
@@ -42,14 +43,14 @@ def export(
     from vlm_cli.cli.build import check_size
 
     check_size(max_shard_size)
-    built = built_model(model, source.revision)
+    built = resolve_built_model(model, source.revision)
     from vlm_cli.files import check_directory
 
     check_directory(out, overwrite=overwrite)
     from vlm_cli.checkpoint.directory import load, read_config
     from vlm_cli.checkpoint.export.programs import write_mark
-    from vlm_cli.cli.models import silence_libraries
     from vlm_cli.files import replacing_directory
+    from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
     with console.step(quiet) as announce:

@@ -8,17 +8,9 @@ import typer
 from vlm_cli.cli import console
 from vlm_cli.cli.batch import BatchOptions, BatchRun, files_digest
 from vlm_cli.cli.chat import ChatRun, check_chat
-from vlm_cli.cli.options import (
-    DEMO,
-    DeviceOptions,
-    JsonOption,
-    SamplingOptions,
-    SourceOptions,
-    SpeedOptions,
-    built_model,
-    flatten_options,
-)
+from vlm_cli.cli.options import DeviceOptions, JsonOption, SamplingOptions, SourceOptions, SpeedOptions, flatten_options
 from vlm_cli.cli.prompts import PromptOptions
+from vlm_cli.models import DEMO, resolve_built_model
 from vlm_cli.prompt import Interleaved, format
 
 __all__ = ["generate"]
@@ -60,15 +52,15 @@ def generate(
         return
     if chat:
         check_chat(prompts, sampling, {"--dry-run": dry_run, "--compile": speed.compile})
-        built = built_model(model, source.revision)
+        built = resolve_built_model(model, source.revision)
         run_chat = ChatRun(prompts, sampling, lambda: _load(model, built, devices, speed, source, has_images=True))
         run_chat.talk(stream=not (no_stream or as_json), as_json=as_json, stats=stats)
         return
     parts = prompts.interleave()
     sampling.keywords()  # refuses what contradicts itself
-    built = built_model(model, source.revision)
+    built = resolve_built_model(model, source.revision)
     images = prompts.load(parts)
-    from vlm_cli.cli.models import silence_libraries
+    from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
     if dry_run:
@@ -118,7 +110,7 @@ def _answer_batch(
         Exit: with 1 if a row could not be answered.
     """
     sampling.keywords()
-    built = built_model(model, source.revision)
+    built = resolve_built_model(model, source.revision)
     run = BatchRun(
         batching,
         sampling,
@@ -144,11 +136,13 @@ def _answer_batch(
 
 def _show_layout(model: str, source: SourceOptions, parts: Interleaved, special: bool, as_json: bool) -> None:
     from vlm_cli.cli.inspect import print_layout
-    from vlm_cli.cli.models import load_meta_model, processor_of
+    from vlm_cli.models import load_meta_model, read_processor_of
+    from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.layout import lay_out
 
+    silence_libraries()
     vlm, _, _ = load_meta_model(model, trust_remote_code=source.trust_remote_code, revision=source.revision)
-    processor = processor_of(model, source.revision)
+    processor = read_processor_of(model, source.revision)
     print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special), as_json)
 
 

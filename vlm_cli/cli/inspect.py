@@ -5,8 +5,9 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options, resolve
+from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options
 from vlm_cli.errors import PromptError
+from vlm_cli.models import resolve
 
 __all__ = ["inspect", "print_layout"]
 
@@ -35,20 +36,22 @@ def inspect(
     parts = None if prompt is None else interleave(prompt, image or ())
     if image and prompt is None:
         raise PromptError("--image needs --prompt, whose placeholders it fills.")
-    chosen = resolve(model, compose)
-    from vlm_cli.cli.models import gate_values, load_meta_model, processor_of
+    chosen = resolve(model, compose.request)
+    from vlm_cli.models import load_meta_model, read_gate_values, read_processor_of
+    from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.description import describe
     from vlm_cli.report.layout import lay_out
 
     revision = compose.revision
+    silence_libraries()
     vlm, dtype, processor = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=revision)
     if processor is None and (parts is not None or isinstance(chosen, str)):
-        processor = processor_of(chosen, revision)
+        processor = read_processor_of(chosen, revision)
     if parts is not None:
         assert processor is not None
         print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special_tokens), as_json)
         return
-    gates = gate_values(chosen, vlm, revision)
+    gates = read_gate_values(chosen, vlm, revision)
     report = describe(vlm, processor and processor.tokenizer, dtype=dtype, gate_values=gates)
     if as_json:
         console.print_json(report)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -11,9 +11,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from vlm_cli.cli.command import accept_old_names, make_option
-from vlm_cli.composition import FAMILIES, Composition, read_file, split_name
-from vlm_cli.errors import CompositionError, UnknownNameError, UsageError, first_line
+from vlm_cli.composition import FAMILIES, CompositionRequest
+from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
+from vlm_cli.models import hub_arguments
 from vlm_cli.registry import suggest
 
 __all__ = [
@@ -24,15 +25,12 @@ __all__ = [
     "SamplingOptions",
     "SourceOptions",
     "SpeedOptions",
-    "built_model",
     "flatten_options",
-    "resolve",
 ]
 
 COMPOSE, RUN, SAMPLE = "Composition", "Model", "Sampling"
 
 MAX_SEED = 2**32 - 1  # NumPy's
-DEMO = Path(__file__).parents[1] / "demo"  # the model that ships with the package
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ModelArgument = Annotated[
@@ -91,56 +89,12 @@ class ComposeOptions:
     ] = False
 
     @property
-    def given(self) -> list[str]:
-        """Flags of a composition that were typed."""
-        ignored = ("trust_remote_code", "revision")
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ignored and getattr(self, f.name)]
-        return [f"--{name.replace('_', '-')}" for name in names]
-
-    def over(self, found: Mapping[str, Any]) -> Composition:
-        """The composition of a checkpoint, overlaid with the flags; the revision is the checkpoint's own.
-
-        Raises:
-            VLMError: for anything that does not fit.
-        """
-        return dataclasses.replace(self, revision=None).compose(found=found)
-
-    def compose(
-        self, base: str | None = None, file: Path | None = None, *, found: Mapping[str, Any] | None = None
-    ) -> Composition:
-        """The composition of a family, file or checkpoint, overlaid with the flags.
-
-        Raises:
-            VLMError: for anything that does not fit.
-        """
-        flags: dict[str, Any] = {
-            name: value for name in ("vision_tokenizer", "fusion") if (value := getattr(self, name)) is not None
+    def request(self) -> CompositionRequest:
+        """The composition flags as the library takes them."""
+        choices = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(CompositionRequest) if hasattr(self, f.name)
         }
-        if self.vision_encoder is not None:
-            # How a checkpoint's tower is read was fixed by its training, whatever tower is named for it.
-            kept = {k: x for k, x in (found or {}).get("vision_encoder", {}).items() if k not in ("name", "pretrained")}
-            flags["vision_encoder"] = {**kept, **split_name(self.vision_encoder)}
-        if self.language_model is not None:
-            kept = {k: x for k, x in (found or {}).get("language_model", {}).items() if k == "head_bias"}
-            flags["language_model"] = {**kept, "name": self.language_model}
-        if self.revision is not None:
-            flags["language_model"] = {**flags.get("language_model", {}), "revision": self.revision}
-        if self.trainable is not None:
-            flags["trainable"] = [x.strip().replace("-", "_") for x in self.trainable.split(",") if x.strip()]
-        if base is not None and self.family is not None and base != self.family:
-            raise UsageError(f"{base!r} and --family {self.family} name two families. Choose one.")
-        files = [read_file(path) for path in (file, self.config) if path is not None]
-        files = files if found is None else [dict(found), *files]
-        try:
-            return Composition.compose(self.family or base, *files, flags, overrides=self.set or ())
-        except CompositionError as error:
-            if found is not None:  # its parts are in the checkpoint
-                raise
-            from vlm_cli.checkpoint.create import not_found
-            from vlm_cli.cli.models import silence_libraries
-
-            silence_libraries()
-            raise CompositionError(error.problems + not_found(error)) from None
+        return CompositionRequest(**choices, overrides=self.set or ())
 
 
 @dataclass(frozen=True)
@@ -155,7 +109,7 @@ class SourceOptions:
     @property
     def hub(self) -> dict[str, Any]:
         """Arguments for Transformers."""
-        return {} if self.revision is None else {"revision": self.revision}
+        return hub_arguments(self.revision)
 
 
 @dataclass(frozen=True)
@@ -333,51 +287,3 @@ def _field_parameters(bundle: Any) -> list[inspect.Parameter]:
         )
         for field in dataclasses.fields(bundle)
     ]
-
-
-def built_model(model: str | None, revision: str | None = None) -> str:
-    """Directory or hub id of a model that can run; the bundled one if none is named.
-
-    Raises:
-        UsageError: if there is none, or a composition without weights.
-    """
-    built = resolve(model, ComposeOptions(revision=revision))
-    if not isinstance(built, str):
-        flag = "--family" if model in FAMILIES else "--config"
-        raise CompositionError(
-            f"{model!r} is a composition without weights. Build it first: vlm build OUT {flag} {model}"
-        )
-    return built
-
-
-def resolve(model: str | None, options: ComposeOptions) -> Composition | str:
-    """What MODEL and the composition flags mean: a composition, or the directory or hub id of a built model.
-
-    Raises:
-        VLMError: if they mean nothing, or two things.
-    """
-    if model is None:
-        return options.compose() if options.given else str(DEMO)
-    path = Path(model).expanduser()
-    if model == DEMO.name and not path.is_dir():
-        path = DEMO
-    if model in FAMILIES and not path.is_dir():
-        return options.compose(model)
-    if path.is_file():
-        if path.suffix not in (".yaml", ".yml", ".json"):
-            raise UsageError(f"{model!r} is no composition: expected a .yaml or .json file, or a directory.")
-        return options.compose(file=path)
-    if not path.is_dir() and "/" not in model:
-        nearby = [str(config.parent) for config in Path().glob("*/config.json")]
-        raise UnknownNameError(
-            f"unknown model {model!r}: no such file or directory, and no family."
-            f"{suggest(model, [*nearby, *FAMILIES, DEMO.name])} Families: {', '.join(FAMILIES)}. Bundled: {DEMO.name}."
-        )
-    if path.is_dir() and options.revision is not None:
-        raise UsageError(f"--revision is for hub ids, and {model!r} is a directory. Leave it out.")
-    if options.given:
-        raise CompositionError(
-            f"{model!r} is built already, so {options.given[0]} has no effect. Leave it out, or start from its "
-            f"composition: {path / 'composition.yaml'}."
-        )
-    return str(path) if path.is_dir() else model

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import JsonOption, built_model, flatten_options
+from vlm_cli.cli.options import JsonOption, flatten_options
 from vlm_cli.errors import UsageError
+from vlm_cli.models import resolve_built_model
 from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
 
 __all__ = ["train"]
@@ -79,7 +80,7 @@ def train(
             raise UsageError(f"no {name} is given: vlm train MODEL --data FILE.jsonl --output OUT")
     assert model is not None and data is not None and output is not None
     job = Job(
-        model=built_model(model),
+        model=resolve_built_model(model),
         data=data,
         output=output,
         eval_data=eval_data,
@@ -101,7 +102,7 @@ def train(
 def _run(job: Any, settings: Any) -> Any:
     import gc
 
-    from vlm_cli.cli.models import silence_libraries
+    from vlm_cli.quiet import silence_libraries
     from vlm_cli.training.run import Interrupted
     from vlm_cli.training.run import train as run_training
 

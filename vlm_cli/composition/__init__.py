@@ -20,6 +20,7 @@ from vlm_cli.composition.options import (
     QFormerOptions,
     VisionEncoderOptions,
 )
+from vlm_cli.composition.request import CompositionRequest
 
 __all__ = [
     "END_OF_CHUNK",
@@ -30,6 +31,7 @@ __all__ = [
     "Activation",
     "Choice",
     "Composition",
+    "CompositionRequest",
     "CrossAttentionOptions",
     "GatedFusionOptions",
     "LanguageModelOptions",

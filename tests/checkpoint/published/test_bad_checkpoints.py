@@ -15,7 +15,7 @@ from tests.checkpoint.published.layouts.test_llava import huggingface
 from tests.support.published import rewrite, rewrite_config, write_tokenizer
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import import_checkpoint
-from vlm_cli.cli.options import ComposeOptions
+from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import LanguageModelError
 
 
@@ -133,9 +133,9 @@ def test_a_configuration_of_no_model(vlm, copy, tmp_path, changes):
 def test_mixed_dtypes_become_one(copy):
     rewrite(copy, lambda tensors: {k: x.half() if "language_model" in k else x for k, x in tensors.items()})
     checkpoint = PublishedCheckpoint.open(str(copy))
-    model = import_checkpoint(checkpoint, ComposeOptions().over).model
+    model = import_checkpoint(checkpoint, CompositionRequest().compose_over).model
     assert {p.dtype for p in model.parameters()} == {checkpoint.dtype}
-    model = import_checkpoint(checkpoint, ComposeOptions().over, dtype=torch.bfloat16).model
+    model = import_checkpoint(checkpoint, CompositionRequest().compose_over, dtype=torch.bfloat16).model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -240,7 +240,7 @@ def test_the_tokenizer_of_another_model(copy):
         file.unlink()
     write_tokenizer(copy)  # without <image>
     with pytest.raises(LanguageModelError, match="Give the tokenizer that belongs to them"):
-        import_checkpoint(PublishedCheckpoint.open(str(copy)), ComposeOptions().over)
+        import_checkpoint(PublishedCheckpoint.open(str(copy)), CompositionRequest().compose_over)
 
 
 def test_a_directory_of_ours(vlm, copy, tmp_path):

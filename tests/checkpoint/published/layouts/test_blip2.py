@@ -38,7 +38,7 @@ from tests.support.published import (
 from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.checkpoint.published.towers import eva
 from vlm_cli.checkpoint.published.towers.eva import EvaTower
-from vlm_cli.cli.options import ComposeOptions
+from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.modeling.vlm import VLM
 
@@ -180,7 +180,7 @@ def lavis(folder: Path, held: str, **more: Tensor) -> Case:
     overrides = []
     if held == "trained":
         overrides = tower_files(folder, tensors)
-    options = ComposeOptions(language_model=str(language_model), set=overrides)
+    options = CompositionRequest(language_model=str(language_model), overrides=overrides)
     return case(folder / "blip2.pth", theirs, options=options)
 
 
@@ -296,8 +296,8 @@ def test_reading_the_tower_otherwise_is_noticed(tmp_path, wrong):
     assert difference > 1e-2
 
 
-def options(*overrides: str) -> ComposeOptions:
-    return ComposeOptions(set=list(overrides))
+def options(*overrides: str) -> CompositionRequest:
+    return CompositionRequest(overrides=list(overrides))
 
 
 @torch.no_grad()

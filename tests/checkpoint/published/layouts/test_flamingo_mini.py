@@ -47,8 +47,7 @@ from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.checkpoint.published.layouts.base import fill
-from vlm_cli.cli.options import ComposeOptions
-from vlm_cli.composition import Composition
+from vlm_cli.composition import Composition, CompositionRequest
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vision_encoder import tower_shape
 from vlm_cli.modeling.vlm import VLM
@@ -368,7 +367,7 @@ def test_frames_of_a_video(tmp_path):
 )
 def test_each_setting_matters(tmp_path, setting):
     case = flamingo(tmp_path)
-    model = load(replace(case, options=ComposeOptions(set=[setting]))).model
+    model = load(replace(case, options=CompositionRequest(overrides=[setting]))).model
     lang_x, vision_x = prompt(model)
     lang_x[0, 0] = 5  # text before the first image
     lang_x[0, 1] = MEDIA
@@ -411,8 +410,8 @@ def test_the_tower_may_come_from_openclip(tmp_path):
     save_file({f"visual.{k}": x for k, x in whole.vision_encoder.visual.state_dict().items()}, weights)
     rewrite(tmp_path, lambda state: {k: x for k, x in state.items() if "vision_encoder" not in k})
     settings = (f"pretrained={weights}", "class_token=true", "norm=false")  # of another tower, none are kept
-    options = ComposeOptions(
-        vision_encoder=str(tmp_path / "tower.json"), set=[f"vision_encoder.{setting}" for setting in settings]
+    options = CompositionRequest(
+        vision_encoder=str(tmp_path / "tower.json"), overrides=[f"vision_encoder.{setting}" for setting in settings]
     )
     check(replace(case, options=options))
 
@@ -459,7 +458,7 @@ def test_numbers_that_do_not_fit(tmp_path, changes, message):
 def test_other_blocks_and_widths_are_named(tmp_path):
     case = flamingo(tmp_path)
     # OpenFlamingo's blocks stand before layers n-1, 2n-1, ….
-    report = load(replace(case, options=ComposeOptions(set=["fusion.first=1"]))).report
+    report = load(replace(case, options=CompositionRequest(overrides=["fusion.first=1"]))).report
     assert not report.is_complete and "fusion.blocks.1.attn_gate" in report.missing
     assert "flamingo.lm.decoder.layers.0.xattn_block.alpha_attn" in report.unused
     rewrite_config(tmp_path, xattn_ff_mult=3)

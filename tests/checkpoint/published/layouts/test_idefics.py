@@ -30,7 +30,7 @@ from tests.support.published import (
     stir,
     write_tokenizer,
 )
-from vlm_cli.cli.options import ComposeOptions
+from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLM
 
@@ -174,7 +174,7 @@ def test_without_images(tmp_path):
 @torch.no_grad()
 def test_another_reading_is_noticed(tmp_path, wrong):
     found = huggingface(tmp_path)
-    models = [load(x).model for x in (found, replace(found, options=ComposeOptions(set=[wrong])))]
+    models = [load(x).model for x in (found, replace(found, options=CompositionRequest(overrides=[wrong])))]
     lang_x, vision_x = prompt(models[0], 2)
     right, other = (model(lang_x=lang_x, vision_x=vision_x).logits for model in models)
     assert float((right - other).abs().max()) > 1e-3
@@ -183,7 +183,7 @@ def test_another_reading_is_noticed(tmp_path, wrong):
 def test_blocks_elsewhere_have_no_weights(tmp_path):
     """Flamingo's blocks stand before the last layer of each interval, and IDEFICS's before the first."""
     found = huggingface(tmp_path)
-    imported = load(replace(found, options=ComposeOptions(set=["fusion.first=null"])))
+    imported = load(replace(found, options=CompositionRequest(overrides=["fusion.first=null"])))
     assert imported.model is None
     assert {name.split(".")[2] for name in imported.report.missing} == {"1", "3"}
     assert {name.split(".")[2] for name in imported.report.unused} == {"0", "1"}  # theirs are numbered by themselves

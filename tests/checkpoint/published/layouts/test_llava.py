@@ -31,7 +31,7 @@ from tests.support.published import (
 )
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import recognise
-from vlm_cli.cli.options import ComposeOptions
+from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError, CompositionError
 from vlm_cli.processor import VLMProcessor
 
@@ -199,7 +199,7 @@ def original(folder: Path, theirs: LlavaForConditionalGeneration, held: str = ".
     return Case(source=folder, logits=logits, made_by="Transformers' LlavaForConditionalGeneration")
 
 
-def backbones(folder: Path, theirs: LlavaForConditionalGeneration) -> ComposeOptions:
+def backbones(folder: Path, theirs: LlavaForConditionalGeneration) -> CompositionRequest:
     """The language model and the tower as they were before LLaVA trained."""
     (whole := folder / "whole").mkdir()
     found = load(original(whole, theirs)).model
@@ -209,10 +209,10 @@ def backbones(folder: Path, theirs: LlavaForConditionalGeneration) -> ComposeOpt
     (folder / "tower.json").write_text(json.dumps(vision | {"quick_gelu": True}))
     visual = found.vision_encoder.visual.state_dict()
     save_file({f"visual.{k}": x.contiguous() for k, x in visual.items()}, folder / "tower.safetensors")
-    return ComposeOptions(
+    return CompositionRequest(
         language_model=str(folder / "lm"),
         vision_encoder=str(folder / "tower.json"),
-        set=[f"vision_encoder.pretrained={folder / 'tower.safetensors'}"],
+        overrides=[f"vision_encoder.pretrained={folder / 'tower.safetensors'}"],
     )
 
 
@@ -276,7 +276,7 @@ def test_the_class_token(tmp_path, theirs):
 
 def test_a_tower_has_to_be_read_as_there(tmp_path, theirs):
     case = original(tmp_path, theirs)
-    flags = ComposeOptions(set=["vision_encoder.layer=-1", "vision_encoder.norm=null"])
+    flags = CompositionRequest(overrides=["vision_encoder.layer=-1", "vision_encoder.norm=null"])
     with pytest.raises(CheckpointError, match=r"layer=-1 and norm=None\. Add .*layer=-2 .*norm=false"):
         load(Case(source=tmp_path, logits=case.logits, options=flags, made_by=case.made_by))
 
@@ -388,7 +388,7 @@ def test_published_projector():
     tensors = original_names(published("7b", 32000).state_dict())
     found = shapes_of({k: x for k, x in tensors.items() if "mm_projector" in k})
     described = recognise(found).describe(found)
-    parts = ComposeOptions().over(described.composition)
+    parts = CompositionRequest().compose_over(described.composition)
     assert (parts.vision_encoder.name, parts.vision_encoder.pretrained) == ("ViT-L-14-336", "openai")
     assert (parts.vision_encoder.layer, parts.language_model.name) == (-2, "lmsys/vicuna-7b-v1.5")
     assert parts.trainable == ("vision_tokenizer",) and len(described.notes) == 2

@@ -34,7 +34,7 @@ from tests.support.published import (
 )
 from vlm_cli.checkpoint.published.layouts.base import renamer
 from vlm_cli.checkpoint.published.towers import siglip
-from vlm_cli.cli.options import ComposeOptions
+from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vision_encoder import build_tower, patch_features
 from vlm_cli.modeling.vlm import VLM
@@ -323,7 +323,7 @@ def test_the_exact_gelu_is_another_model(tmp_path):
 )
 def test_each_setting_matters(tmp_path, setting):
     case = nanovlm(tmp_path, config())
-    model = load(replace(case, options=ComposeOptions(set=[setting]))).model
+    model = load(replace(case, options=CompositionRequest(overrides=[setting]))).model
     # A video of one frame is its own mean.
     assert (worst(case, model) > 1e-3) == ("frames" not in setting)
 

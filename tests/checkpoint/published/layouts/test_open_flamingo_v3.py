@@ -17,7 +17,7 @@ from tests.modeling.test_parity import check_text, check_vision
 from tests.support.parity import Parity, check_greedy, largest_difference, tell_of
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
-from vlm_cli.cli.options import ComposeOptions
+from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError, CompositionError
 
 #: Heads, which shapes do not tell.
@@ -41,24 +41,24 @@ def parity(request) -> Parity:
     return Parity.read(request.param)
 
 
-def options(parity: Parity, folder, **changes) -> ComposeOptions:
+def options(parity: Parity, folder, **changes) -> CompositionRequest:
     """The parts without weights, and what shapes do not tell."""
     config, _ = parity.tower(folder)
-    found = ComposeOptions(
-        language_model=parity.language_model, vision_encoder=config, set=list(HEADS[parity.folder.name])
+    found = CompositionRequest(
+        language_model=parity.language_model, vision_encoder=config, overrides=list(HEADS[parity.folder.name])
     )
     return dataclasses.replace(found, **changes)
 
 
-def load(tensors: dict[str, Tensor], folder, flags: ComposeOptions) -> Imported:
+def load(tensors: dict[str, Tensor], folder, flags: CompositionRequest) -> Imported:
     save_file(tensors, folder / "w.safetensors")
-    return import_checkpoint(PublishedCheckpoint.open(str(folder / "w.safetensors")), flags.over)
+    return import_checkpoint(PublishedCheckpoint.open(str(folder / "w.safetensors")), flags.compose_over)
 
 
 def test_whole_files(parity, tmp_path):
     """The backbones have no weights anywhere else."""
     source = PublishedCheckpoint.open(str(parity.folder / "weights.safetensors"))
-    imported = import_checkpoint(source, options(parity, tmp_path).over)
+    imported = import_checkpoint(source, options(parity, tmp_path).compose_over)
     report, case = imported.report, parity.case(imported.model)
     assert imported.layout.name == "open_flamingo, later branch"
     assert imported.model.config.composition.family == parity.config["family"]
@@ -73,7 +73,7 @@ def test_trained_tensors_alone(parity, tmp_path):
     tensors = {k: x for k, x in parity.weights.items() if re.match(TRAINED[parity.folder.name], k)}
     _, weights = parity.tower(tmp_path)
     flags = options(parity, tmp_path)
-    flags = dataclasses.replace(flags, set=[*flags.set, f"vision_encoder.pretrained={weights}"])
+    flags = dataclasses.replace(flags, overrides=[*flags.overrides, f"vision_encoder.pretrained={weights}"])
     if parity.folder.name in ("flamingo-llama", "blip-opt"):  # their language model is frozen
         flags = dataclasses.replace(flags, language_model=parity.backbone(tmp_path / "lm"))
     imported = load(tensors, tmp_path, flags)
@@ -104,7 +104,7 @@ def test_a_language_model_that_is_nowhere(parity, tmp_path):
 
 def test_parts_have_to_be_named(parity, tmp_path):
     with pytest.raises(CompositionError) as error:
-        load(parity.weights, tmp_path, ComposeOptions())
+        load(parity.weights, tmp_path, CompositionRequest())
     assert "--language-model" in str(error.value) and "--vision-encoder" in str(error.value)
 
 
@@ -112,14 +112,14 @@ def test_parts_have_to_be_named(parity, tmp_path):
 def test_heads_have_to_be_said(name, tmp_path):
     parity = Parity.read(name)
     with pytest.raises(CheckpointError, match=r"attention of 32 channels .* 8 heads of 64 are 512"):
-        load(parity.weights, tmp_path, options(parity, tmp_path, set=[]))
+        load(parity.weights, tmp_path, options(parity, tmp_path, overrides=[]))
 
 
 def test_another_interval_or_depth(tmp_path):
     parity = Parity.read("flamingo-llama")
     flags = options(parity, tmp_path)
     with pytest.raises(CheckpointError, match=r"before layers \[1, 3\].*fusion.every=1 has it before \[0, 1, 2, 3\]"):
-        load(parity.weights, tmp_path, dataclasses.replace(flags, set=[*flags.set, "fusion.every=1"]))
+        load(parity.weights, tmp_path, dataclasses.replace(flags, overrides=[*flags.overrides, "fusion.every=1"]))
     deep = parity.backbone(tmp_path / "deep", num_hidden_layers=6)
     with pytest.raises(CheckpointError, match=r"a language model of 6 layers .* before \[1, 3, 5\]"):
         load(parity.weights, tmp_path, dataclasses.replace(flags, language_model=deep))
@@ -183,7 +183,7 @@ def test_a_bias_of_the_head_is_kept(tmp_path):
     assert largest_difference(case) > 0.5  # without the bias, it is another model
     case.tensors["logits"] = case.tensors["logits"] + bias
     assert largest_difference(case) <= 1e-4
-    dropped = dataclasses.replace(flags, set=[*flags.set, "language_model.head_bias=false"])
+    dropped = dataclasses.replace(flags, overrides=[*flags.overrides, "language_model.head_bias=false"])
     with pytest.raises(CheckpointError, match=r"Add --set language_model\.head_bias=true"):
         load(tensors, tmp_path, dropped)
 
@@ -203,7 +203,7 @@ def test_a_bias_of_the_language_model_itself(tmp_path):
     kept["lang_model.lm_head.additional_fc.weight"] = torch.randn(1, 32)
     kept["lang_model.lm_head.additional_fc.bias"] = torch.ones(1)
     flags = options(parity, tmp_path, language_model=str(folder))
-    model = load(kept, tmp_path, dataclasses.replace(flags, set=["language_model.head_bias=false"])).model
+    model = load(kept, tmp_path, dataclasses.replace(flags, overrides=["language_model.head_bias=false"])).model
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(model(lang_x=ids).logits[..., :96], phi.eval()(ids).logits, atol=1e-4, rtol=0)
     assert model.added_tokens.base_bias is None and model.added_tokens.head.bias.tolist() == [1]
@@ -227,7 +227,7 @@ def test_a_bias_that_was_not_saved(tmp_path):
 def test_the_command(vlm, tmp_path):
     parity = Parity.read("kosmos-llama")
     flags = options(parity, tmp_path)
-    sets = [word for x in flags.set for word in ("--set", x)]
+    sets = [word for x in flags.overrides for word in ("--set", x)]
     words = ["--language-model", flags.language_model, "--vision-encoder", flags.vision_encoder, *sets]
     result = vlm("build", tmp_path / "out", "--from", parity.folder / "weights.safetensors", *words)
     assert result.exit_code == 0 and "later branch" in result.stderr

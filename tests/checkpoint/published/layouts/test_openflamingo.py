@@ -17,8 +17,7 @@ from tests.support.published import VOCABULARY, stir, write_tokenizer
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
 from vlm_cli.checkpoint.published.layouts.openflamingo import OpenFlamingo
-from vlm_cli.cli.options import ComposeOptions
-from vlm_cli.composition import Composition
+from vlm_cli.composition import Composition, CompositionRequest
 from vlm_cli.errors import CheckpointError, CompositionError
 
 #: Heads, which shapes do not tell, and the norm, which the reference's later branch applies.
@@ -62,16 +61,16 @@ def parity() -> Parity:
 
 
 @pytest.fixture(scope="module")
-def parts(parity, tmp_path_factory) -> ComposeOptions:
+def parts(parity, tmp_path_factory) -> CompositionRequest:
     """The frozen parts with their weights."""
     folder = tmp_path_factory.mktemp("parts")
     config, weights = parity.tower(folder)
     settings = [*SETTINGS, f"vision_encoder.pretrained={weights}"]
-    return ComposeOptions(language_model=parity.backbone(folder / "lm"), vision_encoder=config, set=settings)
+    return CompositionRequest(language_model=parity.backbone(folder / "lm"), vision_encoder=config, overrides=settings)
 
 
-def load(source: str, options: ComposeOptions) -> Imported:
-    return import_checkpoint(PublishedCheckpoint.open(source), options.over)
+def load(source: str, options: CompositionRequest) -> Imported:
+    return import_checkpoint(PublishedCheckpoint.open(source), options.compose_over)
 
 
 @pytest.mark.parametrize("wrapper", ["", "module"])
@@ -95,7 +94,7 @@ def test_whole_models(parity, parts, tmp_path, version):
     """With frozen parts and head in the file, nothing comes from elsewhere: all columns are the reference's."""
     source = save(tmp_path / "checkpoint.pt", written(version, parity.weights, whole=True), "module")
     lm = parity.backbone(tmp_path / "lm", is_random=True)
-    report = (imported := load(source, dataclasses.replace(parts, language_model=lm, set=SETTINGS))).report
+    report = (imported := load(source, dataclasses.replace(parts, language_model=lm, overrides=SETTINGS))).report
     assert not report.unused and not report.absent
     case = parity.case(imported.model)
     check_vision(case)
@@ -105,7 +104,7 @@ def test_whole_models(parity, parts, tmp_path, version):
 
 def test_a_tower_without_weights_is_missed(parity, parts, tmp_path):
     source = save(tmp_path / "checkpoint.pt", written("v2", parity.weights), "")
-    report = load(source, dataclasses.replace(parts, set=SETTINGS)).report
+    report = load(source, dataclasses.replace(parts, overrides=SETTINGS)).report
     assert not report.is_complete and "vision_encoder.visual.conv1.weight" in report.missing
 
 
@@ -120,8 +119,8 @@ def test_a_changed_weight_is_noticed(parity, parts, tmp_path):
 def test_patches_before_the_last_norm(parity, parts, tmp_path):
     """OpenCLIP gave these until version 2.22, so that published models were trained on them."""
     source = save(tmp_path / "checkpoint.pt", written("v2", parity.weights), "")
-    settings = [x for x in parts.set if "norm" not in x]
-    model = load(source, dataclasses.replace(parts, set=settings)).model
+    settings = [x for x in parts.overrides if "norm" not in x]
+    model = load(source, dataclasses.replace(parts, overrides=settings)).model
     case = parity.case(model)
     with torch.no_grad():
         features = model.vision_encoder(case.tensors["vision_x"])
@@ -186,14 +185,14 @@ def refuse(parity, parts, tmp_path, tensors=None, **changes) -> str:
 
 
 def test_heads_have_to_be_said(parity, parts, tmp_path):
-    unsaid = [x for x in parts.set if "vision_tokenizer" not in x]
-    message = refuse(parity, parts, tmp_path, set=unsaid)
+    unsaid = [x for x in parts.overrides if "vision_tokenizer" not in x]
+    message = refuse(parity, parts, tmp_path, overrides=unsaid)
     assert "attention of 32 channels" in message and "8 heads of 64 are 512" in message
     assert "--set vision_tokenizer.num_heads=" in message
 
 
 def test_another_interval(parity, parts, tmp_path):
-    message = refuse(parity, parts, tmp_path, set=[*parts.set, "fusion.every=1"])
+    message = refuse(parity, parts, tmp_path, overrides=[*parts.overrides, "fusion.every=1"])
     assert "before layers [1, 3]" in message and "fusion.every=1 has it before [0, 1, 2, 3]" in message
 
 
@@ -228,13 +227,13 @@ def test_another_width(parity, parts, tmp_path):
 def test_parts_have_to_be_named(parity, tmp_path):
     source = save(tmp_path / "checkpoint.pt", written("v2", parity.weights), "")
     with pytest.raises(CompositionError) as error:
-        load(source, ComposeOptions())
+        load(source, CompositionRequest())
     assert "--language-model" in str(error.value) and "--vision-encoder" in str(error.value)
 
 
 def test_the_command(vlm, parity, parts, tmp_path):
     source = save(tmp_path / "checkpoint.pt", written("v2", parity.weights), "module")
-    sets = [word for x in parts.set for word in ("--set", x)]
+    sets = [word for x in parts.overrides for word in ("--set", x)]
     flags = ["--language-model", parts.language_model, "--vision-encoder", parts.vision_encoder, *sets]
     result = vlm("build", tmp_path / "out", "--from", source, *flags, "--json")
     assert result.exit_code == 0, result.stderr

@@ -19,8 +19,7 @@ from tests.support import reference, tiny
 from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, shapes_of, sized, stir, write_tokenizer
 from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.checkpoint.published.towers import siglip
-from vlm_cli.cli.options import ComposeOptions
-from vlm_cli.composition import PerceiverOptions
+from vlm_cli.composition import CompositionRequest, PerceiverOptions
 from vlm_cli.errors import CheckpointError, CompositionError
 from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler
 
@@ -137,7 +136,7 @@ def raw(folder: Path, parts: Parts, tensors: dict[str, Tensor]) -> Case:
     parts.text.save_pretrained(folder / "lm")
     write_tokenizer(folder / "lm", pad="w0")
     torch.save({"model_state_dict": {f"module.{k}": x for k, x in tensors.items()}}, folder / "checkpoint.pt")
-    flags = ComposeOptions(language_model=str(folder / "lm"))
+    flags = CompositionRequest(language_model=str(folder / "lm"))
     return replace(xgen_mm(folder, parts), source=folder / "checkpoint.pt", options=flags)
 
 
@@ -220,21 +219,21 @@ def test_the_bias_of_the_head_was_trained(tmp_path, parts):
     (folder := tmp_path / "without").mkdir()
     assert worst(xgen_mm(folder, parts, tensors), parts) > 0.5
     with pytest.raises(CheckpointError, match=r"Add --set language_model\.head_bias=true"):
-        load(replace(case, options=ComposeOptions(set=["language_model.head_bias=false"])))
+        load(replace(case, options=CompositionRequest(overrides=["language_model.head_bias=false"])))
 
 
 def test_heads_are_96_wide(tmp_path, parts):
     case = xgen_mm(tmp_path, parts)
     wide = ["vision_tokenizer.num_heads=3", "vision_tokenizer.head_dim=64"]
-    assert worst(replace(case, options=ComposeOptions(set=wide)), parts) > 1e-2
+    assert worst(replace(case, options=CompositionRequest(overrides=wide)), parts) > 1e-2
     with pytest.raises(CheckpointError, match=r"attention of 192 channels .* 8 heads of 96 are 768"):
-        load(replace(case, options=ComposeOptions(set=["vision_tokenizer.num_heads=8"])))
+        load(replace(case, options=CompositionRequest(overrides=["vision_tokenizer.num_heads=8"])))
 
 
 def test_the_order_of_the_added_tokens(tmp_path, parts):
     case = xgen_mm(tmp_path, parts)
     order = "added_tokens=['<image>', '<|endofchunk|>', '<image placeholder>']"
-    assert worst(replace(case, options=ComposeOptions(set=[order])), parts) > 1e-2
+    assert worst(replace(case, options=CompositionRequest(overrides=[order])), parts) > 1e-2
 
 
 def test_another_width_is_named(tmp_path, parts):
@@ -262,7 +261,7 @@ def test_trained_tensors_alone(tmp_path):
     visual = load(xgen_mm(tmp_path, parts)).model.vision_encoder.visual
     save_file({f"visual.{k}": x.contiguous() for k, x in visual.state_dict().items()}, tmp_path / "tower.safetensors")
     flags = [f"vision_encoder.pretrained={tmp_path / 'tower.safetensors'}"]
-    options = replace(case.options, vision_encoder=str(tmp_path / "tower.json"), set=flags)
+    options = replace(case.options, vision_encoder=str(tmp_path / "tower.json"), overrides=flags)
     assert worst(replace(case, options=options), parts) <= 1e-4
 
 
@@ -310,6 +309,6 @@ def test_published_sizes():
 def test_published_sizes_of_trained_tensors():
     tensors = {k: x for k, x in published("").items() if not re.match("vision_encoder", k)}
     checkpoint = shapes_of(tensors)
-    parts = ComposeOptions().over(recognise(checkpoint).describe(checkpoint).composition)
+    parts = CompositionRequest().compose_over(recognise(checkpoint).describe(checkpoint).composition)
     assert (parts.vision_encoder.name, parts.vision_encoder.pretrained) == ("ViT-SO400M-14-SigLIP-384", "webli")
     assert parts.language_model.name == "microsoft/Phi-3-mini-4k-instruct" and parts.language_model.head_bias

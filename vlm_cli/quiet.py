@@ -1,0 +1,39 @@
+"""Keep other libraries' advice and progress bars off the terminal. What matters reaches the user as an error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
+
+__all__ = ["quiet_libraries", "silence_libraries"]
+
+_LOGGERS = ("", "open_clip", "torch.utils.cpp_extension")  # "" is the root logger, to which OpenCLIP writes
+
+
+def silence_libraries() -> None:
+    """Silence other libraries until the program ends, as each command does."""
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence other libraries inside the block."""
+    verbosity = transformers_logging.get_verbosity()
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    transformers_logging.set_verbosity_error()
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
