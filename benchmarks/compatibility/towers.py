@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, image_size, tower_shape
+from vlm_cli.modeling.towers import build_tower, image_size, tower_shape
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.processor import OpenCLIPImageProcessor
 from vlm_cli.registry import VISION_ENCODERS
 

@@ -38,7 +38,7 @@ from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.parts.openclip import find_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.modeling.fusion.gates import is_gate
-from vlm_cli.modeling.vision_encoder import build_tower
+from vlm_cli.modeling.towers import build_tower
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 

@@ -43,7 +43,7 @@ from examples.scenes.world import (
     sample_scene,
     stream,
 )
-from vlm_cli.modeling.vision_encoder import build_tower, patch_features
+from vlm_cli.modeling.towers import build_tower, patch_features
 
 __all__ = ["CONFIG", "Training", "evaluate", "save", "train"]
 

@@ -22,7 +22,7 @@ from tests.support import ROOT, invariants, tiny
 from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers, load_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, PluginError, UnknownNameError, VisionEncoderError
-from vlm_cli.modeling.vision_encoder import patch_features, tower_shape
+from vlm_cli.modeling.towers import patch_features, tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Part
 

@@ -29,7 +29,7 @@ from vlm_cli.modeling.fusion.expansion import expand_media_tokens, pack_valid_to
 from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import update_hidden_states
-from vlm_cli.modeling.vision_encoder import build_tower, patch_features, tower_shape
+from vlm_cli.modeling.towers import build_tower, patch_features, tower_shape
 from vlm_cli.modeling.vlm import VLM
 
 #: Logits are of order 1 and travel through sums in another order.

@@ -27,7 +27,7 @@ from tests.support.tiny import IMAGE, nudged
 from vlm_cli.modeling.fusion.expansion import expand_media_tokens, pack_valid_tokens, scatter_media
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import update_hidden_states
-from vlm_cli.modeling.vision_encoder import build_tower, patch_features, tower_shape
+from vlm_cli.modeling.towers import build_tower, patch_features, tower_shape
 from vlm_cli.modeling.vlm import VLM
 
 each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)

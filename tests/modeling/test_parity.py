@@ -24,7 +24,7 @@ from vlm_cli.checkpoint.weights import load_weights
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, PARTS, Composition
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
-from vlm_cli.modeling.vision_encoder import tower_shape
+from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vlm import VLM
 
 HOMES = [ROOT / "tests" / "parity", *(Path(x) for x in [os.environ.get("VLM_PARITY")] if x)]

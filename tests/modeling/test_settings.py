@@ -23,7 +23,8 @@ from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
 from vlm_cli.composition import Composition, LinearOptions, MLPOptions, PerceiverOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, VisionEncoderError
 from vlm_cli.modeling.fusion.visibility import MediaVisibility
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, patch_features, tower_shape, truncate_layers
+from vlm_cli.modeling.towers import build_tower, patch_features, tower_shape, truncate_layers
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vision_tokenizers.linear import LinearProjection, MLPProjection, pixel_shuffle
 from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler
 from vlm_cli.modeling.vlm import VLM

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tests.support import tiny
 from tests.support.tiny import IMAGE
 from vlm_cli.modeling import vlm as core
+from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, Readers, attend_to_media
-from vlm_cli.modeling.vision_encoder import deduplicate
 from vlm_cli.modeling.vlm import VLM
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -28,7 +28,8 @@ from tests.support import tiny
 from vlm_cli.checkpoint.parts.openclip import find_tower
 from vlm_cli.cli.list_parts import language_models
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, image_size, patch_features, tower_shape
+from vlm_cli.modeling.towers import build_tower, image_size, patch_features, tower_shape
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 
 #: The smallest of each kind.
 SMALL = {

@@ -16,7 +16,7 @@ from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.cli.app import app
 from vlm_cli.composition import Composition
-from vlm_cli.modeling.vision_encoder import build_tower
+from vlm_cli.modeling.towers import build_tower
 
 TOWER = {
     "embed_dim": 48,

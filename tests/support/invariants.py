@@ -25,7 +25,7 @@ from tests.support import reference, tiny
 from tests.support.tiny import IMAGE, VOCABULARY, nudged
 from vlm_cli.composition import FAMILIES, PARTS
 from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
-from vlm_cli.modeling.vision_encoder import patch_features
+from vlm_cli.modeling.towers import patch_features
 from vlm_cli.modeling.vlm import VLM
 
 #: Logits are of order 1 and travel through sums in another order.

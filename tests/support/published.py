@@ -22,7 +22,7 @@ from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint, 
 from vlm_cli.checkpoint.published.layouts.base import fill
 from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.composition import MEDIA_TOKEN, CompositionRequest
-from vlm_cli.modeling.vision_encoder import tower_shape
+from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vlm import VLM
 
 VOCABULARY = 80  # tokens of the language model before anything is added

@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, tower_shape, truncate_layers
+from vlm_cli.modeling.towers import build_tower, tower_shape, truncate_layers
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 
 VOCABULARY = 80  # tokens

@@ -19,7 +19,8 @@ from vlm_cli.errors import CompositionError, VLMError, first_line
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.stop_tokens import stop_token_ids
-from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
+from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
 from vlm_cli.quiet import quiet_libraries

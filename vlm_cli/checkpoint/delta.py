@@ -24,7 +24,8 @@ from vlm_cli.checkpoint.parts.openclip import Tower, fetch_weights, find_tower, 
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower
+from vlm_cli.modeling.towers import build_tower
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["DELTA_FILE", "Backbone", "assemble", "delta_bytes", "hash_tensors", "write_delta"]

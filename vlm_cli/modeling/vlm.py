@@ -32,6 +32,7 @@ from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.conditioning import Conditioning, count_media
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.fusion.gates import is_gate
 from vlm_cli.modeling.language_model import (
@@ -42,7 +43,8 @@ from vlm_cli.modeling.language_model import (
 )
 from vlm_cli.modeling.lm_interface import is_filled
 from vlm_cli.modeling.prompt_cache import PromptCache
-from vlm_cli.modeling.vision_encoder import VisionEncoder, build_tower, deduplicate
+from vlm_cli.modeling.towers import build_tower
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
 
 __all__ = ["VLM"]

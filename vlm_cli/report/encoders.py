@@ -86,11 +86,11 @@ def measure(config: Mapping[str, Any]) -> EncoderFacts:
     """Build one encoder without allocating a weight, and look at what it gives for a frame.
 
     Args:
-        config: as `vlm_cli.modeling.vision_encoder.build_tower` takes it.
+        config: as `vlm_cli.modeling.towers.build_tower` takes it.
     """
     import torch
 
-    from vlm_cli.modeling.vision_encoder import build_tower, image_size, patch_features
+    from vlm_cli.modeling.towers import build_tower, image_size, patch_features
 
     with torch.device("meta"), torch.no_grad():
         tower = build_tower(config).eval()

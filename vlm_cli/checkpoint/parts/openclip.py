@@ -183,7 +183,7 @@ def load_tower(tower: Tower) -> nn.Module:
     Raises:
         VisionEncoderError: if the weights cannot be fetched or do not fit.
     """
-    from vlm_cli.modeling.vision_encoder import build_tower, truncate_layers
+    from vlm_cli.modeling.towers import build_tower, truncate_layers
 
     if tower.weights is None:
         return build_tower(tower.config)
@@ -196,7 +196,7 @@ def load_tower(tower: Tower) -> nn.Module:
 
 def _load_whole(tower: Tower) -> nn.Module:
     """One of OpenCLIP's towers with all of its layers and their weights."""
-    from vlm_cli.modeling.vision_encoder import build_tower, set_image_size
+    from vlm_cli.modeling.towers import build_tower, set_image_size
 
     assert isinstance(tower.weights, (Path, dict))
     path = tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
@@ -223,7 +223,7 @@ def _load_whole(tower: Tower) -> nn.Module:
 
 def _load_registered(tower: Tower) -> nn.Module:
     """An encoder of another package, which loads its weights itself."""
-    from vlm_cli.modeling.vision_encoder import build_tower
+    from vlm_cli.modeling.towers import build_tower
 
     visual: Any = build_tower(tower.config)
     try:
@@ -281,7 +281,7 @@ def _load_with_openclip(tower: Tower, path: Path) -> nn.Module:
     from open_clip.factory import load_checkpoint
     from open_clip.model import CLIP, CustomTextCLIP
 
-    from vlm_cli.modeling.vision_encoder import set_image_size
+    from vlm_cli.modeling.towers import set_image_size
 
     model_config = {k: v for k, v in tower.model_config.items() if k not in ("custom_text", "multimodal_cfg")}
     model_config |= {key: tower.config[key] for key in ("embed_dim", "vision_cfg", "quick_gelu")}

@@ -22,7 +22,8 @@ from vlm_cli.checkpoint.weights import KeyReport
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, first_line
 from vlm_cli.modeling.language_model import check_causal
-from vlm_cli.modeling.vision_encoder import VisionEncoder, tower_shape
+from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 

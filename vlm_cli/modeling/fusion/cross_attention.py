@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from vlm_cli.composition import Composition, GatedFusionOptions
 from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import decoder_layers, update_hidden_states
 from vlm_cli.modeling.layers import feed_forward
 from vlm_cli.modeling.lm_interface import is_filled
-from vlm_cli.modeling.vision_encoder import deduplicate
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["GatedCrossAttention", "GatedCrossAttentionBlock", "VLMWithCrossAttention"]

@@ -49,7 +49,7 @@ from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.checkpoint.published.layouts.base import fill
 from vlm_cli.composition import Composition, CompositionRequest
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vision_encoder import tower_shape
+from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import parse
 

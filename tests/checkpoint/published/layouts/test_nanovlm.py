@@ -36,7 +36,7 @@ from vlm_cli.checkpoint.published.layouts.base import renamer
 from vlm_cli.checkpoint.published.towers import siglip
 from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.vision_encoder import build_tower, patch_features
+from vlm_cli.modeling.towers import build_tower, patch_features
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import parse
 

@@ -1,0 +1,181 @@
+"""Image towers of OpenCLIP, and vision encoders of other packages, behind the same few functions.
+
+N images, C H W pixels, v patches, d channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_cli.errors import VisionEncoderError
+from vlm_cli.registry import VISION_ENCODERS
+
+__all__ = ["build_tower", "image_size", "patch_features", "set_image_size", "tower_shape", "truncate_layers"]
+
+
+def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
+    """Build a vision encoder with random weights. Of OpenCLIP's models only the image tower is built.
+
+    An encoder of another package is a module that is built as `Encoder(vision_config)` and has
+
+        configure(options) -> dict               a class method; returns plain data, whose `vision_cfg` has `image_size`
+        image_size                               pixels, or (H, W)
+        patch_features(pixels, layer) -> Tensor  as the function of this module
+        load_pretrained(name_or_file)            only if the encoder has weights to load
+
+    Its options are a subclass of `VisionEncoderOptions`.
+
+    Args:
+        vision_config: either `embed_dim`, `vision_cfg` and `quick_gelu` as in OpenCLIP's model configurations, and
+            `depth` to keep fewer layers; or `type`, a name of `VISION_ENCODERS`, with what its `configure` returned.
+
+    Raises:
+        VisionEncoderError: if the tower does not have `depth` layers.
+    """
+    if "type" in vision_config:
+        return VISION_ENCODERS[vision_config["type"]].load()(vision_config)
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+    # Otherwise timm would download ImageNet weights.
+    vision_cfg = CLIPVisionCfg(**{**vision_config["vision_cfg"], "timm_model_pretrained": False})
+    tower = _build_vision_tower(vision_config["embed_dim"], vision_cfg, vision_config.get("quick_gelu", False))
+    if hasattr(tower, "trunk") and vision_cfg.act_kwargs:
+        _set_gelu(tower.trunk, **vision_cfg.act_kwargs)
+    return truncate_layers(set_image_size(tower), vision_config.get("depth"))
+
+
+def _set_gelu(trunk: nn.Module, approximate: str) -> None:
+    """Set the GELU of a timm model. OpenCLIP leaves timm's default, but SigLIP was trained with "tanh"."""
+    for module in trunk.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = approximate
+
+
+def truncate_layers(tower: nn.Module, depth: int | None) -> nn.Module:
+    """Keep the first `depth` layers of OpenCLIP's or timm's vision transformer, in place; None keeps all.
+
+    Raises:
+        VisionEncoderError: if the tower is not a single stack of layers, or has fewer than `depth`.
+    """
+    if depth is None:
+        return tower
+    stack = _stack(tower)
+    if stack is None:
+        raise VisionEncoderError("the tower is no single stack of layers that could be cut; leave out depth.")
+    owner, name = stack
+    layers = getattr(owner, name)
+    if depth > len(layers):
+        raise VisionEncoderError(f"the tower has {len(layers)} layers, so depth can be at most {len(layers)}.")
+    setattr(owner, name, layers[:depth])
+    return tower
+
+
+def _stack(tower: nn.Module) -> tuple[nn.Module, str] | None:
+    """Return the module that holds a vision transformer's layers and the layers' name in it; None for other towers."""
+    if hasattr(getattr(tower, "transformer", None), "resblocks"):
+        return tower.transformer, "resblocks"
+    trunk = getattr(tower, "trunk", None)
+    # In timm's convolutional trunks, `blocks` are stages of different widths. Those trunks have no prefix tokens.
+    return (trunk, "blocks") if hasattr(trunk, "blocks") and hasattr(trunk, "num_prefix_tokens") else None
+
+
+def _has_class_token(tower: nn.Module) -> bool:
+    """Say whether a vision transformer has a class token."""
+    owner, name = (tower.trunk, "cls_token") if hasattr(tower, "trunk") else (tower, "class_embedding")
+    return getattr(owner, name, None) is not None
+
+
+def _has_norm(tower: nn.Module) -> bool:
+    """Say whether a tower's last norm applies to patches; in CoCa, and as timm's `fc_norm`, it follows pooling."""
+    owner, name = (tower.trunk, "norm") if hasattr(tower, "trunk") else (tower, "ln_post")
+    has_norm = not isinstance(getattr(owner, name, None), (nn.Identity, type(None)))
+    return has_norm and getattr(tower, "attn_pool", None) is None
+
+
+def set_image_size(tower: nn.Module) -> nn.Module:
+    """Fit a timm model to the `image_size` that its tower declares; OpenCLIP builds it at timm's own size."""
+    trunk = getattr(tower, "trunk", None)
+    own_size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    if hasattr(trunk, "set_input_size") and own_size != tower.image_size:
+        tower.set_input_size(tower.image_size)
+    return tower
+
+
+def patch_features(
+    tower: nn.Module, pixels: Tensor, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+) -> Tensor:
+    """Return the features of each patch, without register tokens, before pooling and projection.
+
+    Args:
+        tower: an OpenCLIP VisionTransformer, ModifiedResNet or TimmModel, or a module with a method `patch_features`.
+        pixels: float[N, C, H, W], normalised as the tower expects.
+        layer: counted from the end: -1 is the last layer, -2 the layer before it.
+        class_token: put the class token before the patches.
+        norm: apply the tower's last norm; None applies it to the last layer only.
+
+    Returns:
+        float[N, v, d]; v includes the class token.
+
+    Raises:
+        VisionEncoderError: if `class_token` or `norm` is given and the tower has no class token or no such norm.
+    """
+    if (own := getattr(tower, "patch_features", None)) is not None:
+        if class_token or norm is not None:
+            raise VisionEncoderError("class_token and norm are settings of OpenCLIP's towers; leave them out.")
+        return own(pixels, layer)
+    if class_token and not (_stack(tower) and _has_class_token(tower)):
+        raise VisionEncoderError("the tower has no class token; leave out class_token.")
+    if norm is not None and not (_stack(tower) and _has_norm(tower)):
+        raise VisionEncoderError("the tower has no last norm of its patches that could be chosen; leave out norm.")
+    trunk = getattr(tower, "trunk", None)
+    if trunk is not None and layer == -1 and norm is not False:
+        # timm's own way: `forward_intermediates` would skip FastViT's last convolution.
+        features = trunk.forward_features(pixels)
+        if features.ndim == 3:
+            patches = features[:, getattr(trunk, "num_prefix_tokens", 0) or 0 :]
+            return torch.cat([features[:, :1], patches], dim=1) if class_token else patches
+        channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+        return (features if channels_last else features.permute(0, 2, 3, 1)).flatten(1, 2)
+    # In CoCa's towers the last norm has the width of the pooler, so that it does not fit patches.
+    applies = layer == -1 and getattr(tower, "attn_pool", None) is None if norm is None else norm
+    found = tower.forward_intermediates(
+        pixels,
+        indices=-layer,
+        normalize_intermediates=applies,
+        intermediates_only=True,
+        output_extra_tokens=class_token,
+    )
+    patches = found["image_intermediates"][0].flatten(2).transpose(1, 2)
+    return torch.cat([found["image_intermediates_prefix"][0][:, :1], patches], dim=1) if class_token else patches
+
+
+def image_size(tower: nn.Module) -> tuple[int, int]:
+    """Return the (H, W) pixels that a tower reads."""
+    size = tower.image_size
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def tower_shape(
+    vision_config: Mapping[str, Any], layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+) -> tuple[int, int]:
+    """Return (v patches, d channels) of a tower's features for one image, without allocating weights.
+
+    Args:
+        vision_config: as for `build_tower`.
+        layer, class_token, norm: as for `patch_features`.
+
+    Raises:
+        ValueError: if the tower's features are not float[1, v, d].
+        VisionEncoderError: as in `build_tower` and `patch_features`.
+    """
+    with torch.device("meta"), torch.no_grad():
+        tower = build_tower(vision_config).eval()
+        pixels = torch.empty(1, 3, *image_size(tower))
+        features = patch_features(tower, pixels, layer, class_token=class_token, norm=norm)
+    if features.ndim != 3 or len(features) != 1:
+        raise ValueError(f"patch_features gives {tuple(features.shape)} for one image, expected (1, v, d)")
+    return features.shape[1], features.shape[2]
