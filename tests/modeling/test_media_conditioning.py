@@ -213,6 +213,23 @@ def test_blocks_stand_before_their_layers(settings, numbers):
             same(seen[f"into {i}"], expected)
 
 
+@each_fusion
+def test_a_fusion_says_what_it_has(fusion):
+    model = tiny.build(fusion=fusion)
+    has_blocks = fusion != "language-stream"
+    assert model.block_layers == ([0, 1] if has_blocks else [])
+    gates = {f"blocks.{i}.{name}" for i in model.block_layers for name in ("attn_gate", "ff_gate")}
+    assert model.gates().keys() == gates and not any(gate.any() for gate in model.gates().values())
+    assert [model.media_seen(k) for k in (0, 1, 3)] == [[], [1], [3] if has_blocks else [1, 2, 3]]
+    assert model.splices_media is not has_blocks and model.fusion_problem() is None
+
+
+@pytest.mark.parametrize("fusion", ["cross-attention", "llama-cross-attention"])
+def test_a_fusion_that_attends_to_all_media_says_so(fusion):
+    model = tiny.build(fusion={"type": fusion, "attend": "all", "every": 2, "first": None})
+    assert model.media_seen(3) == [1, 2, 3] and model.block_layers == [1]
+
+
 def test_media_visibility_example():
     positions, mask = torch.tensor([[0, 1, 1, 2, 2]]), torch.ones(1, 2, 2, dtype=torch.bool)
     last, everything = (
