@@ -16,7 +16,7 @@ def deduplicate(tensors: Tensor) -> tuple[Tensor, Tensor]:
         unique    A B C        inverse   0 1 0 2
 
     The order of `unique` is arbitrary. If all tensors differ, the input comes back as it is. `torch.unique(dim=0)`
-    would sort whole frames; this function sorts one checksum for each, then compares the frames to rule out a collision.
+    would sort whole frames; this function sorts a checksum for each and compares the frames to rule out a collision.
 
     Args:
         tensors: float[N, *].
