@@ -172,7 +172,7 @@ def test_generate_needs_a_model_that_runs(fails, flamingo, parts, tmp_path):
     fails(2, "vlm build OUT --family flamingo", "generate", "-m", "flamingo", "hi")
     fails(2, "vlm build OUT --config", "generate", "-m", flamingo / "composition.yaml", "hi")
     fails(2, "is no composition", "generate", "-m", flamingo / "model.safetensors", "hi")
-    fails(1, "not a VLM of ours. To compose one with it", "generate", "-m", parts.language_model, "hi")
+    fails(1, "not a VLM that `vlm build` wrote. To compose a VLM with it", "generate", "-m", parts.language_model, "hi")
 
 
 @pytest.mark.parametrize(

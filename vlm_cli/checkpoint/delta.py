@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -110,29 +110,40 @@ def write_delta(
     model: VLM,
     out: Path,
     *,
+    unchanged: Collection[str] = (),
     trust_remote_code: bool = False,
     max_shard_size: str = "5GB",
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Write `delta.safetensors`, `config.json` and `generation_config.json` into `out`.
 
-    Each pretrained part is loaded again, and compared tensor by tensor: what was trained or replaced is kept.
+    Each pretrained part is loaded again and compared tensor by tensor, so that the delta keeps every tensor that was
+    trained or replaced.
+
+    Args:
+        model: the model.
+        out: an existing directory.
+        unchanged: parts that hold exactly their pretrained weights; they are not loaded again.
+        trust_remote_code: whether the language model's own code may run.
+        max_shard_size: largest size of one weight file, such as "5GB".
+        progress: called with the name of each step before it begins.
 
     Returns:
-        Tensors and bytes that were written and left out.
+        The pinned pretrained parts, and the numbers of tensors and bytes that were written and left out.
 
     Raises:
         UsageError: if no tensor can be left out.
-        CheckpointError: if a pretrained part is not at hand.
+        CheckpointError: if a pretrained part cannot be found.
     """
     from huggingface_hub import save_torch_state_dict
 
     held = _tensors(model)
     pinned: dict[str, Backbone] = {}
     for part, prefix in PREFIXES.items():
-        progress(f"comparing with the pretrained {part.replace('_', ' ')}")
+        if part not in unchanged:
+            progress(f"comparing with the pretrained {part.replace('_', ' ')}")
         try:
-            found = _pin(model, part, trust_remote_code)
+            found = _pin(model, part, trust_remote_code, load=part not in unchanged)
         except VLMError as error:
             raise CheckpointError(
                 f"{error} To leave out what it holds, a delta needs the pretrained {part.replace('_', ' ')} at hand; "
@@ -141,11 +152,12 @@ def write_delta(
             ) from None
         if found is None:
             continue
-        backbone, theirs = found
+        backbone, pretrained = found
         same = {
             name: x
             for name, x in held.items()
-            if name.startswith(prefix) and _equal(x, theirs.get(name.removeprefix(prefix)))
+            if name.startswith(prefix)
+            and (pretrained is None or _is_equal(x, pretrained.get(name.removeprefix(prefix))))
         }
         if same:
             size = sum(x.nbytes for x in same.values())
@@ -179,23 +191,25 @@ def write_delta(
     }
 
 
-def _equal(ours: Tensor, theirs: Tensor | None) -> bool:
-    """Whether a tensor, cast as the model's parts are, is the same to the last bit."""
-    if theirs is None or ours.shape != theirs.shape:
+def _is_equal(x: Tensor, pretrained: Tensor | None) -> bool:
+    """Tell whether a tensor of the model equals the pretrained tensor to the last bit, in the model's dtype."""
+    if pretrained is None or x.shape != pretrained.shape:
         return False
-    return torch.equal(ours, theirs.to(ours) if ours.is_floating_point() else theirs)
+    return torch.equal(x, pretrained.to(x) if x.is_floating_point() else pretrained)
 
 
-def _pin(model: VLM, part: str, trust_remote_code: bool) -> tuple[Backbone, Mapping[str, Tensor]] | None:
-    """A pretrained part where it is now, and its tensors; None if the composition names no weights for it."""
+def _pin(
+    model: VLM, part: str, trust_remote_code: bool, *, load: bool
+) -> tuple[Backbone, Mapping[str, Tensor] | None] | None:
+    """Find out where a pretrained part is, and read its tensors if `load`; None if the composition names no weights."""
     if part == "language_model":
         source = find_language_model(model.config.composition.language_model, trust_remote_code=trust_remote_code)
-        return _language_backbone(source), source.load(model.dtype).state_dict()
+        return _language_backbone(source), source.load(model.dtype).state_dict() if load else None
     tower = find_tower(model.config.composition.vision_encoder)
     if tower.weights is None:
         return None
     backbone, tower = _vision_backbone(model.config.composition.vision_encoder.name, tower)
-    return backbone, load_tower(tower).state_dict()
+    return backbone, load_tower(tower).state_dict() if load else None
 
 
 def _language_backbone(source: LanguageModelSource) -> Backbone:
@@ -242,7 +256,7 @@ def assemble(
     *,
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
-    places: Mapping[str, str] | None = None,
+    moved: Mapping[str, str] | None = None,
     **keywords: Any,
 ) -> VLM:
     """The model of a delta directory: its backbones, and over them its own tensors.
@@ -252,7 +266,7 @@ def assemble(
         config: with `backbones`, which it loses.
         dtype: of the weights; "auto" is that of the files.
         trust_remote_code: run the language model's own code.
-        places: where else a backbone is, by part.
+        moved: part -> where its pretrained weights are now, if they are not where the delta's config.json says.
         keywords: `revision`, `token`, … of the hub, for the directory itself.
 
     Raises:
@@ -260,7 +274,7 @@ def assemble(
     """
     backbones = {part: Backbone(**record) for part, record in config.backbones.items()}
     del config.backbones
-    for part, place in (places or {}).items():
+    for part, place in (moved or {}).items():
         if part not in backbones:
             raise CheckpointError(f"{name!r} has no backbone {part!r}. It has: {', '.join(backbones)}.")
         backbones[part] = _at(backbones[part], place)

@@ -1,17 +1,36 @@
-"""Directories that run alone: written whole or not at all, loaded offline."""
+"""Directories that hold a whole model: write one, and load it again without a network.
+
+config.json              configuration of the model, its parts and its tokens
+composition.yaml         the composition, from which `vlm build --config` builds the model anew
+model.safetensors        all tensors; a delta directory has delta.safetensors instead, see delta.py
+generation_config.json   how answers end and are sampled
+tokenizer, processor     files of Transformers
+README.md                the model card
+*.py                     code of the language model, if it has its own
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from safetensors import SafetensorError
 
 from vlm_cli.errors import CheckpointError, PluginError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
+from vlm_cli.report.card import UNTRAINED, model_card
+from vlm_cli.report.parameters import ParameterReport
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import GenerationConfig
+
+    from vlm_cli.modeling.config import VLMConfig
+    from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.processor import VLMProcessor
 
 __all__ = [
     "load",
@@ -20,138 +39,168 @@ __all__ = [
     "read_processor",
     "read_tensors",
     "save",
+    "save_delta",
 ]
 
 COMPOSITION_FILE = "composition.yaml"
 
+#: Arguments of `from_pretrained` that say where a file is; a delta directory takes no others.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
 
 def save(
-    model: Any,
-    processor: Any,
-    out: Path,
+    model: VLM,
+    processor: VLMProcessor,
+    out: str | Path,
     *,
-    card: str = "",
+    name: str | None = None,
+    story: str = UNTRAINED,
+    parameters: ParameterReport | None = None,
     max_shard_size: str = "5GB",
-    delta: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write a model's files into the directory `out`.
+) -> None:
+    """Write a model as a directory that `vlm_cli.load` and every command read.
 
     Args:
-        model: a `VLM`.
-        processor: its `VLMProcessor`.
-        out: an existing directory.
-        card: text of the model card.
-        max_shard_size: bytes of one weight file, as "5GB".
-        delta: leave out the tensors of pretrained parts, with these arguments of `write_delta`; None writes all.
+        model: the model.
+        processor: its processor.
+        out: the directory; made if it does not exist. Files of the same names are replaced.
+        name: name of the model in the model card; None takes the directory's name.
+        story: sentences of the model card on how the model was trained.
+        parameters: for the model card, if the caller counted the parameters already.
+        max_shard_size: largest size of one weight file, such as "5GB".
+
+    Raises:
+        OSError, safetensors.SafetensorError: if the disk is full. `replacing_directory` turns both into an error for
+            users.
+    """
+    folder = _make_folder(out)
+    _write_code(model, folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    _write_companions(model, processor, folder, model_card(model, name or folder.name, story, parameters))
+
+
+def save_delta(
+    model: VLM,
+    processor: VLMProcessor,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    story: str = UNTRAINED,
+    parameters: ParameterReport | None = None,
+    max_shard_size: str = "5GB",
+    unchanged: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Write a model as a delta directory, which leaves out the tensors that the pretrained parts hold.
+
+    Args:
+        model, processor, out, name, story, parameters, max_shard_size: as of `save`.
+        unchanged: parts that hold exactly their pretrained weights, as the caller knows: they are not loaded again.
+        trust_remote_code: whether the language model's own code may run, when its weights are loaded to compare.
+        progress: called with the name of each step before it begins.
 
     Returns:
-        What `write_delta` tells.
+        The pinned pretrained parts, and the numbers of tensors and bytes that were written and left out.
 
     Raises:
-        VLMError: if the disk is full, or a delta cannot be made.
+        VLMError: if a pretrained part cannot be found, or no tensor can be left out.
     """
+    from vlm_cli.checkpoint.delta import write_delta
+
+    folder = _make_folder(out)
+    _write_code(model, folder)
+    facts = write_delta(
+        model,
+        folder,
+        unchanged=unchanged,
+        trust_remote_code=trust_remote_code,
+        max_shard_size=max_shard_size,
+        progress=progress,
+    )
+    _write_companions(model, processor, folder, model_card(model, name or folder.name, story, parameters))
+    return facts
+
+
+def _make_folder(out: str | Path) -> Path:
+    folder = Path(out)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _write_code(model: VLM, folder: Path) -> None:
     from vlm_cli.checkpoint.parts.remote_code import write_code
 
-    write_code(model.lang_model, out)
-    told: dict[str, Any] = {}
-    try:
-        if delta is None:
-            model.save_pretrained(out, max_shard_size=max_shard_size)
-        else:
-            from vlm_cli.checkpoint.delta import write_delta
+    write_code(model.lang_model, folder)
 
-            told = write_delta(model, out, max_shard_size=max_shard_size, **delta)
-    except SafetensorError as error:
-        # A full disk reaches us under this name.
-        raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
-    processor.save_pretrained(out)
+
+def _write_companions(model: VLM, processor: VLMProcessor, folder: Path, card: str) -> None:
+    """Write all files but the weights and their configurations."""
+    processor.save_pretrained(folder)
     composition = yaml.safe_dump(model.config.composition.to_dict(), sort_keys=False)
-    (out / COMPOSITION_FILE).write_text(composition, encoding="utf-8")
-    (out / "README.md").write_text(card, encoding="utf-8")
-    return told
+    (folder / COMPOSITION_FILE).write_text(composition, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) -> Any:
-    """The `VLMConfig` of a directory or hub id.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
-    from vlm_cli.modeling.config import VLMConfig
-
-    try:
-        data, _ = VLMConfig.get_config_dict(name, **keywords)
-    except Exception as error:
-        raise CheckpointError(_cannot_load(name, error)) from None
-    if not data:
-        raise CheckpointError(f"{name!r} is no VLM: it has no config.json. `vlm build` writes one.")
-    if data.get("model_type") != "vlm":
-        raise CheckpointError(
-            f"{name!r} holds a model of type {data.get('model_type')!r}, not a VLM of ours. To compose one with it: "
-            f"vlm build OUT --family flamingo --language-model {name}. To import a published one: vlm build OUT --from "
-            f"{name}"
-        )
-    try:
-        _check_parts(name, data)
-        adopt_from_directory(data.get("text_config") or {}, name, trusted=trust_remote_code, **keywords)
-        config = VLMConfig.from_dict(data)  # whose composition may be of another version
-        return config
-    except (CheckpointError, PluginError):
-        raise
-    except Exception as error:
-        raise CheckpointError(_cannot_load(name, error)) from None
-
-
-def _check_parts(name: str, data: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        CheckpointError: if the model was built with parts of packages that are not installed.
-    """
-    composition = data.get("composition") or {}
-    types = {
-        VISION_ENCODERS: (data.get("vision_config") or {}).get("type"),
-        VISION_TOKENIZERS: (composition.get("vision_tokenizer") or {}).get("type"),
-        FUSIONS: (composition.get("fusion") or {}).get("type"),
-    }
-    missing = [f"{registry.kind} {x!r}" for registry, x in types.items() if x is not None and x not in registry]
-    if missing:
-        raise CheckpointError(
-            f"cannot load {name!r}: this environment lacks what it was built with: {', '.join(missing)}. Install the "
-            "package that provides it, and run the same command again."
-        )
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load(
     name: str,
     *,
-    dtype: Any = "auto",
+    dtype: torch.dtype | str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
     **keywords: Any,
-) -> tuple[Any, Any]:
-    """The model, in evaluation mode, and the processor of a directory or hub id.
+) -> tuple[VLM, VLMProcessor]:
+    """Load the model of a directory or hub id, in evaluation mode, and its processor.
+
+    `vlm_cli.load` does the same and knows the name "demo", too.
 
     Args:
-        name: directory that `vlm build` wrote, or a hub id.
-        dtype: of the weights; "auto" is that of the files.
-        device: where the model goes; a `device_map` among the keywords takes its place.
-        trust_remote_code: run the language model's own code from the directory.
-        backbones: of a delta directory, by part: where they are, if not where they were.
-        keywords: `revision`, `token`, `local_files_only`, … of Transformers.
+        name: directory that `vlm build` wrote, or the hub id of such a directory.
+        dtype: of the weights; "auto" keeps the dtype of the files.
+        device: where the model goes; a `device_map` among the keywords replaces it.
+        trust_remote_code: whether the language model's own code from the directory may run.
+        backbones: for a delta directory, part -> where its pretrained weights are now, if they moved.
+        keywords: `revision`, `token`, `local_files_only`, … of Transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: if it cannot be read or lacks tensors.
+        CheckpointError: if the directory cannot be read or lacks tensors.
     """
-    from vlm_cli.modeling.vlm import VLM
-
     config = read_config(name, trust_remote_code=trust_remote_code, **keywords)
     processor = read_processor(name, **keywords)
     if getattr(config, "backbones", None):
         return _load_delta(name, config, dtype, trust_remote_code, backbones, keywords).to(device), processor
     if backbones:
-        raise CheckpointError(f"{name!r} is no delta directory, so backbones have no place. Leave them out.")
+        raise CheckpointError(
+            f"{name!r} holds all of its tensors, so that `backbones`, which is for delta directories, has no effect. "
+            "Leave it out."
+        )
+    model = _load_whole(name, config, dtype, keywords)
+    if "device_map" not in keywords:
+        return model.to(device), processor
+    if any(p.is_meta for p in model.vision_encoder.parameters()):
+        # Weights on disk are read when a module's `forward` is called, but OpenCLIP's towers also read weights of
+        # modules that they do not call.
+        raise CheckpointError(
+            "the vision encoder cannot run from disk. Keep it in memory: device_map={'vision_encoder': 'cpu', …}."
+        )
+    return model, processor
+
+
+def _load_whole(name: str, config: VLMConfig, dtype: torch.dtype | str, keywords: Mapping[str, Any]) -> VLM:
+    """Load the model of a directory that holds all tensors.
+
+    Raises:
+        CheckpointError: if the files cannot be read, or do not hold exactly the model's tensors.
+    """
+    from vlm_cli.modeling.vlm import VLM
+
     try:
         model, info = VLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
@@ -167,39 +216,91 @@ def load(
             f"{len(info['mismatched_keys'])} have another shape, {len(info['unexpected_keys'])} are not known; "
             f"e.g. {sorted(map(str, wrong))[0]}."
         )
-    if "device_map" not in keywords:
-        return model.eval().to(device), processor
-    if any(p.is_meta for p in model.vision_encoder.parameters()):
-        # What is on disk comes when a module's `forward` is called, and OpenCLIP's towers read weights elsewhere too.
-        raise CheckpointError(
-            "the vision encoder cannot run from disk. Keep it in memory: device_map={'vision_encoder': 'cpu', …}."
-        )
-    return model.eval(), processor
+    return model.eval()
 
 
 def _load_delta(
     name: str,
-    config: Any,
-    dtype: Any,
+    config: VLMConfig,
+    dtype: torch.dtype | str,
     trust_remote_code: bool,
     backbones: Mapping[str, str] | None,
     keywords: Mapping[str, Any],
-) -> Any:
+) -> VLM:
+    """Load the model of a delta directory.
+
+    Raises:
+        CheckpointError: if a pretrained part or a tensor is missing, or a keyword is not about where files are.
+    """
     from vlm_cli.checkpoint.delta import assemble
 
-    known = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-    if other := [key for key in keywords if key not in known]:
+    if other := [key for key in keywords if key not in HUB_ARGUMENTS]:
         raise CheckpointError(
-            f"{name!r} is a delta directory, which is put together without {', '.join(other)}. Leave it out, or make a "
+            f"{name!r} is a delta directory, which cannot be loaded with {', '.join(other)}. Leave it out, or make a "
             "full directory: model.save_pretrained(…) of the loaded model."
         )
-    model = assemble(name, config, dtype=dtype, trust_remote_code=trust_remote_code, places=backbones, **keywords)
+    model = assemble(name, config, dtype=dtype, trust_remote_code=trust_remote_code, moved=backbones or {}, **keywords)
     model.generation_config = read_generation_config(name, **keywords) or model.generation_config
     return model.eval()
 
 
-def read_processor(name: str, **keywords: Any) -> Any:
-    """The `VLMProcessor` of a directory or hub id.
+# -- reading single files ----------------------------------------------------------------------------------------------
+
+
+def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) -> VLMConfig:
+    """Read the configuration of a model from a directory or hub id.
+
+    Raises:
+        CheckpointError: if there is none, if it is not that of a VLM, or if the model needs a package that is not
+            installed.
+    """
+    from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
+    from vlm_cli.modeling.config import VLMConfig
+
+    try:
+        data, _ = VLMConfig.get_config_dict(name, **keywords)
+    except Exception as error:
+        raise CheckpointError(_cannot_load(name, error)) from None
+    if not data:
+        raise CheckpointError(f"{name!r} is no VLM: it has no config.json. `vlm build` writes one.")
+    if data.get("model_type") != "vlm":
+        raise CheckpointError(
+            f"{name!r} holds a model of type {data.get('model_type')!r}, not a VLM that `vlm build` wrote. To compose "
+            f"a VLM with it: vlm build OUT --family flamingo --language-model {name}. To import a published VLM: "
+            f"vlm build OUT --from {name}"
+        )
+    try:
+        _check_parts(name, data)
+        adopt_from_directory(data.get("text_config") or {}, name, trusted=trust_remote_code, **keywords)
+        return VLMConfig.from_dict(data)  # fails if another version wrote a composition that this one cannot read
+    except (CheckpointError, PluginError):
+        raise
+    except Exception as error:
+        raise CheckpointError(_cannot_load(name, error)) from None
+
+
+def _check_parts(name: str, data: Mapping[str, Any]) -> None:
+    """Check that the parts of a configuration are registered.
+
+    Raises:
+        CheckpointError: if packages that the model was built with are not installed.
+    """
+    composition = data.get("composition") or {}
+    types = {
+        VISION_ENCODERS: (data.get("vision_config") or {}).get("type"),
+        VISION_TOKENIZERS: (composition.get("vision_tokenizer") or {}).get("type"),
+        FUSIONS: (composition.get("fusion") or {}).get("type"),
+    }
+    missing = [f"{registry.kind} {x!r}" for registry, x in types.items() if x is not None and x not in registry]
+    if missing:
+        raise CheckpointError(
+            f"cannot load {name!r}: this environment lacks what it was built with: {', '.join(missing)}. Install the "
+            "package that provides it, and run the same command again."
+        )
+
+
+def read_processor(name: str, **keywords: Any) -> VLMProcessor:
+    """Read the processor of a directory or hub id.
 
     Raises:
         CheckpointError: if it cannot be read.
@@ -212,8 +313,8 @@ def read_processor(name: str, **keywords: Any) -> Any:
         raise CheckpointError(_cannot_load(name, error)) from None
 
 
-def read_generation_config(name: str, **keywords: Any) -> Any:
-    """How a directory or hub id ends and samples its answers; None if it does not say."""
+def read_generation_config(name: str, **keywords: Any) -> GenerationConfig | None:
+    """Read how the model of a directory or hub id ends and samples its answers; None if the directory does not say."""
     from transformers import GenerationConfig
 
     try:
@@ -224,17 +325,17 @@ def read_generation_config(name: str, **keywords: Any) -> Any:
 
 def read_tensors(
     name: str, tensors: Sequence[str], *, file: str = "model.safetensors", **keywords: Any
-) -> dict[str, Any]:
-    """A few tensors of a directory or cached hub id, without the rest; keys lose the name of their part.
+) -> dict[str, Tensor]:
+    """Read a few tensors of a directory or cached hub id, and leave the others on disk.
 
     Args:
         name: directory or hub id.
-        tensors: their names.
-        file: the weights, or what they are called where there are several files.
-        keywords: `revision`, … of Transformers.
+        tensors: names of the tensors. The result has them without the name of the part, up to the first dot.
+        file: name of the weight file; of several files, the name without its number.
+        keywords: `revision`, … of Transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: if one is missing.
+        CheckpointError: if a tensor is missing.
     """
     from safetensors import safe_open
     from transformers.utils import cached_file

@@ -101,15 +101,16 @@ class _Output:
     delta: dict[str, Any] | None  # arguments of `write_delta`; None writes all tensors
 
     def write(self, model: Any, processor: Any, announce: Any) -> None:
-        from vlm_cli.checkpoint.directory import save
-        from vlm_cli.cli.card import model_card
+        from vlm_cli.checkpoint.directory import save, save_delta
         from vlm_cli.files import replacing_directory
 
         announce(f"writing {self.path}")
-        delta = None if self.delta is None else {**self.delta, "progress": announce}
-        card = model_card(model, self.path.name)
+        keywords: dict[str, Any] = {"name": self.path.name, "max_shard_size": self.max_shard_size}
         with replacing_directory(self.path, overwrite=self.overwrite) as partial:
-            save(model, processor, partial, card=card, max_shard_size=self.max_shard_size, delta=delta)
+            if self.delta is None:
+                save(model, processor, partial, **keywords)
+            else:
+                save_delta(model, processor, partial, **keywords, **self.delta, progress=announce)
 
     def tell(self) -> None:
         name = shlex.quote(str(self.path))
@@ -236,13 +237,12 @@ def _print_key_report(report: Any) -> None:
 
 def _report(model: Any, out: Path | None, as_json: bool, dtype: Any = None, **more: Any) -> None:
     """The parameters of what was built, or would be; `dtype` is that of a model without weights."""
-    from vlm_cli.cli.count_params import _cells
     from vlm_cli.report.parameters import count_parameters
+    from vlm_cli.report.tables import parameter_heads, parameter_rows
 
     report = count_parameters(model, dtype=dtype)
     if as_json:
         data = {"output": None if out is None else str(out), "composition": model.config.composition.to_dict()}
         console.print_json({**data, **more, **report.to_dict()})
         return
-    heads = ("Part", "Parameters", "Trainable", "Frozen", "Share", f"Bytes ({report.dtype})")
-    console.print_table(heads, [_cells(row) for row in (*report.rows, report.total)], total=True)
+    console.print_table(parameter_heads(report), parameter_rows(report), total=True)

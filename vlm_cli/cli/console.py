@@ -13,6 +13,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from vlm_cli.report.tables import human_bytes
+
 __all__ = ["error", "human_bytes", "notify", "peak_memory", "print_json", "print_table", "step"]
 
 
@@ -64,18 +66,6 @@ def _plain(cell: str) -> Any:
 def _is_number(cell: str) -> bool:
     first = cell.lstrip("-~ ").split(" ")[0]
     return first in ("", "none") or first.replace(",", "").replace(".", "").rstrip("%").isdigit()
-
-
-def human_bytes(size: float) -> str:
-    """
-    >>> human_bytes(5_400_000)
-    '5.4 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def peak_memory(device: Any) -> int:

@@ -1,7 +1,6 @@
 """`vlm count-params`."""
 
 import csv
-import io
 import sys
 from typing import Annotated, Any
 
@@ -38,6 +37,7 @@ def count_params(
     from vlm_cli.models import load_meta_model
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.parameters import count_parameters
+    from vlm_cli.report.tables import human_bytes, parameter_heads, parameter_rows, parameters_markdown
 
     wanted = resolve_dtype(dtype)
     silence_libraries()
@@ -52,29 +52,11 @@ def count_params(
         writer.writerow(COLUMNS)
         writer.writerows(_values(row) for row in (*report.rows, report.total))
     elif as_markdown:
-        print(markdown(report), end="")
+        print(parameters_markdown(report), end="")
     else:
-        rows = [_cells(row) for row in (*report.rows, report.total)]
-        heads = ("Part", "Parameters", "Trainable", "Frozen", "Share", f"Bytes ({report.dtype})")
-        console.print_table(heads, rows, total=True)
-        print(f"A delta directory (build --delta) holds {console.human_bytes(size)} of tensors once trained.")
+        console.print_table(parameter_heads(report), parameter_rows(report), total=True)
+        print(f"A delta directory (build --delta) holds {human_bytes(size)} of tensors once trained.")
 
 
 def _values(row: Any) -> list[Any]:
     return [row.name, row.parameters, row.trainable, row.frozen, f"{row.share:.6f}", row.bytes]
-
-
-def _cells(row: Any) -> list[str]:
-    name = "  " * (row.depth - 1) + (row.name.rpartition(".")[2] if row.depth > 1 else row.name)
-    counts = [f"{x:,}" for x in (row.parameters, row.trainable, row.frozen)]
-    return [name, *counts, f"{100 * row.share:.1f}%", console.human_bytes(row.bytes)]
-
-
-def markdown(report: Any) -> str:
-    """A report as a Markdown table."""
-    text = io.StringIO()
-    print("| part | parameters | trainable | frozen | share | bytes |\n|---|--:|--:|--:|--:|--:|", file=text)
-    for row in (*report.rows, report.total):
-        cells = _cells(row)
-        print(f"| {'&nbsp;' * (2 * row.depth - 2)}{cells[0].strip()} | {' | '.join(cells[1:])} |", file=text)
-    return text.getvalue()

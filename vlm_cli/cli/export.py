@@ -102,8 +102,8 @@ def _writer(kind: str, config: Any, max_shard_size: str, trust_remote_code: bool
 def _write_delta(
     name: str, max_shard_size: str, trust_remote_code: bool, model: Any, processor: Any, out: Path
 ) -> dict[str, Any]:
-    from vlm_cli.checkpoint.directory import save
-    from vlm_cli.cli.card import model_card
+    from vlm_cli.checkpoint.directory import save_delta
 
-    keywords = {"trust_remote_code": trust_remote_code}
-    return save(model, processor, out, card=model_card(model, name), max_shard_size=max_shard_size, delta=keywords)
+    return save_delta(
+        model, processor, out, name=name, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
+    )

@@ -152,9 +152,6 @@ def _listener() -> Any:
                 print(file=sys.stderr, flush=True)
                 self.shown = 0
 
-        def card(self, model: Any, result: Any) -> str:
-            return _card(model, result)
-
     return Terminal()
 
 
@@ -198,17 +195,3 @@ def _print_result(result: Any) -> None:
         _duration(result.seconds),
     )
     console.print_table(heads, [row])
-
-
-def _card(model: Any, result: Any) -> str:
-    """A model card: what was built, and how it was trained."""
-    from vlm_cli.cli.card import model_card
-
-    trained = ", ".join(model.config.composition.trainable)
-    held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out records"
-    loss = "unknown" if result.loss is None else f"{result.loss:.4f}"
-    story = (
-        f"Trained:\n{trained}, {result.steps:,} steps on {result.records:,} records.\n"
-        f"Loss per token: {loss}{held_out};\nthe curve is in `loss.png`, the settings are in `training_args.json`."
-    )
-    return model_card(model, result.output.name, story)

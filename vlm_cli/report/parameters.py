@@ -10,11 +10,11 @@ from torch import nn
 
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["ParameterReport", "Row", "count_parameters"]
+__all__ = ["ParameterReport", "ParameterRow", "count_parameters"]
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """One part, or a module inside of one at `depth` > 1.
 
     Attributes:
@@ -38,8 +38,8 @@ class Row:
 class ParameterReport:
     """Rows in the order of the data flow, and their total."""
 
-    rows: list[Row]
-    total: Row
+    rows: list[ParameterRow]
+    total: ParameterRow
     dtype: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,13 +56,13 @@ def count_parameters(model: VLM, *, depth: int = 1, dtype: torch.dtype | None = 
     """
     owners: set[int] = set()
     total = sum(p.numel() for p in model.parameters())
-    rows: list[Row] = []
+    rows: list[ParameterRow] = []
 
-    def row(name: str, level: int, parameters: list[nn.Parameter]) -> Row:
+    def row(name: str, level: int, parameters: list[nn.Parameter]) -> ParameterRow:
         count = sum(p.numel() for p in parameters)
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         size = sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
-        return Row(name, level, count, trainable, count - trainable, count / total if total else 0.0, size)
+        return ParameterRow(name, level, count, trainable, count - trainable, count / total if total else 0.0, size)
 
     def visit(name: str, module: nn.Module, level: int) -> None:
         mine = [p for p in module.parameters() if id(p) not in owners]

@@ -17,6 +17,7 @@ from vlm_cli.checkpoint.directory import load, read_config, save
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError, VLMError
 from vlm_cli.files import check_directory, replacing_directory
+from vlm_cli.report.card import training_story
 from vlm_cli.training.checkpoints import Checkpoint, Checkpoints, check_same_run, folder_of
 from vlm_cli.training.dataset import RecordDataset, load_dataset
 from vlm_cli.training.plot import draw_losses
@@ -40,10 +41,6 @@ class Listener:
 
     def progress(self, progress: Progress) -> None:
         """A step was logged."""
-
-    def card(self, model: Any, result: Result) -> str:
-        """The text of the model card."""
-        return ""
 
 
 @dataclass(frozen=True)
@@ -266,7 +263,10 @@ class _Run:
         model.config.dtype = model.config.text_config.dtype = dtype
         try:
             with replacing_directory(out, overwrite=self.job.overwrite) as partial:
-                save(model, processor, partial, card=self.listener.card(model, result))
+                story = training_story(
+                    model, steps=result.steps, records=result.records, loss=result.loss, eval_loss=result.eval_loss
+                )
+                save(model, processor, partial, name=out.name, story=story)
                 shutil.copy(trainer.metrics_path, partial / METRICS_FILE)
                 draw_losses(trainer.history, partial / "loss.png", title=f"{out.name}: loss per token")
                 (partial / "training_args.json").write_text(json.dumps(self._arguments(result), indent=2) + "\n")

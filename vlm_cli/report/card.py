@@ -1,0 +1,66 @@
+"""The model card: the README.md of a directory that `vlm` writes."""
+
+from __future__ import annotations
+
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.report.parameters import ParameterReport, count_parameters
+from vlm_cli.report.tables import parameters_markdown
+
+__all__ = ["UNTRAINED", "model_card", "training_story"]
+
+UNTRAINED = "Parts that no\npretrained weights fill are untrained until you train them."
+
+
+def model_card(model: VLM, name: str, story: str = UNTRAINED, parameters: ParameterReport | None = None) -> str:
+    """Write a short model card: the parts, how they were trained, and the table of parameters.
+
+    Args:
+        model: the model.
+        name: of the directory.
+        story: sentences on how the model was trained.
+        parameters: the model's parameters, if the caller counted them already.
+    """
+    parts = model.config.composition
+    table = parameters_markdown(parameters or count_parameters(model))
+    return f"""---
+library_name: vlm-cli
+pipeline_tag: image-text-to-text
+---
+
+# {name}
+
+A vision-language model composed with [vlm](https://pypi.org/project/vlm-cli/). {story}
+
+| part | choice |
+|---|---|
+| vision encoder | `{parts.vision_encoder.name}` |
+| its weights | `{parts.vision_encoder.pretrained or "none named"}` |
+| vision tokenizer | `{parts.vision_tokenizer.type}` |
+| fusion | `{parts.fusion.type}` |
+| language model | `{parts.language_model.name}` |
+
+{table}
+```
+pip install vlm-cli
+vlm generate --model {name} "<image:photo.jpg>A photo of"
+```
+"""
+
+
+def training_story(model: VLM, *, steps: int, records: int, loss: float | None, eval_loss: float | None) -> str:
+    """Write how a model was trained.
+
+    Args:
+        model: tells which parts were trained.
+        steps: number of optimizer steps.
+        records: number of training records.
+        loss: last loss per token on the training records; None if none was logged.
+        eval_loss: last loss per token on held-out records; None without such records.
+    """
+    trained = ", ".join(model.config.composition.trainable)
+    held_out = "" if eval_loss is None else f", {eval_loss:.4f} on held-out records"
+    last = "unknown" if loss is None else f"{loss:.4f}"
+    return (
+        f"Trained:\n{trained}, {steps:,} steps on {records:,} records.\n"
+        f"Loss per token: {last}{held_out};\nthe curve is in `loss.png`, the settings are in `training_args.json`."
+    )
