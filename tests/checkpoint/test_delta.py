@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlm_cli
-from tests.cli.test_build import write_gguf
 from tests.support import disk
 from tests.support.disk import run
+from tests.support.gguf_file import write_gguf
 from vlm_cli import VLM
 from vlm_cli.checkpoint.delta import hash_tensors, write_delta
 from vlm_cli.checkpoint.directory import save_delta

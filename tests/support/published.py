@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.support import ROOT
+from tests.support.tiny import nudged
 from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint, recognise
@@ -59,15 +60,6 @@ def write_tokenizer(folder: Path, *added: str, pad: str | None = None) -> PreTra
         tokenizer.add_special_tokens({"pad_token": pad})
     tokenizer.save_pretrained(folder)
     return tokenizer
-
-
-@torch.no_grad()
-def stir(module: nn.Module, scale: float = 0.2, seed: int = 5) -> nn.Module:
-    """Weights that make every token and image matter."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        parameter += scale * torch.randn_like(parameter)
-    return module.eval()
 
 
 def load(case: Case, **options: Any) -> Imported:
@@ -143,20 +135,6 @@ def check(case: Case, num_media: int = 2, *, is_told: bool = False) -> float:
     return difference
 
 
-class nudged:
-    """A parameter with one weight changed, for as long as the block runs."""
-
-    def __init__(self, parameter: Tensor, by: float = 0.5) -> None:
-        self.weight, self.by = parameter.detach().view(-1), by
-
-    def __enter__(self) -> None:
-        self.before = self.weight[0].clone()
-        self.weight[0] += self.by
-
-    def __exit__(self, *_: Any) -> None:
-        self.weight[0] = self.before
-
-
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Change the tensors of a directory with one weight file."""
     file = folder / "model.safetensors"
@@ -207,6 +185,5 @@ __all__ = [
     "prompt",
     "shapes_of",
     "sized",
-    "stir",
     "write_tokenizer",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import timm.models
 import torch
@@ -28,6 +28,8 @@ from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.towers import build_tower, tower_shape, truncate_layers
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
+
+Module = TypeVar("Module", bound=nn.Module)
 
 VOCABULARY = 80  # tokens
 PAD = 0
@@ -218,10 +220,13 @@ def tower(name: str, depth: int | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def stir(module: nn.Module, scale: float) -> None:
-    """Add noise to every parameter."""
+def stir(module: Module, scale: float = 0.2, *, seed: int | None = None) -> Module:
+    """Add noise to each parameter, so that every token and image matters; the module comes back in eval mode."""
+    if seed is not None:
+        torch.manual_seed(seed)
     for parameter in module.parameters():
         parameter += scale * torch.randn_like(parameter)
+    return module.eval()
 
 
 Settings = str | dict[str, Any]  # a name of `TOKENIZERS` or `FUSIONS`, or a type and settings over its own

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.published.layouts.test_llava import huggingface
+from tests.support.llava import huggingface
 from tests.support.published import rewrite, rewrite_config, write_tokenizer
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import import_checkpoint

@@ -30,19 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.support.published import (
-    SIZE,
-    VOCABULARY,
-    Case,
-    check,
-    load,
-    nudged,
-    prompt,
-    rewrite,
-    rewrite_config,
-    shapes_of,
-    stir,
-)
+from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, rewrite, rewrite_config, shapes_of
+from tests.support.tiny import nudged, stir
 from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import recognise
@@ -258,7 +247,11 @@ def parts(kind: str, data: dict[str, Any]) -> tuple[CLIPVisionModel, PreTrainedM
         patch_size=16,
     )
     lm = AutoModelForCausalLM.from_config(type(text)(**{**text.to_dict(), "vocab_size": text.vocab_size + 1}))
-    return stir(CLIPVisionModel(vision)), stir(lm, 0.1), added(data, text.num_hidden_layers, DIM, DIM_VISUAL)
+    return (
+        stir(CLIPVisionModel(vision), seed=5),
+        stir(lm, 0.1, seed=5),
+        added(data, text.num_hidden_layers, DIM, DIM_VISUAL),
+    )
 
 
 def flamingo(folder: Path, kind: str = "opt", **changes: Any) -> Case:

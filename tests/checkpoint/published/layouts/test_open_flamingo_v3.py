@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.modeling.test_parity import check_text, check_vision
-from tests.support.parity import Parity, check_greedy, largest_difference, tell_of
+from tests.support.parity import Parity, check_greedy, check_text, check_vision, largest_difference, tell_of
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
 from vlm_cli.composition import CompositionRequest

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MptConfig
 
-from tests.modeling.test_parity import check_text, check_vision
-from tests.support.parity import Parity, check_greedy, largest_difference, tell_of
-from tests.support.published import VOCABULARY, stir, write_tokenizer
+from tests.support.parity import Parity, check_greedy, check_text, check_vision, largest_difference, tell_of
+from tests.support.published import VOCABULARY, write_tokenizer
+from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
 from vlm_cli.checkpoint.published.layouts.openflamingo import OpenFlamingo
@@ -140,7 +140,7 @@ MPT = MptConfig(vocab_size=VOCABULARY + 12, d_model=32, n_layers=4, n_heads=4, e
 def test_tables_under_other_names(parity, parts, tmp_path, config):
     """A padded table gives way to a resized one with fewer rows; a pad token is the third that is added."""
     torch.manual_seed(0)
-    lm = stir(AutoModelForCausalLM.from_config(config))
+    lm = stir(AutoModelForCausalLM.from_config(config), seed=5)
     lm.save_pretrained(tmp_path / "lm")
     write_tokenizer(tmp_path / "lm")
     is_neox = config.model_type == "gpt_neox"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from tests.support import reference, tiny
-from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, shapes_of, sized, stir, write_tokenizer
+from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, shapes_of, sized, write_tokenizer
+from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.importing import recognise
 from vlm_cli.checkpoint.published.towers import siglip
 from vlm_cli.composition import CompositionRequest, PerceiverOptions
@@ -58,9 +59,9 @@ class Parts:
             patch_size=PATCH,
             vision_use_head=has_head,
         )
-        self.tower = stir(SiglipVisionModel(vision))
+        self.tower = stir(SiglipVisionModel(vision), seed=5)
         options = PerceiverOptions(depth=2, num_heads=2, head_dim=96, num_latents=3)
-        self.perceiver = stir(PerceiverResampler(options, WIDTH, 16, DIM), 0.3)
+        self.perceiver = stir(PerceiverResampler(options, WIDTH, 16, DIM), 0.3, seed=5)
         self.text = Phi3Config(
             vocab_size=VOCABULARY + 8,  # rows are padded
             hidden_size=DIM,
@@ -73,7 +74,7 @@ class Parts:
             max_position_embeddings=256,
             sliding_window=200,
         )
-        self.lm = stir(Phi3ForCausalLM(self.text))
+        self.lm = stir(Phi3ForCausalLM(self.text), seed=5)
         self.rows, self.fc = nn.Embedding(3, DIM), nn.Linear(DIM, 3)
         self.bias = torch.randn(VOCABULARY + 8)
 
