@@ -1,4 +1,4 @@
-"""`vlm generate --batch`: the answers of one by one, in order, whatever happens on the way."""
+"""`vlm batch`: the answers of one by one, in order, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def answer(vlm, open_gates, folder):
     """Runs rows through a batch: the result, and what it wrote."""
 
     def run(rows, *flags, model=open_gates, out="out.jsonl", tokens=6, workers=0, code=0):
-        words = ["--batch", write(folder, rows), "-o", folder / out, "-n", tokens, "--workers", workers]
-        result = vlm("generate", "-m", model, *words, *flags)
+        words = [write(folder, rows), "-o", folder / out, "-m", model, "-n", tokens, "--workers", workers]
+        result = vlm("batch", *words, *flags)
         assert result.exit_code == code, result.stderr
         assert partial_of(folder / out).exists() == (code not in (0, 1))
         return result, [json.loads(line) for line in (folder / out).read_text().splitlines()]
@@ -208,8 +208,8 @@ def test_without_left_padding_only_equal_lengths_go_together(request, vlm, answe
     assert max(len(kwargs["input_ids"]) for kwargs in asked[0]) > 1
     # The twin: padded rows are refused.
     monkeypatch.setattr("vlm_cli.generation.answers.NO_LEFT_PADDING", {})
-    words = ["--batch", write(folder, rows), "-o", folder / "twin.jsonl", "--workers", 0, "-b", 5]
-    assert "padded at the left" in vlm("generate", "-m", model, *words).stderr
+    words = ["-o", folder / "twin.jsonl", "--workers", 0, "-b", 5]
+    assert "padded at the left" in vlm("batch", write(folder, rows), "-m", model, *words).stderr
 
 
 def test_equal_images_are_encoded_once_in_the_whole_file(answer, asked):
@@ -331,8 +331,8 @@ def test_another_error_is_not_taken_for_lack_of_memory(vlm, open_gates, folder, 
         raise RuntimeError("a shape is wrong")
 
     monkeypatch.setattr(VLM, "generate", broken)
-    words = ["--batch", write(folder, PROMPTS), "-o", folder / "out.jsonl", "--workers", 0]
-    result = vlm("generate", "-m", open_gates, *words)
+    words = [write(folder, PROMPTS), "-m", open_gates, "-o", folder / "out.jsonl", "--workers", 0]
+    result = vlm("batch", *words)
     assert result.exit_code == 1 and "a shape is wrong" in result.stderr
     assert sorted(path.name for path in folder.glob("out*")) == []  # nothing was answered
     assert not is_out_of_memory(RuntimeError("a shape is wrong"))
@@ -397,7 +397,7 @@ def test_blank_lines_are_passed_over_and_errors_of_before_forgotten(answer):
 def unfinished(vlm, open_gates, folder, monkeypatch):
     """A run that was interrupted when all was answered: its command, the bytes it left, and what it should write."""
     rows = [*PROMPTS[:3], '{"prompt": ', {"prompt": "é\u2028 \ud800"}, *PROMPTS[3:]]
-    words = ["generate", "-m", open_gates, "-n", 3, "--workers", 0, "--batch", write(folder, rows)]
+    words = ["batch", write(folder, rows), "-m", open_gates, "-n", 3, "--workers", 0]
     assert vlm(*words, "-o", folder / "whole.jsonl").exit_code == 1
 
     def interrupt(self):
@@ -527,7 +527,7 @@ def test_a_full_disk_keeps_the_answers(vlm, unfinished, folder, monkeypatch):
 def long_run(open_gates, folder):
     """Words of a command that answers 100 rows with a worker process, two at once."""
     rows = [{"prompt": f"<image:{i % 3}.png>The cat " + "cat " * (i % 5), "id": i} for i in range(100)]
-    words = ["generate", "-m", str(open_gates), "-n", "12", "--batch", str(write(folder, rows)), "-b", "2"]
+    words = ["batch", str(write(folder, rows)), "-m", str(open_gates), "-n", "12", "-b", "2"]
     return [*words, "--workers", "1", "-o"]
 
 
@@ -568,6 +568,19 @@ def test_ctrl_c_keeps_the_answers_and_ends_the_workers(vlm, long_run, folder, mo
 # -- what is said, and refused -----------------------------------------------------------------------------------------
 
 
+def test_generate_with_batch_is_batch(vlm, answer, open_gates, folder, monkeypatch):
+    wanted = answer(PROMPTS, out="whole.jsonl")[1]
+    words = ["-m", open_gates, "-n", 6, "--workers", 0, "-b", 3, "-o", folder / "out.jsonl"]
+    result = vlm("generate", "--batch", folder / "in.jsonl", *words)
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()] == wanted
+    # A run under one name resumes under the other.
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert vlm("generate", "--batch", folder / "in.jsonl", *words, "--overwrite").exit_code == 130
+    assert "Going on after 7 rows" in vlm("batch", folder / "in.jsonl", *words).stderr
+
+
 def test_summary_and_statistics(answer):
     result, _ = answer(PROMPTS, "--stats")
     assert result.stdout == ""
@@ -580,7 +593,7 @@ def test_summary_and_statistics(answer):
 def test_prompts_from_stdin(vlm, answer, open_gates, folder, monkeypatch):
     wanted = answer(PROMPTS, out="file.jsonl")[1]
     monkeypatch.chdir(folder)  # where its paths start
-    words = ["generate", "-m", open_gates, "--batch", "-", "-o", "out.jsonl", "-n", 6, "--workers", 0]
+    words = ["batch", "-", "-m", open_gates, "-o", "out.jsonl", "-n", 6, "--workers", 0]
     result = vlm(*words, input=(folder / "in.jsonl").read_bytes())
     assert result.exit_code == 0, result.stderr
     assert [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()] == wanted
@@ -590,17 +603,20 @@ def test_prompts_from_stdin(vlm, answer, open_gates, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-o", "out.jsonl"], "--output is for a file of prompts. Add --batch FILE.jsonl"),
-        (["hello", "--workers", 1], "--workers is for a file of prompts"),
-        (["hello", "-b", 3], "--batch-size is for a file of prompts"),
-        (["--batch", "in.jsonl"], "no output file is named: vlm generate --batch in.jsonl --output OUT.jsonl"),
+        (["-o", "out.jsonl"], "--output is an option of `vlm batch FILE`, which answers a file of prompts"),
+        (["hello", "--workers", 1], "--workers is an option of `vlm batch FILE`"),
+        (["hello", "-b", 3], "--batch-size is an option of `vlm batch FILE`"),
+        (["--batch", "in.jsonl"], "no output file is named: vlm batch in.jsonl --output OUT.jsonl"),
         (["--batch", "in.jsonl", "-o", "./in.jsonl"], "are the same file"),
-        (["--batch", "in.jsonl", "-o", "out.jsonl", "hello"], "PROMPT gives one prompt, and each line of a batch"),
-        (["--batch", "in.jsonl", "-o", "out.jsonl", "-p", ""], "--prompt gives one prompt"),
-        (["--batch", "in.jsonl", "-o", "out.jsonl", "-f", "in.jsonl"], "--prompt-file gives one prompt"),
-        (["--batch", "in.jsonl", "-o", "out.jsonl", "-i", "0.png"], "--image gives one prompt"),
-        (["--batch", "in.jsonl", "-o", "out.jsonl", "--dry-run"], "--dry-run shows the layout of one prompt"),
-        (["--batch", "in.jsonl", "-o", "out.jsonl", "--no-stream"], "--no-stream is for an answer on stdout"),
+        (
+            ["--batch", "in.jsonl", "-o", "out.jsonl", "hello"],
+            "PROMPT is no option of `vlm batch`. Leave out PROMPT or --batch",
+        ),
+        (["--batch", "in.jsonl", "-o", "out.jsonl", "-p", ""], "--prompt is no option of `vlm batch`"),
+        (["--batch", "in.jsonl", "-o", "out.jsonl", "-f", "in.jsonl"], "--prompt-file is no option of `vlm batch`"),
+        (["--batch", "in.jsonl", "-o", "out.jsonl", "-i", "0.png"], "--image is no option of `vlm batch`"),
+        (["--batch", "in.jsonl", "-o", "out.jsonl", "--dry-run"], "--dry-run is no option of `vlm batch`"),
+        (["--batch", "in.jsonl", "-o", "out.jsonl", "--no-stream"], "--no-stream is no option of `vlm batch`"),
         (["--batch", "in.jsonl", "-o", "out.jsonl", "-b", "0"], "expects auto or a number of rows from 1 on, got '0'"),
         (["--batch", "in.jsonl", "-o", "out.jsonl", "-b", "many"], "got 'many'"),
         (["--batch", "in.jsonl", "-o", "out.jsonl", "--temperature", 0, "--top-k", 3], "--temperature 0 is greedy"),
@@ -628,6 +644,6 @@ def test_files_that_cannot_be_used(vlm, folder, monkeypatch, source, output, cod
     monkeypatch.chdir(folder)
     write(folder, PROMPTS)
     write(folder, [""], "empty.jsonl")
-    result = vlm("generate", "--batch", source, "-o", output)
+    result = vlm("batch", source, "-o", output)
     assert result.exit_code == code and message in result.stderr
     assert not list(folder.glob("out*"))

@@ -1,4 +1,4 @@
-"""`vlm generate --chat`: each answer is that of the whole conversation, and what was read is not read again."""
+"""`vlm chat`: each answer is that of the whole conversation, and what was read is not read again."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def talk(vlm, open_gates, asked):
     def run(*turns, model=open_gates, flags=(), tokens=6):
         asked.clear()
         lines = "".join(f"{turn}\n" for turn in turns)
-        result = vlm("generate", "-m", model, "--chat", "--json", "-n", tokens, *flags, input=lines)
+        result = vlm("chat", model, "--json", "-n", tokens, *flags, input=lines)
         assert result.exit_code == 0, result.stderr
         return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -297,7 +297,7 @@ def test_a_template_that_wants_parts_gets_them(talk, load, asked, open_gates, ph
 )
 def test_a_template_that_cannot_write_it_is_named(vlm, open_gates, photos, template, problem):
     path = with_template(open_gates, template, problem[:6].strip())
-    result = vlm("generate", "-m", path, "--chat", "-n", 2, input=f"Here is {photos[0]}\n")
+    result = vlm("chat", path, "-n", 2, input=f"Here is {photos[0]}\n")
     assert result.exit_code == 1 and problem in result.stderr
 
 
@@ -306,14 +306,14 @@ def test_a_template_that_cannot_write_it_is_named(vlm, open_gates, photos, templ
 
 def test_stdin_is_a_script(vlm, talk, open_gates, photos):
     turns = ["The cat", "", "  ", f"{photos[0]}and the dog"]
-    words = ("generate", "-m", open_gates, "--chat", "-n", 6)
+    words = ("chat", open_gates, "-n", 6)
     texts = [x["text"] for x in talk(*turns)]
     for flags in ((), ("--no-stream",)):
         result = vlm(*words, *flags, "--stats", input="\r\n".join(turns))
         assert result.exit_code == 0 and result.stdout == "".join(text + "\n" for text in texts)
         assert result.stderr.count("of them read before, 6 new tokens in") == len(texts) == 2
-    assert vlm(*words, "The cat", input=turns[-1]).stdout == result.stdout
-    assert vlm(*words, turns[-1], input="").stdout != result.stdout
+    assert vlm(*words, "-p", "The cat", input=turns[-1]).stdout == result.stdout
+    assert vlm(*words, "-p", turns[-1], input="").stdout != result.stdout
 
 
 def test_a_line_of_json_for_each_turn(talk):
@@ -351,7 +351,7 @@ def test_a_seed_makes_chats_repeatable(talk):
 
 def test_the_context_ends_the_chat(vlm, open_gates):
     turns = ["The cat", " cat" * 2000, " cat" * 30, " cat" * 30]
-    result = vlm("generate", "-m", open_gates, "--chat", "-n", 30, "--json", input="\n".join(turns))
+    result = vlm("chat", open_gates, "-n", 30, "--json", input="\n".join(turns))
     assert result.exit_code == 1
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(found) == 2
@@ -377,7 +377,7 @@ def typed(vlm, open_gates, monkeypatch):
 
         monkeypatch.setattr(chat_module, "is_terminal", lambda stream: True)
         monkeypatch.setattr("builtins.input", read)
-        return vlm("generate", "-m", open_gates, "--chat", "-n", 6, *flags)
+        return vlm("chat", open_gates, "-n", 6, *flags)
 
     return run
 
@@ -420,16 +420,23 @@ def test_an_answer_can_be_interrupted(typed, asked, load, open_gates, monkeypatc
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+def test_generate_with_chat_is_chat(vlm, talk, open_gates, photos):
+    texts = "".join(x["text"] + "\n" for x in talk("The cat", f"{photos[0]}and the dog"))
+    words = ("generate", "-m", open_gates, "--chat", "-n", 6)
+    assert vlm(*words, "The cat", input=f"{photos[0]}and the dog").stdout == texts
+    assert vlm(*words, "--no-stream", input=f"The cat\n{photos[0]}and the dog").stdout == texts
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--batch", "x.jsonl", "-o", "y.jsonl"], "--chat is one conversation"),
-        (["--output", "y.jsonl"], "--output is for a file of prompts"),
-        (["--dry-run"], "--dry-run shows the layout of one prompt"),
-        (["--compile"], "--compile is for one long answer"),
-        (["--num-beams", 2], "--num-beams gives several answers at once"),
-        (["--temperature", 1, "--num-return-sequences", 2], "--num-return-sequences gives several answers"),
-        (["-"], "stdin brings the turns of a chat"),
+        (["--batch", "x.jsonl", "-o", "y.jsonl"], "--chat holds one conversation. Choose one"),
+        (["--output", "y.jsonl"], "--output is an option of `vlm batch FILE`"),
+        (["--dry-run"], "--dry-run is no option of `vlm chat`. Leave out --dry-run or --chat"),
+        (["--compile"], "--compile is no option of `vlm chat`"),
+        (["--num-beams", 2], "--num-beams is no option of `vlm chat`"),
+        (["--temperature", 1, "--num-return-sequences", 2], "--num-return-sequences is no option of `vlm chat`"),
+        (["-"], "a chat reads its turns from stdin"),
         (["--temperature", 0, "--top-p", 0.5], "--temperature 0 is greedy"),
         (["a", "-p", "b"], "the prompt is given more than once"),
     ],
@@ -450,6 +457,6 @@ def test_what_does_not_go_with_a_chat_is_refused(vlm, open_gates, flags, problem
     ],
 )
 def test_a_script_ends_at_a_turn_that_is_wrong(vlm, open_gates, talk, turns, code, problem):
-    result = vlm("generate", "-m", open_gates, "--chat", "-n", 6, input=turns)
+    result = vlm("chat", open_gates, "-n", 6, input=turns)
     assert result.exit_code == code and problem in result.stderr
     assert len(result.stdout.splitlines()) == bool(turns)

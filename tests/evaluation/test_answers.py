@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.questions import PROMPTS, Write
 from vlm_cli.checkpoint.directory import load
-from vlm_cli.cli.options import SamplingOptions
+from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.evaluation.answers import Answer, answer, group
 from vlm_cli.evaluation.items import Item, read_items
 from vlm_cli.media import MediaLoader

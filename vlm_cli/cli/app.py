@@ -15,7 +15,20 @@ from typing import Annotated, Any
 import typer
 
 from vlm_cli import __version__
-from vlm_cli.cli import build, console, count_params, doctor, eval, export, generate, inspect, list_parts, train
+from vlm_cli.cli import (
+    batch,
+    build,
+    chat,
+    console,
+    count_params,
+    doctor,
+    eval,
+    export,
+    generate,
+    inspect,
+    list_parts,
+    train,
+)
 from vlm_cli.cli.command import Command
 from vlm_cli.errors import VLMError, first_line
 
@@ -85,6 +98,8 @@ for _name, _command in (
     ("build", build.build),
     ("inspect", inspect.inspect),
     ("generate", generate.generate),
+    ("chat", chat.chat),
+    ("batch", batch.batch),
     ("count-params", count_params.count_params),
     ("list", list_parts.list_parts),
     ("doctor", doctor.doctor),

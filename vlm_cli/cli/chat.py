@@ -1,143 +1,209 @@
-"""`vlm generate --chat`: turns from a terminal or a pipe, and an answer to each."""
+"""`vlm chat`: turns from a terminal or a pipe, and an answer to each."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.loading import keep_collecting
-from vlm_cli.cli.options import SamplingOptions
-from vlm_cli.cli.prompts import PromptOptions
+from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
+from vlm_cli.cli.options import DeviceOptions, JsonOption, SourceOptions, StatsOption, flatten_options
+from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images
+from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
 from vlm_cli.interrupt import deferred_interrupt
+from vlm_cli.models import DEMO
 from vlm_cli.prompt import Interleaved, Medium, interleave
 
-__all__ = ["ChatRun", "check_chat"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlm_cli.cli.loading import LoadedModel
+    from vlm_cli.generation.chat import Chat
+
+__all__ = ["ChatRequest", "chat", "talk"]
 
 
-def check_chat(prompts: PromptOptions, sampling: SamplingOptions, given: Mapping[str, bool]) -> None:
+@flatten_options
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.")
+    ] = DEMO.name,
+    turn: TurnOptions = TurnOptions(),
+    reading: ReadingOptions = ReadingOptions(),
+    devices: DeviceOptions = DeviceOptions(),
+    quantize: QuantizeOption = None,
+    source: SourceOptions = SourceOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    as_json: JsonOption = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print each answer when it is complete, not word by word.")
+    ] = False,
+    stats: StatsOption = False,
+) -> None:
+    """Hold a conversation about images with a model.
+
+    On a terminal, type a turn and press Enter; <image:FILE> in a turn shows an image. Ctrl-C ends an answer, Ctrl-D
+    the chat. In a pipe, each line of stdin is a turn. --prompt, --prompt-file and --image bring the first turn.
+
+    The model sees the whole conversation, and computes only what is new in each turn. The tokenizer's chat template
+    formats the turns. A tokenizer without a template gets each answer right behind its turn, and the next turn on a
+    new line. With --json, each answer is one line of JSON.
+
+    Example: vlm chat my-flamingo --image cat.jpg
     """
-    Args:
-        prompts: the user's.
-        sampling: the user's.
-        given: whether flags were given that mean a single prompt.
-
-    Raises:
-        UsageError: for flags that do not go with a conversation.
-    """
-    if "-" in (prompts.prompt, prompts.prompt_option):
-        raise UsageError("stdin brings the turns of a chat, the first one too. Leave out the prompt - or --chat.")
-    sampling.keywords()
-    given = {
-        **given,
-        "--num-beams": sampling.num_beams > 1,
-        "--num-return-sequences": sampling.num_return_sequences > 1,
-    }
-    reasons = {
-        "--dry-run": "shows the layout of one prompt",
-        "--compile": "is for one long answer",
-    }
-    if flag := next((flag for flag, is_given in given.items() if is_given), None):
-        reason = reasons.get(flag, "gives several answers at once, and a chat goes on with one")
-        raise UsageError(f"{flag} {reason}. Leave out {flag} or --chat.")
+    request = ChatRequest(turn, reading, sampling, stream=not (no_stream or as_json), as_json=as_json, stats=stats)
+    request.check()
+    talk(request, ModelRequest.of(model, devices, source, quantize=quantize))
 
 
-@dataclass
-class ChatRun:
-    """One conversation on a terminal or in a pipe.
+@dataclass(frozen=True)
+class ChatRequest:
+    """What a user wants of a chat.
 
-    Args:
-        prompts: the user's; the first turn and its images.
-        sampling: the user's.
-        load: makes the model, its processor, and the seconds that this took.
+    Attributes:
+        first: the first turn, and its images.
+        reading: how turns are read.
+        sampling: how answers are made.
+        stream: print an answer while the model writes it.
+        as_json: print one line of JSON for each turn.
+        stats: tell what each turn cost.
     """
 
-    prompts: PromptOptions
+    first: TurnOptions
+    reading: ReadingOptions
     sampling: SamplingOptions
-    load: Callable[[], tuple[Any, Any, float]]
+    stream: bool
+    as_json: bool
+    stats: bool
 
-    def talk(self, *, stream: bool, as_json: bool, stats: bool) -> None:
-        """Answer turns until there are no more.
-
-        Args:
-            stream: show an answer as it is written.
-            as_json: print one JSON object for each turn.
-            stats: tell what each turn cost.
+    def check(self) -> None:
+        """Refuse what contradicts itself.
 
         Raises:
-            ContextError: if the conversation has outgrown the context.
-            VLMError: for a turn in a pipe that cannot be answered; on a terminal it is told, and forgotten.
+            UsageError: naming the flags.
         """
-        self.stream, self.as_json, self.stats = stream, as_json, stats
-        first, self.images = self._given_turn(), tuple(self.prompts.image or ())
-        self.chat = self._start()
-        self.typed = is_terminal(sys.stdin)
-        if first is not None:
-            self._answer(*first)
-        for text in _typed_turns() if self.typed else _piped_turns():
-            try:
-                self._answer(*self._read(text))
-            except VLMError as error:
-                if not self.typed or isinstance(error, ContextError):
-                    raise
-                console.error(str(error))
-        if not self.chat.turns and not self.typed:
-            raise UsageError('no turn is given: printf "%s\\n" "<image:a.jpg>A photo of" "It is" | vlm generate --chat')
+        if "-" in self.first.texts.values():
+            raise UsageError("a chat reads its turns from stdin, the first one too. Leave out the prompt -.")
+        self.sampling.keywords()
 
-    def _given_turn(self) -> tuple[Interleaved, list[Any]] | None:
-        """The prompt of the command line, read before the model is."""
-        if self.prompts.prompt is self.prompts.prompt_option is self.prompts.prompt_file is None:
-            return None
-        found = self.prompts.interleave()
-        return found, self._load(found, self.prompts)
 
-    def _read(self, text: str) -> tuple[Interleaved, list[Any]]:
-        """A turn; the first takes the images of the command line."""
-        images = () if self.chat.turns else self.images
-        found = interleave(text, images)
-        if found.images_prepended:
+@dataclass(frozen=True)
+class Turn:
+    """What the user says: text and images, in reading order."""
+
+    words: Interleaved
+    images: list[Image]
+
+
+def talk(request: ChatRequest, wanted: ModelRequest) -> None:
+    """Answer turns until the user has no more.
+
+    Raises:
+        ContextError: if the conversation has outgrown the context.
+        VLMError: for a turn in a pipe that cannot be answered. On a terminal the user is told, and the turn forgotten.
+    """
+    first = _first_turn(request)  # read before the model is
+    loaded = wanted.load()
+    wanted.warn_of_photographs()
+    keep_collecting()
+    session = ChatSession(request, _start(request, loaded), is_typed=is_terminal(sys.stdin))
+    if first is not None:
+        session.answer(first)
+    for text in _typed_turns() if session.is_typed else _piped_turns():
+        try:
+            session.answer(session.read(text))
+        except VLMError as error:
+            if not session.is_typed or isinstance(error, ContextError):
+                raise
+            console.error(str(error))
+    if not session.chat.turns and not session.is_typed:
+        raise UsageError('no turn is given: printf "%s\\n" "<image:a.jpg>A photo of" "It is" | vlm chat')
+
+
+def _first_turn(request: ChatRequest) -> Turn | None:
+    """Read the prompt of the command line; None if the user gave none."""
+    if not request.first.has_prompt:
+        return None
+    return _turn(request.first.interleave(), request, request.first.folder)
+
+
+def _turn(words: Interleaved, request: ChatRequest, folder: Path | None) -> Turn:
+    """Load the images of a turn.
+
+    Raises:
+        PromptError: if one of them is stdin.
+        MediaError: if one of them cannot be read.
+    """
+    if Medium("-") in words.parts:
+        raise PromptError("stdin brings the turns of a chat, and cannot be an image. Give it as a file.")
+    images = load_images(words, folder, allow_urls=request.reading.allow_urls)
+    return Turn(words, [image.image for image in images])
+
+
+def _start(request: ChatRequest, loaded: LoadedModel) -> Chat:
+    from transformers import set_seed
+
+    from vlm_cli.generation.chat import Chat
+    from vlm_cli.generation.decoder import Decoder
+
+    if request.sampling.seed is not None:
+        set_seed(request.sampling.seed)
+    decoder = Decoder(loaded.model, loaded.processor, request.sampling.keywords(), request.sampling.stop or ())
+    return Chat(decoder, parse_special_tokens=request.reading.special_tokens)
+
+
+@dataclass(frozen=True)
+class ChatSession:
+    """A conversation, and where its answers go.
+
+    Attributes:
+        request: what the user wants.
+        chat: the conversation.
+        is_typed: whether the user types the turns on a terminal.
+    """
+
+    request: ChatRequest
+    chat: Chat
+    is_typed: bool
+
+    def read(self, text: str) -> Turn:
+        """Read a turn; the first one takes the images of the command line."""
+        words = interleave(text, () if self.chat.turns else tuple(self.request.first.image or ()))
+        if words.images_prepended:
             console.notify("Note: the turn has no <image> placeholder, so the images come first.")
-        return found, self._load(found, replace(self.prompts, prompt_file=None))
+        return _turn(words, self.request, None)
 
-    def _load(self, found: Interleaved, prompts: PromptOptions) -> list[Any]:
-        if Medium("-") in found.parts:
-            raise PromptError("stdin brings the turns of a chat, and cannot be an image. Give it as a file.")
-        return [image.image for image in prompts.load(found)]
+    def answer(self, turn: Turn) -> None:
+        """Answer a turn, and print the answer.
 
-    def _start(self) -> Any:
-        from vlm_cli.quiet import silence_libraries
+        Raises:
+            VLMError: if the turn cannot be answered. The conversation stays as it was.
+        """
+        from vlm_cli.cli.stream import TextStream, write_text
 
-        silence_libraries()
-        model, processor, _ = self.load()
-        keep_collecting()
-        from transformers import set_seed
-
-        from vlm_cli.generation.chat import Chat
-        from vlm_cli.generation.decoder import Decoder
-
-        if self.sampling.seed is not None:
-            set_seed(self.sampling.seed)
-        decoder = Decoder(model, processor, self.sampling.keywords(), self.sampling.stop or ())
-        return Chat(decoder, parse_special_tokens=self.prompts.special_tokens)
-
-    def _answer(self, turn: Interleaved, images: list[Any]) -> None:
-        from vlm_cli.cli.stream import TextStream
-
-        decoder = self.chat.decoder
-        streamer = TextStream(decoder.decode, _write, decoder.stops) if self.stream else None
-        with deferred_interrupt() if self.typed else nullcontext(lambda: False) as is_interrupted:
+        decoder, stream = self.chat.decoder, self.request.stream
+        streamer = TextStream(decoder.decode, write_text, decoder.stops) if stream else None
+        # In a pipe, Ctrl-C ends the command at once.
+        with deferred_interrupt() if self.is_typed else nullcontext(lambda: False) as is_interrupted:
             found = self.chat.answer(
-                turn.parts, images, streamer=streamer, notify=console.notify, is_interrupted=is_interrupted
+                turn.words.parts,
+                turn.images,
+                streamer=streamer,
+                notify=console.notify,
+                is_interrupted=is_interrupted,
             )
-        if self.as_json:
+        if self.request.as_json:
             console.print_json(found, indent=None)
         else:
-            print("" if self.stream else found["text"], flush=True)
-        if self.stats:
+            print("" if stream else found["text"], flush=True)
+        if self.request.stats:
             console.notify(
                 f"{found['prompt_positions']} positions, {found['reused_positions']} of them read before, "
                 f"{found['new_tokens']} new tokens in {found['seconds']:.2f} s, "
@@ -150,11 +216,11 @@ def is_terminal(stream: Any) -> bool:
 
 
 def _typed_turns() -> Iterator[str]:
-    """Lines that are typed, until Ctrl-D; those without text are skipped."""
-    with suppress(ImportError):  # arrows and history, where there are any
+    """Yield lines that the user types, until Ctrl-D; skip those without text."""
+    with suppress(ImportError):  # gives arrow keys and a history, on systems that have it
         import readline  # noqa: F401
     while True:
-        # `input` would write its prompt among the answers if these go to a file.
+        # `input` writes its prompt to stdout, among the answers if these go to a file.
         if not is_terminal(sys.stdout):
             print("> ", end="", file=sys.stderr, flush=True)
         try:
@@ -167,10 +233,10 @@ def _typed_turns() -> Iterator[str]:
 
 
 def _piped_turns() -> Iterator[str]:
-    """Lines of stdin; those without text are skipped.
+    """Yield lines of stdin; skip those without text.
 
     Raises:
-        PromptError: for one that is no text.
+        PromptError: for a line that is not UTF-8 text.
     """
     for number, raw in enumerate(sys.stdin.buffer if sys.stdin is not None else (), start=1):
         try:
@@ -179,7 +245,3 @@ def _piped_turns() -> Iterator[str]:
             raise PromptError(f"line {number} of stdin is not UTF-8 text: {error}.") from None
         if text.strip():
             yield text
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)

@@ -10,8 +10,9 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import keep_collecting
-from vlm_cli.cli.options import DeviceOptions, JsonOption, SamplingOptions, SourceOptions, flatten_options
+from vlm_cli.cli.options import DeviceOptions, JsonOption, SourceOptions, flatten_options
 from vlm_cli.cli.progress import ProgressLine
+from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.models import DEMO, resolve_built_model
 

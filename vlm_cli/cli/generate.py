@@ -1,227 +1,222 @@
-"""`vlm generate`."""
+"""`vlm generate`: the answer to one prompt."""
 
-import time
-from typing import Annotated, Any
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.batch import BatchOptions, BatchRun, files_digest
-from vlm_cli.cli.chat import ChatRun, check_chat
-from vlm_cli.cli.options import DeviceOptions, JsonOption, SamplingOptions, SourceOptions, SpeedOptions, flatten_options
-from vlm_cli.cli.prompts import PromptOptions
-from vlm_cli.models import DEMO, resolve_built_model
+from vlm_cli.cli.batch import BatchJob, BatchOptions, PromptFile, answer_file
+from vlm_cli.cli.chat import ChatRequest, talk
+from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
+from vlm_cli.cli.options import (
+    HIDDEN,
+    RUN,
+    DeviceOptions,
+    JsonOption,
+    SourceOptions,
+    StatsOption,
+    flatten_options,
+)
+from vlm_cli.cli.prompts import PromptOptions, ReadingOptions, load_images
+from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
+from vlm_cli.errors import UsageError
+from vlm_cli.models import DEMO
 from vlm_cli.prompt import Interleaved, format
 
+if TYPE_CHECKING:
+    from vlm_cli.generation.single import Generation
+    from vlm_cli.media import LoadedImage
+
 __all__ = ["generate"]
+
+ALIASES = "Other commands"  # heading in --help
+
+
+@dataclass(frozen=True)
+class AliasOptions:
+    """Older spellings of `vlm batch` and `vlm chat`."""
+
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Same as `vlm batch FILE`; takes the options --output, --batch-size, --workers and --overwrite of "
+            "that command.",
+            rich_help_panel=ALIASES,
+        ),
+    ] = None
+    chat: Annotated[bool, typer.Option("--chat", help="Same as `vlm chat`.", rich_help_panel=ALIASES)] = False
+
+    def check(self, batching: BatchOptions, for_chat: list[str], for_batch: list[str]) -> None:
+        """Refuse flags that the other command does not have.
+
+        Args:
+            batching: options of `vlm batch`.
+            for_chat: flags that the user gave and `vlm chat` does not have.
+            for_batch: flags that the user gave and `vlm batch` does not have.
+
+        Raises:
+            UsageError: naming the first of them.
+        """
+        if self.batch is not None and self.chat:
+            raise UsageError("--batch answers the prompts of a file, and --chat holds one conversation. Choose one.")
+        if self.batch is None and batching.given:
+            raise UsageError(
+                f"{batching.given[0]} is an option of `vlm batch FILE`, which answers a file of prompts; the answer to "
+                f"one prompt goes to stdout. Run `vlm batch FILE`, or leave out {batching.given[0]}."
+            )
+        flag, clashing = ("--batch", for_batch) if self.batch is not None else ("--chat", for_chat)
+        if clashing and (self.batch is not None or self.chat):
+            command = flag.removeprefix("--")
+            raise UsageError(f"{clashing[0]} is no option of `vlm {command}`. Leave out {clashing[0]} or {flag}.")
 
 
 @flatten_options
 def generate(
     prompts: PromptOptions = PromptOptions(),
-    batching: BatchOptions = BatchOptions(),
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Directory that `vlm build` wrote, or hub id.")
-    ] = DEMO.name,
-    sampling: SamplingOptions = SamplingOptions(),
+    reading: ReadingOptions = ReadingOptions(),
+    model: ModelOption = DEMO.name,
     devices: DeviceOptions = DeviceOptions(),
-    speed: SpeedOptions = SpeedOptions(),
+    quantize: QuantizeOption = None,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the step that writes a token. This takes about a minute, and pays off for answers of "
+            "thousands of tokens.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     source: SourceOptions = SourceOptions(),
+    sampling: SamplingOptions = SamplingOptions(),
+    search: SearchOptions = SearchOptions(),
     as_json: JsonOption = False,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Tokens, seconds and memory on stderr.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the prompt's tokens and generate nothing.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Go on with turns that are typed, or lines of stdin.")] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print the answer when it is complete, not word by word.")
+    ] = False,
+    stats: StatsOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the tokens and positions of the prompt, and write no answer.")
+    ] = False,
+    aliases: AliasOptions = AliasOptions(),
+    batching: Annotated[BatchOptions, HIDDEN] = BatchOptions(),
 ) -> None:
-    """Continue a prompt of text and images; only new text goes to stdout.
+    """Answer one prompt of text and images. Only the new text goes to stdout.
 
-    With --batch, each line of a file is a prompt, such as {"prompt": "<image:cat.jpg>A photo of", "id": 7}, and its
-    answer is the same line of OUTPUT, with "text" or "error" added.
-
-    With --chat, each line of stdin is a turn of one conversation, answered in sight of all before it; with --json each
-    answer is a line too. What was read is not read again. The tokenizer's chat template writes the turns; without one,
-    an answer stands right behind its turn, and the next turn on a new line. Ctrl-C ends an answer, Ctrl-D the chat.
+    `vlm batch FILE` answers the prompts of a file; `vlm chat` holds a conversation.
 
     Example: vlm generate --model my-flamingo "<image:cat.jpg>A photo of"
     """
-    speed.check()
-    # Batches have many shapes, each of which would be compiled for itself.
-    given = {"--dry-run": dry_run, "--no-stream": no_stream, "--compile": speed.compile, "--chat": chat}
-    if batching.wanted([*prompts.given, *(flag for flag, is_given in given.items() if is_given)]):
-        _answer_batch(batching, prompts, model, sampling, devices, speed, source, as_json, stats)
+    single = {"--dry-run": dry_run, "--compile": compile}
+    several = {"--num-beams": search.num_beams > 1, "--num-return-sequences": search.num_return_sequences > 1}
+    aliases.check(
+        batching,
+        for_chat=_typed(single | several),
+        for_batch=[*prompts.given, *_typed(single | {"--no-stream": no_stream})],
+    )
+    sampling.keywords(search)  # refuses what contradicts itself
+    if aliases.batch is not None:
+        file = PromptFile(aliases.batch)
+        batching.check(file)
+        request = ModelRequest.of(model, devices, source, quantize=quantize)
+        answer_file(BatchJob(request, file, batching, reading, sampling, search), as_json=as_json, stats=stats)
         return
-    if chat:
-        check_chat(prompts, sampling, {"--dry-run": dry_run, "--compile": speed.compile})
-        built = resolve_built_model(model, source.revision)
-        run_chat = ChatRun(prompts, sampling, lambda: _load(model, built, devices, speed, source, has_images=True))
-        run_chat.talk(stream=not (no_stream or as_json), as_json=as_json, stats=stats)
+    if aliases.chat:
+        chat = ChatRequest(prompts, reading, sampling, stream=not (no_stream or as_json), as_json=as_json, stats=stats)
+        chat.check()
+        talk(chat, ModelRequest.of(model, devices, source, quantize=quantize))
         return
     parts = prompts.interleave()
-    sampling.keywords()  # refuses what contradicts itself
-    built = resolve_built_model(model, source.revision)
-    images = prompts.load(parts)
-    from vlm_cli.quiet import silence_libraries
-
-    silence_libraries()
+    request = ModelRequest.of(model, devices, source, quantize=quantize, compile=compile)
+    images = load_images(parts, prompts.folder, allow_urls=reading.allow_urls)
     if dry_run:
-        _show_layout(built, source, parts, prompts.special_tokens, as_json)
+        _show_layout(request, parts, reading.special_tokens, as_json)
         return
-    vlm, processor, seconds = _load(model, built, devices, speed, source, has_images=bool(images))
-    run = Run(vlm, processor, sampling, seconds)
-    run.generate(parts, images, prompts.special_tokens, compile=speed.compile, stream=not (no_stream or as_json))
+    loaded = request.load()
+    if images:
+        request.warn_of_photographs()
+    # Beams and several answers are known only at the end.
+    streams = not (no_stream or as_json) and search == SearchOptions()
+    found = _answer(loaded, parts, images, reading, sampling, search, compile=compile, streams=streams)
     if as_json:
-        console.print_json({"model": model, "prompt": format(parts.parts), **run.to_dict(images)})
-    elif not run.streamed:
-        print("\n".join(sequence["text"] for sequence in run.sequences), flush=True)
+        prompt = {"model": model, "prompt": format(parts.parts)}
+        console.print_json(prompt | _to_dict(found, images, sampling.seed, loaded.seconds))
+    else:
+        print("" if streams else "\n".join(sequence["text"] for sequence in found.sequences), flush=True)
     if stats:
-        console.notify(run.statistics())
+        console.notify(_statistics(found, loaded))
 
 
-def _load(
-    name: str, built: str, devices: DeviceOptions, speed: SpeedOptions, source: SourceOptions, *, has_images: bool
-) -> tuple[Any, Any, float]:
-    """The model, its processor, and the seconds that loading took."""
-    from vlm_cli.checkpoint.directory import load
-
-    device, dtype = devices.resolve()
-    started = time.monotonic()
-    vlm, processor = load(built, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code, **source.hub)
-    speed.apply(vlm)
-    how = [str(vlm.dtype).removeprefix("torch."), *([speed.quantize] if speed.quantize else [])]
-    console.notify(f"Model {name} on {device}, {', '.join(how)}")
-    if built == str(DEMO) and has_images:
-        console.notify("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
-    return vlm, processor, time.monotonic() - started
+def _typed(flags: dict[str, bool]) -> list[str]:
+    return [flag for flag, is_given in flags.items() if is_given]
 
 
-def _answer_batch(
-    batching: BatchOptions,
-    prompts: PromptOptions,
-    model: str,
-    sampling: SamplingOptions,
-    devices: DeviceOptions,
-    speed: SpeedOptions,
-    source: SourceOptions,
-    as_json: bool,
-    stats: bool,
-) -> None:
-    """
-    Raises:
-        Exit: with 1 if a row could not be answered.
-    """
-    sampling.keywords()
-    built = resolve_built_model(model, source.revision)
-    run = BatchRun(
-        batching,
-        sampling,
-        load=lambda: _load(model, built, devices, speed, source, has_images=True),
-        depends_on={
-            "--model": model,
-            "the model's files": files_digest(built, source.revision),
-            "--dtype": devices.dtype,
-            "--quantize": speed.quantize,
-            "--special-tokens": prompts.special_tokens,
-        },
-        allow_urls=prompts.allow_urls,
-        special_tokens=prompts.special_tokens,
-    )
-    run.answer()
-    if as_json:
-        console.print_json({"model": model, **run.to_dict()})
-    if stats:
-        console.notify(run.statistics())
-    if run.failed:
-        raise typer.Exit(1)
-
-
-def _show_layout(model: str, source: SourceOptions, parts: Interleaved, special: bool, as_json: bool) -> None:
+def _show_layout(request: ModelRequest, parts: Interleaved, parse_special_tokens: bool, as_json: bool) -> None:
+    """Print the tokens and positions of a prompt; no weights are loaded."""
     from vlm_cli.cli.inspect import print_layout
     from vlm_cli.models import load_meta_model, read_processor_of
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.layout import lay_out
 
     silence_libraries()
-    vlm, _, _ = load_meta_model(model, trust_remote_code=source.trust_remote_code, revision=source.revision)
-    processor = read_processor_of(model, source.revision)
-    print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special), as_json)
+    source = request.source
+    model, _, _ = load_meta_model(
+        request.directory, trust_remote_code=source.trust_remote_code, revision=source.revision
+    )  # fmt: skip
+    processor = read_processor_of(request.directory, source.revision)
+    print_layout(lay_out(model, processor, parts.parts, parse_special_tokens=parse_special_tokens), as_json)
 
 
-class Run:
-    """One generation and what is said of it.
+def _answer(
+    loaded: LoadedModel,
+    parts: Interleaved,
+    images: list[LoadedImage],
+    reading: ReadingOptions,
+    sampling: SamplingOptions,
+    search: SearchOptions,
+    *,
+    compile: bool,
+    streams: bool,
+) -> Generation:
+    """Answer the prompt; `streams` prints the answer while the model writes it."""
+    from vlm_cli.cli.stream import TextStream, write_text
+    from vlm_cli.generation.decoder import Decoder
+    from vlm_cli.generation.single import generate_once
 
-    Args:
-        model: the VLM.
-        processor: its processor.
-        sampling: the user's options.
-        load_seconds: what loading took.
-    """
-
-    def __init__(self, model: Any, processor: Any, sampling: SamplingOptions, load_seconds: float) -> None:
-        from vlm_cli.generation.decoder import Decoder
-
-        self.model, self.processor = model, processor
-        self.decoder = Decoder(model, processor, sampling.keywords(), sampling.stop or ())
-        self.sampling = sampling
-        self.load_seconds = load_seconds
-        self.compile_seconds = 0.0
-        self.sequences: list[dict[str, Any]] = []
-
-    def generate(self, parts: Interleaved, images: list[Any], special: bool, *, compile: bool, stream: bool) -> None:
-        import torch
-        from transformers import set_seed
-
-        from vlm_cli.cli.stream import TextStream
-        from vlm_cli.modeling.budget import MediumSize
-
-        self.decoder.budget.check_media(len(images))
-        inputs = self.processor(
-            images=[[image.image for image in images]], text=[parts.parts], parse_special_tokens=special
-        ).to(self.model.device)
-        self.prompt_tokens = inputs["input_ids"].shape[1]
-        self.positions = self.decoder.budget.positions(self.prompt_tokens, [MediumSize() for _ in images])
-        room = self.decoder.room(self.positions, console.notify)
-        keywords = self.decoder.keywords | {"max_new_tokens": room}
-        if compile:
-            from vlm_cli.modeling.acceleration import compile_for
-
-            console.notify("Compiling the step that writes a token …")
-            with torch.inference_mode():
-                self.compile_seconds = compile_for(self.model, **inputs, **keywords)
-        if self.sampling.seed is not None:
-            set_seed(self.sampling.seed)
-        # Beams and several answers are known only at the end.
-        self.streamed = stream and self.sampling.num_beams == self.sampling.num_return_sequences == 1
-        streamer = TextStream(self.decoder.decode, _write, self.decoder.stops) if self.streamed else None
-        started = time.monotonic()
-        with torch.inference_mode():
-            output = self.model.generate(**inputs, **keywords, streamer=streamer)
-        self.seconds = time.monotonic() - started
-        self.sequences = [self.decoder.read(row, room) for row in output[:, self.prompt_tokens :].tolist()]
-        if self.streamed:
-            print(flush=True)
-
-    def to_dict(self, images: list[Any]) -> dict[str, Any]:
-        return {
-            **self.sequences[0],
-            "sequences": self.sequences,
-            "prompt_tokens": self.prompt_tokens,
-            "prompt_positions": self.positions,
-            "images": [{"source": x.source, "width": x.width, "height": x.height} for x in images],
-            "seed": self.sampling.seed,
-            "load_seconds": round(self.load_seconds, 3),
-            "compile_seconds": round(self.compile_seconds, 3),
-            "seconds": round(self.seconds, 3),
-        }
-
-    def statistics(self) -> str:
-        new = sum(sequence["new_tokens"] for sequence in self.sequences)
-        compiled = f"compilation {self.compile_seconds:.2f} s, " if self.compile_seconds else ""
-        return (
-            f"{self.prompt_tokens} prompt tokens ({self.positions} positions), {new} new tokens in "
-            f"{self.seconds:.2f} s ({new / self.seconds:.1f} tokens/s), load {self.load_seconds:.2f} s, {compiled}"
-            f"peak memory {console.human_bytes(console.peak_memory(self.model.device))}"
-        )
+    decoder = Decoder(loaded.model, loaded.processor, sampling.keywords(search), sampling.stop or ())
+    return generate_once(
+        decoder,
+        parts.parts,
+        [image.image for image in images],
+        parse_special_tokens=reading.special_tokens,
+        seed=sampling.seed,
+        compile=compile,
+        streamer=TextStream(decoder.decode, write_text, decoder.stops) if streams else None,
+        notify=console.notify,
+    )
 
 
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
+def _to_dict(found: Generation, images: list[LoadedImage], seed: int | None, load_seconds: float) -> dict[str, Any]:
+    return {
+        **found.sequences[0],
+        "sequences": found.sequences,
+        "prompt_tokens": found.prompt_tokens,
+        "prompt_positions": found.prompt_positions,
+        "images": [{"source": x.source, "width": x.width, "height": x.height} for x in images],
+        "seed": seed,
+        "load_seconds": round(load_seconds, 3),
+        "compile_seconds": round(found.compile_seconds, 3),
+        "seconds": round(found.seconds, 3),
+    }
+
+
+def _statistics(found: Generation, loaded: LoadedModel) -> str:
+    compiled = f"compilation {found.compile_seconds:.2f} s, " if found.compile_seconds else ""
+    return (
+        f"{found.prompt_tokens} prompt tokens ({found.prompt_positions} positions), {found.new_tokens} new tokens in "
+        f"{found.seconds:.2f} s ({found.new_tokens / found.seconds:.1f} tokens/s), load {loaded.seconds:.2f} s, "
+        f"{compiled}peak memory {console.human_bytes(console.peak_memory(loaded.model.device))}"
+    )

@@ -1,10 +1,149 @@
-"""From what a user asked for to a model that is ready to answer."""
+"""From the model that a user asked for to a model that is ready to answer."""
 
 from __future__ import annotations
 
 import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-__all__ = ["keep_collecting"]
+import typer
+
+from vlm_cli.cli import console
+from vlm_cli.cli.options import RUN, DeviceOptions, SourceOptions
+from vlm_cli.errors import UsageError
+from vlm_cli.models import DEMO, resolve_built_model
+
+if TYPE_CHECKING:
+    from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.processor import VLMProcessor
+
+__all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep_collecting"]
+
+_QUANTIZATIONS = ("int8",)  # as `modeling.acceleration`, which is slow to import
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.",
+                 rich_help_panel=RUN),
+]  # fmt: skip
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="NAME",
+        help="Store weights in fewer bits, which makes answers faster and a little different: int8, on the CPU.",
+        rich_help_panel=RUN,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to answer.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        processor: of the model.
+        seconds: that loading took.
+    """
+
+    model: VLM
+    processor: VLMProcessor
+    seconds: float
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which model a user asked for, and how the model is to run.
+
+    Attributes:
+        name: what the user typed.
+        directory: where the model is; or its hub id.
+        devices: device and dtype.
+        source: version of a hub id, and whether its own code may run.
+        quantize: name of a quantization; None for the weights as they are.
+        compile: compile the step that writes a token.
+    """
+
+    name: str
+    directory: str
+    devices: DeviceOptions
+    source: SourceOptions
+    quantize: str | None = None
+    compile: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        devices: DeviceOptions,
+        source: SourceOptions,
+        *,
+        quantize: str | None = None,
+        compile: bool = False,
+    ) -> ModelRequest:
+        """Find the model, without loading it.
+
+        Raises:
+            VLMError: if it does not exist, or cannot run as the user wants.
+        """
+        if quantize not in (None, *_QUANTIZATIONS):
+            raise UsageError(f"unknown --quantize {quantize!r}. Known: {', '.join(_QUANTIZATIONS)}.")
+        return cls(name, resolve_built_model(name, source.revision), devices, source, quantize, compile)
+
+    def load(self) -> LoadedModel:
+        """Load the model, and say on stderr which model runs where.
+
+        Raises:
+            VLMError: if the files, the device or this machine do not allow it.
+        """
+        from vlm_cli.quiet import silence_libraries
+
+        silence_libraries()
+        from vlm_cli.checkpoint.directory import load
+        from vlm_cli.modeling.acceleration import accelerate
+
+        device, dtype = self.devices.resolve()
+        started = time.monotonic()
+        model, processor = load(
+            self.directory,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=self.source.trust_remote_code,
+            **self.source.hub,
+        )
+        accelerate(model, quantize=self.quantize, compile=self.compile)
+        loaded = LoadedModel(model, processor, time.monotonic() - started)
+        how = ", ".join([loaded.dtype, *([self.quantize] if self.quantize else [])])
+        console.notify(f"Model {self.name} on {device}, {how}")
+        return loaded
+
+    def warn_of_photographs(self) -> None:
+        """Tell users of the demo what the demo cannot do."""
+        if self.directory == str(DEMO):
+            console.notify("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
+
+    def digest(self) -> str:
+        """Return a text that changes when the model changes.
+
+        It is a digest of names, sizes and times of the files in a directory, or the commit of a hub id.
+        """
+        import hashlib
+
+        folder = Path(self.directory)
+        if folder.is_dir():
+            stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+            facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats if name != "README.md"]
+            return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        from vlm_cli.checkpoint.directory import read_config
+
+        return str(getattr(read_config(self.directory, **self.source.hub), "_commit_hash", None))
 
 
 def keep_collecting() -> None:

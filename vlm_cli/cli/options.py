@@ -1,12 +1,13 @@
 """Options that commands share, as dataclasses whose fields become options of the command that asks for one."""
 
+import copy
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -22,17 +23,18 @@ __all__ = [
     "DeviceOptions",
     "JsonOption",
     "ModelArgument",
-    "SamplingOptions",
     "SourceOptions",
-    "SpeedOptions",
+    "StatsOption",
     "flatten_options",
 ]
 
-COMPOSE, RUN, SAMPLE = "Composition", "Model", "Sampling"
+COMPOSE, RUN = "Composition", "Model"  # headings in --help
+HIDDEN = "hidden"  # marks a bundle whose options work, but do not stand in --help
 
-MAX_SEED = 2**32 - 1  # NumPy's
+MAX_SEED = 2**32 - 1  # the largest seed that NumPy takes
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Write tokens, seconds and peak memory to stderr.")]
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
@@ -153,110 +155,22 @@ def resolve_dtype(name: str) -> Any:
     return known[name]
 
 
-@dataclass(frozen=True)
-class SpeedOptions:
-    """What makes answers faster, and their numbers a little different."""
-
-    quantize: Annotated[
-        str | None,
-        typer.Option(help="int8: a byte for each weight that every token reads; CPU.", rich_help_panel=RUN),
-    ] = None
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Compile the step that writes a token: about a minute, repaid by thousands of tokens.",
-            rich_help_panel=RUN,
-        ),
-    ] = False
-
-    def check(self) -> None:
-        """
-        Raises:
-            UsageError: for a name that is not known.
-        """
-        if self.quantize not in (None, "int8"):
-            raise UsageError(f"unknown --quantize {self.quantize!r}. Known: int8.")
-
-    def apply(self, model: Any) -> None:
-        """
-        Raises:
-            VLMError: if the model, its device or this machine does not allow it.
-        """
-        from vlm_cli.modeling.acceleration import accelerate
-
-        accelerate(model, quantize=self.quantize, compile=self.compile)
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen and when they end."""
-
-    max_new_tokens: Annotated[
-        int,
-        typer.Option("--max-new-tokens", "--max-tokens", "-n", min=1, help="Tokens to write.", rich_help_panel=SAMPLE),
-    ] = 64
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy; above, samples.", rich_help_panel=SAMPLE)
-    ] = None
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.", rich_help_panel=SAMPLE)
-    ] = None
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.", rich_help_panel=SAMPLE)] = None
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search.", rich_help_panel=SAMPLE)] = 1
-    num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers to the prompt.", rich_help_panel=SAMPLE)] = 1
-    repetition_penalty: Annotated[
-        float, typer.Option(min=0.01, help="Above 1, repeats are less likely.", rich_help_panel=SAMPLE)
-    ] = 1.0
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", rich_help_panel=SAMPLE)
-    ] = None
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=MAX_SEED, help="Makes samples repeatable.", rich_help_panel=SAMPLE)
-    ] = None
-
-    def keywords(self) -> dict[str, Any]:
-        """Arguments of `generate`; each flag takes effect or is refused.
-
-        Raises:
-            UsageError: for flags that contradict each other.
-        """
-        narrowed = [flag for flag, x in (("--top-p", self.top_p), ("--top-k", self.top_k)) if x is not None]
-        if self.temperature == 0 and narrowed:
-            raise UsageError(f"--temperature 0 is greedy, so {narrowed[0]} has no effect. Leave one of them out.")
-        sample = bool(self.temperature) or bool(narrowed)
-        if not sample and self.num_return_sequences > self.num_beams:
-            raise UsageError(
-                f"greedy search gives one answer, but --num-return-sequences is {self.num_return_sequences}. Add "
-                f"--temperature 1 to sample, or --num-beams {self.num_return_sequences}."
-            )
-        if any(not text for text in self.stop or ()):
-            raise UsageError("--stop needs a text, got ''.")
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": sample,
-            "temperature": (self.temperature or 1.0) if sample else None,
-            "top_p": (1.0 if self.top_p is None else self.top_p) if sample else None,
-            "top_k": (self.top_k or 0) if sample else None,
-            "num_beams": self.num_beams,
-            "num_return_sequences": self.num_return_sequences,
-            "repetition_penalty": self.repetition_penalty,
-        }
-
-
 def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Turn each field of a command's dataclass parameters into an option of the command.
 
     `def build(out: str, device: DeviceOptions = DeviceOptions())` becomes a command with `--device` and `--dtype`,
     and `build` still receives one `DeviceOptions`. Annotations may be strings (`from __future__ import annotations`).
+    `Annotated[DeviceOptions, HIDDEN]` keeps the options out of --help.
     """
     signature = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)
+    hidden = {name for name, hint in hints.items() if HIDDEN in get_args(hint)[1:]}
+    hints |= {name: get_args(hints[name])[0] for name in hidden}
     bundles = {name: hints[name] for name in signature.parameters if dataclasses.is_dataclass(hints[name])}
     parameters: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         if name in bundles:
-            parameters += _field_parameters(bundles[name])
+            parameters += _field_parameters(bundles[name], is_hidden=name in hidden)
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
     names = [parameter.name for parameter in parameters]
@@ -277,13 +191,23 @@ def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _field_parameters(bundle: Any) -> list[inspect.Parameter]:
+def _field_parameters(bundle: Any, *, is_hidden: bool = False) -> list[inspect.Parameter]:
     """Turn the fields of a dataclass into parameters of a command."""
     annotations = get_type_hints(bundle, include_extras=True)
     annotations |= {setting.name: make_option(setting) for setting in list_settings(bundle)}
+    if is_hidden:
+        annotations = {name: _hide(annotation) for name, annotation in annotations.items()}
     return [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name]
         )
         for field in dataclasses.fields(bundle)
     ]
+
+
+def _hide(annotation: Any) -> Any:
+    """Return `Annotated[type, option]` with a copy of the option that does not stand in --help."""
+    kind, option = get_args(annotation)
+    option = copy.copy(option)
+    option.hidden = True
+    return Annotated[kind, option]

@@ -1,9 +1,11 @@
 """Options that bring a prompt and its images."""
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,85 +13,107 @@ from vlm_cli.cli import console
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, interleave
 
-__all__ = ["PromptOptions"]
+if TYPE_CHECKING:
+    from vlm_cli.media import LoadedImage
+
+__all__ = ["PromptOptions", "ReadingOptions", "TurnOptions", "load_images"]
+
+PROMPT = "Prompt"  # heading of these options in --help
 
 
 @dataclass(frozen=True)
-class PromptOptions:
-    """A prompt and its images, wherever they come from."""
+class ReadingOptions:
+    """How prompts are read, wherever they come from."""
 
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="Text with <image:FILE> or <image> placeholders; - reads stdin.",
-            show_default=False,
-        ),
-    ] = None
-    prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, as an option.")] = None
-    prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", "-f", help="Read the prompt from a file; its paths start there.")
-    ] = None
-    image: Annotated[
-        list[str] | None,
-        typer.Option("--image", "-i", help="File for the next bare <image>; path, -, data: or URL. Repeatable."),
-    ] = None
-    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s):// images.")] = False
+    allow_urls: Annotated[
+        bool,
+        typer.Option("--allow-urls", help="Download images whose source is an http(s):// URL.", rich_help_panel=PROMPT),
+    ] = False
     special_tokens: Annotated[
         bool,
         typer.Option(
-            "--special-tokens", help="Read special tokens that the prompt spells, as <|endofchunk|>, as tokens."
+            "--special-tokens",
+            help="Read the spelling of a special token in a prompt, such as <|endofchunk|>, as that token; without "
+            "this option it is plain text.",
+            rich_help_panel=PROMPT,
         ),
     ] = False
 
+
+@dataclass(frozen=True)
+class TurnOptions:
+    """A prompt, as an option or in a file, and its images."""
+
+    prompt_option: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Text of the prompt.", rich_help_panel=PROMPT),
+    ] = None
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-file", "-f", metavar="FILE", help="Read the prompt from FILE; image paths in it start at the "
+            "folder of FILE.", rich_help_panel=PROMPT,
+        ),
+    ] = None  # fmt: skip
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            metavar="FILE",
+            help="Image for the next <image> in the prompt: a path, - for stdin, a data: URI or a URL. Repeat the "
+            "option for several images.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None
+
+    @property
+    def texts(self) -> dict[str, str | None]:
+        """Each option that can bring a text, and what the user gave."""
+        return {"--prompt": self.prompt_option}
+
     @property
     def given(self) -> list[str]:
-        """Where a prompt and its images were given."""
-        places = {
-            "PROMPT": self.prompt,
-            "--prompt": self.prompt_option,
-            "--prompt-file": self.prompt_file,
-            "--image": self.image or None,
-        }
-        return [place for place, x in places.items() if x is not None]
+        """The options by which the user gave a prompt or images."""
+        files = {"--prompt-file": self.prompt_file, "--image": self.image or None}
+        return [name for name, x in {**self.texts, **files}.items() if x is not None]
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.given not in ([], ["--image"])
+
+    @property
+    def folder(self) -> Path | None:
+        """Where relative image paths in the prompt start; None for the current folder."""
+        return None if self.prompt_file is None else self.prompt_file.absolute().parent
 
     def interleave(self) -> Interleaved:
-        """The prompt's parts.
+        """Read the prompt, and split it into texts and images.
 
         Raises:
-            UsageError: if there is no prompt, or more than one.
+            UsageError: if the user gave no prompt, or more than one.
             PromptError: if placeholders and files do not match.
         """
         images = list(self.image or ())
         if self.prompt_file is not None:
-            # Relative paths in the file start at its folder, those on the command line here.
+            # Relative paths in the file start at its folder; those on the command line start at the current folder.
             images = [str(Path(x).absolute()) if Path(x).exists() else x for x in images]
         found = interleave(self._text(images), images)
         if found.images_prepended:
             console.notify("Note: the prompt has no <image> placeholder, so the images come first.")
         return found
 
-    def load(self, parts: Interleaved) -> list[Any]:
-        """The images, in order."""
-        from vlm_cli.media import MediaLoader, short_name
-
-        folder = None if self.prompt_file is None else self.prompt_file.absolute().parent
-        loader = MediaLoader(base_dir=folder, allow_urls=self.allow_urls)
-        images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
-        for image in images:
-            console.notify(f"Image {short_name(image.source)} ({image.width}x{image.height})")
-        return images
-
     def _text(self, images: list[str]) -> str:
-        given = [x for x in (self.prompt, self.prompt_option, self.prompt_file) if x is not None]
-        if len(given) > 1:
-            raise UsageError("the prompt is given more than once. Choose one of PROMPT, --prompt and --prompt-file.")
+        if len([name for name in self.given if name != "--image"]) > 1:
+            names = [*self.texts, "--prompt-file"]
+            choices = f"{', '.join(names[:-1])} and {names[-1]}"
+            raise UsageError(f"the prompt is given more than once. Choose one of {choices}.")
         if self.prompt_file is not None:
             try:
                 return self.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise PromptError(f"cannot read the prompt file {str(self.prompt_file)!r}: {error}.") from None
-        text = self.prompt if self.prompt is not None else self.prompt_option
+        text = next((x for x in self.texts.values() if x is not None), None)
         if text is not None and text != "-":
             return text
         if "-" in images:
@@ -100,3 +124,42 @@ class PromptOptions:
             return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise PromptError(f"the prompt on stdin is not UTF-8 text: {error}.") from None
+
+
+@dataclass(frozen=True)
+class PromptOptions(TurnOptions):
+    """A prompt, as an argument, as an option, in a file or on stdin, and its images."""
+
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help='Text of the prompt; <image:FILE> in it shows an image, as in "<image:cat.jpg>A photo of". Give - to '
+            "read the prompt from stdin.",
+            show_default=False,
+        ),
+    ] = None
+
+    @property
+    def texts(self) -> dict[str, str | None]:
+        return {"PROMPT": self.prompt, **super().texts}
+
+
+def load_images(parts: Interleaved, folder: Path | None, *, allow_urls: bool) -> list[LoadedImage]:
+    """Load the images of a prompt, in reading order.
+
+    Args:
+        parts: the prompt.
+        folder: where relative paths start; None for the current folder.
+        allow_urls: download http(s):// sources.
+
+    Raises:
+        MediaError: for an image that cannot be read.
+    """
+    from vlm_cli.media import MediaLoader, short_name
+
+    loader = MediaLoader(base_dir=folder, allow_urls=allow_urls)
+    images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
+    for image in images:
+        console.notify(f"Image {short_name(image.source)} ({image.width}x{image.height})")
+    return images

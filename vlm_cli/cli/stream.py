@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlm_cli.generation.decoder import cut_at_stop
 
-__all__ = ["TextStream"]
+__all__ = ["TextStream", "write_text"]
 
 
 class TextStream(BaseStreamer):
@@ -57,3 +57,8 @@ class TextStream(BaseStreamer):
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that begin `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def write_text(text: str) -> None:
+    """Print a piece of an answer on stdout, at once."""
+    print(text, end="", flush=True)

@@ -1,0 +1,115 @@
+"""Options that say how a model chooses the tokens of an answer, and when the answer ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from vlm_cli.cli.options import MAX_SEED
+from vlm_cli.errors import UsageError
+
+__all__ = ["SamplingOptions", "SearchOptions"]
+
+SAMPLING = "Sampling"  # heading of these options in --help
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How many answers the model follows at once, and how many it returns."""
+
+    num_beams: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Search with N beams; 1 is no beam search.", rich_help_panel=SAMPLING
+        ),
+    ] = 1  # fmt: skip
+    num_return_sequences: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Write N answers to each prompt.", rich_help_panel=SAMPLING)
+    ] = 1
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the model chooses each token, and when an answer ends."""
+
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", "--max-tokens", "-n", min=1, metavar="N", help="Stop an answer after N new tokens.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 64  # fmt: skip
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="X",
+            help="Randomness: 0 takes the most likely token each time (the default); 1 samples from the model's own "
+            "probabilities; more than 1 favours unlikely tokens.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, metavar="P", help="Sample only from the most likely tokens that together have "
+            "probability P.", rich_help_panel=SAMPLING,
+        ),
+    ] = None  # fmt: skip
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="K", help="Sample only from the K most likely tokens.", rich_help_panel=SAMPLING
+        ),
+    ] = None  # fmt: skip
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            min=0.01, metavar="X", help="Values above 1 make tokens that occurred before less likely.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 1.0  # fmt: skip
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="End an answer before TEXT. Repeat the option for several texts.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None  # fmt: skip
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=MAX_SEED, metavar="N", help="Seed for sampling: the same seed gives the same answers.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None  # fmt: skip
+
+    def keywords(self, search: SearchOptions = SearchOptions()) -> dict[str, Any]:
+        """Return the arguments of `generate`; each flag takes effect or is refused.
+
+        Raises:
+            UsageError: for flags that contradict each other.
+        """
+        narrowed = [flag for flag, x in (("--top-p", self.top_p), ("--top-k", self.top_k)) if x is not None]
+        if self.temperature == 0 and narrowed:
+            raise UsageError(f"--temperature 0 is greedy, so {narrowed[0]} has no effect. Leave one of them out.")
+        sample = bool(self.temperature) or bool(narrowed)
+        if not sample and search.num_return_sequences > search.num_beams:
+            raise UsageError(
+                f"greedy search gives one answer, but --num-return-sequences is {search.num_return_sequences}. Add "
+                f"--temperature 1 to sample, or --num-beams {search.num_return_sequences}."
+            )
+        if any(not text for text in self.stop or ()):
+            raise UsageError("--stop needs a text, got ''.")
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": sample,
+            "temperature": (self.temperature or 1.0) if sample else None,
+            "top_p": (1.0 if self.top_p is None else self.top_p) if sample else None,
+            "top_k": (self.top_k or 0) if sample else None,
+            "num_beams": search.num_beams,
+            "num_return_sequences": search.num_return_sequences,
+            "repetition_penalty": self.repetition_penalty,
+        }

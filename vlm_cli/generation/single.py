@@ -1,0 +1,95 @@
+"""One prompt, and the answers to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlm_cli.generation.decoder import Decoder
+from vlm_cli.modeling.budget import MediumSize
+from vlm_cli.prompt import Medium, Text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers.generation.streamers import BaseStreamer
+
+__all__ = ["Generation", "generate_once"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answers to one prompt, and what they cost.
+
+    Attributes:
+        sequences: the answers.
+        prompt_tokens: tokens of the prompt, with one for each image.
+        prompt_positions: positions that the prompt takes in the language model.
+        seconds: of the answers.
+        compile_seconds: of the compilation before them; 0 without one.
+    """
+
+    sequences: list[dict[str, Any]]
+    prompt_tokens: int
+    prompt_positions: int
+    seconds: float
+    compile_seconds: float = 0.0
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(sequence["new_tokens"] for sequence in self.sequences)
+
+
+@torch.inference_mode()
+def generate_once(
+    decoder: Decoder,
+    parts: Sequence[Text | Medium],
+    images: Sequence[Image],
+    *,
+    parse_special_tokens: bool = False,
+    seed: int | None = None,
+    compile: bool = False,
+    streamer: BaseStreamer | None = None,
+    notify: Callable[[str], None] = lambda message: None,
+) -> Generation:
+    """Answer one prompt.
+
+    Args:
+        decoder: of the model.
+        parts: the prompt, in reading order.
+        images: one for each medium of the prompt.
+        parse_special_tokens: read the spelling of a special token in the prompt as that token.
+        seed: of the random numbers; None leaves them as they are.
+        compile: compile first what the model was prepared for; see `modeling.acceleration`.
+        streamer: receives tokens as the model writes them.
+        notify: receives what the user should know.
+
+    Raises:
+        PromptError: if the prompt alone has too many positions or images for the model.
+    """
+    decoder.budget.check_media(len(images))
+    inputs = decoder.processor(
+        images=[list(images)], text=[list(parts)], parse_special_tokens=parse_special_tokens
+    ).to(decoder.model.device)  # fmt: skip
+    num_tokens = inputs["input_ids"].shape[1]
+    positions = decoder.budget.positions(num_tokens, [MediumSize() for _ in images])
+    room = decoder.room(positions, notify)
+    keywords = decoder.keywords | {"max_new_tokens": room}
+    compile_seconds = 0.0
+    if compile:
+        from vlm_cli.modeling.acceleration import compile_for
+
+        notify("Compiling the step that writes a token …")
+        compile_seconds = compile_for(decoder.model, **inputs, **keywords)
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    started = time.monotonic()
+    output = decoder.model.generate(**inputs, **keywords, streamer=streamer)
+    seconds = time.monotonic() - started
+    sequences = [decoder.read(row, room) for row in output[:, num_tokens:].tolist()]
+    return Generation(sequences, num_tokens, positions, seconds, compile_seconds)
