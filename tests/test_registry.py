@@ -53,7 +53,7 @@ def entry_points(*points):
 
 
 def test_other_packages_add_parts(monkeypatch):
-    point = EntryPoint("square", "test_registry:PART", "shapes")
+    point = EntryPoint("square", f"{__name__}:PART", "shapes")
     monkeypatch.setattr(vlm_cli.registry, "entry_points", entry_points(point))
     registry = Registry("shape", "shapes")
     assert list(registry) == ["square"] and registry["square"].load()(9) == 3
@@ -61,13 +61,13 @@ def test_other_packages_add_parts(monkeypatch):
 
 
 def test_other_packages_may_not_take_a_name(monkeypatch):
-    point = EntryPoint("square", "test_registry:PART", "shapes")
+    point = EntryPoint("square", f"{__name__}:PART", "shapes")
     monkeypatch.setattr(vlm_cli.registry, "entry_points", entry_points(point, point))
     registry = Registry("shape", "shapes")
-    with pytest.raises(PluginError, match="'square' is registered by test_registry:PART and by test_registry:PART"):
+    with pytest.raises(PluginError, match=f"'square' is registered by {__name__}:PART and by {__name__}:PART"):
         registry["square"]
     registry._built_in["square"] = PART
-    with pytest.raises(PluginError, match="'square' is registered by vlm-cli and by test_registry:PART"):
+    with pytest.raises(PluginError, match=f"'square' is registered by vlm-cli and by {__name__}:PART"):
         registry["square"]
     with pytest.raises(ValueError, match="shape 'square' is already registered"):
         registry.add(PART)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import vlm_cli.checkpoint.directory as directory
-from vlm_cli import VLM
+from vlm_cli import VLM, files
 from vlm_cli.cli.app import main
 
 
@@ -492,7 +492,7 @@ def test_what_stops_a_build_leaves_nothing(vlm, parts, old, tmp_path, monkeypatc
         "weights": (VLM, "save_pretrained"),
         "tokenizer": ("vlm_cli.processor.VLMProcessor", "save_pretrained"),
         "composition": (directory.yaml, "safe_dump"),
-        "swap": (directory, "_swap"),
+        "swap": (files, "_swap"),
     }
     target, name = targets[place]
     if isinstance(target, str):
