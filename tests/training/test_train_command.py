@@ -25,7 +25,7 @@ import vlm_cli.modeling.vlm
 from tests.support import ROOT
 from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, losses, metrics, write
 from vlm_cli import load
-from vlm_cli.training import run as run_module
+from vlm_cli.training import output as output_module
 from vlm_cli.training.dataset import Collator, load_dataset
 from vlm_cli.training.trainer import VLMTrainer
 
@@ -70,12 +70,14 @@ def test_a_run_lowers_the_loss_and_writes_a_model(
 ) -> None:
     path = request.getfixturevalue(fusion)
     seen: dict[str, torch.Tensor] = {}
-    whole_model = run_module._Run._whole_model
-    monkeypatch.setattr(
-        run_module._Run,
-        "_whole_model",
-        lambda self, trainer: seen.update(trainer.model.state_dict()) or whole_model(self, trainer),
-    )
+    run_from = VLMTrainer.run_from
+
+    def keep_weights(self: VLMTrainer, checkpoint: Any) -> Any:
+        outcome = run_from(self, checkpoint)
+        seen.update({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        return outcome
+
+    monkeypatch.setattr(VLMTrainer, "run_from", keep_weights)
     report = json.loads(output(train("--max-steps", 15, "--json", model=path)))
     curve = losses(out)
     assert curve[15] < (0.9 if fusion == "cross_attention" else 0.7) * curve[1]  # the first LM is frozen, and random
@@ -229,7 +231,8 @@ def test_ctrl_c_keeps_the_state(train: Vlm, out: Path, monkeypatch: pytest.Monke
         message = error(train("--max-steps", 6, "--overwrite"), 130)
     assert "Stopping after this step" in message
     assert (
-        f"{out}.checkpoints/checkpoint-4 is kept. To go on from its step 4, repeat the command with --resume" in message
+        f"{out}.checkpoints/checkpoint-4 is kept. To continue from its step 4, repeat the command with --resume"
+        in message
     )
     assert out.exists() and checkpoints(out) == ["checkpoint-4"]
     output(train("--max-steps", 6, "--overwrite", "--resume"))
@@ -288,7 +291,7 @@ def unfinished(train: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unfinished")
 def test_an_unfinished_run_is_not_forgotten_by_mistake(train: Vlm, out: Path) -> None:
     message = error(train("--max-steps", 5), 2)
-    assert "holds an unfinished run, at step 2. Add --resume to go on with it, or --overwrite to forget it" in message
+    assert "holds an unfinished run, at step 2. Add --resume to continue it, or --overwrite to delete it" in message
     output(train("--max-steps", 3, "--overwrite", "--keep-checkpoints"))
     assert list(losses(out)) == [1, 2, 3] and checkpoints(out) == ["checkpoint-3"]
 
@@ -366,7 +369,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(
 
 def test_a_disk_that_fills_at_the_end(train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "draw_losses", full_disk)
+        patched.setattr(output_module, "draw_losses", full_disk)
         message = error(train("--max-steps", 2))
     assert "No space left on device" in message and "repeat the command with --resume" in message
     assert not out.exists() and checkpoints(out) == ["checkpoint-2"]
@@ -435,7 +438,7 @@ def test_an_existing_output_is_kept(train: Vlm, out: Path) -> None:
 def test_a_space_before_the_border_is_noted(train: Vlm, folder: Path) -> None:
     write(folder / "border.jsonl", [{"prompt": "<image:red.png>A: ", "completion": "red"}])
     result = train("--max-steps", 1, data="border.jsonl")
-    assert "as in line 1, the completion was cut from a token that it shares with its prompt" in result.stderr
+    assert "as in line 1, one token would hold the end of the prompt and the start of the completion" in result.stderr
 
 
 # -- several processes ----------------------------------------------------------------------------------------------

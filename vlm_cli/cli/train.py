@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from vlm_cli.cli.options import JsonOption, flatten_options
 from vlm_cli.errors import UsageError
 from vlm_cli.models import resolve_built_model
 from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
+
+if TYPE_CHECKING:
+    from vlm_cli.training.outcome import StepReport, TrainingResult
 
 __all__ = ["train"]
 
@@ -99,20 +102,19 @@ def train(
     console.notify(f'Wrote {output}. Next: vlm generate --model {output} --image FILE "…"')
 
 
-def _run(job: Any, settings: Any) -> Any:
+def _run(job: Job, settings: TrainingSettings) -> TrainingResult | None:
     import gc
 
     from vlm_cli.quiet import silence_libraries
-    from vlm_cli.training.run import Interrupted
-    from vlm_cli.training.run import train as run_training
+    from vlm_cli.training.run import Interrupted, train_model
 
     silence_libraries()
-    # `main` switched it off, for commands that end soon.
+    # `main` switched garbage collection off, for commands that end soon.
     gc.freeze()
     gc.enable()
-    terminal = _listener()
+    terminal = _make_terminal()
     try:
-        return run_training(job, settings, terminal)
+        return train_model(job, settings, terminal)
     except Interrupted as error:
         terminal.notify(str(error))
         raise KeyboardInterrupt from None
@@ -120,34 +122,35 @@ def _run(job: Any, settings: Any) -> Any:
         terminal.leave_line()
 
 
-def _listener() -> Any:
-    """What shows a run on stderr."""
+def _make_terminal() -> Any:
+    """Make the listener that shows a run on stderr. Its class is made here because its base class imports torch."""
     from vlm_cli.training.run import Listener
 
     class Terminal(Listener):
         def __init__(self) -> None:
-            self.shown = 0  # characters of the line that the next one overwrites
-            self.under_way = contextlib.ExitStack()  # the step that began last
+            self.shown = 0  # characters of the progress line, which the next one overwrites
+            self.running_step = contextlib.ExitStack()  # the part of the preparation that began last
 
         def step(self, name: str) -> None:
             self.leave_line()
-            self.under_way.close()
+            self.running_step.close()
             if name:
-                self.under_way.enter_context(console.step())(name)
+                self.running_step.enter_context(console.step())(name)
 
         def notify(self, message: str) -> None:
             self.leave_line()
             console.notify(message)
 
-        def progress(self, progress: Any) -> None:
-            line = _progress_line(progress)
-            if not sys.stderr.isatty() or progress.loss is None:
+        def progress(self, report: StepReport) -> None:
+            line = _format_report(report)
+            if not sys.stderr.isatty() or report.loss is None:
                 self.notify(line)
                 return
             print(f"\r{line:<{self.shown}}", end="", file=sys.stderr, flush=True)
             self.shown = len(line)
 
         def leave_line(self) -> None:
+            """Keep the progress line on the screen, and go to the next line."""
             if self.shown:
                 print(file=sys.stderr, flush=True)
                 self.shown = 0
@@ -155,24 +158,24 @@ def _listener() -> Any:
     return Terminal()
 
 
-def _progress_line(progress: Any) -> str:
+def _format_report(report: StepReport) -> str:
     """
-    >>> from vlm_cli.training.trainer import Progress
-    >>> _progress_line(Progress(20, 100, 1.5, None, 41.0, 95.0))
+    >>> from vlm_cli.training.outcome import StepReport
+    >>> _format_report(StepReport(20, 100, 1.5, None, 41.0, 95.0))
     'step 20/100  loss 1.5000  41.0 images/s  1:35 left'
     """
-    total = "" if progress.total_steps is None else f"/{progress.total_steps}"
-    if progress.loss is None:
-        return f"step {progress.step}{total}  eval loss {progress.eval_loss:.4f}"
+    total = "" if report.total_steps is None else f"/{report.total_steps}"
+    if report.loss is None:
+        return f"step {report.step}{total}  eval loss {report.eval_loss:.4f}"
     return (
-        f"step {progress.step}{total}  loss {progress.loss:.4f}  {progress.images_per_second:.1f} images/s  "
-        f"{_duration(progress.seconds_left)} left"
+        f"step {report.step}{total}  loss {report.loss:.4f}  {report.images_per_second:.1f} images/s  "
+        f"{_format_duration(report.seconds_left)} left"
     )
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """
-    >>> _duration(3700)
+    >>> _format_duration(3700)
     '1:01:40'
     """
     minutes, rest = divmod(round(seconds), 60)
@@ -180,8 +183,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _print_result(result: Any) -> None:
-    def number(x: float | None) -> str:
+def _print_result(result: TrainingResult) -> None:
+    def format_loss(x: float | None) -> str:
         return "-" if x is None else f"{x:.4f}"
 
     heads = ("Steps", "Records", "Images", "Loss", "Eval loss", "Images/s", "Time")
@@ -189,9 +192,9 @@ def _print_result(result: Any) -> None:
         f"{result.steps:,}",
         f"{result.records:,}",
         f"{result.images:,}",
-        number(result.loss),
-        number(result.eval_loss),
+        format_loss(result.loss),
+        format_loss(result.eval_loss),
         f"{result.images_per_second:.1f}",
-        _duration(result.seconds),
+        _format_duration(result.seconds),
     )
     console.print_table(heads, [row])

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from vlm_cli.data.jsonl import Line
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import check_file, replacing_file
+from vlm_cli.resume import settings_diff
 
 __all__ = ["Journal", "partial_of"]
 
@@ -96,14 +97,10 @@ class Journal:
         self._write({"vlm_batch": 1, "replaces": overwrite, "settings": settings})
 
     def _check(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        now = json.loads(json.dumps(now))
-        differ = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-        if differ:
-            lines = [f"  {key}: was {was.get(key)!r}, is {now.get(key)!r}" for key in differ]
+        if differences := settings_diff(was, now):
             raise UsageError(
-                f"{str(self.path)!r} holds answers of an unfinished run, which differs from this one:\n"
-                + "\n".join(lines)
-                + "\nGive the same again to go on with it, or add --overwrite to forget it and start anew."
+                f"{str(self.path)!r} holds answers of an unfinished run, which differs from this one:\n{differences}\n"
+                "Give the same again to go on with it, or add --overwrite to forget it and start anew."
             )
 
     def skip(self, lines: Iterator[Line], name: str) -> None:

@@ -1,13 +1,13 @@
-"""Checkpoints of a run, in a folder beside its output: whole, or not there.
+"""The checkpoints of an unfinished run, in a folder beside its output: each is complete, or is not counted.
 
     demo/                      the output, which appears at the end
     demo.checkpoints/
         metrics.jsonl
-        checkpoint-500/        complete: it holds `complete.json`
-        .partial/              being written; removed by the next run
+        checkpoint-500/        complete, because it holds `complete.json`
+        .partial/              the run is writing it; the next run removes it
 
-A checkpoint holds the parts that train, the optimizer and the state of the random numbers; the other parts are in the
-model that the run began with.
+A checkpoint holds the parts that train, the optimizer and the state of the random numbers. The other parts are in the
+model with which the run began.
 """
 
 from __future__ import annotations
@@ -21,30 +21,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.errors import CheckpointError, UsageError, first_line
+from torch import Tensor
+
+from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.files import flush_to_disk
+from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["MARK", "Checkpoint", "Checkpoints", "folder_of"]
+__all__ = ["COMPLETE_FILE", "Checkpoints", "TrainingCheckpoint", "checkpoint_folder", "select_trained"]
 
-MARK = "complete.json"
+COMPLETE_FILE = "complete.json"  # the last file of a checkpoint, written after all others
 _PARTIAL = ".partial"
 
 
-def folder_of(out: Path) -> Path:
-    """Where the checkpoints of `out` are kept."""
+def checkpoint_folder(out: Path) -> Path:
+    """Return the folder that holds the checkpoints of the run whose output is `out`."""
     return out.with_name(f"{out.name}.checkpoints")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint.
+class TrainingCheckpoint:
+    """A complete checkpoint of a run.
 
     Attributes:
         path: its directory.
         step: steps that are done.
-        seconds: of training so far.
-        images: seen so far.
-        run: what must not change when the run goes on.
+        seconds: seconds of training so far.
+        images: images that the model has seen so far.
+        run: what must be the same when the run is resumed.
     """
 
     path: Path
@@ -53,34 +56,37 @@ class Checkpoint:
     images: int
     run: dict[str, Any]
 
+    @classmethod
+    def read(cls, path: Path) -> TrainingCheckpoint | None:
+        """Read the manifest in a directory; None if the checkpoint is not complete."""
+        try:
+            return cls(path, **json.loads((path / COMPLETE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
 
 class Checkpoints:
     """The checkpoints in one folder.
 
     Args:
-        folder: where they are; need not exist.
-        keep: how many of the latest are kept.
+        folder: the folder, which need not exist.
+        keep: number of checkpoints that stay when a new one is complete; the oldest are removed.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
-    def all(self) -> list[Checkpoint]:
-        """The complete ones, oldest first."""
-        found = []
-        for path in self.folder.glob("checkpoint-*"):
-            try:
-                data = json.loads((path / MARK).read_text(encoding="utf-8"))
-                found.append(Checkpoint(path, **data))
-            except (OSError, ValueError, TypeError):
-                continue
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
+    def all(self) -> list[TrainingCheckpoint]:
+        """List the complete checkpoints, the oldest first."""
+        found = map(TrainingCheckpoint.read, self.folder.glob("checkpoint-*"))
+        return sorted((x for x in found if x is not None), key=lambda checkpoint: checkpoint.step)
 
-    def last(self) -> Checkpoint | None:
+    def last(self) -> TrainingCheckpoint | None:
+        """Return the newest complete checkpoint; None if there is none."""
         return next(reversed(self.all()), None)
 
     def clean(self) -> list[Path]:
-        """Remove what was not completed, and say what."""
+        """Remove the checkpoints that are not complete, and return their paths."""
         whole = {checkpoint.path for checkpoint in self.all()}
         broken = [path for path in self.folder.glob("checkpoint-*") if path not in whole]
         broken += [path for path in [self.folder / _PARTIAL] if path.exists()]
@@ -89,11 +95,12 @@ class Checkpoints:
         return broken
 
     def remove(self) -> None:
+        """Remove the folder with everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """A folder for a checkpoint's files, which `complete` then puts in its place.
+        """Give a folder for the files of a checkpoint; `complete` then moves the checkpoint to its place.
 
         Raises:
             CheckpointError: if the files cannot be written. Older checkpoints stay.
@@ -103,45 +110,50 @@ class Checkpoints:
         partial = self.folder / _PARTIAL
         try:
             yield partial
-        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk has all of these names
+        except (OSError, SafetensorError, RuntimeError) as error:  # each of them may mean that the disk is full
             shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(self._cannot_write(step, error)) from error
+            raise CheckpointError(self._explain(step, error)) from error
 
-    def _cannot_write(self, step: int, error: BaseException) -> str:
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        last = self.last()
-        kept = (
-            "No earlier one is there."
-            if last is None
-            else f"The last complete one is {str(last.path)!r}. Make room, then repeat the command with --resume."
-        )
-        return f"cannot write the checkpoint of step {step}: {reason}. {kept}"
+    def complete(self, written: Path, *, step: int, seconds: float, images: int, run: Mapping[str, Any]) -> None:
+        """Write the manifest of a checkpoint, move the checkpoint to its place, and remove the oldest ones.
 
-    def complete(self, written: Path, mark: Mapping[str, Any]) -> Checkpoint:
-        """Mark a checkpoint whose files are all written, put it in its place, and remove the oldest ones."""
-        path = self.folder / written.name
-        (written / MARK).write_text(json.dumps(mark), encoding="utf-8")
+        Args:
+            written: the directory, in which all other files are written.
+            step: as in `TrainingCheckpoint`.
+            seconds: as in `TrainingCheckpoint`.
+            images: as in `TrainingCheckpoint`.
+            run: as in `TrainingCheckpoint`.
+        """
+        manifest = {"step": step, "seconds": seconds, "images": images, "run": run}
+        (written / COMPLETE_FILE).write_text(json.dumps(manifest), encoding="utf-8")
         for file in written.rglob("*"):
             flush_to_disk(file)
+        path = self.folder / written.name
         shutil.rmtree(path, ignore_errors=True)
         os.rename(written, path)
         shutil.rmtree(written.parent, ignore_errors=True)
         flush_to_disk(self.folder)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old.path, ignore_errors=True)
-        return Checkpoint(path, **mark)
 
-
-def check_same_run(checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        UsageError: naming everything that differs between a checkpoint's run and this one.
-    """
-    differ = [key for key in run if checkpoint.run.get(key) != run[key]]
-    if differ:
-        lines = [f"  {key}: was {checkpoint.run.get(key)!r}, is {run[key]!r}" for key in differ]
-        raise UsageError(
-            f"{str(checkpoint.path)!r} belongs to another run, so that --resume cannot go on with it:\n"
-            + "\n".join(lines)
-            + "\nGive the same again, or start anew with --overwrite."
+    def _explain(self, step: int, error: BaseException) -> str:
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        last = self.last()
+        kept = (
+            "The run has no earlier checkpoint."
+            if last is None
+            else f"The last complete one is {str(last.path)!r}. Make room, then repeat the command with --resume."
         )
+        return f"cannot write the checkpoint of step {step}: {reason}. {kept}"
+
+
+def select_trained(model: VLM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Select from a state dict the tensors of the parts that train; of tied tensors, only the first."""
+    prefixes = tuple(model.trained_prefixes())
+    seen: set[int] = set()
+    selected = {}
+    for name, tensor in state.items():
+        if name.startswith(prefixes) and (tensor.data_ptr() not in seen or not tensor.numel()):
+            seen.add(tensor.data_ptr())
+            selected[name] = tensor.contiguous()
+    return selected

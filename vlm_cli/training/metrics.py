@@ -1,0 +1,81 @@
+"""The measurements of a run: losses, learning rate and speed, in memory and in `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_cli.errors import CheckpointError
+
+__all__ = ["METRICS_FILE", "MetricsLog"]
+
+METRICS_FILE = "metrics.jsonl"
+
+#: Keys of an entry in the file, in this order. An entry has `loss` or `eval_loss`.
+_KEYS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "images", "images_per_second", "seconds")
+
+
+class MetricsLog:
+    """Keep the entries of a run, count images, and write each entry to a file.
+
+    Args:
+        path: the file.
+        writes: whether this process writes the file; of several processes, only the main one does.
+
+    Attributes:
+        entries: all measurements so far, those before a resume included.
+        images: images that the model has seen so far, repeats included.
+    """
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self.entries: list[dict[str, Any]] = []
+        self.images = 0
+        self._images_logged, self._seconds_logged = 0, 0.0  # at the last entry with a speed
+
+    def append(self, values: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
+        """Complete an entry by images, seconds and speed, and write it.
+
+        Args:
+            values: `step`, `epoch` and what was measured.
+            seconds: seconds of training so far.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+        """
+        entry = {**values, "images": self.images, "seconds": round(seconds, 2)}
+        if "loss" in entry:
+            speed = (self.images - self._images_logged) / max(seconds - self._seconds_logged, 1e-9)
+            self._images_logged, self._seconds_logged = self.images, seconds
+            entry["images_per_second"] = round(speed, 2)
+        self.entries.append(entry)
+        if self.writes:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(_format_entry(entry))
+            except OSError as error:
+                raise CheckpointError(f"cannot write {str(self.path)!r}: {error.strerror}.") from None
+        return entry
+
+    def restore(self, entries: Sequence[dict[str, Any]], *, images: int, seconds: float) -> None:
+        """Go back to the state of a checkpoint: forget the entries that were written after it."""
+        self.entries = list(entries)
+        self.images = self._images_logged = images
+        self._seconds_logged = seconds
+        if self.writes:
+            self.path.write_text("".join(map(_format_entry, self.entries)), encoding="utf-8")
+
+    @property
+    def images_per_second(self) -> float:
+        """The speed in the last entry that has a speed; 0 before the first."""
+        return self.last("images_per_second") or 0.0
+
+    def last(self, key: str) -> float | None:
+        """Return the last measurement of this name; None if there is none."""
+        return next((entry[key] for entry in reversed(self.entries) if key in entry), None)
+
+
+def _format_entry(entry: Mapping[str, Any]) -> str:
+    return json.dumps({key: entry[key] for key in _KEYS if key in entry}) + "\n"

@@ -1,0 +1,67 @@
+"""What a run tells while it is under way, and what it has reached at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlm_cli.training.metrics import MetricsLog
+
+__all__ = ["RunOutcome", "StepReport", "TrainingResult"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """How far a run has come."""
+
+    step: int
+    total_steps: int | None  # None: only minutes limit the run
+    loss: float | None  # mean of the steps since the last report; None in a report of the held-out loss
+    eval_loss: float | None
+    images_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run has reached when it ends.
+
+    Attributes:
+        is_complete: the budget is used; otherwise the user ended the run with Ctrl-C.
+        steps: steps that are done, those before a resume included.
+        seconds: seconds of training, those before a resume included.
+        images: images that the model has seen, repeats included.
+        metrics: the log, which holds the losses.
+        gathered: the weights, by name, of a model that FSDP or DeepSpeed spread over the processes; complete in the
+            main process only. None if the model itself holds its weights.
+    """
+
+    is_complete: bool
+    steps: int
+    seconds: float
+    images: int
+    metrics: MetricsLog
+    gathered: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `train_model` returns, and `vlm train --json` prints."""
+
+    output: Path
+    steps: int
+    records: int
+    images: int  # images that the model has seen, repeats included
+    seconds: float  # of training
+    loss: float | None  # the last that was logged
+    eval_loss: float | None  # the last that was measured
+    images_per_second: float
+    trainable_parameters: int
+    resumed_from: int | None  # step
+    checkpoints: Path | None  # the folder, if it was kept
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "output": str(self.output), "checkpoints": self.checkpoints and str(self.checkpoints)}

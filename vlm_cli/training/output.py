@@ -1,0 +1,80 @@
+"""Write the directory of a trained model: the model, and how it was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_cli.checkpoint.directory import save
+from vlm_cli.errors import CheckpointError, VLMError
+from vlm_cli.files import replacing_directory
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.processor import VLMProcessor
+from vlm_cli.report.card import training_story
+from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
+from vlm_cli.training.outcome import TrainingResult
+from vlm_cli.training.plot import draw_losses
+from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.version import __version__
+
+__all__ = ["describe_run", "write_output"]
+
+
+def write_output(
+    job: Job,
+    model: VLM,
+    processor: VLMProcessor,
+    metrics: MetricsLog,
+    result: TrainingResult,
+    run: dict[str, Any],
+) -> None:
+    """Write the model, `metrics.jsonl`, `loss.png` and `training_args.json` to the output of a job.
+
+    Args:
+        job: names the output and the folder of the checkpoints.
+        model: the trained model, with the dtype that its files get.
+        processor: the model's processor.
+        metrics: the measurements of the run.
+        result: the result of the run, which the model card tells.
+        run: the content of `training_args.json`.
+
+    Raises:
+        VLMError: if the output cannot be written. The checkpoints stay.
+    """
+    out = job.output
+    story = training_story(
+        model, steps=result.steps, records=result.records, loss=result.loss, eval_loss=result.eval_loss
+    )
+    try:
+        with replacing_directory(out, overwrite=job.overwrite) as partial:
+            save(model, processor, partial, name=out.name, story=story)
+            shutil.copy(metrics.path, partial / METRICS_FILE)
+            draw_losses(metrics.entries, partial / "loss.png", title=f"{out.name}: loss per token")
+            (partial / "training_args.json").write_text(json.dumps(run, indent=2) + "\n")
+    except VLMError as error:
+        raise CheckpointError(
+            f"{error} The trained weights are in {str(metrics.path.parent)!r}: correct the cause, then repeat the "
+            "command with --resume."
+        ) from error
+
+
+def describe_run(
+    job: Job, settings: TrainingSettings, result: TrainingResult, *, num_processes: int, use_cpu: bool
+) -> dict[str, Any]:
+    """Return the content of `training_args.json`: everything from which the run could be repeated, and its result."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "accelerate", "open_clip_torch")
+    return {
+        "job": {key: str(x) if isinstance(x, Path) else x for key, x in vars(job).items()},
+        "settings": settings.to_dict(),
+        "processes": num_processes,
+        "threads": torch.get_num_threads(),
+        "device": "cpu" if use_cpu else str(torch.accelerator.current_accelerator()),
+        "versions": {"vlm_cli": __version__, **{name: version(name) for name in names}},
+        "result": result.to_dict(),
+    }

@@ -1,0 +1,68 @@
+"""The processes that share a run, if `torchrun` or `accelerate launch` started more than one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from vlm_cli.errors import VLMError
+
+__all__ = ["Processes"]
+
+_T = TypeVar("_T")
+
+
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Args:
+        use_cpu: the processes train on the CPU.
+    """
+
+    def __init__(self, use_cpu: bool) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0")) if self.count > 1 else 0
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState(cpu=use_cpu, backend="gloo" if use_cpu else None)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def main_first(self, action: Callable[[], _T]) -> _T:
+        """Run an action in the main process and then in the others, and return its result.
+
+        If the action fails in the main process, the others end without a message, because one message is enough.
+        """
+        result = self.main_only(action)
+        return cast(_T, result) if self.is_main else action()
+
+    def main_only(self, action: Callable[[], _T]) -> _T | None:
+        """Run an action in the main process while the others wait. Return its result; None in the others."""
+        if self.count == 1:
+            return action()
+        failure: list[Any] = [0]
+        result: _T | None = None
+        error: VLMError | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except VLMError as caught:
+                error, failure = caught, [caught.exit_code]
+        torch.distributed.broadcast_object_list(failure, src=0)
+        if error is not None:
+            raise error
+        if failure[0]:
+            raise SystemExit(failure[0])
+        return result
+
+    def end(self) -> None:
+        """Release what the processes used to talk to each other."""
+        if self.count > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
