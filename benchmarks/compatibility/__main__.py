@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.compatibility.document import FUSIONS, PAGE, LanguageModelRow, page, versions
 from benchmarks.compatibility.language_models import model_types, tiny_vlm
 from benchmarks.compatibility.towers import check_tower, towers
-from vlm_cli.report.invariants import check_invariants
+from vlm_cli.doctor import check_invariants
 
 
 def check_type(model_type: str) -> LanguageModelRow:

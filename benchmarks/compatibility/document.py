@@ -17,8 +17,8 @@ from benchmarks.compatibility.reference import (
 )
 from benchmarks.compatibility.towers import TowerRow
 from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
+from vlm_cli.doctor import CHECKS, Finding
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING
-from vlm_cli.report.invariants import CHECKS, Finding
 
 __all__ = ["FUSIONS", "PAGE", "LanguageModelRow", "language_model_row", "page", "tower_row", "versions"]
 
@@ -119,7 +119,7 @@ def page(language_models: Sequence[LanguageModelRow], towers: Sequence[TowerRow]
             "Perceiver; a cell is the worse of the two. ✓ holds; ○ the bare language model fails in the same way, "
             "see [limits](#limits-of-language-models); ✗ fails.",
             "",
-            *[f"- **{name}**: {proves}." for name, proves in CHECKS.items()],
+            *[f"- **{name}**: {check.proves}." for name, check in CHECKS.items()],
             "- **found**, **works**: the reference's table finds the layers; it works from end to end.",
             "",
             _line(["type", "class", *CHECKS, "found", "works"]),
@@ -157,10 +157,10 @@ def page(language_models: Sequence[LanguageModelRow], towers: Sequence[TowerRow]
 
 
 def _limits(rows: Iterable[LanguageModelRow]) -> list[str]:
-    known = {"padded": NO_LEFT_PADDING, "pieces": NO_CHUNKED_PREFILL}
+    known = {"padded": NO_LEFT_PADDING, "chunked-prefill": NO_CHUNKED_PREFILL}
     advice = {
         "padded": "; rows of several lengths are refused, so that `--batch-size 1` is the way",
-        "pieces": "; a cache and several tokens are refused, as is `prefill_chunk_size`",
+        "chunked-prefill": "; a cache and several tokens are refused, as is `prefill_chunk_size`",
     }
     lines = []
     for row in rows:

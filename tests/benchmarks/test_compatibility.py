@@ -13,9 +13,9 @@ from benchmarks.compatibility.language_models import model_types, tiny_config, t
 from benchmarks.compatibility.towers import check_tower, towers
 from tests.support import ROOT
 from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
+from vlm_cli.doctor import CHECKS
 from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING
-from vlm_cli.report.invariants import CHECKS
 
 TEXT = PAGE.read_text(encoding="utf-8")
 #: The page tells of one set of versions; with others a row may differ, and must hold all the same.
@@ -56,15 +56,16 @@ def test_totals_are_those_of_the_rows() -> None:
     assert types == model_types() and all(name in ROWS for name in towers())
     good = sum("✗" not in ROWS[name] for name in types)
     assert f"| **{good * len(FUSIONS)}** |" in ROWS[f"language model types × fusions, of {len(types)} × {len(FUSIONS)}"]
+    assert ROWS["type"].split(" | ")[2:-2] == list(CHECKS)
     assert "| **144** |" in ROWS[f"OpenCLIP towers, of {len(towers())}"]
     assert not [name for name, row in ROWS.items() if "✗" in row]
 
 
 def test_each_limit_has_its_reason() -> None:
-    limits = re.findall(r"^- `([\w.-]+)`, (\w+): (.+)$", TEXT, re.MULTILINE)
+    limits = re.findall(r"^- `([\w.-]+)`, ([\w-]+): (.+)$", TEXT, re.MULTILINE)
     told = {check: {name for name, which, _ in limits if which == check} for check in CHECKS}
     if IS_CURRENT:
-        assert told["pieces"] == set(NO_CHUNKED_PREFILL) and told["padded"] >= set(NO_LEFT_PADDING)
+        assert told["chunked-prefill"] == set(NO_CHUNKED_PREFILL) and told["padded"] >= set(NO_LEFT_PADDING)
     for name, reason in UNSUITABLE_LANGUAGE_MODELS.items():
         assert re.search(rf"^- {re.escape(reason)}: .*`{name}`", TEXT, re.MULTILINE), name
 
@@ -98,7 +99,7 @@ def test_padding_at_the_left_is_refused(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["jamba", "mamba", "zamba"])
-def test_pieces_are_refused(model_type: str) -> None:
+def test_chunked_prefill_is_refused(model_type: str) -> None:
     model = tiny_vlm(model_type, "cross-attention")
     ids = torch.randint(1, 80, (1, 8))
     with torch.no_grad():

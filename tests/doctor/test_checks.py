@@ -17,6 +17,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from benchmarks.compatibility.language_models import tiny_vlm
 from tests.support import tiny
 from vlm_cli import load
+from vlm_cli.doctor import CHECKS, QUICK, Finding, check_invariants
 from vlm_cli.modeling import vlm as vlm_module
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.fusion import language_stream
@@ -24,7 +25,6 @@ from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttentionBlock, VL
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.models import DEMO
-from vlm_cli.report.invariants import CHECKS, QUICK, Finding, check_invariants
 
 CROSS, STREAM = "cross-attention", "language-stream"
 Patch = pytest.MonkeyPatch
@@ -281,8 +281,8 @@ def reads_the_media_of_another_row(model, patch):
     wrap(patch, model, "project_media", lambda media: media + 0.01 * media.mean(0))
 
 
-@breaks("pieces")
-def counts_media_anew_in_each_piece(model, patch):
+@breaks("chunked-prefill")
+def counts_media_anew_in_each_chunk(model, patch):
     for_call = Conditioning.for_call
 
     def anew(self: Conditioning, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
@@ -291,7 +291,7 @@ def counts_media_anew_in_each_piece(model, patch):
     patch.setattr(Conditioning, "for_call", anew)
 
 
-@breaks("pieces")
+@breaks("chunked-prefill")
 def forgets_its_cache(model, patch):
     change_call(model, patch, **{model._cache_argument: None})
 
@@ -389,7 +389,7 @@ def test_every_check_is_broken_with_both_fusions():
 
 
 @both_fusions
-@pytest.mark.parametrize("name", ["media", "cached", "padded", "pieces"])
+@pytest.mark.parametrize("name", ["media", "cached", "padded", "chunked-prefill"])
 def test_a_check_that_sees_no_media_fails(fusion, name, monkeypatch):
     model = tiny.build(fusion=fusion)
     wrap(monkeypatch, model.vision_tokenizer, "forward", torch.zeros_like)
@@ -402,7 +402,7 @@ def test_a_check_that_sees_no_media_fails(fusion, name, monkeypatch):
 
 @both_fusions
 def test_a_limit_of_the_language_model_has_a_reason(fusion):
-    finding = find(tiny.build(fusion=fusion, language_model="mamba"), "pieces")
+    finding = find(tiny.build(fusion=fusion, language_model="mamba"), "chunked-prefill")
     assert finding.verdict == "limit" and finding.note.startswith("the bare language model")
 
 
@@ -432,7 +432,7 @@ def test_a_limited_language_model_hides_no_difference_of_ours(broken, monkeypatc
 
 @both_fusions
 def test_a_limited_language_model_hides_no_error_of_ours(fusion, monkeypatch):
-    for language_model, name in (("zamba2", "cached"), ("mamba", "pieces")):
+    for language_model, name in (("zamba2", "cached"), ("mamba", "chunked-prefill")):
         model = tiny.build(fusion=fusion, language_model=language_model)
         monkeypatch.setattr(model, "project_media", lambda *args: int("of ours"))
         finding = find(model, name)
@@ -456,7 +456,7 @@ def test_what_cannot_be_computed_is_null(monkeypatch):
 def test_numbers_that_are_none_fail(fusion, monkeypatch):
     model = tiny.build(fusion=fusion)
     wrap(monkeypatch, model.vision_tokenizer, "forward", lambda x: x * torch.nan)
-    for name in ("bare", "media", "cached", "padded", "pieces"):
+    for name in ("bare", "media", "cached", "padded", "chunked-prefill"):
         finding = find(model, name)
         # Closed gates do not stop what is not a number.
         assert finding.verdict == "fails" and finding.to_dict()["difference"] is None, finding
@@ -475,7 +475,9 @@ def test_weights_that_give_no_numbers_are_no_limit(fusion):
 def test_progress_tells_what_is_proved():
     told: list[str] = []
     findings = list(check_invariants(tiny.build(fusion=STREAM), ["bare", "media"], progress=told.append))
-    assert told == [f.proves for f in findings] and told[1] == CHECKS["media"] and told[0] != CHECKS["bare"]
+    assert (
+        told == [f.proves for f in findings] and told[1] == CHECKS["media"].proves and told[0] != CHECKS["bare"].proves
+    )
 
 
 # -- the model is afterwards as it was ---------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def build(
     from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
-    with console.step(quiet) as announce:
+    with console.announced_steps(quiet) as announce:
         announce("checking the composition")
         blueprint = plan(composition, trust_remote_code=compose.trust_remote_code)
         if dry_run and weights is not None:
@@ -130,7 +130,7 @@ def _import(
     from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
-    with console.step(quiet) as announce:
+    with console.announced_steps(quiet) as announce:
         announce(f"finding {source}")
         checkpoint = PublishedCheckpoint.open(source, revision=compose.revision)
         if output is not None and output.delta is not None:

@@ -1,13 +1,13 @@
-"""What is printed and where: data on stdout, everything else on stderr."""
+"""What commands print: data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -15,31 +15,36 @@ from rich.table import Table
 
 from vlm_cli.report.tables import human_bytes
 
-__all__ = ["error", "human_bytes", "notify", "peak_memory", "print_json", "print_table", "step"]
+if TYPE_CHECKING:
+    import torch
+    from rich.text import Text
+
+__all__ = ["announced_steps", "error", "human_bytes", "notify", "peak_memory", "print_json", "print_table"]
 
 
 def notify(message: str) -> None:
-    """One line for the user, on stderr."""
+    """Print one line for the user on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def error(message: str) -> None:
+    """Print an error on stderr."""
     notify(f"Error: {message}")
 
 
 def print_json(data: Any, *, indent: int | None = 2) -> None:
-    """On stdout; on one line if `indent` is None."""
+    """Print data as JSON on stdout, on one line if `indent` is None."""
     print(json.dumps(data, indent=indent, ensure_ascii=False), flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", total: bool = False) -> None:
-    """A table on stdout; columns after the first are aligned right if they hold numbers.
+    """Print a table on stdout. A column of numbers is aligned right.
 
     Args:
         columns: headings, with units.
         rows: cells.
-        title: a line above.
-        total: whether the last row stands below a line.
+        title: a line above the table.
+        total: whether to draw a line above the last row.
     """
     numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
     table = Table(box=SIMPLE, title=title or None, title_justify="left", pad_edge=False, show_footer=False)
@@ -50,26 +55,28 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     if sys.stdout.isatty():
         Console(highlight=False).print(table)
         return
-    # A pipe has no width; its reader should get whole lines, and no spaces at their ends.
+    # A pipe has no width; print whole lines, without spaces at their ends.
     console = Console(width=10_000, highlight=False)
     with console.capture() as captured:
         console.print(table)
     print("\n".join(line.rstrip() for line in captured.get().split("\n")), end="", flush=True)
 
 
-def _plain(cell: str) -> Any:
+def _plain(cell: str) -> Text:
+    """Return a cell that rich does not search for markup."""
     from rich.text import Text
 
     return Text(cell)
 
 
 def _is_number(cell: str) -> bool:
+    """Tell whether a cell belongs in a column of numbers: "12.5%", "~3 GB", "none" and "" do."""
     first = cell.lstrip("-~ ").split(" ")[0]
     return first in ("", "none") or first.replace(",", "").replace(".", "").rstrip("%").isdigit()
 
 
-def peak_memory(device: Any) -> int:
-    """Bytes: of the process, and of the accelerator if there is one."""
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held so far, plus those on the accelerator if `device` is one."""
     import resource
 
     import torch
@@ -80,8 +87,8 @@ def peak_memory(device: Any) -> int:
 
 
 @contextmanager
-def step(quiet: bool = False) -> Iterator[Any]:
-    """A function that announces each step of long work on stderr, with the time of the one before."""
+def announced_steps(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Yield a function that announces the next step on stderr, and prints how long the step before took."""
     started: list[tuple[str, float]] = []
 
     def finish() -> None:

@@ -1,6 +1,8 @@
-"""`vlm doctor`."""
+"""`vlm doctor`: check on a model what must hold for every model."""
 
-from typing import Annotated, Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,7 +12,22 @@ from vlm_cli.composition import Composition
 from vlm_cli.errors import VLMError
 from vlm_cli.models import DEMO, hub_arguments, resolve
 
+if TYPE_CHECKING:
+    import torch
+
+    from vlm_cli.checkpoint.create import Blueprint
+    from vlm_cli.doctor import Finding
+    from vlm_cli.modeling.vlm import VLM
+
 __all__ = ["doctor"]
+
+#: Verdict -> the word in the last line, in the order of that line.
+_WORDS = {
+    "holds": "hold",
+    "limit": "limited by the language model",
+    "skipped": "skipped",
+    "fails": "FAIL",
+}
 
 
 @flatten_options
@@ -18,32 +35,37 @@ def doctor(
     model: ModelArgument = None,
     compose: ComposeOptions = ComposeOptions(),
     devices: DeviceOptions = DeviceOptions(),
-    quick: Annotated[bool, typer.Option("--quick", help="Only what a few passes over a short prompt show.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of prompts, images and drawn weights.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run only the checks that need a few passes over a short prompt.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Seed for prompts, images and random weights.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove on a model what holds for every model: its weights, its dtype, its device.
+    """Check on a model what must hold for every model, with its own weights, dtype and device.
 
-    A composition is built with random weights, and nothing is downloaded. Exit code 1 if a check fails.
+    Each check compares two ways to compute the same logits, and then makes a change that it must notice. If MODEL is a
+    composition, it gets random weights and nothing is downloaded. Exit code 1 if a check fails.
 
     Example: vlm doctor my-flamingo --dtype bfloat16
     """
     chosen = resolve(model, compose.request)
-    from vlm_cli.report.invariants import CHECKS, QUICK, check_invariants
+    from vlm_cli.doctor import CHECKS, QUICK, check_invariants
 
     vlm = _model(chosen, compose, devices, seed)
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
     console.notify(f"Model {name} on {vlm.device}, {dtype}")
+    names = QUICK if quick else tuple(CHECKS)
+    width = max(map(len, names)) + 2
     findings = []
-    with console.step(quiet=as_json) as announce:
-        for finding in check_invariants(vlm, QUICK if quick else tuple(CHECKS), seed=seed, progress=announce):
+    with console.announced_steps(quiet=as_json) as announce:
+        for finding in check_invariants(vlm, names, seed=seed, progress=announce):
             findings.append(finding)
             if not as_json:
-                print(_line(finding), flush=True)
-    counts = {
-        verdict: sum(f.verdict == verdict for f in findings) for verdict in ("holds", "limit", "skipped", "fails")
-    }
+                print(_describe(finding, width), flush=True)
+    counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in _WORDS}
     if as_json:
         console.print_json(
             {
@@ -60,16 +82,8 @@ def doctor(
         raise typer.Exit(1)
 
 
-_WORDS = {
-    "holds": "hold",
-    "limit": "limited by the language model",
-    "skipped": "skipped",
-    "fails": "FAIL",
-}
-
-
-def _line(finding: Any) -> str:
-    """Verdict, what it means, and the numbers."""
+def _describe(finding: Finding, width: int) -> str:
+    """Return two lines: verdict, name (in `width` columns) and what it proves; numbers and reason."""
     numbers = []
     if finding.difference is not None:
         allowed = "" if finding.allowed is None else f" (allowed {finding.allowed:.1e})"
@@ -79,14 +93,14 @@ def _line(finding: Any) -> str:
     if finding.note:
         numbers.append(finding.note)
     verdict = "FAILS" if finding.verdict == "fails" else finding.verdict
-    return f"{verdict:8}{finding.name:11}{finding.proves}\n{'':19}{'; '.join(numbers)}"
+    return f"{verdict:8}{finding.name:{width}}{finding.proves}\n{'':{8 + width}}{'; '.join(numbers)}"
 
 
-def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOptions, seed: int) -> Any:
-    """The model to check, in evaluation mode.
+def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOptions, seed: int) -> VLM:
+    """Load a directory, or build a composition with random weights.
 
     Raises:
-        VLMError: if there is none, or too little memory for it.
+        VLMError: if the model cannot be found or built, or memory is too small for it.
     """
     from vlm_cli.checkpoint.create import create, plan
     from vlm_cli.checkpoint.directory import load
@@ -104,14 +118,15 @@ def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOp
         )[0]
     blueprint = plan(chosen, trust_remote_code=compose.trust_remote_code, need_tokenizer=False)
     _check_memory(blueprint, dtype)
-    console.notify("Weights are drawn at random; give a built directory to check its own.")
+    console.notify("The weights are random. To check trained weights, give the directory that `vlm build` wrote.")
     return create(blueprint, random_weights=True, dtype=dtype, seed=seed).to(device)
 
 
-def _check_memory(blueprint: Any, dtype: Any) -> None:
-    """
+def _check_memory(blueprint: Blueprint, dtype: torch.dtype | Literal["auto"]) -> None:
+    """Refuse a composition that does not fit into memory.
+
     Raises:
-        VLMError: if the weights alone would not fit.
+        VLMError: if its weights alone are larger than the free memory.
     """
     import psutil
 

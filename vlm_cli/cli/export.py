@@ -53,7 +53,7 @@ def export(
     from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
-    with console.step(quiet) as announce:
+    with console.announced_steps(quiet) as announce:
         announce("reading the configuration")
         config = read_config(built, trust_remote_code=source.trust_remote_code, **source.hub)
         write = _writer(kind, config, max_shard_size, source.trust_remote_code, out.name)

@@ -135,7 +135,7 @@ def _make_terminal() -> Any:
             self.leave_line()
             self.running_step.close()
             if name:
-                self.running_step.enter_context(console.step())(name)
+                self.running_step.enter_context(console.announced_steps())(name)
 
         def notify(self, message: str) -> None:
             self.leave_line()

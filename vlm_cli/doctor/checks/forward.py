@@ -1,0 +1,130 @@
+"""Checks of one forward pass: features, text alone, closed gates, and which positions see which media."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vlm_cli.doctor.check import check, check_whole
+from vlm_cli.doctor.compare import compare, largest_difference, scale_of
+from vlm_cli.doctor.finding import Decided, Measured
+from vlm_cli.doctor.gates import closed_gates, has_gates
+from vlm_cli.doctor.subject import Inputs, Subject, WholeModel, without_hooks
+from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
+from vlm_cli.modeling.vlm import VLM
+
+__all__ = ["bare", "features", "media", "text_only"]
+
+
+@check_whole("features", "Each frame is encoded alone, into the v patches of d channels that were declared", quick=True)
+@torch.no_grad()
+def features(subject: WholeModel) -> Measured:
+    """Compare the features of a batch with those of each frame by itself; the twin exchanges the frames."""
+    config, encoder = subject.model.config.vision_config, subject.model.vision_encoder
+    declared = (config["num_patches"], config["dim"])
+    drawn = [_media_of(subject.draw(2)), _media_of(subject.draw(2, seed=1))]
+    vision_x = torch.cat(drawn, dim=2)  # [1, 2, 2, C, H, W]
+    vision_x = torch.cat([vision_x, 1 - vision_x])
+    together = encoder(vision_x)
+    if together.shape != (*vision_x.shape[:3], *declared):
+        raise ValueError(f"features are {tuple(together.shape[3:])}, and {declared} was declared")
+    alone = torch.stack([encoder(x[None, None, None])[0, 0, 0] for x in vision_x.flatten(0, 2)])
+    found = together.flatten(0, 2)
+    return compare(found, alone, changed=found.roll(1, 0))
+
+
+@check_whole(
+    "text-only", "A prompt without media gives the bare language model's logits, bit for bit", quick=True, exact=True
+)
+@torch.no_grad()
+def text_only(subject: WholeModel) -> Measured:
+    """Compare the logits of text with those of the language model alone; the twin moves the text by one token."""
+    model, first = subject.model, subject.model.config.first_added_id
+    ids = subject.draw(0, 11).lang_x
+    ids = ids.masked_fill(ids >= first, int(ids[0, 0]))
+    with without_hooks(model.lang_model):
+        expected = model.lang_model(input_ids=ids).logits[..., :first]
+    return compare(
+        model(lang_x=ids).logits[..., :first],
+        expected,
+        changed=model(lang_x=ids.roll(1, dims=1)).logits[..., :first],
+    )
+
+
+@check(
+    "bare",
+    "With its gates closed, the model is the bare language model fed the same embeddings",
+    quick=True,
+    proves_in_stream="Vision tokens among the text are the bare language model fed the same embeddings",
+)
+def bare(subject: Subject) -> Measured | Decided:
+    """Compare closed gates, or vision tokens among the text, with embeddings that a loop puts together.
+
+    The twin shows other images, with open gates.
+    """
+    model, first = subject.model, subject.model.config.first_added_id
+    if not has_gates(model) and not isinstance(model, VLMWithLanguageStream):
+        return Decided("skipped", "this fusion has no gates (parameters whose names end in _gate)")
+    inputs = subject.draw(2, 11)
+    with closed_gates(model):
+        expected = _bare_logits(model, inputs)
+        found = subject.logits(inputs)[:, :first]
+    return compare(found, expected, changed=subject.logits(inputs.with_other_media())[:, :first])
+
+
+@torch.no_grad()
+def _bare_logits(model: VLM, inputs: Inputs) -> Tensor:
+    """Return float[T, V] of the language model without our hooks, fed embeddings that a loop puts together.
+
+    A hook behind the embedding table puts them in: not every model takes `inputs_embeds`, and some use the ids
+    elsewhere.
+    """
+    config, table = model.config, model.lang_model.get_input_embeddings()
+    media: Iterator[Tensor] = iter(())
+    if isinstance(model, VLMWithLanguageStream) and inputs.vision_x is not None:
+        tokens, mask = model.encode_vision(inputs.vision_x)
+        media = iter([x[valid] for x, valid in zip(tokens[0], mask[0], strict=True)])
+    ids: list[int] = []
+    embeddings: list[Tensor] = []
+    last: list[int] = []  # last position of each token of the prompt
+    with without_hooks(model.lang_model):
+        for token in inputs.lang_x[0].tolist():
+            if token == config.media_token_id and isinstance(model, VLMWithLanguageStream):
+                embeddings.append(next(media))
+            elif token >= config.first_added_id:
+                embeddings.append(model.added_tokens.embedding.weight[token - config.first_added_id][None])
+            else:
+                embeddings.append(table(torch.tensor([token], device=model.device)))
+            ids += [token if token < config.first_added_id else 0] * len(embeddings[-1])
+            last.append(len(ids) - 1)
+        whole = torch.cat([x.to(embeddings[0].dtype) for x in embeddings])[None]
+        hook = table.register_forward_hook(lambda _, args, out: whole if out.shape == whole.shape else None)
+        try:
+            logits = model.lang_model(input_ids=torch.tensor([ids], device=model.device)).logits
+        finally:
+            hook.remove()
+    return logits[0, last, : config.first_added_id]
+
+
+@check_whole("media", "Another image changes the logits at and after its placeholder, and none before", quick=True)
+def media(subject: WholeModel) -> Measured:
+    """Change one image at a time: logits before its placeholder stay, those at and after it (the twin) change."""
+    inputs = subject.draw(2, 11)
+    starts = (inputs.lang_x[0] == subject.model.config.media_token_id).nonzero().flatten().tolist()
+    expected = subject.logits(inputs)
+    before, after = 0.0, math.inf
+    for k, start in enumerate(starts):
+        changed = subject.logits(inputs.with_other_media(k))
+        before = max(before, largest_difference(changed[:start], expected[:start]))
+        # The placeholder and the rest apart: a medium that is seen one position late would still change the rest.
+        for part in (slice(start, start + 1), slice(start + 1, None)):
+            after = min(after, largest_difference(changed[part], expected[part]))
+    return Measured(before, scale_of(expected), twin=after)
+
+
+def _media_of(inputs: Inputs) -> Tensor:
+    assert inputs.vision_x is not None
+    return inputs.vision_x

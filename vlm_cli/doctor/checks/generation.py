@@ -1,0 +1,163 @@
+"""Checks of decoding: with a cache, greedily, in a padded batch, and after a prompt that is read in chunks.
+
+B rows, T tokens, V columns of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_cli.doctor.check import check
+from vlm_cli.doctor.compare import compare, largest_difference, scale_of
+from vlm_cli.doctor.finding import Measured
+from vlm_cli.doctor.subject import NUM_DECODED, Decoded, Inputs, Subject
+
+__all__ = ["cached", "chunked_prefill", "greedy", "padded"]
+
+_PADDED_PIXEL = 1e4  # a value that shows in the logits if a model looks at padding
+
+
+@check("cached", "Decoding with a cache gives the logits of the full pass", quick=True)
+def cached(subject: Subject) -> Measured:
+    """Compare each decoded token's logits with one pass over the prompt and the answer; the twin has other images."""
+    inputs = subject.draw(2)
+    decoded = subject.generate(**inputs.to_dict())
+    steps = decoded.logits[0]
+    full = _full_pass(subject, inputs, decoded)
+    changed = _full_pass(subject, inputs.with_other_media(), decoded)
+    return Measured(largest_difference(steps, full), scale_of(full), twin=largest_difference(steps, changed))
+
+
+@check("greedy", "Greedy decoding takes the token that the full pass puts first")
+def greedy(subject: Subject) -> Measured:
+    """Compare the logit of each chosen token with the highest logit; the twin compares the second highest with it."""
+    inputs = subject.draw(2, seed=1)
+    decoded = subject.generate(**inputs.to_dict())
+    full = _full_pass(subject, inputs, decoded)
+    full[:, subject.forbidden_ids] = -torch.inf
+    best, second = full.topk(2, dim=-1).values.T
+    chosen = full.gather(-1, decoded.sequences[0, inputs.lang_x.shape[1] :, None])[:, 0]
+    return compare(chosen, best, changed=second)
+
+
+@check("padded", "A row of a left-padded batch, read and decoded, gives the logits of that row alone")
+def padded(subject: Subject) -> Measured:
+    """Compare three rows of 10, 9 and 11 tokens in one batch with each row alone; the twin has other images."""
+    rows = [subject.draw(n, 9 + n, seed=n) for n in (1, 0, 2)]
+    difference, scale, twin = 0.0, 0.0, math.inf
+    for row, (found, sequence) in zip(rows, _read_and_decode(subject, rows), strict=True):
+        whole = Inputs(sequence, row.vision_x)
+        alone, changed = subject.logits(whole)[:-1], subject.logits(whole.with_other_media())[:-1]
+        difference = max(difference, largest_difference(found, alone))
+        scale = max(scale, scale_of(alone))
+        if row.vision_x is not None:
+            twin = min(twin, largest_difference(found, changed))
+    return Measured(difference, scale, twin)
+
+
+@check("chunked-prefill", "A prompt that is read in chunks gives the logits of the prompt read at once")
+def chunked_prefill(subject: Subject) -> Measured:
+    """Compare a prompt read in chunks of 3, 4 and the remaining positions; the twin has other images."""
+    inputs = subject.draw(2, 11)
+    whole, found = _read_in_chunks(subject, inputs), _read_in_chunks(subject, inputs, 3, 4)
+    return Measured(
+        largest_difference(found, whole),
+        scale_of(whole),
+        twin=largest_difference(_read_in_chunks(subject, inputs.with_other_media(), 3, 4), whole),
+    )
+
+
+def _full_pass(subject: Subject, inputs: Inputs, decoded: Decoded) -> Tensor:
+    """Return float[NUM_DECODED, V], the logits of the decoded tokens in one pass without a cache."""
+    return subject.logits(Inputs(decoded.sequences, inputs.vision_x))[-NUM_DECODED - 1 : -1]
+
+
+def _read_and_decode(subject: Subject, rows: Sequence[Inputs]) -> list[tuple[Tensor, Tensor]]:
+    """Read and decode rows as one batch.
+
+    Returns:
+        For each row without its padding, float[T + NUM_DECODED - 1, V] and int[1, T + NUM_DECODED].
+    """
+    batch = _left_padded(rows, subject.pad_token_id)
+    read = subject.call(**batch).logits
+    decoded = subject.generate(**batch)
+    lengths = [row.lang_x.shape[1] for row in rows]
+    return [
+        (
+            torch.cat([read[i, -n:], decoded.logits[i, 1:]]),
+            decoded.sequences[i : i + 1, -n - NUM_DECODED :],
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _left_padded(rows: Sequence[Inputs], pad_token_id: int) -> dict[str, Any]:
+    """Return the batch as arguments of `VLM.forward`, padded left; media are padded right.
+
+    Example: rows of 2 and 3 tokens and 1 and 0 media give lang_x [[pad, a, b], [c, d, e]] and vision_mask [[1], [0]].
+    """
+    lengths = [row.lang_x.shape[1] for row in rows]
+    media = [row.vision_x for row in rows if row.vision_x is not None]
+    lang_x = rows[0].lang_x.new_full((len(rows), max(lengths)), pad_token_id)
+    attention_mask = torch.zeros_like(lang_x)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        lang_x[i, -length:], attention_mask[i, -length:] = row.lang_x[0], 1
+    batch = {"lang_x": lang_x, "attention_mask": attention_mask}
+    if media:
+        most = max(x.shape[1] for x in media)
+        vision_x = media[0].new_full((len(rows), most, *media[0].shape[2:]), _PADDED_PIXEL)
+        vision_mask = lang_x.new_zeros((len(rows), most, 1), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            if row.vision_x is not None:
+                vision_x[i, : row.vision_x.shape[1]] = row.vision_x[0]
+                vision_mask[i, : row.vision_x.shape[1]] = True
+        batch |= {"vision_x": vision_x, "vision_mask": vision_mask}
+    return batch
+
+
+@torch.no_grad()
+def _read_in_chunks(subject: Subject, inputs: Inputs, *lengths: int) -> Tensor:
+    """Return float[positions, V] of a prompt that is read in chunks of these lengths, and then the rest."""
+    model, ids = subject.model, inputs.lang_x
+    keywords: dict[str, Any] = {}
+    if inputs.vision_x is not None:
+        tokens, mask = model.encode_vision(inputs.vision_x)
+        keywords = {"media": model.project_media(tokens, mask), "media_mask": mask}
+        with model.conditioned(inputs.lang_x, tokens) as expanded:
+            ids = expanded["input_ids"]
+    media_counts = (ids == model.config.media_token_id).cumsum(-1)
+    found: list[Tensor] = []
+    cache, start = None, 0
+    for length in (*lengths, ids.shape[1] - sum(lengths)):
+        part = slice(start, start + length)
+        output = subject.call(
+            ids[:, part],
+            torch.ones_like(ids[:, : part.stop]),
+            media_counts=media_counts[:, part],
+            position_ids=torch.arange(start, part.stop, device=ids.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            **keywords,
+        )
+        found.append(output.logits[0])
+        if lengths:
+            cache, start = _cache(output), part.stop
+    return torch.cat(found)
+
+
+def _cache(output: Any) -> Any:
+    """Return the cache of a language model's output, whatever its name.
+
+    Raises:
+        ValueError: if the language model returned none.
+    """
+    names = ("cache", "past_key_values", "cache_params", "state")
+    found = next((output[name] for name in names if output.get(name) is not None), None)
+    if found is None:
+        raise ValueError("it returns no cache")
+    return found

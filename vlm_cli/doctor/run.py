@@ -1,0 +1,74 @@
+"""Run checks on a model and leave the model as it was."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+import vlm_cli.doctor.checks  # noqa: F401  (registers them)
+from vlm_cli.doctor.check import CHECKS
+from vlm_cli.doctor.finding import Finding
+from vlm_cli.doctor.gates import opened_gates
+from vlm_cli.doctor.judge import judge
+from vlm_cli.doctor.subject import BareLanguageModel, WholeModel
+from vlm_cli.modeling.vlm import VLM
+
+__all__ = ["QUICK", "check_invariants"]
+
+#: Names of the quick checks.
+QUICK = tuple(name for name, check in CHECKS.items() if check.quick)
+_BARE_SEEDS = 4  # prompts for the bare language model; the worst counts
+
+
+def check_invariants(
+    model: VLM, names: Sequence[str] = tuple(CHECKS), *, seed: int = 0, progress: Callable[[str], None] = lambda _: None
+) -> Iterator[Finding]:
+    """Run checks on a model and yield each finding. Afterwards the model is as it was.
+
+    The gates of a new model are closed. They are open while a check runs, so that the check can see media.
+
+    Args:
+        model: any `VLM`.
+        names: of `CHECKS`.
+        seed: of prompts and images.
+        progress: receives what a check proves, before the check runs.
+    """
+    with _evaluation_mode(model), tempfile.TemporaryDirectory(prefix="vlm-doctor-") as workspace:
+        subject = WholeModel(model, seed, Path(workspace))
+        bare = [BareLanguageModel(model, seed + k) for k in range(_BARE_SEEDS)]
+        for name in names:
+            progress(CHECKS[name].proves_for(model))
+            started = time.monotonic()
+            with _quiet_transformers(), opened_gates(model):
+                finding = judge(CHECKS[name], subject, bare)
+            yield replace(finding, seconds=round(time.monotonic() - started, 3))
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode; afterwards each module has its own mode again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the warnings of Transformers about short random prompts, which no user ever sees."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
