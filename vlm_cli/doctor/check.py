@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from vlm_cli.doctor.finding import Decided, Measured
 from vlm_cli.doctor.subject import BareLanguageModel, Subject, WholeModel
-from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["CHECKS", "Check", "check", "check_whole"]
@@ -49,8 +48,7 @@ class Check:
 
     def proves_for(self, model: VLM) -> str:
         """Return what the check proves about this model's fusion."""
-        is_stream = isinstance(model, VLMWithLanguageStream)
-        return self.proves_in_stream if is_stream and self.proves_in_stream else self.proves
+        return self.proves_in_stream if model.splices_media and self.proves_in_stream else self.proves
 
 
 #: Name -> check, in the order in which doctor runs them.

@@ -9,14 +9,9 @@ import torch
 
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["closed_gates", "has_gates", "opened_gates"]
+__all__ = ["closed_gates", "opened_gates"]
 
 _CLOSED = 0.05  # a gate below this absolute value hides what media change
-
-
-def has_gates(model: VLM) -> bool:
-    """Tell whether the fusion has any gate."""
-    return bool(_gates(model))
 
 
 @contextmanager
@@ -39,14 +34,10 @@ def opened_gates(model: VLM) -> Iterator[None]:
 
 @contextmanager
 def _restored_gates(model: VLM) -> Iterator[list[torch.nn.Parameter]]:
-    gates = _gates(model)
+    gates = list(model.gates().values())
     before = [gate.detach().clone() for gate in gates]
     try:
         yield gates
     finally:
         for gate, value in zip(gates, before, strict=True):
             gate.data = value
-
-
-def _gates(model: VLM) -> list[torch.nn.Parameter]:
-    return [p for name, p in model.fusion.named_parameters() if name.endswith("_gate")]

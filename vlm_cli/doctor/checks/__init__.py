@@ -1,6 +1,6 @@
 """The checks by theme; to import this package registers them, in the order of these lines.
 
-A check compares the model with itself by a way of its own. The tests (`tests/test_invariants.py`) compare it with slow
+A check compares the model with itself by a way of its own. The tests in `tests/modeling` compare it with slow
 loops, and share no code with the checks: neither can hide a fault of the other.
 """
 

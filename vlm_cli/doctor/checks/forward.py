@@ -11,9 +11,8 @@ from torch import Tensor
 from vlm_cli.doctor.check import check, check_whole
 from vlm_cli.doctor.compare import compare, largest_difference, scale_of
 from vlm_cli.doctor.finding import Decided, Measured
-from vlm_cli.doctor.gates import closed_gates, has_gates
+from vlm_cli.doctor.gates import closed_gates
 from vlm_cli.doctor.subject import Inputs, Subject, WholeModel, without_hooks
-from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["bare", "features", "media", "text_only"]
@@ -66,7 +65,7 @@ def bare(subject: Subject) -> Measured | Decided:
     The twin shows other images, with open gates.
     """
     model, first = subject.model, subject.model.config.first_added_id
-    if not has_gates(model) and not isinstance(model, VLMWithLanguageStream):
+    if not model.gates() and not model.splices_media:
         return Decided("skipped", "this fusion has no gates (parameters whose names end in _gate)")
     inputs = subject.draw(2, 11)
     with closed_gates(model):
@@ -84,7 +83,7 @@ def _bare_logits(model: VLM, inputs: Inputs) -> Tensor:
     """
     config, table = model.config, model.lang_model.get_input_embeddings()
     media: Iterator[Tensor] = iter(())
-    if isinstance(model, VLMWithLanguageStream) and inputs.vision_x is not None:
+    if model.splices_media and inputs.vision_x is not None:
         tokens, mask = model.encode_vision(inputs.vision_x)
         media = iter([x[valid] for x, valid in zip(tokens[0], mask[0], strict=True)])
     ids: list[int] = []
@@ -92,7 +91,7 @@ def _bare_logits(model: VLM, inputs: Inputs) -> Tensor:
     last: list[int] = []  # last position of each token of the prompt
     with without_hooks(model.lang_model):
         for token in inputs.lang_x[0].tolist():
-            if token == config.media_token_id and isinstance(model, VLMWithLanguageStream):
+            if token == config.media_token_id and model.splices_media:
                 embeddings.append(next(media))
             elif token >= config.first_added_id:
                 embeddings.append(model.added_tokens.embedding.weight[token - config.first_added_id][None])
