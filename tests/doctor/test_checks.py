@@ -164,7 +164,7 @@ def places_media_one_position_late(model, patch):
 
 @breaks("bare", STREAM)
 def counts_vision_tokens_one_too_late(model, patch):
-    wrap(patch, model, "_count_media", lambda counts: counts - 1)
+    wrap(patch, vlm_module, "count_media", lambda counts: counts - 1)
 
 
 @breaks("bare")
@@ -174,17 +174,17 @@ def forgets_the_embeddings_of_added_tokens(model, patch):
 
 @breaks("media")
 def shows_images_before_their_placeholders(model, patch):
-    wrap(patch, model, "_count_media", lambda counts: counts + 1)
+    wrap(patch, vlm_module, "count_media", lambda counts: counts + 1)
 
 
 @breaks("media", CROSS)
 def shows_images_one_position_early(model, patch):
-    patch.setattr(model, "_count_media", lambda ids: (ids == tiny.IMAGE).roll(-1, 1).cumsum(-1))
+    patch.setattr(vlm_module, "count_media", lambda ids, media_token_id: (ids == tiny.IMAGE).roll(-1, 1).cumsum(-1))
 
 
 @breaks("media", CROSS)
 def shows_images_one_position_late(model, patch):
-    patch.setattr(model, "_count_media", lambda ids: (ids == tiny.IMAGE).roll(1, 1).cumsum(-1))
+    patch.setattr(vlm_module, "count_media", lambda ids, media_token_id: (ids == tiny.IMAGE).roll(1, 1).cumsum(-1))
 
 
 def change_later_steps(model: VLM, patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
