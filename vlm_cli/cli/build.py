@@ -1,6 +1,5 @@
 """`vlm build`."""
 
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ import typer
 
 from vlm_cli import models
 from vlm_cli.cli import console
-from vlm_cli.cli.options import MAX_SEED, ComposeOptions, JsonOption, flatten_options, resolve_dtype
+from vlm_cli.cli.options import MAX_SEED, ComposeOptions, JsonOption, check_shard_size, flatten_options, resolve_dtype
 from vlm_cli.errors import CheckpointError, UsageError
 
-__all__ = ["build", "check_size"]
+__all__ = ["build"]
 
 
 @flatten_options
@@ -46,7 +45,7 @@ def build(
     if out is None and not dry_run:
         raise UsageError("no output directory is named: vlm build OUT …, or add --dry-run to write nothing.")
     wanted = resolve_dtype(dtype)
-    check_size(max_shard_size)
+    check_shard_size(max_shard_size)
     if source is not None and (weights is not None or random_weights):
         raise UsageError("--from brings the weights, so --weights and --random-weights have no place. Leave them out.")
     if delta and random_weights:
@@ -180,15 +179,6 @@ def _check_left_out(layout: Any, checkpoint: Any) -> None:
             f"--delta leaves out what pretrained parts hold, and {checkpoint.name!r} brings a vision encoder and a "
             "language model of its own. Leave --delta out."
         )
-
-
-def check_size(text: str) -> None:
-    """
-    Raises:
-        UsageError: for what Transformers cannot read as a size.
-    """
-    if not re.fullmatch(r"[1-9]\d*\s*[kKMGT]i?B", text):
-        raise UsageError(f"--max-shard-size expects a number of MB or GB, as 5GB or 500MB, got {text!r}.")
 
 
 def _create(blueprint: Any, announce: Any, weights: Path | None, random_weights: bool, dtype: Any, seed: int) -> Any:

@@ -1,32 +1,55 @@
 """`vlm count-params`."""
 
+from __future__ import annotations
+
 import csv
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options, resolve_dtype
+from vlm_cli.cli.options import (
+    DTYPES,
+    OUTPUT,
+    ComposeOptions,
+    JsonOption,
+    ModelArgument,
+    flatten_options,
+    resolve_dtype,
+)
 from vlm_cli.errors import UsageError
-from vlm_cli.models import resolve
+from vlm_cli.models import load_meta_model, resolve
+from vlm_cli.report.tables import human_bytes, parameter_heads, parameter_rows, parameters_markdown
+
+if TYPE_CHECKING:
+    from vlm_cli.report.parameters import ParameterReport
 
 __all__ = ["count_params"]
-
-COLUMNS = ("part", "parameters", "trainable", "frozen", "share", "bytes")
 
 
 @flatten_options
 def count_params(
     model: ModelArgument = None,
     compose: ComposeOptions = ComposeOptions(),
-    depth: Annotated[int, typer.Option(min=1, help="1 for parts, 2 for their modules, …")] = 1,
-    dtype: Annotated[str, typer.Option(help="Count bytes as auto, float32, bfloat16 or float16.")] = "auto",
+    depth: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Levels of the table: 1 lists the parts, 2 also their modules, and so on."
+        ),
+    ] = 1,
+    dtype: Annotated[
+        str, typer.Option(metavar=DTYPES, help="Dtype in which bytes are counted; auto takes that of the weights.")
+    ] = "auto",
     as_json: JsonOption = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
-    """Count the parameters of each part, without allocating or downloading a weight.
+    """Count the parameters of each part. No weight is downloaded or loaded.
 
     Example: vlm count-params flamingo --vision-encoder ViT-L-14 --language-model ./my-llama
     """
@@ -34,23 +57,19 @@ def count_params(
         raise UsageError("--json, --csv and --markdown exclude each other. Choose one.")
     chosen = resolve(model, compose.request)
     from vlm_cli.checkpoint.delta import delta_bytes
-    from vlm_cli.models import load_meta_model
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.parameters import count_parameters
-    from vlm_cli.report.tables import human_bytes, parameter_heads, parameter_rows, parameters_markdown
 
     wanted = resolve_dtype(dtype)
     silence_libraries()
     vlm, stored, _ = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
-    dtype_of_weights = stored if wanted == "auto" else wanted
+    dtype_of_weights = stored if isinstance(wanted, str) else wanted
     report = count_parameters(vlm, depth=depth, dtype=dtype_of_weights)
     size = delta_bytes(vlm, dtype_of_weights)
     if as_json:
         console.print_json({**report.to_dict(), "delta_bytes": size})
     elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(_values(row) for row in (*report.rows, report.total))
+        _print_csv(report)
     elif as_markdown:
         print(parameters_markdown(report), end="")
     else:
@@ -58,5 +77,8 @@ def count_params(
         print(f"A delta directory (build --delta) holds {human_bytes(size)} of tensors once trained.")
 
 
-def _values(row: Any) -> list[Any]:
-    return [row.name, row.parameters, row.trainable, row.frozen, f"{row.share:.6f}", row.bytes]
+def _print_csv(report: ParameterReport) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(("part", "parameters", "trainable", "frozen", "share", "bytes"))
+    for row in (*report.rows, report.total):
+        writer.writerow([row.name, row.parameters, row.trainable, row.frozen, f"{row.share:.6f}", row.bytes])

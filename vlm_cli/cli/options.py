@@ -1,92 +1,163 @@
-"""Options that commands share, as dataclasses whose fields become options of the command that asks for one."""
+"""Options that several commands share: dataclasses whose fields become options of the command that takes one."""
+
+from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from vlm_cli.cli.command import accept_old_names, make_option
-from vlm_cli.composition import FAMILIES, CompositionRequest
+from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
 from vlm_cli.models import hub_arguments
 from vlm_cli.registry import suggest
 
+if TYPE_CHECKING:
+    import torch
+
+
 __all__ = [
+    "MAX_SEED",
     "ComposeOptions",
     "DeviceOptions",
     "JsonOption",
+    "MaxShardSizeOption",
     "ModelArgument",
+    "OverwriteOption",
+    "QuietOption",
     "SourceOptions",
     "StatsOption",
+    "check_shard_size",
     "flatten_options",
+    "resolve_dtype",
 ]
 
-COMPOSE, RUN = "Composition", "Model"  # headings in --help
+#: Headings of `--help`.
+COMPOSE, RUN, OUTPUT = "Composition", "Model", "Output"
 HIDDEN = "hidden"  # marks a bundle whose options work, but do not stand in --help
 
-MAX_SEED = 2**32 - 1  # the largest seed that NumPy takes
+MAX_SEED = 2**32 - 1  # NumPy takes no larger seed
+DTYPES = "auto|float32|bfloat16|float16"
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-StatsOption = Annotated[bool, typer.Option("--stats", help="Write tokens, seconds and peak memory to stderr.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=OUTPUT)
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.", rich_help_panel=OUTPUT)
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT, if vlm wrote it.", rich_help_panel=OUTPUT)
+]
+MaxShardSizeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Largest size of one weight file, in MB or GB, such as 500MB.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+StatsOption = Annotated[
+    bool,
+    typer.Option("--stats", help="Print tokens, seconds and peak memory on stderr.", rich_help_panel=OUTPUT),
+]
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help="Directory, composition file, family name, hub id, or demo.", show_default=False
+        metavar="MODEL",
+        help="Directory or hub id of a built model, a family, a composition file, or demo.",
+        show_default=False,
     ),
 ]
 
 
 @dataclass(frozen=True)
 class ComposeOptions:
-    """A composition from flags."""
+    """The flags of a composition."""
 
-    family: Annotated[str | None, typer.Option(help=f"Preset: {', '.join(FAMILIES)}.", rich_help_panel=COMPOSE)] = None
-    config: Annotated[Path | None, typer.Option(help="Composition file, YAML or JSON.", rich_help_panel=COMPOSE)] = None
+    family: Annotated[
+        str | None,
+        typer.Option(metavar="FAMILY", help=f"Start from a family: {', '.join(FAMILIES)}.", rich_help_panel=COMPOSE),
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Composition file, YAML or JSON, that covers the family.", rich_help_panel=COMPOSE
+        ),
+    ] = None
     vision_encoder: Annotated[
         str | None,
         typer.Option(
-            help="OpenCLIP name with a tag (ViT-L-14:openai), hf-hub:…, local-dir:…, or a JSON file.",
+            metavar="NAME[:TAG]",
+            help="Vision encoder: an OpenCLIP name, with the tag of its weights (ViT-L-14:openai), hf-hub:ORG/NAME, "
+            "local-dir:FOLDER, or an OpenCLIP JSON file.",
             rich_help_panel=COMPOSE,
         ),
     ] = None
     vision_tokenizer: Annotated[
-        str | None, typer.Option(help="perceiver, qformer, linear or mlp.", rich_help_panel=COMPOSE)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Vision tokenizer: perceiver, qformer, linear, mlp, or the name of an installed package's.",
+            rich_help_panel=COMPOSE,
+        ),
     ] = None
     fusion: Annotated[
         str | None,
-        typer.Option(help="cross-attention, llama-cross-attention or language-stream.", rich_help_panel=COMPOSE),
+        typer.Option(
+            metavar="NAME",
+            help="Fusion: cross-attention, llama-cross-attention, language-stream, or the name of an installed "
+            "package's.",
+            rich_help_panel=COMPOSE,
+        ),
     ] = None
     language_model: Annotated[
-        str | None, typer.Option(help="Hub id, directory, or GGUF file.", rich_help_panel=COMPOSE)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Language model of Transformers: a hub id, a directory, or a GGUF file.",
+            rich_help_panel=COMPOSE,
+        ),
     ] = None
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=COMPOSE)
+        str | None,
+        typer.Option(
+            metavar="REVISION",
+            help="Branch, tag or commit of a hub id: of MODEL or CHECKPOINT if it is one, else of the language model.",
+            rich_help_panel=COMPOSE,
+        ),
     ] = None
     trainable: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated parts that train: vision_encoder, vision_tokenizer, fusion, added_tokens, "
-            "language_model.",
+            metavar="PART,…",
+            help=f"Parts that training changes; all others stay frozen. Any of: {', '.join(PARTS)}.",
             rich_help_panel=COMPOSE,
         ),
     ] = None
     set: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE", help="Any setting: vision_tokenizer.num_latents=32.", rich_help_panel=COMPOSE
+            metavar="NAME=VALUE",
+            help="Change one setting of the composition, such as vision_tokenizer.num_latents=32; may be given several "
+            "times.",
+            rich_help_panel=COMPOSE,
         ),
     ] = None
     trust_remote_code: Annotated[
         bool,
         typer.Option(
-            "--trust-remote-code", help="Run code from the language model's repository.", rich_help_panel=COMPOSE
+            "--trust-remote-code",
+            help="Run Python code that comes with the language model.",
+            rich_help_panel=COMPOSE,
         ),
     ] = False
 
@@ -101,31 +172,54 @@ class ComposeOptions:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Which version of a built model, and whether its own code may run."""
+    """Which version of a built model, and whether the code that comes with it may run."""
 
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REVISION", help="Branch, tag or commit of the model, if it is a hub id.", rich_help_panel=RUN
+        ),
+    ] = None
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the language model's own code from the directory.")
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code that comes with the model's language model.",
+            rich_help_panel=RUN,
+        ),
     ] = False
 
     @property
     def hub(self) -> dict[str, Any]:
-        """Arguments for Transformers."""
+        """Arguments of Transformers' `from_pretrained`."""
         return hub_arguments(self.revision)
 
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Where and how a model runs."""
+    """Where a model runs, and in which dtype."""
 
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps, or cuda:1.", rich_help_panel=RUN)] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=RUN)] = "auto"
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="Device that runs the model: cpu, cuda, cuda:1, mps, or auto for the first of cuda, mps and cpu that "
+            "this machine has.",
+            rich_help_panel=RUN,
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar=DTYPES, help="Dtype of the weights in memory; auto keeps that of the files.", rich_help_panel=RUN
+        ),
+    ] = "auto"
 
-    def resolve(self) -> tuple[str, Any]:
-        """The device's name and torch's dtype, or "auto".
+    def resolve(self) -> tuple[str, torch.dtype | str]:
+        """Return the device's name and torch's dtype, or "auto".
 
         Raises:
-            UsageError: for one that is not there.
+            UsageError: if this machine does not have the device, or there is no such dtype.
         """
         import torch
 
@@ -141,18 +235,33 @@ class DeviceOptions:
         return device, resolve_dtype(self.dtype)
 
 
-def resolve_dtype(name: str) -> Any:
-    """torch's dtype, or "auto".
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """Return torch's dtype of a name; "auto" stays "auto".
 
     Raises:
         UsageError: for another name.
     """
     import torch
 
-    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known: dict[str, torch.dtype | str] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if name not in known:
         raise UsageError(f"unknown dtype {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
     return known[name]
+
+
+def check_shard_size(text: str) -> None:
+    """Check that Transformers can read the value of --max-shard-size.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    if not re.fullmatch(r"[1-9]\d*\s*[kKMGT]i?B", text):
+        raise UsageError(f"--max-shard-size expects a number of MB or GB, as 5GB or 500MB, got {text!r}.")
 
 
 def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:

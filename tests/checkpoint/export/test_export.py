@@ -24,6 +24,7 @@ import vlm_cli
 from tests.support import disk, tiny
 from tests.support.disk import run
 from vlm_cli.checkpoint.export import programs
+from vlm_cli.checkpoint.export.agreement import check_agreement
 from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava
 from vlm_cli.errors import CheckpointError, UsageError
 
@@ -89,7 +90,7 @@ def vision_tokens(folder: Path, pixels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.matrix
 def test_the_vision_side_is_a_program_for_any_batch(folder, tmp_path):
-    report = exported(folder, "flamingo", "vision-program", tmp_path / "out")
+    report = exported(folder, "flamingo", "torch-export", tmp_path / "out")
     assert report["input"] == ["N", 3, 32, 32] and report["output"] == ["N", 3, 48]
     program = torch.export.load(tmp_path / "out/vision.pt2").module()
     pixels = torch.randn(5, 3, 32, 32)
@@ -104,7 +105,7 @@ def test_a_program_that_differs_is_not_written(folder, tmp_path, monkeypatch):
             return lambda pixels: torch.zeros(len(pixels), 16, 64)
 
     monkeypatch.setattr(torch.export, "load", lambda file: Other())
-    result = run("export", folder / "llava", tmp_path / "out", "--format", "vision-program")
+    result = run("export", folder / "llava", tmp_path / "out", "--format", "torch-export")
     assert result.exit_code == 1 and "the program differs from the model" in result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -118,7 +119,7 @@ def test_a_tower_whose_batch_is_fixed_says_so(folder, tmp_path, monkeypatch):
         return real(side, inputs)
 
     monkeypatch.setattr(torch.export, "export", strict)
-    report = exported(folder, "llava", "vision-program", tmp_path / "out")
+    report = exported(folder, "llava", "torch-export", tmp_path / "out")
     assert report["input"][0] == 1 and report["output"] == [1, 16, 64]
 
 
@@ -144,12 +145,12 @@ def test_onnx_names_what_is_not_installed(folder, tmp_path, monkeypatch):
 
 def test_agreement_is_measured():
     ours = torch.tensor([1.0, -200.0])
-    assert programs.must_agree("x", ours, ours + 0.01) == pytest.approx(5e-5, rel=0.1)
+    assert check_agreement("x", ours, ours + 0.01) == pytest.approx(5e-5, rel=0.1)
     for theirs in (ours + 0.1, ours * torch.nan):
         with pytest.raises(CheckpointError, match="x differs from the model"):
-            programs.must_agree("x", ours, theirs)
+            check_agreement("x", ours, theirs)
     with pytest.raises(CheckpointError, match=r"x gives \[1\], the model \[2\]"):
-        programs.must_agree("x", ours, ours[:1])
+        check_agreement("x", ours, ours[:1])
 
 
 # -- LLaVA -------------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def test_an_unknown_format(folder, tmp_path):
     assert result.exit_code == 2 and "unknown format 'lava'. Did you mean 'llava'?" in result.stderr
 
 
-@pytest.mark.parametrize("kind", ["language-model", "vision-program"])
+@pytest.mark.parametrize("kind", ["language-model", "torch-export"])
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, kind):
     """Safetensors says so with an error of its own; torch's writer of programs would end the process."""
 
@@ -281,3 +282,14 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, kind):
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr and "Nothing was changed" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_old_name_of_a_format_still_works(folder, tmp_path):
+    result = run("export", folder / "llava", tmp_path / "out", "--format", "vision-program", "--json")
+    assert result.exit_code == 0, result.output
+    assert "Note: the format vision-program is now called torch-export." in result.stderr
+    assert json.loads(result.stdout)["format"] == "torch-export"
+    mark = tmp_path / "out/vlm_export.json"
+    mark.write_text(mark.read_text().replace("torch-export", "vision-program"))  # as an earlier version wrote it
+    again = run("export", folder / "llava", tmp_path / "out", "--format", "language-model", "--overwrite")
+    assert again.exit_code == 0, again.output

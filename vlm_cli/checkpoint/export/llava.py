@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.checkpoint.export.programs import TOLERANCE, must_agree
+from vlm_cli.checkpoint.export.agreement import TOLERANCE, check_agreement
 from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.config import VLMConfig
@@ -148,7 +148,7 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
     # Half precision rounds each step, and the two models do not take the same ones.
     tolerance = TOLERANCE if model.dtype == torch.float32 else 0.05
     ours, back = _logits(model, loaded)
-    difference = must_agree("the LLaVA directory", ours, back, tolerance)
+    difference = check_agreement("the LLaVA directory", ours, back, tolerance)
     return {"positions_per_image": config.image_seq_length, "largest_difference": difference}
 
 

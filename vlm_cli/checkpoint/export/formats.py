@@ -1,0 +1,209 @@
+"""The formats of `vlm export`: one table, and the function that exports a model.
+
+Importing this module does not import torch: `vlm export --help` lists the formats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_cli.errors import UnknownNameError
+from vlm_cli.files import EXPORT_FILE, check_directory, replacing_directory
+from vlm_cli.registry import suggest
+from vlm_cli.version import __version__
+
+if TYPE_CHECKING:
+    from vlm_cli.modeling.config import VLMConfig
+    from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.processor import VLMProcessor
+
+__all__ = ["FORMATS", "OLD_NAMES", "ExportFormat", "ExportSettings", "export_model", "find_format"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What a writer may need besides the model.
+
+    Attributes:
+        name: name of the directory.
+        max_shard_size: largest size of one weight file, such as "5GB".
+        trust_remote_code: whether the language model's own code may run.
+    """
+
+    name: str
+    max_shard_size: str = "5GB"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFormat:
+    """A kind of directory that `vlm export` writes.
+
+    Attributes:
+        summary: what the directory holds.
+        check: raises a UsageError if a model of this configuration cannot be written so; called before weights load.
+        write: writes the files into an existing directory, and returns facts about them.
+        next_line: what to type next, with `{out}` for the directory.
+        is_vlm: whether the directory is itself a VLM, which `vlm` loads.
+    """
+
+    summary: str
+    check: Callable[[VLMConfig], None]
+    write: Callable[[VLM, VLMProcessor, Path, ExportSettings], dict[str, Any]]
+    next_line: str
+    is_vlm: bool = False
+
+
+def _accept(config: VLMConfig) -> None:
+    """Every model can be written so."""
+
+
+def _check_llava(config: VLMConfig) -> None:
+    from vlm_cli.checkpoint.export.llava import check_llava
+
+    check_llava(config)
+
+
+def _check_onnx(config: VLMConfig) -> None:
+    from vlm_cli.checkpoint.export.programs import check_onnx
+
+    check_onnx()
+
+
+def _write_language_model(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    from vlm_cli.checkpoint.export.language_model import export_language_model
+
+    return export_language_model(model, processor, out, max_shard_size=settings.max_shard_size)
+
+
+def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    from vlm_cli.checkpoint.directory import save_delta
+
+    return save_delta(
+        model,
+        processor,
+        out,
+        name=settings.name,
+        max_shard_size=settings.max_shard_size,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _write_llava(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    from vlm_cli.checkpoint.export.llava import export_llava
+
+    return export_llava(model, processor, out, max_shard_size=settings.max_shard_size)
+
+
+def _write_torch_program(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    from vlm_cli.checkpoint.export.programs import export_torch_program
+
+    return export_torch_program(model, processor, out)
+
+
+def _write_onnx(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    from vlm_cli.checkpoint.export.programs import export_vision_onnx
+
+    return export_vision_onnx(model, processor, out)
+
+
+FORMATS: dict[str, ExportFormat] = {
+    "language-model": ExportFormat(
+        summary="the language model and its tokenizer, for Transformers",
+        check=_accept,
+        write=_write_language_model,
+        next_line='AutoModelForCausalLM.from_pretrained("{out}")',
+    ),
+    "delta": ExportFormat(
+        summary="the VLM without the tensors that its pretrained parts hold",
+        check=_accept,
+        write=_write_delta,
+        next_line='vlm generate --model {out} --image FILE "A photo of"',
+        is_vlm=True,
+    ),
+    "llava": ExportFormat(
+        summary="the whole model, for Transformers' LLaVA class",
+        check=_check_llava,
+        write=_write_llava,
+        next_line='LlavaForConditionalGeneration.from_pretrained("{out}")',
+    ),
+    "torch-export": ExportFormat(
+        summary="the vision encoder and vision tokenizer, as a program of torch.export",
+        check=_accept,
+        write=_write_torch_program,
+        next_line='torch.export.load("{out}/vision.pt2").module()(pixels)',
+    ),
+    "vision-onnx": ExportFormat(
+        summary="the vision encoder and vision tokenizer, as an ONNX graph",
+        check=_check_onnx,
+        write=_write_onnx,
+        next_line='onnxruntime.InferenceSession("{out}/vision.onnx").run(None, {{"pixels": pixels}})',
+    ),
+}
+
+#: Names of formats in earlier versions -> names now.
+OLD_NAMES = {"vision-program": "torch-export"}
+
+
+def find_format(name: str) -> ExportFormat:
+    """Find a format by its name.
+
+    Raises:
+        UnknownNameError: if there is no such format.
+    """
+    if name not in FORMATS:
+        raise UnknownNameError(f"unknown format {name!r}.{suggest(name, FORMATS)} Known: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def export_model(
+    location: str,
+    out: Path,
+    name: str,
+    *,
+    source: str | None = None,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+    **hub: Any,
+) -> dict[str, Any]:
+    """Write a built model in another format, after comparing the outputs with those of the model.
+
+    Args:
+        location: directory or hub id of the model.
+        out: the directory to write.
+        name: a key of `FORMATS`.
+        source: what the user called the model; None takes the location.
+        max_shard_size: largest size of one weight file, such as "5GB".
+        trust_remote_code: whether the language model's own code may run.
+        overwrite: whether to replace a directory that vlm wrote.
+        progress: called with the name of each step before it begins.
+        hub: `revision`, … of Transformers' `from_pretrained`.
+
+    Returns:
+        Facts about what was written; `largest_difference` if outputs were compared.
+
+    Raises:
+        VLMError: if the model cannot be written so, or the outputs differ.
+    """
+    chosen = find_format(name)
+    check_directory(out, overwrite=overwrite)
+    from vlm_cli.checkpoint.directory import load, read_config
+
+    progress("reading the configuration")
+    chosen.check(read_config(location, trust_remote_code=trust_remote_code, **hub))
+    progress(f"loading {source or location}")
+    model, processor = load(location, trust_remote_code=trust_remote_code, **hub)
+    settings = ExportSettings(name=out.name, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
+    with replacing_directory(out, overwrite=overwrite) as partial:
+        progress(f"exporting {name}")
+        facts = chosen.write(model, processor, partial, settings)
+        if not chosen.is_vlm:
+            manifest = {"format": name, "model": source or location, "vlm_cli": __version__, **facts}
+            (partial / EXPORT_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return facts
