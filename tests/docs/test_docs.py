@@ -215,6 +215,8 @@ FORBIDDEN = {
     "vlm_cli/prompt.py": ("vlm_cli", "!vlm_cli.errors"),
     "vlm_cli/media": ("vlm_cli", "!vlm_cli.errors", "!vlm_cli.media"),
     "vlm_cli/registry.py": ("vlm_cli", "!vlm_cli.errors"),
+    "vlm_cli/flags.py": ("vlm_cli", "!vlm_cli.registry"),
+    "vlm_cli/resume.py": ("vlm_cli",),
     "vlm_cli/composition": ("vlm_cli", "!vlm_cli.composition", "!vlm_cli.errors", "!vlm_cli.registry"),
     "vlm_cli/modeling": (*_MIDDLE, "vlm_cli.processor", "vlm_cli.prompt", "vlm_cli.media", "safetensors", "yaml"),
     "vlm_cli/processor.py": _MIDDLE,
@@ -233,6 +235,8 @@ LIGHT = (
     "vlm_cli/prompt.py",
     "vlm_cli/media/loader.py",
     "vlm_cli/registry.py",
+    "vlm_cli/flags.py",
+    "vlm_cli/training/settings.py",
     "vlm_cli/models.py",
     "vlm_cli/composition",
 )

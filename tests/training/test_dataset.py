@@ -18,7 +18,8 @@ from vlm_cli.composition import END_OF_CHUNK
 from vlm_cli.data.records import read_records
 from vlm_cli.errors import DataError
 from vlm_cli.prompt import interleave
-from vlm_cli.training.dataset import IGNORED, Collator, Encoder, RecordDataset, check_batch, end_token_id, load_dataset
+from vlm_cli.training.dataset import IGNORED, Collator, RecordDataset, check_batch, load_dataset
+from vlm_cli.training.encoder import RecordEncoder, find_end_token
 from vlm_cli.training.order import StreamSampler
 
 
@@ -80,7 +81,7 @@ def test_worked_example(folder: Path, model: Any) -> None:
 
 def test_without_endofchunk_the_end_of_text_is_learned(folder: Path, stream_model: Any) -> None:
     data = dataset(folder, stream_model, {"prompt": "<image:red.png>A:", "completion": " a cat"})
-    assert ids(data)[-1] == stream_model[1].tokenizer.eos_token_id == end_token_id(*stream_model)
+    assert ids(data)[-1] == stream_model[1].tokenizer.eos_token_id == find_end_token(*stream_model)
 
 
 def fed_by_generate(prompt: str, processor: Any, *, special: bool = False) -> list[int]:
@@ -94,10 +95,10 @@ def fed_by_generate(prompt: str, processor: Any, *, special: bool = False) -> li
 def test_tokens_are_those_that_generate_feeds(folder: Path, model: Any, prompt: str, completion: str) -> None:
     data = dataset(folder, model, {"prompt": prompt, "completion": completion})
     given, both = fed_by_generate(prompt, model[1]), fed_by_generate(prompt + completion, model[1])
-    assert ids(data) == [*both, end_token_id(*model)]
+    assert ids(data) == [*both, find_end_token(*model)]
     assert ids(data)[: len(given)] == given
     assert (data[0]["labels"] == IGNORED).sum() == len(given)
-    assert not data.shared
+    assert not data.split_lines
 
 
 def test_turns_are_the_tokens_of_the_prompt_that_spells_them(folder: Path, model: Any) -> None:
@@ -117,7 +118,7 @@ def test_a_token_over_the_border_is_cut(folder: Path, model: Any) -> None:
     assert ids(data)[: len(given)] == given
     assert ids(data)[:-1] != fed_by_generate(prompt + completion, model[1])
     assert model[1].tokenizer.decode(ids(data)) == f"<image>A: red{END_OF_CHUNK}"
-    assert data.shared == [1]
+    assert data.split_lines == [1]
 
 
 def test_a_begin_token_comes_once(folder: Path, model: Any) -> None:
@@ -129,7 +130,7 @@ def test_a_begin_token_comes_once(folder: Path, model: Any) -> None:
 
     turns = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     (record,) = read_records(write(folder / "b.jsonl", [{"prompt": "<image:red.png>", "turns": turns}])).good
-    tokens, _, _ = Encoder(WithBegin(), 9).encode(record)
+    tokens, _, _ = RecordEncoder(WithBegin(), 9).encode(record)
     assert tokens[0] == 1 and tokens.count(1) == 1 and tokens.count(9) == 2
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from vlm_cli import load
-from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer, matrices
+from vlm_cli.training.optimizer import find_matrices, learning_rate_factor, make_optimizer
 from vlm_cli.training.plot import draw_losses
 
 
@@ -33,7 +33,7 @@ def test_each_trainable_parameter_has_its_weight_decay(model: Any, name: Any) ->
 
 
 def test_muon_takes_matrices_that_are_no_tables(model: Any) -> None:
-    names = {name for name, p in model.named_parameters() if p in matrices(model)}
+    names = {name for name, p in model.named_parameters() if p in find_matrices(model)}
     assert "fusion.blocks.1.attn.to_q.weight" in names
     assert "lang_model.model.layers.0.mlp.up_proj.weight" in names
     assert "vision_tokenizer.layers.0.0.to_kv.weight" in names
@@ -52,7 +52,7 @@ def step(model: nn.Module, optimizer: Any, seed: int) -> None:
 def test_muon_is_torch_s_two_optimizers_side_by_side(model: Any) -> None:
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = make_optimizer(ours, "muon", 1e-2)
-    chosen, fusion = matrices(theirs), set(theirs.fusion.parameters())
+    chosen, fusion = find_matrices(theirs), set(theirs.fusion.parameters())
 
     def groups(of_matrices: bool) -> list[dict[str, Any]]:
         params = [p for p in theirs.parameters() if p.requires_grad and (p in chosen) == of_matrices]

@@ -304,6 +304,37 @@ def test_another_run_is_not_gone_on_with(train: Vlm, language_stream: Path) -> N
 
 
 @pytest.mark.usefixtures("unfinished")
+def test_checkpoints_of_earlier_versions_resume(train: Vlm, folder: Path, out: Path, cross_attention: Path) -> None:
+    """A checkpoint has the files and the manifest that the first version wrote, which read nothing else."""
+    path = out.with_name("out.checkpoints") / "checkpoint-2"
+    assert {file.name for file in path.iterdir()} == {
+        *("complete.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json")
+    }
+    manifest = json.loads((path / "complete.json").read_text())
+    assert list(manifest) == ["step", "seconds", "images", "run"]
+    weights = manifest["run"]["MODEL"].rsplit("(", 1)[1]
+    data = manifest["run"]["--data"].rsplit("(", 1)[1]
+    earlier = {
+        "step": 2,
+        "seconds": 0.4375,
+        "images": 12,
+        "run": {
+            "MODEL": f"{cross_attention} ({weights}",
+            "--data": f"24 records ({data}",
+            "--batch-size × --gradient-accumulation × processes": 6,
+            "--group-by-length": True,
+            "--seed": 0,
+            "--optimizer": "adamw",
+            "--trainable": ["vision_tokenizer", "fusion", "added_tokens"],
+        },
+    }
+    (path / "complete.json").write_text(json.dumps(earlier))
+    result = train("--max-steps", 3, "--resume", "--json")
+    assert json.loads(output(result))["resumed_from"] == 2
+    assert list(losses(out)) == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("unfinished")
 def test_what_may_change_is_changed(train: Vlm, out: Path) -> None:
     output(
         train(

@@ -1,48 +1,49 @@
-"""Optimizers over a model's own parameter groups, and how their learning rate runs."""
+"""Optimizers over a model's own parameter groups, and the schedule of their learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["MuonAdamW", "Schedule", "learning_rate_factor", "make_optimizer", "matrices"]
+from vlm_cli.modeling.vlm import VLM
 
-OptimizerName = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "linear", "constant"]
+__all__ = ["MuonAdamW", "find_matrices", "learning_rate_factor", "make_optimizer", "set_learning_rates"]
 
-#: Shorter memory for the few vectors and tables beside Muon, whose updates are large early on.
+#: AdamW's betas for the vectors and tables beside Muon. Muon's updates are large early in the run, so AdamW forgets
+#: its first gradients sooner than with its usual betas.
 _BETAS_BESIDE_MUON = (0.9, 0.98)
 
 
-def make_optimizer(model: Any, name: OptimizerName, learning_rate: float) -> Optimizer:
-    """An optimizer of the model's trainable parameters, with the composition's weight decay.
+def make_optimizer(model: VLM, name: Literal["adamw", "muon"], learning_rate: float) -> Optimizer:
+    """Make an optimizer of the model's trainable parameters, with the composition's weight decay.
 
     Args:
-        model: a `VLM`.
-        name: of the optimizer.
-        learning_rate: at its highest.
+        model: a `VLM` whose trainable parts are set.
+        name: "muon" updates matrices with Muon, and all other parameters with AdamW.
+        learning_rate: the highest of the run.
     """
     groups = model.parameter_groups()
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     if name == "adamw":
         return AdamW(groups, lr=learning_rate, fused=fused)
-    chosen = matrices(model)
+    matrices = find_matrices(model)
     split = []
     for group in groups:
         for is_matrix in (True, False):
-            params = [p for p in group["params"] if (p in chosen) == is_matrix]
+            params = [p for p in group["params"] if (p in matrices) == is_matrix]
             if params:
                 split.append({**group, "params": params, "matrices": is_matrix})
     return MuonAdamW(split, lr=learning_rate, fused=fused)
 
 
-def matrices(model: Any) -> set[nn.Parameter]:
-    """Weights that map one vector to another: neither tables of embeddings, nor the head, nor what is added to them."""
+def find_matrices(model: VLM) -> set[nn.Parameter]:
+    """Find the weights that map one vector to another: not embedding tables, not the head, not the added tokens."""
     tables = {model.get_output_embeddings().weight, *model.added_tokens.parameters()}
     found = set()
     for module in model.modules():
@@ -50,23 +51,23 @@ def matrices(model: Any) -> set[nn.Parameter]:
             tables |= set(module.parameters(recurse=False))
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            # `latents`, `positional_embedding` and the like are tables under other names.
+            # `latents`, `positional_embedding` and the like are tables too; their names do not end in `weight`.
             if parameter.ndim == 2 and name.endswith("weight"):
                 found.add(parameter)
     return found - tables
 
 
 class MuonAdamW(Optimizer):
-    """Muon for groups with `matrices`, AdamW for the others, as one optimizer with one state.
+    """Update groups with `matrices` with Muon and the others with AdamW, as one optimizer with one state.
 
-    Muon's steps are scaled to the size of AdamW's, so that both take the same learning rate.
+    The steps of Muon are scaled to the size of AdamW's steps, so that both use the same learning rate.
     Source: Muon is Scalable for LLM Training (https://arxiv.org/abs/2502.16982).
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, fused: bool = False) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         muon, adamw = self._split()
-        # The inner optimizers fill in their settings in the groups, which are these same objects.
+        # The inner optimizers write their own settings into the groups, which are the same objects.
         self._muon = Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw") if muon else None
         self._adamw = AdamW(adamw, lr=lr, betas=_BETAS_BESIDE_MUON, fused=fused) if adamw else None
         self._share()
@@ -76,7 +77,7 @@ class MuonAdamW(Optimizer):
         return [g for g in groups if g["matrices"]], [g for g in groups if not g["matrices"]]
 
     def _share(self) -> None:
-        """Let the inner optimizers see our groups and our state."""
+        """Give the inner optimizers the groups and the state of this optimizer, not copies."""
         for inner, groups in zip((self._muon, self._adamw), self._split(), strict=True):
             if inner is not None:
                 inner.param_groups, inner.state = groups, self.state
@@ -97,21 +98,23 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def learning_rate_factor(schedule: Schedule, *, step: int, progress: float, warmup: float = 0.0) -> float:
-    """Share of the highest learning rate at a step.
+def learning_rate_factor(
+    schedule: Literal["cosine", "linear", "constant"], *, step: int, progress: float, warmup: float = 0.0
+) -> float:
+    """Return the learning rate at a step, as a share of the highest.
 
     >>> [learning_rate_factor("linear", step=s, progress=s / 8, warmup=4) for s in range(9)]
     [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
 
     Args:
-        schedule: how it falls after the warmup.
+        schedule: how the rate falls after the warm-up.
         step: number of steps that are done.
         progress: share of the run that is done, in steps or in time.
-        warmup: steps over which it rises; below 1, a share of the run.
+        warmup: number of steps in which the rate rises; below 1, a share of the run.
     """
     if warmup >= 1:
         risen = step / warmup
-        share = progress / max(risen, 1.0)  # what the warmup takes of the run
+        share = progress / max(risen, 1.0)  # of the run, for the warm-up
     else:
         risen = progress / warmup if warmup else 1.0
         share = warmup
@@ -121,3 +124,20 @@ def learning_rate_factor(schedule: Schedule, *, step: int, progress: float, warm
         return 1.0
     left = (1 - progress) / (1 - share) if progress < 1 else 0.0
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def set_learning_rates(
+    optimizer: Optimizer, scheduler: LambdaLR, wanted: Sequence[tuple[float, float]], factor: float
+) -> None:
+    """Give the groups of a resumed optimizer the rates of this command, not those of the command that was interrupted.
+
+    Args:
+        optimizer: the optimizer, whose state is loaded.
+        scheduler: its scheduler, whose state is loaded.
+        wanted: highest learning rate and weight decay of each group.
+        factor: the learning rate now, as a share of the highest.
+    """
+    scheduler.base_lrs = [rate for rate, _ in wanted]
+    for group, (rate, decay) in zip(optimizer.param_groups, wanted, strict=True):
+        group.update(initial_lr=rate, lr=rate * factor, weight_decay=decay)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""The order in which records are learned: one long stream, the same however many processes share it."""
+"""The order in which a model learns records: one long stream, which is the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch.utils.data import Sampler
 
 __all__ = ["StreamSampler"]
 
-GROUP = 50  # batches among which records of like size are brought together
+GROUP = 50  # batches within which the sampler sorts records by size
 
 
 class StreamSampler(Sampler[int]):
-    """All records in random order, again and again, until so many are drawn.
+    """Draw all records in random order, again and again, until the stream is long enough.
 
-    A batch may hold the end of one pass and the beginning of the next, so that every batch is whole.
+    A batch may hold the end of one pass and the start of the next, so that every batch is full.
 
     Args:
-        num_records: how many there are.
+        num_records: number of records.
         num_drawn: length of the stream.
-        seed: the stream is a function of it.
-        sizes: of the records, one row each, the most important size first; records of like size then come in the same
-            batch. None leaves the order random.
-        batch_size: records of a step, over all processes.
+        seed: equal seeds give equal streams.
+        sizes: int[num_records, sizes] of the records, the most important size first; a batch then holds records of
+            similar sizes. None leaves the order random.
+        batch_size: number of records in a step, over all processes.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class StreamSampler(Sampler[int]):
                 draw = np.random.default_rng([self.seed, passes]).permutation(self.num_records)
                 waiting, passes = np.concatenate([waiting, draw]), passes + 1
             taken, waiting = waiting[: min(chunk, left)], waiting[min(chunk, left) :]
-            yield from self._grouped(taken, number).tolist()
+            yield from self._group_by_size(taken, number).tolist()
             left, number = left - len(taken), number + 1
 
-    def _grouped(self, records: np.ndarray, number: int) -> np.ndarray:
-        """Records of a chunk, batches of like size, in random order."""
+    def _group_by_size(self, records: np.ndarray, number: int) -> np.ndarray:
+        """Sort the records of a chunk into batches of similar sizes, and shuffle the batches."""
         if self.sizes is None:
             return records
         order = records[np.lexsort(self.sizes[records].T[::-1])]

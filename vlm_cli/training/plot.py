@@ -1,11 +1,13 @@
-"""The curve of the loss as a picture, drawn with Pillow alone."""
+"""Draw the losses of a run as a picture, with Pillow alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ["draw_losses"]
 
@@ -13,7 +15,8 @@ SIZE = (960, 540)  # pixels
 _LEFT, _TOP, _RIGHT, _BOTTOM = 70, 40, 20, 50  # pixels of margin
 _INK, _GRID, _RAW, _MEAN, _EVAL = "#333333", "#e4e4e4", "#b9d3ee", "#1f5fa8", "#d9622b"
 
-_Points = Sequence[tuple[float, float]]
+_Point: TypeAlias = tuple[float, float]
+_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_losses(history: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -21,11 +24,9 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path, *, title: str) ->
 
     Args:
         history: entries with `step` and `loss` or `eval_loss`, as in `metrics.jsonl`.
-        path: of the picture.
-        title: a line above it.
+        path: the PNG file to write.
+        title: a line above the curves.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     train = [(x["step"], x["loss"]) for x in history if "loss" in x]
     held_out = [(x["step"], x["eval_loss"]) for x in history if "eval_loss" in x]
     image = Image.new("RGB", SIZE, "white")
@@ -33,44 +34,44 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path, *, title: str) ->
     small, large = ImageFont.load_default(14), ImageFont.load_default(18)
     draw.text((_LEFT, 10), title, fill=_INK, font=large)
     if train or held_out:
-        place = _axes(draw, [*train, *held_out], small)
-        _line(draw, [place(p) for p in train], _RAW, 1)
-        _line(draw, [place(p) for p in _smooth(train)], _MEAN, 3)
-        _line(draw, [place(p) for p in held_out], _EVAL, 2)
-        for x, y in map(place, held_out):
+        to_pixels = _draw_axes(draw, [*train, *held_out], small)
+        _draw_line(draw, [to_pixels(p) for p in train], _RAW, 1)
+        _draw_line(draw, [to_pixels(p) for p in _smooth(train)], _MEAN, 3)
+        _draw_line(draw, [to_pixels(p) for p in held_out], _EVAL, 2)
+        for x, y in map(to_pixels, held_out):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_EVAL)
-        _legend(draw, bool(held_out), small)
+        _draw_legend(draw, bool(held_out), small)
     image.save(path, optimize=True)
 
 
-def _axes(draw: Any, points: _Points, font: Any) -> Any:
-    """Draw grid and labels; return what maps (step, loss) to pixels."""
+def _draw_axes(draw: ImageDraw.ImageDraw, points: Sequence[_Point], font: _Font) -> Callable[[_Point], _Point]:
+    """Draw the grid and its labels; return a function from (step, loss) to pixels."""
     last = max(step for step, _ in points) or 1
-    ys = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    ys = _choose_ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
     low, high = ys[0], ys[-1]
     width, height = SIZE[0] - _LEFT - _RIGHT, SIZE[1] - _TOP - _BOTTOM
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
+    def to_pixels(point: _Point) -> _Point:
         step, y = point
         return _LEFT + width * step / last, _TOP + height * (high - y) / (high - low)
 
     for y in ys:
-        row = place((0, y))[1]
+        row = to_pixels((0, y))[1]
         draw.line((_LEFT, row, _LEFT + width, row), fill=_GRID)
         draw.text((_LEFT - 8, row), f"{y:g}", fill=_INK, font=font, anchor="rm")
-    for step in _ticks(0, last):
+    for step in _choose_ticks(0, last):
         if step <= last:
-            column = place((step, low))[0]
+            column = to_pixels((step, low))[0]
             draw.line((column, _TOP, column, _TOP + height), fill=_GRID)
             draw.text((column, _TOP + height + 8), f"{step:,.0f}", fill=_INK, font=font, anchor="mt")
     draw.text((_LEFT + width / 2, SIZE[1] - 8), "step", fill=_INK, font=font, anchor="mb")
-    return place
+    return to_pixels
 
 
-def _ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Round numbers that span a range.
+def _choose_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Choose round numbers that span a range.
 
-    >>> _ticks(0, 3.7)
+    >>> _choose_ticks(0, 3.7)
     [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
     """
     size = (high - low) / most or 1.0
@@ -80,8 +81,8 @@ def _ticks(low: float, high: float, most: int = 8) -> list[float]:
     return [round(i * unit, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
-def _smooth(points: _Points) -> list[tuple[float, float]]:
-    """Running mean over a tenth of the points."""
+def _smooth(points: Sequence[_Point]) -> list[_Point]:
+    """Smooth a curve: the running mean over a tenth of the points."""
     half = len(points) // 20
     losses = [y for _, y in points]
     sums = [0.0]
@@ -91,12 +92,12 @@ def _smooth(points: _Points) -> list[tuple[float, float]]:
     return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(spans)]
 
 
-def _line(draw: Any, points: _Points, colour: str, width: int) -> None:
+def _draw_line(draw: ImageDraw.ImageDraw, points: Sequence[_Point], colour: str, width: int) -> None:
     if len(points) > 1:
         draw.line(list(points), fill=colour, width=width, joint="curve")
 
 
-def _legend(draw: Any, with_eval: bool, font: Any) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, with_eval: bool, font: _Font) -> None:
     entries = [("loss (mean)", _MEAN), ("loss", _RAW), *([("eval loss", _EVAL)] if with_eval else [])]
     right = SIZE[0] - _RIGHT - 10
     for row, (name, colour) in enumerate(entries):

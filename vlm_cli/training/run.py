@@ -174,10 +174,10 @@ class _Run:
         files = [self.job.data, self.job.eval_data]
         sets = [None if path is None else load_dataset(path, model, processor) for path in files]
         for path, data in zip(files, sets, strict=True):
-            if data is not None and data.shared:
+            if data is not None and data.split_lines:
                 self.listener.notify(
-                    f"Note: in {len(data.shared)} records of {path}, as in line {data.shared[0]}, one token would "
-                    "hold the end of the prompt and the start of the completion, so vlm split it. Write a space "
+                    f"Note: in {len(data.split_lines)} records of {path}, as in line {data.split_lines[0]}, one token "
+                    "would hold the end of the prompt and the start of the completion, so vlm split it. Write a space "
                     "between the two at the start of the completion."
                 )
         train_set, eval_set = sets

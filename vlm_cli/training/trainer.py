@@ -35,7 +35,7 @@ from vlm_cli.training.budget import EndInTime, RunBudget
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, select_trained
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, row_losses
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
-from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer
+from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
 from vlm_cli.training.order import StreamSampler
 from vlm_cli.training.outcome import RunOutcome, StepReport
 from vlm_cli.training.precision import float32_attention
@@ -189,12 +189,8 @@ class VLMTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         wanted = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        # The rates that the user gave to this command hold, and not those of the command that wrote the checkpoint.
         factor = self._factor(self.lr_scheduler.last_epoch)
-        self.lr_scheduler.base_lrs = [rate for rate, _ in wanted]
-        for group, (rate, decay) in zip(self.optimizer.param_groups, wanted, strict=True):
-            group.update(initial_lr=rate, lr=rate * factor, weight_decay=decay)
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        set_learning_rates(self.optimizer, self.lr_scheduler, wanted, factor)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
