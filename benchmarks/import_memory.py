@@ -51,9 +51,7 @@ def write(folder: Path, gigabytes: float, shard: str) -> None:
 def measure(folder: Path, out: Path) -> None:
     """In a process of its own: peak bytes before and after, as JSON. Linux only."""
     from vlm_cli.checkpoint.directory import save
-    from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
     from vlm_cli.checkpoint.published.importing import import_checkpoint
-    from vlm_cli.composition import CompositionRequest
     from vlm_cli.files import replacing_directory
 
     def peak() -> int:
@@ -62,7 +60,7 @@ def measure(folder: Path, out: Path) -> None:
 
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the process that started this one
     libraries = peak()
-    imported = import_checkpoint(PublishedCheckpoint.open(str(folder)), CompositionRequest().compose_over)
+    imported = import_checkpoint(folder)
     assert imported.model is not None
     filled = peak()
     with replacing_directory(out) as partial:

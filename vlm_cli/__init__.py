@@ -10,6 +10,7 @@ from vlm_cli.version import __version__
 
 if TYPE_CHECKING:
     from vlm_cli.checkpoint.create import create, plan
+    from vlm_cli.checkpoint.published.importing import import_checkpoint
     from vlm_cli.composition import Composition, CompositionRequest
     from vlm_cli.modeling.acceleration import accelerate
     from vlm_cli.modeling.config import VLMConfig
@@ -30,6 +31,7 @@ _HOMES = {
     "VLMWithLanguageStream": "vlm_cli.modeling.fusion.language_stream",
     "accelerate": "vlm_cli.modeling.acceleration",
     "create": "vlm_cli.checkpoint.create",
+    "import_checkpoint": "vlm_cli.checkpoint.published.importing",
     "load": "vlm_cli.models",
     "plan": "vlm_cli.checkpoint.create",
 }

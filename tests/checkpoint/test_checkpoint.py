@@ -18,11 +18,14 @@ from tests.support import ROOT, tiny
 from vlm_cli import Composition, create, load, plan
 from vlm_cli.checkpoint.directory import read_tensors, save
 from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers
-from vlm_cli.checkpoint.weights import load_weights, read_weights, translate
+from vlm_cli.checkpoint.published.layouts.own import own_targets_of
+from vlm_cli.checkpoint.published.targets import Target
+from vlm_cli.checkpoint.weights import load_weights, open_weights
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, OutputExistsError, UnknownNameError
 from vlm_cli.files import check_directory, is_vlm_directory, replacing_directory
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.vlm import VLM
 
 PARITY = ROOT / "tests" / "parity"
 
@@ -68,8 +71,7 @@ def test_every_listed_tower_is_found():
     ],
 )
 def test_names_of_the_reference(theirs, ours):
-    assert translate([theirs]) == {theirs: ours}
-    assert translate([ours]) == {ours: ours}
+    assert own_targets_of(theirs) == [Target(ours)] == own_targets_of(ours)
 
 
 def own(**parts):
@@ -88,7 +90,7 @@ def state(tmp_path):
 def test_loading_gives_each_tensor_its_own(state, tmp_path):
     model = own()
     report = load_weights(model, tmp_path / "w.safetensors")
-    assert report.is_complete and report.loaded == sorted(state)
+    assert report.is_complete and set(report.loaded) == set(state)
     assert not (report.missing or report.absent or report.unused or report.mismatched)
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
@@ -126,14 +128,31 @@ def test_one_name_of_tied_weights_is_enough(tmp_path):
     save_file(state, tmp_path / "w.safetensors")
     report = load_weights(model, tmp_path / "w.safetensors", random_parts=["language_model"])
     assert report.is_complete and not report.absent
+    assert set(report.loaded) == set(state)
     assert torch.equal(model.lang_model.lm_head.weight, state["lang_model.model.embed_tokens.weight"])
+
+
+def test_quantized_weights_are_refused(state, tmp_path):
+    """Without their scales, integers are other weights."""
+    name = "lang_model.model.norm.weight"
+    save_file({**state, name: state[name].to(torch.int8)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="its weights are quantized"):
+        load_weights(own(), tmp_path / "w.safetensors")
+
+
+def test_a_model_without_memory_gets_the_report_alone(state, tmp_path):
+    with torch.device("meta"):
+        model = VLM(own().config)
+    report = load_weights(model, tmp_path / "w.safetensors")
+    assert report.is_complete and set(report.loaded) == set(state)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_only_named_tensors_are_read(tmp_path):
     torch.save(
         {"model_state_dict": {"module.a": torch.ones(2), "step": 3}, "optimizer": {"lr": 0.1}}, tmp_path / "w.pt"
     )
-    assert {name: x.tolist() for name, x in read_weights(tmp_path / "w.pt").items()} == {"a": [1.0, 1.0]}
+    assert {name: x.tolist() for name, x in open_weights(tmp_path / "w.pt").read()} == {"a": [1.0, 1.0]}
 
 
 # -- directories -------------------------------------------------------------------------------------------------------

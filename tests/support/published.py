@@ -19,10 +19,10 @@ from tests.support import ROOT
 from tests.support.tiny import nudged
 from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
-from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint, recognise
-from vlm_cli.checkpoint.published.layouts.base import fill
-from vlm_cli.checkpoint.weights import KeyReport
-from vlm_cli.composition import MEDIA_TOKEN, CompositionRequest
+from vlm_cli.checkpoint.published.fill import KeyReport, plan_fill
+from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
+from vlm_cli.checkpoint.published.recognising import recognise
+from vlm_cli.composition import MEDIA_TOKEN, Composition, CompositionRequest
 from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vlm import VLM
 
@@ -38,7 +38,7 @@ class Case:
         source: file or directory that `--from` gets.
         logits: int[1, T] with `<image>` at media, float[1, T_img, 1, 3, H, W] -> float[T, VOCABULARY] of the
             implementation that the layout belongs to.
-        options: flags beside `--from`.
+        options: settings over the checkpoint's composition.
         made_by: that implementation, in words.
         unused: how many tensors of the checkpoint a VLM has no place for.
     """
@@ -63,7 +63,7 @@ def write_tokenizer(folder: Path, *added: str, pad: str | None = None) -> PreTra
 
 
 def load(case: Case, **options: Any) -> Imported:
-    return import_checkpoint(PublishedCheckpoint.open(str(case.source)), case.options.compose_over, **options)
+    return import_checkpoint(case.source, composition_over=case.options.compose_over, **options)
 
 
 def prompt(model: VLM, num_media: int = 2, length: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -165,14 +165,21 @@ def shapes_of(theirs: PreTrainedModel | Mapping[str, Tensor]) -> PublishedCheckp
 
 def sized(checkpoint: PublishedCheckpoint) -> tuple[VLM, KeyReport]:
     """The model that a checkpoint describes, of which no weight has memory, and where its tensors would go."""
-    found = recognise(checkpoint).describe(checkpoint)
-    composition = CompositionRequest().compose_over(found.composition)
+    found = recognise(checkpoint).description
+    composition = Composition.compose(None, found.composition)
     text = dict(found.text_config)
     shape = tower_shape(found.vision_config, **composition.vision_encoder.feature_arguments)
     text_config = AutoConfig.for_model(text.pop("model_type"), **text)
     with torch.device("meta"):
         model = VLM(configure(composition, found.vision_config, shape, text_config, None, found.first_added_id))
-    return model, fill(model, checkpoint, found, has_weights=lambda name: False)
+    plan = plan_fill(
+        model,
+        checkpoint,
+        found.targets_for(model.config),
+        has_weights=lambda name: False,
+        is_optional=found.is_optional,
+    )
+    return model, plan.report
 
 
 __all__ = [

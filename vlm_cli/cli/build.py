@@ -124,19 +124,22 @@ def _import(
     Raises:
         VLMError: if they are not known, damaged, or do not cover the model.
     """
-    from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-    from vlm_cli.checkpoint.published.importing import import_checkpoint, recognise
+    from vlm_cli.checkpoint.published.importing import import_checkpoint
+    from vlm_cli.checkpoint.published.recognising import recognise
     from vlm_cli.quiet import silence_libraries
 
     silence_libraries()
     with console.announced_steps(quiet) as announce:
         announce(f"finding {source}")
-        checkpoint = PublishedCheckpoint.open(source, revision=compose.revision)
-        if output is not None and output.delta is not None:
-            _check_left_out(recognise(checkpoint), checkpoint)
+        recognised = recognise(source, revision=compose.revision)
+        if output is not None and output.delta is not None and recognised.holds_all_backbones:
+            raise UsageError(
+                f"--delta leaves out what pretrained parts hold, and {recognised.checkpoint.name!r} brings a vision "
+                "encoder and a language model of its own. Leave --delta out."
+            )
         imported = import_checkpoint(
-            checkpoint,
-            compose.request.compose_over,
+            recognised,
+            composition_over=compose.request.compose_over,
             dtype=dtype,
             trust_remote_code=compose.trust_remote_code,
             seed=seed,
@@ -164,29 +167,12 @@ def _import(
         output.tell()
 
 
-def _check_left_out(layout: Any, checkpoint: Any) -> None:
-    """
-    Raises:
-        UsageError: if the checkpoint holds its own backbones, which no other place has.
-    """
-    from vlm_cli.checkpoint.published.importing import blaming_config_of
-
-    with blaming_config_of(checkpoint, layout):
-        described = layout.describe(checkpoint)
-    is_own = described.text_config is not None and described.composition["language_model"]["name"] == checkpoint.name
-    if is_own and described.vision_config is not None and not described.composition["vision_encoder"].get("pretrained"):
-        raise UsageError(
-            f"--delta leaves out what pretrained parts hold, and {checkpoint.name!r} brings a vision encoder and a "
-            "language model of its own. Leave --delta out."
-        )
-
-
 def _create(blueprint: Any, announce: Any, weights: Path | None, random_weights: bool, dtype: Any, seed: int) -> Any:
     from vlm_cli.checkpoint.create import create
-    from vlm_cli.checkpoint.weights import read_weights
+    from vlm_cli.checkpoint.weights import open_weights
 
     if weights is not None:
-        read_weights(weights)  # before anything is fetched
+        open_weights(weights)  # before anything is fetched
     model = create(blueprint, random_weights=random_weights, dtype=dtype, seed=seed, progress=announce)
     if weights is not None:
         announce(f"loading weights {weights}")

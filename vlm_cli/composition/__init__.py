@@ -2,7 +2,7 @@
 
 from vlm_cli.composition.composition import Choice, Composition
 from vlm_cli.composition.families import FAMILIES
-from vlm_cli.composition.files import merge, parse_override, read_file, split_name
+from vlm_cli.composition.files import keep_trained_settings, merge, parse_override, read_file, split_name
 from vlm_cli.composition.language_model_types import UNSUITABLE_LANGUAGE_MODELS
 from vlm_cli.composition.options import (
     END_OF_CHUNK,
@@ -42,6 +42,7 @@ __all__ = [
     "PerceiverOptions",
     "QFormerOptions",
     "VisionEncoderOptions",
+    "keep_trained_settings",
     "merge",
     "parse_override",
     "read_file",

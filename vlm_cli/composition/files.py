@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_cli.errors import CompositionError
 
-__all__ = ["merge", "parse_override", "parse_overrides", "read_file", "split_name"]
+__all__ = ["keep_trained_settings", "merge", "parse_override", "parse_overrides", "read_file", "split_name"]
 
 
 def split_name(text: str) -> dict[str, str | None]:
@@ -51,6 +51,30 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
         identity = value.get(short[key])
         replaces = identity is not None and identity != old.get(short[key])
         result[key] = dict(value) if replaces else {**old, **value}
+    return result
+
+
+def keep_trained_settings(described: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to a layer, which will cover a checkpoint's composition, what the checkpoint's training fixed.
+
+    A vision encoder with another name keeps how its features are taken. A language model with another name keeps
+    whether its head has a bias.
+
+    >>> described = {"vision_encoder": {"name": "ViT-L-14", "pretrained": "openai", "layer": -2}}
+    >>> keep_trained_settings(described, {"vision_encoder": {"name": "ViT-B-32"}})
+    {'vision_encoder': {'layer': -2, 'name': 'ViT-B-32'}}
+
+    Args:
+        described: the checkpoint's composition.
+        layer: settings over it.
+    """
+    encoder = {k: x for k, x in described.get("vision_encoder", {}).items() if k not in ("name", "pretrained")}
+    lm = {k: x for k, x in described.get("language_model", {}).items() if k == "head_bias"}
+    result = dict(layer)
+    for part, kept in (("vision_encoder", encoder), ("language_model", lm)):
+        settings = {"name": layer[part]} if isinstance(layer.get(part), str) else layer.get(part)
+        if isinstance(settings, Mapping) and settings.get("name") is not None:
+            result[part] = {**kept, **settings}
     return result
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.composition.composition import Composition
-from vlm_cli.composition.files import read_file, split_name
+from vlm_cli.composition.files import keep_trained_settings, read_file, split_name
 
 __all__ = ["CompositionRequest"]
 
@@ -44,7 +44,7 @@ class CompositionRequest:
         Raises:
             CompositionError: with all problems at once.
         """
-        parts = self._parts({})
+        parts = self._parts()
         if self.revision is not None:
             parts["language_model"] = {**parts.get("language_model", {}), "revision": self.revision}
         return Composition.compose(self.family, *layers, *self._file(), parts, overrides=self.overrides)
@@ -57,24 +57,21 @@ class CompositionRequest:
         Raises:
             CompositionError: with all problems at once.
         """
-        return Composition.compose(self.family, found, *self._file(), self._parts(found), overrides=self.overrides)
+        parts = keep_trained_settings(found, self._parts())
+        return Composition.compose(self.family, found, *self._file(), parts, overrides=self.overrides)
 
     def _file(self) -> list[dict[str, Any]]:
         return [] if self.config is None else [read_file(self.config)]
 
-    def _parts(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the single parts as a layer. A part named anew keeps those settings of `found` that training fixed."""
+    def _parts(self) -> dict[str, Any]:
+        """Return the single parts as a layer."""
         parts: dict[str, Any] = {
             name: value for name in ("vision_tokenizer", "fusion") if (value := getattr(self, name)) is not None
         }
         if self.vision_encoder is not None:
-            # The checkpoint was trained on certain features (layer, class token, norm), whatever tower gives them.
-            kept = {k: x for k, x in found.get("vision_encoder", {}).items() if k not in ("name", "pretrained")}
-            parts["vision_encoder"] = {**kept, **split_name(self.vision_encoder)}
+            parts["vision_encoder"] = split_name(self.vision_encoder)
         if self.language_model is not None:
-            # Whether the head has a trained bias is a fact of the checkpoint, too.
-            kept = {k: x for k, x in found.get("language_model", {}).items() if k == "head_bias"}
-            parts["language_model"] = {**kept, "name": self.language_model}
+            parts["language_model"] = {"name": self.language_model}
         if self.trainable is not None:
             parts["trainable"] = [x.strip().replace("-", "_") for x in self.trainable.split(",") if x.strip()]
         return parts

@@ -15,7 +15,6 @@ from tests.support.llava import huggingface
 from tests.support.published import rewrite, rewrite_config, write_tokenizer
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.importing import import_checkpoint
-from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import LanguageModelError
 
 
@@ -97,7 +96,7 @@ def test_tensors_in_two_files(vlm, copy, tmp_path):
     result = build(vlm, copy, tmp_path)
     assert result.exit_code == 1
     assert f"holds {len(tensors)} tensors twice" in result.stderr
-    assert "in model.safetensors and in older.safetensors. Name the file that is meant" in result.stderr
+    assert "in model.safetensors and in older.safetensors. Give the path of one file" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_quantized_weights(vlm, copy, tmp_path, dtype, words):
     """Without their scales they are other weights."""
     rewrite(copy, lambda tensors: {k: x.to(dtype) if "up_proj" in k else x for k, x in tensors.items()})
     result = build(vlm, copy, tmp_path)
-    assert result.exit_code == 1 and words in result.stderr and "Take weights that are not" in result.stderr
+    assert result.exit_code == 1 and words in result.stderr and "Give weights that are not" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -127,15 +126,15 @@ def test_a_configuration_of_no_model(vlm, copy, tmp_path, changes):
     rewrite_config(copy, **{k: {**config[k], **x} if isinstance(x, dict) else x for k, x in changes.items()})
     result = build(vlm, copy, tmp_path)
     assert result.exit_code == 1
-    assert f"no model can be made of the configuration of {str(copy)!r}, which is read as LLaVA" in result.stderr
+    assert f"cannot make a model of the configuration of {str(copy)!r}, which is read as LLaVA" in result.stderr
 
 
 def test_mixed_dtypes_become_one(copy):
     rewrite(copy, lambda tensors: {k: x.half() if "language_model" in k else x for k, x in tensors.items()})
     checkpoint = PublishedCheckpoint.open(str(copy))
-    model = import_checkpoint(checkpoint, CompositionRequest().compose_over).model
+    model = import_checkpoint(checkpoint).model
     assert {p.dtype for p in model.parameters()} == {checkpoint.dtype}
-    model = import_checkpoint(checkpoint, CompositionRequest().compose_over, dtype=torch.bfloat16).model
+    model = import_checkpoint(checkpoint, dtype=torch.bfloat16).model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -144,7 +143,7 @@ def test_a_foreign_layout(vlm, tmp_path):
     save_file({"encoder.weight": torch.zeros(2)}, tmp_path / "x" / "model.safetensors")
     result = build(vlm, tmp_path / "x", tmp_path)
     assert result.exit_code == 1
-    assert "is of no layout that is known: its 1 tensors are called encoder.weight" in result.stderr
+    assert "has no layout that vlm knows. Its 1 tensors are called encoder.weight" in result.stderr
     assert "LLaVA (Hugging Face)" in result.stderr and "--weights FILE" in result.stderr
 
 
@@ -219,14 +218,17 @@ def test_a_delta_of_a_whole_checkpoint(vlm, copy, tmp_path):
 @pytest.mark.parametrize("flag", ["--vision-encoder", "--language-model"])
 def test_a_part_that_the_checkpoint_holds(vlm, copy, tmp_path, flag):
     result = build(vlm, copy, tmp_path, flag, "ViT-B-32")
-    assert result.exit_code == 2 and f"so 'ViT-B-32' has no place. Leave {flag} out" in result.stderr
+    assert result.exit_code == 2 and f"so 'ViT-B-32' cannot replace it. Leave {flag} out" in result.stderr
 
 
 @pytest.mark.parametrize("setting", ["pretrained=openai", "image_size=64", "depth=1"])
 def test_a_tower_of_another_kind(vlm, copy, tmp_path, setting):
     """What is inside of the checkpoint would be taken all the same."""
     result = build(vlm, copy, tmp_path, "--set", f"vision_encoder.{setting}")
-    assert result.exit_code == 2 and f"so vision_encoder.{setting} has no place. Leave it out" in result.stderr
+    assert (
+        result.exit_code == 2
+        and f"so vision_encoder.{setting} cannot change it. Leave the setting out" in result.stderr
+    )
 
 
 def test_dry_run_writes_nothing(vlm, copy, tmp_path):
@@ -240,7 +242,7 @@ def test_the_tokenizer_of_another_model(copy):
         file.unlink()
     write_tokenizer(copy)  # without <image>
     with pytest.raises(LanguageModelError, match="Give the tokenizer that belongs to them"):
-        import_checkpoint(PublishedCheckpoint.open(str(copy)), CompositionRequest().compose_over)
+        import_checkpoint(PublishedCheckpoint.open(str(copy)))
 
 
 def test_a_directory_of_ours(vlm, copy, tmp_path):

@@ -1,4 +1,4 @@
-"""Published weights where they are: a file, a directory or a hub id; names and shapes first, tensors when asked for."""
+"""Open published weights: a file, a directory or a hub id. Names and shapes are read first, tensors on request."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vlm_cli.errors import CheckpointError, first_line
 __all__ = ["PublishedCheckpoint", "TensorInfo"]
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-#: What is fetched of a hub repository: weights, and the small files that say what they are.
-_WANTED = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors", "*.bin", "*.pt", "*.pth")
+#: Files that are fetched from a hub repository: weights, and small files that describe them.
+_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """A tensor's shape, dtype and file, known before the tensor is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -34,13 +34,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """Named tensors in files, and the configuration beside them.
+    """The named tensors in a checkpoint's files, and the configuration beside them.
 
     Attributes:
-        name: what the user called it.
-        folder: where its files are.
-        tensors: by name, without the wrappers of training code.
-        config: content of `config.json`; empty if there is none.
+        name: the path or hub id that the user gave.
+        folder: the directory of its files.
+        tensors: name -> shape, dtype and file; `module.`, which data-parallel training puts before names, is removed.
+        config: content of `config.json`; empty if there is no such file.
     """
 
     name: str
@@ -50,37 +50,43 @@ class PublishedCheckpoint:
 
     @classmethod
     def open(cls, name: str, *, revision: str | None = None, token: str | None = None) -> PublishedCheckpoint:
-        """Find the files of a checkpoint and read what they hold, without reading a tensor of a safetensors file.
+        """Find a checkpoint's files, fetch them if `name` is a hub id, and read the names and shapes of their tensors.
+
+        Args:
+            name: file, directory or hub id.
+            revision: branch, tag or commit of a hub id.
+            token: for private repositories; None takes the token of `hf auth login`.
 
         Raises:
-            CheckpointError: if it is not there, or a file is damaged. Code inside of a file is never run.
+            CheckpointError: if there is no such checkpoint, or a file is damaged. Code inside a file is never run.
         """
         path = Path(name).expanduser()
-        if not name or not path.exists():  # an empty name would be the working directory
+        if not name or not path.exists():  # Path("") is the working directory
             path = _fetch(name, revision, token)
         files = [path] if path.is_file() else _weight_files(path, name)
         folder = path.parent if path.is_file() else path
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            found = _names(file)
+            found = _read_names(file)
             if twice := sorted(tensors.keys() & found.keys()):
                 other = tensors[twice[0]].file.name
                 raise CheckpointError(
-                    f"{name!r} holds {len(twice)} tensors twice, e.g. {twice[0]!r} in {other} and in {file.name}. Name "
-                    "the file that is meant, or move the other one away."
+                    f"{name!r} holds {len(twice)} tensors twice, e.g. {twice[0]!r} in {other} and in {file.name}. Give "
+                    "the path of one file, or move the other file away."
                 )
             tensors |= found
         if not tensors:
             raise CheckpointError(f"{name!r} holds no named tensors.")
-        config = {} if path.is_file() and path.suffix != ".safetensors" else _config(folder)
+        config = {} if path.is_file() and path.suffix != ".safetensors" else _read_config(folder)
         return cls(name, folder, tensors, config)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
         return self.tensors[name].shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most of its numbers."""
+        """The dtype of most of its floating-point numbers; float32 if it has none."""
         numbers: Counter[torch.dtype] = Counter()
         for info in self.tensors.values():
             if info.dtype.is_floating_point:
@@ -88,26 +94,26 @@ class PublishedCheckpoint:
         return numbers.most_common(1)[0][0] if numbers else torch.float32
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, file by file, of which one is open at a time.
+        """Read all tensors with their names; one file is open at a time.
 
         Raises:
             CheckpointError: if a file is damaged.
         """
         for file in dict.fromkeys(info.file for info in self.tensors.values()):
-            mine = {name for name, info in self.tensors.items() if info.file == file}
+            wanted = {name for name, info in self.tensors.items() if info.file == file}
             try:
-                for name, tensor in _tensors(file):
-                    if name in mine:
+                for name, tensor in _read_tensors(file):
+                    if name in wanted:
                         yield name, tensor
             except (OSError, RuntimeError) as error:
                 raise _damaged(file, error) from None
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The weight files of a directory, of one kind; those that an index of that kind names, if there is one.
+    """List a directory's weight files of one kind: the files that an index names, or else all of that kind.
 
     Raises:
-        CheckpointError: if there are none, or one that the index names is missing.
+        CheckpointError: if there are no weight files, or the index does not fit them.
     """
     for suffix in _SUFFIXES:
         if index := min(folder.glob(f"*{suffix}.index.json"), default=None):
@@ -118,11 +124,12 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _indexed_files(folder: Path, name: str, index: Path) -> list[Path]:
-    """
+    """List the weight files that an index names.
+
     Raises:
-        CheckpointError: if one that the index names is missing, or holds other tensors.
+        CheckpointError: if a file is missing, or the index names a tensor that no file holds.
     """
-    weight_map = _json(index).get("weight_map")
+    weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"the index {str(index)!r} names no tensors. Fetch it again.")
     files = [folder / file for file in sorted(set(weight_map.values()))]
@@ -131,8 +138,8 @@ def _indexed_files(folder: Path, name: str, index: Path) -> list[Path]:
             f"{name!r} lacks {len(missing)} of the {len(files)} weight files that {index.name} names, e.g. "
             f"{missing[0]!r}. Fetch them again."
         )
-    held = {tensor for file in files for tensor in _names(file)}
-    stripped = {tensor: _stripped(tensor) for tensor in weight_map}
+    held = {tensor for file in files for tensor in _read_names(file)}
+    stripped = {tensor: _strip(tensor) for tensor in weight_map}
     if absent := sorted(tensor for tensor, bare in stripped.items() if bare not in held):
         raise CheckpointError(
             f"{index.name} of {name!r} names {len(absent)} tensors that are in no file, e.g. {absent[0]!r}. The "
@@ -141,7 +148,12 @@ def _indexed_files(folder: Path, name: str, index: Path) -> list[Path]:
     return files
 
 
-def _names(file: Path) -> dict[str, TensorInfo]:
+def _read_names(file: Path) -> dict[str, TensorInfo]:
+    """Read the names, shapes and dtypes of a file's tensors.
+
+    Raises:
+        CheckpointError: if the file is damaged, or its dtype is not supported.
+    """
     try:
         if file.suffix == ".safetensors":
             from safetensors import safe_open
@@ -153,41 +165,43 @@ def _names(file: Path) -> dict[str, TensorInfo]:
                     shape, dtype = tuple(part.get_shape()), part.get_dtype()
                     if dtype not in _DTYPES:
                         raise CheckpointError(
-                            f"{name!r} in {str(file)!r} has dtype {dtype}, which is not read. Take weights that are "
-                            "not quantized."
+                            f"{name!r} in {str(file)!r} has dtype {dtype}, which vlm does not read. Give weights that "
+                            "are not quantized."
                         )
-                    found[_stripped(name)] = TensorInfo(shape, _DTYPES[dtype], file)
+                    found[_strip(name)] = TensorInfo(shape, _DTYPES[dtype], file)
             return found
-        return {name: TensorInfo(tuple(x.shape), x.dtype, file) for name, x in _tensors(file)}
+        return {name: TensorInfo(tuple(x.shape), x.dtype, file) for name, x in _read_tensors(file)}
     except CheckpointError:
         raise
     except Exception as error:
         raise _damaged(file, error) from None
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read a file's tensors with their names; a PyTorch file may hold nothing else, since no code in it is run."""
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(file, "pt") as opened:
             for name in opened.keys():
-                yield _stripped(name), opened.get_tensor(name)
+                yield _strip(name), opened.get_tensor(name)
         return
-    # Files of torch before 1.6 are not zip files, and cannot be mapped into memory.
+    # torch before 1.6 did not write zip files, and only zip files can be mapped into memory.
     state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     for wrapper in ("model_state_dict", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     for name, x in state.items() if isinstance(state, Mapping) else ():
         if isinstance(x, Tensor):
-            yield _stripped(str(name)), x
+            yield _strip(str(name)), x
 
 
-def _stripped(name: str) -> str:
-    """A name without what data-parallel training puts before it."""
+def _strip(name: str) -> str:
+    """Remove the prefix that data-parallel training puts before names."""
     return name.removeprefix("module.")
 
 
+#: safetensors' name of a dtype -> torch's.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -203,39 +217,44 @@ _DTYPES = {
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
+    """Make the error for a file that cannot be read."""
     if file.suffix == ".safetensors":
         return CheckpointError(f"cannot read weights from {str(file)!r}: {first_line(error)}. Is it complete?")
     what = first_line(error)
     if isinstance(error, pickle.UnpicklingError) and not what.startswith("it holds"):
-        what = "it is no complete file of tensors"  # torch's own words advise to run what is inside
+        what = "it is no complete file of tensors"  # torch's own message advises to run the code inside
     return CheckpointError(
-        f"cannot read weights from {str(file)!r}: {what}. Only tensors are read from it, never code."
+        f"cannot read weights from {str(file)!r}: {what}. vlm reads only tensors from a file, never code."
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    return _json(file) if file.is_file() else {}
+    return _read_json(file) if file.is_file() else {}
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {str(file)!r}: {error}.") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{str(file)!r} does not hold a mapping.")
+        raise CheckpointError(f"{str(file)!r} does not hold a JSON object.")
     return data
 
 
 def _fetch(name: str, revision: str | None, token: str | None) -> Path:
-    """The files of a hub repository, of which torch's own are left out where there are safetensors."""
+    """Fetch the files of a hub repository; without PyTorch's weight files if it has safetensors.
+
+    Raises:
+        CheckpointError: if `name` is no hub id, or the files cannot be fetched.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import HFValidationError
 
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise CheckpointError(f"there is no file or directory {name!r}. Give one, or a hub id (ORG/NAME).")
-    patterns = list(_WANTED)
+        raise CheckpointError(f"there is no file or directory {name!r}. Give a path, or a hub id (ORG/NAME).")
+    patterns = list(_PATTERNS)
     try:
         try:
             files = HfApi().list_repo_files(name, revision=revision, token=token)
@@ -243,11 +262,11 @@ def _fetch(name: str, revision: str | None, token: str | None) -> Path:
                 patterns = [x for x in patterns if not x.endswith((".bin", ".pt", ".pth"))]
         except HFValidationError:
             raise
-        except Exception:  # offline: what is in the cache is what there is
+        except Exception:  # offline: the cache may hold the files
             pass
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(
-            f"cannot fetch {name!r}: it is no file or directory here, and the hub did not give it "
-            f"({first_line(error)}). If this machine is offline, copy the cache (HF_HOME), or give a local path."
+            f"cannot fetch {name!r}: there is no such file or directory, and the Hugging Face hub did not send it "
+            f"({first_line(error)}). If this machine is offline, copy the cache (HF_HOME) here, or give a local path."
         ) from None

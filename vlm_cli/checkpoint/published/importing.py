@@ -1,45 +1,52 @@
-"""Published weights to a model of ours: recognise the layout, compose, build without drawing, and fill."""
+"""Make a VLM of published weights (`vlm build --from`, `vlm_cli.import_checkpoint`).
+
+recognise -> _find_parts -> _configure -> _build_empty -> plan_fill, FillPlan.copy -> _finish
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vlm_cli.checkpoint.create import cast, configure, generation_config
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
-from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
+from vlm_cli.checkpoint.parts.openclip import Tower, find_tower, load_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.layouts import LAYOUTS
-from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout, fill
-from vlm_cli.checkpoint.weights import KeyReport
-from vlm_cli.composition import Composition
-from vlm_cli.errors import CheckpointError, CompositionError, VLMError, first_line
+from vlm_cli.checkpoint.published.fill import KeyReport, plan_fill
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout
+from vlm_cli.checkpoint.published.recognising import RecognisedCheckpoint, recognise
+from vlm_cli.composition import Composition, keep_trained_settings
+from vlm_cli.errors import CompositionError
+from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 
-__all__ = ["Imported", "blaming_config_of", "import_checkpoint", "recognise"]
+__all__ = ["CompositionOver", "Imported", "import_checkpoint"]
+
+#: Settings over a checkpoint's own composition; a whole composition in its place; or a function of it, plain data.
+CompositionOver = Composition | Mapping[str, Any] | Callable[[Mapping[str, Any]], Composition]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A model that was made of published weights.
+    """A model with published weights.
 
     Attributes:
         model: in evaluation mode; None if the report is not complete.
-        processor: for its prompts and images.
-        layout: how the weights were written.
+        processor: for the model's prompts and images.
+        layout: how the weights were named.
         report: what became of each tensor.
-        notes: what the user should know.
+        notes: sentences that the user should read.
     """
 
     model: VLM | None
@@ -49,171 +56,241 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def recognise(checkpoint: PublishedCheckpoint) -> Layout:
-    """The layout whose names and shapes these are.
-
-    Raises:
-        CheckpointError: if it is none that is known.
-    """
-    for layout in LAYOUTS:
-        if layout.matches(checkpoint):
-            return layout
-    if checkpoint.config.get("model_type") == "vlm":
-        raise CheckpointError(
-            f"{checkpoint.name!r} is a directory of vlm already. Use it as it is: --model {checkpoint.name}"
-        )
-    names = sorted(checkpoint.tensors)
-    shown = ", ".join(names[:: max(1, len(names) // 4)][:4])
-    raise CheckpointError(
-        f"{checkpoint.name!r} is of no layout that is known: its {len(names)} tensors are called {shown}, …. Known: "
-        f"{', '.join(layout.name for layout in LAYOUTS)}. To load trained weights of vlm's own over a composition: "
-        "--weights FILE."
-    )
-
-
 def import_checkpoint(
-    checkpoint: PublishedCheckpoint,
-    compose: Callable[[Mapping[str, Any]], Composition],
+    source: RecognisedCheckpoint | PublishedCheckpoint | str | Path,
     *,
+    composition_over: CompositionOver | None = None,
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
     seed: int = 0,
+    revision: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Imported:
-    """A model of ours with a checkpoint's weights.
+    """Make a model of a published checkpoint.
 
     Args:
-        checkpoint: published weights.
-        compose: the composition, given what the checkpoint says of it.
-        dtype: of all weights; "auto" is that of the checkpoint.
+        source: file, directory or hub id of the checkpoint, or a checkpoint that is open already.
+        composition_over: changes the composition that the checkpoint describes: settings that are laid over it, as in
+            `{"vision_encoder": {"norm": True}}`; a whole composition; or a function from the checkpoint's composition
+            (plain data) to a composition. None changes nothing.
+        dtype: of all weights; "auto" is the checkpoint's.
         trust_remote_code: run the language model's own code from its repository.
-        seed: of what is drawn: tokens that the checkpoint does not have.
-        progress: is told each step.
+        seed: seed for random weights, which only tokens get that the checkpoint does not have.
+        revision: branch, tag or commit of a hub id.
+        progress: called with the name of each step before it begins.
+
+    Returns:
+        The model, and what became of each tensor. The model is None if tensors are missing or have another shape.
 
     Raises:
-        VLMError: if the layout is not known, or parts that the checkpoint does not hold cannot be found.
+        VLMError: if the layout is unknown, or parts that the checkpoint does not hold cannot be found.
     """
-    layout = recognise(checkpoint)
-    progress(f"recognised {layout.name}")
-    with blaming_config_of(checkpoint, layout):
-        described = layout.describe(checkpoint)
-    composition = compose(described.composition)
-    _check_own_parts(described, composition)
-    dtype = checkpoint.dtype if dtype == "auto" else dtype
+    found = source if isinstance(source, RecognisedCheckpoint) else recognise(source, revision=revision)
+    progress(f"recognised {found.layout.name}")
+    description = found.description
+    composition = _compose(description, composition_over)
+    dtype = found.checkpoint.dtype if dtype == "auto" else dtype
     assert isinstance(dtype, torch.dtype)
-
-    tower = None if described.vision_config is not None else find_tower(composition.vision_encoder)
-    tower_config = described.vision_config if tower is None else tower.config
-    assert tower_config is not None
-    source = _language_model(checkpoint, layout, described, composition, trust_remote_code)
-    tokenizer = source.tokenizer(composition.language_model.tokenizer or described.tokenizer)
-    reading = composition.vision_encoder.feature_arguments
-    with blaming_config_of(checkpoint, layout):
-        shape = tower_shape(tower_config, **reading)
-    config = configure(composition, tower_config, shape, source.config, tokenizer, described.first_added_id)
-
-    visual = lang_model = None
-    if tower is not None:
-        progress(f"loading vision encoder {composition.vision_encoder.name}")
-        visual = VisionEncoder(load_tower(tower), **reading)
-    if described.text_config is None and not described.holds_language_model:
-        progress(f"loading language model {source.name}")
-        lang_model = source.load(dtype)
-    with (
-        blaming_config_of(checkpoint, layout),
-        torch.random.fork_rng(devices=[]),
-        init_empty_weights(include_buffers=False),
-    ):
-        torch.manual_seed(seed)
-        model = VLM(config, vision_encoder=visual, lang_model=lang_model)
-    # In there each parameter is made anew where it is put, so that tied ones came apart.
-    model.lang_model.tie_weights()
-    cast(model, dtype)
-    # A tower that names no weights was drawn: the checkpoint has to bring them.
-    drawn = tower is None or tower.weights is None
-    backed = tuple(
-        VLM.PART_PREFIXES[part]
-        for part, has_weights in (("vision_encoder", not drawn), ("language_model", lang_model is not None))
-        if has_weights
+    parts = _find_parts(found, composition, trust_remote_code)
+    config = _configure(found, composition, parts)
+    model = _build_empty(found, config, parts, dtype, seed, progress)
+    progress(f"reading {len(found.checkpoint.tensors)} tensors")
+    plan = plan_fill(
+        model,
+        found.checkpoint,
+        description.targets_for(model.config),
+        has_weights=lambda name: name.startswith(parts.loaded_prefixes),
+        is_optional=description.is_optional,
     )
-    progress(f"reading {len(checkpoint.tensors)} tensors")
-    report = fill(model, checkpoint, described, has_weights=lambda name: name.startswith(backed) if backed else False)
-    processor = VLMProcessor(OpenCLIPImageProcessor(tower_config["preprocess"]), tokenizer)
-    if not report.is_complete:
-        return Imported(None, processor, layout, report, described.notes)
-    lm = model.lang_model
-    lm.tie_weights()
-    _draw_added(model, report, seed)
-    _start_as(model, processor, described.initialize_like)
-    model.config.dtype = model.config.text_config.dtype = dtype
-    model.generation_config = generation_config(model)
-    model.set_trainable(composition.trainable)
-    return Imported(model.eval(), processor, layout, report, described.notes)
+    processor = VLMProcessor(OpenCLIPImageProcessor(parts.tower_config["preprocess"]), parts.tokenizer)
+    if plan.report.is_complete:
+        plan.copy(found.checkpoint)
+        _finish(model, processor, description, plan.report, dtype, seed)
+    is_complete = plan.report.is_complete
+    return Imported(model if is_complete else None, processor, found.layout, plan.report, description.notes)
 
 
-def _check_own_parts(described: CheckpointDescription, composition: Composition) -> None:
-    """
+def _compose(description: CheckpointDescription, over: CompositionOver | None) -> Composition:
+    """Lay the user's settings over the composition that a checkpoint describes.
+
     Raises:
-        CompositionError: if another part was named for one whose weights the checkpoint holds.
+        CompositionError: for settings that do not fit, or that replace a part whose weights the checkpoint holds.
     """
+    if isinstance(over, Composition):
+        composition = over
+    elif over is None or isinstance(over, Mapping):
+        composition = Composition.compose(
+            None, description.composition, keep_trained_settings(description.composition, over or {})
+        )
+    else:
+        composition = over(description.composition)
     for part, flag, is_held in (
-        ("vision_encoder", "--vision-encoder", described.vision_config is not None),
-        ("language_model", "--language-model", described.text_config is not None),
+        ("vision_encoder", "--vision-encoder", description.vision_config is not None),
+        ("language_model", "--language-model", description.text_config is not None),
     ):
-        own, named = described.composition.get(part, {}).get("name"), getattr(composition, part).name
+        own, named = description.composition.get(part, {}).get("name"), getattr(composition, part).name
         if is_held and named != own:
             raise CompositionError(
-                f"the checkpoint holds its own {part.replace('_', ' ')}, so {named!r} has no place. Leave {flag} out."
+                f"the checkpoint holds its own {part.replace('_', ' ')}, so {named!r} cannot replace it. Leave {flag} "
+                "out."
             )
-    if described.vision_config is None:
-        return
-    # A family that has a tower of this name brings the weights it is known with.
+    if description.vision_config is not None:
+        _check_own_tower(description, composition)
+    return composition
+
+
+def _check_own_tower(description: CheckpointDescription, composition: Composition) -> None:
+    """Refuse settings of a vision encoder that the checkpoint's own one cannot have.
+
+    Raises:
+        CompositionError: names the setting.
+    """
+    # A family brings default weights for a tower that it knows by name. These are no setting of the user.
     lm = {"language_model": {"name": composition.language_model.name}}  # not every checkpoint names one
-    encoder = Composition.compose(None, described.composition, lm).vision_encoder
+    own = Composition.compose(None, description.composition, lm).vision_encoder
     for setting in ("pretrained", "image_size", "depth"):
-        named = getattr(composition.vision_encoder, setting)
-        if named != getattr(encoder, setting):
+        given = getattr(composition.vision_encoder, setting)
+        if given != getattr(own, setting):
             raise CompositionError(
-                f"the checkpoint holds its own vision encoder, so vision_encoder.{setting}={named} has no place. Leave "
-                "it out."
+                f"the checkpoint holds its own vision encoder, so vision_encoder.{setting}={given} cannot change it. "
+                "Leave the setting out."
             )
 
 
-@contextmanager
-def blaming_config_of(checkpoint: PublishedCheckpoint, layout: Layout) -> Iterator[None]:
-    """Say of what stands in a configuration, and no model can be made of, where it stands."""
-    try:
-        yield
-    except VLMError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"no model can be made of the configuration of {checkpoint.name!r}, which is read as {layout.name}: "
-            f"{type(error).__name__}: {first_line(error)}. Is its config.json as it was published?"
-        ) from error
+@dataclass(frozen=True)
+class _Parts:
+    """What a checkpoint's model is made of, inside the checkpoint or outside.
+
+    Attributes:
+        tower: the vision encoder outside; None if the checkpoint holds it.
+        tower_config: OpenCLIP's configuration of the vision encoder.
+        language_model: the language model's configuration, and where its weights and tokenizer are.
+        loads_language_model: whether the language model's weights come from outside.
+        tokenizer: of the language model.
+    """
+
+    tower: Tower | None
+    tower_config: Mapping[str, Any]
+    language_model: LanguageModelSource
+    loads_language_model: bool
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def loaded_prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names whose weights come from outside. A tower that names no weights is random."""
+        has_tower = self.tower is not None and self.tower.weights is not None
+        loaded = {"vision_encoder": has_tower, "language_model": self.loads_language_model}
+        return tuple(VLM.PART_PREFIXES[part] for part, is_loaded in loaded.items() if is_loaded)
 
 
-def _language_model(
-    checkpoint: PublishedCheckpoint,
-    layout: Layout,
-    described: CheckpointDescription,
-    composition: Composition,
-    trust_remote_code: bool,
-) -> LanguageModelSource:
-    """The language model that the checkpoint needs, or the one inside it."""
-    if described.text_config is None:
-        return find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
-    data = dict(described.text_config)
-    with blaming_config_of(checkpoint, layout):
+def _find_parts(found: RecognisedCheckpoint, composition: Composition, trust_remote_code: bool) -> _Parts:
+    """Find the backbones and the tokenizer, without loading weights.
+
+    Raises:
+        VLMError: if a part cannot be found.
+    """
+    description = found.description
+    tower = None if description.vision_config is not None else find_tower(composition.vision_encoder)
+    tower_config = description.vision_config if tower is None else tower.config
+    assert tower_config is not None
+    if description.text_config is None:
+        source = find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
+    else:
+        source = _find_own_language_model(found, description.text_config)
+    return _Parts(
+        tower=tower,
+        tower_config=tower_config,
+        language_model=source,
+        loads_language_model=description.text_config is None and not description.holds_language_model,
+        tokenizer=source.tokenizer(composition.language_model.tokenizer or description.tokenizer),
+    )
+
+
+def _find_own_language_model(found: RecognisedCheckpoint, text_config: Mapping[str, Any]) -> LanguageModelSource:
+    """Return the language model inside a checkpoint.
+
+    Raises:
+        VLMError: if no causal language model can be made of its configuration.
+    """
+    checkpoint, data = found.checkpoint, dict(text_config)
+    with found.blaming_config():
         config: PreTrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
     check_causal(config, checkpoint.name)
     return LanguageModelSource(checkpoint.name, str(checkpoint.folder), {"trust_remote_code": False}, config)
 
 
-def _draw_added(model: VLM, report: KeyReport, seed: int) -> None:
-    """Rows that the checkpoint does not have start at the mean of the language model's, as in every new model."""
-    drawn = [name for name in report.absent if name.startswith("added_tokens.")]
-    if not drawn:
+def _configure(found: RecognisedCheckpoint, composition: Composition, parts: _Parts) -> VLMConfig:
+    """Make the model's configuration; the tokenizer gets the composition's added tokens.
+
+    Raises:
+        VLMError: if the parts do not fit together.
+    """
+    with found.blaming_config():
+        shape = tower_shape(parts.tower_config, **composition.vision_encoder.feature_arguments)
+    first_added_id = found.description.first_added_id
+    return configure(
+        composition, parts.tower_config, shape, parts.language_model.config, parts.tokenizer, first_added_id
+    )
+
+
+def _build_empty(
+    found: RecognisedCheckpoint,
+    config: VLMConfig,
+    parts: _Parts,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Callable[[str], None],
+) -> VLM:
+    """Build the model: outside parts with their weights, and all other parameters on the meta device.
+
+    Raises:
+        VLMError: if a part cannot be loaded.
+    """
+    visual = lang_model = None
+    if parts.tower is not None:
+        progress(f"loading vision encoder {config.composition.vision_encoder.name}")
+        visual = VisionEncoder(load_tower(parts.tower), **config.composition.vision_encoder.feature_arguments)
+    if parts.loads_language_model:
+        progress(f"loading language model {parts.language_model.name}")
+        lang_model = parts.language_model.load(dtype)
+    with (
+        found.blaming_config(),
+        torch.random.fork_rng(devices=[]),
+        init_empty_weights(include_buffers=False),
+    ):
+        torch.manual_seed(seed)
+        model = VLM(config, vision_encoder=visual, lang_model=lang_model)
+    # `init_empty_weights` replaces each parameter when a module registers it, which separates tied ones.
+    model.lang_model.tie_weights()
+    cast(model, dtype)
+    return model
+
+
+def _finish(
+    model: VLM,
+    processor: VLMProcessor,
+    description: CheckpointDescription,
+    report: KeyReport,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Initialize what the checkpoint left open, and set the model up for use."""
+    model.lang_model.tie_weights()
+    _initialize_added_rows(model, report, seed)
+    _initialize_like(model, processor, description.initialize_like or {})
+    model.config.dtype = model.config.text_config.dtype = dtype
+    model.generation_config = generation_config(model)
+    model.set_trainable(model.config.composition.trainable)
+    model.eval()
+
+
+def _initialize_added_rows(model: VLM, report: KeyReport, seed: int) -> None:
+    """Start rows that the checkpoint did not fill at the mean of the language model's rows, as in every new model.
+
+    `FillPlan.copy` marks such rows with NaN.
+    """
+    unfilled = [name for name in report.absent if name.startswith("added_tokens.")]
+    if not unfilled:
         return
     lm = model.lang_model
     fresh = copy.deepcopy(model.added_tokens)
@@ -222,14 +299,14 @@ def _draw_added(model: VLM, report: KeyReport, seed: int) -> None:
         fresh.reset_parameters()
         fresh.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())
     with torch.no_grad():
-        for name in drawn:
-            row = model.get_parameter(name)
-            row.copy_(torch.where(row.isnan(), fresh.get_parameter(name.removeprefix("added_tokens.")), row))
+        for name in unfilled:
+            rows = model.get_parameter(name)
+            rows.copy_(torch.where(rows.isnan(), fresh.get_parameter(name.removeprefix("added_tokens.")), rows))
 
 
 @torch.no_grad()
-def _start_as(model: VLM, processor: VLMProcessor, texts: Mapping[str, str]) -> None:
-    """Give added tokens the embedding of a text's first token."""
+def _initialize_like(model: VLM, processor: VLMProcessor, texts: Mapping[str, str]) -> None:
+    """Give each of these added tokens the embedding of its text's first token."""
     embedding, added = model.lang_model.get_input_embeddings(), model.added_tokens
     for name, text in texts.items():
         ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]

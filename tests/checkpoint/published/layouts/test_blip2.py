@@ -35,7 +35,7 @@ from tests.support.published import (
     write_tokenizer,
 )
 from tests.support.tiny import stir
-from vlm_cli.checkpoint.published.importing import recognise
+from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.checkpoint.published.towers import eva
 from vlm_cli.checkpoint.published.towers.eva import EvaTower
 from vlm_cli.composition import CompositionRequest
@@ -321,7 +321,7 @@ def test_media_come_before_the_first_token(tmp_path):
     ("vision", "words"),
     [
         ({"hidden_size": 48}, "48 channels"),
-        ({"intermediate_size": 96}, "96 hidden ones"),
+        ({"intermediate_size": 96}, "96 hidden channels"),
         ({"num_attention_heads": 4}, "4 heads"),
         ({"patch_size": 8}, "patches of 8 pixels"),
         ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
@@ -400,7 +400,7 @@ def test_published_lavis_sizes():
         tensors = lavis_names(Blip2ForConditionalGeneration(settings).state_dict())
     kept = {k: x for k, x in tensors.items() if not re.match(HELD["trained"], k)}
     found = shapes_of(kept)
-    described = recognise(found).describe(found).composition
+    described = recognise(found).description.composition
     assert described["language_model"] == {"name": "facebook/opt-2.7b"}
     assert described["vision_encoder"] == {
         "name": "EVA01-g-14",

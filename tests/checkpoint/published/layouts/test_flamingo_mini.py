@@ -34,8 +34,8 @@ from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt,
 from tests.support.tiny import nudged, stir
 from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.importing import recognise
-from vlm_cli.checkpoint.published.layouts.base import fill
+from vlm_cli.checkpoint.published.fill import plan_fill
+from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.composition import Composition, CompositionRequest
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.towers import tower_shape
@@ -413,7 +413,7 @@ def test_the_tower_is_named(tmp_path):
     case = flamingo(tmp_path)
     rewrite(tmp_path, lambda state: {k: x for k, x in state.items() if "vision_encoder" not in k})
     checkpoint = PublishedCheckpoint.open(str(case.source))
-    encoder = recognise(checkpoint).describe(checkpoint).composition["vision_encoder"]
+    encoder = recognise(checkpoint).description.composition["vision_encoder"]
     assert encoder == {"name": "ViT-L-14", "pretrained": "openai", "class_token": True, "norm": False}
 
 
@@ -513,7 +513,7 @@ def test_published_sizes(name):
         tensors = added(data, text.num_hidden_layers, text.hidden_size, 1024)
         state = named(CLIPVisionModel(vision), lm, tensors, 1)
     checkpoint = replace(shapes_of({k: x.clone() for k, x in state.items()}), config=data)
-    described = recognise(checkpoint).describe(checkpoint)
+    described = recognise(checkpoint).description
     composition = Composition.compose(None, described.composition)
     assert composition.vision_encoder.name == "ViT-L-14"
     shape = tower_shape(described.vision_config, **composition.vision_encoder.feature_arguments)
@@ -521,7 +521,13 @@ def test_published_sizes(name):
     settings = configure(composition, described.vision_config, shape, text, None, 50265)
     with torch.device("meta"):
         model = VLM(settings)
-    report = fill(model, checkpoint, described, has_weights=lambda _: False)
+    report = plan_fill(
+        model,
+        checkpoint,
+        described.targets_for(settings),
+        has_weights=lambda _: False,
+        is_optional=described.is_optional,
+    ).report
     assert report.is_complete and not report.unused
     resampler, blocks = (sum(p.numel() for p in part.parameters()) for part in (model.vision_tokenizer, model.fusion))
     table, whole = model.get_input_embeddings().weight.numel(), model.lang_model.num_parameters()

@@ -154,7 +154,7 @@ def test_without_images(tmp_path):
     """Llama alone. IDEFICS's feed-forwards beside it also read text without images, which ours do not: a departure."""
     found = huggingface(tmp_path)
     imported = load(found)
-    assert any("read by Llama alone" in note for note in imported.notes)
+    assert any("passes only Llama's layers" in note for note in imported.notes)
     model = imported.model
     lang_x = torch.randint(1, VOCABULARY, (1, 7))
     ours = model(lang_x=lang_x).logits[0, :, :VOCABULARY]
@@ -194,9 +194,9 @@ def test_blocks_elsewhere_have_no_weights(tmp_path):
     [
         (
             {"cross_layer_interval": 4},
-            "has 2 cross-attention blocks, but cross_layer_interval=4 over 4 layers asks for 1",
+            "has 2 cross-attention blocks, but cross_layer_interval=4 over 4 layers needs 1",
         ),
-        ({"num_hidden_layers": 6}, "has 2 cross-attention blocks, but cross_layer_interval=2 over 6 layers asks for 3"),
+        ({"num_hidden_layers": 6}, "has 2 cross-attention blocks, but cross_layer_interval=2 over 6 layers needs 3"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
     ],
     ids=str,
@@ -216,7 +216,7 @@ def test_without_resampler_is_refused(tmp_path):
 
 def test_other_tokens_are_refused(tmp_path):
     IdeficsForVisionText2Text(config(additional_vocab_size=5)).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="has 5 tokens beside Llama's"):
+    with pytest.raises(CheckpointError, match="adds 5 tokens to Llama's"):
         load(Case(source=tmp_path, logits=lambda *_: _, made_by=""))
 
 

@@ -31,7 +31,7 @@ from tests.support.published import (
 )
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.importing import recognise
+from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError, CompositionError
 from vlm_cli.processor import VLMProcessor
@@ -340,7 +340,7 @@ def test_published_projector():
     """https://huggingface.co/liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5: the file says which parts."""
     tensors = original_names(published("7b", 32000).state_dict())
     found = shapes_of({k: x for k, x in tensors.items() if "mm_projector" in k})
-    described = recognise(found).describe(found)
+    described = recognise(found).description
     parts = CompositionRequest().compose_over(described.composition)
     assert (parts.vision_encoder.name, parts.vision_encoder.pretrained) == ("ViT-L-14-336", "openai")
     assert (parts.vision_encoder.layer, parts.language_model.name) == (-2, "lmsys/vicuna-7b-v1.5")

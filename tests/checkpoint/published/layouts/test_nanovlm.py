@@ -32,7 +32,7 @@ from tests.support.published import (
     write_tokenizer,
 )
 from tests.support.tiny import stir
-from vlm_cli.checkpoint.published.layouts.base import renamer
+from vlm_cli.checkpoint.published.targets import make_targets_of
 from vlm_cli.checkpoint.published.towers import siglip
 from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError
@@ -263,15 +263,15 @@ def test_siglip_of_transformers(activation):
         hidden_act=activation,
     )
     theirs = stir(SiglipVisionModel(vision), seed=5)
-    ours = build_tower(siglip.siglip_vision_config(vision.to_dict(), has_head=True)).eval()
-    state, places = ours.state_dict(), renamer(siglip.siglip_table(r"(?:vision_model\.)?", WIDTH))
+    ours = build_tower(siglip.convert_siglip_config(vision.to_dict(), has_head=True)).eval()
+    state, targets_of = ours.state_dict(), make_targets_of(siglip.make_siglip_rules(r"(?:vision_model\.)?", WIDTH))
     left = {name: x.numel() for name, x in state.items()}
     for name, x in theirs.state_dict().items():
-        for place in places(name):
-            target = place.target.removeprefix("vision_encoder.visual.")
-            region, given = state[target][place.target_rows or slice(None)], x[place.source_rows or slice(None)]
-            region.copy_(place.transform(given).reshape(region.shape))
-            left[target] -= region.numel()
+        for target in targets_of(name):
+            ours_name = target.target.removeprefix("vision_encoder.visual.")
+            region = target.region(state[ours_name])
+            region.copy_(target.select(x).reshape(region.shape))
+            left[ours_name] -= region.numel()
     assert not any(left.values())
     pixels = torch.randn(2, 3, 2 * SIZE, 2 * SIZE)
     with torch.no_grad():
@@ -413,10 +413,10 @@ def test_published_sizes(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mp_pixel_shuffle_factor": 4}, "projects 128 channels, not those of mp_pixel_shuffle_factor=4"),
+        ({"mp_pixel_shuffle_factor": 4}, "projects 128 channels; mp_pixel_shuffle_factor=4"),
         (
             {"mp_image_token_length": 64},
-            "gives 4 vectors for an image of 32 pixels, and its mp_image_token_length is 64",
+            "makes 4 vectors of an image of 32 pixels, but its mp_image_token_length is 64",
         ),
         ({"vit_n_heads": 4}, "32 channels, 2 layers, 4 heads and patches of 8 pixels"),
         ({"vit_ln_eps": 1e-5}, "layer_norm_eps=1e-05"),

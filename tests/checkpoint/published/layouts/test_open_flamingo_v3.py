@@ -51,15 +51,17 @@ def options(parity: Parity, folder, **changes) -> CompositionRequest:
 
 def load(tensors: dict[str, Tensor], folder, flags: CompositionRequest) -> Imported:
     save_file(tensors, folder / "w.safetensors")
-    return import_checkpoint(PublishedCheckpoint.open(str(folder / "w.safetensors")), flags.compose_over)
+    return import_checkpoint(
+        PublishedCheckpoint.open(str(folder / "w.safetensors")), composition_over=flags.compose_over
+    )
 
 
 def test_whole_files(parity, tmp_path):
     """The backbones have no weights anywhere else."""
     source = PublishedCheckpoint.open(str(parity.folder / "weights.safetensors"))
-    imported = import_checkpoint(source, options(parity, tmp_path).compose_over)
+    imported = import_checkpoint(source, composition_over=options(parity, tmp_path).compose_over)
     report, case = imported.report, parity.case(imported.model)
-    assert imported.layout.name == "open_flamingo, later branch"
+    assert imported.layout.name == "OpenFlamingo v3 (open_flamingo, later branch)"
     assert imported.model.config.composition.family == parity.config["family"]
     assert not (report.unused or report.absent)
     check_vision(case)
@@ -110,7 +112,7 @@ def test_parts_have_to_be_named(parity, tmp_path):
 @pytest.mark.parametrize("name", ["flamingo-llama", "kosmos-llama"])
 def test_heads_have_to_be_said(name, tmp_path):
     parity = Parity.read(name)
-    with pytest.raises(CheckpointError, match=r"attention of 32 channels .* 8 heads of 64 are 512"):
+    with pytest.raises(CheckpointError, match=r"attention of 32 channels .* 8 heads of 64 channels make 512"):
         load(parity.weights, tmp_path, options(parity, tmp_path, overrides=[]))
 
 

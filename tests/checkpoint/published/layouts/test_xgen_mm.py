@@ -18,7 +18,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, Siglip
 from tests.support import reference, tiny
 from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, shapes_of, sized, write_tokenizer
 from tests.support.tiny import stir
-from vlm_cli.checkpoint.published.importing import recognise
+from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.checkpoint.published.towers import siglip
 from vlm_cli.composition import CompositionRequest, PerceiverOptions
 from vlm_cli.errors import CheckpointError, CompositionError
@@ -227,7 +227,7 @@ def test_heads_are_96_wide(tmp_path, parts):
     case = xgen_mm(tmp_path, parts)
     wide = ["vision_tokenizer.num_heads=3", "vision_tokenizer.head_dim=64"]
     assert worst(replace(case, options=CompositionRequest(overrides=wide)), parts) > 1e-2
-    with pytest.raises(CheckpointError, match=r"attention of 192 channels .* 8 heads of 96 are 768"):
+    with pytest.raises(CheckpointError, match=r"attention of 192 channels .* 8 heads of 96 channels make 768"):
         load(replace(case, options=CompositionRequest(overrides=["vision_tokenizer.num_heads=8"])))
 
 
@@ -310,6 +310,6 @@ def test_published_sizes():
 def test_published_sizes_of_trained_tensors():
     tensors = {k: x for k, x in published("").items() if not re.match("vision_encoder", k)}
     checkpoint = shapes_of(tensors)
-    parts = CompositionRequest().compose_over(recognise(checkpoint).describe(checkpoint).composition)
+    parts = CompositionRequest().compose_over(recognise(checkpoint).description.composition)
     assert (parts.vision_encoder.name, parts.vision_encoder.pretrained) == ("ViT-SO400M-14-SigLIP-384", "webli")
     assert parts.language_model.name == "microsoft/Phi-3-mini-4k-instruct" and parts.language_model.head_bias

@@ -6,8 +6,8 @@ from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
-from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import ReducedScope
-from vlm_cli.checkpoint.published.layouts.openflamingo import OpenFlamingo
+from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
+from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
 from vlm_cli.checkpoint.published.layouts.xgen_mm import XGenMM
 
 __all__ = ["LAYOUTS"]
@@ -22,5 +22,5 @@ LAYOUTS: tuple[Layout, ...] = (
     NanoVLM(),
     OpenFlamingo(),
     XGenMM(),
-    ReducedScope(),
+    OpenFlamingoV3(),
 )

@@ -3,20 +3,22 @@
 Sources: transformers/models/blip_2, `Blip2ForConditionalGeneration` and convert_blip_2_original_to_pytorch.py;
 https://github.com/salesforce/LAVIS, `lavis/models/blip2_models/blip2_opt.py`.
 
-LAVIS's names are read as Transformers', and these have places. The last norm of the tower is LAVIS's `ln_vision`; it
-has epsilon 1e-5 there, and 1e-6 in Transformers, timm and here.
+LAVIS's names are turned into Transformers' first, for which the rules are written. LAVIS's `ln_vision` is the tower's
+last norm; its epsilon is 1e-5 there, and 1e-6 in Transformers, timm and vlm.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
-from vlm_cli.checkpoint.published.towers.eva import EVA_UNNEEDED, eva_table, eva_tower
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.layouts.parts import read_qformer_options
+from vlm_cli.checkpoint.published.tables import Table, table_targets, tables_filled
+from vlm_cli.checkpoint.published.targets import Target, TargetsOf, make_targets_of
+from vlm_cli.checkpoint.published.towers.eva import EVA_OPTIONAL, make_eva_rules, read_eva_tower
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
@@ -25,15 +27,15 @@ __all__ = ["HuggingFaceBLIP2", "LavisBLIP2"]
 
 _TOWER = "vision_model."
 _ADDED = r"added_tokens\.(?:embedding|head)\.\w+"
-#: What the parts that are built here do, and a configuration could ask otherwise.
+#: (part, setting, the only value that vlm can build).
 _FIXED = (
     ("vision_config", "hidden_act", "gelu"),
     ("vision_config", "qkv_bias", True),
     ("qformer_config", "hidden_act", "gelu"),
 )
 _ORDER = (
-    "BLIP-2 read the image before the token that begins a text (</s>); a tokenizer of vlm writes that token first, so "
-    "answers may differ from those of BLIP-2's own code."
+    "BLIP-2 reads the image before the token that begins a text (</s>). vlm writes that token first, so answers may "
+    "differ from those of BLIP-2's own code."
 )
 
 
@@ -44,31 +46,33 @@ class HuggingFaceBLIP2:
     source = "transformers/models/blip_2/modeling_blip_2.py"
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
+        """Look for the queries and the projection, and the configuration's type."""
         wanted = {"query_tokens", "language_projection.weight"}
         return checkpoint.config.get("model_type") == "blip-2" and wanted <= checkpoint.tensors.keys()
 
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
+        """Read sizes from shapes and `config.json`: the checkpoint holds all parts."""
         config = checkpoint.config
         for part, name, fixed in _FIXED:
             if (given := config.get(part, {}).get(name, fixed)) != fixed:
-                raise CheckpointError(f"{checkpoint.name!r} has {part}.{name}={given!r}; vlm has {fixed!r} there.")
-        vision, vision_config = eva_tower(
+                raise CheckpointError(f"{checkpoint.name!r} has {part}.{name}={given!r}; vlm builds only {fixed!r}.")
+        vision, vision_config = read_eva_tower(
             checkpoint, _TOWER, config.get("vision_config", {}).get("num_attention_heads", 16), checkpoint.folder
         )
         text = {"model_type": "opt", **config.get("text_config", {})}
-        # Older files have no media token: image features stand before the text.
+        # Older files have no token for an image: its features stand before the text.
         media_id = config.get("image_token_index")
         return CheckpointDescription(
             composition={
-                **_composition(checkpoint, config.get("qformer_config", {}).get("num_attention_heads", 12)),
+                **_make_composition(checkpoint, config.get("qformer_config", {}).get("num_attention_heads", 12)),
                 "vision_encoder": {**vision, "class_token": True, "norm": True},
                 "language_model": {"name": checkpoint.name},
             },
-            places=lambda ours: _places(ours, checkpoint),
+            targets_for=lambda ours: _make_targets(checkpoint, ours),
             text_config=text,
             vision_config=vision_config,
             first_added_id=media_id,
-            optional_pattern=EVA_UNNEEDED if media_id is not None else f"{EVA_UNNEEDED}|{_ADDED}",
+            optional_pattern=EVA_OPTIONAL if media_id is not None else f"{EVA_OPTIONAL}|{_ADDED}",
             notes=(_ORDER,),
         )
 
@@ -80,41 +84,45 @@ class LavisBLIP2:
     source = "https://github.com/salesforce/LAVIS/blob/main/lavis/models/blip2_models/blip2_opt.py"
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
+        """Look for the queries and LAVIS's projection."""
         return {"query_tokens", "opt_proj.weight"} <= checkpoint.tensors.keys()
 
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
-        renamed = replace(checkpoint, tensors={_huggingface(name): x for name, x in checkpoint.tensors.items()})
-        # The Q-Former is BERT's, whose heads have 64 channels at every size.
-        composition = _composition(renamed, renamed.shape("query_tokens")[2] // 64)
+        """Read sizes from shapes; the backbones may be absent, and are then those of the published models."""
+        renamed = replace(checkpoint, tensors={_to_huggingface(name): x for name, x in checkpoint.tensors.items()})
+        # BERT, whose network the Q-Former is, has heads of 64 channels at every size.
+        composition = _make_composition(renamed, renamed.shape("query_tokens")[2] // 64)
         notes = [_ORDER]
         vision_config, vision = None, {"name": "EVA01-g-14", "pretrained": "laion400m_s11b_b41k", "depth": 39}
         if f"{_TOWER}embeddings.patch_embedding.weight" in renamed.tensors:
-            vision, vision_config = eva_tower(renamed, _TOWER)
+            vision, vision_config = read_eva_tower(renamed, _TOWER)
         else:
             notes.append(
-                "The checkpoint does not hold the vision encoder that it was trained over (LAVIS's eva_vit_g). "
-                "OpenCLIP's EVA01-g-14 is the same network; whether its weights are the same was not verified. Other "
-                "weights: --set vision_encoder.pretrained=FILE. With another name, set depth, class_token and norm too."
+                "The checkpoint does not hold the vision encoder that it was trained with (LAVIS's eva_vit_g). vlm "
+                "takes OpenCLIP's EVA01-g-14, which is the same network; nobody has verified that its weights are the "
+                "same. For other weights: --set vision_encoder.pretrained=FILE. If you name another encoder, set "
+                "depth, class_token and norm too."
             )
         composition["vision_encoder"] = {**vision, "class_token": True, "norm": True}
         width = renamed.shape("language_projection.weight")[0]
         if (known := _LANGUAGE_MODELS.get(width)) is not None:
             composition["language_model"] = {"name": known}
         notes.append(
-            f"The checkpoint does not name its language model; by its width of {width} channels it is "
-            f"{known or 'none of the published'}. BLIP-2 ended its answers at a line break."
+            "The checkpoint does not name its language model. "
+            + (f"By its width of {width} channels it is {known}. " if known else "")
+            + "BLIP-2 ends its answers at a line break."
         )
 
-        def places(ours: VLMConfig) -> TargetsOf:
-            of_huggingface = _places(ours, renamed)
-            return lambda name: of_huggingface(_huggingface(name))
+        def targets_for(ours: VLMConfig) -> TargetsOf:
+            targets_of = _make_targets(renamed, ours)
+            return lambda name: targets_of(_to_huggingface(name))
 
         return CheckpointDescription(
             composition=composition,
-            places=places,
+            targets_for=targets_for,
             holds_language_model="language_model.model.decoder.embed_tokens.weight" in renamed.tensors,
             vision_config=vision_config,
-            optional_pattern=f"{EVA_UNNEEDED}|{_ADDED}",
+            optional_pattern=f"{EVA_OPTIONAL}|{_ADDED}",
             notes=tuple(notes),
         )
 
@@ -143,10 +151,10 @@ _RENAMES = tuple(
 )
 
 
-def _huggingface(name: str) -> str:
-    """Transformers' name of a tensor of LAVIS.
+def _to_huggingface(name: str) -> str:
+    """Turn LAVIS's name of a tensor into Transformers'.
 
-    >>> _huggingface("Qformer.bert.encoder.layer.0.crossattention.self.key.bias")
+    >>> _to_huggingface("Qformer.bert.encoder.layer.0.crossattention.self.key.bias")
     'qformer.encoder.layer.0.crossattention.attention.key.bias'
     """
     for pattern, replacement in _RENAMES:
@@ -155,67 +163,40 @@ def _huggingface(name: str) -> str:
     return name
 
 
-def _composition(checkpoint: PublishedCheckpoint, num_heads: int) -> dict[str, Any]:
-    """What is the same in both: the Q-Former, whose sizes its tensors tell."""
-    layer = r"qformer\.encoder\.layer\.(\d+)\."
-    depth = number_of(checkpoint, layer)
-    crossing = sorted(
-        {int(match[1]) for name in checkpoint.tensors if (match := re.match(rf"{layer}crossattention\.", name))}
-    )
-    every = crossing[1] if len(crossing) > 1 else depth
-    if crossing != list(range(0, depth, every)):
-        raise CheckpointError(
-            f"{checkpoint.name!r} has cross-attention in layers {crossing} of its {depth}, which are not regular."
-        )
-    _, num_queries, dim = checkpoint.shape("query_tokens")
+def _make_composition(checkpoint: PublishedCheckpoint, num_heads: int) -> dict[str, Any]:
+    """Make the part of the composition that is the same in both layouts: the Q-Former, read from shapes."""
     return {
         "family": "blip",
-        "vision_tokenizer": {
-            "type": "qformer",
-            "num_queries": num_queries,
-            "depth": depth,
-            "dim": dim,
-            "num_heads": num_heads,
-            "dim_ff": checkpoint.shape("qformer.encoder.layer.0.intermediate_query.dense.weight")[0],
-            "cross_attention_every": every,
-        },
+        "vision_tokenizer": read_qformer_options(checkpoint, "", num_heads),
         "fusion": "language-stream",
         "added_tokens": [MEDIA_TOKEN],
         "trainable": ["vision_tokenizer", "added_tokens"],
     }
 
 
-def _places(ours: VLMConfig, checkpoint: PublishedCheckpoint) -> TargetsOf:
-    """Where tensors under Transformers' names go."""
-    tensors: Mapping[str, Any] = checkpoint.tensors
-    patches = tensors.get(f"{_TOWER}embeddings.patch_embedding.weight")
-    return renamer(
+def _make_targets(checkpoint: PublishedCheckpoint, ours: VLMConfig) -> TargetsOf:
+    """Make the lookup of targets, by Transformers' names, for a VLM of this configuration."""
+    patches = checkpoint.tensors.get(f"{_TOWER}embeddings.patch_embedding.weight")
+    embedding, head = r"language_model\.(.*embed_tokens)\.weight", r"language_model\.(lm_head)\.weight"
+    filled = tables_filled(checkpoint, ours, embedding=embedding, head=head)
+    added = slice(ours.first_added_id, ours.first_added_id + len(ours.added_tokens))
+
+    def fill_table(match: re.Match[str], kind: Table) -> list[Target]:
+        """Fill the language model's table; newer files have a row for the media token in it."""
+        has_row = checkpoint.shape(f"language_model.{match[1]}.weight")[0] >= added.stop
+        return table_targets(f"lang_model.{match[1]}.weight", filled[kind] if has_row else (), added=added)
+
+    return make_targets_of(
         [
-            *eva_table(re.escape(_TOWER), 0 if patches is None else patches.shape[0]),
+            *make_eva_rules(re.escape(_TOWER), 0 if patches is None else patches.shape[0]),
             (r"query_tokens", "vision_tokenizer.query_tokens"),
-            # The branch that reads text serves retrieval, and pretraining before there is a language model.
+            # The branch that reads text serves retrieval, and the stage of training without a language model.
             (r"qformer\.(?:embeddings|cls)\..*", None),
             (r"qformer\.encoder\.layer\.\d+\.(?:intermediate|output)\..*", None),
             (r"qformer\.(.*)", r"vision_tokenizer.qformer.\1"),
             (r"language_projection\.(\w+)", r"vision_tokenizer.proj.\1"),
-            (r"language_model\.(.*embed_tokens)\.weight", _table(ours, checkpoint, head=False)),
-            (r"language_model\.(lm_head)\.weight", _table(ours, checkpoint, head=True)),
+            (embedding, lambda match: fill_table(match, "embedding")),
+            (head, lambda match: fill_table(match, "head")),
             (r"language_model\.(.*)", r"lang_model.\1"),
         ]
     )
-
-
-def _table(ours: VLMConfig, checkpoint: PublishedCheckpoint, *, head: bool) -> Any:
-    """TargetsOf of a table of the language model, which may hold the media token as a row of its own."""
-    end = ours.first_added_id + len(ours.added_tokens)
-    added = slice(ours.first_added_id, end)
-    is_tied = "language_model.lm_head.weight" not in checkpoint.tensors
-
-    def places(match: Any) -> list[Target]:
-        found = [Target(f"lang_model.{match[1]}.weight")]
-        if checkpoint.shape(f"language_model.{match[1]}.weight")[0] >= end:
-            wanted = ["head"] if head else ["embedding", "head"] if is_tied else ["embedding"]
-            found += [Target(f"added_tokens.{name}.weight", source_rows=added) for name in wanted]
-        return found
-
-    return places

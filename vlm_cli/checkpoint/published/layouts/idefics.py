@@ -6,25 +6,46 @@ processing_idefics.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
-from vlm_cli.checkpoint.published.towers.clip import CLIP_UNNEEDED, clip_table, clip_vision_config, read_preprocessing
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.shapes import count_layers
+from vlm_cli.checkpoint.published.tables import added_targets, tables_filled
+from vlm_cli.checkpoint.published.targets import (
+    Target,
+    TargetsOf,
+    identity,
+    make_targets_of,
+    stack_rows,
+)
+from vlm_cli.checkpoint.published.towers.clip import (
+    CLIP_OPTIONAL,
+    convert_clip_config,
+    make_clip_rules,
+    name_clip_tower,
+    read_preprocessing,
+)
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 
 __all__ = ["HuggingFaceIDEFICS"]
 
-#: Added tokens in the order of their ids; the last is that of the instructed models.
+#: Added tokens in the order of their ids; only instructed models have the last.
 _ADDED = ("<fake_token_around_image>", MEDIA_TOKEN, "<end_of_utterance>")
 
 _PERCEIVER = "model.perceiver_resampler."
 _BLOCKS = "model.gated_cross_attn_layers."
+
+
+#: The targets of a tensor by the match of its name.
+_TargetsOfMatch = Callable[[re.Match[str]], Sequence[Target]]
 
 
 class HuggingFaceIDEFICS:
@@ -34,31 +55,33 @@ class HuggingFaceIDEFICS:
     source = "transformers/models/idefics/modeling_idefics.py"
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
+        """Look for a block's gate and the configuration's type."""
         return checkpoint.config.get("model_type") == "idefics" and f"{_BLOCKS}0.alpha_cross_attn" in checkpoint.tensors
 
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
+        """Read sizes from `config.json`: the checkpoint holds all parts."""
         config = {**_DEFAULTS, **checkpoint.config}
         vision = {**_VISION_DEFAULTS, **config.get("vision_config", {})}
         vision["hidden_size"] = vision["embed_dim"]
-        tower = clip_vision_config(vision, checkpoint.folder)
+        tower = convert_clip_config(vision, checkpoint.folder)
         tower["preprocess"] = read_preprocessing(checkpoint.folder, vision["image_size"], resize_mode="squash")
         if config["hidden_act"] != "silu":
             raise CheckpointError(
                 f"{checkpoint.name!r} has activation {config['hidden_act']!r}; Llama's layers have silu."
             )
-        every = _interval(checkpoint, config)
+        every = _read_interval(checkpoint, config)
         added = checkpoint.tensors.get("model.embed_tokens.additional_embedding.weight")
         num_added = 0 if added is None else added.shape[0]
         if not 2 <= num_added <= len(_ADDED):
             raise CheckpointError(
-                f"{checkpoint.name!r} has {num_added} tokens beside Llama's; IDEFICS has {' and '.join(_ADDED[:2])}, "
-                f"and {_ADDED[2]} if it was instructed."
+                f"{checkpoint.name!r} adds {num_added} tokens to Llama's; IDEFICS adds {' and '.join(_ADDED[:2])}, and "
+                f"an instructed model {_ADDED[2]} too."
             )
         return CheckpointDescription(
             composition={
                 "family": "flamingo",
-                "vision_encoder": {"name": _name(vision), "norm": False, "class_token": True},
-                "vision_tokenizer": _perceiver(checkpoint, config),
+                "vision_encoder": {"name": name_clip_tower(vision), "norm": False, "class_token": True},
+                "vision_tokenizer": _read_perceiver(checkpoint, config),
                 "fusion": {
                     "type": "llama-cross-attention",
                     "every": every,
@@ -73,25 +96,26 @@ class HuggingFaceIDEFICS:
                 "language_model": {"name": checkpoint.name},
                 "added_tokens": list(_ADDED[:num_added]),
             },
-            places=lambda ours: _places(ours, vision["hidden_size"], every, checkpoint),
+            targets_for=lambda ours: _make_targets(checkpoint, ours, vision["hidden_size"], every),
             text_config={
                 "model_type": "llama",
                 "num_key_value_heads": config["num_attention_heads"],
-                **{name: config[name] for name in _OF_LLAMA if name in config},
+                **{name: config[name] for name in _LLAMA_SETTINGS if name in config},
             },
             vision_config=tower,
             first_added_id=config["vocab_size"],
-            optional_pattern=CLIP_UNNEEDED,
+            optional_pattern=CLIP_OPTIONAL,
             notes=(
-                f"IDEFICS was trained with {_ADDED[0]} before and after each image, or between two that follow each "
-                "other. A prompt is taken as it is written: write them, and read special tokens as such.",
-                "A prompt without images is read by Llama alone; in IDEFICS it passes the feed-forwards of the "
-                "cross-attention blocks too.",
+                f"IDEFICS was trained with {_ADDED[0]} before and after each image, and a single one between two "
+                "images that follow each other. vlm takes a prompt as you write it: write these tokens, and add "
+                "--special-tokens.",
+                "In vlm, a prompt without images passes only Llama's layers. In IDEFICS it passes the feed-forward "
+                "layers of the cross-attention blocks too.",
             ),
         )
 
 
-#: What a configuration that says nothing means (`IdeficsConfig`).
+#: Defaults of `config.json` (`IdeficsConfig`).
 _DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -108,8 +132,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "cross_layer_interval": 1,
     "use_resampler": False,
 }
-#: Settings that Llama has by the same names.
-_OF_LLAMA = (
+#: Settings that Llama has under the same names.
+_LLAMA_SETTINGS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -126,7 +150,7 @@ _OF_LLAMA = (
     "rope_theta",
     "initializer_range",
 )
-#: The same of its vision encoder (`IdeficsVisionConfig`).
+#: Defaults of `vision_config` (`IdeficsVisionConfig`).
 _VISION_DEFAULTS: Mapping[str, Any] = {
     "embed_dim": 768,
     "intermediate_size": 5120,
@@ -138,37 +162,32 @@ _VISION_DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def _name(vision: Mapping[str, Any]) -> str:
-    """OpenCLIP's name of the tower, if it has these sizes."""
-    sizes = (vision["hidden_size"], vision["num_hidden_layers"], vision["patch_size"], vision["image_size"])
-    return "ViT-H-14" if sizes == (1280, 32, 14, 224) else "clip-vision-transformer"
-
-
-def _interval(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> int:
-    """From one decoder layer with a block to the next.
+def _read_interval(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> int:
+    """Return the number of decoder layers from one block to the next. The blocks are numbered by themselves.
 
     Raises:
         CheckpointError: if the checkpoint has another number of blocks than its configuration says.
     """
     every, depth = config["cross_layer_interval"], config["num_hidden_layers"]
-    found = number_of(checkpoint, rf"{_BLOCKS}(\d+)\.")
+    found = count_layers(checkpoint, rf"{_BLOCKS}(\d+)\.")
     if found * every != depth:
         raise CheckpointError(
             f"{checkpoint.name!r} has {found} cross-attention blocks, but cross_layer_interval={every} over {depth} "
-            f"layers asks for {depth / every:g}."
+            f"layers needs {depth / every:g}."
         )
     return every
 
 
-def _perceiver(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> dict[str, Any]:
-    """
+def _read_perceiver(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the settings of the resampler, whose heads `config.json` or a norm of queries tells.
+
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is no resampler, or its heads do not fit its channels.
     """
     if f"{_PERCEIVER}latents" not in checkpoint.tensors:
         raise CheckpointError(
-            f"{checkpoint.name!r} has no resampler (use_resampler={config['use_resampler']!r}); vlm has no vision "
-            "tokenizer that keeps all patches for cross-attention as they are."
+            f"{checkpoint.name!r} has no resampler (use_resampler={config['use_resampler']!r}), so it attends to all "
+            "patches; vlm has no vision tokenizer that passes patches on unchanged."
         )
     norm = checkpoint.tensors.get(f"{_PERCEIVER}blocks.0.0.q_layer_norm.weight")
     head_dim = config.get("perceiver_config", {}).get("resampler_head_dim", 96) if norm is None else norm.shape[0]
@@ -176,12 +195,12 @@ def _perceiver(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> di
     inner = checkpoint.shape(f"{_PERCEIVER}blocks.0.0.q_proj.weight")[0]
     if inner % head_dim:
         raise CheckpointError(
-            f"{checkpoint.name!r} has a resampler of {inner} channels in its attention, not a multiple of the "
-            f"{head_dim} of a head."
+            f"{checkpoint.name!r} has a resampler with attention of {inner} channels, which is not a multiple of the "
+            f"{head_dim} channels of a head."
         )
     return {
         "type": "perceiver",
-        "depth": number_of(checkpoint, rf"{_PERCEIVER}blocks\.(\d+)\."),
+        "depth": count_layers(checkpoint, rf"{_PERCEIVER}blocks\.(\d+)\."),
         "num_latents": num_latents,
         "num_heads": inner // head_dim,
         "head_dim": head_dim,
@@ -191,59 +210,60 @@ def _perceiver(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> di
     }
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[1, 1, d] -> [d]."""
-    return x.flatten()
+def _make_targets(checkpoint: PublishedCheckpoint, ours: VLMConfig, vision_width: int, every: int) -> TargetsOf:
+    """Make the lookup of targets for a VLM of this configuration.
 
-
-def _places(ours: VLMConfig, vision_width: int, every: int, checkpoint: PublishedCheckpoint) -> TargetsOf:
+    Args:
+        checkpoint: names and shapes.
+        ours: the VLM's configuration.
+        vision_width: channels of the vision encoder.
+        every: decoder layers from one block to the next.
+    """
     inner = checkpoint.shape(f"{_PERCEIVER}blocks.0.0.k_proj.weight")[0]
+    filled = tables_filled(checkpoint, ours, embedding=r"model\.embed_tokens\.weight", head=r"lm_head\.weight")
 
-    def keys_values(match: Any) -> list[Target]:
-        """One matrix of keys, then values."""
-        start = "kv".index(match[2]) * inner
-        return [Target(f"vision_tokenizer.layers.{match[1]}.0.to_kv.weight", target_rows=slice(start, start + inner))]
+    def stack(match: re.Match[str]) -> list[Target]:
+        return stack_rows(f"vision_tokenizer.layers.{match[1]}.0.to_kv.weight", "kv", match[2], inner)
 
-    def block(target: str, change: Any = None) -> Any:
-        """Blocks are numbered by themselves there, and by their decoder layers here."""
+    def to_block(target: str, transform: Callable[[Tensor], Tensor] = identity) -> _TargetsOfMatch:
+        """Number a block by its decoder layer, as vlm does; IDEFICS counts blocks 0, 1, 2, …."""
 
-        def places(match: Any) -> list[Target]:
-            name = f"fusion.blocks.{int(match[1]) * every}.{match.expand(target)}"
-            return [Target(name) if change is None else Target(name, transform=change)]
+        def targets(match: re.Match[str]) -> list[Target]:
+            return [
+                Target(f"fusion.blocks.{int(match[1]) * every}.{match.expand(target)}", transform=transform),
+            ]
 
-        return places
+        return targets
 
-    is_tied = "lm_head.weight" not in checkpoint.tensors
-    added = [Target("added_tokens.embedding.weight"), *([Target("added_tokens.head.weight")] if is_tied else [])]
     resampler, layer = r"model\.perceiver_resampler\.", r"model\.gated_cross_attn_layers\.(\d+)\."
     attention, feed_forward = rf"{resampler}blocks\.(\d+)\.0\.", rf"{resampler}blocks\.(\d+)\.1\."
-    mine = r"vision_tokenizer.layers.\1."
-    return renamer(
+    ours_layer = r"vision_tokenizer.layers.\1."
+    return make_targets_of(
         [
-            *clip_table(r"model\.vision_model\.", vision_width),
+            *make_clip_rules(r"model\.vision_model\.", vision_width),
             (rf"{resampler}latents", "vision_tokenizer.latents"),
             (rf"{resampler}layer_norm\.(\w+)", r"vision_tokenizer.norm.\1"),
-            (rf"{attention}context_layer_norm\.(\w+)", rf"{mine}0.norm_media.\2"),
-            (rf"{attention}latents_layer_norm\.(\w+)", rf"{mine}0.norm_latents.\2"),
-            (rf"{attention}([qk])_layer_norm\.(\w+)", rf"{mine}0.\2_norm.\3"),
-            (rf"{attention}q_proj\.weight", rf"{mine}0.to_q.weight"),
-            (rf"{attention}([kv])_proj\.weight", keys_values),
-            (rf"{attention}output_proj\.weight", rf"{mine}0.to_out.weight"),
-            (rf"{feed_forward}ln\.(\w+)", rf"{mine}1.0.\2"),
-            (rf"{feed_forward}fc\.weight", rf"{mine}1.1.weight"),
-            (rf"{feed_forward}c_proj\.weight", rf"{mine}1.3.weight"),
-            (rf"{layer}alpha_cross_attn", block("attn_gate", _flat)),
-            (rf"{layer}alpha_dense", block("ff_gate", _flat)),
-            (rf"{layer}input_layernorm\.weight", block("attn.norm.weight")),
-            (rf"{layer}post_attention_layernorm\.weight", block("ff.norm.weight")),
-            (rf"{layer}cross_attn\.([qk])_layer_norm\.weight", block(r"attn.\2_norm.weight")),
-            (rf"{layer}cross_attn\.([qkvo]_proj)\.weight", block(r"attn.\2.weight")),
-            (rf"{layer}mlp\.(\w+)\.weight", block(r"ff.\2.weight")),
-            (r"model\..*\.rotary_emb\.inv_freq", None),  # computed anew
-            (r"model\.embed_tokens\.additional_embedding\.weight", lambda match: added),
+            (rf"{attention}context_layer_norm\.(\w+)", rf"{ours_layer}0.norm_media.\2"),
+            (rf"{attention}latents_layer_norm\.(\w+)", rf"{ours_layer}0.norm_latents.\2"),
+            (rf"{attention}([qk])_layer_norm\.(\w+)", rf"{ours_layer}0.\2_norm.\3"),
+            (rf"{attention}q_proj\.weight", rf"{ours_layer}0.to_q.weight"),
+            (rf"{attention}([kv])_proj\.weight", stack),
+            (rf"{attention}output_proj\.weight", rf"{ours_layer}0.to_out.weight"),
+            (rf"{feed_forward}ln\.(\w+)", rf"{ours_layer}1.0.\2"),
+            (rf"{feed_forward}fc\.weight", rf"{ours_layer}1.1.weight"),
+            (rf"{feed_forward}c_proj\.weight", rf"{ours_layer}1.3.weight"),
+            (rf"{layer}alpha_cross_attn", to_block("attn_gate", torch.flatten)),
+            (rf"{layer}alpha_dense", to_block("ff_gate", torch.flatten)),
+            (rf"{layer}input_layernorm\.weight", to_block("attn.norm.weight")),
+            (rf"{layer}post_attention_layernorm\.weight", to_block("ff.norm.weight")),
+            (rf"{layer}cross_attn\.([qk])_layer_norm\.weight", to_block(r"attn.\2_norm.weight")),
+            (rf"{layer}cross_attn\.([qkvo]_proj)\.weight", to_block(r"attn.\2.weight")),
+            (rf"{layer}mlp\.(\w+)\.weight", to_block(r"ff.\2.weight")),
+            (r"model\..*\.rotary_emb\.inv_freq", None),  # computed from the configuration
+            (r"model\.embed_tokens\.additional_embedding\.weight", lambda _: added_targets(filled["embedding"])),
             (r"model\.embed_tokens\.weight", "lang_model.model.embed_tokens.weight"),
             (r"model\.(layers\..*|norm\..*)", r"lang_model.model.\1"),
-            (r"lm_head\.additional_fc\.weight", "added_tokens.head.weight"),
+            (r"lm_head\.additional_fc\.weight", lambda _: added_targets(filled["head"])),
             (r"lm_head\.weight", "lang_model.lm_head.weight"),
         ]
     )

@@ -2,8 +2,9 @@
 
 Source: https://github.com/huggingface/nanoVLM, `models/`; v0.1 wrote nanoVLM-222M, `main` the later ones.
 
-In v0.1 an image has no token: its 49 vectors stand before the text. Our `<image>` is an added token of which nothing
-but its place is read. Later models have a token for each vector, which our `<image>` replaces, and others beside it.
+In v0.1 an image has no token: its 49 vectors stand before the text. vlm's `<image>` is then an added token that marks
+the position, and nothing reads its row. Later models have one token for each vector, and more beside it; vlm's
+`<image>` replaces the former.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, mean_rows, renamer
-from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_UNNEEDED, siglip_name, siglip_vision_config
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.tables import Table, known_and_new_targets, tables_filled
+from vlm_cli.checkpoint.published.targets import Target, TargetsOf, make_targets_of
+from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_OPTIONAL, convert_siglip_config, name_siglip_tower
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
@@ -30,18 +33,20 @@ class NanoVLM:
     source = "https://github.com/huggingface/nanoVLM/blob/main/models/vision_language_model.py"
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
+        """Look for a tensor of each of the three modules."""
         return {"MP.proj.weight", "decoder.norm.weight", "vision_encoder.patch_embedding.conv.weight"} <= set(
             checkpoint.tensors
         )
 
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
+        """Read sizes from `config.json`: the checkpoint holds all parts."""
         config = checkpoint.config
         if "lm_n_heads" not in config:
             raise CheckpointError(
-                f"{checkpoint.name!r} has no config.json of nanoVLM, and its tensors do not say how many heads there "
+                f"{checkpoint.name!r} has no config.json of nanoVLM, and its tensors do not tell how many heads there "
                 "are. Give the directory that holds both."
             )
-        _check(checkpoint)
+        _check_config(checkpoint)
         vision = {
             "hidden_size": config["vit_hidden_dim"],
             "num_hidden_layers": config["vit_n_blocks"],
@@ -50,7 +55,7 @@ class NanoVLM:
             "image_size": config["vit_img_size"],
             "layer_norm_eps": config["vit_ln_eps"],
         }
-        # Images are neither centred nor scaled there, although SigLIP's own were.
+        # nanoVLM does not normalize pixels, although SigLIP's training did.
         tiled = "max_img_size" in config
         plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bicubic" if tiled else "bilinear"}
         extra = dict(config.get("vlm_extra_tokens") or {})
@@ -59,7 +64,7 @@ class NanoVLM:
         notes = []
         if tiled:
             notes.append(
-                "nanoVLM cuts an image in tiles and shows all of them; vlm shows the whole image alone. Write "
+                "nanoVLM cuts an image into tiles, and reads all of them. vlm reads only the whole image. Write "
                 f"{extra.get('global_image_token', '')}{MEDIA_TOKEN} before the question, and add --special-tokens."
             )
         if "image_token" not in (config.get("vlm_extra_tokens") or {}):
@@ -68,7 +73,7 @@ class NanoVLM:
         return CheckpointDescription(
             composition={
                 "family": "llava",
-                "vision_encoder": {"name": siglip_name(vision)},
+                "vision_encoder": {"name": name_siglip_tower(vision)},
                 "vision_tokenizer": {
                     "type": "linear",
                     "bias": False,
@@ -84,43 +89,50 @@ class NanoVLM:
                     *(["added_tokens"] if has_rows else []),
                 ],
             },
-            places=lambda ours: _places(ours, config["lm_vocab_size"], has_head=_has_head(checkpoint)),
-            text_config=_text_config(config, base),
-            vision_config=siglip_vision_config(vision, plain),
+            targets_for=lambda ours: _make_targets(checkpoint, ours),
+            text_config=_convert_text_config(config, base),
+            vision_config=convert_siglip_config(vision, plain),
             tokenizer=config.get("lm_tokenizer"),
-            optional_pattern=SIGLIP_UNNEEDED if has_rows else rf"{SIGLIP_UNNEEDED}|added_tokens\..*",
+            optional_pattern=SIGLIP_OPTIONAL if has_rows else rf"{SIGLIP_OPTIONAL}|added_tokens\..*",
             notes=tuple(notes),
         )
 
 
-def _check(checkpoint: PublishedCheckpoint) -> None:
-    """
+def _check_config(checkpoint: PublishedCheckpoint) -> None:
+    """Refuse settings that vlm cannot build, and numbers that contradict each other.
+
     Raises:
-        CheckpointError: for numbers that a composition of ours has no place for, or that contradict each other.
+        CheckpointError: names the setting.
     """
     config = checkpoint.config
     if config.get("vit_cls_flag"):
-        raise CheckpointError(f"{checkpoint.name!r} reads one class token of an image (vit_cls_flag), not its patches.")
+        raise CheckpointError(
+            f"{checkpoint.name!r} reads one class token of an image (vit_cls_flag); vlm reads patches."
+        )
     if (scale := config.get("lm_attn_scaling", 1.0)) != 1.0:
         raise CheckpointError(f"{checkpoint.name!r} scales rotary positions by lm_attn_scaling={scale}; LLaMA has 1.0.")
     s, width = config["mp_pixel_shuffle_factor"], config["vit_hidden_dim"]
     if (given := checkpoint.shape("MP.proj.weight")[1]) != s**2 * width:
         raise CheckpointError(
-            f"{checkpoint.name!r} projects {given} channels, not those of mp_pixel_shuffle_factor={s} squared times "
-            f"vit_hidden_dim={width}."
+            f"{checkpoint.name!r} projects {given} channels; mp_pixel_shuffle_factor={s} squared times "
+            f"vit_hidden_dim={width} is {s**2 * width}."
         )
     tokens = (config["vit_img_size"] // config["vit_patch_size"] // s) ** 2
     if (given := config.get("mp_image_token_length", tokens)) != tokens:
         raise CheckpointError(
-            f"{checkpoint.name!r} gives {tokens} vectors for an image of {config['vit_img_size']} pixels, and its "
+            f"{checkpoint.name!r} makes {tokens} vectors of an image of {config['vit_img_size']} pixels, but its "
             f"mp_image_token_length is {given}."
         )
 
 
-def _text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Transformers' configuration of the decoder, which is LLaMA's.
+def _convert_text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Turn nanoVLM's settings of its decoder into Transformers' configuration of a LLaMA.
 
-    Its ends are those of the tokenizer.
+    Token ids of beginning and padding are left to the tokenizer.
+
+    Args:
+        config: content of `config.json`.
+        rows: of the vocabulary before tokens were added.
     """
     return {
         "model_type": "llama",
@@ -141,57 +153,42 @@ def _text_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     }
 
 
-def _has_head(checkpoint: PublishedCheckpoint) -> dict[str, bool]:
-    """Which of the two tables are in the file: of tied ones, safetensors keeps one."""
-    return {
-        "embedding": "decoder.token_embedding.weight" in checkpoint.tensors,
-        "head": "decoder.head.weight" in checkpoint.tensors,
-    }
+_EMBEDDING, _HEAD = r"decoder\.token_embedding\.weight", r"decoder\.head\.weight"
 
 
-def _places(config: VLMConfig, rows: int, *, has_head: Mapping[str, bool]) -> TargetsOf:
-    first, text = config.first_added_id, config.get_text_config(decoder=True)
-    known = min(rows - first, len(config.added_tokens))  # of our added tokens, so many have a row
-    new = len(config.added_tokens) - known
+def _make_targets(checkpoint: PublishedCheckpoint, config: VLMConfig) -> TargetsOf:
+    """Make the lookup of targets for a VLM of this configuration."""
+    filled = tables_filled(checkpoint, config, embedding=_EMBEDDING, head=_HEAD)
+    base = slice(config.get_text_config(decoder=True).vocab_size)
+    rows = slice(config.first_added_id, checkpoint.config["lm_vocab_size"])  # of added tokens
+    num_added = len(config.added_tokens)
+    num_known = min(rows.stop - rows.start, num_added)
 
-    def added(kind: str) -> list[Target]:
-        if known <= 0:
-            return []
-        target = f"added_tokens.{kind}.weight"
-        mine = [Target(target, target_rows=slice(known), source_rows=slice(first, rows))]
-        return (
-            [*mine, Target(target, target_rows=slice(known, None), transform=mean_rows(first, new))]
-            if new > 0
-            else mine
-        )
-
-    def table(target: str, kind: str, other: str) -> Any:
-        kinds = [kind] if has_head[other] or not text.tie_word_embeddings else [kind, other]
-        return lambda _: [
-            Target(target, source_rows=slice(text.vocab_size)),
-            *(place for x in kinds for place in added(x)),
-        ]
+    def fill_table(target: str, kind: Table) -> list[Target]:
+        tables = filled[kind] if num_known > 0 else ()
+        added = known_and_new_targets(tables, rows, num_known=num_known, num_added=num_added)
+        return [Target(target, target_rows=base, source_rows=base), *added]
 
     block, layer = r"vision_encoder\.blocks\.(\d+)\.", r"decoder\.blocks\.(\d+)\."
-    ours, theirs = rf"{_TRUNK}blocks.\1.", rf"{_LM}layers.\1."
-    return renamer(
+    ours_block, ours_layer = rf"{_TRUNK}blocks.\1.", rf"{_LM}layers.\1."
+    return make_targets_of(
         [
             (r"vision_encoder\.patch_embedding\.conv\.(\w+)", rf"{_TRUNK}patch_embed.proj.\1"),
             (r"vision_encoder\.patch_embedding\.position_embedding", f"{_TRUNK}pos_embed"),
             (r"vision_encoder\.layer_norm\.(\w+)", rf"{_TRUNK}norm.\1"),
-            (rf"{block}ln([12])\.(\w+)", rf"{ours}norm\2.\3"),
-            (rf"{block}attn\.qkv_proj\.(\w+)", rf"{ours}attn.qkv.\2"),
-            (rf"{block}attn\.out_proj\.(\w+)", rf"{ours}attn.proj.\2"),
-            (rf"{block}mlp\.(fc[12])\.(\w+)", rf"{ours}mlp.\2.\3"),
+            (rf"{block}ln([12])\.(\w+)", rf"{ours_block}norm\2.\3"),
+            (rf"{block}attn\.qkv_proj\.(\w+)", rf"{ours_block}attn.qkv.\2"),
+            (rf"{block}attn\.out_proj\.(\w+)", rf"{ours_block}attn.proj.\2"),
+            (rf"{block}mlp\.(fc[12])\.(\w+)", rf"{ours_block}mlp.\2.\3"),
             (r"MP\.proj\.weight", "vision_tokenizer.proj.weight"),
-            (r"decoder\.token_embedding\.weight", table(f"{_LM}embed_tokens.weight", "embedding", "head")),
-            (r"decoder\.head\.weight", table("lang_model.lm_head.weight", "head", "embedding")),
-            (r"decoder\.rotary_embd\.inv_freq", None),  # follows from lm_re_base
-            (rf"{layer}attn\.([qkv])_proj\.weight", rf"{theirs}self_attn.\2_proj.weight"),
-            (rf"{layer}attn\.out_proj\.weight", rf"{theirs}self_attn.o_proj.weight"),
-            (rf"{layer}(mlp\.\w+_proj)\.weight", rf"{theirs}\2.weight"),
-            (rf"{layer}norm1\.weight", rf"{theirs}input_layernorm.weight"),
-            (rf"{layer}norm2\.weight", rf"{theirs}post_attention_layernorm.weight"),
+            (_EMBEDDING, lambda _: fill_table(f"{_LM}embed_tokens.weight", "embedding")),
+            (_HEAD, lambda _: fill_table("lang_model.lm_head.weight", "head")),
+            (r"decoder\.rotary_embd\.inv_freq", None),  # computed from lm_re_base
+            (rf"{layer}attn\.([qkv])_proj\.weight", rf"{ours_layer}self_attn.\2_proj.weight"),
+            (rf"{layer}attn\.out_proj\.weight", rf"{ours_layer}self_attn.o_proj.weight"),
+            (rf"{layer}(mlp\.\w+_proj)\.weight", rf"{ours_layer}\2.weight"),
+            (rf"{layer}norm1\.weight", rf"{ours_layer}input_layernorm.weight"),
+            (rf"{layer}norm2\.weight", rf"{ours_layer}post_attention_layernorm.weight"),
             (r"decoder\.norm\.weight", f"{_LM}norm.weight"),
         ]
     )

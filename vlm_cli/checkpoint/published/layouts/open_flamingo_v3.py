@@ -1,7 +1,7 @@
-"""open_flamingo's later code base: any of its four families, whole or trained tensors alone.
+"""open_flamingo's later code base, which has four families; whole models, or trained tensors alone.
 
 Source: https://github.com/mlfoundations/open_flamingo, branch `reduce-scope-mllm`: `open_flamingo/src/vlm.py`,
-`helpers.py` and `train/train_utils.py`. The names are `OPEN_FLAMINGO_NAMES`, which `--weights` reads too.
+`helpers.py` and `train/train_utils.py`. The rules for its names are `OWN_RULES`, which `--weights` uses too.
 """
 
 from __future__ import annotations
@@ -15,114 +15,104 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Target, TargetsOf, number_of, renamer
-from vlm_cli.checkpoint.published.layouts.openflamingo import (
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.layouts.own import OWN_RULES
+from vlm_cli.checkpoint.published.layouts.parts import (
     check_fusion,
     check_heads,
-    cross_attention_options,
-    perceiver_options,
+    read_cross_attention_options,
+    read_perceiver_options,
+    read_qformer_options,
 )
-from vlm_cli.checkpoint.weights import OPEN_FLAMINGO_NAMES
+from vlm_cli.checkpoint.published.targets import Rule, Target, TargetsOf, make_targets_of
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 
-__all__ = ["ReducedScope", "check_bias", "decoupled_table", "has_bias"]
+__all__ = ["OpenFlamingoV3", "check_bias", "has_bias", "make_added_row_rules"]
 
 _BLOCK = r"lang_model\.(?:.+\.(\d+)\.gated_cross_attn_layer|gated_cross_attn_layers\.(\d+))\."
 _ROWS = r"lang_model\..*\.additional_(?:embedding|fc)\."
-#: What each family's vision tokenizer always has.
+_BIAS = r"lang_model\.(?:lm_head|embed_out)\.bias"
+#: A tensor that the vision tokenizer of each family always has.
 _LATENTS, _QUERIES, _PROJECTION = (f"vision_tokenizer.{x}" for x in ("latents", "query_tokens", "proj.weight"))
-_QFORMER = r"vision_tokenizer\.qformer\.encoder\.layer\.(\d+)\."
 
 
-class ReducedScope:
+class OpenFlamingoV3:
     """`vision_tokenizer.*`, and `lang_model.*` with `additional_fc` or `gated_cross_attn_layer` among its names."""
 
-    name = "open_flamingo, later branch"
+    name = "OpenFlamingo v3 (open_flamingo, later branch)"
     source = "https://github.com/mlfoundations/open_flamingo/blob/reduce-scope-mllm/open_flamingo/src/vlm.py"
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
+        """Look for a family's vision tokenizer, and nothing outside of the three modules."""
         names = checkpoint.tensors
         return any(anchor in names for anchor in (_LATENTS, _QUERIES, _PROJECTION)) and all(
             re.match(r"vision_encoder\.(?!visual\.)|vision_tokenizer\.|lang_model\.", name) for name in names
         )
 
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
-        parts = _parts(checkpoint)
+        """Read the family and its sizes from names and shapes; the user has to name both backbones."""
+        parts = _read_parts(checkpoint)
         is_stream = parts["family"] != "flamingo"
-        rows = {checkpoint.shape(name)[0] for name in checkpoint.tensors if re.match(_ROWS, name)}
-        has_lm = any(True for _ in _base_names(checkpoint))
-        # Where `<image>` is, there are vision tokens: BLIP leaves its row as it was drawn, and does not save it. The
-        # pad token, for which the code base took a row of the language model, has one of ours.
-        optional_pattern = [r"added_tokens\.(embedding|head)\.\w+"] if rows or is_stream else []
+        has_rows = any(re.match(_ROWS, name) for name in checkpoint.tensors)
+        # In a language stream, vision tokens replace `<image>`: BLIP leaves its row untrained, and does not save it.
+        # vlm gives the pad token an added row, for which the code base took a row of the language model.
+        optional = [r"added_tokens\.(embedding|head)\.\w+"] if has_rows or is_stream else []
         notes = [
-            "The code base made its vision encoder read images of 490 pixels. If this was trained so: --set "
-            "vision_encoder.image_size=490."
+            "The code base resized its vision encoder to images of 490 pixels. If this checkpoint was trained so: "
+            "--set vision_encoder.image_size=490."
         ]
-        if has_bias(checkpoint) and not _base_bias(checkpoint):
-            optional_pattern.append(r"added_tokens\.base_bias")
+        if has_bias(checkpoint) and not any(re.fullmatch(_BIAS, name) for name in checkpoint.tensors):
+            optional.append(r"added_tokens\.base_bias")
             notes.append(
-                "The code base gave the head a random bias, which it neither trained nor saved; it is left out, and "
-                "logits differ from those in training by it."
+                "The code base gave the head a random bias, which it neither trained nor saved. vlm leaves the bias "
+                "out, so logits differ from those in training by that bias."
             )
         if parts["family"] == "blip":
-            notes.append("Shapes do not tell the heads of a Q-Former. Those of the code base are 12; see --set.")
+            notes.append(
+                "Shapes do not tell how many heads a Q-Former has. The code base has 12; for another number: --set "
+                "vision_tokenizer.num_heads=…"
+            )
         return CheckpointDescription(
             composition={
                 **parts,
-                "vision_encoder": {"name": ""},  # neither is named in the file
+                "vision_encoder": {"name": ""},  # the file names neither backbone
                 "language_model": {"name": "", "head_bias": has_bias(checkpoint)},
                 "added_tokens": [MEDIA_TOKEN] if is_stream else [END_OF_CHUNK, MEDIA_TOKEN],
             },
-            places=lambda config: _places(checkpoint, config),
-            holds_language_model=has_lm,
-            optional_pattern="|".join(optional_pattern) or r"(?!)",
+            targets_for=lambda config: _make_targets(checkpoint, config),
+            holds_language_model=any(True for _ in _find_base_names(checkpoint)),
+            optional_pattern="|".join(optional) or r"(?!)",
             notes=tuple(notes),
         )
 
 
-def _parts(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
-    """The family, its vision tokenizer and its fusion."""
+def _read_parts(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
+    """Read the family, its vision tokenizer and its fusion.
+
+    Raises:
+        CheckpointError: if tensors are missing that the family has.
+    """
     names = checkpoint.tensors
     if _QUERIES in names:
-        return {"family": "blip", "vision_tokenizer": {"type": "qformer", **_qformer_options(checkpoint)}}
+        return {"family": "blip", "vision_tokenizer": read_qformer_options(checkpoint, "vision_tokenizer.")}
     if _PROJECTION in names:
         return {"family": "llava", "vision_tokenizer": {"type": "linear"}}
-    perceiver = {"type": "perceiver", **perceiver_options(checkpoint, "vision_tokenizer.")}
+    perceiver = {"type": "perceiver", **read_perceiver_options(checkpoint, "vision_tokenizer.")}
     if any(re.match(_BLOCK, name) for name in names):
-        fusion = {"type": "cross-attention", **cross_attention_options(checkpoint, _BLOCK)}
+        fusion = {"type": "cross-attention", **read_cross_attention_options(checkpoint, _BLOCK)}
         return {"family": "flamingo", "vision_tokenizer": perceiver, "fusion": fusion}
     if "vision_tokenizer.projection.weight" not in names:
         raise CheckpointError(
-            f"{checkpoint.name!r} has a Perceiver without a projection, as in Flamingo, and no cross-attention. Is it "
+            f"{checkpoint.name!r} has a Perceiver without a projection, as in Flamingo, but no cross-attention. Is it "
             "complete?"
         )
     return {"family": "kosmos", "vision_tokenizer": perceiver}
 
 
-def _qformer_options(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
-    """Settings of a Q-Former, but for its heads."""
-    _, num_queries, dim = checkpoint.shape(_QUERIES)
-    numbers = {int(m[1]) for name in checkpoint.tensors if (m := re.match(rf"{_QFORMER}crossattention\.", name))}
-    every = min(numbers - {0}, default=None)
-    depth = number_of(checkpoint, _QFORMER)
-    return {
-        "num_queries": num_queries,
-        "dim": dim,
-        "depth": depth,
-        "dim_ff": checkpoint.shape("vision_tokenizer.qformer.encoder.layer.0.intermediate_query.dense.weight")[0],
-        "cross_attention_every": depth if every is None else every,
-    }
-
-
-def has_bias(checkpoint: PublishedCheckpoint) -> bool:
-    """Whether the head has a bias. The code base gives each head one, where the language model has none too."""
-    return any(name.endswith(".additional_fc.bias") for name in checkpoint.tensors)
-
-
-def _base_names(checkpoint: PublishedCheckpoint) -> Iterator[str]:
-    """Names of the language model's own tensors."""
+def _find_base_names(checkpoint: PublishedCheckpoint) -> Iterator[str]:
+    """Find the names of the language model's own tensors."""
     return (
         name
         for name in checkpoint.tensors
@@ -130,11 +120,9 @@ def _base_names(checkpoint: PublishedCheckpoint) -> Iterator[str]:
     )
 
 
-_BIAS = r"lang_model\.(?:lm_head|embed_out)\.bias"
-
-
-def _base_bias(checkpoint: PublishedCheckpoint) -> bool:
-    return any(re.fullmatch(_BIAS, name) for name in checkpoint.tensors)
+def has_bias(checkpoint: PublishedCheckpoint) -> bool:
+    """Say whether the head has a bias. The code base adds one to every head, even if the language model has none."""
+    return any(name.endswith(".additional_fc.bias") for name in checkpoint.tensors)
 
 
 def check_bias(checkpoint: PublishedCheckpoint, config: VLMConfig) -> None:
@@ -154,7 +142,7 @@ def check_bias(checkpoint: PublishedCheckpoint, config: VLMConfig) -> None:
 
 
 def _has_own_bias(config: VLMConfig) -> bool:
-    """Whether the language model is published with a head that has a bias (Phi, GPT-J)."""
+    """Say whether the language model's own head has a bias (Phi, GPT-J)."""
     if config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return False
     with torch.device("meta"):
@@ -162,33 +150,38 @@ def _has_own_bias(config: VLMConfig) -> bool:
     return getattr(head, "bias", None) is not None
 
 
-def decoupled_table(config: VLMConfig) -> list[tuple[str, Any]]:
-    """TargetsOf of tables that keep the language model's rows and the added ones apart.
+def make_added_row_rules(config: VLMConfig) -> list[Rule]:
+    """Make the rules for added rows that the checkpoint keeps apart from the language model's tables.
 
-    The added rows come in the composition's order, and are fewer than ours where the tokenizer lacks a pad token.
+    They stand in the composition's order. vlm has more added rows if the tokenizer lacks a pad token.
     """
-    first = config.first_added_id
-    num_named = len(config.composition.added_tokens)
+    rows = slice(len(config.composition.added_tokens))
 
-    def added(ours: str) -> Any:
-        return lambda match: [Target(f"added_tokens.{ours}.{match[1]}", target_rows=slice(num_named))]
+    def fill_rows(table: str, kind: str) -> list[Target]:
+        return [Target(f"added_tokens.{table}.{kind}", target_rows=rows)]
 
-    table: list[tuple[str, Any]] = [
-        (r"lang_model\..*\.additional_embedding\.(weight)", added("embedding")),
-        (r"lang_model\..*\.additional_fc\.(weight|bias)", added("head")),
+    rules: list[Rule] = [
+        (r"lang_model\..*\.additional_embedding\.(weight)", lambda match: fill_rows("embedding", match[1])),
+        (r"lang_model\..*\.additional_fc\.(weight|bias)", lambda match: fill_rows("head", match[1])),
     ]
     if config.composition.language_model.head_bias:
-        table.append((_BIAS, lambda match: [Target("added_tokens.base_bias", source_rows=slice(first))]))
-    if config.text_config.model_type == "gpt_neox":  # its head was called so before Transformers 5
-        table.append((r"lang_model\.embed_out\.(\w+)", r"lang_model.lm_head.\1"))
-    return table
+        base = slice(config.first_added_id)
+        rules.append((_BIAS, lambda _: [Target("added_tokens.base_bias", source_rows=base)]))
+    if config.text_config.model_type == "gpt_neox":  # Transformers 5 renamed GPT-NeoX's head
+        rules.append((r"lang_model\.embed_out\.(\w+)", r"lang_model.lm_head.\1"))
+    return rules
 
 
-def _places(checkpoint: PublishedCheckpoint, config: VLMConfig) -> TargetsOf:
+def _make_targets(checkpoint: PublishedCheckpoint, config: VLMConfig) -> TargetsOf:
+    """Make the lookup of targets for a VLM of this configuration.
+
+    Raises:
+        CheckpointError: if the composition has other heads, layers or biases than the checkpoint.
+    """
     parts = config.composition
     if parts.vision_tokenizer.type == "perceiver":
         check_heads(checkpoint, r"vision_tokenizer\.", "vision_tokenizer", parts.vision_tokenizer.options)
     if parts.fusion.type == "cross-attention":
         check_fusion(checkpoint, _BLOCK, config)
     check_bias(checkpoint, config)
-    return renamer([*decoupled_table(config), *OPEN_FLAMINGO_NAMES, (r"(.*)", r"\1")])
+    return make_targets_of([*make_added_row_rules(config), *OWN_RULES])

@@ -1,1 +1,1 @@
-"""Vision towers of other programs as towers of OpenCLIP: their names and configurations."""
+"""Vision towers as other programs write them: rules for their names, and their configurations, in OpenCLIP's terms."""

@@ -6,21 +6,28 @@ timm/models/vision_transformer.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from vlm_cli.checkpoint.parts.openclip import complete_preprocessing
-from vlm_cli.checkpoint.published.layouts.base import Target
+from vlm_cli.checkpoint.published.targets import Rule, Target, stack_rows
 from vlm_cli.errors import CheckpointError
 
-__all__ = ["SIGLIP_TOWERS", "SIGLIP_UNNEEDED", "as_positions", "siglip_name", "siglip_table", "siglip_vision_config"]
+__all__ = [
+    "SIGLIP_OPTIONAL",
+    "SIGLIP_TOWERS",
+    "convert_siglip_config",
+    "make_siglip_rules",
+    "name_siglip_tower",
+]
 
-#: The pooling head, which a VLM that reads patches does not use.
-SIGLIP_UNNEEDED = r"vision_encoder\.visual\.trunk\.attn_pool\..*"
+#: Names of the pooling head, which a VLM that reads patches does not need.
+SIGLIP_OPTIONAL = r"vision_encoder\.visual\.trunk\.attn_pool\..*"
 
-#: (channels, layers, heads, pixels of a patch) -> timm's name of a tower of these sizes, for any size of image.
+#: (channels, layers, heads, pixels of a patch's side) -> timm's name of a tower of these sizes. Its image size is free.
 SIGLIP_TOWERS: dict[tuple[int, int, int, int], str] = {
     (768, 12, 12, 16): "vit_base_patch16_siglip_224",
     (768, 12, 12, 32): "vit_base_patch32_siglip_256",
@@ -32,21 +39,21 @@ SIGLIP_TOWERS: dict[tuple[int, int, int, int], str] = {
 _OURS = "vision_encoder.visual.trunk."
 
 
-def siglip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
-    """TargetsOf of the tower's tensors.
+def make_siglip_rules(prefix: str, width: int) -> list[Rule]:
+    """Make the rules for the names of a tower.
 
     Args:
         prefix: pattern before `embeddings.`, `encoder.`, `post_layernorm.` and `head.`.
-        width: channels; queries, keys and values are one matrix of thrice as many rows in timm.
+        width: channels. timm stacks the matrices of queries, keys and values, of `width` rows each.
     """
     block, pool = rf"{_OURS}blocks.\1.", f"{_OURS}attn_pool."
 
-    def rows(match: Any) -> list[Target]:
+    def stack(match: re.Match[str]) -> list[Target]:
         number, which, kind = match.groups()
-        start = "qkv".index(which) * width
-        return [Target(f"{_OURS}blocks.{number}.attn.qkv.{kind}", target_rows=slice(start, start + width))]
+        return stack_rows(f"{_OURS}blocks.{number}.attn.qkv.{kind}", "qkv", which, width)
 
-    def pooled(match: Any) -> list[Target]:
+    def split_pooling(match: re.Match[str]) -> list[Target]:
+        """Take queries apart from keys and values: in the pooling head it is Transformers that stacks them."""
         return [
             Target(f"{pool}q.{match[1]}", source_rows=slice(width)),
             Target(f"{pool}kv.{match[1]}", source_rows=slice(width, None)),
@@ -55,40 +62,40 @@ def siglip_table(prefix: str, width: int) -> list[tuple[str, Any]]:
     layer = rf"{prefix}encoder\.layers\.(\d+)\."
     return [
         (rf"{prefix}embeddings\.patch_embedding\.(\w+)", rf"{_OURS}patch_embed.proj.\1"),
-        (rf"{prefix}embeddings\.position_embedding\.weight", as_positions),
+        (rf"{prefix}embeddings\.position_embedding\.weight", _add_batch_axis),
         (rf"{prefix}embeddings\.position_ids", None),
         (rf"{prefix}post_layernorm\.(\w+)", rf"{_OURS}norm.\1"),
-        (rf"{layer}self_attn\.([qkv])_proj\.(weight|bias)", rows),
+        (rf"{layer}self_attn\.([qkv])_proj\.(weight|bias)", stack),
         (rf"{layer}self_attn\.out_proj\.(\w+)", rf"{block}attn.proj.\2"),
         (rf"{layer}layer_norm([12])\.(\w+)", rf"{block}norm\2.\3"),
         (rf"{layer}mlp\.(fc[12])\.(\w+)", rf"{block}mlp.\2.\3"),
         (rf"{prefix}head\.probe", f"{pool}latent"),
-        (rf"{prefix}head\.attention\.in_proj_(\w+)", pooled),
+        (rf"{prefix}head\.attention\.in_proj_(\w+)", split_pooling),
         (rf"{prefix}head\.attention\.out_proj\.(\w+)", rf"{pool}proj.\1"),
         (rf"{prefix}head\.layernorm\.(\w+)", rf"{pool}norm.\1"),
         (rf"{prefix}head\.mlp\.(fc[12])\.(\w+)", rf"{pool}mlp.\1.\2"),
     ]
 
 
-def as_positions(match: Any) -> list[Target]:
-    """float[v, d] to timm's position embedding, float[1, v, d]."""
-    return [Target(f"{_OURS}pos_embed", transform=_with_batch)]
+def _add_batch_axis(match: re.Match[str]) -> list[Target]:
+    """Turn float[v, d] position embeddings into timm's float[1, v, d]."""
+    return [Target(f"{_OURS}pos_embed", transform=_unsqueeze)]
 
 
-def _with_batch(x: Tensor) -> Tensor:
+def _unsqueeze(x: Tensor) -> Tensor:
     return x.unsqueeze(0)
 
 
-def siglip_vision_config(
+def convert_siglip_config(
     config: Mapping[str, Any], preprocess: Mapping[str, Any] | None = None, *, has_head: bool = False
 ) -> dict[str, Any]:
-    """OpenCLIP's configuration of a Transformers' SigLIP vision configuration.
+    """Turn Transformers' SigLIP vision configuration into OpenCLIP's.
 
     Args:
         config: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `patch_size`, `image_size`, and perhaps
             `hidden_act` and `layer_norm_eps`.
-        preprocess: what of OpenCLIP's `PreprocessCfg` is not SigLIP's own.
-        has_head: whether the checkpoint holds the pooling head; without one, none is built.
+        preprocess: settings of OpenCLIP's `PreprocessCfg` that differ from SigLIP's.
+        has_head: whether the checkpoint holds the pooling head; without it, none is built.
 
     Raises:
         CheckpointError: for sizes, an activation or an epsilon that none of timm's towers has.
@@ -101,10 +108,12 @@ def siglip_vision_config(
             f"{sizes[3]} pixels; SigLIP's towers in timm have {', '.join(map(str, SIGLIP_TOWERS))}."
         )
     if (epsilon := config.get("layer_norm_eps", 1e-6)) != 1e-6:
-        raise CheckpointError(f"the vision encoder has layer_norm_eps={epsilon}; timm's has 1e-06.")
+        raise CheckpointError(f"the vision encoder has layer_norm_eps={epsilon}; timm's towers have 1e-06.")
     activation = config.get("hidden_act", "gelu_pytorch_tanh")
     if activation not in ("gelu", "gelu_pytorch_tanh"):
-        raise CheckpointError(f"the vision encoder has activation {activation!r}; SigLIP's has gelu_pytorch_tanh.")
+        raise CheckpointError(
+            f"the vision encoder has activation {activation!r}; SigLIP's towers have gelu_pytorch_tanh."
+        )
     vision_cfg: dict[str, Any] = {
         "image_size": config["image_size"],
         "timm_model_name": SIGLIP_TOWERS[sizes],
@@ -112,7 +121,7 @@ def siglip_vision_config(
         "timm_proj": "none",
     }
     if activation == "gelu_pytorch_tanh":
-        # timm's towers of the first SigLIP have the exact GELU instead; one layer differs by up to 5e-4.
+        # timm builds the first SigLIP's towers with the exact GELU, whose outputs differ by up to 5e-4 in one layer.
         vision_cfg["act_kwargs"] = {"approximate": "tanh"}
     own = {"size": config["image_size"], "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
     return {
@@ -123,12 +132,13 @@ def siglip_vision_config(
     }
 
 
-def siglip_name(config: Mapping[str, Any]) -> str:
-    """OpenCLIP's name of the tower, if it has one of these sizes."""
+def name_siglip_tower(config: Mapping[str, Any]) -> str:
+    """Return OpenCLIP's name of the tower with these sizes, or a general word."""
     sizes = (config["hidden_size"], config["num_hidden_layers"], config["patch_size"], config["image_size"])
     return _NAMES.get(sizes, "siglip-vision-transformer")
 
 
+#: (channels, layers, pixels of a patch's side, pixels of an image's side) -> OpenCLIP's name.
 _NAMES = {
     (768, 12, 16, 224): "ViT-B-16-SigLIP",
     (768, 12, 16, 256): "ViT-B-16-SigLIP-256",

@@ -16,7 +16,7 @@ from tests.support.published import VOCABULARY, write_tokenizer
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
-from vlm_cli.checkpoint.published.layouts.openflamingo import OpenFlamingo
+from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
 from vlm_cli.composition import Composition, CompositionRequest
 from vlm_cli.errors import CheckpointError, CompositionError
 
@@ -70,7 +70,7 @@ def parts(parity, tmp_path_factory) -> CompositionRequest:
 
 
 def load(source: str, options: CompositionRequest) -> Imported:
-    return import_checkpoint(PublishedCheckpoint.open(source), options.compose_over)
+    return import_checkpoint(PublishedCheckpoint.open(source), composition_over=options.compose_over)
 
 
 @pytest.mark.parametrize("wrapper", ["", "module"])
@@ -187,7 +187,7 @@ def refuse(parity, parts, tmp_path, tensors=None, **changes) -> str:
 def test_heads_have_to_be_said(parity, parts, tmp_path):
     unsaid = [x for x in parts.overrides if "vision_tokenizer" not in x]
     message = refuse(parity, parts, tmp_path, overrides=unsaid)
-    assert "attention of 32 channels" in message and "8 heads of 64 are 512" in message
+    assert "attention of 32 channels" in message and "8 heads of 64 channels make 512" in message
     assert "--set vision_tokenizer.num_heads=" in message
 
 
@@ -213,7 +213,7 @@ def test_another_vocabulary(parity, parts, tmp_path):
     name = "lang_encoder.model.embed_tokens.weight"
     tensors[name] = torch.cat([tensors[name], torch.zeros(5, 32)])
     message = refuse(parity, parts, tmp_path, tensors)
-    assert "embeddings of 103 tokens" in message and "96, and 2 that are added" in message
+    assert "embeddings of 103 tokens" in message and "96, and 2 are added" in message
 
 
 def test_another_width(parity, parts, tmp_path):

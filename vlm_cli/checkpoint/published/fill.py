@@ -1,0 +1,186 @@
+"""Copy a checkpoint's tensors into a model: plan by names and shapes, account for every tensor, then copy.
+
+plan = plan_fill(model, checkpoint, targets_of, has_weights=...)   # reads no tensor
+if plan.report.is_complete:
+    plan.copy(checkpoint)                                          # reads file by file
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
+from vlm_cli.checkpoint.published.targets import Target, TargetsOf
+from vlm_cli.errors import CheckpointError
+from vlm_cli.modeling.vlm import VLM
+
+__all__ = ["FillPlan", "KeyReport", "plan_fill"]
+
+
+@dataclass
+class KeyReport:
+    """What becomes of each tensor of a checkpoint and of the model.
+
+    Attributes:
+        loaded: names of the model that the checkpoint fills; tied tensors are listed under each of their names.
+        absent: names of the model that the checkpoint may lack, and does: a pretrained part fills them, or the model
+            does not need them.
+        missing: names of the model that the checkpoint must fill, and does not.
+        unused: names of the checkpoint that the model does not have.
+        mismatched: name of the checkpoint -> its shape, and the different shape that the model needs.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the checkpoint fills something, and everything that it must fill."""
+        return bool(self.loaded) and not self.missing and not self.mismatched
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class FillPlan:
+    """Which tensor of a checkpoint goes where in a model.
+
+    Attributes:
+        model: the model that is filled.
+        report: what becomes of each tensor.
+        targets: name of the checkpoint -> what it fills.
+    """
+
+    model: VLM = field(repr=False)
+    report: KeyReport = field(default_factory=KeyReport)
+    targets: dict[str, list[Target]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def copy(self, checkpoint: PublishedCheckpoint) -> None:
+        """Read the checkpoint file by file, and copy each tensor to its targets.
+
+        A parameter on the meta device gets memory when its first tensor arrives. Rows of added tokens that the
+        checkpoint does not fill become NaN, so that the caller can tell them apart and initialize them. Other meta
+        parameters that stay unfilled become zero; the model does not need them.
+
+        Raises:
+            CheckpointError: if a file is damaged.
+        """
+        parameters = _Parameters(self.model)
+        unfilled = [name for name in self.report.absent if parameters[name].is_meta]
+        for name in unfilled:
+            if name.startswith("added_tokens."):
+                parameters.materialize(name).fill_(torch.nan)
+        for name, tensor in checkpoint.read():
+            for target in self.targets.get(name, ()):
+                target.region(parameters.materialize(target.target)).copy_(target.select(tensor))
+        for name in unfilled:
+            if parameters[name].is_meta:
+                parameters.materialize(name).zero_()
+
+
+def plan_fill(
+    model: VLM,
+    checkpoint: PublishedCheckpoint,
+    targets_of: TargetsOf,
+    *,
+    has_weights: Callable[[str], bool],
+    is_optional: Callable[[str], bool] = lambda name: False,
+) -> FillPlan:
+    """Decide what each tensor of a checkpoint fills, and compare all shapes, without reading a tensor.
+
+    Args:
+        model: its parameters may be on the meta device.
+        checkpoint: names, shapes and dtypes of the tensors.
+        targets_of: where each of them goes.
+        has_weights: whether a parameter of this name has its weights already, from a pretrained part.
+        is_optional: whether the model can do without a parameter of this name.
+
+    Raises:
+        CheckpointError: if the checkpoint's weights are quantized.
+    """
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    plan = FillPlan(model)
+    report = plan.report
+    # Tied parameters are one object with two names, so parameters are counted by identity.
+    num_filled: Counter[int] = Counter()
+    mismatched: set[int] = set()
+    for name, info in checkpoint.tensors.items():
+        targets = targets_of(name)
+        if targets is None:
+            report.unused.append(name)
+            continue
+        for target in targets:
+            parameter = state.get(target.target)
+            if parameter is None:
+                report.unused.append(name)
+                break
+            _check_dtype(checkpoint, name, info, parameter)
+            wanted = tuple(target.region(torch.empty_like(parameter, device="meta")).shape)
+            given = target.selected_shape(info.shape)
+            if given != wanted:
+                report.mismatched[name] = (list(given or info.shape), list(wanted))
+                mismatched |= {id(state[x.target]) for x in targets if x.target in state}
+                break
+            num_filled[id(parameter)] += torch.Size(wanted).numel()
+            plan.targets.setdefault(name, []).append(target)
+    for name, parameter in state.items():
+        filled = num_filled[id(parameter)]
+        if filled >= parameter.numel() or (filled and has_weights(name)):
+            report.loaded.append(name)
+        elif id(parameter) in mismatched:
+            continue  # reported under the checkpoint's name
+        elif has_weights(name) or is_optional(name):
+            report.absent.append(name)
+        else:
+            report.missing.append(name)
+    return plan
+
+
+def _check_dtype(checkpoint: PublishedCheckpoint, name: str, info: TensorInfo, parameter: Tensor) -> None:
+    """Refuse integers for a parameter of floating-point numbers.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    if parameter.is_floating_point() and not info.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{name!r} of {checkpoint.name!r} holds integers ({info.dtype}): its weights are quantized, and vlm does "
+            "not read the scales. Give weights that are not quantized."
+        )
+
+
+class _Parameters:
+    """A model's tensors by name, which get memory on request."""
+
+    def __init__(self, model: VLM) -> None:
+        self._state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                self._owners.setdefault(id(parameter), []).append((module, leaf))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name]
+
+    def materialize(self, name: str) -> Tensor:
+        """Return a parameter with memory: a meta parameter is replaced, in all modules that share it."""
+        old = self._state[name]
+        if not old.is_meta:
+            return old
+        new = nn.Parameter(torch.empty_like(old, device="cpu"), requires_grad=old.requires_grad)
+        for module, leaf in self._owners[id(old)]:
+            setattr(module, leaf, new)
+        self._state |= {other: new for other, x in self._state.items() if x is old}
+        return new
