@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from vlm_cli.composition import FAMILIES, UNSUITABLE_LANGUAGE_MODELS
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report import encoders
-from vlm_cli.report.encoders import EncoderFacts, cache_file, encoder_facts, keep, kept
+from vlm_cli.report.encoders import EncoderFacts, cache_file, encoder_facts, store_facts, stored_facts
 
 KINDS = {
     "families": set(FAMILIES),
@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def full_cache() -> None:
     """Facts of every encoder, as if they had been measured."""
-    keep(dict.fromkeys(open_clip.list_models(), FACTS))
+    store_facts(dict.fromkeys(open_clip.list_models(), FACTS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +93,7 @@ def test_facts_are_in_the_table_and_in_json(vlm, full_cache):
 
 def test_long_lists_of_tags_stay_on_their_line(vlm):
     tags = tuple(f"a_pretrained_tag_{i}" for i in range(60))
-    keep(dict.fromkeys(open_clip.list_models(), EncoderFacts(**{**vars(FACTS), "pretrained": tags})))
+    store_facts(dict.fromkeys(open_clip.list_models(), EncoderFacts(**{**vars(FACTS), "pretrained": tags})))
     (row,) = [x for x in vlm("list", "vision-encoders").stdout.splitlines() if x.split()[:1] == ["RN101"]]
     assert row.rstrip().endswith(", ".join(tags))
 
@@ -101,10 +101,14 @@ def test_long_lists_of_tags_stay_on_their_line(vlm):
 def test_only_what_is_asked_for_is_measured_and_only_once(vlm, monkeypatch):
     built = []
     monkeypatch.setattr(
-        encoders, "measure", lambda config, measure=encoders.measure: built.append(1) or measure(config)
+        encoders, "measure_encoder", lambda config, measure=encoders.measure_encoder: built.append(1) or measure(config)
     )
     first = vlm("list", "vision-encoders", "RN50-quick", "--json")
-    assert "Measuring 1 vision encoder, once" in first.stderr and list(kept()) == ["RN50-quickgelu"] and len(built) == 1
+    assert (
+        "Measuring 1 vision encoder, once" in first.stderr
+        and list(stored_facts()) == ["RN50-quickgelu"]
+        and len(built) == 1
+    )
     assert json.loads(first.stdout)["RN50-quickgelu"] == {
         "source": "OpenCLIP",
         "image_size": [224, 224],
@@ -123,7 +127,7 @@ def config(name: str) -> dict:
 
 def test_towers_that_are_the_same_are_built_once(monkeypatch):
     built = []
-    monkeypatch.setattr(encoders, "measure", lambda config: built.append(config) or FACTS)
+    monkeypatch.setattr(encoders, "measure_encoder", lambda config: built.append(config) or FACTS)
     facts = encoder_facts(MEASURED, config)
     assert len(built) == 2 and list(facts) == list(MEASURED)
     assert facts["RN50"].pretrained == ("openai", "yfcc15m", "cc12m")
@@ -136,10 +140,10 @@ def test_what_was_measured_before_an_interruption_is_kept(vlm, monkeypatch):
             raise KeyboardInterrupt
         return FACTS
 
-    monkeypatch.setattr(encoders, "measure", measure)
+    monkeypatch.setattr(encoders, "measure_encoder", measure)
     result = vlm("list", "vision-encoders", "RN")
     assert result.exit_code == 130 and not result.stdout and result.stderr.endswith("Interrupted.\n")
-    done = set(kept())
+    done = set(stored_facts())
     assert done and "RN50x64" not in done and done < {x for x in open_clip.list_models() if "rn" in x.lower()}
 
 
@@ -148,16 +152,16 @@ def test_what_was_measured_before_an_interruption_is_kept(vlm, monkeypatch):
     ["", "{", "[1]", '{"RN50": {}}', '{"RN50": {"image_size": 3}}', '{"RN50": {"image_size": [1e999, 1]}}', "\udcff"],
 )
 def test_a_broken_cache_is_replaced(vlm, content, monkeypatch):
-    monkeypatch.setattr(encoders, "measure", lambda config: FACTS)
+    monkeypatch.setattr(encoders, "measure_encoder", lambda config: FACTS)
     cache_file().parent.mkdir(parents=True)
     cache_file().write_bytes(content.encode(errors="surrogateescape"))
     result = vlm("list", "vision-encoders", "RN50x4-quick")
     assert result.exit_code == 0 and "RN50x4-quickgelu" in result.stdout
-    assert list(kept()) == ["RN50x4-quickgelu"] and not list(cache_file().parent.glob(".*"))
+    assert list(stored_facts()) == ["RN50x4-quickgelu"] and not list(cache_file().parent.glob(".*"))
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(vlm, cache, monkeypatch):
-    monkeypatch.setattr(encoders, "measure", lambda config: FACTS)
+    monkeypatch.setattr(encoders, "measure_encoder", lambda config: FACTS)
     cache.write_text("not a folder")
     result = vlm("list", "vision-encoders", "RN50x4-quick")
     assert result.exit_code == 0 and "RN50x4-quickgelu" in result.stdout and cache.read_text() == "not a folder"
@@ -166,7 +170,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(vlm, cache, monkeypatch):
 def test_other_versions_have_a_cache_of_their_own(full_cache, monkeypatch):
     ours = cache_file()
     monkeypatch.setattr(encoders, "version", lambda name: "99" if name == "timm" else "1")
-    assert kept() == {} and cache_file() != ours and cache_file().parent == ours.parent
+    assert stored_facts() == {} and cache_file() != ours and cache_file().parent == ours.parent
 
 
 @pytest.mark.parametrize("given", ["", "relative/folder"])

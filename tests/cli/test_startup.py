@@ -11,7 +11,7 @@ import pytest
 
 import vlm_cli
 from vlm_cli.checkpoint.parts.openclip import list_towers
-from vlm_cli.report.encoders import EncoderFacts, keep
+from vlm_cli.report.encoders import EncoderFacts, store_facts
 
 COMMANDS = ("build", "inspect", "generate", "count-params", "list")
 VLM = [sys.executable, "-m", "vlm_cli"]
@@ -38,7 +38,7 @@ def measured(environment, tmp_path, monkeypatch):
     """The environment of a user who has listed the vision encoders before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     facts = EncoderFacts(image_size=(32, 32), patches=4, channels=8, parameters=1000)
-    keep(dict.fromkeys(list_towers(), facts))
+    store_facts(dict.fromkeys(list_towers(), facts))
     return {**environment, "XDG_CACHE_HOME": str(tmp_path)}
 
 

@@ -26,10 +26,10 @@ from benchmarks.compatibility.towers import (
 )
 from tests.support import tiny
 from vlm_cli.checkpoint.parts.openclip import find_tower
-from vlm_cli.cli.list_parts import language_models
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.modeling.towers import build_tower, image_size, patch_features, tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
+from vlm_cli.report.language_models import suitable_language_models
 
 #: The smallest of each kind.
 SMALL = {
@@ -171,4 +171,4 @@ def test_reference_counts() -> None:
     assert (len(found), len(working), len(wrong)) == (37, 27, 4)
     assert working < found and not found & wrong
     # The two are no types of Transformers 5.18.
-    assert (found | wrong) - set(language_models()) <= {"internlm3", "iquestcoder"}
+    assert (found | wrong) - set(suitable_language_models()) <= {"internlm3", "iquestcoder"}

@@ -1,6 +1,8 @@
-"""`vlm inspect`."""
+"""`vlm inspect`: show a model's parts, or how a prompt lies in it."""
 
-from typing import Annotated, Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -8,6 +10,11 @@ from vlm_cli.cli import console
 from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options
 from vlm_cli.errors import PromptError
 from vlm_cli.models import resolve
+
+if TYPE_CHECKING:
+    from vlm_cli.report.description import ModelDescription, TokenDescription
+    from vlm_cli.report.layout import PromptLayout
+    from vlm_cli.report.parameters import ParameterRow
 
 __all__ = ["inspect", "print_layout"]
 
@@ -17,13 +24,23 @@ def inspect(
     model: ModelArgument = None,
     compose: ComposeOptions = ComposeOptions(),
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Show how this prompt lies in the model.")
+        str | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="Show which positions this prompt takes, and which media each sees."
+        ),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", "-i", help="Name for the next bare <image>; it is not opened.")
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            metavar="NAME",
+            help="Show NAME for the next bare <image> of --prompt. No file is opened. Repeatable.",
+        ),
     ] = None,
     special_tokens: Annotated[
-        bool, typer.Option("--special-tokens", help="Read special tokens that the prompt spells as tokens.")
+        bool,
+        typer.Option("--special-tokens", help="Read words of --prompt such as <|endofchunk|> as special tokens."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,13 +71,13 @@ def inspect(
     gates = read_gate_values(chosen, vlm, revision)
     report = describe(vlm, processor and processor.tokenizer, dtype=dtype, gate_values=gates)
     if as_json:
-        console.print_json(report)
+        console.print_json(report.to_dict())
     else:
         _print(report)
 
 
-def print_layout(layout: Any, as_json: bool) -> None:
-    """Spans of a prompt, as a table or JSON."""
+def print_layout(layout: PromptLayout, as_json: bool) -> None:
+    """Print the spans of a prompt as a table or as JSON."""
     if as_json:
         console.print_json(layout.to_dict())
         return
@@ -81,13 +98,14 @@ def print_layout(layout: Any, as_json: bool) -> None:
     print(f"{len(layout.ids)} tokens at {layout.positions} positions of the language model{left}")
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: ModelDescription) -> None:
+    """Print the whole description, each section below its title."""
     for title, rows in (
-        ("Parts", _parts(report)),
-        ("Shapes", [[name, f"({', '.join(map(str, shape))})"] for name, shape in report["shapes"].items()]),
-        ("Tokens", _tokens(report)),
-        ("Preprocessing", [[k, str(v)] for k, v in report["vision_encoder"]["preprocessing"].items()]),
-        ("Gates (tanh; 0 is closed)", [[k, f"{v:+.4f}"] for k, v in report["gates"].items()]),
+        ("Parts", _part_rows(report)),
+        ("Shapes", [[name, f"({', '.join(map(str, shape))})"] for name, shape in report.shapes.items()]),
+        ("Tokens", [*_token_rows(report.tokens), ["positions per image", str(report.positions_per_image), ""]]),
+        ("Preprocessing", [[k, str(v)] for k, v in report.vision_encoder.preprocessing.items()]),
+        ("Gates (tanh; 0 is closed)", [[k, f"{v:+.4f}"] for k, v in report.gates.items()]),
     ):
         if rows:
             print(title)
@@ -97,42 +115,47 @@ def _print(report: dict[str, Any]) -> None:
             print()
 
 
-def _parts(report: dict[str, Any]) -> list[list[str]]:
-    counts = {row["name"]: row for row in report["parts"]}
+def _part_rows(report: ModelDescription) -> list[list[str]]:
+    counts = {row.name: row for row in report.parts}
+    rows = [[name, *_count_cells(counts[name]), text] for name, text in _part_texts(report).items()]
+    size = console.human_bytes(report.bytes).rjust(9)
+    return [*rows, ["total", f"{report.parameters:>15,}", "      ", size, f"{report.class_name}, {report.dtype}"]]
+
+
+def _count_cells(row: ParameterRow) -> list[str]:
+    state = "trains" if row.trainable else "frozen" if row.parameters else "-     "
+    return [f"{row.parameters:>15,}", state, console.human_bytes(row.bytes).rjust(9)]
+
+
+def _part_texts(report: ModelDescription) -> dict[str, str]:
+    """Return part -> its name, class and options."""
     encoder, tokenizer, fusion, lm = (
-        report[x] for x in ("vision_encoder", "vision_tokenizer", "fusion", "language_model")
+        report.vision_encoder,
+        report.vision_tokenizer,
+        report.fusion,
+        report.language_model,
     )
     sizes = ", ".join(f"{k}={v}" for k, v in tokenizer.items() if k != "type" and v is not None)
-    fused = ", ".join(f"{k}={v}" for k, v in fusion.items() if k not in ("type", "before_layers"))
-    blocks = f"; before layers {', '.join(map(str, fusion['before_layers']))}" if "before_layers" in fusion else ""
-    described = {
-        "vision_encoder": f"{encoder['name']} ({encoder['class']}, weights {encoder['pretrained'] or 'unnamed'}), "
-        f"layer {encoder['layer']}",
+    options = ", ".join(f"{k}={v}" for k, v in fusion.items() if k != "type")
+    blocks = f"; before layers {', '.join(map(str, report.before_layers))}" if report.before_layers else ""
+    return {
+        "vision_encoder": f"{encoder.name} ({encoder.class_name}, weights {encoder.pretrained or 'unnamed'}), "
+        f"layer {encoder.layer}",
         "vision_tokenizer": f"{tokenizer['type']} ({sizes})" if sizes else tokenizer["type"],
-        "fusion": f"{fusion['type']}{f' ({fused})' if fused else ''}{blocks}",
-        "added_tokens": ", ".join(report["tokens"]["added"]),
-        "language_model": f"{lm['name']} ({lm['class']}), {lm['layers']} layers of {lm['layer_channels']} channels, "
-        f"context {lm['context'] or 'unlimited'}",
+        "fusion": f"{fusion['type']}{f' ({options})' if options else ''}{blocks}",
+        "added_tokens": ", ".join(report.tokens.added),
+        "language_model": f"{lm.name} ({lm.class_name}), {lm.layers} layers of {lm.layer_channels} channels, "
+        f"context {lm.context or 'unlimited'}",
     }
-    rows = [
-        [
-            name,
-            f"{counts[name]['parameters']:>15,}",
-            "trains" if counts[name]["trainable"] else "frozen" if counts[name]["parameters"] else "-     ",
-            console.human_bytes(counts[name]["bytes"]).rjust(9),
-            text,
-        ]
-        for name, text in described.items()
-    ]
-    total = console.human_bytes(report["bytes"]).rjust(9)
-    return [*rows, ["total", f"{report['parameters']:>15,}", "      ", total, f"{report['class']}, {report['dtype']}"]]
 
 
-def _tokens(report: dict[str, Any]) -> list[list[str]]:
-    tokens = report["tokens"]
-    rows = [[name, str(i), "added"] for name, i in tokens["added"].items()]
-    rows += [[name, str(i), ""] for name, i in tokens.get("special", {}).items() if name not in tokens["added"]]
-    marks = {tokens["media"]: "media", tokens["pad"]: "pad", **dict.fromkeys(tokens["stop"] or [], "stop")}
-    return [[name, i, f"{mark} {marks.get(int(i), '')}".strip()] for name, i, mark in rows] + [
-        ["positions per image", str(report["positions_per_image"]), ""]
-    ]
+def _token_rows(tokens: TokenDescription) -> list[list[str]]:
+    """Return a row for each token: its text, its id, and its role."""
+    rows = [(name, i, "added") for name, i in tokens.added.items()]
+    rows += [(name, i, "") for name, i in (tokens.special or {}).items() if name not in tokens.added]
+    roles: dict[int | None, str] = {
+        tokens.media: "media",
+        tokens.pad: "pad",
+        **dict.fromkeys(tokens.stop or [], "stop"),
+    }
+    return [[name, str(i), f"{origin} {roles.get(i, '')}".strip()] for name, i, origin in rows]

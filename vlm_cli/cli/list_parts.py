@@ -1,36 +1,43 @@
-"""`vlm list`."""
+"""`vlm list`: name the parts that a composition can hold."""
 
-import ast
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.options import JsonOption
-from vlm_cli.composition import FAMILIES, UNSUITABLE_LANGUAGE_MODELS, VisionEncoderOptions
+from vlm_cli.composition import FAMILIES, VisionEncoderOptions
 from vlm_cli.errors import UnknownNameError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, suggest
+from vlm_cli.report.language_models import suitable_language_models, unsuitable_language_models
 
-__all__ = ["language_models", "list_parts"]
+__all__ = ["list_parts"]
 
 KINDS = ("families", "vision-encoders", "vision-tokenizers", "fusions", "language-models")
 LONG = ("vision-encoders", "language-models")
 
 
 def list_parts(
-    kind: Annotated[str | None, typer.Argument(metavar="KIND", help=f"{', '.join(KINDS)}.")] = None,
-    word: Annotated[str, typer.Argument(metavar="WORD", help="Only names that contain it.")] = "",
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KIND",
+            help=f"Which parts to list: {', '.join(KINDS)}. Default: all kinds, the long ones as a number.",
+        ),
+    ] = None,
+    word: Annotated[str, typer.Argument(metavar="WORD", help="List only names that contain WORD.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """List the parts that can be composed.
+    """List the parts that a composition can hold.
 
-    Of each vision encoder it tells the image size, the patches and channels of a frame, the parameters and the
-    pretrained tags. These are measured once, which takes up to a minute for all of them.
+    For each vision encoder, the list shows the image size, the patches and channels of a frame, the number of
+    parameters, and the tags of pretrained weights. The first run measures them, which takes up to a minute; later runs
+    are fast.
 
     Example: vlm list vision-encoders siglip
     """
@@ -42,8 +49,8 @@ def list_parts(
         _print_all(found, as_json)
         return
     entries = found[kind]
-    told = kind == "language-models" and _tell_unsuitable(word, quiet=as_json)
-    if not entries and not told:
+    is_explained = kind == "language-models" and _explain_unsuitable(word, quiet=as_json)
+    if not entries and not is_explained:
         console.notify(f"No {kind} have {word!r} in their names.")
     facts = _facts(entries) if kind == "vision-encoders" else {}
     if as_json:
@@ -59,7 +66,7 @@ def _contains(name: str, word: str) -> bool:
 
 
 def _print_all(found: dict[str, dict[str, str]], as_json: bool) -> None:
-    """Names of every kind; what is long only as a number, and nothing is measured."""
+    """Print the names of every kind, and of a long kind only how many there are. Nothing is measured."""
     if as_json:
         console.print_json(found)
         return
@@ -71,13 +78,13 @@ def _print_all(found: dict[str, dict[str, str]], as_json: bool) -> None:
 
 
 def _entries(kind: str) -> dict[str, str]:
-    """Names of a kind, and a word on each."""
+    """Return the names of one kind, and a few words about each."""
     if kind == "vision-encoders":
         from vlm_cli.checkpoint.parts.openclip import list_towers
 
         return list_towers()
     if kind == "language-models":
-        return language_models()
+        return suitable_language_models()
     if kind == "families":
         return {
             name: f"{x['vision_tokenizer']['type']} + {x['fusion']['type']}; trains {', '.join(x['trainable'])}"
@@ -91,7 +98,7 @@ def _entries(kind: str) -> dict[str, str]:
 
 
 def _facts(entries: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What is known of each encoder, and where it comes from."""
+    """Return the facts of each encoder, and which package it comes from."""
     from vlm_cli.report.encoders import encoder_facts
 
     ours = encoder_facts([name for name in entries if name not in VISION_ENCODERS], _config, _track)
@@ -109,21 +116,21 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _outside_facts(name: str) -> dict[str, Any]:
-    """Facts of another package's encoder; measured each time, as its version does not tell when it changes."""
+    """Measure another package's encoder; each time, since we cannot tell when that package changes it."""
     from vlm_cli.checkpoint.parts.openclip import find_tower
-    from vlm_cli.report.encoders import measure
+    from vlm_cli.report.encoders import measure_encoder
 
     try:
         options = VISION_ENCODERS[name].options_class()(name=name)
-        return asdict(measure(find_tower(options).config))
-    except Exception as error:  # whatever that package raises; the other encoders are to be listed all the same
+        return asdict(measure_encoder(find_tower(options).config))
+    except Exception as error:  # the package may raise anything; the list goes on with the other encoders
         problem = f"{type(error).__name__}: {first_line(error)}"
         console.notify(f"Cannot measure the vision encoder {name!r}. {problem}")
         return {"problem": problem}
 
 
 def _track(names: Sequence[str]) -> Iterable[str]:
-    """Show on stderr how far the measuring is."""
+    """Show the progress of measuring on stderr."""
     what = f"Measuring {len(names)} vision encoder{'s' * (len(names) > 1)}, once"
     if not sys.stderr.isatty():
         console.notify(f"{what} for these versions of OpenCLIP and timm …")
@@ -160,25 +167,21 @@ def _cells(facts: dict[str, Any]) -> list[str]:
 # -- language models -------------------------------------------------------------------------------------------------
 
 
-def language_models() -> dict[str, str]:
-    """Model types of Transformers that are causal, and their classes."""
-    return {name: x for name, x in _causal_types().items() if name not in UNSUITABLE_LANGUAGE_MODELS}
-
-
-def _tell_unsuitable(word: str, quiet: bool) -> bool:
-    """Say on stderr why some types of AutoModelForCausalLM are not listed; of those with `word` in their names, if any.
+def _explain_unsuitable(word: str, quiet: bool) -> bool:
+    """Print on stderr why some types of AutoModelForCausalLM are not in the list.
 
     Args:
-        quiet: whether to leave out how many there are.
+        word: only types with this word in their names; "" prints how many types are left out.
+        quiet: whether to leave out that number.
 
     Returns:
-        Whether a reason was told.
+        Whether it printed a reason.
     """
-    unsuitable = [name for name in _causal_types() if name in UNSUITABLE_LANGUAGE_MODELS]
+    unsuitable = unsuitable_language_models()
     by_reason: dict[str, list[str]] = {}
-    for name in unsuitable if word else ():
+    for name, reason in unsuitable.items() if word else ():
         if _contains(name, word):
-            by_reason.setdefault(UNSUITABLE_LANGUAGE_MODELS[name], []).append(name)
+            by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         console.notify(f"Not suitable: {', '.join(names)} ({reason}).")
     if not word and not quiet:
@@ -187,16 +190,3 @@ def _tell_unsuitable(word: str, quiet: bool) -> bool:
             "`vlm list language-models TYPE` says why."
         )
     return bool(by_reason)
-
-
-def _causal_types() -> dict[str, str]:
-    """Types of AutoModelForCausalLM and their classes; read from Transformers' source, without importing it."""
-    spec = find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return {}
-    source = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES":
-            assert isinstance(node.value, ast.Call)
-            return dict(sorted(ast.literal_eval(node.value.args[0])))
-    return {}

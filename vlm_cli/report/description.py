@@ -2,96 +2,250 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from vlm_cli.modeling.language_model import context_length, widths
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.report.parameters import count_parameters
+from vlm_cli.report.parameters import ParameterRow, count_parameters
 
-__all__ = ["describe"]
+__all__ = [
+    "LanguageModelDescription",
+    "ModelDescription",
+    "TokenDescription",
+    "VisionEncoderDescription",
+    "describe",
+]
+
+#: Dimensions of a tensor: numbers, and the letters of docs/architecture.md for those that a prompt decides.
+Shape = list[int | str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionEncoderDescription:
+    """The vision encoder.
+
+    Attributes:
+        name: of OpenCLIP, or of another package.
+        pretrained: the tag of its weights.
+        class_name: of the tower, and of the trunk inside it if it has one.
+        layer: the layer whose output is the features; -1 is the last.
+        settings: what the composition changes of OpenCLIP's own tower.
+        preprocessing: image size, mean, standard deviation and so on.
+    """
+
+    name: str
+    pretrained: str | None
+    class_name: str
+    layer: int
+    settings: dict[str, Any]
+    preprocessing: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "pretrained": self.pretrained,
+            "class": self.class_name,
+            "layer": self.layer,
+            **self.settings,
+            "preprocessing": self.preprocessing,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelDescription:
+    """The language model.
+
+    Attributes:
+        name: directory or hub id.
+        type: of Transformers, such as "llama".
+        layers: number of decoder layers; None if its configuration does not say.
+        embedding_channels, layer_channels: channels of the embedding table, and between the layers.
+        context: most positions; None for no limit.
+    """
+
+    name: str
+    class_name: str
+    type: str
+    layers: int | None
+    embedding_channels: int
+    layer_channels: int
+    context: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {("class" if name == "class_name" else name): x for name, x in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDescription:
+    """Ids of special tokens.
+
+    Attributes:
+        added: token -> id, for the tokens that the composition adds.
+        media: the placeholder of a medium.
+        stop: the ids that end an answer; None if no id does.
+        special: token -> id of the tokenizer; None without a tokenizer.
+    """
+
+    added: dict[str, int]
+    media: int | None
+    pad: int | None
+    stop: list[int] | None
+    special: dict[str, int] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        if self.special is None:
+            del data["special"]
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """Everything that `vlm inspect` shows.
+
+    Attributes:
+        family: the preset that the composition began with.
+        parameters, bytes: of the whole model.
+        vision_tokenizer, fusion: type and options.
+        before_layers: decoder layers that have a block of the fusion before them.
+        shapes: name -> dimensions, along the data flow.
+        positions_per_image: positions of the language model that one image takes.
+        weight_decay, weight_decay_on: the value, and the parts that it applies to.
+        gates: gate -> tanh of it; 0 is closed.
+        parts: number of parameters of each part.
+    """
+
+    family: str | None
+    class_name: str
+    dtype: str
+    parameters: int
+    bytes: int
+    vision_encoder: VisionEncoderDescription
+    vision_tokenizer: dict[str, Any]
+    fusion: dict[str, Any]
+    before_layers: list[int]
+    language_model: LanguageModelDescription
+    shapes: dict[str, Shape]
+    positions_per_image: int
+    tokens: TokenDescription
+    trainable: list[str]
+    weight_decay: float
+    weight_decay_on: list[str]
+    gates: dict[str, float]
+    parts: list[ParameterRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for `vlm inspect --json`."""
+        return {
+            "family": self.family,
+            "class": self.class_name,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "vision_encoder": self.vision_encoder.to_dict(),
+            "vision_tokenizer": self.vision_tokenizer,
+            "fusion": {**self.fusion, **({"before_layers": self.before_layers} if self.before_layers else {})},
+            "language_model": self.language_model.to_dict(),
+            "shapes": self.shapes,
+            "positions_per_image": self.positions_per_image,
+            "tokens": self.tokens.to_dict(),
+            "trainable": self.trainable,
+            "weight_decay": {"value": self.weight_decay, "on": self.weight_decay_on},
+            "gates": self.gates,
+            "parts": [asdict(row) for row in self.parts],
+        }
 
 
 def describe(
-    model: VLM, tokenizer: Any, *, gate_values: dict[str, float], dtype: torch.dtype | None = None
-) -> dict[str, Any]:
-    """Everything that `vlm inspect` shows, as plain data.
+    model: VLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    gate_values: dict[str, float],
+    dtype: torch.dtype | None = None,
+) -> ModelDescription:
+    """Describe a model.
 
     Args:
         model: on any device; shapes are enough.
         tokenizer: for the ids of special tokens; None leaves them out.
         gate_values: tanh of each gate, by name.
-        dtype: what the weights are, if the model does not hold them.
+        dtype: dtype of the weights, if the model on the meta device has another one.
     """
-    config, parts = model.config, model.config.composition
-    text = config.get_text_config(decoder=True)
-    preprocess = config.vision_config["preprocess"]
-    size = preprocess["size"]
+    composition, report = model.config.composition, count_parameters(model, dtype=dtype)
+    return ModelDescription(
+        family=composition.family,
+        class_name=type(model).__name__,
+        dtype=report.dtype,
+        parameters=report.total.parameters,
+        bytes=report.total.bytes,
+        vision_encoder=_describe_vision_encoder(model),
+        vision_tokenizer=composition.vision_tokenizer.to_dict(),
+        fusion=composition.fusion.to_dict(),
+        before_layers=model.block_layers,
+        language_model=_describe_language_model(model),
+        shapes=_shapes(model),
+        positions_per_image=model.num_positions(),
+        tokens=_describe_tokens(model, tokenizer),
+        trainable=list(composition.trainable),
+        weight_decay=composition.weight_decay,
+        weight_decay_on=list(composition.weight_decay_on),
+        gates=gate_values,
+        parts=report.rows,
+    )
+
+
+def _describe_vision_encoder(model: VLM) -> VisionEncoderDescription:
+    options, visual = model.config.composition.vision_encoder, model.vision_encoder.visual
+    trunk = getattr(visual, "trunk", None)
+    return VisionEncoderDescription(
+        name=options.name,
+        pretrained=options.pretrained,
+        class_name=type(visual).__name__ + ("" if trunk is None else f"({type(trunk).__name__})"),
+        layer=options.layer,
+        settings=options.openclip_settings,
+        preprocessing=model.config.vision_config["preprocess"],
+    )
+
+
+def _describe_language_model(model: VLM) -> LanguageModelDescription:
+    text, width = model.config.get_text_config(decoder=True), widths(model.lang_model)
+    return LanguageModelDescription(
+        name=model.config.composition.language_model.name,
+        class_name=type(model.lang_model).__name__,
+        type=text.model_type,
+        layers=getattr(text, "num_hidden_layers", None),
+        embedding_channels=width.embedding,
+        layer_channels=width.layer,
+        context=context_length(model.config),
+    )
+
+
+def _shapes(model: VLM) -> dict[str, Shape]:
+    config = model.config
+    size = config.vision_config["preprocess"]["size"]
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    v, d = config.vision_config["num_patches"], config.vision_config["dim"]
-    n, dim_out = model.vision_tokenizer.num_tokens(), model.vision_tokenizer.dim_out
-    width_of = widths(model.lang_model)
-    report = count_parameters(model, dtype=dtype)
     return {
-        "family": parts.family,
-        "class": type(model).__name__,
-        "dtype": report.dtype,
-        "parameters": report.total.parameters,
-        "bytes": report.total.bytes,
-        "vision_encoder": {
-            "name": parts.vision_encoder.name,
-            "pretrained": parts.vision_encoder.pretrained,
-            "class": _tower_class(model),
-            "layer": parts.vision_encoder.layer,
-            **parts.vision_encoder.openclip_settings,
-            "preprocessing": preprocess,
-        },
-        "vision_tokenizer": parts.vision_tokenizer.to_dict(),
-        "fusion": {**parts.fusion.to_dict(), **_blocks(model)},
-        "language_model": {
-            "name": parts.language_model.name,
-            "class": type(model.lang_model).__name__,
-            "type": text.model_type,
-            "layers": getattr(text, "num_hidden_layers", None),
-            "embedding_channels": width_of.embedding,
-            "layer_channels": width_of.layer,
-            "context": context_length(config),
-        },
-        "shapes": {
-            "vision_x": ["B", "T_img", "F", 3, height, width],
-            "features": ["B", "T_img", "F", v, d],
-            "vision_tokens": ["B", "T_img", n, dim_out],
-            "lang_x": ["B", "T_txt"],
-            "logits": ["B", "T_txt", config.first_added_id + len(config.added_tokens)],
-        },
-        "positions_per_image": model.num_positions(),
-        "tokens": _tokens(model, tokenizer),
-        "trainable": list(parts.trainable),
-        "weight_decay": {"value": parts.weight_decay, "on": list(parts.weight_decay_on)},
-        "gates": gate_values,
-        "parts": [vars(row) for row in report.rows],
+        "vision_x": ["B", "T_img", "F", 3, height, width],
+        "features": ["B", "T_img", "F", config.vision_config["num_patches"], config.vision_config["dim"]],
+        "vision_tokens": ["B", "T_img", model.vision_tokenizer.num_tokens(), model.vision_tokenizer.dim_out],
+        "lang_x": ["B", "T_txt"],
+        "logits": ["B", "T_txt", config.first_added_id + len(config.added_tokens)],
     }
 
 
-def _tower_class(model: VLM) -> str:
-    visual = model.vision_encoder.visual
-    trunk = getattr(visual, "trunk", None)
-    return type(visual).__name__ if trunk is None else f"{type(visual).__name__}({type(trunk).__name__})"
-
-
-def _blocks(model: VLM) -> dict[str, Any]:
-    layers = model.block_layers
-    return {"before_layers": layers} if layers else {}
-
-
-def _tokens(model: VLM, tokenizer: Any) -> dict[str, Any]:
-    config = model.config
-    added = {token: config.first_added_id + i for i, token in enumerate(config.added_tokens)}
-    stops = list(stop_token_ids(model.generation_config)) or None
-    result = {"added": added, "media": config.media_token_id, "pad": config.pad_token_id, "stop": stops}
+def _describe_tokens(model: VLM, tokenizer: PreTrainedTokenizerBase | None) -> TokenDescription:
+    config, special = model.config, None
     if tokenizer is not None:
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        result["special"] = special
-    return result
+    return TokenDescription(
+        added={token: config.first_added_id + i for i, token in enumerate(config.added_tokens)},
+        media=config.media_token_id,
+        pad=config.pad_token_id,
+        stop=list(stop_token_ids(model.generation_config)) or None,
+        special=special,
+    )

@@ -1,34 +1,39 @@
-"""What can be said of a vision encoder before it is composed: its sizes, and the weights that OpenCLIP has for it.
+"""Facts about vision encoders before they are composed: sizes, and the weights that OpenCLIP can fetch.
 
-Sizes are measured on the meta device, which takes a fraction of a second for each encoder after seconds of imports;
-those of OpenCLIP's are kept in a file, from which they are read without importing torch.
+We measure sizes on the meta device. That takes a fraction of a second for each encoder, after seconds of imports.
+The facts of OpenCLIP's encoders are stored in a file, and to read it imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vlm_cli.errors import CheckpointError
+from vlm_cli.files import replacing_file
 from vlm_cli.version import __version__
 
-__all__ = ["EncoderFacts", "cache_file", "encoder_facts", "keep", "kept", "measure"]
+__all__ = ["EncoderFacts", "cache_file", "encoder_facts", "measure_encoder", "store_facts", "stored_facts"]
+
+#: Errors of a cache that is missing, broken or read-only; we measure again. RuntimeError: the user has no home directory.
+_UNUSABLE = (OSError, ValueError, RuntimeError, PackageNotFoundError, CheckpointError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFacts:
-    """Sizes of one encoder, and its pretrained tags.
+    """Sizes of one encoder, and the tags of its pretrained weights.
 
     Attributes:
         image_size: (H, W) pixels.
-        patches: v, of one frame.
-        channels: d, of each patch in the last layer.
-        parameters: of the image tower, its pooling and projection included.
+        patches: v, patches of one frame.
+        channels: d, channels of each patch in the last layer.
+        parameters: number in the image tower, with its pooling and projection.
         pretrained: tags of the weights that OpenCLIP can fetch.
     """
 
@@ -44,16 +49,16 @@ def encoder_facts(
     find_config: Callable[[str], Mapping[str, Any]],
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> dict[str, EncoderFacts]:
-    """Facts of OpenCLIP's encoders: those that are kept, and the others measured and kept from then on.
+    """Return the facts of OpenCLIP's encoders. Measure and store the facts that the file lacks.
 
-    What was measured before an interruption is kept too.
+    After Ctrl-C, the file holds what was measured until then.
 
     Args:
         names: names of OpenCLIP.
-        find_config: gives the configuration of a name; called only for those that are measured.
-        track: passes on the names that are measured, and may tell of them.
+        find_config: returns the configuration of a name that has to be measured.
+        track: passes on the names that have to be measured, and may show the progress.
     """
-    facts = kept()
+    facts = stored_facts()
     missing = [name for name in names if name not in facts]
     if missing:
         measured: dict[str, EncoderFacts] = {}
@@ -61,7 +66,7 @@ def encoder_facts(
             for name, found in _measure_all(track(missing), find_config):
                 measured[name] = found
         finally:
-            keep(measured)
+            store_facts(measured)
         facts |= measured
     return {name: facts[name] for name in names}
 
@@ -71,22 +76,22 @@ def _measure_all(
 ) -> Iterable[tuple[str, EncoderFacts]]:
     from open_clip.pretrained import list_pretrained_tags_by_model
 
-    # A quarter of the names are of towers that others have too: they differ in the text tower or the activation.
+    # A quarter of the names share their image tower with another name, and differ in the text tower or the activation.
     known: dict[str, EncoderFacts] = {}
     for name in names:
         config = find_config(name)
         key = json.dumps([config["embed_dim"], config["vision_cfg"]], sort_keys=True)
         if key not in known:
-            known[key] = measure(config)
+            known[key] = measure_encoder(config)
         tags = tuple(list_pretrained_tags_by_model(name))
         yield name, EncoderFacts(**{**asdict(known[key]), "pretrained": tags})
 
 
-def measure(config: Mapping[str, Any]) -> EncoderFacts:
-    """Build one encoder without allocating a weight, and look at what it gives for a frame.
+def measure_encoder(config: Mapping[str, Any]) -> EncoderFacts:
+    """Build one encoder without allocating a weight, and read the shape of its features.
 
     Args:
-        config: as `vlm_cli.modeling.towers.build_tower` takes it.
+        config: the argument of `vlm_cli.modeling.towers.build_tower`.
     """
     import torch
 
@@ -100,51 +105,59 @@ def measure(config: Mapping[str, Any]) -> EncoderFacts:
     return EncoderFacts(image_size=size, patches=patches, channels=channels, parameters=parameters)
 
 
-# -- what is kept ----------------------------------------------------------------------------------------------------
-
-#: A missing, broken or unwritable file costs time and nothing else. RuntimeError: there is no home directory.
-#: ImportError: a package says nothing of its version. ArithmeticError: a number is infinite.
-_NO_CACHE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ArithmeticError)
+# -- stored facts -----------------------------------------------------------------------------------------------------
 
 
 def cache_file() -> Path:
-    """The file for the installed versions, whether or not it exists; others keep theirs beside it."""
+    """Return the file for the installed versions, whether or not it exists; other versions have files beside it."""
     chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = chosen if chosen.is_absolute() else Path.home() / ".cache"  # as the XDG specification asks
+    folder = chosen if chosen.is_absolute() else Path("~").expanduser() / ".cache"  # as the XDG specification asks
     versions = {"vlm": __version__, **{name: version(name) for name in ("open_clip_torch", "timm", "torch")}}
     return folder / "vlm" / f"vision-encoders_{'_'.join(f'{name}-{x}' for name, x in versions.items())}.json"
 
 
-def kept() -> dict[str, EncoderFacts]:
-    """Facts that were measured before; none if the file cannot be read."""
+def stored_facts() -> dict[str, EncoderFacts]:
+    """Return the facts that were measured before; none if the file is missing or broken."""
     try:
         data = json.loads(cache_file().read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("the file holds no dictionary")
         return {name: _read(entry) for name, entry in data.items()}
-    except _NO_CACHE:
+    except _UNUSABLE:
         return {}
 
 
-def _read(entry: Mapping[str, Any]) -> EncoderFacts:
-    height, width = entry["image_size"]
-    sizes = {name: int(entry[name]) for name in ("patches", "channels", "parameters")}
-    return EncoderFacts(image_size=(int(height), int(width)), pretrained=tuple(map(str, entry["pretrained"])), **sizes)
+def _read(entry: object) -> EncoderFacts:
+    """Read the facts of one encoder.
+
+    Raises:
+        ValueError: if anything is missing or has another type.
+    """
+    match entry:
+        case {
+            "image_size": [int(height), int(width)],
+            "patches": int(patches),
+            "channels": int(channels),
+            "parameters": int(parameters),
+            "pretrained": [*tags],
+        }:
+            return EncoderFacts(
+                image_size=(height, width),
+                patches=patches,
+                channels=channels,
+                parameters=parameters,
+                pretrained=tuple(map(str, tags)),
+            )
+    raise ValueError(f"not the facts of an encoder: {entry!r}")
 
 
-def keep(facts: Mapping[str, EncoderFacts]) -> None:
-    """Add facts to those that are kept, if that is possible; a reader sees the old file or the new one."""
+def store_facts(facts: Mapping[str, EncoderFacts]) -> None:
+    """Add facts to the file, if it can be written; a reader sees the old file or the new one, never half of it."""
     if not facts:
         return
-    try:
+    with suppress(*_UNUSABLE):
         file = cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        data = {name: asdict(x) for name, x in {**kept(), **facts}.items()}
-        handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".partial", dir=file.parent)
-        try:
-            with open(handle, "w", encoding="utf-8") as out:
-                json.dump(data, out)
-            os.replace(partial, file)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    except _NO_CACHE:
-        return
+        data = {name: asdict(x) for name, x in {**stored_facts(), **facts}.items()}
+        with replacing_file(file, overwrite=True) as out:
+            json.dump(data, out)

@@ -11,7 +11,7 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
 
-__all__ = ["Layout", "Span", "lay_out"]
+__all__ = ["PromptLayout", "Span", "lay_out"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptLayout:
     """The spans of a prompt, and the positions that are left."""
 
     spans: list[Span]
@@ -64,7 +64,7 @@ def lay_out(
     parts: Sequence[Text | Medium],
     *,
     parse_special_tokens: bool = False,
-) -> Layout:
+) -> PromptLayout:
     """Lay a prompt of still images out.
 
     Args:
@@ -84,7 +84,7 @@ def lay_out(
         content = next(sources) if is_media else processor.tokenizer.decode(run)
         spans.append(Span("medium" if is_media else "text", content, len(run), start, end, model.media_seen(number)))
         start = end
-    return Layout(spans, ids, start, budget.context)
+    return PromptLayout(spans, ids, start, budget.context)
 
 
 def _runs(ids: Sequence[int], media_id: int) -> list[tuple[list[int], bool]]:
