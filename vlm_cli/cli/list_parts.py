@@ -27,7 +27,7 @@ def list_parts(
         str | None,
         typer.Argument(
             metavar="KIND",
-            help=f"Which parts to list: {', '.join(KINDS)}. Default: all kinds, the long ones as a number.",
+            help=f"List only this kind: {', '.join(KINDS)}.",
         ),
     ] = None,
     word: Annotated[str, typer.Argument(metavar="WORD", help="List only names that contain WORD.")] = "",

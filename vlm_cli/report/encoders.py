@@ -21,7 +21,7 @@ from vlm_cli.version import __version__
 
 __all__ = ["EncoderFacts", "cache_file", "encoder_facts", "measure_encoder", "store_facts", "stored_facts"]
 
-#: Errors of a cache that is missing, broken or read-only; we measure again. RuntimeError: the user has no home directory.
+#: Errors of a file that is missing, broken or read-only; we measure again. RuntimeError: no home directory.
 _UNUSABLE = (OSError, ValueError, RuntimeError, PackageNotFoundError, CheckpointError)
 
 

@@ -1,4 +1,4 @@
-"""How a prompt lies in a model: which span sees which medium, and what each costs."""
+"""The layout of a prompt: which positions each text and each image takes, and which images a text sees."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Span:
     Attributes:
         kind: "text" or "medium".
         content: the text, or the source of the medium.
-        tokens: tokens of `lang_x`.
+        tokens: number of tokens of `lang_x`.
         start, end: positions in the language model, end excluded.
-        sees: numbers of the media, from 1, that these positions read.
+        sees: numbers, from 1, of the media that these positions see.
     """
 
     kind: str
@@ -40,7 +40,14 @@ class Span:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """The spans of a prompt, and the positions that are left."""
+    """A prompt as a list of spans.
+
+    Attributes:
+        spans: in the order of the prompt.
+        ids: tokens of `lang_x`.
+        positions: positions of the language model that the prompt takes.
+        context: most positions of the language model; None for no limit.
+    """
 
     spans: list[Span]
     ids: list[int]
@@ -49,6 +56,7 @@ class PromptLayout:
 
     @property
     def left(self) -> int | None:
+        """Return the positions that remain for an answer; None for no limit."""
         return None if self.context is None else self.context - self.positions
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,13 +73,13 @@ def lay_out(
     *,
     parse_special_tokens: bool = False,
 ) -> PromptLayout:
-    """Lay a prompt of still images out.
+    """Return the layout of a prompt of still images.
 
     Args:
         model: on any device; shapes are enough.
-        processor: its processor.
-        parts: the prompt, with its files.
-        parse_special_tokens: as for the processor.
+        processor: the model's processor.
+        parts: the prompt.
+        parse_special_tokens: whether words such as <|endofchunk|> become special tokens.
     """
     ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
     budget = ContextBudget.of(model)
@@ -88,7 +96,7 @@ def lay_out(
 
 
 def _runs(ids: Sequence[int], media_id: int) -> list[tuple[list[int], bool]]:
-    """Ids in runs of text; each media token is a run of its own."""
+    """Group ids into runs of text; each media token is a run of its own. The flag tells which."""
     runs: list[tuple[list[int], bool]] = []
     for i in ids:
         is_media = i == media_id
