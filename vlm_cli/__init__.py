@@ -1,6 +1,6 @@
-"""Compose, inspect and run vision-language models.
+"""Compose, build, run, train and export vision-language models.
 
-Names load on first use, so that importing the package is cheap.
+Each name loads on first use, so that importing the package is cheap.
 """
 
 from importlib import import_module
@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from vlm_cli.version import __version__
 
 if TYPE_CHECKING:
+    from vlm_cli.checkpoint.building import BuildResult, build, build_from_checkpoint
     from vlm_cli.checkpoint.create import create, plan
+    from vlm_cli.checkpoint.directory import save, save_delta
+    from vlm_cli.checkpoint.export.formats import export_model
     from vlm_cli.checkpoint.published.importing import import_checkpoint
     from vlm_cli.composition import Composition, CompositionRequest
     from vlm_cli.modeling.acceleration import accelerate
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
+    "BuildResult": "vlm_cli.checkpoint.building",
     "Composition": "vlm_cli.composition",
     "CompositionRequest": "vlm_cli.composition",
     "VLM": "vlm_cli.modeling.vlm",
@@ -30,10 +34,15 @@ _HOMES = {
     "VLMWithCrossAttention": "vlm_cli.modeling.fusion.cross_attention",
     "VLMWithLanguageStream": "vlm_cli.modeling.fusion.language_stream",
     "accelerate": "vlm_cli.modeling.acceleration",
+    "build": "vlm_cli.checkpoint.building",
+    "build_from_checkpoint": "vlm_cli.checkpoint.building",
     "create": "vlm_cli.checkpoint.create",
+    "export_model": "vlm_cli.checkpoint.export.formats",
     "import_checkpoint": "vlm_cli.checkpoint.published.importing",
     "load": "vlm_cli.models",
     "plan": "vlm_cli.checkpoint.create",
+    "save": "vlm_cli.checkpoint.directory",
+    "save_delta": "vlm_cli.checkpoint.directory",
 }
 
 __all__ = [*_HOMES, "__version__"]

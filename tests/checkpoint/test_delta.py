@@ -121,7 +121,7 @@ def test_build_writes_a_delta(folder, tmp_path):
     flags = ["--config", folder / "flamingo/composition.yaml", "--seed", 3]
     assert run("build", tmp_path / "full", *flags, "--quiet").exit_code == 0
     result = run("build", tmp_path / "delta", *flags, "--delta")
-    assert result.exit_code == 0 and "comparing with the pretrained language model" in result.stderr
+    assert result.exit_code == 0 and "comparing with" not in result.stderr  # the parts were loaded a moment ago
     pair = [vlm_cli.load(str(tmp_path / name)) for name in ("full", "delta")]
     assert torch.equal(logits(*pair[0]), logits(*pair[1]))
     result = run("build", tmp_path / "x", *flags, "--delta", "--random-weights")

@@ -352,7 +352,7 @@ def test_weights_of_another_tower_are_refused(vlm, parts, openclip_folder, tmp_p
 
 
 def test_an_encoder_without_weights_is_said_to_be_random(vlm, parts, tmp_path):
-    words = "names no pretrained weights, so it was drawn at random"
+    words = "names no pretrained weights, so its weights are random"
     assert words in vlm("build", tmp_path / "a", *parts.flamingo).stderr
     assert words not in vlm("build", tmp_path / "b", *parts.flamingo, "--random-weights").stderr
 

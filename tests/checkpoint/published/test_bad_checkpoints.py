@@ -207,7 +207,7 @@ def test_a_hub_id_offline(vlm, tmp_path):
 
 def test_wrong_usage(vlm, tmp_path):
     result = vlm("build", str(tmp_path / "out"), "--from", "x", "--random-weights")
-    assert result.exit_code == 2 and "--from brings the weights" in result.stderr
+    assert result.exit_code == 2 and "--from brings all weights" in result.stderr
 
 
 def test_a_delta_of_a_whole_checkpoint(vlm, copy, tmp_path):

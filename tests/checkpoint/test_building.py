@@ -1,0 +1,77 @@
+"""The library builds a model without the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlm_cli
+from tests.support import disk
+from vlm_cli.checkpoint.building import IncompleteWeightsError
+from vlm_cli.checkpoint.parts.language_models import LanguageModelSource
+from vlm_cli.composition import Composition
+from vlm_cli.errors import OutputExistsError, UsageError
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Composition:
+    folder = tmp_path_factory.mktemp("parts")
+    tower, lm = disk.tower(folder / "tower"), disk.language_model(folder / "lm")
+    return disk.composition(f"local-dir:{tower}", str(lm), "perceiver", "cross-attention")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
+def test_build_from_parts(parts: Composition, tmp_path: Path) -> None:
+    steps: list[str] = []
+    result = vlm_cli.build(parts, tmp_path / "out", seed=1, progress=steps.append)
+    assert result.out == tmp_path / "out" and result.parameters.total.parameters > 0 and result.keys is None
+    assert steps[0] == "checking the composition" and steps[-1] == f"writing {tmp_path / 'out'}"
+    loaded, _ = vlm_cli.load(str(tmp_path / "out"))
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in result.model.state_dict().items())
+    with pytest.raises(OutputExistsError):
+        vlm_cli.build(parts, tmp_path / "out")
+
+
+def test_nothing_is_written_without_a_directory(parts: Composition, tmp_path: Path) -> None:
+    result = vlm_cli.build(parts)
+    assert result.out is None and result.model.device.type == "meta"
+    built = vlm_cli.build(parts, tmp_path / "out")
+    assert result.parameters == built.parameters
+
+
+def test_a_delta_loads_no_part_twice(parts: Composition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    load = LanguageModelSource.load
+    monkeypatch.setattr(LanguageModelSource, "load", lambda self, dtype: loads.append(self.name) or load(self, dtype))
+    result = vlm_cli.build(parts, tmp_path / "fast", delta=True, seed=3)
+    assert len(loads) == 1
+    vlm_cli.save_delta(result.model, result.processor, tmp_path / "compared")
+    assert len(loads) == 2 and files(tmp_path / "fast") == files(tmp_path / "compared")
+
+
+def test_a_delta_keeps_what_a_weight_file_brought(parts: Composition, tmp_path: Path) -> None:
+    whole = vlm_cli.build(parts, tmp_path / "whole", seed=3)
+    state = {name: x.clone() for name, x in load_file(tmp_path / "whole/model.safetensors").items()}
+    changed = "lang_model.model.layers.0.mlp.up_proj.weight"
+    state[changed] += 1
+    save_file(state, tmp_path / "trained.safetensors")
+    result = vlm_cli.build(parts, tmp_path / "delta", weights=tmp_path / "trained.safetensors", delta=True)
+    assert result.keys is not None and changed in result.keys.loaded
+    held = load_file(tmp_path / "delta/delta.safetensors")
+    assert changed in held and not any(x.startswith("vision_encoder") for x in held)
+    assert not torch.equal(held[changed], whole.model.state_dict()[changed])
+
+
+def test_weights_that_do_not_cover_the_model(parts: Composition, tmp_path: Path) -> None:
+    save_file({"fusion.nothing": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(IncompleteWeightsError, match="does not fit the composition") as caught:
+        vlm_cli.build(parts, tmp_path / "out", weights=tmp_path / "w.safetensors")
+    assert caught.value.keys.unused == ["fusion.nothing"] and not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="--random-weights loads none"):
+        vlm_cli.build(parts, tmp_path / "out", delta=True, random_weights=True)
