@@ -21,7 +21,6 @@ from PIL import Image
 import vlm_cli.checkpoint.directory as directory
 from tests.support import ROOT
 from vlm_cli import VLM
-from vlm_cli.cli import batch as batch_module
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
@@ -225,7 +224,7 @@ def test_images_that_were_let_go_are_encoded_again(answer, asked, monkeypatch):
     rows = [{"prompt": f"<image:{i % 3}.png>The cat", "id": i} for i in range(12)]
     _, wanted = answer(rows, out="kept.jsonl")
     asked[1].clear()
-    monkeypatch.setattr(batch_module, "CACHE_BYTES", 1)
+    monkeypatch.setattr(answers, "CACHE_BYTES", 1)
     assert answer(rows, "--batch-size", 1)[1] == wanted
     assert sum(asked[1]) > 3
 
@@ -266,8 +265,8 @@ def test_a_gallery_is_bounded_and_knows_equal_pixels():
     cache = ImageCache(2)
     a, b = cache.find("a")[0], cache.find("b")[0]
     pixels = torch.rand(3, 4, 4).numpy()
-    for handle in (a, b):
-        cache.fill(handle, pixels.copy())
+    for slot in (a, b):
+        cache.fill(slot, pixels.copy())
     assert a.image is b.image
     assert cache.find("a") == (a, False)
     cache.find("c")

@@ -21,7 +21,7 @@ from tests.support import ROOT
 from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
 from vlm_cli.cli.stream import TextStream
-from vlm_cli.generation.conversation import Conversation, Script
+from vlm_cli.generation.conversation import ChatFormat, Conversation
 from vlm_cli.prompt import Medium, Text, interleave
 
 TEMPLATE = """\
@@ -272,7 +272,7 @@ def test_an_answer_that_spells_a_special_token_is_text(load, templated):
     decode = functools.partial(processor.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     for answer in ("a </s> b", "  spaces, which the template trims </s> "):
         ids = processor.encode([Text(answer)])
-        first = Conversation(Script(processor)).ask([Text("Hi")])
+        first = Conversation(ChatFormat(processor)).ask([Text("Hi")])
         second = first.answer(ids, answer, decode).ask([Text("Go on")])
         assert (second.ids[: len(first.ids) + len(ids)] == (*first.ids, *ids)) == (answer == answer.strip())
         assert sum(i in (0, 1) for i in second.ids) == 7

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vlm_cli import VLM, load
 from vlm_cli.cli.stream import TextStream
-from vlm_cli.generation.decoder import cut_at_stop
+from vlm_cli.generation.plan import cut_at_stop
 
 PROMPT = "<image>The cat"
 

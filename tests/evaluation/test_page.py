@@ -11,9 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from tests.support.questions import Write
-from vlm_cli.evaluation.answers import Answer
-from vlm_cli.evaluation.items import Item, read_items
-from vlm_cli.evaluation.page import MOST_PIXELS, write_page
+from vlm_cli.evaluation.items import GradedAnswer, Item, read_items
+from vlm_cli.evaluation.page import MAX_PIXELS, write_page
 from vlm_cli.evaluation.scores import score
 from vlm_cli.media import MediaLoader
 
@@ -47,16 +46,16 @@ class Page(HTMLParser):
             self.cards[-1] += data
 
 
-def page(answers: list[Answer], folder: Path) -> Page:
+def page(answers: list[GradedAnswer], folder: Path) -> Page:
     file = io.StringIO()
     kinds, total = score((a.item.kind, a.exact) for a in answers)
     write_page(file, EVIL, {"model": EVIL}, kinds, total, answers, MediaLoader(folder))
     return Page(file.getvalue())
 
 
-def answers_of(write: Write, *records: dict[str, str]) -> list[Answer]:
+def answers_of(write: Write, *records: dict[str, str]) -> list[GradedAnswer]:
     items, _ = read_items(write(list(records)))
-    return [Answer(item, item.expected if item.id.startswith("right") else EVIL, True) for item in items]
+    return [GradedAnswer(item, item.expected if item.id.startswith("right") else EVIL, True) for item in items]
 
 
 def test_records_cannot_write_markup(folder: Path, write: Write) -> None:
@@ -94,7 +93,7 @@ def test_pictures_stand_where_the_prompt_has_them(folder: Path, write: Write) ->
     found = page(answers, folder)
     images = [a["src"] or "" for tag, a in found.tags if tag == "img"]
     sizes = [Image.open(io.BytesIO(base64.b64decode(x.partition(",")[2]))).size for x in images]
-    assert sizes == [(MOST_PIXELS, MOST_PIXELS // 2), (40, 40)]
+    assert sizes == [(MAX_PIXELS, MAX_PIXELS // 2), (40, 40)]
     kinds = [tag for tag, a in found.tags if tag == "img" or (tag == "span" and a.get("class") == "text")]
     assert kinds == ["img", "span", "img", "span"]
 
@@ -107,7 +106,10 @@ def test_a_picture_that_is_gone(folder: Path, write: Write) -> None:
 
 
 def test_table(folder: Path) -> None:
-    answers = [Answer(Item(1, "1", kind, (), "a"), text, True) for kind, text in (("b", "a"), ("a", "x"), ("b", "x"))]
+    answers = [
+        GradedAnswer(Item(line=1, id="1", kind=kind, prompt=(), expected="a"), text, True)
+        for kind, text in (("b", "a"), ("a", "x"), ("b", "x"))
+    ]
     file = io.StringIO()
     write_page(file, "t", {}, *score((a.item.kind, a.exact) for a in answers), answers, MediaLoader(folder))
     rows = re.findall(r"<tr><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td>", file.getvalue())

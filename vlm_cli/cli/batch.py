@@ -24,15 +24,12 @@ from vlm_cli.models import DEMO
 
 if TYPE_CHECKING:
     from vlm_cli.data.jsonl import Line
-    from vlm_cli.generation.answers import Counts, RowAnswerer
-    from vlm_cli.generation.decoder import Decoder
+    from vlm_cli.generation.answers import Counts
     from vlm_cli.generation.journal import Journal
-    from vlm_cli.generation.rows import Row
 
 __all__ = ["BatchJob", "BatchOptions", "BatchResult", "PromptFile", "answer_file", "batch"]
 
 BATCH = "Batch"  # heading of these options in --help
-CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait or may be shown again
 
 
 @dataclass(frozen=True)
@@ -319,18 +316,27 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     first = next(lines, None)
     if first is None:
         return BatchResult(journal.answered, journal.failed, earlier)
-    from vlm_cli.generation.decoder import Decoder
+    from vlm_cli.generation.answers import RowAnswerer
+    from vlm_cli.generation.batch_size import BatchSize
+    from vlm_cli.generation.plan import GenerationPlan
+    from vlm_cli.generation.rows import RowReader
+    from vlm_cli.media import MediaLoader
 
     loaded = job.request.load()
     job.request.warn_of_photographs()
     keep_collecting()
-    decoder = Decoder(loaded.model, loaded.processor, job.sampling.keywords(job.search), job.sampling.stop or ())
+    keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
+    plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops)
+    reader = RowReader(plan, job.reading.special_tokens)
+    loader = MediaLoader(job.file.folder, allow_urls=job.reading.allow_urls)
     started = time.monotonic()
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:
-        answerer, rows = _pipeline(job, decoder, chain([first], lines), progress)
-        with closing(rows):
-            for row in answerer.answer(rows):
-                journal.add(row.line, row.answer())
+        size = BatchSize(job.options.rows_at_once())
+        answerer = RowAnswerer(plan, size, seed=job.sampling.seed, notify=progress.notify)
+        rows = map(reader.read, chain([first], lines))
+        with closing(answerer.answer(rows, loader, workers=job.options.num_workers())) as answered:
+            for row in answered:
+                journal.add(row.source_line, row.to_dict())
                 progress.show(journal.answered)
     return BatchResult(
         journal.answered,
@@ -342,32 +348,3 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
         time.monotonic() - started,
         console.peak_memory(loaded.model.device),
     )
-
-
-def _pipeline(
-    job: BatchJob, decoder: Decoder, lines: Iterator[Line], progress: ProgressLine
-) -> tuple[RowAnswerer, Any]:
-    """Return what answers, and the rows that it answers."""
-    from vlm_cli.generation.answers import RowAnswerer, token_bytes
-    from vlm_cli.generation.batch_size import BatchSize
-    from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
-    from vlm_cli.generation.rows import RowReader
-    from vlm_cli.media import MediaLoader
-
-    image_processor = decoder.processor.image_processor
-    channels, height, width = image_processor.frame_shape
-    most = max(1, CACHE_BYTES // max(4 * channels * height * width, token_bytes(decoder.model)))
-    answerer = RowAnswerer(
-        decoder,
-        BatchSize(job.options.rows_at_once()),
-        seed=job.sampling.seed,
-        max_images=most,
-        notify=progress.notify,
-    )
-    reader = RowReader(decoder, job.reading.special_tokens)
-    loader = MediaLoader(job.file.folder, allow_urls=job.reading.allow_urls)
-    preprocessor = Preprocessor(image_processor.transform, loader)
-    rows: Iterator[Row] = with_images(
-        map(reader.read, lines), ImageCache(most), preprocessor, job.options.num_workers()
-    )
-    return answerer, rows

@@ -151,12 +151,12 @@ def _start(request: ChatRequest, loaded: LoadedModel) -> Chat:
     from transformers import set_seed
 
     from vlm_cli.generation.chat import Chat
-    from vlm_cli.generation.decoder import Decoder
+    from vlm_cli.generation.plan import GenerationPlan
 
     if request.sampling.seed is not None:
         set_seed(request.sampling.seed)
-    decoder = Decoder(loaded.model, loaded.processor, request.sampling.keywords(), request.sampling.stop or ())
-    return Chat(decoder, parse_special_tokens=request.reading.special_tokens)
+    plan = GenerationPlan(loaded.model, loaded.processor, request.sampling.keywords(), request.sampling.stop or ())
+    return Chat(plan, parse_special_tokens=request.reading.special_tokens)
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,8 @@ class ChatSession:
         """
         from vlm_cli.cli.stream import TextStream, write_text
 
-        decoder, stream = self.chat.decoder, self.request.stream
-        streamer = TextStream(decoder.decode, write_text, decoder.stops) if stream else None
+        plan, stream = self.chat.plan, self.request.stream
+        streamer = TextStream(plan.decode, write_text, plan.stops) if stream else None
         # In a pipe, Ctrl-C ends the command at once.
         with deferred_interrupt() if self.is_typed else nullcontext(lambda: False) as is_interrupted:
             found = self.chat.answer(
@@ -200,14 +200,14 @@ class ChatSession:
                 is_interrupted=is_interrupted,
             )
         if self.request.as_json:
-            console.print_json(found, indent=None)
+            console.print_json(found.to_dict(), indent=None)
         else:
-            print("" if stream else found["text"], flush=True)
+            print("" if stream else found.answer.text, flush=True)
         if self.request.stats:
             console.notify(
-                f"{found['prompt_positions']} positions, {found['reused_positions']} of them read before, "
-                f"{found['new_tokens']} new tokens in {found['seconds']:.2f} s, "
-                f"peak memory {console.human_bytes(console.peak_memory(decoder.model.device))}"
+                f"{found.prompt_positions} positions, {found.reused_positions} of them read before, "
+                f"{found.answer.new_tokens} new tokens in {found.seconds:.2f} s, "
+                f"peak memory {console.human_bytes(console.peak_memory(plan.model.device))}"
             )
 
 

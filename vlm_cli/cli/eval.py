@@ -1,46 +1,92 @@
-"""`vlm eval`."""
+"""`vlm eval`: questions with known answers, and how many a model answers right."""
 
-import time
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.loading import keep_collecting
+from vlm_cli.cli.loading import LoadedModel, ModelRequest, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, JsonOption, SourceOptions, flatten_options
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.errors import UsageError
-from vlm_cli.models import DEMO, resolve_built_model
+from vlm_cli.models import DEMO
+
+if TYPE_CHECKING:
+    from vlm_cli.data.records import Records
+    from vlm_cli.evaluation.items import Item
+    from vlm_cli.evaluation.run import Evaluation
+    from vlm_cli.evaluation.scores import Score
 
 __all__ = ["EvalOptions", "OutputOptions", "evaluate"]
+
+QUESTIONS, FILES = "Questions", "Output"  # headings in --help
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is asked, and how many at a time."""
+    """What the model is asked, and how many items at once."""
 
-    data: Annotated[Path | None, typer.Option("--data", "-d", help="Questions and answers, JSONL.")] = None
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Items answered at a time.")] = 32
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens of an answer.")] = 32
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many.")] = None
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", "-d", metavar="FILE", help="Records with questions and right answers (JSONL); image paths start "
+            "at the folder of FILE. Required.", rich_help_panel=QUESTIONS,
+        ),
+    ] = None  # fmt: skip
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Ask only the first N records; the default is all.", rich_help_panel=QUESTIONS
+        ),
+    ] = None  # fmt: skip
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", "-n", min=1, metavar="N", help="Cut an answer after N new tokens.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = 32  # fmt: skip
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "--batch-size", "-b", min=1, metavar="N", help="Answer N records at once; fewer if memory does not "
+            "suffice.", rich_help_panel=QUESTIONS,
+        ),
+    ] = 32  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OutputOptions:
     """Files to write."""
 
-    html: Annotated[Path | None, typer.Option(help="Write a page of pictures and answers, wrong ones first.")] = None
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write each answer as a line of JSON.")] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a web page of pictures and answers to FILE, wrong answers first.",
+            rich_help_panel=FILES,
+        ),
+    ] = None  # fmt: skip
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the answers to FILE (JSONL).", rich_help_panel=FILES
+        ),
+    ] = None  # fmt: skip
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace output files that exist.", rich_help_panel=FILES)
+    ] = False
 
     def check(self, data: Path) -> None:
-        """
+        """Refuse files that may not be written, before the model runs.
+
         Raises:
-            VLMError: if a file may not be written.
+            VLMError: naming the file.
         """
         from vlm_cli.files import check_file
 
@@ -65,12 +111,13 @@ def evaluate(
     source: SourceOptions = SourceOptions(),
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a model questions with known answers, and count the right ones, by kind.
+    """Ask a model questions with known answers, and count the right answers, by kind.
 
     A record is a line such as {"kind": "count", "prompt": "<image:cat.jpg>Q: How many cats? A:", "completion": " One."}
 
-    Answers are greedy and end at a stop token. An answer is right if it equals the completion exactly, whitespace at
-    both ends aside. The interval is Wilson's.
+    The model takes the most likely token each time, until a stop token. An answer is right if it equals the completion
+    exactly, whitespace at both ends aside. The table shows the share of right answers with its 95 % confidence interval
+    (Wilson's).
 
     Example: vlm eval my-flamingo --data questions.jsonl --html answers.html
     """
@@ -79,149 +126,131 @@ def evaluate(
     if questions.data is None:
         raise UsageError(f"no questions are given: vlm eval {model} --data FILE.jsonl")
     files.check(questions.data)
-    built = resolve_built_model(model, source.revision)
+    request = ModelRequest.of(model, devices, source)
     items, records = read_items(questions.data, questions.limit)
     console.notify(f"{len(items):,} items from {questions.data}")
-    evaluation = Evaluation(model, questions, items, records)
-    evaluation.load(built, devices, source)
-    evaluation.run()
+    loaded = request.load()
+    found = _evaluate(loaded, questions, items, records)
+    report = Report(model, loaded, questions, records, found)
     try:
-        evaluation.write(files)
-    finally:  # a full disk does not take the scores with it
-        evaluation.print(as_json)
+        report.write(files)
+    finally:  # the scores are printed even if the disk is full
+        report.print(as_json)
 
 
-class Evaluation:
-    """Items, what a model answers to them, and what is said of it.
+def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], records: Records) -> Evaluation:
+    """Answer the items with the engine of `vlm batch`."""
+    from vlm_cli.evaluation.items import encode_items
+    from vlm_cli.evaluation.run import evaluate as evaluate_items
+    from vlm_cli.generation.answers import RowAnswerer
+    from vlm_cli.generation.batch_size import BatchSize
+    from vlm_cli.generation.plan import GenerationPlan
+    from vlm_cli.media import MediaLoader
 
-    Args:
-        name: of the model.
-        questions: the user's options.
-        items: to be answered.
-        records: that they are from.
-    """
-
-    def __init__(self, name: str, questions: EvalOptions, items: Sequence[Any], records: Any) -> None:
-        from vlm_cli.media import MediaLoader
-
-        self.name, self.questions, self.items, self.records = name, questions, items, records
-        self.loader = MediaLoader(records.folder)
-
-    def load(self, built: str, devices: DeviceOptions, source: SourceOptions) -> None:
-        """Load the model, and see that the items fit it."""
-        from vlm_cli.quiet import silence_libraries
-
-        silence_libraries()
-        from vlm_cli.checkpoint.directory import load
-        from vlm_cli.evaluation.items import check_lengths
-
-        self.device, dtype = devices.resolve()
-        self.model, self.processor = load(
-            built, dtype=dtype, device=self.device, trust_remote_code=source.trust_remote_code, **source.hub
+    keywords = SamplingOptions(max_new_tokens=questions.max_new_tokens).keywords()
+    plan = GenerationPlan(loaded.model, loaded.processor, keywords)
+    encode_items(items, records, plan)
+    keep_collecting()
+    with ProgressLine(len(items)) as progress:
+        answerer = RowAnswerer(plan, BatchSize(questions.batch_size), notify=progress.notify)
+        loader = MediaLoader(records.folder)
+        found = evaluate_items(answerer, items, loader, name=str(questions.data), report=progress.show)
+    if found.num_cut:
+        console.notify(
+            f"Note: {found.num_cut:,} of {len(items):,} answers were cut at {questions.max_new_tokens} tokens, before "
+            "a stop token; --max-new-tokens allows more."
         )
-        self.dtype = str(self.model.dtype).removeprefix("torch.")
-        console.notify(f"Model {self.name} on {self.device}, {self.dtype}")
-        self.lengths = check_lengths(
-            self.items, self.records, self.model, self.processor, self.questions.max_new_tokens
-        )
+    return found
 
-    def run(self) -> None:
-        """Answer and count."""
-        from vlm_cli.evaluation.answers import answer, group
-        from vlm_cli.evaluation.scores import score
 
-        keep_collecting()
-        started = time.monotonic()
-        with ProgressLine(len(self.items)) as progress:
-            self.answers = answer(
-                self.model,
-                self.processor,
-                self.items,
-                group(self.items, self.lengths, self.questions.batch_size),
-                self.loader,
-                SamplingOptions(max_new_tokens=self.questions.max_new_tokens).keywords(),
-                name=str(self.questions.data),
-                report=progress.show,
-            )
-        self.seconds = time.monotonic() - started
-        self.kinds, self.total = score((a.item.kind, a.exact) for a in self.answers)
-        self.unended = sum(not a.ended for a in self.answers)
-        if self.unended:
-            console.notify(
-                f"Note: {self.unended:,} of {len(self.items):,} answers were cut at {self.questions.max_new_tokens} "
-                "tokens, before a stop token; --max-new-tokens allows more."
-            )
+@dataclass(frozen=True)
+class Report:
+    """An evaluation, and what a reader must know to judge it."""
+
+    name: str
+    loaded: LoadedModel
+    questions: EvalOptions
+    records: Records
+    found: Evaluation
 
     def print(self, as_json: bool) -> None:
+        """Print the scores on stdout: a table, or everything as JSON."""
         if as_json:
             console.print_json(self.to_dict())
             return
-        rows = [[_name(kind), *_cells(score)] for kind, score in self.kinds.items()]
-        if list(self.kinds) == [None]:
+        rows = [[_kind_name(kind), *_cells(score)] for kind, score in self.found.kinds.items()]
+        if list(self.found.kinds) == [None]:
             rows = []  # they are the total
-        console.print_table(
-            ["kind", "items", "exact", "share", "95 % interval"], [*rows, ["total", *_cells(self.total)]], total=True
-        )
+        total = ["total", *_cells(self.found.total)]
+        console.print_table(["kind", "items", "exact", "share", "95 % interval"], [*rows, total], total=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, with counts, shares from 0 to 1 and seconds."""
+        """Return everything, with counts, shares from 0 to 1, and seconds."""
         from vlm_cli.evaluation.scores import RULE
 
+        found = self.found
         return {
             "model": self.name,
             "data": str(self.questions.data),
             "data_sha256": self.records.sha256,
-            "device": self.device,
-            "dtype": self.dtype,
+            "device": self.loaded.device,
+            "dtype": self.loaded.dtype,
             "batch_size": self.questions.batch_size,
             "max_new_tokens": self.questions.max_new_tokens,
             "limit": self.questions.limit,
             "rule": RULE,
-            "seconds": round(self.seconds, 3),
-            "items_per_second": round(len(self.items) / self.seconds, 1),
-            "cut": self.unended,
-            "total": _numbers(self.total),
-            "kinds": [{"kind": kind, **_numbers(score)} for kind, score in self.kinds.items()],
-            "answers": [a.to_dict() for a in self.answers],
+            "seconds": round(found.seconds, 3),
+            "items_per_second": round(len(found.answers) / found.seconds, 1),
+            "cut": found.num_cut,
+            "total": _numbers(found.total),
+            "kinds": [{"kind": kind, **_numbers(score)} for kind, score in found.kinds.items()],
+            "answers": [answer.to_dict() for answer in found.answers],
         }
 
     def write(self, files: OutputOptions) -> None:
-        """Write the files that were asked for."""
-        import json
+        """Write the files that the user asked for.
 
+        Raises:
+            VLMError: if a file cannot be written.
+        """
         from vlm_cli.evaluation.page import write_page
         from vlm_cli.files import replacing_file
+        from vlm_cli.media import MediaLoader
 
+        found = self.found
         if files.output is not None:
             with replacing_file(files.output, overwrite=files.overwrite) as file:
-                file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in self.answers)
+                file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in found.answers)
             console.notify(f"Wrote {files.output}")
         if files.html is not None:
             title = f"{Path(self.name).name} on {self.questions.data}"
+            loader = MediaLoader(self.records.folder)
             with replacing_file(files.html, overwrite=files.overwrite) as file:
-                write_page(file, title, self._facts(), self.kinds, self.total, self.answers, self.loader)
+                write_page(file, title, self._facts(), found.kinds, found.total, found.answers, loader)
             console.notify(f"Wrote {files.html}")
 
-    def _facts(self) -> Mapping[str, str]:
+    def _facts(self) -> dict[str, str]:
+        """Return what the page says of how the answers were made."""
+        questions = self.questions
         return {
             "model": self.name,
-            "records": f"{self.questions.data} (SHA-256 {self.records.sha256[:16]}…)",
-            "answers": f"greedy, at most {self.questions.max_new_tokens} tokens, {self.unended:,} cut there",
-            "computed": f"on {self.device} in {self.dtype}, {self.questions.batch_size} at a time, "
-            f"{self.seconds:.0f} s",
+            "records": f"{questions.data} (SHA-256 {self.records.sha256[:16]}…)",
+            "answers": f"greedy, at most {questions.max_new_tokens} tokens, {self.found.num_cut:,} cut there",
+            "computed": f"on {self.loaded.device} in {self.loaded.dtype}, {questions.batch_size} at a time, "
+            f"{self.found.seconds:.0f} s",
         }
 
 
-def _numbers(score: Any) -> dict[str, Any]:
+def _numbers(score: Score) -> dict[str, Any]:
     return {"items": score.items, "exact": score.exact, "share": score.share, "interval": list(score.interval)}
 
 
-def _name(kind: str | None) -> str:
-    """A kind for the terminal, whatever characters a file has in it."""
+def _kind_name(kind: str | None) -> str:
+    """Write a kind for the terminal, whatever characters a file has in it."""
     return "(no kind)" if kind is None else kind if kind.isprintable() else repr(kind)
 
 
-def _cells(score: Any) -> list[str]:
+def _cells(score: Score) -> list[str]:
     low, high = score.interval
     return [
         f"{score.items:,}",

@@ -145,7 +145,7 @@ def generate(
         prompt = {"model": model, "prompt": format(parts.parts)}
         console.print_json(prompt | _to_dict(found, images, sampling.seed, loaded.seconds))
     else:
-        print("" if streams else "\n".join(sequence["text"] for sequence in found.sequences), flush=True)
+        print("" if streams else "\n".join(answer.text for answer in found.answers), flush=True)
     if stats:
         console.notify(_statistics(found, loaded))
 
@@ -183,26 +183,27 @@ def _answer(
 ) -> Generation:
     """Answer the prompt; `streams` prints the answer while the model writes it."""
     from vlm_cli.cli.stream import TextStream, write_text
-    from vlm_cli.generation.decoder import Decoder
+    from vlm_cli.generation.plan import GenerationPlan
     from vlm_cli.generation.single import generate_once
 
-    decoder = Decoder(loaded.model, loaded.processor, sampling.keywords(search), sampling.stop or ())
+    plan = GenerationPlan(loaded.model, loaded.processor, sampling.keywords(search), sampling.stop or ())
     return generate_once(
-        decoder,
+        plan,
         parts.parts,
         [image.image for image in images],
         parse_special_tokens=reading.special_tokens,
         seed=sampling.seed,
         compile=compile,
-        streamer=TextStream(decoder.decode, write_text, decoder.stops) if streams else None,
+        streamer=TextStream(plan.decode, write_text, plan.stops) if streams else None,
         notify=console.notify,
     )
 
 
 def _to_dict(found: Generation, images: list[LoadedImage], seed: int | None, load_seconds: float) -> dict[str, Any]:
+    sequences = [answer.to_dict() for answer in found.answers]
     return {
-        **found.sequences[0],
-        "sequences": found.sequences,
+        **sequences[0],
+        "sequences": sequences,
         "prompt_tokens": found.prompt_tokens,
         "prompt_positions": found.prompt_positions,
         "images": [{"source": x.source, "width": x.width, "height": x.height} for x in images],

@@ -46,11 +46,13 @@ class LoadedModel:
     Attributes:
         model: in evaluation mode, on its device.
         processor: of the model.
+        device: that the user chose, or that was found.
         seconds: that loading took.
     """
 
     model: VLM
     processor: VLMProcessor
+    device: str
     seconds: float
 
     @property
@@ -119,7 +121,7 @@ class ModelRequest:
             **self.source.hub,
         )
         accelerate(model, quantize=self.quantize, compile=self.compile)
-        loaded = LoadedModel(model, processor, time.monotonic() - started)
+        loaded = LoadedModel(model, processor, device, time.monotonic() - started)
         how = ", ".join([loaded.dtype, *([self.quantize] if self.quantize else [])])
         console.notify(f"Model {self.name} on {device}, {how}")
         return loaded

@@ -1,4 +1,4 @@
-"""Text as it is generated, without what is not text: half characters and stop strings."""
+"""Print an answer while the model writes it, without half characters and stop strings."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
-from vlm_cli.generation.decoder import cut_at_stop
+from vlm_cli.generation.plan import cut_at_stop
 
 __all__ = ["TextStream", "write_text"]
 
 
 class TextStream(BaseStreamer):
-    """Writes new text as soon as it is certain.
+    """Writes new text as soon as later tokens cannot change it.
 
-    Held back until later tokens decide: bytes of an unfinished character, and what may become a stop string.
+    The bytes of an unfinished character wait, and so does text that may become a stop string.
 
     Args:
-        decode: token ids to text.
-        write: is given each piece.
+        decode: turns token ids into text.
+        write: receives each piece of text.
         stops: stop strings.
     """
 
@@ -30,16 +30,19 @@ class TextStream(BaseStreamer):
         self.prompt_is_over = False
 
     def put(self, value: Any) -> None:
-        if not self.prompt_is_over:  # the first call brings the prompt
+        """Receive the tokens of the prompt at the first call, and new tokens after that."""
+        if not self.prompt_is_over:
             self.prompt_is_over = True
             return
         self.ids += value.reshape(-1).tolist()
         self._advance(self._certain(self.decode(self.ids)))
 
     def end(self) -> None:
+        """Write what is left."""
         self._advance(cut_at_stop(self.decode(self.ids), self.stops))
 
     def _certain(self, text: str) -> str:
+        """Return the beginning of a text that later tokens cannot change."""
         cut = cut_at_stop(text, self.stops)
         if cut != text:
             return cut
@@ -48,14 +51,14 @@ class TextStream(BaseStreamer):
         return text[: len(text) - held]
 
     def _advance(self, text: str) -> None:
-        # A tokenizer may change its mind about text that it gave (clean-up of spaces); what is out stays out.
+        # A tokenizer may decode earlier tokens in another way now (clean-up of spaces); printed text stays as it is.
         if len(text) > len(self.written) and text.startswith(self.written):
             self.write(text[len(self.written) :])
             self.written = text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that begin `stop`."""
+    """Count the characters at the end of `text` with which `stop` begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 

@@ -1,1 +1,1 @@
-"""Questions with known answers, put to a model: what it answers, and how often that is right."""
+"""Ask a model questions with known answers, and count how many it answers right."""

@@ -1,32 +1,69 @@
-"""What a model is asked: records with one prompt and one expected answer."""
+"""Items: questions with known answers. Each is a record with one prompt and one completion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_cli.data.records import Problem, Record, Records, raise_problems, read_records
-from vlm_cli.prompt import Medium, Text
+from vlm_cli.evaluation.scores import is_exact
+from vlm_cli.generation.rows import Row
+from vlm_cli.prompt import Medium, Text, format
 
-__all__ = ["Item", "check_lengths", "read_items"]
+if TYPE_CHECKING:
+    from vlm_cli.generation.plan import GenerationPlan
+
+__all__ = ["GradedAnswer", "Item", "encode_items", "read_items"]
 
 
-@dataclass(frozen=True)
-class Item:
-    """A question and its answer."""
+@dataclass(eq=False, kw_only=True)
+class Item(Row):
+    """A row with an expectation: a prompt, and the answer that is right.
 
-    line: int  # of the file, from 1
+    Attributes:
+        id: of the record; its line if it has none.
+        kind: by which scores are grouped.
+        prompt: in reading order.
+        expected: the right answer.
+    """
+
     id: str
     kind: str | None
     prompt: tuple[Text | Medium, ...]
     expected: str
 
+
+@dataclass(frozen=True)
+class GradedAnswer:
+    """What a model answered to an item.
+
+    Attributes:
+        item: the question.
+        text: the answer.
+        has_ended: whether a stop token ended the answer, and not its length.
+    """
+
+    item: Item
+    text: str
+    has_ended: bool
+
     @property
-    def sources(self) -> list[str]:
-        """Where its images come from, in order."""
-        return [part.source for part in self.prompt if isinstance(part, Medium)]
+    def exact(self) -> bool:
+        """Whether the answer is right; see `scores.RULE`."""
+        return is_exact(self.text, self.item.expected)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a line of the file of answers."""
+        return {
+            "id": self.item.id,
+            "kind": self.item.kind,
+            "prompt": format(self.item.prompt),
+            "expected": self.item.expected,
+            "answer": self.text,
+            "exact": self.exact,
+        }
 
 
 def read_items(path: Path, limit: int | None = None) -> tuple[list[Item], Records]:
@@ -36,12 +73,12 @@ def read_items(path: Path, limit: int | None = None) -> tuple[list[Item], Record
         DataError: if the file cannot be read, or listing every line that cannot be used.
     """
     records = read_records(path)
-    raise_problems(records, [Problem(r.line, problem) for r in records.good if (problem := _no_item(r))])
+    raise_problems(records, [Problem(r.line, problem) for r in records.good if (problem := _find_problem(r))])
     return [_item(record) for record in records.good[:limit]], records
 
 
-def _no_item(record: Record) -> str | None:
-    """Why a record has no single answer that could be compared."""
+def _find_problem(record: Record) -> str | None:
+    """Say why a record has no single answer that could be compared; None if it has one."""
     if len(record.segments) > 2:
         return f'has {len(record.segments) // 2} turns. Write each as a record: a "prompt" and its "completion".'
     if any(isinstance(part, Medium) for part in record.segments[1].parts):
@@ -52,7 +89,7 @@ def _no_item(record: Record) -> str | None:
 
 
 def _has_half_characters(record: Record) -> bool:
-    """JSON can spell them; neither tokenizers nor files take them."""
+    """Tell whether a record holds halves of characters: JSON can spell them, and no tokenizer or file takes them."""
     texts = [
         part.text if isinstance(part, Text) else part.source for segment in record.segments for part in segment.parts
     ]
@@ -62,27 +99,23 @@ def _has_half_characters(record: Record) -> bool:
 def _item(record: Record) -> Item:
     prompt, answer = (segment.parts for segment in record.segments)
     expected = "".join(part.text for part in answer if isinstance(part, Text))
-    return Item(record.line, record.id, record.kind, prompt, expected)
+    return Item(line=record.line, id=record.id, kind=record.kind, prompt=prompt, expected=expected)
 
 
-def check_lengths(
-    items: Sequence[Item], records: Records, model: Any, processor: Any, max_new_tokens: int
-) -> list[int]:
-    """Tokens of each prompt, all of which leave room for an answer.
+def encode_items(items: Sequence[Item], records: Records, plan: GenerationPlan) -> None:
+    """Turn the prompts of items into tokens, and check that each leaves room for a whole answer.
 
     Raises:
-        DataError: listing every line that does not.
+        DataError: listing every line whose prompt or answer the model has no room for.
     """
-    from vlm_cli.modeling.budget import ContextBudget, MediumSize
-
-    budget = ContextBudget.of(model)
-    lengths = [len(processor.encode(item.prompt)) for item in items]
     problems: list[Problem] = []
-    for item, length in zip(items, lengths, strict=True):
-        media = [MediumSize() for _ in item.sources]
-        if problem := budget.problem(length, media):
+    for item in items:
+        item.encode(plan, item.prompt)
+        num_tokens, most = len(item.ids), plan.max_new_tokens
+        if problem := plan.budget.problem(num_tokens, item.media):
             problems.append(Problem(item.line, problem))
-        elif problem := budget.problem(length + max_new_tokens, media):
-            problems.append(Problem(item.line, f"with --max-new-tokens {max_new_tokens}, {problem}"))
+        elif problem := plan.budget.problem(num_tokens + most, item.media):
+            problems.append(Problem(item.line, f"with --max-new-tokens {most}, {problem}"))
+        else:
+            item.reserve(plan)
     raise_problems(records, problems)
-    return lengths

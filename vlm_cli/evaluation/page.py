@@ -1,4 +1,4 @@
-"""A web page of pictures, questions, expected and given answers; one file that asks for nothing else."""
+"""Write answers as a web page with the pictures in it: one file that needs no other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, TextIO
 
 from vlm_cli.errors import MediaError
-from vlm_cli.evaluation.answers import Answer
+from vlm_cli.evaluation.items import GradedAnswer
 from vlm_cli.evaluation.scores import RULE, Score
 from vlm_cli.media import MediaLoader, short_name
 from vlm_cli.prompt import Medium
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["write_page"]
 
-MOST_PIXELS = 320  # of a picture's longer side
-_SHOWN_PIXELS = 128  # height on the page
+MAX_PIXELS = 320  # of the longer side of a picture in the file
+_SHOWN_PIXELS = 128  # height of a picture on the page
 
 _STYLE = f"""
 :root {{ color-scheme: light dark; --line: #8884; --wrong: #c62828; --right: #2e7d32 }}
@@ -54,7 +54,7 @@ dd {{ margin: 0 }}
 summary {{ cursor: pointer; font-size: 1.3rem; font-weight: bold; margin: 2rem 0 1rem }}
 """
 
-#: Characters that HTML cannot hold, as their pictures: ␀ for NUL.
+#: Control characters, which HTML cannot hold, and the symbols that stand for them: ␀ for NUL.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 
@@ -64,19 +64,19 @@ def write_page(
     facts: Mapping[str, str],
     kinds: Mapping[str | None, Score],
     total: Score,
-    answers: Sequence[Answer],
+    answers: Sequence[GradedAnswer],
     loader: MediaLoader,
 ) -> None:
-    """Write a page: scores, then wrong answers, then right ones behind a fold.
+    """Write a page: the scores, the wrong answers, and the right answers in a section that is folded.
 
-    Pictures are scaled down to `MOST_PIXELS`, and one at a time is in memory.
+    The page holds pictures of at most `MAX_PIXELS`; one picture at a time is in memory.
 
     Args:
         file: to write to.
         title: of the page.
-        facts: how the answers were made, by name.
-        kinds: score of each kind.
-        total: score of all.
+        facts: how the answers were made: names and values.
+        kinds: the score of each kind.
+        total: the score of all items.
         answers: in the order of the records.
         loader: finds images.
     """
@@ -90,7 +90,7 @@ def write_page(
 
 
 def _head(title: str) -> str:
-    # The policy holds the page to its promise, whatever a record says.
+    # The policy forbids the page to fetch anything, whatever a record says.
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -111,14 +111,14 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _table(kinds: Mapping[str | None, Score], total: Score) -> str:
-    body = "".join(_row("(no kind)" if kind is None else kind, score) for kind, score in kinds.items())
+    body = "".join(_table_row("(no kind)" if kind is None else kind, score) for kind, score in kinds.items())
     return (
         "<table>\n<thead><tr><th>kind</th><th>items</th><th>exact</th><th>share</th><th>95 % interval</th><th></th>"
-        f"</tr></thead>\n<tbody>\n{body}</tbody>\n<tfoot>\n{_row('total', total)}</tfoot>\n</table>\n"
+        f"</tr></thead>\n<tbody>\n{body}</tbody>\n<tfoot>\n{_table_row('total', total)}</tfoot>\n</table>\n"
     )
 
 
-def _row(name: str, score: Score) -> str:
+def _table_row(name: str, score: Score) -> str:
     low, high = score.interval
     return (
         f"<tr><td>{_text(name)}</td><td>{score.items:,}</td><td>{score.exact:,}</td><td>{100 * score.share:.1f} %</td>"
@@ -126,7 +126,9 @@ def _row(name: str, score: Score) -> str:
     )
 
 
-def _write_section(file: TextIO, title: str, answers: Sequence[Answer], loader: MediaLoader, *, is_open: bool) -> None:
+def _write_section(
+    file: TextIO, title: str, answers: Sequence[GradedAnswer], loader: MediaLoader, *, is_open: bool
+) -> None:
     if not answers:
         return
     file.write(f'<details{" open" if is_open else ""}>\n<summary>{title}</summary>\n<div class="cards">\n')
@@ -135,7 +137,7 @@ def _write_section(file: TextIO, title: str, answers: Sequence[Answer], loader: 
     file.write("</div>\n</details>\n")
 
 
-def _card(answer: Answer, loader: MediaLoader) -> str:
+def _card(answer: GradedAnswer, loader: MediaLoader) -> str:
     item, mark = answer.item, "✓ right" if answer.exact else "✗ wrong"
     prompt = "".join(
         _picture(part.source, loader) if isinstance(part, Medium) else f'<span class="text">{_text(part.text)}</span>'
@@ -154,7 +156,8 @@ _NOTHING = '<span class="nothing">(nothing)</span>'
 
 
 def _text(text: str) -> str:
-    """
+    """Turn text into HTML that shows it.
+
     >>> _text("<b>\\0")
     '&lt;b&gt;␀'
     """
@@ -165,13 +168,13 @@ def _picture(source: str, loader: MediaLoader) -> str:
     name = _text(short_name(source))
     try:
         image = loader.load(source).image
-    except MediaError:  # it was there when the question was asked
+    except MediaError:  # the file was removed after the question was asked
         return f'<span class="nothing">(cannot be read: {name})</span>'
     return f'<img src="{_data_uri(image)}" alt="{name}" title="{name}" loading="lazy">'
 
 
 def _data_uri(image: Image) -> str:
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=90, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""How many answers are right, and how sure that is."""
+"""Count right answers, and say how certain the share is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RULE = "An answer is exact if it equals the completion; only whitespace before a
 
 
 def is_exact(answer: str, expected: str) -> bool:
-    r"""Whether an answer is right; see `RULE`.
+    r"""Tell whether an answer is right; see `RULE`.
 
     >>> is_exact(" A cat.\n", "A cat."), is_exact("a cat.", "A cat."), is_exact("A  cat.", "A cat.")
     (True, False, False)
@@ -23,9 +23,9 @@ def is_exact(answer: str, expected: str) -> bool:
 
 
 def wilson_interval(exact: int, items: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Where the share of right answers lies, were the model asked any number of such questions.
+    """Return the interval in which the share of right answers to all such questions lies, with this confidence.
 
-    Unlike the usual ± it has a width at 0 and at 1, and holds for few items.
+    Unlike the normal approximation, it has a width at shares of 0 and 1, and is right for few items.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927
     (https://doi.org/10.1080/01621459.1927.10502953).
@@ -42,7 +42,7 @@ def wilson_interval(exact: int, items: int, confidence: float = CONFIDENCE) -> t
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers among some items."""
+    """How many of some items were answered right."""
 
     items: int
     exact: int
@@ -58,10 +58,10 @@ class Score:
 
 
 def score(answers: Iterable[tuple[str | None, bool]]) -> tuple[dict[str | None, Score], Score]:
-    """Scores of each kind, by name, and of all.
+    """Return the score of each kind, by name, and the score of all.
 
     Args:
-        answers: kind of each item, and whether its answer is exact; at least one.
+        answers: the kind of each item, and whether its answer is exact; at least one item.
     """
     found: dict[str | None, list[bool]] = {}
     for kind, exact in answers:

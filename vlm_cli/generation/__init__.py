@@ -1,1 +1,1 @@
-"""Prompts and what a model writes after them: one, or a file of them."""
+"""Answers of a model: to one prompt, to a file of prompts, or in a conversation."""

@@ -1,4 +1,4 @@
-"""Rows to answers, many at a time: rows of like length together, each image through the vision encoder once.
+"""Answer many rows: rows of similar length together, and each image through the vision encoder once.
 
 B rows of a batch, T_txt tokens, T_img media per row, C H W pixels, n vision tokens of d channels.
 """
@@ -7,92 +7,125 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
-from vlm_cli.generation.decoder import Decoder
 from vlm_cli.generation.encoded_image import EncodedImage
+from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
+from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
+from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.batching import pad_left, stack_media
+from vlm_cli.modeling.budget import MediumSize
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
 
+if TYPE_CHECKING:
+    from vlm_cli.modeling.vlm import VLM
+
 __all__ = ["Counts", "RowAnswerer", "token_bytes"]
 
-#: Types whose rows Transformers itself cannot generate together.
+#: Types of language models that Transformers itself cannot run on several rows at once, and why.
 ONE_AT_A_TIME = {
     "rwkv": "the state of one row is carried over to others",
     "xlstm": "its state has one row",
 }
-LOOKAHEAD_BATCHES = 8  # batches that are looked at for rows of like length
-ENCODE_BATCH = 16  # images that the vision encoder reads at once
+LOOKAHEAD_BATCHES = 8  # batches of rows among which the engine looks for rows of similar length
+IMAGES_PER_ENCODING = 16  # images that the vision encoder reads at once
+CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait for the model or may be shown again
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 @dataclass
 class Counts:
-    """What was done; `images` were shown, and `encoded` of them passed the vision encoder."""
+    """What the engine has done.
+
+    Attributes:
+        rows: that the model answered.
+        new_tokens: of all answers.
+        images: that rows show.
+        encoded: images that passed the vision encoder; fewer, because rows show some images again.
+        reused: positions that rows share with others and the model computed once.
+        seconds: that the model took.
+    """
 
     rows: int = 0
     new_tokens: int = 0
     images: int = 0
     encoded: int = 0
-    reused: int = 0  # positions that rows share with others, read once
-    seconds: float = 0.0  # of the model
+    reused: int = 0
+    seconds: float = 0.0
 
 
 class RowAnswerer:
-    """Answers rows, and hands them on in their order.
+    """The engine that answers rows in batches, and returns them in their order.
+
+    But for rounding, the answer to a row does not depend on the other rows of its batch.
 
     Args:
-        decoder: of the model.
-        size: rows at once.
-        seed: of samples; None draws others each time.
-        max_images: that waiting rows may hold together, about.
-        notify: is told what the user should know.
+        plan: how the model answers.
+        size: how many rows are answered at once.
+        seed: of samples; without a seed, every run gives other samples.
+        notify: receives what the user should know.
+
+    Attributes:
+        counts: what was done so far.
+        max_images: images that waiting rows may hold together, roughly.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        plan: GenerationPlan,
         size: BatchSize,
         *,
         seed: int | None = None,
-        max_images: int = 1000,
-        notify: Callable[[str], None] = lambda message: None,
+        notify: Callable[[str], None] = ignore_message,
     ) -> None:
-        self.decoder, self.model, self.seed = decoder, decoder.model, seed
+        self.plan, self.model, self.seed, self.notify = plan, plan.model, seed, notify
         kind = self.model.lang_model.config.model_type
         self.size = BatchSize(1) if kind in ONE_AT_A_TIME else size
-        self.max_images, self.notify = max_images, notify
         self.counts = Counts()
-        keywords = decoder.keywords
-        self.sequences: int = keywords["num_return_sequences"]
-        self.cost = RowCost(self.model, max(keywords["num_beams"], self.sequences))
-        self.apart: bool = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
-        # The penalty reads padding too, which may be a token that counts.
+        keywords = plan.keywords
+        self.num_answers: int = keywords["num_return_sequences"]
+        self.cost = RowCost(self.model, max(keywords["num_beams"], self.num_answers))
+        self.encodes_apart: bool = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
+        # A repetition penalty reads padding too, which may be a token that counts.
         self.pads = kind not in NO_LEFT_PADDING and keywords["repetition_penalty"] == 1
-        # What rows begin with alike, such as the shots of few-shot prompts.
-        one_each = keywords["num_beams"] == self.sequences == 1 and kind not in ONE_AT_A_TIME
-        self.prompt_cache = PromptCache() if self.apart and one_each else None
+        has_one_answer = keywords["num_beams"] == self.num_answers == 1 and kind not in ONE_AT_A_TIME
+        # For what rows begin with in common, such as the examples of few-shot prompts.
+        self.prompt_cache = PromptCache() if self.encodes_apart and has_one_answer else None
+        channels, height, width = plan.processor.image_processor.frame_shape
+        image_bytes = max(4 * channels * height * width, token_bytes(self.model, MediumSize()))
+        self.max_images = max(1, CACHE_BYTES // image_bytes)
 
-    def answer(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Each row, when it and all before it are done; a few batches of them wait at any time."""
-        waiting: deque[Row] = deque()
-        while True:
-            self._fill(waiting, rows)
-            if not waiting:
-                return
-            if not waiting[0].is_done:
-                self._answer(self._choose([row for row in waiting if not row.is_done]))
-            while waiting and waiting[0].is_done:
-                yield waiting.popleft()
+    def answer(self, rows: Iterator[AnyRow], loader: MediaLoader, *, workers: int = 0) -> Generator[AnyRow]:
+        """Yield each row when the row and all before it are done; a few batches of rows wait at any time.
 
-    def _fill(self, waiting: deque[Row], rows: Iterator[Row]) -> None:
+        Args:
+            rows: encoded, with room reserved; those with an error pass through.
+            loader: finds images.
+            workers: processes that decode images ahead of the model; 0 decodes in this process.
+        """
+        preprocessor = Preprocessor(self.plan.processor.image_processor.transform, loader)
+        waiting: deque[AnyRow] = deque()
+        with closing(with_images(rows, ImageCache(self.max_images), preprocessor, workers)) as ready:
+            while True:
+                self._fill(waiting, ready)
+                if not waiting:
+                    return
+                if not waiting[0].is_done:
+                    self._answer(self._choose([row for row in waiting if not row.is_done]))
+                while waiting and waiting[0].is_done:
+                    yield waiting.popleft()
+
+    def _fill(self, waiting: deque[AnyRow], rows: Iterator[AnyRow]) -> None:
         images = sum(len(row.images) for row in waiting)
         while len(waiting) < LOOKAHEAD_BATCHES * self.size.rows and (not waiting or images < self.max_images):
             row = next(rows, None)
@@ -102,12 +135,12 @@ class RowAnswerer:
             images += len(row.images)
 
     def _choose(self, rows: Sequence[Row]) -> list[Row]:
-        """The first row, so that none waits for long, and those that are nearest to it in length."""
+        """Choose the first row, so that no row waits for long, and the rows that are nearest to it in length."""
         first = rows[0]
 
         def distance(row: Row) -> int:
-            more, first_more = row.positions - len(row.ids), first.positions - len(first.ids)  # for media
-            return abs(len(row.ids) - len(first.ids)) + abs(more - first_more)
+            of_media, of_first = row.positions - len(row.ids), first.positions - len(first.ids)
+            return abs(len(row.ids) - len(first.ids)) + abs(of_media - of_first)
 
         # Where the context ends an answer, rows of one length end together.
         fitting = [row for row in rows if row.room == first.room and (self.pads or not distance(row))]
@@ -118,13 +151,14 @@ class RowAnswerer:
         return chosen
 
     def _fits(self, rows: Sequence[Row], memory: float) -> bool:
-        """Whether rows, padded to each other, stay within so many bytes and the context."""
-        budget, media = self.decoder.budget, max(len(row.images) for row in rows)
+        """Tell whether rows, padded to each other, stay within so many bytes and within the context."""
+        budget = self.plan.budget
         positions = budget.positions_together([(len(row.ids), row.positions) for row in rows]) + rows[0].room
         left = budget.left(positions)
         if left is not None and left < 0:
             return False
-        return len(rows) * self.cost(positions, media * token_bytes(self.model)) <= memory
+        media_bytes = max(sum(token_bytes(self.model, size) for size in row.media) for row in rows)
+        return len(rows) * self.cost(positions, media_bytes) <= memory
 
     def _answer(self, rows: Sequence[Row]) -> None:
         """Answer rows together or, where memory does not suffice, in halves."""
@@ -139,12 +173,12 @@ class RowAnswerer:
             self.counts.seconds += seconds
             self.size.record(len(rows), seconds)
             return
-        # Here the error is gone, and with it the tensors that its traceback held.
+        # The `except` block is over, so Python has dropped the error and the tensors that its traceback held.
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(rows) == 1:
             row = rows[0]
-            row.fail(
+            row.error = (
                 f"memory does not suffice for this row alone ({row.positions} positions, {len(row.images)} images, "
                 f"{row.room} new tokens)."
             )
@@ -157,55 +191,59 @@ class RowAnswerer:
 
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row]) -> None:
-        length = max(len(row.ids) for row in rows)
-        ids, mask = pad_left([row.ids for row in rows], self.decoder.processor.tokenizer.pad_token_id)
+        ids, mask = pad_left([row.ids for row in rows], self.plan.processor.tokenizer.pad_token_id)
         inputs = {"input_ids": ids, "attention_mask": mask, **self._media(rows)}
         if self.seed is not None:
             from transformers import set_seed
 
-            set_seed((self.seed + rows[0].line.number) % 2**32)  # whatever was answered before
+            set_seed((self.seed + rows[0].line) % 2**32)  # the same in a run that resumes here
         output = self.model.generate(
             **{name: x.to(self.model.device) for name, x in inputs.items()},
-            **self.decoder.keywords | {"max_new_tokens": rows[0].room},
+            **self.plan.keywords | {"max_new_tokens": rows[0].room},
             prompt_cache=self.prompt_cache,
         )
         if self.prompt_cache is not None:
             self.counts.reused += len(rows) * self.prompt_cache.reused
-        new = output[:, length:].tolist()
+        new = output[:, ids.shape[1] :].tolist()
         for b, row in enumerate(rows):
-            own = new[b * self.sequences : (b + 1) * self.sequences]
-            row.sequences = [self.decoder.read(x, row.room) for x in own]
-            self.counts.new_tokens += sum(x["new_tokens"] for x in row.sequences)
+            own = new[b * self.num_answers : (b + 1) * self.num_answers]
+            row.answers = [self.plan.read(x, row.room) for x in own]
+            self.counts.new_tokens += sum(answer.new_tokens for answer in row.answers)
             self.counts.images += len(row.images)
         self.counts.rows += len(rows)
 
     def _media(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Arguments of `generate`: vision tokens where they are the same in every row, else pixels."""
+        """Return the media as arguments of `generate`.
+
+        They are vision tokens if the tokens of a medium are the same in every row, and pixels otherwise.
+        """
         images = [[slot.image for slot in row.images if slot.image is not None] for row in rows]
         distinct = list(dict.fromkeys(image for row in images for image in row))
         if not distinct:
             return {}
-        if not self.apart:
+        if not self.encodes_apart:
             self.counts.encoded += len(distinct)
             pixels, mask = stack_media([[x.pixels[None] for x in row if x.pixels is not None] for row in images])
             return {"pixel_values": pixels, "vision_mask": mask}
         self._encode([image for image in distinct if image.tokens is None])
         tokens, mask = stack_media(
-            [[image.tokens for image in row] for row in images], [[image.mask for image in row] for row in images]
+            [[image.tokens for image in row if image.tokens is not None] for row in images],
+            [[image.mask for image in row if image.mask is not None] for row in images],
         )
         return {"vision_tokens": tokens, "media_mask": mask}
 
     def _encode(self, images: Sequence[EncodedImage]) -> None:
-        """Make vision tokens of pixels, which are then let go; they wait where the memory is larger."""
-        for i in range(0, len(images), ENCODE_BATCH):
-            some = images[i : i + ENCODE_BATCH]
-            pixels = torch.stack([p.pixels for p in some if p.pixels is not None])[:, None, None]  # [k, 1, 1, C, H, W]
+        """Replace the pixels of images by vision tokens, which wait in the memory of the CPU."""
+        for i in range(0, len(images), IMAGES_PER_ENCODING):
+            some = images[i : i + IMAGES_PER_ENCODING]
+            pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None, None]  # [k, 1, 1, C, H, W]
             tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
             for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
                 image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
             self.counts.encoded += len(some)
 
 
-def token_bytes(model: Any) -> int:
-    """Bytes of the vision tokens of one image."""
-    return model.vision_tokenizer.num_tokens(1) * model.vision_tokenizer.dim_out * model.dtype.itemsize
+def token_bytes(model: VLM, size: MediumSize) -> int:
+    """Return the bytes of the vision tokens of one medium."""
+    tokenizer = model.vision_tokenizer
+    return tokenizer.num_tokens(size.num_frames) * tokenizer.dim_out * model.dtype.itemsize

@@ -1,34 +1,41 @@
-"""How many rows a model answers at once."""
+"""How many rows a model answers at once, and how much memory that takes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from vlm_cli.modeling.vlm import VLM
+
 __all__ = ["BatchSize", "RowCost", "available_memory", "is_out_of_memory"]
 
-START = 4  # rows at first
-MAX_ROWS = 256  # rows at once
-MANY_LAYERS = 32  # where a configuration does not say
-MIN_SPEEDUP = 1.1  # times as many rows per second are worth twice the rows
+START_ROWS = 4  # rows of the first batch
+MAX_ROWS = 256  # rows of the largest batch
+ASSUMED_LAYERS = 32  # layers of a language model whose configuration does not give their number
+MIN_SPEEDUP = 1.1  # factor in rows per second that makes twice the rows worthwhile
 
 
 class BatchSize:
-    """Rows at once: twice as many as long as that is faster, and half as many where memory does not suffice.
+    """The number of rows of a batch: it doubles while that is faster, and halves where memory does not suffice.
 
     Args:
-        fixed: a number that the user chose; None finds one.
+        fixed: the number that the user chose; None finds the fastest one.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
-        self.rows = START if fixed is None else fixed
+        self.rows = START_ROWS if fixed is None else fixed
         self._grows = fixed is None
         self._before = 0.0  # rows per second with half as many
         self._timed: list[float] = []  # seconds of each full batch of this size
 
     def record(self, rows: int, seconds: float) -> None:
-        """Learn from a batch how long it took; one that took too long gets a second chance."""
+        """Learn from the time of a batch whether more rows are faster.
+
+        Smaller batches tell nothing. A size that seems too slow gets a second batch, because a single one may have
+        been slow by accident.
+        """
         if not self._grows or rows < self.rows:
             return
         self._timed.append(seconds)
@@ -40,41 +47,42 @@ class BatchSize:
             self.rows, self._grows = self.rows // 2, False
 
     def halve(self, rows: int) -> None:
-        """So many rows were too many."""
+        """Use at most half of so many rows from now on, because memory did not suffice for them."""
         self.rows, self._grows = max(1, min(self.rows, rows // 2)), False
 
 
 class RowCost:
-    """Bytes that a row takes while it is answered, roughly and rather too many.
+    """An estimate of the bytes that a row takes while the model answers it; rather too high than too low.
 
     Args:
         model: the VLM.
-        sequences: beams or answers of each row.
+        sequences: beams, or answers, of each row.
     """
 
-    def __init__(self, model: Any, sequences: int = 1) -> None:
+    def __init__(self, model: VLM, sequences: int = 1) -> None:
         text = model.config.get_text_config(decoder=True)
         heads = getattr(text, "num_attention_heads", None) or 1
         shared = (getattr(text, "num_key_value_heads", None) or heads) / heads
         width = text.hidden_size * model.dtype.itemsize  # bytes
-        layers = getattr(text, "num_hidden_layers", None) or MANY_LAYERS
-        # Keys and values of all layers, and what one layer holds while the prompt is read.
+        layers = getattr(text, "num_hidden_layers", None) or ASSUMED_LAYERS
+        # Keys and values of all layers, and the activations of one layer during prefill.
         self._per_position = sequences * (2 * layers * shared + 16) * width
-        # Logits and their sorted copies.
+        # Logits, and the sorted copies that sampling makes.
         self._per_row = sequences * 16 * text.vocab_size
         self._copies = 1 + 2 * sequences * len(model.block_layers)
 
     def __call__(self, positions: int, media_bytes: int) -> float:
-        """
+        """Return the bytes of one row.
+
         Args:
             positions: of prompt and answer.
-            media_bytes: of the row's vision tokens.
+            media_bytes: bytes of the row's vision tokens.
         """
         return positions * self._per_position + self._per_row + media_bytes * self._copies
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free, or that torch holds for itself."""
+    """Return the bytes that are free, those included that torch has reserved and does not use."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
@@ -84,7 +92,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether fewer rows may succeed; the CPU and MPS have no class of error for it."""
+    """Tell whether an error means that memory did not suffice; on the CPU and on MPS only its text says so."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)

@@ -1,4 +1,4 @@
-"""Turns to answers: a conversation with a model that reads each of them once.
+"""A conversation with a model that reads each turn once.
 
 T_img images of the conversation, C H W pixels, n vision tokens of d channels.
 """
@@ -7,46 +7,82 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlm_cli.errors import ContextError
-from vlm_cli.generation.conversation import Conversation, Script
-from vlm_cli.generation.decoder import Decoder
-from vlm_cli.modeling.budget import MediumSize
+from vlm_cli.generation.conversation import ChatFormat, Conversation
+from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 
-__all__ = ["Chat"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers.generation.streamers import BaseStreamer
+
+__all__ = ["Chat", "ChatAnswer"]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The images of a conversation: float[1, T_img, 1, C, H, W], float[1, T_img, n, d] and bool[1, T_img, n]."""
+class EncodedMedia:
+    """All images of a conversation.
 
-    pixels: Tensor | None = None  # None where they are not needed again
+    Attributes:
+        pixels: float[1, T_img, 1, C, H, W]; None if they are not needed again.
+        tokens: float[1, T_img, n, d], the vision tokens; None without images.
+        mask: bool[1, T_img, n], which of them are valid.
+    """
+
+    pixels: Tensor | None = None
     tokens: Tensor | None = None
     mask: Tensor | None = None
 
 
-class Chat:
-    """A conversation that goes on.
+@dataclass(frozen=True)
+class ChatAnswer:
+    """The answer to one turn.
 
-    A turn that fails leaves it as it was.
-
-    Args:
-        decoder: of the model, with one answer and no beams.
-        parse_special_tokens: read the special tokens that the user spells as the tokens.
+    Attributes:
+        turn: number of the turn, from 1.
+        answer: what the model wrote.
+        prompt_positions: that the conversation takes before the answer.
+        reused_positions: those of them that the model had read in earlier turns.
+        seconds: that the turn took.
     """
 
-    def __init__(self, decoder: Decoder, *, parse_special_tokens: bool = False) -> None:
-        self.decoder, self.model = decoder, decoder.model
-        self.conversation = Conversation(Script(decoder.processor, parse_special_tokens=parse_special_tokens))
-        self.seen = Seen()
+    turn: int
+    answer: Answer
+    prompt_positions: int
+    reused_positions: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys that `vlm chat --json` prints."""
+        return {
+            "turn": self.turn,
+            **self.answer.to_dict(),
+            "prompt_positions": self.prompt_positions,
+            "reused_positions": self.reused_positions,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+class Chat:
+    """A conversation that goes on. A turn that fails leaves it as it was.
+
+    Args:
+        plan: how the model answers, with one answer and no beams.
+        parse_special_tokens: read the spelling of a special token in the user's text as that token.
+    """
+
+    def __init__(self, plan: GenerationPlan, *, parse_special_tokens: bool = False) -> None:
+        self.plan, self.model = plan, plan.model
+        self.conversation = Conversation(ChatFormat(plan.processor, parse_special_tokens=parse_special_tokens))
+        self.media = EncodedMedia()
         self.cache = PromptCache()
         self.turns = 0
 
@@ -54,20 +90,20 @@ class Chat:
     def answer(
         self,
         parts: Sequence[Text | Medium],
-        images: Sequence[Any],
+        images: Sequence[Image],
         *,
-        streamer: Any = None,
-        notify: Callable[[str], None] = lambda message: None,
+        streamer: BaseStreamer | None = None,
+        notify: Callable[[str], None] = ignore_message,
         is_interrupted: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Any]:
-        """What the model answers to a turn.
+    ) -> ChatAnswer:
+        """Answer a turn.
 
         Args:
             parts: of the turn, in reading order.
             images: one for each medium among them.
-            streamer: is given the tokens.
-            notify: is told what the user should know.
-            is_interrupted: whether the answer is to end here; asked after each token.
+            streamer: receives tokens as the model writes them.
+            notify: receives what the user should know.
+            is_interrupted: is called after each token; true ends the answer.
 
         Raises:
             ContextError: if the conversation has no room for an answer.
@@ -76,29 +112,28 @@ class Chat:
         started = time.monotonic()
         asked = self.conversation.ask(parts)
         positions = self._positions(asked)
-        room = self.decoder.room(positions, notify)
-        seen = self._see(images)
+        room = self.plan.room(positions, notify)
+        media = self._encode(images)
         ids = torch.tensor([asked.ids], device=self.model.device)
         output = self.model.generate(
             lang_x=ids,
             attention_mask=torch.ones_like(ids),
-            vision_tokens=seen.tokens,
-            media_mask=seen.mask,
+            vision_tokens=media.tokens,
+            media_mask=media.mask,
             prompt_cache=self.cache,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([_Interruption(is_interrupted)]),
-            **self.decoder.keywords | {"max_new_tokens": room},
+            **self.plan.keywords | {"max_new_tokens": room},
         )
         new = output[0, len(asked.ids) :].tolist()
-        found = self.decoder.read(new, room)
-        if found["finish_reason"] == "stop_string" and is_interrupted():
-            found["finish_reason"] = "interrupted"
-        said = new[: found["new_tokens"] - (found["finish_reason"] == "stop_token")]
-        self.conversation = asked.answer(said, found["text"], self.decoder.decode)
-        self.seen = seen
+        answer = self.plan.read(new, room)
+        if answer.finish_reason == "stop_string" and is_interrupted():
+            answer = replace(answer, finish_reason="interrupted")
+        said = new[: answer.new_tokens - (answer.finish_reason == "stop_token")]
+        self.conversation = asked.answer(said, answer.text, self.plan.decode)
+        self.media = media
         self.turns += 1
-        counts = {"prompt_positions": positions, "reused_positions": self.cache.reused}
-        return {"turn": self.turns, **found, **counts, "seconds": round(time.monotonic() - started, 3)}
+        return ChatAnswer(self.turns, answer, positions, self.cache.reused, time.monotonic() - started)
 
     def _positions(self, asked: Conversation) -> int:
         """Count the positions of a conversation whose last turn has no answer yet.
@@ -106,11 +141,10 @@ class Chat:
         Raises:
             ContextError: if they leave no room for an answer, or if the vision tokenizer takes fewer images.
         """
-        budget = self.decoder.budget
-        num_media = asked.ids.count(self.model.config.media_token_id)
-        if problem := budget.media_problem(num_media):
+        budget, media = self.plan.budget, asked.media
+        if problem := budget.media_problem(len(media)):
             raise ContextError(f"the conversation {problem} Start another one.")
-        positions = budget.positions(len(asked.ids), [MediumSize()] * num_media)
+        positions = budget.positions(len(asked.ids), self.plan.media_sizes(media))
         left = budget.left(positions)
         if left is not None and left < 1:
             raise ContextError(
@@ -120,28 +154,32 @@ class Chat:
             )
         return positions
 
-    def _see(self, images: Sequence[Any]) -> Seen:
-        """All images so far; where one does not change the others' tokens, only new ones are encoded."""
+    def _encode(self, images: Sequence[Image]) -> EncodedMedia:
+        """Return all images so far, with those of this turn.
+
+        Only new images pass the vision encoder, if an image does not change the vision tokens of others.
+        """
         if not images:
-            return self.seen
-        transform = self.decoder.processor.image_processor.transform
+            return self.media
+        transform = self.plan.processor.image_processor.transform
         pixels = torch.stack([transform(image) for image in images])[None, :, None]  # [1, T_img, 1, C, H, W]
-        apart = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
-        if not apart and self.seen.pixels is not None:
-            pixels = torch.cat([self.seen.pixels, pixels], dim=1)
+        encodes_apart = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
+        if not encodes_apart and self.media.pixels is not None:
+            pixels = torch.cat([self.media.pixels, pixels], dim=1)
         tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
-        if not apart:
-            return Seen(pixels, tokens, mask)
-        if self.seen.tokens is not None:
-            tokens, mask = torch.cat([self.seen.tokens, tokens], dim=1), torch.cat([self.seen.mask, mask], dim=1)
-        return Seen(None, tokens, mask)
+        if not encodes_apart:
+            return EncodedMedia(pixels, tokens, mask)
+        if self.media.tokens is not None and self.media.mask is not None:
+            tokens, mask = torch.cat([self.media.tokens, tokens], dim=1), torch.cat([self.media.mask, mask], dim=1)
+        return EncodedMedia(None, tokens, mask)
 
 
 class _Interruption(StoppingCriteria):
-    """Ends an answer when it is asked to."""
+    """Ends an answer when the user has pressed Ctrl-C."""
 
     def __init__(self, is_interrupted: Callable[[], bool]) -> None:
         self.is_interrupted = is_interrupted
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """int[B, L] so far -> bool[B], true where a row ends here."""
         return torch.full((len(input_ids),), self.is_interrupted(), dtype=torch.bool, device=input_ids.device)

@@ -1,55 +1,71 @@
-"""A conversation as token ids: what was read and written stays as it is, and each turn adds to it.
+"""A conversation as token ids: what the model has read and written stays as it is, and each turn adds to it.
 
     with a chat template       <|im_start|>user\\n<image>What is it?<|im_end|>\\n<|im_start|>assistant\\n
     without                    <image>What is it? A cat.\\nWhat colour is it?
 
-A template gets what was said with two marks in it, characters that nobody wrote: one where an image is, and one that
-cuts in two what spells a special token. So the template sees whole texts, which it may trim or search, and all that it
-writes is read at once, as in training; yet nothing that was said becomes a special token.
+A chat template is a program that formats texts; it knows neither images nor the difference between a special token and
+text that spells one. So it receives texts with two marker characters that occur in no text of the conversation: one
+stands for an image, and one cuts the spelling of a special token in two. With `▣` and `¦` for the markers, the user's
+
+    [image] Is </s> a tag?      reaches the template as     ▣ Is <¦/s> a tag?
+
+The template formats that, and the tokenizer then reads the whole result at once, as in training: `▣` becomes the media
+token, and `¦` becomes nothing but keeps `<` and `/s>` apart. Special tokens come from the template alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Literal
 
 from vlm_cli.errors import LanguageModelError, first_line
 from vlm_cli.processor import Seam, VLMProcessor
 from vlm_cli.prompt import Medium, Text
 
-__all__ = ["Conversation", "Message", "Script"]
+__all__ = ["ChatFormat", "Conversation", "Message"]
+
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that Unicode leaves to programs
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one side said."""
+    """What the user or the model said."""
 
-    role: str  # user or assistant
+    role: Literal["user", "assistant"]
     parts: tuple[Text | Medium, ...]
 
 
 @dataclass(frozen=True)
-class Marks:
-    """A character for each image, and one that cuts a text."""
+class Markers:
+    """Two characters that occur in no text of a conversation.
+
+    Attributes:
+        image: stands for an image.
+        token_break: cuts the spelling of a special token, so that the tokenizer reads it as text.
+    """
 
     image: str
-    seam: str
+    token_break: str
 
     @classmethod
-    def absent_from(cls, *texts: str) -> Marks:
+    def absent_from(cls, *texts: str) -> Markers:
+        """Choose two characters that none of the texts has."""
         taken = set(chain(*texts))
-        return cls(*islice((c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in taken), 2))  # for private use
+        return cls(*islice((c for c in map(chr, PRIVATE_USE) if c not in taken), 2))
 
 
-class Script:
-    """How a model's conversations are written.
+class ChatFormat:
+    """How a model's conversations are written as text, and read as tokens.
 
     Args:
         processor: of the model.
-        parse_special_tokens: read the special tokens that the user spells as the tokens.
+        parse_special_tokens: read the spelling of a special token in the user's text as that token.
+
+    Attributes:
+        template: the chat template, a Jinja program; None if the tokenizer has none.
     """
 
     def __init__(self, processor: VLMProcessor, *, parse_special_tokens: bool = False) -> None:
@@ -58,70 +74,72 @@ class Script:
         self.template = _chat_template(processor)
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         spellings = "|".join(map(re.escape, sorted(special))) or "(?!)"
+        # The first character of each spelling, so that the marker can be put behind it.
         self._special = re.compile(f"(?=(?:{spellings}))(.)", re.DOTALL)
         self._takes_parts = self.template is not None and not self._takes_text()
 
-    def spell(self, messages: Sequence[Message], marks: Marks) -> str:
-        """All messages as one text with marks, up to where the model's answer begins.
+    def render(self, messages: Sequence[Message], markers: Markers) -> str:
+        """Write all messages as one text with markers, up to where the model's answer begins.
 
         Raises:
             LanguageModelError: if the template cannot write these messages, or leaves an image out.
         """
         if self.template is None:
-            # An answer stands behind what it answers, and the next turn on a line of its own.
+            # An answer stands right behind its turn, and the next turn on a new line.
             breaks = [k > 0 and message.role == "user" for k, message in enumerate(messages)]
-            return "".join("\n" * b + self.mark(m, marks) for b, m in zip(breaks, messages, strict=True))
-        said = [self.mark(message, marks) for message in messages]
-        found = self._render([(m.role, text) for m, text in zip(messages, said, strict=True)])
-        if (written := found.count(marks.image)) != (given := sum(text.count(marks.image) for text in said)):
+            return "".join("\n" * b + self.insert_markers(m, markers) for b, m in zip(breaks, messages, strict=True))
+        texts = [self.insert_markers(message, markers) for message in messages]
+        found = self._apply_template([(m.role, text) for m, text in zip(messages, texts, strict=True)])
+        if (written := found.count(markers.image)) != (given := sum(text.count(markers.image) for text in texts)):
             raise LanguageModelError(
                 f"the tokenizer's chat template writes {written} of the conversation's {given} images. Start another "
                 "conversation, or change the chat_template of the model's directory."
             )
         return found
 
-    def mark(self, message: Message, marks: Marks) -> str:
-        """What was said, with marks."""
-        cuts = self.template is not None and not (message.role == "user" and self.parse_special_tokens)
+    def insert_markers(self, message: Message, markers: Markers) -> str:
+        """Write a message as text, with a marker for each image and in each spelling of a special token."""
+        breaks = self.template is not None and not (message.role == "user" and self.parse_special_tokens)
         return "".join(
-            marks.image if isinstance(part, Medium) else self._cut(part.text, marks.seam) if cuts else part.text
+            markers.image
+            if isinstance(part, Medium)
+            else self._special.sub(rf"\g<1>{markers.token_break}", part.text)
+            if breaks
+            else part.text
             for part in message.parts
         )
 
-    def encode(self, spelled: str, marks: Marks, *, is_start: bool) -> list[int]:
-        """Token ids of a text with marks: the start of a conversation, or what follows."""
-        kinds = {marks.image: Medium(""), marks.seam: Seam()}
-        pieces = re.split(f"([{marks.image}{marks.seam}])", spelled)
-        parts: list[Any] = [kinds.get(piece) or Text(piece) for piece in pieces if piece]
+    def encode(self, rendered: str, markers: Markers, *, is_start: bool) -> list[int]:
+        """Turn a text with markers into token ids: the start of a conversation, or what follows."""
+        kinds: dict[str, Text | Medium | Seam] = {markers.image: Medium(""), markers.token_break: Seam()}
+        pieces = re.split(f"([{markers.image}{markers.token_break}])", rendered)
+        parts: list[Text | Medium | Seam] = [kinds.get(piece) or Text(piece) for piece in pieces if piece]
         return self.processor.encode(
-            parts if is_start else [Seam(), *parts],  # the middle of a text is not read as its beginning
+            parts if is_start else [Seam(), *parts],  # tokenizers read the start of a text in another way
             parse_special_tokens=self.template is not None or self.parse_special_tokens,
             add_special_tokens=is_start and self.template is None,  # a template writes its own
         )
 
-    def _cut(self, text: str, seam: str) -> str:
-        return self._special.sub(rf"\g<1>{seam}", text)
-
-    def _render(self, said: Sequence[tuple[str, str]]) -> str:
-        messages = [
+    def _apply_template(self, messages: Sequence[tuple[str, str]]) -> str:
+        conversation = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._takes_parts else text}
-            for role, text in said
+            for role, text in messages
         ]
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                conversation, chat_template=self.template, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template is a program, and raises what it likes
+        except Exception as error:  # a template is a program, and may raise anything
             raise LanguageModelError(
                 f"the tokenizer's chat template cannot write this conversation: {type(error).__name__}: "
                 f"{first_line(error)}."
             ) from None
 
     def _takes_text(self) -> bool:
-        """Whether the template takes what was said as a text; some want a list of parts."""
+        """Tell whether the template takes the content of a message as a text; some want a list of parts."""
         self._takes_parts = False
         try:
-            return "hello" in self._render([("user", "hello")])
+            return "hello" in self._apply_template([("user", "hello")])
         except LanguageModelError:
             return False
 
@@ -133,52 +151,57 @@ def _chat_template(processor: VLMProcessor) -> str | None:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said so far; a turn makes another of it.
+    """The messages so far, as text and as tokens; a turn makes another conversation of them.
 
     Attributes:
-        script: how it is written.
+        format: how messages are written.
         messages: in their order.
-        ids: what the model has read and written.
-        spelled: the text of these, with marks.
-        marks: that stand in it.
+        ids: tokens that the model has read and written.
+        rendered: the text of these tokens, with markers.
+        markers: that stand in the text.
     """
 
-    script: Script
+    format: ChatFormat
     messages: tuple[Message, ...] = ()
     ids: tuple[int, ...] = ()
-    spelled: str = ""
-    marks: Marks = Marks("", "")
+    rendered: str = ""
+    markers: Markers = Markers("", "")
+
+    @property
+    def media(self) -> list[Medium]:
+        """All images, in reading order."""
+        return [part for message in self.messages for part in message.parts if isinstance(part, Medium)]
 
     def ask(self, parts: Sequence[Text | Medium]) -> Conversation:
-        """With a turn of the user, up to where the answer begins.
+        """Add a turn of the user, up to where the answer begins.
 
-        Ids stay as they are, so that what a model wrote is what it reads. Only where the template writes what came
-        before in another way than the model did, all of it is encoded anew.
+        The ids of earlier turns stay as they are, so that the model reads the very tokens that it wrote. Only where the
+        template writes earlier messages in another way now, the whole conversation is encoded again.
         """
         messages = (*self.messages, Message("user", tuple(parts)))
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
-        marks = Marks.absent_from(self.script.template or "", *texts)
-        spelled = self.script.spell(messages, marks)
-        goes_on = bool(self.messages) and spelled.startswith(self.spelled)
-        new = spelled[len(self.spelled) :] if goes_on else spelled
-        ids = self.script.encode(new, marks, is_start=not goes_on)
-        return Conversation(self.script, messages, (*(self.ids if goes_on else ()), *ids), spelled, marks)
+        markers = Markers.absent_from(self.format.template or "", *texts)
+        rendered = self.format.render(messages, markers)
+        continues = bool(self.messages) and rendered.startswith(self.rendered)
+        new = rendered[len(self.rendered) :] if continues else rendered
+        ids = self.format.encode(new, markers, is_start=not continues)
+        return Conversation(self.format, messages, (*(self.ids if continues else ()), *ids), rendered, markers)
 
-    def answer(self, ids: Sequence[int], text: str, decode: Any) -> Conversation:
-        """With an answer.
+    def answer(self, ids: Sequence[int], text: str, decode: Callable[[list[int]], str]) -> Conversation:
+        """Add an answer of the model.
 
         Args:
             ids: that the model wrote, without a stop token.
-            text: that was shown of it; a stop string may have cut it.
-            decode: token ids to text.
+            text: what the user saw of them; a stop string may have cut it.
+            decode: turns token ids into text.
         """
         kept = len(ids)
         while not text.startswith(decode(list(ids[:kept]))):
             kept -= 1
-        shown = self.script.mark(Message("assistant", (Text(decode(list(ids[:kept]))),)), self.marks)
+        shown = self.format.insert_markers(Message("assistant", (Text(decode(list(ids[:kept]))),)), self.markers)
         return replace(
             self,
             messages=(*self.messages, Message("assistant", (Text(text),))),
             ids=(*self.ids, *ids[:kept]),
-            spelled=self.spelled + shown,
+            rendered=self.rendered + shown,
         )

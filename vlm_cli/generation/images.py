@@ -1,8 +1,8 @@
-"""Images of many rows: decoded ahead of the model, in processes of their own, and kept for rows that show them again.
+"""Decode the images of many rows ahead of the model, in worker processes, and keep them for rows that show them again.
 
-    rows ──► sources not seen lately ──► workers: decode, preprocess ──► pixels
-      │                                                                     │ model: once for equal pixels
-      └──► handles ◄────────────────────────────────────────────────── vision tokens
+    rows ──► sources that are new ──► workers: decode, preprocess ──► pixels
+      │                                                                  │ vision encoder: once for equal pixels
+      └──► slots ◄────────────────────────────────────────────────── vision tokens
 
 C H W pixels, n vision tokens of d channels.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -30,16 +30,18 @@ from vlm_cli.media import MediaLoader
 
 __all__ = ["ImageCache", "Preprocessor", "with_images"]
 
-PREFETCH_ROWS = 16  # rows whose images each worker prepares before they are asked for
+PREFETCH_ROWS = 16  # rows whose images each worker decodes ahead of the model
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class ImageCache:
-    """Images that were shown lately, by source; equal pixels are one image.
+    """The slots of the sources that rows showed last; sources with equal pixels share one image.
 
-    An image that leaves lives on in the rows that still wait for it.
+    A slot that the cache drops lives on in the rows that wait for it.
 
     Args:
-        capacity: sources that are kept.
+        capacity: number of sources to keep.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -48,8 +50,8 @@ class ImageCache:
         self._images: WeakValueDictionary[bytes, EncodedImage] = WeakValueDictionary()
 
     def find(self, source: str) -> tuple[ImageSlot, bool]:
-        """The slot of a source, and whether it is new: its image has then to be made."""
-        key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest()  # a data: URI is long
+        """Return the slot of a source, and whether the slot is new, so that a worker must fill it."""
+        key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest()  # shorter than a data: URI
         known = self._recent.pop(key, None)
         slot = self._recent[key] = known or ImageSlot()
         if len(self._recent) > self.capacity:
@@ -57,7 +59,7 @@ class ImageCache:
         return slot, known is None
 
     def fill(self, slot: ImageSlot, found: np.ndarray | str) -> None:
-        """Put in pixels, float[C, H, W], or a message."""
+        """Fill a slot with pixels, float[C, H, W], or with the reason why there are none."""
         if isinstance(found, str):
             slot.error = found
             return
@@ -70,10 +72,10 @@ class ImageCache:
 
 @dataclass
 class Preprocessor(Dataset):
-    """What worker processes hold: no model, but where images are and how its tower wants them.
+    """Turns sources into pixels. Worker processes hold a copy of it, and no model.
 
     Args:
-        transform: an image to float[C, H, W].
+        transform: turns an image into float[C, H, W], as the vision encoder wants it.
         loader: finds images.
     """
 
@@ -81,9 +83,10 @@ class Preprocessor(Dataset):
     loader: MediaLoader
 
     def __getitem__(self, sources: Sequence[str]) -> list[np.ndarray | str]:
-        """Pixels of each source, or why there are none: what workers raise reaches the user as their traceback.
+        """Return the pixels of each source, or the reason why there are none.
 
-        No tensors, whose way between processes takes a file descriptor each.
+        A worker that raised would show the user its traceback. Pixels are arrays, because each tensor that a process
+        sends to another takes a file descriptor.
         """
         return [self._load(source) for source in sources]
 
@@ -96,46 +99,49 @@ class Preprocessor(Dataset):
             return f"the image {source[:80]!r} cannot be preprocessed: {type(error).__name__}: {first_line(error)}."
 
 
-def with_images(rows: Iterator[Row], cache: ImageCache, preprocessor: Preprocessor, workers: int) -> Iterator[Row]:
-    """Rows in their order, with their images; a row with a bad image has an `error`.
+def with_images(
+    rows: Iterator[AnyRow], cache: ImageCache, preprocessor: Preprocessor, workers: int
+) -> Generator[AnyRow]:
+    """Yield rows in their order, with filled slots; a row with a bad image gets an `error`.
 
     Args:
-        rows: are read ahead while the model is at work.
-        cache: images that are there already.
-        preprocessor: makes the others.
-        workers: processes; 0 for none.
+        rows: are read ahead while the model works.
+        cache: slots of the sources that rows showed before.
+        preprocessor: decodes the other sources.
+        workers: processes that decode; 0 decodes in this process.
     """
-    under_way: deque[tuple[Row, list[ImageSlot]]] = deque()
+    pending: deque[tuple[AnyRow, list[ImageSlot]]] = deque()
 
-    def ask() -> Iterator[list[str]]:
+    def missing_sources() -> Iterator[list[str]]:
         for row in rows:
             missing: list[tuple[str, ImageSlot]] = []
             for source in row.sources if row.error is None else ():
                 slot, is_new = cache.find(source)
                 row.images.append(slot)
                 missing += [(source, slot)] if is_new else []
-            under_way.append((row, [slot for _, slot in missing]))
+            pending.append((row, [slot for _, slot in missing]))
             yield [source for source, _ in missing]
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # because it counts more workers than cores
         loader: Any = DataLoader(
             preprocessor,
             batch_size=None,
-            sampler=ask(),
-            collate_fn=_as_it_is,
+            sampler=missing_sources(),
+            collate_fn=_unchanged,
             num_workers=workers,
             prefetch_factor=PREFETCH_ROWS if workers else None,
             worker_init_fn=ignore_interrupt if workers else None,
         )
     for found in loader:
-        row, handles = under_way.popleft()
-        for slot, pixels in zip(handles, found, strict=True):
+        row, slots = pending.popleft()
+        for slot, pixels in zip(slots, found, strict=True):
             cache.fill(slot, pixels)
         if row.error is None and (errors := [x.error for x in row.images if x.error is not None]):
-            row.fail(errors[0])
+            row.error = errors[0]
         yield row
 
 
-def _as_it_is(found: Any) -> Any:
+def _unchanged(found: Any) -> Any:
+    """Return what a worker made; the DataLoader would turn it into tensors."""
     return found

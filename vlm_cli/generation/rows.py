@@ -1,92 +1,132 @@
-"""Lines of a file as prompts: one JSON object each, and a message where one is no prompt.
+"""Prompts on their way to an answer, and the lines of a file as such prompts.
 
     {"prompt": "<image:a.png>What is it?", "id": 7}
     {"prompt": "<image> or <image>?", "images": ["a.png", "b.png"]}
 
-Prompts are read as `vlm generate` reads one; other keys are kept.
+A prompt follows the grammar of `vlm generate`. Other keys of a line stay as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
 from vlm_cli.data.records import get_images
 from vlm_cli.errors import PromptError
-from vlm_cli.generation.decoder import Decoder
-from vlm_cli.generation.encoded_image import ImageSlot
-from vlm_cli.modeling.budget import MediumSize
-from vlm_cli.prompt import Medium, interleave
+from vlm_cli.prompt import Medium, Text, interleave
 
-__all__ = ["Row", "RowReader"]
+if TYPE_CHECKING:
+    from vlm_cli.generation.encoded_image import ImageSlot
+    from vlm_cli.generation.plan import Answer, GenerationPlan
+    from vlm_cli.modeling.budget import MediumSize
 
-ANSWER = ("text", "new_tokens", "finish_reason", "sequences")  # keys of an answer
+__all__ = ["FileRow", "Row", "RowReader"]
+
+ANSWER_KEYS = ("text", "new_tokens", "finish_reason", "sequences")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Row:
-    """A prompt on its way to an answer, or to an error."""
+    """A prompt, and later its answers or an error.
 
-    line: Line
-    data: dict[str, Any] = field(default_factory=dict)  # what the line holds
-    sources: list[str] = field(default_factory=list)  # of its images, in order
+    Attributes:
+        line: number of its line in the file, from 1.
+        ids: tokens of the prompt, one for each medium.
+        sources: the path or URI of each medium, in reading order.
+        media: the size of each medium.
+        positions: that the prompt takes in the language model.
+        room: new tokens that an answer may have.
+        images: the place of each image; a worker process fills it.
+        answers: None until the model has answered.
+        error: why the row cannot be answered.
+    """
+
+    line: int
     ids: list[int] = field(default_factory=list)
-    positions: int = 0  # of the prompt in the language model
-    room: int = 0  # most new tokens
+    sources: list[str] = field(default_factory=list)
+    media: list[MediumSize] = field(default_factory=list)
+    positions: int = 0
+    room: int = 0
     images: list[ImageSlot] = field(default_factory=list)
-    sequences: list[dict[str, Any]] | None = None
+    answers: list[Answer] | None = None
     error: str | None = None
 
     @property
     def is_done(self) -> bool:
-        return self.sequences is not None or self.error is not None
+        return self.answers is not None or self.error is not None
 
-    def fail(self, reason: str) -> None:
-        self.error = f"line {self.line.number}: {reason}"
+    def encode(
+        self, plan: GenerationPlan, parts: Sequence[Text | Medium], *, parse_special_tokens: bool = False
+    ) -> None:
+        """Turn the prompt into tokens, sources and sizes of media."""
+        self.ids = plan.processor.encode(parts, parse_special_tokens=parse_special_tokens)
+        self.sources = [part.source for part in parts if isinstance(part, Medium)]
+        self.media = plan.media_sizes(parts)
 
-    def answer(self) -> dict[str, Any]:
-        """The line's own keys, with the answer or the error."""
-        if self.error is not None:
-            return {**self.data, "error": self.error}
-        assert self.sequences is not None
-        more = {"sequences": self.sequences} if len(self.sequences) > 1 else {}
-        return {**self.data, **self.sequences[0], **more}
+    def reserve(self, plan: GenerationPlan) -> None:
+        """Count the positions of the prompt, and the new tokens that fit after it.
+
+        Raises:
+            PromptError: if the model cannot take a prompt of this length, or so many media.
+        """
+        plan.budget.check_media(len(self.media))
+        self.positions = plan.budget.positions(len(self.ids), self.media)
+        self.room = plan.room(self.positions)
 
 
-@dataclass
-class RowReader:
-    """Reads prompts for one model.
+@dataclass(eq=False, kw_only=True)
+class FileRow(Row):
+    """A row of a file of prompts.
 
-    Args:
-        decoder: of that model.
-        special_tokens: read the spelling of special tokens as tokens.
+    Attributes:
+        source_line: the line as it stands in the file.
+        data: the keys of the line, without an error that an earlier run may have left.
     """
 
-    decoder: Decoder
-    special_tokens: bool = False
+    source_line: Line
+    data: dict[str, Any] = field(default_factory=dict)
 
-    def read(self, line: Line) -> Row:
-        """The row of a line; one that cannot be answered has an `error`."""
-        row = Row(line)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of the line, with the answer or the error."""
+        if self.error is not None:
+            return {**self.data, "error": f"line {self.line}: {self.error}"}
+        assert self.answers is not None
+        sequences = [answer.to_dict() for answer in self.answers]
+        more = {"sequences": sequences} if len(sequences) > 1 else {}
+        return {**self.data, **sequences[0], **more}
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads lines as rows for one model.
+
+    Args:
+        plan: how the model answers.
+        parse_special_tokens: read the spelling of a special token in a prompt as that token.
+    """
+
+    plan: GenerationPlan
+    parse_special_tokens: bool = False
+
+    def read(self, line: Line) -> FileRow:
+        """Read a line; a row that cannot be answered has an `error`."""
+        row = FileRow(line=line.number, source_line=line)
         try:
             self._fill(row)
         except (RecordError, PromptError) as error:
-            row.fail(str(error))
+            row.error = str(error)
         return row
 
-    def _fill(self, row: Row) -> None:
-        data = parse_object(row.line.raw)
-        row.data = {key: x for key, x in data.items() if key != "error"}  # an earlier run's
+    def _fill(self, row: FileRow) -> None:
+        data = parse_object(row.source_line.raw)
+        row.data = {key: x for key, x in data.items() if key != "error"}
         prompt, images = get_field(data, "prompt", str, "text"), get_images(data)
-        if taken := [key for key in ANSWER if key in data]:
+        if taken := [key for key in ANSWER_KEYS if key in data]:
             raise RecordError(f'"{taken[0]}" is where the answer goes. Give that key of yours another name.')
         parts = interleave(prompt, images, given_with='"images"').parts
-        sources = [part.source for part in parts if isinstance(part, Medium)]
-        if "-" in sources:
+        if Medium("-") in parts:
             raise RecordError("the image '-' would be read from standard input, which rows do not share. Give a file.")
-        self.decoder.budget.check_media(len(sources))
-        ids = self.decoder.processor.encode(parts, parse_special_tokens=self.special_tokens)
-        row.positions = self.decoder.budget.positions(len(ids), [MediumSize() for _ in sources])
-        row.room = self.decoder.room(row.positions)
-        row.ids, row.sources = ids, sources
+        row.encode(self.plan, parts, parse_special_tokens=self.parse_special_tokens)
+        row.reserve(self.plan)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from vlm_cli.generation.decoder import Decoder
-from vlm_cli.modeling.budget import MediumSize
+from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.prompt import Medium, Text
 
 if TYPE_CHECKING:
@@ -25,14 +24,14 @@ class Generation:
     """The answers to one prompt, and what they cost.
 
     Attributes:
-        sequences: the answers.
+        answers: one, or as many as the plan asks for.
         prompt_tokens: tokens of the prompt, with one for each image.
         prompt_positions: positions that the prompt takes in the language model.
         seconds: of the answers.
         compile_seconds: of the compilation before them; 0 without one.
     """
 
-    sequences: list[dict[str, Any]]
+    answers: list[Answer]
     prompt_tokens: int
     prompt_positions: int
     seconds: float
@@ -40,12 +39,12 @@ class Generation:
 
     @property
     def new_tokens(self) -> int:
-        return sum(sequence["new_tokens"] for sequence in self.sequences)
+        return sum(answer.new_tokens for answer in self.answers)
 
 
 @torch.inference_mode()
 def generate_once(
-    decoder: Decoder,
+    plan: GenerationPlan,
     parts: Sequence[Text | Medium],
     images: Sequence[Image],
     *,
@@ -53,12 +52,12 @@ def generate_once(
     seed: int | None = None,
     compile: bool = False,
     streamer: BaseStreamer | None = None,
-    notify: Callable[[str], None] = lambda message: None,
+    notify: Callable[[str], None] = ignore_message,
 ) -> Generation:
     """Answer one prompt.
 
     Args:
-        decoder: of the model.
+        plan: how the model answers.
         parts: the prompt, in reading order.
         images: one for each medium of the prompt.
         parse_special_tokens: read the spelling of a special token in the prompt as that token.
@@ -70,26 +69,26 @@ def generate_once(
     Raises:
         PromptError: if the prompt alone has too many positions or images for the model.
     """
-    decoder.budget.check_media(len(images))
-    inputs = decoder.processor(
+    plan.budget.check_media(len(images))
+    inputs = plan.processor(
         images=[list(images)], text=[list(parts)], parse_special_tokens=parse_special_tokens
-    ).to(decoder.model.device)  # fmt: skip
+    ).to(plan.model.device)  # fmt: skip
     num_tokens = inputs["input_ids"].shape[1]
-    positions = decoder.budget.positions(num_tokens, [MediumSize() for _ in images])
-    room = decoder.room(positions, notify)
-    keywords = decoder.keywords | {"max_new_tokens": room}
+    positions = plan.budget.positions(num_tokens, plan.media_sizes(parts))
+    room = plan.room(positions, notify)
+    keywords = plan.keywords | {"max_new_tokens": room}
     compile_seconds = 0.0
     if compile:
         from vlm_cli.modeling.acceleration import compile_for
 
         notify("Compiling the step that writes a token …")
-        compile_seconds = compile_for(decoder.model, **inputs, **keywords)
+        compile_seconds = compile_for(plan.model, **inputs, **keywords)
     if seed is not None:
         from transformers import set_seed
 
         set_seed(seed)
     started = time.monotonic()
-    output = decoder.model.generate(**inputs, **keywords, streamer=streamer)
+    output = plan.model.generate(**inputs, **keywords, streamer=streamer)
     seconds = time.monotonic() - started
-    sequences = [decoder.read(row, room) for row in output[:, num_tokens:].tolist()]
-    return Generation(sequences, num_tokens, positions, seconds, compile_seconds)
+    answers = [plan.read(row, room) for row in output[:, num_tokens:].tolist()]
+    return Generation(answers, num_tokens, positions, seconds, compile_seconds)

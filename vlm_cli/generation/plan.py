@@ -1,0 +1,123 @@
+"""How a model answers any prompt: what `generate` is told, how long an answer may be, and what its tokens say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.stop_tokens import stop_token_ids
+from vlm_cli.prompt import Medium, Text
+
+if TYPE_CHECKING:
+    from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.processor import VLMProcessor
+
+__all__ = ["Answer", "GenerationPlan", "cut_at_stop", "ignore_message"]
+
+FinishReason = Literal["stop_token", "stop_string", "length", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote, and why it stopped.
+
+    Attributes:
+        text: without the stop string, if there was one.
+        new_tokens: tokens that the model wrote, a stop token included.
+        finish_reason: "length" if the answer used all the tokens that it might have.
+    """
+
+    text: str
+    new_tokens: int
+    finish_reason: FinishReason
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys that commands print and write."""
+        return asdict(self)
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first stop string.
+
+    >>> cut_at_stop("a cat. END more", [" END"])
+    'a cat.'
+    """
+    found = [i for i in (text.find(stop) for stop in stops) if i >= 0]
+    return text[: min(found)] if found else text
+
+
+def ignore_message(message: str) -> None:
+    """Do nothing; the default where a caller may pass a function that tells the user something."""
+
+
+class GenerationPlan:
+    """The settings of one run of answers, the same for every prompt.
+
+    Args:
+        model: the VLM.
+        processor: its processor.
+        keywords: arguments of `VLM.generate`; `max_new_tokens` must be among them.
+        stops: texts that end an answer.
+
+    Attributes:
+        budget: how many positions and media the model can take.
+    """
+
+    def __init__(
+        self, model: VLM, processor: VLMProcessor, keywords: Mapping[str, Any], stops: Sequence[str] = ()
+    ) -> None:
+        self.model, self.processor, self.stops = model, processor, list(stops)
+        self.keywords = dict(keywords)
+        if self.stops:
+            self.keywords |= {"stop_strings": self.stops, "tokenizer": processor.tokenizer}
+        self.max_new_tokens: int = self.keywords["max_new_tokens"]
+        self.budget = ContextBudget.of(model)
+        self._stop_ids = set(stop_token_ids(model.generation_config))
+
+    def media_sizes(self, parts: Sequence[Text | Medium]) -> list[MediumSize]:
+        """Return the size of each medium of a prompt; all of them are still images."""
+        return [MediumSize() for part in parts if isinstance(part, Medium)]
+
+    def room(self, positions: int, notify: Callable[[str], None] = ignore_message) -> int:
+        """Return how many new tokens a prompt of so many positions may get: fewer where the context ends sooner.
+
+        Args:
+            positions: of the prompt, as `budget` counts them.
+            notify: receives a note if the context allows fewer than `max_new_tokens`.
+
+        Raises:
+            PromptError: if the prompt alone is too long.
+        """
+        room = self.budget.room(positions, self.max_new_tokens)
+        if room < self.max_new_tokens:
+            notify(f"Note: the context of {self.budget.context} positions leaves room for {room} new tokens.")
+        return room
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn token ids into text, without special tokens."""
+        # The tokenizer's clean-up removes spaces, which a stream has printed already.
+        return self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def read(self, ids: list[int], room: int) -> Answer:
+        """Turn new tokens into an answer.
+
+        A stop token ends the answer; padding may follow it. A stop string ends it without a stop token: then the
+        tokens are fewer than `room`, or the text holds the string.
+
+        Args:
+            ids: what the model wrote, with the padding of its row.
+            room: how many tokens it might have written.
+        """
+        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
+        length = len(ids) if end is None else end + 1
+        if end is None and self.stops:
+            # An answer that a stop string ended sooner than the others of its batch is padded.
+            while length and ids[length - 1] == self.model.config.pad_token_id:
+                length -= 1
+        whole = self.decode(ids[:length])
+        text = cut_at_stop(whole, self.stops)
+        is_cut = text != whole or (end is None and length < room)
+        reason: FinishReason = "stop_string" if is_cut else "stop_token" if end is not None else "length"
+        return Answer(text, length, reason)
