@@ -68,9 +68,9 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     assert result.exit_code == 1 and "config.json" in result.stderr
 
 
-def test_the_readme_says_what_was_measured() -> None:
+def test_the_documentation_says_what_was_measured() -> None:
     results = json.loads((DEMO / "recipe.json").read_text(encoding="utf-8"))["results"]
-    readme = (IMAGES.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = (IMAGES.parents[1] / "docs" / "usage.md").read_text(encoding="utf-8")
 
     def share(asked: str, *kinds: str) -> str:
         scores = [score for score in results[asked] if score["kind"] in kinds]
@@ -86,4 +86,4 @@ def test_the_readme_says_what_was_measured() -> None:
         ("examples in the prompt, then a picture", [[few_shot]]),
     ):
         cells = (", ".join(share(asked, *group) for group in groups) for asked in ("held-out", "wrong-image"))
-        assert f"| {title} | {' | '.join(cells)} |" in readme
+        assert f"| {title} | {' | '.join(cells)} |" in page
