@@ -425,6 +425,29 @@ def test_a_run_goes_on_wherever_it_was_cut(vlm, unfinished, folder):
         (folder / "out.jsonl").unlink()
 
 
+def test_the_header_is_that_of_earlier_versions(unfinished, open_gates):
+    """So that a run of an earlier version resumes."""
+    header = json.loads(unfinished[1].read_bytes().splitlines()[0])
+    assert [header["vlm_batch"], header["replaces"]] == [1, False]
+    digest = header["settings"].pop("the model's files")
+    assert len(digest) == 16
+    assert header["settings"] == {
+        "--model": str(open_gates),
+        "--dtype": "auto",
+        "--quantize": None,
+        "--special-tokens": False,
+        "--max-new-tokens": 3,
+        "--temperature": None,
+        "--top-p": None,
+        "--top-k": None,
+        "--num-beams": 1,
+        "--num-return-sequences": 1,
+        "--repetition-penalty": 1.0,
+        "--stop": None,
+        "--seed": None,
+    }
+
+
 def test_what_is_answered_is_not_asked_again(vlm, unfinished, asked):
     words, partial, _ = unfinished
     kept = partial.read_bytes().splitlines(keepends=True)

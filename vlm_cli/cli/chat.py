@@ -13,7 +13,7 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
-from vlm_cli.cli.options import DeviceOptions, JsonOption, SourceOptions, StatsOption, flatten_options
+from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images
 from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
@@ -41,11 +41,7 @@ def chat(
     quantize: QuantizeOption = None,
     source: SourceOptions = SourceOptions(),
     sampling: SamplingOptions = SamplingOptions(),
-    as_json: JsonOption = False,
-    no_stream: Annotated[
-        bool, typer.Option("--no-stream", help="Print each answer when it is complete, not word by word.")
-    ] = False,
-    stats: StatsOption = False,
+    printing: PrintOptions = PrintOptions(),
 ) -> None:
     """Hold a conversation about images with a model.
 
@@ -58,7 +54,7 @@ def chat(
 
     Example: vlm chat my-flamingo --image cat.jpg
     """
-    request = ChatRequest(turn, reading, sampling, stream=not (no_stream or as_json), as_json=as_json, stats=stats)
+    request = ChatRequest(turn, reading, sampling, printing)
     request.check()
     talk(request, ModelRequest.of(model, devices, source, quantize=quantize))
 
@@ -71,17 +67,13 @@ class ChatRequest:
         first: the first turn, and its images.
         reading: how turns are read.
         sampling: how answers are made.
-        stream: print an answer while the model writes it.
-        as_json: print one line of JSON for each turn.
-        stats: tell what each turn cost.
+        printing: how answers are printed.
     """
 
     first: TurnOptions
     reading: ReadingOptions
     sampling: SamplingOptions
-    stream: bool
-    as_json: bool
-    stats: bool
+    printing: PrintOptions
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -188,8 +180,8 @@ class ChatSession:
         """
         from vlm_cli.cli.stream import TextStream, write_text
 
-        plan, stream = self.chat.plan, self.request.stream
-        streamer = TextStream(plan.decode, write_text, plan.stops) if stream else None
+        plan, printing = self.chat.plan, self.request.printing
+        streamer = TextStream(plan.decode, write_text, plan.stops) if printing.streams else None
         # In a pipe, Ctrl-C ends the command at once.
         with deferred_interrupt() if self.is_typed else nullcontext(lambda: False) as is_interrupted:
             found = self.chat.answer(
@@ -199,11 +191,11 @@ class ChatSession:
                 notify=console.notify,
                 is_interrupted=is_interrupted,
             )
-        if self.request.as_json:
+        if printing.as_json:
             console.print_json(found.to_dict(), indent=None)
         else:
-            print("" if stream else found.answer.text, flush=True)
-        if self.request.stats:
+            print("" if printing.streams else found.answer.text, flush=True)
+        if printing.stats:
             console.notify(
                 f"{found.prompt_positions} positions, {found.reused_positions} of them read before, "
                 f"{found.answer.new_tokens} new tokens in {found.seconds:.2f} s, "

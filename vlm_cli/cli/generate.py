@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,15 +12,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.batch import BatchJob, BatchOptions, PromptFile, answer_file
 from vlm_cli.cli.chat import ChatRequest, talk
 from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
-from vlm_cli.cli.options import (
-    HIDDEN,
-    RUN,
-    DeviceOptions,
-    JsonOption,
-    SourceOptions,
-    StatsOption,
-    flatten_options,
-)
+from vlm_cli.cli.options import HIDDEN, RUN, DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import PromptOptions, ReadingOptions, load_images
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.errors import UsageError
@@ -74,6 +67,19 @@ class AliasOptions:
             raise UsageError(f"{clashing[0]} is no option of `vlm {command}`. Leave out {clashing[0]} or {flag}.")
 
 
+@dataclass(frozen=True)
+class PromptJob:
+    """One prompt, and how it is to be answered."""
+
+    words: Interleaved
+    images: list[LoadedImage]
+    reading: ReadingOptions
+    sampling: SamplingOptions
+    search: SearchOptions
+    compile: bool
+    streams: bool
+
+
 @flatten_options
 def generate(
     prompts: PromptOptions = PromptOptions(),
@@ -93,11 +99,7 @@ def generate(
     source: SourceOptions = SourceOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     search: SearchOptions = SearchOptions(),
-    as_json: JsonOption = False,
-    no_stream: Annotated[
-        bool, typer.Option("--no-stream", help="Print the answer when it is complete, not word by word.")
-    ] = False,
-    stats: StatsOption = False,
+    printing: PrintOptions = PrintOptions(),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the tokens and positions of the prompt, and write no answer.")
     ] = False,
@@ -115,46 +117,36 @@ def generate(
     aliases.check(
         batching,
         for_chat=_typed(single | several),
-        for_batch=[*prompts.given, *_typed(single | {"--no-stream": no_stream})],
+        for_batch=[*prompts.given, *_typed(single | {"--no-stream": printing.no_stream})],
     )
     sampling.keywords(search)  # refuses what contradicts itself
+    request = partial(ModelRequest.of, model, devices, source, quantize=quantize)
     if aliases.batch is not None:
         file = PromptFile(aliases.batch)
         batching.check(file)
-        request = ModelRequest.of(model, devices, source, quantize=quantize)
-        answer_file(BatchJob(request, file, batching, reading, sampling, search), as_json=as_json, stats=stats)
-        return
-    if aliases.chat:
-        chat = ChatRequest(prompts, reading, sampling, stream=not (no_stream or as_json), as_json=as_json, stats=stats)
+        job = BatchJob(request(), file, batching, reading, sampling, search)
+        answer_file(job, as_json=printing.as_json, stats=printing.stats)
+    elif aliases.chat:
+        chat = ChatRequest(prompts, reading, sampling, printing)
         chat.check()
-        talk(chat, ModelRequest.of(model, devices, source, quantize=quantize))
-        return
-    parts = prompts.interleave()
-    request = ModelRequest.of(model, devices, source, quantize=quantize, compile=compile)
-    images = load_images(parts, prompts.folder, allow_urls=reading.allow_urls)
-    if dry_run:
-        _show_layout(request, parts, reading.special_tokens, as_json)
-        return
-    loaded = request.load()
-    if images:
-        request.warn_of_photographs()
-    # Beams and several answers are known only at the end.
-    streams = not (no_stream or as_json) and search == SearchOptions()
-    found = _answer(loaded, parts, images, reading, sampling, search, compile=compile, streams=streams)
-    if as_json:
-        prompt = {"model": model, "prompt": format(parts.parts)}
-        console.print_json(prompt | _to_dict(found, images, sampling.seed, loaded.seconds))
+        talk(chat, request())
     else:
-        print("" if streams else "\n".join(answer.text for answer in found.answers), flush=True)
-    if stats:
-        console.notify(_statistics(found, loaded))
+        words = prompts.interleave()
+        wanted = request(compile=compile)
+        images = load_images(words, prompts.folder, allow_urls=reading.allow_urls)
+        if dry_run:
+            _show_layout(wanted, words, reading.special_tokens, printing.as_json)
+            return
+        # Beams and several answers are known only at the end.
+        streams = printing.streams and search == SearchOptions()
+        _answer_prompt(wanted, PromptJob(words, images, reading, sampling, search, compile, streams), printing)
 
 
 def _typed(flags: dict[str, bool]) -> list[str]:
     return [flag for flag, is_given in flags.items() if is_given]
 
 
-def _show_layout(request: ModelRequest, parts: Interleaved, parse_special_tokens: bool, as_json: bool) -> None:
+def _show_layout(request: ModelRequest, words: Interleaved, parse_special_tokens: bool, as_json: bool) -> None:
     """Print the tokens and positions of a prompt; no weights are loaded."""
     from vlm_cli.cli.inspect import print_layout
     from vlm_cli.models import load_meta_model, read_processor_of
@@ -162,39 +154,44 @@ def _show_layout(request: ModelRequest, parts: Interleaved, parse_special_tokens
     from vlm_cli.report.layout import lay_out
 
     silence_libraries()
-    source = request.source
+    directory, source = request.directory, request.source
     model, _, _ = load_meta_model(
-        request.directory, trust_remote_code=source.trust_remote_code, revision=source.revision
+        directory, trust_remote_code=source.trust_remote_code, revision=source.revision
     )  # fmt: skip
-    processor = read_processor_of(request.directory, source.revision)
-    print_layout(lay_out(model, processor, parts.parts, parse_special_tokens=parse_special_tokens), as_json)
+    processor = read_processor_of(directory, source.revision)
+    print_layout(lay_out(model, processor, words.parts, parse_special_tokens=parse_special_tokens), as_json)
 
 
-def _answer(
-    loaded: LoadedModel,
-    parts: Interleaved,
-    images: list[LoadedImage],
-    reading: ReadingOptions,
-    sampling: SamplingOptions,
-    search: SearchOptions,
-    *,
-    compile: bool,
-    streams: bool,
-) -> Generation:
-    """Answer the prompt; `streams` prints the answer while the model writes it."""
+def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions) -> None:
+    """Answer a prompt, and print the answer."""
+    loaded = request.load()
+    if job.images:
+        request.warn_of_photographs()
+    found = _generate(loaded, job)
+    if printing.as_json:
+        prompt = {"model": request.name, "prompt": format(job.words.parts)}
+        console.print_json(prompt | _to_dict(found, job.images, job.sampling.seed, loaded.seconds))
+    else:
+        print("" if job.streams else "\n".join(answer.text for answer in found.answers), flush=True)
+    if printing.stats:
+        console.notify(_statistics(found, loaded))
+
+
+def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
     from vlm_cli.cli.stream import TextStream, write_text
     from vlm_cli.generation.plan import GenerationPlan
     from vlm_cli.generation.single import generate_once
 
-    plan = GenerationPlan(loaded.model, loaded.processor, sampling.keywords(search), sampling.stop or ())
+    sampling = job.sampling
+    plan = GenerationPlan(loaded.model, loaded.processor, sampling.keywords(job.search), sampling.stop or ())
     return generate_once(
         plan,
-        parts.parts,
-        [image.image for image in images],
-        parse_special_tokens=reading.special_tokens,
+        job.words.parts,
+        [image.image for image in job.images],
+        parse_special_tokens=job.reading.special_tokens,
         seed=sampling.seed,
-        compile=compile,
-        streamer=TextStream(plan.decode, write_text, plan.stops) if streams else None,
+        compile=job.compile,
+        streamer=TextStream(plan.decode, write_text, plan.stops) if job.streams else None,
         notify=console.notify,
     )
 

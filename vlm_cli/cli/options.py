@@ -33,6 +33,7 @@ __all__ = [
     "MaxShardSizeOption",
     "ModelArgument",
     "OverwriteOption",
+    "PrintOptions",
     "QuietOption",
     "SourceOptions",
     "StatsOption",
@@ -168,6 +169,22 @@ class ComposeOptions:
             f.name: getattr(self, f.name) for f in dataclasses.fields(CompositionRequest) if hasattr(self, f.name)
         }
         return CompositionRequest(**choices, overrides=self.set or ())
+
+
+@dataclass(frozen=True)
+class PrintOptions:
+    """How a command prints answers."""
+
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Print an answer when it is complete, not word by word.")
+    ] = False
+    as_json: JsonOption = False
+    stats: StatsOption = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether an answer is printed while the model writes it."""
+        return not (self.no_stream or self.as_json)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import JsonOption, flatten_options
+from vlm_cli.cli.progress import format_duration
 from vlm_cli.errors import UsageError
 from vlm_cli.models import resolve_built_model
 from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
@@ -103,15 +105,11 @@ def train(
 
 
 def _run(job: Job, settings: TrainingSettings) -> TrainingResult | None:
-    import gc
-
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.training.run import Interrupted, train_model
 
     silence_libraries()
-    # `main` switched garbage collection off, for commands that end soon.
-    gc.freeze()
-    gc.enable()
+    keep_collecting()
     terminal = _make_terminal()
     try:
         return train_model(job, settings, terminal)
@@ -162,25 +160,15 @@ def _format_report(report: StepReport) -> str:
     """
     >>> from vlm_cli.training.outcome import StepReport
     >>> _format_report(StepReport(20, 100, 1.5, None, 41.0, 95.0))
-    'step 20/100  loss 1.5000  41.0 images/s  1:35 left'
+    'step 20/100  loss 1.5000  41.0 images/s  1 min 35 s left'
     """
     total = "" if report.total_steps is None else f"/{report.total_steps}"
     if report.loss is None:
         return f"step {report.step}{total}  eval loss {report.eval_loss:.4f}"
     return (
         f"step {report.step}{total}  loss {report.loss:.4f}  {report.images_per_second:.1f} images/s  "
-        f"{_format_duration(report.seconds_left)} left"
+        f"{format_duration(report.seconds_left)} left"
     )
-
-
-def _format_duration(seconds: float) -> str:
-    """
-    >>> _format_duration(3700)
-    '1:01:40'
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _print_result(result: TrainingResult) -> None:
@@ -195,6 +183,6 @@ def _print_result(result: TrainingResult) -> None:
         format_loss(result.loss),
         format_loss(result.eval_loss),
         f"{result.images_per_second:.1f}",
-        _format_duration(result.seconds),
+        format_duration(result.seconds),
     )
     console.print_table(heads, [row])

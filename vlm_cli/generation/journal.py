@@ -1,8 +1,8 @@
-"""Answers of an unfinished run, from which the next one goes on: `OUT.partial`, and at the end OUT.
+"""The file `OUT.partial`: the answers of an unfinished run, from which the next run resumes. At the end it becomes OUT.
 
 {"vlm_batch": 1, "replaces": false, "settings": {"--max-new-tokens": 64, …}}    header
 5f0c…e1 {"prompt": "…", "text": " A cat.", …}                                    digest of the input's line, answer
-90ab…77 {"prompt": "…", "err                                                     cut short by a kill: dropped
+90ab…77 {"prompt": "…", "err                                                     cut short by a kill; dropped
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ _MAGIC = b'{"vlm_batch": 1, '
 
 
 def partial_of(out: Path) -> Path:
-    """Where the answers of `out` are kept until all are there."""
+    """Return the path at which the answers of `out` wait until all rows are answered."""
     return out.with_name(f"{out.name}.partial")
 
 
 @dataclass
 class Journal:
-    """An open `OUT.partial`, of which no other process writes.
+    """An open `OUT.partial`, locked against other processes.
 
     Attributes:
-        out: what it becomes.
-        answered: rows in it.
+        out: the file that it becomes.
+        file: open for reading and appending.
+        answered: rows in the journal.
         failed: those of them with an error.
     """
 
@@ -48,17 +49,17 @@ class Journal:
 
     @classmethod
     def open(cls, out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Journal:
-        """Begin, or find what an unfinished run with the same settings left.
+        """Begin a journal, or open the one that an unfinished run with the same settings left.
 
         Args:
             out: the file to write in the end.
             settings: flags and values on which answers depend.
-            overwrite: replace `out`, and forget an unfinished run.
+            overwrite: replace `out`, and discard an unfinished run.
 
         Raises:
-            OutputExistsError: if `out` may not be written, or another process is at it.
-            UsageError: if an unfinished run had other settings, naming them.
-            CheckpointError: if the folder takes no files.
+            OutputExistsError: if `out` may not be written, or another process writes its journal.
+            UsageError: if an unfinished run had other settings; the message names them.
+            CheckpointError: if the folder cannot be written.
         """
         check_file(out, overwrite=True)
         path = partial_of(out)
@@ -77,6 +78,7 @@ class Journal:
 
     @property
     def path(self) -> Path:
+        """The journal itself: `OUT.partial`."""
         return partial_of(self.out)
 
     def _begin(self, settings: Mapping[str, Any], overwrite: bool) -> None:
@@ -104,14 +106,14 @@ class Journal:
             )
 
     def skip(self, lines: Iterator[Line], name: str) -> None:
-        """Go past the lines that are answered, and drop an answer that was cut short.
+        """Skip the input lines that are answered, and drop an answer that was cut short.
 
         Args:
-            lines: of the input, from its beginning.
-            name: of the input, for messages.
+            lines: the input, from its beginning.
+            name: the name of the input, for messages.
 
         Raises:
-            UsageError: if they are not the lines that were answered.
+            UsageError: if the input has changed since.
         """
         self.file.seek(0)
         end = len(self.file.readline())
@@ -131,7 +133,7 @@ class Journal:
         self.file.truncate(end)
 
     def add(self, line: Line, answer: Mapping[str, Any]) -> None:
-        """Write an answer so that it outlives this process.
+        """Append an answer, so that it is kept if this process is killed.
 
         Raises:
             CheckpointError: if the disk is full.
@@ -141,7 +143,7 @@ class Journal:
         self.failed += "error" in answer
 
     def _write(self, data: Mapping[str, Any], before: bytes = b"") -> None:
-        # Half a character, which no file holds, is written as JSON escapes it.
+        # UTF-8 has no half characters (\ud800 to \udfff), so they are written as JSON escapes.
         text = json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace")
         try:
             self.file.write(before + text + b"\n")
@@ -150,10 +152,10 @@ class Journal:
             raise CheckpointError(f"cannot write {str(self.path)!r}: {error.strerror}.") from error
 
     def finish(self) -> None:
-        """Make the answers OUT.
+        """Write all answers to OUT, and remove the journal.
 
         Raises:
-            CheckpointError: if the disk is full. The answers stay.
+            CheckpointError: if the disk is full. The journal stays.
         """
         self.file.seek(0)
         self.file.readline()
@@ -163,7 +165,7 @@ class Journal:
         self.close(remove=True)
 
     def close(self, *, remove: bool = False) -> None:
-        """Let go of the file; `remove` it if it is of no use."""
+        """Close the file; `remove` deletes it, too."""
         if remove:
             self.path.unlink(missing_ok=True)
         with suppress(OSError):
@@ -171,12 +173,13 @@ class Journal:
 
 
 def _digest(line: Line) -> bytes:
-    """Hexadecimal, 32 digits; the last line of a file may lack its end."""
+    """Return 32 hexadecimal digits of a line, without the line end, which the last line of a file may lack."""
     return hashlib.sha256(line.raw.strip()).hexdigest()[:32].encode()
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """
+    """Lock the file, where the file system can.
+
     Raises:
         OutputExistsError: if another process has the lock.
     """
@@ -185,7 +188,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
     import fcntl
 
     try:
-        # Not `flock`, whose lock the workers of a killed process would keep for some seconds.
+        # Not `flock`: the workers of a killed process would keep its lock for some seconds.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
