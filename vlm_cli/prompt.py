@@ -1,12 +1,12 @@
-r"""Text with images in it, as one types it: the prompt grammar.
+r"""The prompt grammar: text with images in it, as a user types it.
 
     A photo of <image:cat.png> and one of <image>.
 
-`<image:PATH>` stands for that file; a bare `<image>` takes the next of the files given beside the
-prompt. Anything else is text, `<images>`, `<image >` and `<IMAGE>` included.
+`<image:PATH>` stands for that file. A bare `<image>` takes the next of the files that the user gives
+beside the prompt. Anything else is text, `<images>`, `<image >` and `<IMAGE>` included.
 
 A backslash is an ordinary character except in front of what it can escape: `<image>` or `<image:` in
-text, `>` in a path. There, pairs stand for one backslash each, and an odd one left over escapes:
+text, `>` in a path. There, two backslashes stand for one, and a single one that is left over escapes:
 
     \<image>            the text <image>
     \\<image>           a backslash, then a placeholder
@@ -15,8 +15,8 @@ text, `>` in a path. There, pairs stand for one backslash each, and an odd one l
     <image:C:\a\b.png>  the file C:\a\b.png
     <image:C:\a\\>      the path C:\a\
 
-So every text and every path has exactly one spelling (a path with a line break or no characters has
-none), and `format` undoes `parse` as `parse` undoes `format`.
+So every text and every path has exactly one spelling (an empty path, or a path with a line break, has
+none), and `format` is the inverse of `parse`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Interleaved", "Medium", "Slot", "Text", "escape", "format", "interle
 
 @dataclass(frozen=True)
 class Text:
-    """Characters for the language model."""
+    """Text that the language model reads."""
 
     text: str
 
@@ -47,16 +47,16 @@ class Medium:
 
 @dataclass(frozen=True)
 class Slot:
-    """A bare `<image>`, which takes the next file; `offset` counts characters before it."""
+    """A bare `<image>`, which takes the next file; `offset` is the number of characters before it."""
 
     offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Texts and images in reading order; no text is empty or stands next to another.
+    """Texts and images in reading order. No text is empty, and no text follows another text directly.
 
-    `images_prepended` says that the prompt had no placeholder, so that all images came first.
+    `images_prepended` is true if the prompt had no placeholder, so that all images stand before the text.
     """
 
     parts: list[Text | Medium]
@@ -72,7 +72,7 @@ _PATH_STOP = re.compile(r"(?<!\\)(?P<slashes>\\*)(?P<stop>[>\r\n])")
 
 
 def parse(prompt: str) -> list[Text | Medium | Slot]:
-    r"""Split a prompt at its placeholders; texts come back unescaped.
+    r"""Split a prompt at its placeholders, and unescape its texts.
 
     >>> parse(r"A \<image> is <image:cat.png>.")
     [Text(text='A <image> is '), Medium(source='cat.png'), Text(text='.')]
@@ -124,8 +124,8 @@ def format(parts: Iterable[Text | Medium | Slot]) -> str:
 def escape(text: str) -> str:
     r"""Write text as a prompt in which nothing is a placeholder.
 
-    Escape a text whole: two pieces may spell a placeholder together. To put one next to a
-    placeholder, use `format`.
+    Escape a whole text at once, because two pieces of it may spell a placeholder together. To write a
+    text next to a placeholder, use `format`.
 
     >>> escape("the tag <image>")
     'the tag \\<image>'
@@ -134,12 +134,12 @@ def escape(text: str) -> str:
 
 
 def interleave(prompt: str, images: Sequence[str] = (), *, given_with: str = "--image") -> Interleaved:
-    """Put each image in its place in the text.
+    """Replace each placeholder of a prompt by its image.
 
     Args:
         prompt: text with placeholders; without any, all images come first.
         images: one source for each bare `<image>`, in order.
-        given_with: where the user gave `images`, in words for messages.
+        given_with: the option or field with which the user gave `images`, for messages.
 
     Raises:
         PromptError: if the prompt is empty or cannot be read, or placeholders and files do not match.
@@ -158,7 +158,7 @@ def interleave(prompt: str, images: Sequence[str] = (), *, given_with: str = "--
 
 
 def _read_path(prompt: str, opened: int, start: int) -> tuple[str, int]:
-    """Read a path from `start` to its closing `>`; return it and where the text goes on."""
+    """Read a path from `start` to its closing `>`; return the path, and the position after the `>`."""
     pieces = []
     position = start
     while found := _PATH_STOP.search(prompt, position):
@@ -242,14 +242,14 @@ def _check_counts(prompt: str, parts: Sequence[Text | Medium | Slot], images: Se
 
 
 def _where(prompt: str, offset: int) -> str:
-    """Say a place as an editor does, from 1: 'at character 7', or 'at line 2, character 7'."""
+    """Name a position as editors do, counting from 1: 'at character 7', or 'at line 2, character 7'."""
     line = prompt.count("\n", 0, offset) + 1
     column = offset - (prompt.rfind("\n", 0, offset) + 1) + 1
     return f"at character {column}" if line == 1 else f"at line {line}, character {column}"
 
 
 def _quote(text: str, limit: int = 60) -> str:
-    """Quote what was given, cut to `limit` characters."""
+    """Quote a text, cut to `limit` characters."""
     return repr(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
@@ -258,6 +258,6 @@ def _count(number: int, noun: str) -> str:
 
 
 def _ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th, 11th, 21st."""
+    """Write an ordinal number: 1st, 2nd, 3rd, 4th, 11th, 21st."""
     ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{ending}"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.training.settings import TrainingSettings
 
-__all__ = ["make_arguments"]
+__all__ = ["keep_use_cache", "make_arguments"]
+
+_ABSENT = object()
 
 
 def make_arguments(
@@ -55,6 +60,18 @@ def make_arguments(
         disable_tqdm=True,
         log_level="error",
     )
+
+
+@contextlib.contextmanager
+def keep_use_cache(config: VLMConfig) -> Iterator[None]:
+    """Restore `use_cache` after the block. Trainer's constructor changes it, and `save` would write the change."""
+    before = config.__dict__.get("use_cache", _ABSENT)
+    try:
+        yield
+    finally:
+        config.__dict__.pop("use_cache", None)
+        if before is not _ABSENT:
+            config.use_cache = before
 
 
 def _checkpointing(enabled: bool) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast
 from transformers import TrainerCallback
 
 __all__ = ["EndInTime", "RunBudget"]
@@ -67,26 +69,21 @@ class EndInTime(TrainerCallback):
 
     Args:
         budget: the budget of the run.
-        agree: returns the same number of seconds in every process, given the process's own.
         is_interrupted: tells whether the user has asked to stop.
         evaluates: measure the held-out loss at the end.
     """
 
-    def __init__(
-        self,
-        budget: RunBudget,
-        *,
-        agree: Callable[[float], float],
-        is_interrupted: Callable[[], bool],
-        evaluates: bool,
-    ) -> None:
-        self.budget, self.agree, self.is_interrupted, self.evaluates = budget, agree, is_interrupted, evaluates
+    def __init__(self, budget: RunBudget, *, is_interrupted: Callable[[], bool], evaluates: bool) -> None:
+        self.budget, self.is_interrupted, self.evaluates = budget, is_interrupted, evaluates
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.budget.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.budget.seconds_at_step = self.agree(self.budget.seconds)
+        seconds = self.budget.seconds
+        if self.budget.max_seconds is not None and args.world_size > 1:  # the main process's clock counts
+            seconds = float(broadcast(torch.tensor(seconds, device=args.device)))
+        self.budget.seconds_at_step = seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_over = self.budget.is_over(state.global_step, self.budget.seconds_at_step)

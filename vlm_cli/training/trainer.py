@@ -30,7 +30,7 @@ from transformers.trainer_callback import TrainerState
 
 from vlm_cli.interrupt import deferred_interrupt, ignore_interrupt
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.training.arguments import make_arguments
+from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, select_trained
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, row_losses
@@ -43,8 +43,6 @@ from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.watch import FiniteWatch
 
 __all__ = ["VLMTrainer"]
-
-_ABSENT = object()
 
 
 class VLMTrainer(Trainer):
@@ -90,18 +88,14 @@ class VLMTrainer(Trainer):
         self.watch = FiniteWatch(train_set, checkpoints)
         self._step_records: list[int] = []
         self._writing: Path | None = None
-        use_cache = model.config.__dict__.get("use_cache", _ABSENT)
-        super().__init__(
-            model,
-            arguments,
-            data_collator=Collator(model.config.pad_token_id or 0),
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-        )
-        # The base class writes its own choice into the configuration, which `save` would write into the output.
-        model.config.__dict__.pop("use_cache", None)
-        if use_cache is not _ABSENT:
-            model.config.use_cache = use_cache
+        with keep_use_cache(model.config):
+            super().__init__(
+                model,
+                arguments,
+                data_collator=Collator(model.config.pad_token_id or 0),
+                train_dataset=train_set,
+                eval_dataset=eval_set,
+            )
         self.metrics = MetricsLog(checkpoints.folder / METRICS_FILE, writes=self.is_world_process_zero())
         self.remove_callback(PrinterCallback)
 
@@ -125,7 +119,7 @@ class VLMTrainer(Trainer):
             was_interrupted = self._train_from(checkpoint)
         steps, seconds = self.state.global_step, self.budget.seconds
         is_complete = not was_interrupted or self.budget.is_over(steps, seconds)
-        gathered = self._gather_weights() if is_complete else None
+        gathered = self.accelerator.get_state_dict(self.model_wrapped) if is_complete and self.is_sharded else None
         return RunOutcome(is_complete, steps, seconds, self.metrics.images, self.metrics, gathered)
 
     def _train_from(self, checkpoint: TrainingCheckpoint | None) -> bool:
@@ -136,29 +130,15 @@ class VLMTrainer(Trainer):
 
         single = self.args.world_size == 1
         with deferred_interrupt(announce) if single else contextlib.nullcontext(lambda: False) as is_interrupted:
-            self.add_callback(
-                EndInTime(
-                    self.budget,
-                    agree=self._agree,
-                    is_interrupted=is_interrupted,
-                    evaluates=self.eval_dataset is not None,
-                )
-            )
+            evaluates = self.eval_dataset is not None
+            self.add_callback(EndInTime(self.budget, is_interrupted=is_interrupted, evaluates=evaluates))
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
             return is_interrupted()
 
-    def _agree(self, seconds: float) -> float:
-        """Return the main process's number of seconds, so that all processes end in the same step."""
-        if self.settings.max_minutes is None or self.args.world_size == 1:
-            return seconds
-        from accelerate.utils import broadcast
-
-        return float(broadcast(torch.tensor(seconds, device=self.args.device)))
-
-    def _gather_weights(self) -> dict[str, Tensor] | None:
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return None
-        return self.accelerator.get_state_dict(self.model_wrapped)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed spreads the weights over the processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
@@ -271,7 +251,7 @@ class VLMTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure the held-out loss: the mean over all learned tokens of the held-out records."""
         self.watch.check()
-        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
+        model = self.model_wrapped if self.is_sharded else self.model
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in map(check_batch, self.get_eval_dataloader()):
