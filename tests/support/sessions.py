@@ -44,7 +44,7 @@ def steps(page: str) -> list[Step]:
     """The commands of all console blocks of a page, in their order."""
     found = []
     for block in blocks(page, "console"):
-        parts = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
+        parts = re.split(r"^\$ ((?:.*\\\n)*.*)\n", block, flags=re.MULTILINE)
         found += [Step(line, shown) for line, shown in zip(parts[1::2], parts[2::2], strict=True)]
     return found
 
@@ -65,7 +65,7 @@ def run(line: str) -> tuple[int, str]:
     Returns:
         The exit code and what a terminal would show.
     """
-    words = shlex.split(line)
+    words = shlex.split(line.replace("\\\n", ""))
     stdin = b""
     if words[0] == "cat" and len(words) == 2:
         return 0, Path(words[1]).read_text(encoding="utf-8")
