@@ -1,4 +1,4 @@
-"""A tiny checkpoint in a published layout, what its own implementation makes of it, and what we do."""
+"""Tiny checkpoints in published layouts, and their comparison with the implementation that wrote them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.support import ROOT
+from tests.support import ROOT, tiny
 from tests.support.tiny import nudged
 from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
@@ -40,7 +41,7 @@ class Case:
             implementation that the layout belongs to.
         options: settings over the checkpoint's composition.
         made_by: that implementation, in words.
-        unused: how many tensors of the checkpoint a VLM has no place for.
+        unused: how many tensors of the checkpoint a VLM does not have.
     """
 
     source: Path
@@ -51,7 +52,7 @@ class Case:
 
 
 def write_tokenizer(folder: Path, *added: str, pad: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of `VOCABULARY` words, with special tokens behind them."""
+    """Write a tokenizer of `VOCABULARY` words, with special tokens after them."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
@@ -67,7 +68,7 @@ def load(case: Case, **options: Any) -> Imported:
 
 
 def prompt(model: VLM, num_media: int = 2, length: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """int[1, T] tokens, `<image>` first and at every third from there, and float[1, T_img, 1, 3, H, W]."""
+    """Draw int[1, T] tokens, `<image>` first and at every third from there, and float[1, T_img, 1, 3, H, W]."""
     torch.manual_seed(seed)
     lang_x = torch.randint(1, VOCABULARY, (1, length))
     lang_x[0, : 3 * num_media : 3] = model.config.media_token_id
@@ -78,7 +79,7 @@ PAGE = ROOT / "docs" / "checkpoints.md"
 
 
 def tell(row: str) -> None:
-    """See that the page has this row; write it there if the environment asks for that."""
+    """Check that docs/checkpoints.md has this row; write the row if VLM_UPDATE_DOCS is set."""
     text = PAGE.read_text(encoding="utf-8")
     if row in text.splitlines():
         return
@@ -95,7 +96,9 @@ def tell(row: str) -> None:
 
 @torch.no_grad()
 def check(case: Case, num_media: int = 2, *, is_told: bool = False) -> float:
-    """Import, compare logits and greedy tokens, and see that a changed weight is noticed; the largest difference.
+    """Import a checkpoint and compare logits and greedy tokens; return the largest difference.
+
+    A changed weight must make a difference.
 
     Args:
         case: the checkpoint.
@@ -154,7 +157,7 @@ class _Shapes(PublishedCheckpoint):
 
 
 def shapes_of(theirs: PreTrainedModel | Mapping[str, Tensor]) -> PublishedCheckpoint:
-    """A checkpoint of published sizes, of a model on the meta device or its tensors."""
+    """Make a checkpoint without weights from a model on the meta device, or from its tensors."""
     is_model = isinstance(theirs, PreTrainedModel)
     tensors = theirs.state_dict(keep_vars=True) if is_model else theirs
     tensors = {name: x for x, name in {id(x): (x, name) for name, x in reversed(tensors.items())}.values()}
@@ -164,7 +167,7 @@ def shapes_of(theirs: PreTrainedModel | Mapping[str, Tensor]) -> PublishedCheckp
 
 
 def sized(checkpoint: PublishedCheckpoint) -> tuple[VLM, KeyReport]:
-    """The model that a checkpoint describes, of which no weight has memory, and where its tensors would go."""
+    """Build the model that a checkpoint describes on the meta device, and plan where its tensors go."""
     found = recognise(checkpoint).description
     composition = Composition.compose(None, found.composition)
     text = dict(found.text_config)
@@ -182,6 +185,12 @@ def sized(checkpoint: PublishedCheckpoint) -> tuple[VLM, KeyReport]:
     return model, plan.report
 
 
+def register_siglip(name: str, *, width: int, layers: int, heads: int, patch: int) -> str:
+    """Give timm a tiny SigLIP of this name for images of `SIZE` pixels."""
+    sizes = {"img_size": SIZE, "patch_size": patch, "embed_dim": width, "depth": layers, "num_heads": heads}
+    return tiny.register(name, VisionTransformer, **sizes, mlp_ratio=2, class_token=False)
+
+
 __all__ = [
     "MEDIA_TOKEN",
     "SIZE",
@@ -190,6 +199,7 @@ __all__ = [
     "check",
     "load",
     "prompt",
+    "register_siglip",
     "shapes_of",
     "sized",
     "write_tokenizer",

@@ -37,7 +37,7 @@ STOP, IMAGE = VOCABULARY, VOCABULARY + 1  # ids of the added tokens
 SIZE = 32  # pixels
 
 
-def _register(name: str, model: type[nn.Module], **sizes: Any) -> str:
+def register(name: str, model: type[nn.Module], **sizes: Any) -> str:
     """Give timm, and so OpenCLIP, a small model of a family that has none."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -49,7 +49,7 @@ def _register(name: str, model: type[nn.Module], **sizes: Any) -> str:
     return name
 
 
-_EVA = _register(
+_EVA = register(
     "tiny_eva",
     Eva,
     img_size=SIZE,
@@ -64,10 +64,10 @@ _EVA = _register(
     use_rot_pos_emb=True,
     ref_feat_shape=(2, 2),
 )
-_SWIN = _register(
+_SWIN = register(
     "tiny_swin", SwinTransformer, img_size=SIZE, window_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
 )
-_FASTVIT = _register(
+_FASTVIT = register(
     "tiny_fastvit",
     FastVit,
     layers=(1, 1),

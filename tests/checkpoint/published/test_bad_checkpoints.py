@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said before anything is written."""
+"""A checkpoint that cannot be imported is refused before anything is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def copy(llava: Path, tmp_path: Path) -> Path:
 
 
 def sharded(folder: Path) -> dict[str, str]:
-    """The same checkpoint in two files with an index."""
+    """Split the checkpoint into two files with an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {name: f"model-{1 + i % 2}-of-2.safetensors" for i, name in enumerate(sorted(tensors))}
@@ -42,7 +42,7 @@ def sharded(folder: Path) -> dict[str, str]:
 
 
 def build(vlm, source: Path, tmp_path: Path, *flags: str):
-    """`vlm build --from`, which must leave nothing behind."""
+    """Run `vlm build --from`, and see that it writes nothing."""
     before = {path.name for path in tmp_path.iterdir()}
     result = vlm("build", str(tmp_path / "out"), "--from", str(source), "--quiet", *flags)
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -85,7 +85,7 @@ def test_an_index_of_other_files(vlm, copy, tmp_path):
 
 
 def test_an_index_of_files_of_another_kind(vlm, copy, tmp_path):
-    """Of a repository with both kinds of weights, the hub gives one, and every small file."""
+    """A hub repository with both kinds of weights gives one kind, and every small file."""
     (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "pytorch_model-1-of-2.bin"}}))
     assert vlm("build", str(tmp_path / "out"), "--from", str(copy), "--quiet").exit_code == 0
 
@@ -103,7 +103,7 @@ def test_tensors_in_two_files(vlm, copy, tmp_path):
     ("dtype", "words"), [(torch.int8, "(torch.int8): its weights are quantized"), (torch.float8_e4m3fn, "F8_E4M3")]
 )
 def test_quantized_weights(vlm, copy, tmp_path, dtype, words):
-    """Without their scales they are other weights."""
+    """Without their scales, integers are other weights."""
     rewrite(copy, lambda tensors: {k: x.to(dtype) if "up_proj" in k else x for k, x in tensors.items()})
     result = build(vlm, copy, tmp_path)
     assert result.exit_code == 1 and words in result.stderr and "Give weights that are not" in result.stderr
@@ -223,7 +223,7 @@ def test_a_part_that_the_checkpoint_holds(vlm, copy, tmp_path, flag):
 
 @pytest.mark.parametrize("setting", ["pretrained=openai", "image_size=64", "depth=1"])
 def test_a_tower_of_another_kind(vlm, copy, tmp_path, setting):
-    """What is inside of the checkpoint would be taken all the same."""
+    """The setting would change nothing: the checkpoint's own tower is used."""
     result = build(vlm, copy, tmp_path, "--set", f"vision_encoder.{setting}")
     assert (
         result.exit_code == 2

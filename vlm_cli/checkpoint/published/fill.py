@@ -8,7 +8,7 @@ if plan.report.is_complete:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,17 +135,38 @@ def plan_fill(
                 break
             num_filled[id(parameter)] += torch.Size(wanted).numel()
             plan.targets.setdefault(name, []).append(target)
+    _account(report, state, num_filled, mismatched, has_weights, is_optional)
+    return plan
+
+
+def _account(
+    report: KeyReport,
+    state: Mapping[str, Tensor],
+    num_filled: Mapping[int, int],
+    mismatched: Container[int],
+    has_weights: Callable[[str], bool],
+    is_optional: Callable[[str], bool],
+) -> None:
+    """Report what becomes of each tensor of the model.
+
+    Args:
+        report: gets the names.
+        state: name -> tensor of the model.
+        num_filled: identity of a tensor -> how many of its numbers the checkpoint fills.
+        mismatched: identities of the targets of tensors with another shape, which are reported already.
+        has_weights: as of `plan_fill`.
+        is_optional: as of `plan_fill`.
+    """
     for name, parameter in state.items():
         filled = num_filled[id(parameter)]
         if filled >= parameter.numel() or (filled and has_weights(name)):
             report.loaded.append(name)
         elif id(parameter) in mismatched:
-            continue  # reported under the checkpoint's name
+            continue
         elif has_weights(name) or is_optional(name):
             report.absent.append(name)
         else:
             report.missing.append(name)
-    return plan
 
 
 def _check_dtype(checkpoint: PublishedCheckpoint, name: str, info: TensorInfo, parameter: Tensor) -> None:

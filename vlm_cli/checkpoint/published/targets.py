@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Rule", "Target", "TargetsOf", "identity", "make_targets_of", "stack_rows"]
+__all__ = ["Rule", "Target", "TargetsOf", "TargetsOfMatch", "identity", "make_targets_of", "stack_rows"]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -61,9 +61,12 @@ class Target:
 #: Gives the targets of a tensor by its name: () if a VLM does not need the tensor, None if the name is unknown.
 TargetsOf = Callable[[str], Sequence[Target] | None]
 
+#: Gives the targets of a tensor by the match of its name.
+TargetsOfMatch = Callable[[re.Match[str]], Sequence[Target]]
+
 #: A pattern of whole names, and the targets of the tensors that match it: one name, in which `\1` is the first group;
 #: a function of the match; or None for tensors that a VLM does not need.
-Rule = tuple[str, str | Callable[[re.Match[str]], Sequence[Target]] | None]
+Rule = tuple[str, str | TargetsOfMatch | None]
 
 
 def make_targets_of(rules: Iterable[Rule]) -> TargetsOf:

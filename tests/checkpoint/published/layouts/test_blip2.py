@@ -62,7 +62,7 @@ def tiny_tower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(media_id: int | None = IMAGE, vocab_size: int = VOCABULARY + 8, **vision: Any) -> Blip2Config:
-    """Rows of the language model are padded, as in what is published now."""
+    """Write a BLIP-2 whose language model has padded tables, as the newer published files do."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -114,7 +114,7 @@ def case(source: Path, theirs: Blip2ForConditionalGeneration, **settings: Any) -
 
     @torch.no_grad()
     def logits(lang_x: Tensor, vision_x: Tensor) -> Tensor:
-        """The media token is there as often as there are queries; without one, features stand before the text."""
+        """Run Transformers' model: a media token for each query, or features before the text without such a token."""
         counts = torch.where(lang_x[0] == IMAGE, QUERIES, 1)
         ids, pixels = lang_x[0].repeat_interleave(counts)[None], vision_x[0, :, 0]
         if has_media_token:
@@ -137,7 +137,7 @@ def huggingface(folder: Path, settings: Blip2Config | None = None) -> Case:
 
 
 def lavis_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published conversion, the other way round; BERT's buffer of positions stays behind in its files."""
+    """Invert the published conversion; BERT's buffer of positions stays in the file."""
     renames = (
         (r"vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
         (r"vision_model\.embeddings\.position_embedding", "visual_encoder.pos_embed"),
@@ -185,7 +185,7 @@ def lavis(folder: Path, held: str, **more: Tensor) -> Case:
 
 
 def tower_files(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
-    """The tower as OpenCLIP keeps it, with the block and the norm that BLIP-2 leaves out."""
+    """Write the tower as OpenCLIP has it, with the block and the norm that BLIP-2 drops."""
     vision_cfg = {"image_size": SIZE, "timm_model_name": TOWER, "timm_pool": "token", "timm_proj": None}
     settings = {"embed_dim": 24, "vision_cfg": vision_cfg, "text_cfg": {}}
     (folder / "tower.json").write_text(json.dumps(settings))
@@ -218,12 +218,12 @@ def test_huggingface(tmp_path, num_media):
 
 @pytest.mark.parametrize("vocab_size", [VOCABULARY, VOCABULARY + 8])
 def test_huggingface_before_media_tokens(tmp_path, vocab_size):
-    """Older files have no id of `<image>`, and may have no row for it either."""
+    """Older files have no id for `<image>`, and some have no row for it."""
     check(huggingface(tmp_path, config(None, vocab_size)), 1)
 
 
 def test_bias_of_keys_changes_nothing(tmp_path):
-    """timm has none; a file that holds one is as good."""
+    """timm has no bias of keys, and a file that holds one gives equal logits."""
     found = huggingface(tmp_path)
 
     def fill_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -238,7 +238,7 @@ def test_bias_of_keys_changes_nothing(tmp_path):
 
 
 def test_other_image_size(tmp_path):
-    """The models tuned on COCO read 364 pixels instead of 224."""
+    """The models tuned on COCO read images of 364 pixels instead of 224."""
     found = huggingface(tmp_path, config(image_size=2 * SIZE))
     check(found)
     assert load(found).model.vision_encoder.image_size == (2 * SIZE, 2 * SIZE)
@@ -257,7 +257,7 @@ def test_lavis(tmp_path, held):
 
 @torch.no_grad()
 def test_built_directory(vlm, tmp_path):
-    """What is written reads back the same, the tower that was cut included."""
+    """A written directory loads as the same model, with its shortened tower."""
     found = huggingface(tmp_path / "published")
     result = vlm("build", tmp_path / "ours", "--from", tmp_path / "published")
     assert result.exit_code == 0, result.stderr
@@ -276,7 +276,7 @@ def test_lavis_over_another_width_is_named(tmp_path):
 
 
 def test_lavis_text_branch(tmp_path):
-    """Where the Q-Former's words, and its layers for text, are still in the file, they have no place and no use."""
+    """A file may hold the Q-Former's layers for text, which a VLM does not need."""
     text = "Qformer.bert.encoder.layer.0"
     more = {
         "Qformer.bert.embeddings.word_embeddings.weight": torch.randn(9, DIM),
@@ -307,7 +307,7 @@ def logits_of(imported: Any) -> Tensor:
 
 
 def test_media_come_before_the_first_token(tmp_path):
-    """BLIP-2 puts the image before `</s>`: the other order gives other logits, and the user is told."""
+    """BLIP-2 puts the image before `</s>`; the other order gives other logits, and a note says so."""
     imported = load(huggingface(tmp_path))
     lang_x, vision_x = prompt(imported.model, 1)
     swapped = lang_x[:, [1, 0, *range(2, lang_x.shape[1])]]
@@ -366,7 +366,7 @@ OPT = {
 
 @pytest.mark.parametrize("name", OPT)
 def test_published_sizes(name):
-    """https://huggingface.co/Salesforce/blip2-opt-2.7b and -6.7b: everything else is Transformers' default."""
+    """Sizes of https://huggingface.co/Salesforce/blip2-opt-2.7b and -6.7b; all others are Transformers' defaults."""
     width, dim_ff, depth, num_heads, trainable = OPT[name]
     text = {
         "model_type": "opt",
@@ -392,7 +392,7 @@ def test_published_sizes(name):
 
 
 def test_published_lavis_sizes():
-    """A file of what trains over both says which backbones these are."""
+    """A file of trained tensors alone tells its backbones by their widths."""
     settings = Blip2Config(
         text_config=OPTConfig(hidden_size=2560, num_hidden_layers=1, num_attention_heads=32).to_dict()
     )

@@ -68,7 +68,7 @@ LANGUAGE_MODELS: dict[str, PreTrainedConfig] = {
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """`config.json`, without the fields that have their default, as Transformers writes it."""
+    """Make `config.json` as Transformers writes it, without fields that have their default."""
     return {
         "dim": DIM,
         "dim_visual": DIM_VISUAL,
@@ -88,7 +88,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def added(data: dict[str, Any], layers: int, dim: int, dim_visual: int, **device: Any) -> dict[str, Tensor]:
-    """Random tensors of the resampler and the blocks, under their names."""
+    """Make random tensors of the resampler and the blocks, under flamingo-mini's names."""
     inner, mult = data["resampler_heads"] * data["resampler_dim_head"], data.get("resampler_ff_mult", 4)
     shapes: dict[str, tuple[int, ...]] = {
         "resampler.latents": (data["resampler_num_latents"], dim_visual),
@@ -210,7 +210,7 @@ class Description:
 
 
 def named(tower: CLIPVisionModel, lm: PreTrainedModel, tensors: dict[str, Tensor], every: int) -> dict[str, Tensor]:
-    """All tensors under flamingo-mini's names."""
+    """Give all tensors flamingo-mini's names."""
     prefix = "flamingo.vision_encoder.vision_model."
     state = {prefix + name.removeprefix("vision_model."): x for name, x in tower.state_dict().items()}
     for name, x in lm.state_dict().items():
@@ -226,7 +226,7 @@ def named(tower: CLIPVisionModel, lm: PreTrainedModel, tensors: dict[str, Tensor
 
 
 def write_language_model(folder: Path, text: PreTrainedConfig) -> str:
-    """Configuration and tokenizer, as a hub id gives them."""
+    """Write a configuration and a tokenizer, as a hub id gives them."""
     names = {f"w{i}": i for i in range(VOCABULARY - 3)} | {"<": LESS, "image": LESS + 1, ">": LESS + 2}
     words = Tokenizer(models.WordLevel(names, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
@@ -299,7 +299,7 @@ def test_defaults_are_not_in_the_configuration(tmp_path):
 
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
 def test_the_marker_is_text(tmp_path, kind):
-    """`<image>image>` of ours is `<image>` there: equal at every position, that of `<` too."""
+    """vlm's `<image>image>` equals flamingo-mini's `<image>` at every position, also at that of `<`."""
     case = flamingo(tmp_path, kind)
     imported = load(case)
     model, processor = imported.model, imported.processor
@@ -318,7 +318,7 @@ def test_the_marker_is_text(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
 def test_the_end_of_a_caption_has_its_row(tmp_path, kind):
-    """It is the id after the tokenizer's last, which in OPT's padded table is not the row that was appended."""
+    """`<EOC>` has the id after the tokenizer's last; in OPT's padded table this is not the appended row."""
     case = flamingo(tmp_path, kind)
     model = load(case).model
     table = next(x for k, x in load_file(tmp_path / "model.safetensors").items() if re.search(r"embed_tokens|wte", k))
@@ -381,7 +381,7 @@ def test_keys_come_before_values(tmp_path):
 
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
 def test_older_files(tmp_path, head):
-    """GPT-2's masks are in files of older releases; the tied head may be left out."""
+    """Files of older releases hold GPT-2's masks, and a file may leave out the tied head."""
     case = flamingo(tmp_path, "gpt2")
 
     def change(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -418,7 +418,7 @@ def test_the_tower_is_named(tmp_path):
 
 
 def test_only_what_trained(tmp_path):
-    """The table, the resampler and the blocks; the rest is the language model's own."""
+    """The checkpoint trains the table, the resampler and the blocks; the rest is the language model's."""
     case = flamingo(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     _, lm, _ = parts("opt", config())

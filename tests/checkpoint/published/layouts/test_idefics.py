@@ -1,4 +1,4 @@
-"""IDEFICS in the layout of Transformers, against Transformers' own class, with the image mask of its own processor."""
+"""IDEFICS as Transformers writes it, against Transformers' class with the image mask of its processor."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_huggingface(tmp_path, changes):
 
 @torch.no_grad()
 def test_text_between_and_before_media(tmp_path):
-    """Each position sees the last image, the tokens around the images included; text before the first sees none."""
+    """Make IDEFICS's mask: each position sees the last image, and text before the first image sees none."""
     found = huggingface(tmp_path)
     imported = load(found)
     model, tokenizer = imported.model, imported.processor.tokenizer
@@ -126,7 +126,7 @@ def test_text_between_and_before_media(tmp_path):
 
 @torch.no_grad()
 def test_built_directory(vlm, tmp_path):
-    """What is written reads back the same."""
+    """A written directory loads as the same model."""
     found = huggingface(tmp_path / "published")
     result = vlm("build", tmp_path / "ours", "--from", tmp_path / "published")
     assert result.exit_code == 0, result.stderr
@@ -138,7 +138,7 @@ def test_built_directory(vlm, tmp_path):
 
 @torch.no_grad()
 def test_rows_of_added_tokens(tmp_path):
-    """The ids after Llama's are those of the second tables, in their order."""
+    """The ids after Llama's are the rows of the second tables, in order."""
     imported = load(huggingface(tmp_path, num_added=3))
     theirs = IdeficsForVisionText2Text.from_pretrained(tmp_path)
     tokenizer = imported.processor.tokenizer
@@ -151,7 +151,7 @@ def test_rows_of_added_tokens(tmp_path):
 
 @torch.no_grad()
 def test_without_images(tmp_path):
-    """Llama alone. IDEFICS's feed-forwards beside it also read text without images, which ours do not: a departure."""
+    """vlm runs Llama alone. IDEFICS also runs the blocks' feed-forward layers: a known difference."""
     found = huggingface(tmp_path)
     imported = load(found)
     assert any("passes only Llama's layers" in note for note in imported.notes)
@@ -181,12 +181,12 @@ def test_another_reading_is_noticed(tmp_path, wrong):
 
 
 def test_blocks_elsewhere_have_no_weights(tmp_path):
-    """Flamingo's blocks stand before the last layer of each interval, and IDEFICS's before the first."""
+    """Flamingo has a block before the last layer of each interval, and IDEFICS before the first."""
     found = huggingface(tmp_path)
     imported = load(replace(found, options=CompositionRequest(overrides=["fusion.first=null"])))
     assert imported.model is None
     assert {name.split(".")[2] for name in imported.report.missing} == {"1", "3"}
-    assert {name.split(".")[2] for name in imported.report.unused} == {"0", "1"}  # theirs are numbered by themselves
+    assert {name.split(".")[2] for name in imported.report.unused} == {"0", "1"}  # IDEFICS counts its blocks 0, 1, …
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_another_width_is_named(tmp_path):
 
 
 def test_older_names(tmp_path):
-    """Older releases of Transformers saved what rotary positions are computed from."""
+    """Older releases of Transformers saved the frequencies of rotary positions."""
     found = huggingface(tmp_path)
     more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(4)}
     rewrite(tmp_path, lambda tensors: {**tensors, **more})
@@ -237,7 +237,7 @@ def test_older_names(tmp_path):
 
 
 def test_published_sizes():
-    """https://huggingface.co/HuggingFaceM4/idefics-9b: ViT-H/14, Llama-7B, a block before every fourth layer."""
+    """Sizes of https://huggingface.co/HuggingFaceM4/idefics-9b: ViT-H/14, Llama-7B, a block every 4 layers."""
     settings = IdeficsConfig(
         additional_vocab_size=2,
         cross_layer_interval=4,

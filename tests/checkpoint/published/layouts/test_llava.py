@@ -1,4 +1,4 @@
-"""LLaVA-1.5 in the layouts of Transformers and of its authors, against Transformers' own class."""
+"""LLaVA-1.5 as Transformers and as its authors write it, against Transformers' class."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_huggingface(tmp_path, changes):
 
 
 def test_tied_tables(tmp_path):
-    """The file has one table, whose last rows are the added tokens' in both."""
+    """The file has one table, whose last rows fill both tables of added tokens."""
     case = huggingface(tmp_path, is_tied=True)
     assert not any("lm_head" in name for name in PublishedCheckpoint.open(str(tmp_path)).tensors)
     check(case)
@@ -63,7 +63,7 @@ def test_tied_tables(tmp_path):
     ],
 )
 def test_a_tokenizer_that_has_a_name_for_the_image(tmp_path, named):
-    """As those of published models do: it would be a special token again when it is loaded."""
+    """Published tokenizers name `<image>`, which would make it a special token again on loading."""
     case = huggingface(tmp_path / "theirs")
     rewrite_config(tmp_path / "theirs", "tokenizer_config.json", **named)
     imported = load(case)
@@ -98,7 +98,7 @@ def original_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def original_config(settings: LlavaConfig, **changes: Any) -> dict[str, Any]:
-    """As in liuhaotian/llava-v1.5-7b: the language model's configuration, with LLaVA's own settings in between."""
+    """Make the configuration of liuhaotian/llava-v1.5-7b: the language model's, mixed with LLaVA's settings."""
     return {
         **settings.text_config.to_dict(),
         "model_type": "llava",
@@ -118,7 +118,7 @@ def original_config(settings: LlavaConfig, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def theirs() -> LlavaForConditionalGeneration:
-    """With heads of 64 channels in its tower, and without a row for `<image>`: that is a sentinel there."""
+    """Make a model with heads of 64 channels in its tower, and no row for `<image>`, which is only an id in LLaVA."""
     settings = config()
     settings.vision_config = CLIPVisionConfig(
         hidden_size=128,
@@ -134,7 +134,7 @@ def theirs() -> LlavaForConditionalGeneration:
 
 
 def original(folder: Path, theirs: LlavaForConditionalGeneration, held: str = ".*", **changes: Any) -> Case:
-    """A directory with the tensors whose names match."""
+    """Write a directory with the tensors whose names match."""
     tensors = {k: x for k, x in original_names(theirs.state_dict()).items() if re.fullmatch(held, k)}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(original_config(theirs.config, **changes)))
@@ -153,7 +153,7 @@ def original(folder: Path, theirs: LlavaForConditionalGeneration, held: str = ".
 
 
 def backbones(folder: Path, theirs: LlavaForConditionalGeneration) -> CompositionRequest:
-    """The language model and the tower as they were before LLaVA trained."""
+    """Write the language model and the tower as they were before LLaVA's training."""
     (whole := folder / "whole").mkdir()
     found = load(original(whole, theirs)).model
     found.lang_model.save_pretrained(folder / "lm")
@@ -199,7 +199,7 @@ def test_original_over_backbones(tmp_path, theirs, held):
 
 
 def test_a_projector_file(tmp_path, theirs):
-    """`mm_projector.bin` of pretraining, with no configuration that would be read."""
+    """LLaVA's pretraining writes `mm_projector.bin` without a configuration."""
     flags = backbones(tmp_path, theirs)
     rounded = copy.deepcopy(theirs)  # as the file is, whose numbers are float16
     for parameter in rounded.model.multi_modal_projector.parameters():
@@ -235,7 +235,7 @@ def test_a_tower_has_to_be_read_as_there(tmp_path, theirs):
 
 
 def test_a_linear_projection(tmp_path, theirs):
-    """LLaVA-1's: one matrix, without a number in its name."""
+    """LLaVA-1 projects by a single matrix, whose name has no number."""
     case = original(tmp_path, theirs)
     tensors = {k: x for k, x in original_names(theirs.state_dict()).items() if "mm_projector.2" not in k}
     save_file(
@@ -316,7 +316,7 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", ["Hugging Face", "original"])
 def test_published_sizes(size, layout):
-    """https://huggingface.co/liuhaotian/llava-v1.5-7b and -13b; llava-hf's have 64 more rows for two tokens."""
+    """Sizes of https://huggingface.co/liuhaotian/llava-v1.5-7b and -13b; llava-hf's tables have 64 more rows."""
     projector, total = SIZES[size]
     if layout == "original":
         theirs = published(size, 32000)
@@ -337,7 +337,7 @@ def test_published_sizes(size, layout):
 
 
 def test_published_projector():
-    """https://huggingface.co/liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5: the file says which parts."""
+    """https://huggingface.co/liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5: its shapes tell the parts."""
     tensors = original_names(published("7b", 32000).state_dict())
     found = shapes_of({k: x for k, x in tensors.items() if "mm_projector" in k})
     described = recognise(found).description

@@ -1,4 +1,4 @@
-"""nanoVLM, against Transformers' SigLIP and Llama with the same weights and a pixel shuffle written here."""
+"""nanoVLM, against Transformers' SigLIP and Llama with the same weights, and a pixel shuffle of this file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision import transforms
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from tests.support import tiny
 from tests.support.published import (
     SIZE,
     VOCABULARY,
@@ -25,6 +23,7 @@ from tests.support.published import (
     check,
     load,
     prompt,
+    register_siglip,
     rewrite,
     rewrite_config,
     shapes_of,
@@ -42,17 +41,7 @@ from vlm_cli.prompt import parse
 
 WIDTH, LAYERS, HEADS, PATCH = 32, 2, 2, 8  # of the tower, which gives 4×4 patches
 SHUFFLE = 2
-TOWER = tiny._register(
-    "tiny_siglip_of_nanovlm",
-    VisionTransformer,
-    img_size=SIZE,
-    patch_size=PATCH,
-    embed_dim=WIDTH,
-    depth=LAYERS,
-    num_heads=HEADS,
-    mlp_ratio=2,
-    class_token=False,
-)
+TOWER = register_siglip("tiny_siglip_of_nanovlm", width=WIDTH, layers=LAYERS, heads=HEADS, patch=PATCH)
 EXTRA = {"image_token": "<|image|>", "global_image_token": "<|global_image|>", "r1c1": "<row_1_col_1>"}
 
 
@@ -62,7 +51,7 @@ def tower(monkeypatch):
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """`config.json` of v0.1, which has no tokens for images."""
+    """Make `config.json` of v0.1, which has no tokens for images."""
     return {
         "vit_hidden_dim": WIDTH,
         "vit_inter_dim": 2 * WIDTH,
@@ -94,7 +83,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def with_tokens(**changes: Any) -> dict[str, Any]:
-    """`config.json` of `main`."""
+    """Make `config.json` as the branch `main` writes it."""
     return config(
         lm_base_vocab_size=VOCABULARY,
         lm_vocab_size=VOCABULARY + len(EXTRA),
@@ -145,7 +134,7 @@ def theirs(data: dict[str, Any]) -> tuple[SiglipVisionModel, LlamaForCausalLM, T
 
 
 def named(tower: SiglipVisionModel, lm: LlamaForCausalLM, projection: Tensor) -> dict[str, Tensor]:
-    """The tensors under nanoVLM's names, as its modules declare them."""
+    """Give the tensors nanoVLM's names."""
     state = {"MP.proj.weight": projection, "decoder.rotary_embd.inv_freq": torch.ones(2)}
     renames = (
         (r"embeddings\.patch_embedding", "patch_embedding.conv"),
@@ -198,7 +187,7 @@ def nanovlm(folder: Path, data: dict[str, Any]) -> Case:
 
     @torch.no_grad()
     def logits(lang_x: Tensor, vision_x: Tensor) -> Tensor:
-        """Media have the first added id in both versions."""
+        """Run the model; `<image>` has the first added id in both versions."""
         media = shuffled(tower(vision_x[0, :, 0]).last_hidden_state) @ projection.T  # [T_img, n, d]
         rows, last, images = [], [], iter(media)
         for token in lang_x[0].tolist():
@@ -237,7 +226,7 @@ def test_tied_tables_under_either_name(tmp_path, kept):
 
 
 def test_added_tokens_have_their_rows(tmp_path):
-    """`<image>` takes the place of `<|image|>`; the others keep their ids, and what was learned of them."""
+    """`<image>` replaces `<|image|>`; the other tokens keep their ids and their rows."""
     case = nanovlm(tmp_path, with_tokens())
     model = load(case).model
     assert model.config.added_tokens[:3] == ["<image>", "<|global_image|>", "<row_1_col_1>"]
@@ -252,7 +241,7 @@ def test_added_tokens_have_their_rows(tmp_path):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
 def test_siglip_of_transformers(activation):
-    """Features, and what the pooling head makes of them."""
+    """Features and the pooling head's output are equal."""
     vision = SiglipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -281,7 +270,7 @@ def test_siglip_of_transformers(activation):
 
 
 def test_saved_and_loaded(tmp_path):
-    """The tower's activation is in `config.json`."""
+    """`config.json` keeps the tower's activation."""
     model = load(nanovlm(tmp_path, config())).model
     model.save_pretrained(tmp_path / "ours")
     lang_x, vision_x = prompt(model)
@@ -292,7 +281,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_images_are_prepared_as_there(tmp_path):
-    """Squashed, and neither centred nor scaled."""
+    """Images are squashed to a square, and pixels are not normalized."""
     processor = load(nanovlm(tmp_path, config())).processor
     image = Image.fromarray(torch.randint(256, (50, 40, 3), dtype=torch.uint8).numpy())
     there = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor()])
@@ -308,7 +297,7 @@ def worst(case: Case, model: VLM) -> float:
 
 
 def test_the_exact_gelu_is_another_model(tmp_path):
-    """timm's SigLIP has it."""
+    """The exact GELU, as in timm's SigLIP."""
     case = nanovlm(tmp_path, config())
     model = load(case).model
     assert worst(case, model) <= 1e-4
@@ -329,7 +318,7 @@ def test_each_setting_matters(tmp_path, setting):
 
 
 def test_the_order_inside_a_square_matters(tmp_path):
-    """Columns of the projection, by the patch of a square that they read: row after row, not column after column."""
+    """Permute the projection's columns, from squares read row by row to squares read column by column."""
     case = nanovlm(tmp_path, config())
 
     def turned(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -341,7 +330,7 @@ def test_the_order_inside_a_square_matters(tmp_path):
 
 
 def test_images_come_before_the_text(tmp_path):
-    """As in v0.1, which has no token for them: the tokens of a text have the logits of the images and the text."""
+    """v0.1 has no token for images: text has the logits of all images and the text before it."""
     case = nanovlm(tmp_path, config())
     imported = load(case)
     ids = imported.processor.encode(parse("<image>w1 w2 w3"))

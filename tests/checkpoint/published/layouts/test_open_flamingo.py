@@ -25,7 +25,7 @@ SETTINGS = ["vision_tokenizer.num_heads=2", "vision_tokenizer.head_dim=16", "vis
 
 
 def written(version: str, weights: dict[str, Tensor], *, whole: bool = False) -> dict[str, Tensor]:
-    """The parity case's weights under the names of OpenFlamingo v1 or v2; `whole` keeps what is frozen too."""
+    """Give the parity case's weights the names of OpenFlamingo v1 or v2; `whole` keeps frozen tensors too."""
 
     def joined(table: str, added: str) -> Tensor:
         return torch.cat([weights[f"lang_model.{table}.weight"], weights[f"lang_model.{table}.{added}.weight"]])
@@ -62,7 +62,7 @@ def parity() -> Parity:
 
 @pytest.fixture(scope="module")
 def parts(parity, tmp_path_factory) -> CompositionRequest:
-    """The frozen parts with their weights."""
+    """Write the frozen parts with their weights."""
     folder = tmp_path_factory.mktemp("parts")
     config, weights = parity.tower(folder)
     settings = [*SETTINGS, f"vision_encoder.pretrained={weights}"]
@@ -91,7 +91,7 @@ def test_published_files(parity, parts, tmp_path, version, wrapper):
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_whole_models(parity, parts, tmp_path, version):
-    """With frozen parts and head in the file, nothing comes from elsewhere: all columns are the reference's."""
+    """A file with the frozen parts and the head fills everything, so all columns equal the reference's."""
     source = save(tmp_path / "checkpoint.pt", written(version, parity.weights, whole=True), "module")
     lm = parity.backbone(tmp_path / "lm", is_random=True)
     report = (imported := load(source, dataclasses.replace(parts, language_model=lm, overrides=SETTINGS))).report
@@ -117,7 +117,7 @@ def test_a_changed_weight_is_noticed(parity, parts, tmp_path):
 
 
 def test_patches_before_the_last_norm(parity, parts, tmp_path):
-    """OpenCLIP gave these until version 2.22, so that published models were trained on them."""
+    """OpenCLIP gave patches before the norm until version 2.22, and published models were trained on them."""
     source = save(tmp_path / "checkpoint.pt", written("v2", parity.weights), "")
     settings = [x for x in parts.overrides if "norm" not in x]
     model = load(source, dataclasses.replace(parts, overrides=settings)).model
@@ -138,7 +138,7 @@ MPT = MptConfig(vocab_size=VOCABULARY + 12, d_model=32, n_layers=4, n_heads=4, e
 
 @pytest.mark.parametrize("config", [NEOX, MPT], ids=["gpt-neox", "mpt"])
 def test_tables_under_other_names(parity, parts, tmp_path, config):
-    """A padded table gives way to a resized one with fewer rows; a pad token is the third that is added."""
+    """OpenFlamingo resized a padded table to fewer rows, and a pad token is the third added token."""
     torch.manual_seed(0)
     lm = stir(AutoModelForCausalLM.from_config(config), seed=5)
     lm.save_pretrained(tmp_path / "lm")
@@ -256,7 +256,7 @@ def test_the_command(vlm, parity, parts, tmp_path):
     ],
 )
 def test_published_sizes(layers, table, width, depth, every, rows, known, trained):
-    """Shapes as published (a.k.a. OpenFlamingo-4B, 3B, 9B and 9B v1) give their composition and their size."""
+    """The published shapes (OpenFlamingo-4B, 3B, 9B and 9B v1) give the composition and the size."""
     shapes = {"perceiver.latents": (64, 1024), "perceiver.norm.weight": (1024,), "perceiver.norm.bias": (1024,)}
     for i in range(6):
         attend, ff = f"perceiver.layers.{i}.0.", f"perceiver.layers.{i}.1."
@@ -288,7 +288,7 @@ def test_published_sizes(layers, table, width, depth, every, rows, known, traine
 
 
 def _trained(parts: Composition, lm, rows: int) -> int:
-    """Numbers of our resampler and blocks, and of the resized table."""
+    """Count the parameters of vlm's resampler and blocks, and of the resized table."""
     from vlm_cli.modeling.fusion.cross_attention import GatedCrossAttention
     from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler
 

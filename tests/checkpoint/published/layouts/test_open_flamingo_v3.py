@@ -41,7 +41,7 @@ def parity(request) -> Parity:
 
 
 def options(parity: Parity, folder, **changes) -> CompositionRequest:
-    """The parts without weights, and what shapes do not tell."""
+    """Request the parts without weights, and the settings that shapes do not tell."""
     config, _ = parity.tower(folder)
     found = CompositionRequest(
         language_model=parity.language_model, vision_encoder=config, overrides=list(HEADS[parity.folder.name])
@@ -57,7 +57,7 @@ def load(tensors: dict[str, Tensor], folder, flags: CompositionRequest) -> Impor
 
 
 def test_whole_files(parity, tmp_path):
-    """The backbones have no weights anywhere else."""
+    """The file fills everything; the named backbones have no weights."""
     source = PublishedCheckpoint.open(str(parity.folder / "weights.safetensors"))
     imported = import_checkpoint(source, composition_over=options(parity, tmp_path).compose_over)
     report, case = imported.report, parity.case(imported.model)
@@ -97,7 +97,7 @@ def test_a_changed_weight_is_noticed(parity, tmp_path):
 
 
 def test_a_language_model_that_is_nowhere(parity, tmp_path):
-    """A file with some of its layers does not hold it."""
+    """A file with only some of a language model's layers does not hold that model."""
     tensors = {k: x for k, x in parity.weights.items() if not re.search(r"layers\.3\.(?!gated)", k)}
     report = load(tensors, tmp_path, options(parity, tmp_path)).report
     assert not report.is_complete and any(re.match(r"lang_model\..*layers\.3\.", name) for name in report.missing)
@@ -142,7 +142,7 @@ def test_the_rest_of_a_flamingo(tmp_path):
 
 
 def test_a_pad_token_of_ours(tmp_path):
-    """The code base takes a row of the language model for it; ours gets the mean of all."""
+    """The code base uses a row of the language model as pad token; vlm's pad token starts at the mean of all rows."""
     parity = Parity.read("flamingo-llama")
     folder = tmp_path / "lm"
     shutil.copytree(parity.language_model, folder)
@@ -213,7 +213,7 @@ def test_a_bias_of_the_language_model_itself(tmp_path):
 
 
 def test_a_bias_that_was_not_saved(tmp_path):
-    """Flamingo trains the bias of the added rows only; that of the others is drawn by the code base, and lost."""
+    """Flamingo trains only the bias of added rows; the code base draws the others and does not save them."""
     parity = Parity.read("flamingo-llama")
     tensors = with_bias(parity)
     del tensors["lang_model.lm_head.bias"]

@@ -11,12 +11,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from tests.support import reference, tiny
-from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, shapes_of, sized, write_tokenizer
+from tests.support import reference
+from tests.support.published import (
+    SIZE,
+    VOCABULARY,
+    Case,
+    check,
+    load,
+    prompt,
+    register_siglip,
+    shapes_of,
+    sized,
+    write_tokenizer,
+)
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.checkpoint.published.towers import siglip
@@ -27,17 +37,7 @@ from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler
 WIDTH, LAYERS, HEADS, PATCH = 24, 2, 2, 8  # of the tower, which gives 4×4 patches
 DIM = 32  # of the language model
 IMAGE, PLACEHOLDER, END = range(VOCABULARY, VOCABULARY + 3)
-TOWER = tiny._register(
-    "tiny_siglip_of_xgen_mm",
-    VisionTransformer,
-    img_size=SIZE,
-    patch_size=PATCH,
-    embed_dim=WIDTH,
-    depth=LAYERS,
-    num_heads=HEADS,
-    mlp_ratio=2,
-    class_token=False,
-)
+TOWER = register_siglip("tiny_siglip_of_xgen_mm", width=WIDTH, layers=LAYERS, heads=HEADS, patch=PATCH)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def tower(monkeypatch):
 
 
 class Parts:
-    """The parts as xGen-MM has them, with random weights."""
+    """xGen-MM's parts with random weights."""
 
     def __init__(self, *, has_head: bool = True) -> None:
         torch.manual_seed(3)
@@ -79,7 +79,7 @@ class Parts:
         self.bias = torch.randn(VOCABULARY + 8)
 
     def tensors(self, prefix: str = "vlm.") -> dict[str, Tensor]:
-        """As they are published: whole, with a bias of the head that Phi-3 does not have."""
+        """Return all tensors under published names, with a bias of the head that Phi-3 does not have."""
         named = {f"vision_encoder.{k.removeprefix('vision_model.')}": x for k, x in self.tower.state_dict().items()}
         named |= {f"vision_tokenizer.{k}": x for k, x in self.perceiver.state_dict().items()}
         named |= {f"lang_model.{k}": x for k, x in self.lm.state_dict().items()}
@@ -110,7 +110,7 @@ def parts() -> Parts:
 
 
 def xgen_mm(folder: Path, parts: Parts, tensors: dict[str, Tensor] | None = None, **text: Any) -> Case:
-    """A directory as on the hub."""
+    """Write a directory as on the hub."""
     save_file(parts.tensors() if tensors is None else tensors, folder / "model.safetensors")
     # What older releases of Transformers wrote is in it, too.
     older = {
@@ -132,7 +132,7 @@ def xgen_mm(folder: Path, parts: Parts, tensors: dict[str, Tensor] | None = None
 
 
 def raw(folder: Path, parts: Parts, tensors: dict[str, Tensor]) -> Case:
-    """A file of training, and the language model's configuration elsewhere."""
+    """Write a file of training, and the language model's configuration elsewhere."""
     (folder / "lm").mkdir()
     parts.text.save_pretrained(folder / "lm")
     write_tokenizer(folder / "lm", pad="w0")
@@ -142,7 +142,7 @@ def raw(folder: Path, parts: Parts, tensors: dict[str, Tensor]) -> Case:
 
 
 def worst(case: Case, parts: Parts, **settings: Any) -> float:
-    """The largest difference of any word, where the prompt has each of the added tokens."""
+    """Return the largest difference of any logit; the prompt has each of the added tokens."""
     model = load(case).model
     lang_x, vision_x = prompt(model)
     theirs = lang_x.clone()
@@ -191,7 +191,7 @@ def test_a_tokenizer_that_knows_the_tokens(tmp_path, parts):
 
 
 def test_a_pad_token_of_ours(tmp_path, parts):
-    """Its row is no one's: the mean of the others."""
+    """The file has no row for it, so it starts at the mean of the others."""
     case = xgen_mm(tmp_path, parts)
     write_tokenizer(tmp_path)
     imported = load(case)
@@ -250,7 +250,7 @@ def test_another_tower_is_refused(tmp_path, parts, monkeypatch):
 
 
 def test_trained_tensors_alone(tmp_path):
-    """All but the tower trains: which one it was, only the published width says."""
+    """Training saves all but the tower, which only the published width tells."""
     parts = Parts(has_head=False)
     tensors = {k: x for k, x in parts.tensors("").items() if not k.startswith("vision_encoder")}
     case = raw(tmp_path, parts, tensors)

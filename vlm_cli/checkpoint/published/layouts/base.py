@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.targets import TargetsOf
+from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 
-__all__ = ["CheckpointDescription", "Layout"]
+__all__ = ["CheckpointDescription", "Layout", "missing_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +76,16 @@ class Layout(Protocol):
         Raises:
             CheckpointError: if vlm has no equal of something in it.
         """
+
+
+def missing_config(checkpoint: PublishedCheckpoint, owner: str) -> CheckpointError:
+    """Make the error for a checkpoint without its `config.json`.
+
+    Args:
+        checkpoint: named in the error.
+        owner: the program that writes such a file.
+    """
+    return CheckpointError(
+        f"{checkpoint.name!r} has no config.json of {owner}, and its tensors do not tell how many heads there are. "
+        "Give the directory that holds both."
+    )

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, missing_config
 from vlm_cli.checkpoint.published.shapes import count_layers, find_layers, find_shape, interval_of
 from vlm_cli.checkpoint.published.tables import Table, known_and_new_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import Target, TargetsOf, make_targets_of, stack_rows
@@ -64,6 +64,13 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "sqrelu": "squared_relu"}
 
+_NOTES = (
+    f"This model's tokenizer cuts the text {MEDIA_TOKEN!r} into three tokens, and vlm's {MEDIA_TOKEN} stands "
+    f"for the first. Write {MEDIA_TOKEN}image> before a caption, as in training.",
+    "In vlm, a prompt without images skips the cross-attention blocks. In flamingo-mini it passes their "
+    "feed-forward layers.",
+)
+
 
 class FlamingoMini:
     """`flamingo.resampler.*` and `flamingo.lm.*.xattn_block.*`, with the language model and perhaps the tower."""
@@ -79,26 +86,10 @@ class FlamingoMini:
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         """Read settings from `config.json`, which the tensors have to agree with."""
         if not checkpoint.config:
-            raise CheckpointError(
-                f"{checkpoint.name!r} has no config.json, and its tensors do not tell how many heads there are. Give "
-                "the directory that holds both."
-            )
+            raise missing_config(checkpoint, "flamingo-mini")
         config = {**_DEFAULTS, **checkpoint.config}
         _check_sizes(checkpoint, config)
-        clip_name = config["clip_model_type"]
-        vision = read_clip_shapes(checkpoint, _TOWER, clip_name)
-        openclip_name, pretrained = CLIP_TOWERS.get(clip_name, (None, None))
-        encoder: dict[str, Any] = {"class_token": True, "norm": False}
-        if vision is not None:
-            encoder["name"] = openclip_name or "clip-vision-transformer"
-        elif openclip_name is not None:
-            encoder |= {"name": openclip_name, "pretrained": pretrained}
-        notes = (
-            f"This model's tokenizer cuts the text {MEDIA_TOKEN!r} into three tokens, and vlm's {MEDIA_TOKEN} stands "
-            f"for the first. Write {MEDIA_TOKEN}image> before a caption, as in training.",
-            "In vlm, a prompt without images skips the cross-attention blocks. In flamingo-mini it passes their "
-            "feed-forward layers.",
-        )
+        vision, encoder = _find_tower(checkpoint, config["clip_model_type"])
         return CheckpointDescription(
             composition={
                 "family": "flamingo",
@@ -130,8 +121,24 @@ class FlamingoMini:
             vision_config=None if vision is None else convert_clip_config(vision, checkpoint.folder),
             initialize_like={MEDIA_TOKEN: "<"},
             optional_pattern=CLIP_OPTIONAL,
-            notes=notes,
+            notes=_NOTES,
         )
+
+
+def _find_tower(checkpoint: PublishedCheckpoint, clip_name: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Find the vision encoder.
+
+    Returns:
+        Transformers' configuration of a CLIP tower in the files, or None; settings of `composition["vision_encoder"]`.
+    """
+    vision = read_clip_shapes(checkpoint, _TOWER, clip_name)
+    openclip_name, pretrained = CLIP_TOWERS.get(clip_name, (None, None))
+    encoder: dict[str, Any] = {"class_token": True, "norm": False}
+    if vision is not None:
+        encoder["name"] = openclip_name or "clip-vision-transformer"
+    elif openclip_name is not None:
+        encoder |= {"name": openclip_name, "pretrained": pretrained}
+    return vision, encoder
 
 
 def _convert_activation(checkpoint: PublishedCheckpoint, name: str) -> str:

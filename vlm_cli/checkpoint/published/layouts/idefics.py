@@ -7,7 +7,7 @@ processing_idefics.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.shapes import count_layers
 from vlm_cli.checkpoint.published.tables import added_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import (
+    Rule,
     Target,
     TargetsOf,
+    TargetsOfMatch,
     identity,
     make_targets_of,
     stack_rows,
@@ -40,12 +42,16 @@ __all__ = ["HuggingFaceIDEFICS"]
 #: Added tokens in the order of their ids; only instructed models have the last.
 _ADDED = ("<fake_token_around_image>", MEDIA_TOKEN, "<end_of_utterance>")
 
+_NOTES = (
+    f"IDEFICS was trained with {_ADDED[0]} before and after each image, and a single one between two "
+    "images that follow each other. vlm takes a prompt as you write it: write these tokens, and add "
+    "--special-tokens.",
+    "In vlm, a prompt without images passes only Llama's layers. In IDEFICS it passes the feed-forward "
+    "layers of the cross-attention blocks too.",
+)
+
 _PERCEIVER = "model.perceiver_resampler."
 _BLOCKS = "model.gated_cross_attn_layers."
-
-
-#: The targets of a tensor by the match of its name.
-_TargetsOfMatch = Callable[[re.Match[str]], Sequence[Target]]
 
 
 class HuggingFaceIDEFICS:
@@ -82,17 +88,7 @@ class HuggingFaceIDEFICS:
                 "family": "flamingo",
                 "vision_encoder": {"name": name_clip_tower(vision), "norm": False, "class_token": True},
                 "vision_tokenizer": _read_perceiver(checkpoint, config),
-                "fusion": {
-                    "type": "llama-cross-attention",
-                    "every": every,
-                    "first": 0,
-                    "num_heads": config["num_attention_heads"],
-                    "head_dim": config["hidden_size"] // config["num_attention_heads"],
-                    "dim_ff": config["intermediate_size"],
-                    "qk_norm": f"{_BLOCKS}0.cross_attn.q_layer_norm.weight" in checkpoint.tensors,
-                    "gate": "scalar" if checkpoint.shape(f"{_BLOCKS}0.alpha_dense") == (1,) else "vector",
-                    "norm_eps": config["rms_norm_eps"],
-                },
+                "fusion": _read_fusion(checkpoint, config, every),
                 "language_model": {"name": checkpoint.name},
                 "added_tokens": list(_ADDED[:num_added]),
             },
@@ -105,13 +101,7 @@ class HuggingFaceIDEFICS:
             vision_config=tower,
             first_added_id=config["vocab_size"],
             optional_pattern=CLIP_OPTIONAL,
-            notes=(
-                f"IDEFICS was trained with {_ADDED[0]} before and after each image, and a single one between two "
-                "images that follow each other. vlm takes a prompt as you write it: write these tokens, and add "
-                "--special-tokens.",
-                "In vlm, a prompt without images passes only Llama's layers. In IDEFICS it passes the feed-forward "
-                "layers of the cross-attention blocks too.",
-            ),
+            notes=_NOTES,
         )
 
 
@@ -169,13 +159,28 @@ def _read_interval(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -
         CheckpointError: if the checkpoint has another number of blocks than its configuration says.
     """
     every, depth = config["cross_layer_interval"], config["num_hidden_layers"]
-    found = count_layers(checkpoint, rf"{_BLOCKS}(\d+)\.")
+    found = count_layers(checkpoint, rf"{re.escape(_BLOCKS)}(\d+)\.")
     if found * every != depth:
         raise CheckpointError(
             f"{checkpoint.name!r} has {found} cross-attention blocks, but cross_layer_interval={every} over {depth} "
             f"layers needs {depth / every:g}."
         )
     return every
+
+
+def _read_fusion(checkpoint: PublishedCheckpoint, config: Mapping[str, Any], every: int) -> dict[str, Any]:
+    """Read the settings of the cross-attention blocks; names and shapes tell what `config.json` does not."""
+    return {
+        "type": "llama-cross-attention",
+        "every": every,
+        "first": 0,
+        "num_heads": config["num_attention_heads"],
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "dim_ff": config["intermediate_size"],
+        "qk_norm": f"{_BLOCKS}0.cross_attn.q_layer_norm.weight" in checkpoint.tensors,
+        "gate": "scalar" if checkpoint.shape(f"{_BLOCKS}0.alpha_dense") == (1,) else "vector",
+        "norm_eps": config["rms_norm_eps"],
+    }
 
 
 def _read_perceiver(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def _read_perceiver(checkpoint: PublishedCheckpoint, config: Mapping[str, Any]) 
         )
     return {
         "type": "perceiver",
-        "depth": count_layers(checkpoint, rf"{_PERCEIVER}blocks\.(\d+)\."),
+        "depth": count_layers(checkpoint, rf"{re.escape(_PERCEIVER)}blocks\.(\d+)\."),
         "num_latents": num_latents,
         "num_heads": inner // head_dim,
         "head_dim": head_dim,
@@ -219,46 +224,12 @@ def _make_targets(checkpoint: PublishedCheckpoint, ours: VLMConfig, vision_width
         vision_width: channels of the vision encoder.
         every: decoder layers from one block to the next.
     """
-    inner = checkpoint.shape(f"{_PERCEIVER}blocks.0.0.k_proj.weight")[0]
     filled = tables_filled(checkpoint, ours, embedding=r"model\.embed_tokens\.weight", head=r"lm_head\.weight")
-
-    def stack(match: re.Match[str]) -> list[Target]:
-        return stack_rows(f"vision_tokenizer.layers.{match[1]}.0.to_kv.weight", "kv", match[2], inner)
-
-    def to_block(target: str, transform: Callable[[Tensor], Tensor] = identity) -> _TargetsOfMatch:
-        """Number a block by its decoder layer, as vlm does; IDEFICS counts blocks 0, 1, 2, …."""
-
-        def targets(match: re.Match[str]) -> list[Target]:
-            return [
-                Target(f"fusion.blocks.{int(match[1]) * every}.{match.expand(target)}", transform=transform),
-            ]
-
-        return targets
-
-    resampler, layer = r"model\.perceiver_resampler\.", r"model\.gated_cross_attn_layers\.(\d+)\."
-    attention, feed_forward = rf"{resampler}blocks\.(\d+)\.0\.", rf"{resampler}blocks\.(\d+)\.1\."
-    ours_layer = r"vision_tokenizer.layers.\1."
     return make_targets_of(
         [
             *make_clip_rules(r"model\.vision_model\.", vision_width),
-            (rf"{resampler}latents", "vision_tokenizer.latents"),
-            (rf"{resampler}layer_norm\.(\w+)", r"vision_tokenizer.norm.\1"),
-            (rf"{attention}context_layer_norm\.(\w+)", rf"{ours_layer}0.norm_media.\2"),
-            (rf"{attention}latents_layer_norm\.(\w+)", rf"{ours_layer}0.norm_latents.\2"),
-            (rf"{attention}([qk])_layer_norm\.(\w+)", rf"{ours_layer}0.\2_norm.\3"),
-            (rf"{attention}q_proj\.weight", rf"{ours_layer}0.to_q.weight"),
-            (rf"{attention}([kv])_proj\.weight", stack),
-            (rf"{attention}output_proj\.weight", rf"{ours_layer}0.to_out.weight"),
-            (rf"{feed_forward}ln\.(\w+)", rf"{ours_layer}1.0.\2"),
-            (rf"{feed_forward}fc\.weight", rf"{ours_layer}1.1.weight"),
-            (rf"{feed_forward}c_proj\.weight", rf"{ours_layer}1.3.weight"),
-            (rf"{layer}alpha_cross_attn", to_block("attn_gate", torch.flatten)),
-            (rf"{layer}alpha_dense", to_block("ff_gate", torch.flatten)),
-            (rf"{layer}input_layernorm\.weight", to_block("attn.norm.weight")),
-            (rf"{layer}post_attention_layernorm\.weight", to_block("ff.norm.weight")),
-            (rf"{layer}cross_attn\.([qk])_layer_norm\.weight", to_block(r"attn.\2_norm.weight")),
-            (rf"{layer}cross_attn\.([qkvo]_proj)\.weight", to_block(r"attn.\2.weight")),
-            (rf"{layer}mlp\.(\w+)\.weight", to_block(r"ff.\2.weight")),
+            *_make_resampler_rules(checkpoint.shape(f"{_PERCEIVER}blocks.0.0.k_proj.weight")[0]),
+            *_make_block_rules(every),
             (r"model\..*\.rotary_emb\.inv_freq", None),  # computed from the configuration
             (r"model\.embed_tokens\.additional_embedding\.weight", lambda _: added_targets(filled["embedding"])),
             (r"model\.embed_tokens\.weight", "lang_model.model.embed_tokens.weight"),
@@ -267,3 +238,58 @@ def _make_targets(checkpoint: PublishedCheckpoint, ours: VLMConfig, vision_width
             (r"lm_head\.weight", "lang_model.lm_head.weight"),
         ]
     )
+
+
+def _make_resampler_rules(inner: int) -> list[Rule]:
+    """Make the rules for the resampler's names.
+
+    Args:
+        inner: channels of its attention. vlm stacks the matrices of keys and values, of `inner` rows each.
+    """
+
+    def stack(match: re.Match[str]) -> list[Target]:
+        return stack_rows(f"vision_tokenizer.layers.{match[1]}.0.to_kv.weight", "kv", match[2], inner)
+
+    resampler, ours = re.escape(_PERCEIVER), r"vision_tokenizer.layers.\1."
+    attention, feed_forward = rf"{resampler}blocks\.(\d+)\.0\.", rf"{resampler}blocks\.(\d+)\.1\."
+    return [
+        (rf"{resampler}latents", "vision_tokenizer.latents"),
+        (rf"{resampler}layer_norm\.(\w+)", r"vision_tokenizer.norm.\1"),
+        (rf"{attention}context_layer_norm\.(\w+)", rf"{ours}0.norm_media.\2"),
+        (rf"{attention}latents_layer_norm\.(\w+)", rf"{ours}0.norm_latents.\2"),
+        (rf"{attention}([qk])_layer_norm\.(\w+)", rf"{ours}0.\2_norm.\3"),
+        (rf"{attention}q_proj\.weight", rf"{ours}0.to_q.weight"),
+        (rf"{attention}([kv])_proj\.weight", stack),
+        (rf"{attention}output_proj\.weight", rf"{ours}0.to_out.weight"),
+        (rf"{feed_forward}ln\.(\w+)", rf"{ours}1.0.\2"),
+        (rf"{feed_forward}fc\.weight", rf"{ours}1.1.weight"),
+        (rf"{feed_forward}c_proj\.weight", rf"{ours}1.3.weight"),
+    ]
+
+
+def _make_block_rules(every: int) -> list[Rule]:
+    """Make the rules for the names of cross-attention blocks.
+
+    IDEFICS counts blocks 0, 1, 2, …, and vlm numbers a block by its decoder layer.
+
+    Args:
+        every: decoder layers from one block to the next.
+    """
+
+    def to_block(name: str, transform: Callable[[Tensor], Tensor] = identity) -> TargetsOfMatch:
+        def targets_of(match: re.Match[str]) -> list[Target]:
+            number = int(match[1]) * every
+            return [Target(f"fusion.blocks.{number}.{match.expand(name)}", transform=transform)]
+
+        return targets_of
+
+    block = rf"{re.escape(_BLOCKS)}(\d+)\."
+    return [
+        (rf"{block}alpha_cross_attn", to_block("attn_gate", torch.flatten)),  # [1, 1, d] -> [d]
+        (rf"{block}alpha_dense", to_block("ff_gate", torch.flatten)),
+        (rf"{block}input_layernorm\.weight", to_block("attn.norm.weight")),
+        (rf"{block}post_attention_layernorm\.weight", to_block("ff.norm.weight")),
+        (rf"{block}cross_attn\.([qk])_layer_norm\.weight", to_block(r"attn.\2_norm.weight")),
+        (rf"{block}cross_attn\.([qkvo]_proj)\.weight", to_block(r"attn.\2.weight")),
+        (rf"{block}mlp\.(\w+)\.weight", to_block(r"ff.\2.weight")),
+    ]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, missing_config
 from vlm_cli.checkpoint.published.tables import Table, known_and_new_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import Target, TargetsOf, make_targets_of
 from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_OPTIONAL, convert_siglip_config, name_siglip_tower
@@ -42,33 +42,11 @@ class NanoVLM:
         """Read sizes from `config.json`: the checkpoint holds all parts."""
         config = checkpoint.config
         if "lm_n_heads" not in config:
-            raise CheckpointError(
-                f"{checkpoint.name!r} has no config.json of nanoVLM, and its tensors do not tell how many heads there "
-                "are. Give the directory that holds both."
-            )
+            raise missing_config(checkpoint, "nanoVLM")
         _check_config(checkpoint)
-        vision = {
-            "hidden_size": config["vit_hidden_dim"],
-            "num_hidden_layers": config["vit_n_blocks"],
-            "num_attention_heads": config["vit_n_heads"],
-            "patch_size": config["vit_patch_size"],
-            "image_size": config["vit_img_size"],
-            "layer_norm_eps": config["vit_ln_eps"],
-        }
-        # nanoVLM does not normalize pixels, although SigLIP's training did.
-        tiled = "max_img_size" in config
-        plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bicubic" if tiled else "bilinear"}
-        extra = dict(config.get("vlm_extra_tokens") or {})
-        extra["image_token"] = MEDIA_TOKEN
+        vision, vision_config = _read_tower(config)
+        extra = {**(config.get("vlm_extra_tokens") or {}), "image_token": MEDIA_TOKEN}
         base = config.get("lm_base_vocab_size", config["lm_vocab_size"])
-        notes = []
-        if tiled:
-            notes.append(
-                "nanoVLM cuts an image into tiles, and reads all of them. vlm reads only the whole image. Write "
-                f"{extra.get('global_image_token', '')}{MEDIA_TOKEN} before the question, and add --special-tokens."
-            )
-        if "image_token" not in (config.get("vlm_extra_tokens") or {}):
-            notes.append(f"This model was trained with the image first: {MEDIA_TOKEN}Question: … Answer:")
         has_rows = config["lm_vocab_size"] > base
         return CheckpointDescription(
             composition={
@@ -91,11 +69,46 @@ class NanoVLM:
             },
             targets_for=lambda ours: _make_targets(checkpoint, ours),
             text_config=_convert_text_config(config, base),
-            vision_config=convert_siglip_config(vision, plain),
+            vision_config=vision_config,
             tokenizer=config.get("lm_tokenizer"),
             optional_pattern=SIGLIP_OPTIONAL if has_rows else rf"{SIGLIP_OPTIONAL}|added_tokens\..*",
-            notes=tuple(notes),
+            notes=_list_notes(config),
         )
+
+
+def _is_tiled(config: Mapping[str, Any]) -> bool:
+    """Say whether the model was trained on tiles of images."""
+    return "max_img_size" in config
+
+
+def _read_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the vision encoder's configuration in Transformers' words, and OpenCLIP's."""
+    vision = {
+        "hidden_size": config["vit_hidden_dim"],
+        "num_hidden_layers": config["vit_n_blocks"],
+        "num_attention_heads": config["vit_n_heads"],
+        "patch_size": config["vit_patch_size"],
+        "image_size": config["vit_img_size"],
+        "layer_norm_eps": config["vit_ln_eps"],
+    }
+    # nanoVLM does not normalize pixels, although SigLIP's training did.
+    interpolation = "bicubic" if _is_tiled(config) else "bilinear"
+    return vision, convert_siglip_config(
+        vision, {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": interpolation}
+    )
+
+
+def _list_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the user should know about prompts for this model."""
+    notes, extra = [], config.get("vlm_extra_tokens") or {}
+    if _is_tiled(config):
+        notes.append(
+            "nanoVLM cuts an image into tiles, and reads all of them. vlm reads only the whole image. Write "
+            f"{extra.get('global_image_token', '')}{MEDIA_TOKEN} before the question, and add --special-tokens."
+        )
+    if "image_token" not in extra:
+        notes.append(f"This model was trained with the image first: {MEDIA_TOKEN}Question: … Answer:")
+    return tuple(notes)
 
 
 def _check_config(checkpoint: PublishedCheckpoint) -> None:
