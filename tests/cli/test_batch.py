@@ -308,7 +308,7 @@ def test_where_memory_does_not_suffice_rows_are_halved_and_asked_again(answer, m
     result, written = answer(PROMPTS)
     assert written == wanted
     assert sizes == [4, 2, 1, 1, 2, 1, 1, 1, 1, 1]
-    assert "memory does not suffice for 4 rows at once; going on with 2." in result.stderr
+    assert "memory does not suffice for 4 rows at once; continuing with 2." in result.stderr
 
 
 def test_a_row_that_is_too_large_alone_is_an_error_and_others_go_on(answer, monkeypatch):
@@ -363,11 +363,11 @@ def test_bad_rows_are_told_in_place_and_others_go_on(answer, folder):
         ({"prompt": "a", "images": "0.png"}, '"images" must be a list of files, got text.'),
         ({"prompt": "<image:none.png>a"}, "cannot find 'none.png'"),
         ({"prompt": "<image:0.png> and <image:cut.png>a"}, "'cut.png' is damaged or cut short"),
-        ({"prompt": "<image:->a"}, "read from standard input, which rows do not share"),
+        ({"prompt": "<image:->a"}, "means standard input, which the rows of a file cannot share"),
         ({"prompt": "<image:https://example.com/a.png>a"}, "Add --allow-urls"),
         ({"prompt": "cat " * 3000}, "but the language model has 2048"),
         ({"prompt": "  "}, "the prompt is empty"),
-        ({"prompt": "a", "text": "mine"}, '"text" is where the answer goes'),
+        ({"prompt": "a", "text": "mine"}, '"text" is a key of the answer'),
         ({"prompt": "\ud800"}, "not UTF-8 text"),
         ('{"prompt": "a", "n": ' + "1" * 5000 + "}", "not JSON"),
     ]
@@ -405,7 +405,7 @@ def unfinished(vlm, open_gates, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish", interrupt)
         result = vlm(*words, "-o", folder / "out.jsonl")
-    assert result.exit_code == 130 and "9 answers are kept in" in result.stderr
+    assert result.exit_code == 130 and "partial keeps 9 answers; run the same command to resume" in result.stderr
     return [*words, "-o", folder / "out.jsonl"], partial_of(folder / "out.jsonl"), (folder / "whole.jsonl").read_bytes()
 
 
@@ -421,7 +421,7 @@ def test_a_run_goes_on_wherever_it_was_cut(vlm, unfinished, folder):
         assert (folder / "out.jsonl").read_bytes() == wanted, place
         assert not partial.exists()
         answered = sum(end <= place for end in ends[1:])
-        assert (f"Going on after {answered}" in result.stderr) == (answered > 0)
+        assert (f"Resuming after {answered}" in result.stderr) == (answered > 0)
         (folder / "out.jsonl").unlink()
 
 
@@ -473,9 +473,9 @@ def test_another_run_is_not_gone_on_with(vlm, unfinished, folder, kosmos):
     source = folder / "in.jsonl"
     lines = source.read_text().splitlines(keepends=True)
     source.write_text("".join([*lines[:2], lines[2].replace("cat", "dog"), *lines[3:]]))
-    assert "has another line 3 than was answered" in refused()
+    assert "has another line 3 now" in refused()
     source.write_text("".join(lines[:4]))
-    assert "ends before row 5" in refused()
+    assert "now ends before row 5" in refused()
     # What was not answered may change.
     source.write_text("".join(lines) + '{"prompt": "The cat"}\n')
     assert vlm(*words).exit_code == 1
@@ -506,9 +506,9 @@ def test_overwrite_starts_anew_and_replaces_only_at_the_end(vlm, unfinished, fol
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert vlm(*words, "--overwrite").exit_code == 130
-    # The same command goes on, for it was allowed to replace the file then.
+    # The same command resumes, for it was allowed to replace the file then.
     result = vlm(*words)
-    assert result.exit_code == 1 and "Going on after 9 rows" in result.stderr
+    assert result.exit_code == 1 and "Resuming after 9 rows" in result.stderr
     assert out.read_bytes() == wanted
 
 
@@ -517,7 +517,7 @@ def test_a_file_of_another_is_no_unfinished_run(vlm, unfinished):
     partial.write_text("notes of mine\n")
     for flags in ((), ("--overwrite",)):
         result = vlm(*words, *flags)
-        assert result.exit_code == 2 and "is not what vlm left" in result.stderr
+        assert result.exit_code == 2 and "is not the journal of an unfinished run" in result.stderr
     assert partial.read_text() == "notes of mine\n"
 
 
@@ -565,7 +565,7 @@ def test_a_killed_process_loses_and_repeats_no_row(environment, vlm, long_run, f
     process.wait()
     assert process.returncode == -signal.SIGKILL and partial.exists() and not out.exists()
     result = vlm(*long_run, out, "-b", 32)
-    assert result.exit_code == 0 and "Going on after" in result.stderr
+    assert result.exit_code == 0 and "Resuming after" in result.stderr
     assert vlm(*long_run, folder / "whole.jsonl", "-b", 32).exit_code == 0
     assert out.read_bytes() == (folder / "whole.jsonl").read_bytes()
 
@@ -582,9 +582,9 @@ def test_ctrl_c_keeps_the_answers_and_ends_the_workers(vlm, long_run, folder, mo
     with monkeypatch.context() as patch:
         patch.setattr(ProgressLine, "show", interrupt)
         result = vlm(*long_run, folder / "out.jsonl")
-    assert result.exit_code == 130 and "6 answers are kept in" in result.stderr
+    assert result.exit_code == 130 and "keeps 6 answers; run the same command to resume" in result.stderr
     assert not multiprocessing.active_children()
-    assert "Going on after 6 rows" in vlm(*long_run, folder / "out.jsonl", "-b", 32).stderr
+    assert "Resuming after 6 rows" in vlm(*long_run, folder / "out.jsonl", "-b", 32).stderr
 
 
 # -- what is said, and refused -----------------------------------------------------------------------------------------
@@ -600,7 +600,7 @@ def test_generate_with_batch_is_batch(vlm, answer, open_gates, folder, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert vlm("generate", "--batch", folder / "in.jsonl", *words, "--overwrite").exit_code == 130
-    assert "Going on after 7 rows" in vlm("batch", folder / "in.jsonl", *words).stderr
+    assert "Resuming after 7 rows" in vlm("batch", folder / "in.jsonl", *words).stderr
 
 
 def test_summary_and_statistics(answer):

@@ -293,7 +293,7 @@ def _answer_file(job: BatchJob) -> BatchResult:
     try:
         journal.skip(lines, str(job.file))
         if journal.answered:
-            console.notify(f"Going on after {journal.answered:,} rows that are answered in {journal.path}.")
+            console.notify(f"Resuming after {journal.answered:,} rows, which are answered in {journal.path}.")
         result = _answer_rest(job, journal, lines, total)
         if not journal.answered:
             raise DataError(
@@ -304,7 +304,7 @@ def _answer_file(job: BatchJob) -> BatchResult:
     except BaseException:
         if journal.answered:
             again = "the same command without --overwrite" if job.options.overwrite else "the same command"
-            console.notify(f"{journal.answered:,} answers are kept in {journal.path}; {again} goes on.")
+            console.notify(f"{journal.path} keeps {journal.answered:,} answers; run {again} to resume.")
         journal.close(remove=not journal.answered)
         raise
     return result

@@ -184,7 +184,7 @@ class RowAnswerer:
             )
             return
         self.size.halve(len(rows))
-        self.notify(f"Note: memory does not suffice for {len(rows)} rows at once; going on with {self.size.rows}.")
+        self.notify(f"Note: memory does not suffice for {len(rows)} rows at once; continuing with {self.size.rows}.")
         half = (len(rows) + 1) // 2
         self._answer(rows[:half])
         self._answer(rows[half:])

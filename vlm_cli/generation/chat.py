@@ -72,7 +72,7 @@ class ChatAnswer:
 
 
 class Chat:
-    """A conversation that goes on. A turn that fails leaves it as it was.
+    """A conversation, to which each answered turn is added. A turn that fails changes nothing.
 
     Args:
         plan: how the model answers, with one answer and no beams.

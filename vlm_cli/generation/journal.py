@@ -86,8 +86,8 @@ class Journal:
         head = self.file.readline()
         if head[: len(_MAGIC)] != _MAGIC[: len(head)]:
             raise OutputExistsError(
-                f"{str(self.path)!r} is not what vlm left of an unfinished run. Move it away, or choose another "
-                "--output."
+                f"{str(self.path)!r} is not the journal of an unfinished run. Move it to another place, or choose "
+                "another --output."
             )
         whole = head.endswith(b"\n")
         found = json.loads(head) if whole else {}
@@ -101,8 +101,8 @@ class Journal:
     def _check(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if differences := settings_diff(was, now):
             raise UsageError(
-                f"{str(self.path)!r} holds answers of an unfinished run, which differs from this one:\n{differences}\n"
-                "Give the same again to go on with it, or add --overwrite to forget it and start anew."
+                f"{str(self.path)!r} holds answers of an unfinished run with other settings:\n{differences}\n"
+                "Give the same settings to resume that run, or add --overwrite to discard its answers and start again."
             )
 
     def skip(self, lines: Iterator[Line], name: str) -> None:
@@ -122,10 +122,14 @@ class Journal:
                 break
             line = next(lines, None)
             if line is None or _digest(line) != stored.split(b" ", 1)[0]:
-                where = f"ends before row {self.answered + 1}" if line is None else f"has another line {line.number}"
+                change = (
+                    f"now ends before row {self.answered + 1}"
+                    if line is None
+                    else f"has another line {line.number} now"
+                )
                 raise UsageError(
-                    f"{str(self.path)!r} holds answers of an unfinished run, and {name} {where} than was answered "
-                    "there. Give the same input to go on with it, or add --overwrite to forget it and start anew."
+                    f"{str(self.path)!r} holds answers of an unfinished run, but {name} {change}. Give the same "
+                    "input to resume that run, or add --overwrite to discard its answers and start again."
                 )
             end += len(stored)
             self.answered += 1

@@ -124,9 +124,11 @@ class RowReader:
         row.data = {key: x for key, x in data.items() if key != "error"}
         prompt, images = get_field(data, "prompt", str, "text"), get_images(data)
         if taken := [key for key in ANSWER_KEYS if key in data]:
-            raise RecordError(f'"{taken[0]}" is where the answer goes. Give that key of yours another name.')
+            raise RecordError(
+                f'"{taken[0]}" is a key of the answer, which would overwrite yours. Rename the key in this line.'
+            )
         parts = interleave(prompt, images, given_with='"images"').parts
         if Medium("-") in parts:
-            raise RecordError("the image '-' would be read from standard input, which rows do not share. Give a file.")
+            raise RecordError("the image '-' means standard input, which the rows of a file cannot share. Give a file.")
         row.encode(self.plan, parts, parse_special_tokens=self.parse_special_tokens)
         row.reserve(self.plan)
