@@ -293,7 +293,7 @@ def counts_media_anew_in_each_chunk(model, patch):
 
 @breaks("chunked-prefill")
 def forgets_its_cache(model, patch):
-    change_call(model, patch, **{model._cache_argument: None})
+    change_call(model, patch, **{model.lm_interface.cache_name: None})
 
 
 @breaks("gradients")
@@ -496,7 +496,7 @@ def state(model: VLM) -> dict[str, Any]:
             for name, m in model.named_modules()
         },
         "generation": [copy.deepcopy(m.generation_config.to_dict()) for m in (model, model.lang_model)],
-        "conditioning": model._conditioning,
+        "conditioning": model.conditioning,
     }
 
 

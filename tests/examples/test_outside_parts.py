@@ -10,18 +10,21 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import vlm_cli.registry
 from tests.support import ROOT, invariants, tiny
 from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers, load_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, PluginError, UnknownNameError, VisionEncoderError
+from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import patch_features, tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Part
@@ -125,9 +128,9 @@ def test_media_count_from_their_placeholder_on_and_on_average(plugin: None) -> N
     tokens, mask = model.encode_vision(row.vision_x)
     with model.conditioned(row.lang_x, tokens) as inputs:
         ids = inputs["input_ids"].clamp(max=tiny.VOCABULARY - 1)
-        model._conditioning.ids = row.lang_x
+        model.conditioning.ids = row.lang_x
         with_media = model.get_input_embeddings()(ids)
-        model._conditioning.media = None
+        model.conditioning.media = None
         without = model.get_input_embeddings()(ids)
     first, second = tokens[0].mean(1)
     gate = model.fusion.media_gate.tanh()
@@ -275,3 +278,51 @@ def test_an_encoder_that_does_not_keep_to_the_protocol(minimal: Any) -> None:
         tower_shape(find_tower(minimal(Flat)).config)
     with pytest.raises(PluginError, match="'ViT-B-32' is a name of OpenCLIP"):
         find_tower(minimal(Encoder, "ViT-B-32"))
+
+
+class OldFusion(VLM):
+    """A fusion with the names of the plugin contract until 0.1: it adds the number of media so far."""
+
+    @classmethod
+    def media_width(cls, dim_embedding: int) -> int | None:
+        return None
+
+    def _build_fusion(self, parts: Any, dim_layer: int) -> None:
+        self.fusion = nn.Module()
+        self.calls = 0
+
+    def prepare_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
+        return vision_tokens.flatten(1).mean(1)
+
+    def _at_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
+        self.calls += 1
+        return super()._at_call(prompt, ids, end)
+
+    def _embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
+        assert c is self._conditioning
+        return embeddings + c.media_positions[..., None]
+
+    def positions_per_medium(self, num_frames: int = 1) -> int:
+        return super().positions_per_medium(num_frames)
+
+
+def test_the_contract_of_01_is_still_read() -> None:
+    torch.manual_seed(0)
+    model = tiny.open_gates(OldFusion(tiny.config(fusion="language-stream")).eval())
+    row = tiny.row(model, 2)
+    found = invariants.logits(model, **row.inputs())[..., : tiny.VOCABULARY]
+    assert model.calls == 1 and model.num_positions(3) == 1
+    ids = row.lang_x.clamp(max=tiny.VOCABULARY - 1)
+    embeddings = model.added_tokens.embed(row.lang_x, model.get_input_embeddings()(ids))
+    counts = (row.lang_x == tiny.IMAGE).cumsum(-1)
+    with torch.no_grad():
+        expected = model.lang_model(inputs_embeds=embeddings + counts[..., None]).logits
+    invariants.same(found, expected)
+    assert invariants.differs(found, model.lang_model(inputs_embeds=embeddings).logits)
+
+
+def test_a_tokenizer_of_01_says_that_it_reads_media_apart() -> None:
+    assert encodes_media_independently(SimpleNamespace(reads_media_apart=True))
+    assert not encodes_media_independently(SimpleNamespace(reads_media_apart=False))
+    assert not encodes_media_independently(SimpleNamespace())
+    assert not encodes_media_independently(SimpleNamespace(encodes_media_independently=False, reads_media_apart=True))

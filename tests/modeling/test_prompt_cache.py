@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from tests.support import tiny
 from tests.support.tiny import IMAGE
-from vlm_cli.modeling.prompt_cache import PromptCache
+from vlm_cli.modeling.conditioning import count_media
+from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow, Reuse
 from vlm_cli.modeling.vlm import VLM
 
 NEW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -184,3 +186,67 @@ def test_refusals(model, pool):
     text = {"lang_x": inputs["lang_x"][:, :1]}
     details = model.generate(**text, **NEW, prompt_cache=PromptCache(), return_dict_in_generate=True)
     assert torch.equal(details.sequences, model.generate(**text, **NEW))
+
+
+def row_of(text: str, *media: float, num_positions: int = 3) -> PromptRow:
+    """A row in which `I` is a position of a medium; each medium is told apart by one number."""
+    ids = torch.tensor([IMAGE if letter == "I" else ord(letter) for letter in text])
+    return PromptRow(
+        ids,
+        count_media(ids, IMAGE),
+        [torch.full((num_positions, 4), x) for x in media],
+        [num_positions] * len(media),
+    )
+
+
+def held(row: PromptRow) -> PromptCache:
+    """A cache that has read a row."""
+    keys = torch.zeros(1, 1, len(row), 4)
+    kept, cache = DynamicCache(), PromptCache()
+    kept.update(keys, keys, 0)
+    cache.keep(row, kept)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("before", "rows", "reuse"),
+    [
+        # One row: all but its last position, as far as it starts like the row that is kept.
+        (row_of("abcdef"), [row_of("abcdef")], Reuse(5, 5)),
+        (row_of("abcdef"), [row_of("abcdefgh")], Reuse(6, 6)),
+        (row_of("abcdef"), [row_of("abcxef")], Reuse(3, 3)),
+        (row_of("abcdef"), [row_of("xbcdef")], Reuse(0, 0)),
+        (None, [row_of("abcdef")], Reuse(0, 0)),
+        # A medium counts as a whole, and only if its vision tokens are equal.
+        (row_of("aIIIbcIIId", 1, 2), [row_of("aIIIbcIIIde", 1, 2)], Reuse(10, 10)),
+        (row_of("aIIIbcIIId", 1, 2), [row_of("aIIIbcIIIde", 1, 3)], Reuse(6, 6)),
+        (row_of("aIIIbcIIId", 1, 2), [row_of("aIIIbcIIIde", 3, 2)], Reuse(1, 1)),
+        (row_of("aIbc", 1, num_positions=1), [row_of("aIbcd", 1, num_positions=1)], Reuse(4, 4)),
+        # Several rows: what all of them share is read once, if it is long enough.
+        (None, [row_of("abcdefghij1"), row_of("abcdefghij23")], Reuse(0, 10)),
+        (None, [row_of("abcdefg1"), row_of("abcdefg2")], Reuse(0, 0)),
+        (row_of("abc"), [row_of("abcdefghijk1"), row_of("abcdefghijk2")], Reuse(3, 11)),
+        (row_of("abcx"), [row_of("abcdefgh1"), row_of("abcdefgh2")], Reuse(3, 3)),
+        (None, [row_of("aIIIbcdefgh1", 1), row_of("aIIIbcdefgh2", 2)], Reuse(0, 0)),
+        (None, [row_of("aIIIbcdefgh1", 1), row_of("aIIIbcdefgh2", 1)], Reuse(0, 11)),
+        # No row gives up its last position.
+        (None, [row_of("abcdefghij"), row_of("abcdefghijk")], Reuse(0, 9)),
+    ],
+)
+def test_what_is_reused(before, rows, reuse):
+    cache = PromptCache() if before is None else held(before)
+    length = cache.length
+    assert cache.match(rows) == reuse
+    assert cache.length == length  # comparing changes nothing
+    cache.crop(reuse.cached)
+    assert cache.length == reuse.cached
+
+
+def test_a_full_sliding_window_is_not_cropped():
+    row, cache = row_of("abcdef"), PromptCache()
+    kept = DynamicCache(config=tiny.language_model_config("mistral"))  # a window of 5 positions
+    for layer in range(2):
+        kept.update(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8), layer)
+    cache.keep(row, kept)
+    assert cache.match([row_of("abcdefg")]) == Reuse(6, 6)
+    assert cache.match([row_of("abcdx")]) == Reuse(0, 0)

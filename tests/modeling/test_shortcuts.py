@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.support import tiny
 from tests.support.tiny import IMAGE
+from vlm_cli.modeling import vision
 from vlm_cli.modeling import vlm as core
 from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, Readers, attend_to_media
@@ -82,7 +83,7 @@ def test_equal_images_and_padding_are_encoded_once(fusion, tokenizer, monkeypatc
     with torch.no_grad(), counted(encoder, num_frames) as frames, counted(model.vision_tokenizer, num_frames) as media:
         logits = model(**inputs).logits
         tokens, token_mask = model.encode_vision(vision_x, mask)
-    apart = model.vision_tokenizer.encodes_media_independently
+    apart = model.encodes_media_independently
     assert apart == isinstance(tokenizer, str)  # the last has an embedding for each place
     assert frames == [4, 4] and media == [5 if apart else 9] * 2  # one of them for all padding
     monkeypatch.setattr(core.torch.compiler, "is_compiling", lambda: True)  # the plain path
@@ -108,7 +109,7 @@ def test_equal_images_train_as_different_ones(monkeypatch):
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     once = gradients()
-    monkeypatch.setattr(core, "deduplicate", lambda frames: (frames, torch.arange(len(frames))))
+    monkeypatch.setattr(vision, "deduplicate", lambda frames: (frames, torch.arange(len(frames))))
     each = gradients()
     assert len(once) == len(each) > 30
     for a, b in zip(once, each, strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlm_cli.modeling.language_model import forward_arguments
+from vlm_cli.modeling.lm_interface import LanguageModelInterface
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["NUM_DECODED", "BareLanguageModel", "Decoded", "Inputs", "Subject", "WholeModel", "without_hooks"]
@@ -183,8 +183,9 @@ class BareLanguageModel:
         lm: PreTrainedModel = self.model.lang_model
         if attention_mask is not None:
             keywords.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -lang_x.shape[1] :])
-        keywords |= {"attention_mask": attention_mask, self.model._cache_argument: keywords.get("past_key_values")}
-        known = forward_arguments(lm)
+        interface = LanguageModelInterface.of(lm)
+        keywords |= {"attention_mask": attention_mask, interface.cache_name: keywords.get("past_key_values")}
+        known = interface.arguments
         with without_hooks(lm):
             return lm(input_ids=lang_x, **{k: x for k, x in keywords.items() if k in known and x is not None})
 

@@ -95,7 +95,7 @@ class RowAnswerer:
         keywords = plan.keywords
         self.num_answers: int = keywords["num_return_sequences"]
         self.cost = RowCost(self.model, max(keywords["num_beams"], self.num_answers))
-        self.encodes_apart: bool = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
+        self.encodes_apart: bool = self.model.encodes_media_independently
         # A repetition penalty reads padding too, which may be a token that counts.
         self.pads = kind not in NO_LEFT_PADDING and keywords["repetition_penalty"] == 1
         has_one_answer = keywords["num_beams"] == self.num_answers == 1 and kind not in ONE_AT_A_TIME

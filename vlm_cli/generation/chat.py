@@ -163,7 +163,7 @@ class Chat:
             return self.media
         transform = self.plan.processor.image_processor.transform
         pixels = torch.stack([transform(image) for image in images])[None, :, None]  # [1, T_img, 1, C, H, W]
-        encodes_apart = getattr(self.model.vision_tokenizer, "encodes_media_independently", False)
+        encodes_apart = self.model.encodes_media_independently
         if not encodes_apart and self.media.pixels is not None:
             pixels = torch.cat([self.media.pixels, pixels], dim=1)
         tokens, mask = self.model.encode_vision(pixels.to(self.model.device))

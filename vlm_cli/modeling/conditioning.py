@@ -1,4 +1,7 @@
-"""`Conditioning`: what the hooks in the language model read during one call."""
+"""`Conditioning`: what the hooks in the language model read during one call.
+
+B batch, T positions of a call, T_img media per row, n vision tokens per medium, d channels.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-
-from vlm_cli.modeling.fusion.visibility import MediaVisibility
 
 __all__ = ["Conditioning", "count_media"]
 
@@ -22,15 +23,15 @@ class Conditioning:
     """What the hooks read while the language model runs.
 
     Attributes:
-        ids: int[B, T] of the running call, as the user wrote them; before the first call, of the prompt.
-        media: the fusion's own form of the vision tokens, one row for each row of the prompt; None without media.
-        media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
+        ids: int[B, T] of the running call, before unknown ids are replaced; before the first call, of the prompt.
+        media: what the fusion's `project_media` returned, one row for each row of the prompt; None without media.
+        media_mask: bool[B, T_img, n], true for vision tokens that are not padding; None without media.
         media_counts: int[B, T], number of media tokens at or before each position.
-        hide_media_logit: whether `<image>` gets no chance.
-        visibility: what each position sees; set by the cross-attention.
-        head_input: float[B, T, d] that the head read last.
-        is_checkpointed: whether what runs is computed again in the backward pass.
-        prompt: what each call starts from; None before the first.
+        hide_media_logit: whether the logit of `<image>` is set to the lowest number.
+        fusion_state: what the fusion's `condition_call` computed for this call; cross-attention: `MediaVisibility`.
+        head_input: float[B, T, d], the last input of the language model's head.
+        is_checkpointed: whether the running function runs again in the backward pass.
+        prompt: the conditioning of the whole prompt, from which each call's is made; None before the first call.
     """
 
     ids: Tensor
@@ -38,22 +39,34 @@ class Conditioning:
     media_mask: Tensor | None
     media_counts: Tensor
     hide_media_logit: bool = False
-    visibility: MediaVisibility | None = None
+    fusion_state: Any = None
     head_input: Tensor | None = None
     is_checkpointed: bool = False
     prompt: Conditioning | None = None
 
+    @property
+    def media_positions(self) -> Tensor:
+        """`media_counts` under its name until 0.1."""
+        return self.media_counts
+
     def for_call(self, ids: Tensor, media_token_id: int, end: int | None = None) -> Conditioning:
-        """The same for one call of the language model, which may repeat rows, and read a piece of the prompt or what
-        follows it.
+        """Return the conditioning for one call of the language model.
+
+        Rows are repeated for beams. The media counts are those of the call's positions: cut out of the prompt's, or
+        continued after its end. With the prompt's counts 0 1 1 2 and `<image>` as I:
+
+            ids        end    media_counts
+            a b        4      1 2            the last chunk of the prompt
+            c          5      2              a decoded token
+            c I        6      2 3            more of the prompt, after a cache
 
         Args:
             ids: int[B, T] of the call.
             media_token_id: id of `<image>`.
-            end: how many positions will have been read after the call; None if that is not known.
+            end: positions read once the call is over; None if unknown.
 
         Raises:
-            ValueError: if the rows are not those of the prompt, each repeated as often.
+            ValueError: if the call's rows are not the prompt's rows, each repeated equally often.
         """
         repeats, rest = divmod(ids.shape[0], self.media_counts.shape[0])
         if rest or not repeats:
@@ -61,14 +74,16 @@ class Conditioning:
                 f"the language model is conditioned on {len(self.media_counts)} rows, and was called with {len(ids)}."
             )
 
-        def rows(x: Any) -> Any:
+        def repeated(x: Any) -> Any:
             return x if x is None or repeats == 1 else x.repeat_interleave(repeats, dim=0)
 
-        positions = rows(self.media_counts)
-        num, length = ids.shape[1], positions.shape[1]
+        counts = repeated(self.media_counts)
+        num, length = ids.shape[1], counts.shape[1]
         if end is not None and num <= end <= length:
-            positions = positions[:, end - num : end]
+            counts = counts[:, end - num : end]
         elif num != length:
-            before = positions[:, -1:] if num < length else 0
-            positions = before + count_media(ids, media_token_id)
-        return replace(self, ids=ids, media_counts=positions, media=rows(self.media), media_mask=rows(self.media_mask))
+            before = counts[:, -1:] if num < length else 0
+            counts = before + count_media(ids, media_token_id)
+        return replace(
+            self, ids=ids, media_counts=counts, media=repeated(self.media), media_mask=repeated(self.media_mask)
+        )

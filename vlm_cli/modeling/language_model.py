@@ -6,7 +6,6 @@ B batch, T positions, d channels.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,6 @@ __all__ = [
     "check_causal",
     "context_length",
     "decoder_layers",
-    "forward_arguments",
     "update_hidden_states",
     "widths",
 ]
@@ -148,11 +146,6 @@ def context_length(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config(decoder=True)
     lengths = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's is the second
     return next((x for x in lengths if isinstance(x, int)), None)
-
-
-def forward_arguments(lm: PreTrainedModel) -> frozenset[str]:
-    """Names that the model's forward takes."""
-    return frozenset(inspect.signature(lm.forward).parameters)
 
 
 def update_hidden_states(

@@ -31,13 +31,14 @@ class VLMWithRunningMean(VLM):
         counts = torch.arange(1, media.shape[1] + 1, device=media.device)
         return self.fusion(media.cumsum(1) / counts[:, None])
 
-    def embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
-        """float[B, T, d] -> float[B, T, d]. `c` knows how many media precede each position, also while decoding."""
-        if c.media is None:
+    def embed_media(self, embeddings: Tensor, conditioning: Conditioning) -> Tensor:
+        """Add to each embedding, float[B, T, d], the mean of the media up to it; `media_counts` says how many."""
+        media = conditioning.media  # [B, T_img, d], what `project_media` returned
+        if media is None:
             return embeddings
-        num_seen = c.media_counts[..., None]  # [B, T, 1]
-        last = (num_seen - 1).clamp(0, c.media.shape[1] - 1).expand(-1, -1, embeddings.shape[-1])
-        update = c.media.to(embeddings.dtype).gather(1, last)
+        num_seen = conditioning.media_counts[..., None]  # [B, T, 1]
+        last = (num_seen - 1).clamp(0, media.shape[1] - 1).expand(-1, -1, embeddings.shape[-1])
+        update = media.to(embeddings.dtype).gather(1, last)
         return torch.where(num_seen > 0, embeddings + update, embeddings)
 
 

@@ -185,12 +185,13 @@ class VLMWithCrossAttention(VLM):
         return self.fusion.project(vision_tokens)
 
     def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
-        c = super().condition_call(prompt, ids, end)
-        if c.media is not None and c.media_mask is not None:
-            # After the prompt, only the last medium is kept where no other is seen.
-            positions = c.media_counts.clamp(max=c.media_mask.shape[1])
-            c.visibility = self.fusion.visibility(positions, c.media_mask)
-        return c
+        """Compute once per call which media each position sees: `fusion_state` is a `MediaVisibility`."""
+        conditioning = super().condition_call(prompt, ids, end)
+        if conditioning.media is not None and conditioning.media_mask is not None:
+            # While tokens are decoded, `media` holds fewer media than were counted (see below).
+            counts = conditioning.media_counts.clamp(max=conditioning.media_mask.shape[1])
+            conditioning.fusion_state = self.fusion.visibility(counts, conditioning.media_mask)
+        return conditioning
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kept = super()._update_model_kwargs_for_generation(*args, **kwargs)
@@ -200,10 +201,10 @@ class VLMWithCrossAttention(VLM):
             or mask is None
             or self.fusion.options.attend != "last"
             or mask.shape[1] == 1
-            or not is_filled(kept.get(self._cache_argument))
+            or not is_filled(kept.get(self.lm_interface.cache_name))
         ):
             return kept
-        # What is generated sees the last medium of its row alone.
+        # A decoded token sees the last medium of its row only, so the other media are dropped.
         last = (mask.any(-1).sum(-1) - 1).clamp(min=0)  # [B]
         rows = torch.arange(len(last), device=last.device)
         by_medium = media.unflatten(-2, mask.shape[1:])  # [B, L, 2, h, T_img, n, k]
@@ -217,12 +218,13 @@ class _BeforeLayer:
         self.model, self.key, self.slot = model, key, slot
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        c = self.model._conditioning
-        if c is None or c.media is None:
+        conditioning = self.model.conditioning
+        if conditioning is None or conditioning.media is None:
             return None
-        block, keys_values, visibility = self.model.fusion.blocks[self.key], c.media[:, self.slot], c.visibility
+        block, visibility = self.model.fusion.blocks[self.key], conditioning.fusion_state
+        keys_values = conditioning.media[:, self.slot]  # [B, 2, h, S, k]
 
         def update(hidden: Tensor) -> Tensor:
             return block(hidden, keys_values.to(hidden), visibility)
 
-        return update_hidden_states(update, args, kwargs, c.ids.shape, block.dim)
+        return update_hidden_states(update, args, kwargs, conditioning.ids.shape, block.dim)

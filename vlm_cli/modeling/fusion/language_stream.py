@@ -48,7 +48,9 @@ class VLMWithLanguageStream(VLM):
             return expansion
         return replace(expansion, attention_mask=torch.cat([before, expansion.attention_mask], dim=1))
 
-    def embed_media(self, embeddings: Tensor, c: Conditioning) -> Tensor:
-        if c.media is None:
+    def embed_media(self, embeddings: Tensor, conditioning: Conditioning) -> Tensor:
+        """Put the vision tokens at the positions of `<image>`."""
+        if conditioning.media is None:
             return embeddings
-        return scatter_media(embeddings, c.media, c.ids == self.config.media_token_id, c.media_counts)
+        is_media = conditioning.ids == self.config.media_token_id
+        return scatter_media(embeddings, conditioning.media, is_media, conditioning.media_counts)

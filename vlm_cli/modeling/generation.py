@@ -1,0 +1,294 @@
+"""`GenerationMixin`: how a VLM continues prompts; Transformers' own loop around the hooked language model.
+
+B rows, T_txt tokens of the prompt, T_img media per row, L positions of the language model, n vision tokens per medium,
+d channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+
+from vlm_cli.modeling.batching import pad_left
+from vlm_cli.modeling.conditioning import count_media
+from vlm_cli.modeling.inputs import check_media, resolve_names
+from vlm_cli.modeling.language_model import NO_LEFT_PADDING
+from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow
+
+__all__ = ["GenerationMixin"]
+
+
+class GenerationMixin(transformers.GenerationMixin):
+    """`generate` of a `VLM`: media are encoded once, and `<image>` is never generated."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        vision_x: Tensor | None = None,
+        lang_x: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        vision_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        vision_tokens: Tensor | None = None,
+        media_mask: Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        prompt_cache: PromptCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts. Every option of Transformers' `generate` applies.
+
+        Pad rows at the left, as the processor does.
+
+        Args:
+            inputs: another name of `lang_x`.
+            generation_config: as in Transformers.
+            vision_x: float[B, T_img, F, C, H, W].
+            lang_x: int[B, T_txt], with one media token for each medium.
+            attention_mask: int[B, T_txt], 0 at padding; None hides each padding token.
+            vision_mask: bool[B, T_img, F], false at padding media and frames; None for no padding.
+            input_ids: another name of `lang_x`.
+            pixel_values: another name of `vision_x`.
+            vision_tokens: float[B, T_img, n, d], what `encode_vision` returned, instead of `vision_x`.
+            media_mask: bool[B, T_img, n] of `vision_tokens`, false at padding; None for no padding.
+            logits_processor: as in Transformers.
+            prompt_cache: the cache of an earlier prompt. Positions that this prompt shares with it are not computed
+                again. Give media as `vision_tokens`, which the cache compares.
+            kwargs: as in Transformers.
+
+        Returns:
+            int[B, T_txt + new tokens], or Transformers' output object with these `sequences`.
+
+        Raises:
+            ValueError: if tokens are missing, if media and media tokens do not match, or if `prompt_cache` is given
+                together with `vision_x` or with several sequences per row.
+            LanguageModelLimit: if the language model cannot read rows of different lengths together.
+        """
+        lang_x, vision_x = resolve_names(
+            "generate", lang_x=(lang_x, input_ids, inputs), vision_x=(vision_x, pixel_values)
+        )
+        media, media_mask = self._resolve_media(vision_x, vision_mask, vision_tokens, media_mask)
+        check_media(lang_x, media_mask, self.config.media_token_id)
+        if attention_mask is None and self.config.pad_token_id is not None:
+            attention_mask = (lang_x != self.config.pad_token_id).long()
+        ids, mask, expanded = self._expand_checked(lang_x, attention_mask, media_mask)
+        if generation_config is None:
+            kwargs.setdefault("use_cache", True)  # MPT's own configuration switches it off
+        wants_details = kwargs.get("return_dict_in_generate")
+        if prompt_cache is not None:
+            self._check_prompt_cache(vision_x, generation_config, kwargs)
+            ids, mask, cache = self._begin_with(prompt_cache, ids, mask, vision_tokens, media_mask)
+            kwargs["return_dict_in_generate"] = True
+            if cache is not None:
+                kwargs[self.lm_interface.cache_name] = cache
+        output = super().generate(
+            ids,
+            generation_config,
+            logits_processor=LogitsProcessorList([*(logits_processor or []), _ForbidToken(self.config.media_token_id)]),
+            attention_mask=mask,
+            media=media,
+            media_mask=media_mask,
+            # Transformers knows this name: it extends the tensor, repeats it for beams and cuts it into chunks.
+            mm_token_type_ids=(ids == self.config.media_token_id).long(),
+            **kwargs,
+        )
+        if prompt_cache is not None:
+            self._end_with(prompt_cache, output, vision_tokens, media_mask)
+            output = output if wants_details else output.sequences
+        elif expanded is None:
+            return output
+        return _restore_prompt(output, lang_x, ids.shape[1])
+
+    # -- the prompt cache -----------------------------------------------------------------------------------------
+
+    def _check_prompt_cache(self, vision_x: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse what does not work with a prompt cache.
+
+        Raises:
+            ValueError: for pixels, beams, or several answers of a row.
+        """
+        if vision_x is not None:
+            raise ValueError(
+                "a prompt_cache compares vision tokens, so give vision_tokens and media_mask, as encode_vision returns "
+                "them, instead of vision_x."
+            )
+        for name in ("num_beams", "num_return_sequences"):
+            if (kwargs.get(name) or getattr(generation_config or self.generation_config, name, None) or 1) > 1:
+                raise ValueError(f"a prompt_cache holds one sequence for each row, so {name} must be 1.")
+
+    def _prompt_row(self, ids: Tensor, row: int, vision_tokens: Tensor | None, media_mask: Tensor | None) -> PromptRow:
+        """Describe one row of a batch for a prompt cache: int[L] ids without padding, and its media."""
+        counts = count_media(ids, self.config.media_token_id)
+        if vision_tokens is None:
+            return PromptRow(ids, counts)
+        tokens = vision_tokens[row]  # [T_img, n, d]
+        masks = torch.ones_like(tokens[..., 0], dtype=torch.bool) if media_mask is None else media_mask[row]
+        media = [x[mask] for x, mask in zip(tokens, masks, strict=True) if mask.any()]
+        return PromptRow(ids, counts, media, [self.num_positions_of(x) for x in media])
+
+    def _begin_with(
+        self,
+        prompt_cache: PromptCache,
+        ids: Tensor,
+        mask: Tensor | None,
+        vision_tokens: Tensor | None,
+        media_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Find the positions of a prompt that need no computation, and move padding behind them.
+
+        Two rows whose first 9 positions S are equal, of which the cache held 4, are read in two calls: one for the
+        other 5 positions of S, with one row, and one for the rest of each row, after padding p:
+
+            before    p S S S S S S S S S a           after    S S S S S S S S S p a
+                      S S S S S S S S S b c                    S S S S S S S S S b c
+
+        Args:
+            prompt_cache: of earlier prompts; afterwards it holds what all rows share.
+            ids: int[B, L], padded at the left.
+            mask: bool[B, L], false at padding; None for no padding.
+            vision_tokens: float[B, T_img, n, d]; None without media.
+            media_mask: bool[B, T_img, n] of them.
+
+        Returns:
+            ids and mask with the padding moved, and the language model's cache of the shared positions; None if no
+            position can be reused.
+        """
+        is_valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        rows = [
+            self._prompt_row(row[valid], b, vision_tokens, media_mask)
+            for b, (row, valid) in enumerate(zip(ids, is_valid, strict=True))
+        ]
+        if len(set(map(len, rows))) > 1 and not self._may_pad_within():
+            prompt_cache.reused = 0
+            return ids, is_valid.long(), None
+        reuse = prompt_cache.match(rows)
+        prompt_cache.crop(reuse.cached)
+        if reuse.shared > reuse.cached:
+            self._read_shared(prompt_cache, rows[0].cut(reuse.shared), vision_tokens, media_mask)
+        start = prompt_cache.reused = prompt_cache.length
+        if not start:
+            return ids, is_valid.long(), None
+        rest, is_rest = pad_left([row.ids[start:] for row in rows], self.config.pad_token_id or 0)
+        shared = rows[0].ids[:start].expand(len(rows), -1)
+        ids, mask = torch.cat([shared, rest], dim=1), torch.cat([torch.ones_like(shared), is_rest], dim=1)
+        return ids, mask, prompt_cache.for_rows(len(rows))
+
+    def _may_pad_within(self) -> bool:
+        """Say whether padding may stand inside a row: the caller then numbers the positions, the model does not."""
+        return self.lang_model.config.model_type not in NO_LEFT_PADDING and self.lm_interface.takes_positions
+
+    def _read_shared(
+        self, prompt_cache: PromptCache, row: PromptRow, vision_tokens: Tensor | None, media_mask: Tensor | None
+    ) -> None:
+        """Read the start that several rows share, once, after what the prompt cache holds of it.
+
+        Args:
+            prompt_cache: holds a start of `row`; afterwards all of it.
+            row: the shared positions, as the first row of the batch has them.
+            vision_tokens, media_mask: of the batch.
+        """
+        start = prompt_cache.length
+        inputs: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        if vision_tokens is not None and media_mask is not None:
+            inputs |= {"media": self.project_media(vision_tokens[:1], media_mask[:1]), "media_mask": media_mask[:1]}
+        output = self(
+            lang_x=row.ids[None, start:],
+            attention_mask=torch.ones_like(row.ids)[None],
+            media_counts=row.media_counts[None, start:],
+            past_key_values=prompt_cache.take(),
+            **inputs,
+        )
+        prompt_cache.keep(row, self.lm_interface.cache_in(output))
+
+    def _end_with(
+        self, prompt_cache: PromptCache, output: Any, vision_tokens: Tensor | None, media_mask: Tensor | None
+    ) -> None:
+        """Keep the prompt and the answer of a single row; of several rows, the cache keeps what they shared."""
+        if len(output.sequences) == 1:
+            row = self._prompt_row(output.sequences[0], 0, vision_tokens, media_mask)
+            prompt_cache.keep(row, self.lm_interface.cache_in(output))
+
+    # -- Transformers' loop ---------------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool = False,
+        media: Tensor | None = None,
+        media_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of `forward` for one call: the language model's own, and the media with their counts."""
+        # The language model drops, slices and adds what its own forward needs.
+        inputs = self.lang_model.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        counts = count_media(input_ids, self.config.media_token_id)
+        if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > counts.shape[1]:
+            # `input_ids` is one chunk of the prompt; the attention mask ends where the chunk ends.
+            end = None if attention_mask is None else attention_mask.shape[1]
+            counts = mm_token_type_ids[:, :end].cumsum(-1)
+        # A copy: a view of a row that grows has other strides at each step, and would be compiled each time.
+        inputs["media_counts"] = torch.empty_like(inputs["input_ids"]).copy_(counts[:, -inputs["input_ids"].shape[1] :])
+        return inputs | {"media": media, "media_mask": media_mask}
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # Transformers chooses the kind of cache by the class of the model.
+        return self.lang_model._prepare_cache_for_generation(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Some language models carry a state from step to step that is not a cache (rwkv).
+        return self.lang_model._update_model_kwargs_for_generation(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if hasattr(generator, "vocab_size"):
+            generator.vocab_size = self.config.first_added_id + self.added_tokens.num_tokens
+        return generator
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        of_language_model = self.lm_interface.arguments
+        super()._validate_model_kwargs({key: x for key, x in model_kwargs.items() if key not in of_language_model})
+
+
+class _ForbidToken(LogitsProcessor):
+    """Never generate one token. Transformers' own class for this would replace the caller's `suppress_tokens`."""
+
+    def __init__(self, token_id: int) -> None:
+        self.token_id = token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(1, torch.tensor([self.token_id], device=scores.device), -torch.inf)
+
+
+def _restore_prompt(output: Any, lang_x: Tensor, length: int) -> Any:
+    """Replace the first `length` positions of generated sequences by the prompt as the caller gave it.
+
+    Args:
+        output: int[B·r, L + new tokens] of r sequences for each row, or an object with such `sequences`.
+        lang_x: int[B, T_txt].
+        length: L.
+    """
+
+    def restore(sequences: Tensor) -> Tensor:
+        repeats = sequences.shape[0] // lang_x.shape[0]
+        return torch.cat([lang_x.repeat_interleave(repeats, dim=0), sequences[:, length:]], dim=1)
+
+    if isinstance(output, dict):
+        output["sequences"] = restore(output["sequences"])
+        return output
+    return restore(output)

@@ -1,0 +1,95 @@
+"""`TrainableParts`: the parts of a VLM by name, which of them train, and how their activations are checkpointed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from vlm_cli.composition import PARTS
+from vlm_cli.modeling.conditioning import Conditioning
+from vlm_cli.modeling.config import VLMConfig
+
+__all__ = ["TrainableParts"]
+
+
+class TrainableParts(PreTrainedModel):
+    """A model of parts, each of which trains or is frozen as a whole."""
+
+    #: What the names of a part's tensors begin with, by the part's name in `PARTS`.
+    PART_PREFIXES: ClassVar[dict[str, str]] = {
+        part: "lang_model." if part == "language_model" else f"{part}." for part in PARTS
+    }
+
+    config: VLMConfig
+    conditioning: Conditioning | None
+    _condition: Callable[[Conditioning | None], AbstractContextManager[None]]
+
+    def part_modules(self) -> dict[str, nn.Module]:
+        """Return the module of each part, by the part's name in `PARTS`."""
+        return {part: self.get_submodule(prefix.removesuffix(".")) for part, prefix in self.PART_PREFIXES.items()}
+
+    def trained_prefixes(self) -> list[str]:
+        """Return what the tensor names of each part with a trainable parameter begin with."""
+        modules = self.part_modules().items()
+        return [self.PART_PREFIXES[part] for part, x in modules if any(p.requires_grad for p in x.parameters())]
+
+    def set_trainable(self, parts: Iterable[str]) -> None:
+        """Train these parts and freeze the others.
+
+        Args:
+            parts: names from `PARTS`.
+
+        Raises:
+            ValueError: for another name.
+        """
+        parts = {parts} if isinstance(parts, str) else set(parts)
+        if unknown := parts - set(PARTS):
+            raise ValueError(f"unknown parts {sorted(unknown)}. Known: {', '.join(PARTS)}.")
+        for name, module in self.part_modules().items():
+            module.requires_grad_(name in parts)
+        self.vision_encoder.train(self.training)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the trainable parameters for an optimizer: with and without the composition's weight decay."""
+        composition = self.config.composition
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, module in self.part_modules().items():
+            group = decayed if name in composition.weight_decay_on else others
+            group += [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": decayed, "weight_decay": composition.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, partial(self._checkpoint, gradient_checkpointing_func), **kwargs)
+
+    def _checkpoint(
+        self, recompute: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Checkpoint a function, and run it again in the backward pass with the conditioning of this moment.
+
+        With remote code, and with Transformers before 5.23, a layer's hooks run again together with the layer. The
+        block that such a hook runs is then inside a checkpoint already, and is not checkpointed a second time.
+        """
+        conditioning = self.conditioning
+        if conditioning is not None and conditioning.is_checkpointed:
+            return function(*args, **kwargs)
+        kept = None if conditioning is None else replace(conditioning, is_checkpointed=True)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._condition(kept):
+                return function(*args, **kwargs)
+
+        return recompute(run, *args, **kwargs)

@@ -1,0 +1,100 @@
+"""From pixels to vision tokens: equal frames and equal media are encoded once, padding is not encoded.
+
+B batch, T_img media per row, F frames per medium, C H W pixels, v patches, n vision tokens per medium, d channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_cli.modeling.deduplicate import deduplicate
+from vlm_cli.modeling.vision_encoder import VisionEncoder
+
+__all__ = ["encode_media"]
+
+
+def encode_media(
+    encoder: VisionEncoder,
+    tokenizer: Any,
+    vision_x: Tensor,
+    vision_mask: Tensor | None = None,
+    *,
+    independently: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the vision tokens of media.
+
+    Args:
+        encoder: reads frames.
+        tokenizer: the vision tokenizer; makes tokens of features.
+        vision_x: float[B, T_img, F, C, H, W]; F may be left out where it is 1, and so may T_img and F.
+        vision_mask: bool[B, T_img, F], true for frames that are not padding; None for all.
+        independently: whether the tokenizer encodes each medium independently of the others in its row.
+
+    Returns:
+        float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
+
+    Raises:
+        ValueError: if there are no media, or if `vision_x` or `vision_mask` has another shape.
+    """
+    if not vision_x.numel():
+        raise ValueError("vision_x holds no media; leave vision_x out for prompts without media.")
+    vision_x = _with_six_dimensions(vision_x, encoder.image_size)
+    if vision_mask is not None and vision_mask.shape != vision_x.shape[:3]:
+        raise ValueError(
+            f"vision_mask must be (B, T_img, F) = {tuple(vision_x.shape[:3])}, got {tuple(vision_mask.shape)}."
+        )
+    vision_x = vision_x.to(next(encoder.parameters()).dtype)
+    frame_mask = None if vision_mask is None else vision_mask.bool()
+    if torch.compiler.is_compiling() or vision_x.is_meta:  # a tracer cannot follow shapes that depend on values
+        tokens = tokenizer(encoder(vision_x), frame_mask)
+    else:
+        tokens = _encode_once(encoder, tokenizer, vision_x, frame_mask, independently)
+    if frame_mask is None:
+        frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
+    return tokens, tokenizer.token_mask(frame_mask)
+
+
+def _with_six_dimensions(vision_x: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Insert the F and T_img that were left out.
+
+    Raises:
+        ValueError: for another number of dimensions, or another image size.
+    """
+    missing, (height, width) = 6 - vision_x.ndim, image_size
+    if missing not in (0, 1, 2) or vision_x.shape[-3:] != (3, height, width):
+        raise ValueError(f"vision_x must be (B, T_img, F, 3, {height}, {width}), got {tuple(vision_x.shape)}.")
+    for _ in range(missing):
+        vision_x = vision_x.unsqueeze(-4)
+    return vision_x
+
+
+def _encode_once(
+    encoder: VisionEncoder, tokenizer: Any, vision_x: Tensor, frame_mask: Tensor | None, independently: bool
+) -> Tensor:
+    """Encode equal frames once and padding never; encode equal media once if the tokenizer is independent.
+
+    Two rows of two clips of two frames, with frames A, B, C and padding ·:
+
+        frames               AB  A·          AB  C·
+        distinct frames      A B C           the encoder reads 3 images instead of 8
+        number               01  0-          01  2-      (- is -1: padding)
+        distinct media       01  0-  2-      an independent tokenizer reads 3 media instead of 4
+        medium               0 1             0 2
+
+    float[B, T_img, F, C, H, W], bool[B, T_img, F] -> float[B, T_img, n, d].
+    """
+    number = torch.full(vision_x.shape[:3], -1, device=vision_x.device)  # [B, T_img, F] of each frame; -1 is padding
+    is_valid = number < 0 if frame_mask is None or not frame_mask.any() else frame_mask
+    frames, number[is_valid] = deduplicate(vision_x[is_valid])  # [frames, C, H, W]
+    features = encoder(frames[:, None, None]).flatten(0, 2)  # [frames, v, d]
+    medium = None
+    if independently:
+        number, medium = number.flatten(0, 1).unique(dim=0, return_inverse=True)  # [media, F], [B·T_img]
+        number = number[:, None]  # [media, 1, F]: each medium is a row of its own
+    mask = number >= 0
+    features = torch.where(mask[..., None, None], features[number.clamp(min=0)], 0)  # [rows, media, F, v, d]
+    tokens = tokenizer(features, None if mask.all() else mask)  # [rows, media, n, d]
+    return tokens if medium is None else tokens[medium, 0].unflatten(0, vision_x.shape[:2])
