@@ -18,6 +18,7 @@ from benchmarks.compatibility.language_models import tiny_vlm
 from tests.support import tiny
 from vlm_cli import load
 from vlm_cli.doctor import CHECKS, QUICK, Finding, check_invariants
+from vlm_cli.modeling import generation
 from vlm_cli.modeling import vlm as vlm_module
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.fusion import language_stream
@@ -233,7 +234,7 @@ def prefers_images(model: VLM, patch: Patch) -> None:
 @breaks("greedy", error="has 6 media tokens, but vision_x has 2")
 def writes_image_placeholders(model, patch):
     prefers_images(model, patch)
-    patch.setattr(vlm_module._ForbidToken, "__call__", lambda self, ids, scores: scores)
+    patch.setattr(generation._ForbidToken, "__call__", lambda self, ids, scores: scores)
 
 
 @both_fusions
@@ -247,7 +248,7 @@ def test_an_image_placeholder_is_never_the_best_token(fusion, monkeypatch):
 def change_call(model: VLM, patch: Patch, **changes: Any) -> None:
     """Change what the language model is called with."""
     call = model._run_language_model
-    patch.setattr(model, "_run_language_model", lambda ids, c, kwargs: call(ids, c, kwargs | changes))
+    patch.setattr(model, "_run_language_model", lambda conditioning, kwargs: call(conditioning, kwargs | changes))
 
 
 @breaks("padded")
