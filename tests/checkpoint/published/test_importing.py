@@ -9,7 +9,6 @@ import torch
 
 import vlm_cli
 from tests.support.llava import huggingface
-from vlm_cli.checkpoint.published import recognising
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA
 from vlm_cli.checkpoint.published.recognising import recognise
@@ -62,18 +61,13 @@ def test_another_dtype_and_steps(llava):
 
 @pytest.mark.parametrize("flags", [[], ["--delta"]], ids=str)
 def test_a_build_recognises_and_describes_once(vlm, llava, tmp_path, monkeypatch, flags):
-    calls = []
-    describe, found = HuggingFaceLLaVA.describe, recognising.recognise
+    calls: list[str] = []
 
-    def counted_describe(self, checkpoint):
-        calls.append("describe")
-        return describe(self, checkpoint)
+    def count(name: str) -> None:
+        method = getattr(HuggingFaceLLaVA, name)
+        monkeypatch.setattr(HuggingFaceLLaVA, name, lambda *args: (calls.append(name), method(*args))[1])
 
-    def counted_recognise(*args, **keywords):
-        calls.append("recognise")
-        return found(*args, **keywords)
-
-    monkeypatch.setattr(HuggingFaceLLaVA, "describe", counted_describe)
-    monkeypatch.setattr(recognising, "recognise", counted_recognise)
+    count("matches")
+    count("describe")
     vlm("build", str(tmp_path / "out"), "--from", str(llava), "--quiet", *flags)
-    assert calls == ["recognise", "describe"]
+    assert calls == ["matches", "describe"]
