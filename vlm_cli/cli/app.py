@@ -36,7 +36,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="vlm",
-    help="Compose, inspect and run vision-language models: any OpenCLIP encoder, any causal language model.",
+    help="Build, run, train, check and share vision-language models made of any vision encoder, vision tokenizer, "
+    "fusion and language model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

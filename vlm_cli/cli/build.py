@@ -54,7 +54,8 @@ def build(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Load trained weights over the composition: a .safetensors file, or a .pt file of tensors alone.",
+            help="Load trained weights over the composition: a .safetensors file, or a .pt file that holds only "
+            "tensors.",
             rich_help_panel=WEIGHTS,
         ),
     ] = None,
@@ -99,7 +100,7 @@ def build(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compose a VLM, load its pretrained parts, and write a directory that runs alone.
+    """Compose a VLM and write it as a directory. The directory holds all parts and runs alone.
 
     Example: vlm build my-flamingo --family flamingo --vision-encoder ViT-B-32:openai --language-model ./my-llama
     """

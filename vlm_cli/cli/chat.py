@@ -49,8 +49,8 @@ def chat(
     the chat. In a pipe, each line of stdin is a turn. --prompt, --prompt-file and --image bring the first turn.
 
     The model sees the whole conversation, and computes only what is new in each turn. The tokenizer's chat template
-    formats the turns. A tokenizer without a template gets each answer right behind its turn, and the next turn on a
-    new line. With --json, each answer is one line of JSON.
+    formats the turns. Without a template, each answer follows its
+    turn directly, and the next turn starts on a new line. With --json, each answer is one line of JSON.
 
     Example: vlm chat my-flamingo --image cat.jpg
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_origin
 
@@ -15,7 +16,10 @@ __all__ = ["Command", "accept_old_names", "make_option"]
 
 
 class Command(TyperCommand):
-    """A command whose help groups the options under their headings (`rich_help_panel`)."""
+    """A command whose help groups the options under their headings (`rich_help_panel`).
+
+    Ranges name the value as the option does: `--top-k K … [K>=1]`, where Typer would write `x>=1`.
+    """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, the options without a heading, and then each heading with its options."""
@@ -28,6 +32,8 @@ class Command(TyperCommand):
             if parameter.param_type_name == "argument":
                 # Typer writes `MODEL <str>`; the Python type says nothing to the user.
                 default, record = "Arguments", (record[0].split(" <")[0], record[1])
+            if parameter.metavar and parameter.metavar.isupper():
+                record = (record[0], re.sub(r"\bx(?=[<>]=)|(?<=<=)x\b", parameter.metavar, record[1]))
             heading = getattr(parameter, "rich_help_panel", None) or default
             sections.setdefault(heading, []).append(record)
         for heading, records in sections.items():

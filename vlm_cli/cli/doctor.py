@@ -43,7 +43,7 @@ def doctor(
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Check on a model what must hold for every model, with its own weights, dtype and device.
+    """Check what must hold for every model. The checks use the model's own weights, dtype and device.
 
     Each check compares two ways to compute the same logits, and then makes a change that it must notice. If MODEL is a
     composition, it gets random weights and nothing is downloaded. Exit code 1 if a check fails.

@@ -111,13 +111,13 @@ def evaluate(
     source: SourceOptions = SourceOptions(),
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a model questions with known answers, and count the right answers, by kind.
+    """Ask a model questions and count the right answers. The records hold the answers, and a kind for each question.
 
     A record is a line such as {"kind": "count", "prompt": "<image:cat.jpg>Q: How many cats? A:", "completion": " One."}
 
     The model takes the most likely token each time, until a stop token. An answer is right if it equals the completion
-    exactly, whitespace at both ends aside. The table shows the share of right answers with its 95 % confidence interval
-    (Wilson's).
+    exactly, apart from whitespace at both ends. The table shows the share of right answers with its 95 % confidence
+    interval (Wilson's).
 
     Example: vlm eval my-flamingo --data questions.jsonl --html answers.html
     """

@@ -41,7 +41,7 @@ def export(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model, or a part of it, in a format that other programs run.
+    """Write a model in a format that other programs read. Some formats hold only a part of the model.
 
     vlm compares the outputs with those of the model before it writes OUT.
 

@@ -44,7 +44,7 @@ def inspect(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's parts, the shapes along the data flow, its tokens, preprocessing and gates.
+    """Show a model's parts, shapes, tokens and gates. Of the weights, vlm reads only the gates.
 
     Example: vlm inspect my-flamingo --prompt "<image:a.jpg>A cat.<image:b.jpg>A"
     """

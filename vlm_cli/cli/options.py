@@ -91,7 +91,9 @@ class ComposeOptions:
     config: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Composition file, YAML or JSON, that covers the family.", rich_help_panel=COMPOSE
+            metavar="FILE",
+            help="Composition file (YAML or JSON); its settings replace those of the family.",
+            rich_help_panel=COMPOSE,
         ),
     ] = None
     vision_encoder: Annotated[
@@ -107,7 +109,7 @@ class ComposeOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Vision tokenizer: perceiver, qformer, linear, mlp, or the name of an installed package's.",
+            help="Vision tokenizer: perceiver, qformer, linear, mlp, or a name that an installed package adds.",
             rich_help_panel=COMPOSE,
         ),
     ] = None
@@ -115,8 +117,8 @@ class ComposeOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Fusion: cross-attention, llama-cross-attention, language-stream, or the name of an installed "
-            "package's.",
+            help="Fusion: cross-attention, llama-cross-attention, language-stream, or a name that an installed "
+            "package adds.",
             rich_help_panel=COMPOSE,
         ),
     ] = None
@@ -132,7 +134,8 @@ class ComposeOptions:
         str | None,
         typer.Option(
             metavar="REVISION",
-            help="Branch, tag or commit of a hub id: of MODEL or CHECKPOINT if it is one, else of the language model.",
+            help="Branch, tag or commit on the hub: of MODEL or CHECKPOINT if that is a hub id, otherwise of the "
+            "language model.",
             rich_help_panel=COMPOSE,
         ),
     ] = None
@@ -201,7 +204,7 @@ class SourceOptions:
         bool,
         typer.Option(
             "--trust-remote-code",
-            help="Run Python code that comes with the model's language model.",
+            help="Run Python code that comes with the language model.",
             rich_help_panel=RUN,
         ),
     ] = False

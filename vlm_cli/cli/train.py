@@ -74,7 +74,7 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model on records of images and text, and write it to OUT.
+    """Train a model on records of images and text. The directory OUT appears when training is done.
 
     A record is a line such as {"prompt": "<image:cat.jpg>Caption:", "completion": " A cat."}
 
