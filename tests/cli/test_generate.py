@@ -210,6 +210,19 @@ def test_a_stop_token_ends_the_answer(generate, answers, tokenizer):
     assert finish(generate) == (" a dog", len(ids) + 1, "stop_token")
 
 
+def test_a_stop_token_that_is_no_special_token_is_not_text(vlm, open_gates, answers, tokenizer, tmp_path):
+    own = shutil.copytree(open_gates, tmp_path / "own")
+    [comma] = tokenizer(",").input_ids[-1:]
+    config = json.loads((own / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, comma]}))
+    ids = tokenizer(" a dog").input_ids
+    answers([*ids, comma, 7])
+    for flags in ((), ("--no-stream",)):
+        assert vlm("generate", "-m", own, "The cat", "-n", 8, *flags).stdout == " a dog\n"
+    # The twin: with another stop token, it is text.
+    assert "," in vlm("generate", "-m", open_gates, "The cat", "-n", 8).stdout
+
+
 def test_length_ends_the_answer(generate, answers, tokenizer):
     ids = tokenizer(" a dog and cat").input_ids[:4]
     answers(ids)

@@ -122,10 +122,10 @@ def test_similar_items_stand_together() -> None:
 @pytest.mark.parametrize(
     ("ids", "text", "reason"),
     [
-        ([5, 6, 2, 7], "<5><6><2>", "stop_token"),
-        ([2, 2], "<2>", "stop_token"),
+        ([5, 6, 2, 7], "<5><6>", "stop_token"),
+        ([2, 2], "", "stop_token"),
         ([5, 6], "<5><6>", "length"),
-        ([5, 9], "<5><9>", "stop_token"),
+        ([5, 9], "<5>", "stop_token"),
     ],
 )
 def test_answer_ends_at_a_stop_token(ids: list[int], text: str, reason: str, folder: Path) -> None:

@@ -141,7 +141,7 @@ def evaluate(
 def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], records: Records) -> Evaluation:
     """Answer the items with the engine of `vlm batch`."""
     from vlm_cli.evaluation.items import encode_items
-    from vlm_cli.evaluation.run import evaluate as evaluate_items
+    from vlm_cli.evaluation.run import evaluate_items
     from vlm_cli.generation.answers import RowAnswerer
     from vlm_cli.generation.batch_size import BatchSize
     from vlm_cli.generation.plan import GenerationPlan

@@ -13,7 +13,7 @@ from vlm_cli.evaluation.scores import Score, score
 from vlm_cli.generation.answers import Counts, RowAnswerer
 from vlm_cli.media import MediaLoader
 
-__all__ = ["Evaluation", "answer_items", "evaluate", "sort_items"]
+__all__ = ["Evaluation", "answer_items", "evaluate_items", "sort_items"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Evaluation:
         return sum(not answer.has_ended for answer in self.answers)
 
 
-def evaluate(
+def evaluate_items(
     answerer: RowAnswerer,
     items: Sequence[Item],
     loader: MediaLoader,
@@ -74,7 +74,7 @@ def answer_items(
     name: str = "the records",
     report: Callable[[int], None] = lambda done: None,
 ) -> list[GradedAnswer]:
-    """Return the answer to each item, in the order of the items; arguments and errors are those of `evaluate`."""
+    """Return the answer to each item, in the order of the items; arguments and errors are those of `evaluate_items`."""
     rows: Iterator[Item] = iter(sort_items(items))
     with closing(answerer.answer(rows, loader)) as answered:
         for done, item in enumerate(answered, start=1):

@@ -66,10 +66,10 @@ class RowCost:
         width = text.hidden_size * model.dtype.itemsize  # bytes
         layers = getattr(text, "num_hidden_layers", None) or ASSUMED_LAYERS
         # Keys and values of all layers, and the activations of one layer during prefill.
-        self._per_position = sequences * (2 * layers * shared + 16) * width
+        self._per_position: float = sequences * (2 * layers * shared + 16) * width
         # Logits, and the sorted copies that sampling makes.
-        self._per_row = sequences * 16 * text.vocab_size
-        self._copies = 1 + 2 * sequences * len(model.block_layers)
+        self._per_row: int = sequences * 16 * text.vocab_size
+        self._copies: int = 1 + 2 * sequences * len(model.block_layers)
 
     def __call__(self, positions: int, media_bytes: int) -> float:
         """Return the bytes of one row.
@@ -84,11 +84,11 @@ class RowCost:
 def available_memory(device: torch.device) -> int:
     """Return the bytes that are free, those included that torch has reserved and does not use."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        unused: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return unused + int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

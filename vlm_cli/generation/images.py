@@ -14,7 +14,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -27,6 +27,9 @@ from vlm_cli.generation.encoded_image import EncodedImage, ImageSlot
 from vlm_cli.generation.rows import Row
 from vlm_cli.interrupt import ignore_interrupt
 from vlm_cli.media import MediaLoader
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["ImageCache", "Preprocessor", "with_images"]
 
@@ -79,7 +82,7 @@ class Preprocessor(Dataset):
         loader: finds images.
     """
 
-    transform: Callable[[Any], Tensor]
+    transform: Callable[[Image], Tensor]
     loader: MediaLoader
 
     def __getitem__(self, sources: Sequence[str]) -> list[np.ndarray | str]:
@@ -142,6 +145,6 @@ def with_images(
         yield row
 
 
-def _unchanged(found: Any) -> Any:
+def _unchanged(found: list[np.ndarray | str]) -> list[np.ndarray | str]:
     """Return what a worker made; the DataLoader would turn it into tensors."""
     return found

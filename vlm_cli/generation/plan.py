@@ -96,9 +96,11 @@ class GenerationPlan:
         return room
 
     def decode(self, ids: list[int]) -> str:
-        """Turn token ids into text, without special tokens."""
-        # The tokenizer's clean-up removes spaces, which a stream has printed already.
-        return self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Turn new tokens into text, up to the first stop token and without special tokens."""
+        # The end of a line, for instance, may be a stop token without being a special token. And the tokenizer's
+        # clean-up would remove spaces, which a stream has printed already.
+        text = ids[: self._find_stop(ids)]
+        return self.processor.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def read(self, ids: list[int], room: int) -> Answer:
         """Turn new tokens into an answer.
@@ -110,7 +112,7 @@ class GenerationPlan:
             ids: what the model wrote, with the padding of its row.
             room: how many tokens it might have written.
         """
-        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
+        end = self._find_stop(ids)
         length = len(ids) if end is None else end + 1
         if end is None and self.stops:
             # An answer that a stop string ended sooner than the others of its batch is padded.
@@ -121,3 +123,7 @@ class GenerationPlan:
         is_cut = text != whole or (end is None and length < room)
         reason: FinishReason = "stop_string" if is_cut else "stop_token" if end is not None else "length"
         return Answer(text, length, reason)
+
+    def _find_stop(self, ids: Sequence[int]) -> int | None:
+        """Return the index of the first stop token; None without one."""
+        return next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
