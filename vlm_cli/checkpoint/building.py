@@ -168,7 +168,7 @@ def build_from_checkpoint(
         composition_over: changes the composition that the checkpoint describes, as of `vlm_cli.import_checkpoint`.
         revision: branch, tag or commit, if `source` is a hub id.
         dtype: of all weights, such as torch.bfloat16; "auto" takes that of the checkpoint.
-        seed: seed for random weights, which only tokens get that the checkpoint does not have.
+        seed: for the random weights of tokens that the checkpoint does not have.
         delta: whether the directory leaves out the tensors that the pretrained parts hold.
         trust_remote_code: whether the language model's own code may run.
         max_shard_size: largest size of one weight file, such as "5GB".

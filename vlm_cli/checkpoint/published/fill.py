@@ -142,7 +142,7 @@ def plan_fill(
 def _account(
     report: KeyReport,
     state: Mapping[str, Tensor],
-    num_filled: Mapping[int, int],
+    num_filled: Counter[int],
     mismatched: Container[int],
     has_weights: Callable[[str], bool],
     is_optional: Callable[[str], bool],

@@ -75,7 +75,7 @@ def import_checkpoint(
             (plain data) to a composition. None changes nothing.
         dtype: of all weights; "auto" is the checkpoint's.
         trust_remote_code: run the language model's own code from its repository.
-        seed: seed for random weights, which only tokens get that the checkpoint does not have.
+        seed: for the random weights of tokens that the checkpoint does not have.
         revision: branch, tag or commit of a hub id.
         progress: called with the name of each step before it begins.
 

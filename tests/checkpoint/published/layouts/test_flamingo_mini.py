@@ -448,6 +448,22 @@ def test_numbers_that_do_not_fit(tmp_path, changes, message):
         load(case)
 
 
+@pytest.mark.parametrize(
+    ("clip", "name", "quick_gelu"),
+    [
+        ("openai/clip-vit-large-patch14", "ViT-L-14", True),
+        ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "ViT-L-14", False),  # LAION trained with the exact GELU
+        ("someone/clip", "clip-vision-transformer", True),
+    ],
+)
+def test_the_tower_is_known_by_the_clip_that_it_was(tmp_path, clip, name, quick_gelu):
+    case = flamingo(tmp_path)
+    rewrite_config(tmp_path, clip_model_type=clip)
+    description = recognise(case.source).description
+    assert description.composition["vision_encoder"]["name"] == name
+    assert description.vision_config["quick_gelu"] is quick_gelu
+
+
 def test_other_blocks_and_widths_are_named(tmp_path):
     case = flamingo(tmp_path)
     # OpenFlamingo's blocks stand before layers n-1, 2n-1, ….

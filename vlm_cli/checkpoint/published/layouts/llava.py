@@ -148,7 +148,7 @@ class OriginalLLaVA:
                 f"{checkpoint.name!r} cuts images into tiles, as LLaVA-1.6 does; vlm gives each image to the vision "
                 "encoder as a whole. Give a checkpoint of LLaVA-1.5."
             )
-        reading = _read_feature_settings(checkpoint)
+        features = _read_feature_settings(checkpoint)
         vision, tower, notes = _find_tower(checkpoint)
         holds_lm = "model.norm.weight" in checkpoint.tensors
         text = {key: value for key, value in config.items() if not _OWN.fullmatch(key)}
@@ -167,14 +167,14 @@ class OriginalLLaVA:
         return CheckpointDescription(
             composition={
                 "family": "llava",
-                "vision_encoder": {**tower, **reading},
+                "vision_encoder": {**tower, **features},
                 "vision_tokenizer": _read_projector(checkpoint),
                 "fusion": "language-stream",
                 "language_model": {"name": lm or ""},
                 "added_tokens": [MEDIA_TOKEN],
                 "trainable": ["vision_tokenizer", *(["language_model"] if holds_lm else [])],
             },
-            targets_for=lambda ours: _make_original_targets(checkpoint, ours, reading),
+            targets_for=lambda ours: _make_original_targets(checkpoint, ours, features),
             text_config=text if holds_lm else None,
             vision_config=vision,
             optional_pattern=rf"{_OPTIONAL}|added_tokens\..*",
@@ -254,21 +254,23 @@ def _guess_language_model(checkpoint: PublishedCheckpoint) -> str | None:
     return checkpoint.config.get("_name_or_path") or known
 
 
-def _make_original_targets(checkpoint: PublishedCheckpoint, config: VLMConfig, reading: Mapping[str, Any]) -> TargetsOf:
+def _make_original_targets(
+    checkpoint: PublishedCheckpoint, config: VLMConfig, features: Mapping[str, Any]
+) -> TargetsOf:
     """Make the lookup of targets.
 
     Args:
         checkpoint: named in errors.
         config: of the VLM.
-        reading: the features that the projection was trained on.
+        features: the features that the projection was trained on.
 
     Raises:
         CheckpointError: if the composition takes other features of its vision encoder.
     """
     found = config.composition.vision_encoder.feature_arguments
-    if found != dict(reading):
-        wrong = [name for name in reading if found[name] != reading[name]]
-        flags = " ".join(f"--set vision_encoder.{name}={str(reading[name]).lower()}" for name in wrong)
+    if found != dict(features):
+        wrong = [name for name in features if found[name] != features[name]]
+        flags = " ".join(f"--set vision_encoder.{name}={str(features[name]).lower()}" for name in wrong)
         raise CheckpointError(
             f"{checkpoint.name!r} was trained on other features than "
             f"{' and '.join(f'{name}={found[name]}' for name in wrong)}. Add {flags}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.shapes import count_layers, find_layers, find_shape, interval_of
+from vlm_cli.composition import GatedFusionOptions, PerceiverOptions
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 
@@ -101,7 +102,9 @@ def read_qformer_options(checkpoint: PublishedCheckpoint, prefix: str, num_heads
     }
 
 
-def check_heads(checkpoint: PublishedCheckpoint, pattern: str, part: str, options: Any) -> None:
+def check_heads(
+    checkpoint: PublishedCheckpoint, pattern: str, part: str, options: PerceiverOptions | GatedFusionOptions
+) -> None:
     """Refuse settings whose heads do not have as many channels as the checkpoint's attention.
 
     Args:
@@ -140,7 +143,7 @@ def check_fusion(checkpoint: PublishedCheckpoint, block: str, config: VLMConfig)
 
 
 def guess_heads(checkpoint: PublishedCheckpoint, pattern: str, head_dim: int) -> dict[str, int]:
-    """Return the heads of the published models, if the attention's channels are a multiple of theirs; else nothing.
+    """Return the heads of the published models, or nothing if their `head_dim` does not divide the channels.
 
     Args:
         checkpoint: names and shapes.
