@@ -206,7 +206,7 @@ def _collect_texts(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _get_completion(data: dict[str, Any]) -> str:
-    completion = get_field(data, "completion", str, "text")
+    completion: str = get_field(data, "completion", str, "text")
     if not completion.strip():
         raise RecordError(f'"completion" is empty, got {completion!r}: the model would have nothing to learn.')
     return completion
@@ -307,6 +307,6 @@ class _ImageCheck:
             if not path.is_file():
                 return False
             with Image.open(path) as image:
-                return 0 < image.width * image.height <= MAX_PIXELS
+                return bool(0 < image.width * image.height <= MAX_PIXELS)
         except Exception:  # whatever Pillow raises; `MediaLoader` then says what is wrong
             return False

@@ -1,1 +1,1 @@
-"""Learning from records: read, tokenise, train, write a directory that runs alone."""
+"""Train a model on records, from files to a directory that `vlm_cli.load` reads."""

@@ -24,7 +24,7 @@ def find_end_token(model: VLM, processor: VLMProcessor) -> int:
         LanguageModelError: if the model has neither.
     """
     if END_OF_CHUNK in model.config.composition.added_tokens:
-        return processor.tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
+        return int(processor.tokenizer.convert_tokens_to_ids(END_OF_CHUNK))
     found = stop_token_ids(processor.tokenizer, model.config)
     if not found:
         raise LanguageModelError(

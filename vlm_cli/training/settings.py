@@ -78,7 +78,7 @@ class TrainingSettings:
     workers: Annotated[
         int | None,
         Flag(
-            help="Decode images in N processes beside the main one. By default up to 4 on a GPU, and none on the CPU.",
+            help="Decode images in N worker processes. By default, up to 4 on a GPU, and none on the CPU.",
             heading=DATA,
             metavar="N",
             least=0,
@@ -132,7 +132,7 @@ class TrainingSettings:
     max_grad_norm: Annotated[
         float,
         Flag(
-            help="Scale a gradient whose norm is above X down to X. With 0, never.",
+            help="Scale a gradient whose norm is above X down to X. 0 scales none.",
             heading=LEARNING,
             metavar="X",
             old_names=("--clip",),
@@ -144,7 +144,7 @@ class TrainingSettings:
     ] = False
     gradient_checkpointing: Annotated[
         bool,
-        Flag(help="Compute activations again in the backward pass: less memory, more time.", heading=LEARNING),
+        Flag(help="Compute activations a second time in the backward pass: less memory, more time.", heading=LEARNING),
     ] = False
     seed: Annotated[
         int,
@@ -159,7 +159,7 @@ class TrainingSettings:
     epochs: Annotated[
         float | None,
         Flag(
-            help="Stop after X passes over the records. Without a limit of passes, steps or minutes, X is 1.",
+            help="Stop after X passes over the records. If no limit is given, of passes, steps or minutes, X is 1.",
             heading=LENGTH,
             metavar="X",
             above=0,
@@ -171,7 +171,7 @@ class TrainingSettings:
     max_minutes: Annotated[
         float | None,
         Flag(
-            help="Stop after X minutes of training, at which the learning rate has reached the end of its schedule.",
+            help="Stop after X minutes of training. The schedule of the learning rate ends at that time.",
             heading=LENGTH,
             metavar="X",
             above=0,

@@ -138,7 +138,7 @@ class VLMTrainer(Trainer):
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP or DeepSpeed spreads the weights over the processes."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
