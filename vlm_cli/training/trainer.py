@@ -77,7 +77,8 @@ class VLMTrainer(Trainer):
         notify: Callable[[str], None],
         use_cpu: bool,
     ) -> None:
-        self.settings, self.checkpoints, self.run, self.report, self.notify = settings, checkpoints, run, report, notify
+        self.settings, self.train_set, self.eval_set = settings, train_set, eval_set
+        self.checkpoints, self.run, self.report, self.notify = checkpoints, run, report, notify
         # A vision tower's pooling and projection do not contribute to its patch features, so they get no gradient.
         finds_unused = "vision_encoder" in model.config.composition.trainable
         arguments = make_arguments(
@@ -130,7 +131,7 @@ class VLMTrainer(Trainer):
 
         single = self.args.world_size == 1
         with deferred_interrupt(announce) if single else contextlib.nullcontext(lambda: False) as is_interrupted:
-            evaluates = self.eval_dataset is not None
+            evaluates = self.eval_set is not None
             self.add_callback(EndInTime(self.budget, is_interrupted=is_interrupted, evaluates=evaluates))
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
             return is_interrupted()
@@ -182,7 +183,7 @@ class VLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         size = self.settings.step_size(self.args.world_size)
-        data = self.train_dataset
+        data = self.train_set
         sampler = StreamSampler(
             len(data),
             self.budget.steps * size,
@@ -193,7 +194,8 @@ class VLMTrainer(Trainer):
         return self._make_loader(data, sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        data = self.eval_dataset
+        data = self.eval_set
+        assert data is not None
         return self._make_loader(data, np.lexsort([data.lengths, data.num_images]).tolist())
 
     def _make_loader(self, data: RecordDataset, sampler: Sampler[int] | Sequence[int]) -> DataLoader:
@@ -232,10 +234,10 @@ class VLMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         records = inputs.pop("records")
-        result = super().compute_loss(
+        result: Any = super().compute_loss(
             model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch=num_items_in_batch
         )
-        self.metrics.images += int(self.train_dataset.num_images[records].sum()) * self.args.world_size
+        self.metrics.images += int(self.train_set.num_images[records].sum()) * self.args.world_size
         self._step_records = [*self._step_records, *records]
         loss = result[0] if return_outputs else result
         self.watch.add(self.state.global_step + 1, "loss", records, loss.detach())
@@ -251,7 +253,7 @@ class VLMTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure the held-out loss: the mean over all learned tokens of the held-out records."""
         self.watch.check()
-        model = self.model_wrapped if self.is_sharded else self.model
+        model: Any = self.model_wrapped if self.is_sharded else self.model
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in map(check_batch, self.get_eval_dataloader()):
@@ -273,7 +275,7 @@ class VLMTrainer(Trainer):
         if "loss" not in logs and "eval_loss" not in logs:
             return  # the summary of the base class
         step, budget = self.state.global_step, self.budget
-        epoch = round(step * self.settings.step_size(self.args.world_size) / len(self.train_dataset), 4)
+        epoch = round(step * self.settings.step_size(self.args.world_size) / len(self.train_set), 4)
         self.state.log_history.append(
             self.metrics.append({"step": step, "epoch": epoch, **logs}, seconds=budget.seconds)
         )
