@@ -29,7 +29,7 @@ pipeline_tag: image-text-to-text
 
 # {name}
 
-A vision-language model composed with [vlm](https://pypi.org/project/vlm-cli/). {story}
+A vision-language model composed with `vlm` (the Python package vlm-cli). {story}
 
 | part | choice |
 |---|---|
@@ -40,8 +40,9 @@ A vision-language model composed with [vlm](https://pypi.org/project/vlm-cli/). 
 | language model | `{parts.language_model.name}` |
 
 {table}
+With `vlm` installed:
+
 ```
-pip install vlm-cli
 vlm generate --model {name} "<image:photo.jpg>A photo of"
 ```
 """
