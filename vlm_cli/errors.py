@@ -22,7 +22,6 @@ without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any
@@ -127,14 +126,11 @@ class TrainingError(VLMError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says went wrong, at a length that can be read.
+    """Return the first line of an error of another library, at most 300 characters long.
 
     >>> first_line(ValueError("no such thing.\\nTry another."))
     'no such thing'
     """
     text = str(error).strip()
-    # torch says at length how to run the code all the same, which is no advice to pass on.
-    if refused := re.search(r"Weights only load failed.*?(?:GLOBAL|class|global) ([\w.]+)", text, re.DOTALL):
-        return f"it holds {refused[1]}, which is code and no tensor"
     lines = text.splitlines() or [type(error).__name__]
     return shorten(lines[0], 300, placeholder=" …").rstrip(".:")

@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower, list_towers
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.modeling.towers import build_tower, image_size, tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder

@@ -35,7 +35,7 @@ from benchmarks.speed import reference
 from benchmarks.speed.measure import Run, Subject
 from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.directory import save
-from vlm_cli.checkpoint.parts.openclip import find_tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.modeling.fusion.gates import is_gate
 from vlm_cli.modeling.towers import build_tower

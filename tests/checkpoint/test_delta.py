@@ -17,7 +17,8 @@ from tests.support import disk
 from tests.support.disk import run
 from tests.support.gguf_file import write_gguf
 from vlm_cli import VLM
-from vlm_cli.checkpoint.delta import hash_tensors, write_delta
+from vlm_cli.checkpoint.backbones import hash_tensors
+from vlm_cli.checkpoint.delta import write_delta
 from vlm_cli.checkpoint.directory import save_delta
 from vlm_cli.errors import CheckpointError, UsageError
 

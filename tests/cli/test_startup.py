@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import vlm_cli
-from vlm_cli.checkpoint.parts.openclip import list_towers
+from vlm_cli.checkpoint.parts.vision_encoders import list_towers
 from vlm_cli.report.encoders import EncoderFacts, store_facts
 
 COMMANDS = ("build", "inspect", "generate", "count-params", "list")

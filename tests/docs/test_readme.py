@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.support import ROOT
 from tests.support.markdown import blocks, flags, table
 from tests.support.sessions import Step, agrees, run, run_python, steps
-from vlm_cli.checkpoint.parts.openclip import find_tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.cli.app import app
 from vlm_cli.composition import FAMILIES, VisionEncoderOptions, split_name
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS

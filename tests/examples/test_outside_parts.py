@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import vlm_cli.registry
 from tests.support import ROOT, invariants, tiny
-from vlm_cli.checkpoint.parts.openclip import find_tower, list_towers, load_tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower, list_towers, load_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, PluginError, UnknownNameError, VisionEncoderError
 from vlm_cli.modeling.conditioning import Conditioning

@@ -33,7 +33,7 @@ from examples.scenes.world import (
 )
 from examples.scenes.write import Series, write
 from tests.support import ROOT
-from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.data.records import read_records
 from vlm_cli.prompt import Medium, Text, parse

@@ -19,7 +19,7 @@ from tests.support import invariants, reference, tiny
 from tests.support.invariants import differs, logits, opened, same
 from tests.support.tiny import VOCABULARY, nudged
 from vlm_cli.checkpoint.create import plan
-from vlm_cli.checkpoint.parts.openclip import find_tower, load_tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.composition import Composition, LinearOptions, MLPOptions, PerceiverOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, VisionEncoderError
 from vlm_cli.modeling.fusion.visibility import MediaVisibility

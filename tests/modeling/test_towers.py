@@ -25,7 +25,7 @@ from benchmarks.compatibility.towers import (
     towers,
 )
 from tests.support import tiny
-from vlm_cli.checkpoint.parts.openclip import find_tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.modeling.towers import build_tower, image_size, patch_features, tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder

@@ -1,4 +1,8 @@
-"""From a composition to a model: find the parts, check that they fit, load them, put them together."""
+"""Make a model of a composition: find the parts, check that they fit, load them, put them together.
+
+plan(composition) -> Blueprint    reads configurations of a few kB, and reports every problem at once
+create(blueprint) -> VLM          downloads and loads weights
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
-from vlm_cli.checkpoint.parts.openclip import Tower, find_tower, load_tower
+from vlm_cli.checkpoint.parts.tower import Tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
@@ -32,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A composition that was checked: everything about the model but its weights.
+    """A composition whose parts exist and fit together: everything about the model but its weights.
 
     Attributes:
-        config: of the model.
-        tower: the vision encoder that was found.
-        language_model: the language model that was found.
-        tokenizer: with the added tokens; None where none was needed.
+        config: configuration of the model.
+        tower: the vision encoder, and where its weights are.
+        language_model: the language model, and where its weights are.
+        tokenizer: the language model's, with the added tokens; None if there is none and none was needed.
     """
 
     config: VLMConfig
@@ -48,7 +54,7 @@ class Blueprint:
 
     @cached_property
     def meta_model(self) -> VLM:
-        """The model on the meta device, where weights have shapes and no bytes."""
+        """The model on the meta device, where tensors have shapes and no bytes."""
         with torch.device("meta"):
             return VLM(self.config)
 
@@ -58,15 +64,15 @@ class Blueprint:
 
 
 def plan(composition: Composition, *, trust_remote_code: bool = False, need_tokenizer: bool = True) -> Blueprint:
-    """Find the parts and check that they fit, before any weight is fetched or allocated.
+    """Find the parts of a composition and check that they fit, before any weight is downloaded or allocated.
 
     Args:
         composition: the parts.
-        trust_remote_code: run the language model's own code from its repository.
+        trust_remote_code: whether the language model's own code may run.
         need_tokenizer: whether a language model without a tokenizer is an error.
 
     Raises:
-        VLMError: one, or a CompositionError with all that were found.
+        VLMError: if there is one problem; if there are several, a CompositionError with all of them.
     """
     search = _Search()
     tower = search.attempt(lambda: find_tower(composition.vision_encoder))
@@ -89,15 +95,16 @@ def configure(
     tokenizer: Tokenizer | None,
     first_added_id: int | None = None,
 ) -> VLMConfig:
-    """The configuration of a model of these parts; the tokenizer gets the tokens that the composition adds.
+    """Make the configuration of a model of these parts, and add the composition's tokens to the tokenizer.
 
     Args:
         composition: the parts.
-        tower_config: of the vision encoder, as `find_tower` gives it.
-        shape: v patches and d channels of its features.
-        text_config: of the language model.
-        tokenizer: changed in place; None where the vocabulary is taken from the language model.
-        first_added_id: of the added tokens, which the tokenizer has already; None adds them behind its last.
+        tower_config: configuration of the vision encoder, as `find_tower` gives it.
+        shape: number of patches and channels of its features.
+        text_config: configuration of the language model.
+        tokenizer: changed in place; None numbers the added tokens after the language model's vocabulary.
+        first_added_id: id of the first added token, if the tokenizer has these tokens already; None adds them after
+            its last token.
     """
     rows = text_config.get_text_config(decoder=True).vocab_size
     if tokenizer is None:
@@ -137,7 +144,7 @@ def find_missing_parts(error: CompositionError) -> list[str]:
 
 @dataclass
 class _Search:
-    """Goes on after a problem, so that all are known at the end."""
+    """Calls functions that may fail, and collects their problems instead of stopping at the first."""
 
     problems: list[VLMError] = field(default_factory=list)
 
@@ -217,34 +224,38 @@ def create(
     seed: int = 0,
     progress: Callable[[str], None] = logger.info,
 ) -> VLM:
-    """Load the pretrained parts and put them together; new parts start from `seed`.
+    """Load the pretrained parts of a blueprint, and make the model around them.
+
+        model = vlm_cli.create(vlm_cli.plan(composition))
 
     Args:
         blueprint: what `plan` found.
-        random_weights: draw the pretrained parts too, and fetch nothing.
-        dtype: of all weights; "auto" is the language model's own.
-        seed: of all that is drawn.
-        progress: is told each step.
+        random_weights: whether the pretrained parts get random weights, too; nothing is downloaded then.
+        dtype: of all weights; "auto" takes that of the language model.
+        seed: seed for random weights.
+        progress: called with the name of each step before it begins.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         VLMError: if weights cannot be fetched or do not fit.
     """
     config = blueprint.config
-    if dtype == "auto":
+    if isinstance(dtype, str):
         dtype = config.get_text_config().dtype or torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if random_weights:
             progress("drawing random weights")
-            model = VLM(config)
+            model = put_together(config, None, None)
         else:
             progress(f"loading vision encoder {config.composition.vision_encoder.name}")
             visual = load_tower(blueprint.tower)
             progress(f"loading language model {blueprint.language_model.name}")
             lang_model = blueprint.language_model.load(dtype)
             progress("composing")
-            encoder = VisionEncoder(visual, **config.composition.vision_encoder.feature_arguments)
-            model = VLM(config, vision_encoder=encoder, lang_model=lang_model)
+            model = put_together(config, visual, lang_model)
         lm = model.lang_model
         model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())
     cast(model, dtype)
@@ -253,8 +264,16 @@ def create(
     return model.eval()
 
 
+def put_together(config: VLMConfig, visual: nn.Module | None, lang_model: PreTrainedModel | None) -> VLM:
+    """Make a model around its pretrained parts; a part that is None is made with random weights."""
+    encoder = None
+    if visual is not None:
+        encoder = VisionEncoder(visual, **config.composition.vision_encoder.feature_arguments)
+    return VLM(config, vision_encoder=encoder, lang_model=lang_model)
+
+
 def cast(model: VLM, dtype: torch.dtype) -> None:
-    """Give all that is saved a dtype. Other buffers (rotary frequencies) keep their own, as when a file is loaded."""
+    """Cast every tensor that a file holds. Other buffers (rotary frequencies) keep their dtype, as after loading."""
     saved = set(model.state_dict())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in saved and tensor.is_floating_point():
@@ -262,7 +281,7 @@ def cast(model: VLM, dtype: torch.dtype) -> None:
 
 
 def _stop_tokens(config: PreTrainedConfig, tokenizer: Tokenizer | None, added: list[str]) -> list[int] | None:
-    """Ids that end an answer: the language model's, its tokenizer's, and the end of a chunk."""
+    """Return the ids that end an answer: those of the language model and of its tokenizer, and the end of a chunk."""
     stops = list(stop_token_ids(config.get_text_config(decoder=True), tokenizer))
     if tokenizer is not None and END_OF_CHUNK in added:
         end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
@@ -271,11 +290,11 @@ def _stop_tokens(config: PreTrainedConfig, tokenizer: Tokenizer | None, added: l
 
 
 def generation_config(model: VLM) -> GenerationConfig:
-    """The language model's own settings, with our pad and stop tokens."""
+    """Return the language model's own settings of generation, with the pad and stop tokens of the model."""
     config = GenerationConfig.from_dict(model.lang_model.generation_config.to_dict())
     config.pad_token_id = model.config.pad_token_id
     config.eos_token_id = list(stop_token_ids(config, model.config)) or None
-    # Lengths are the caller's affair; a default of 20 tokens in all would count the prompt.
+    # Transformers' default of 20 tokens would count the prompt. The caller sets a length.
     config.max_length = None
-    config.use_cache = True  # MPT's own says no
+    config.use_cache = True  # MPT's own configuration turns the cache off
     return config

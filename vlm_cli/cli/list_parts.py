@@ -80,7 +80,7 @@ def _print_all(found: dict[str, dict[str, str]], as_json: bool) -> None:
 def _entries(kind: str) -> dict[str, str]:
     """Return the names of one kind, and a few words about each."""
     if kind == "vision-encoders":
-        from vlm_cli.checkpoint.parts.openclip import list_towers
+        from vlm_cli.checkpoint.parts.vision_encoders import list_towers
 
         return list_towers()
     if kind == "language-models":
@@ -110,14 +110,14 @@ def _facts(entries: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _config(name: str) -> dict[str, Any]:
-    from vlm_cli.checkpoint.parts.openclip import find_tower
+    from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 
     return find_tower(VisionEncoderOptions(name=name)).config
 
 
 def _outside_facts(name: str) -> dict[str, Any]:
     """Measure another package's encoder; each time, since we cannot tell when that package changes it."""
-    from vlm_cli.checkpoint.parts.openclip import find_tower
+    from vlm_cli.checkpoint.parts.vision_encoders import find_tower
     from vlm_cli.report.encoders import measure_encoder
 
     try:

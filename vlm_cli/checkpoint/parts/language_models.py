@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
+from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import LanguageModelError, first_line
 from vlm_cli.modeling.language_model import check_causal
@@ -69,7 +70,7 @@ class LanguageModelSource:
         except Exception as error:
             advice = "" if Path(self.location).exists() else f" {_ADVICE}"
             raise LanguageModelError(
-                f"cannot load the weights of language model {self.name!r}: {first_line(error)}.{advice}"
+                f"cannot load the weights of language model {self.name!r}: {describe_load_error(error)}.{advice}"
             ) from None
         _check_complete(self.name, info)
         if "gguf_file" in self.keywords:

@@ -1,36 +1,37 @@
-"""Vision encoders by name: their configuration without a download, their weights when asked for.
-
-Names are OpenCLIP's, and those that other packages register.
-"""
+"""OpenCLIP's vision encoders: their configurations without a download, their weights when asked for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
+from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.errors import PluginError, UnknownNameError, VisionEncoderError, VLMError, first_line
+from vlm_cli.errors import UnknownNameError, VisionEncoderError
 from vlm_cli.registry import VISION_ENCODERS, suggest
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Tower", "complete_preprocessing", "fetch_weights", "find_tower", "list_towers", "load_tower", "weights_in"]
-
-
-def list_towers() -> dict[str, str]:
-    """Names of OpenCLIP and of other packages, and a word on each; found without importing OpenCLIP."""
-    return {**dict.fromkeys(_openclip_files(), "OpenCLIP"), **VISION_ENCODERS.summaries()}
+__all__ = [
+    "complete_preprocessing",
+    "fetch_weights",
+    "find_openclip_tower",
+    "load_openclip_tower",
+    "openclip_files",
+    "weights_in",
+]
 
 
 @cache
-def _openclip_files() -> dict[str, Path]:
-    """Names of OpenCLIP's own configurations and their files."""
+def openclip_files() -> dict[str, Path]:
+    """Return the names of OpenCLIP's own configurations and their files, without importing OpenCLIP."""
     spec = find_spec("open_clip")
     if spec is None or spec.origin is None:
         return {}
@@ -38,103 +39,44 @@ def _openclip_files() -> dict[str, Path]:
     return {file.stem: file for file in files if "vision_cfg" in json.loads(file.read_text(encoding="utf-8"))}
 
 
-@dataclass(frozen=True)
-class Tower:
-    """A tower that was found: its configuration, and where its weights are.
-
-    Attributes:
-        config: `embed_dim`, `vision_cfg`, `quick_gelu` and `preprocess`, and `depth` if it is cut; or `type`, a
-            registered name, `vision_cfg`, `preprocess`, and whatever else that encoder's `configure` gave.
-        model_config: OpenCLIP's whole configuration, text tower included; empty for a registered encoder.
-        weights: file, OpenCLIP's record of a pretrained tag, or what a registered encoder's `load_pretrained` takes;
-            None for random weights.
-    """
-
-    config: dict[str, Any]
-    model_config: dict[str, Any] = field(repr=False)
-    weights: Path | str | dict[str, Any] | None = None
-
-
-def find_tower(options: VisionEncoderOptions) -> Tower:
-    """Find a tower and its preprocessing; only `hf-hub:` names read a file from the hub, of a few kB.
+def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
+    """Find a tower by OpenCLIP's name, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or the path of a JSON file.
 
     Raises:
-        UnknownNameError: for a name or tag that neither OpenCLIP nor another package has.
+        UnknownNameError: for a name or tag that OpenCLIP does not have.
         VisionEncoderError: for a configuration that cannot be read.
-        PluginError: if the package that has the name is broken.
     """
     name = options.name
-    if name in VISION_ENCODERS:
-        return _find_registered(options)
-    weights: Path | dict[str, Any] | None = None
+    weights: TowerWeights | None = None
     if name.startswith("hf-hub:"):
         data = _read_json(_hub_file(name.removeprefix("hf-hub:"), "open_clip_config.json"))
-        weights = {"hf_hub": name.removeprefix("hf-hub:") + "/"}
+        weights = PublishedWeights({"hf_hub": name.removeprefix("hf-hub:") + "/"})
     elif name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:")).expanduser()
         data = _read_json(folder / "open_clip_config.json")
-        weights = weights_in(folder)
+        path = weights_in(folder)
+        weights = None if path is None else WeightsFile(path)
     elif name.endswith(".json"):
         data = _read_json(Path(name).expanduser())
-    elif name in _openclip_files():
-        data = _read_json(_openclip_files()[name])
+    elif name in openclip_files():
+        data = _read_json(openclip_files()[name])
     else:
+        guess = suggest(name, [*openclip_files(), *VISION_ENCODERS])
         raise UnknownNameError(
-            f"unknown vision encoder {name!r}.{suggest(name, _known())} Give a name of OpenCLIP, hf-hub:ORG/NAME, "
-            "local-dir:FOLDER, or an OpenCLIP JSON file; or install the package that brings it. Run `vlm list "
-            "vision-encoders` to see the names."
+            f"unknown vision encoder {name!r}.{guess} Give a name of OpenCLIP, hf-hub:ORG/NAME, local-dir:FOLDER, or "
+            "an OpenCLIP JSON file; or install the package that brings it. Run `vlm list vision-encoders` to see the "
+            "names."
         )
     model = data.get("model_cfg", data)
     if not isinstance(model, dict) or "embed_dim" not in model or not isinstance(model.get("vision_cfg"), dict):
         raise VisionEncoderError(f"{name!r} is not an OpenCLIP configuration: it lacks embed_dim or vision_cfg.")
     tag: dict[str, Any] = {}
     if options.pretrained is not None and Path(options.pretrained).expanduser().is_file():
-        weights = Path(options.pretrained).expanduser()
+        weights = WeightsFile(Path(options.pretrained).expanduser())
     elif options.pretrained is not None:
-        weights = tag = _find_tag(name, options.pretrained)
+        tag = _find_tag(name, options.pretrained)
+        weights = PublishedWeights(tag)
     return Tower(_tower_config(model, {**data.get("preprocess_cfg", {}), **tag}, tag, options), model, weights)
-
-
-def _known() -> list[str]:
-    """All names, without importing other packages."""
-    return [*_openclip_files(), *VISION_ENCODERS]
-
-
-def _find_registered(options: VisionEncoderOptions) -> Tower:
-    """An encoder of another package."""
-    name = options.name
-    if name in _openclip_files():
-        raise PluginError(
-            f"vision encoder {name!r} is a name of OpenCLIP, and an installed package registers it too. Uninstall that "
-            "package."
-        )
-    if settings := options.openclip_settings:
-        raise VisionEncoderError(
-            f"vision encoder {name!r} is of another package, and {' and '.join(settings)} are settings of "
-            "OpenCLIP's towers. Leave them out."
-        )
-    encoder = VISION_ENCODERS[name].load()
-    if options.pretrained is not None and not hasattr(encoder, "load_pretrained"):
-        raise UnknownNameError(
-            f"vision encoder {name!r} has no pretrained weights, so pretrained={options.pretrained!r} means nothing to "
-            "it. Leave it out; `vlm build OUT … --weights FILE` loads trained weights of a whole model."
-        )
-    try:
-        # As it will be read from config.json, where a tuple is a list.
-        config = json.loads(json.dumps(encoder.configure(options)))
-        given, size = config.get("preprocess", {}), config["vision_cfg"]["image_size"]
-        preprocess = complete_preprocessing({**given, "size": size})
-        if unknown := sorted(given.keys() - preprocess.keys()):  # OpenCLIP would pass over them
-            raise ValueError(f"preprocess has {unknown[0]!r}, and may have {', '.join(preprocess)}")
-    except VLMError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"{encoder.__name__}.configure gives no configuration of the vision encoder {name!r}: "
-            f"{type(error).__name__}: {first_line(error)}. It must return plain data with vision_cfg.image_size."
-        ) from error
-    weights = None if options.pretrained is None else str(Path(options.pretrained).expanduser())
-    return Tower({**config, "type": name, "preprocess": preprocess}, {}, weights)
 
 
 def complete_preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,29 +119,24 @@ def _find_tag(name: str, tag: str) -> dict[str, Any]:
     return dict(found)
 
 
-def load_tower(tower: Tower) -> nn.Module:
-    """The image tower with its weights, in float32; with random ones if it names none.
+def load_openclip_tower(tower: Tower) -> nn.Module:
+    """Make a tower with its weights, in float32.
 
     Raises:
         VisionEncoderError: if the weights cannot be fetched or do not fit.
     """
-    from vlm_cli.modeling.towers import build_tower, truncate_layers
+    from vlm_cli.modeling.towers import truncate_layers
 
-    if tower.weights is None:
-        return build_tower(tower.config)
-    if "type" in tower.config:
-        return _load_registered(tower)
-    # Weights are published of all layers.
+    # Files hold the weights of all layers, so that layers are dropped after loading.
     whole = replace(tower, config={key: x for key, x in tower.config.items() if key != "depth"})
     return truncate_layers(_load_whole(whole), tower.config.get("depth"))
 
 
 def _load_whole(tower: Tower) -> nn.Module:
-    """One of OpenCLIP's towers with all of its layers and their weights."""
+    """Make a tower with all of its layers and their weights."""
     from vlm_cli.modeling.towers import build_tower, set_image_size
 
-    assert isinstance(tower.weights, (Path, dict))
-    path = tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
+    path = fetch_weights(tower)
     try:
         state = _visual_state(path)
         if not state:
@@ -207,7 +144,7 @@ def _load_whole(tower: Tower) -> nn.Module:
     except VisionEncoderError:
         raise
     except Exception as error:
-        raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {first_line(error)}.") from None
+        raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {describe_load_error(error)}.") from None
     vision_cfg = tower.config["vision_cfg"]
     if "timm_model_name" not in vision_cfg:
         visual = build_tower(tower.config)
@@ -221,25 +158,8 @@ def _load_whole(tower: Tower) -> nn.Module:
     return set_image_size(visual)
 
 
-def _load_registered(tower: Tower) -> nn.Module:
-    """An encoder of another package, which loads its weights itself."""
-    from vlm_cli.modeling.towers import build_tower
-
-    visual: Any = build_tower(tower.config)
-    try:
-        visual.load_pretrained(tower.weights)
-    except VLMError:
-        raise
-    except Exception as error:
-        raise VisionEncoderError(
-            f"vision encoder {tower.config['type']!r} cannot load the weights {tower.weights!r}: "
-            f"{type(error).__name__}: {first_line(error)}."
-        ) from None
-    return visual.float()
-
-
 def _visual_state(path: Path) -> dict[str, Any]:
-    """Tensors of the image tower under OpenCLIP's names; empty for a file in another layout."""
+    """Read the tensors of the image tower under OpenCLIP's names; none if the file names them differently."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -253,7 +173,7 @@ def _visual_state(path: Path) -> dict[str, Any]:
 
 
 def _fill(visual: nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Load a tower, after resizing a ViT's position embeddings to its image size as OpenCLIP does.
+    """Copy tensors into a tower. Resize the position embeddings of a ViT to its image size first, as OpenCLIP does.
 
     Raises:
         VisionEncoderError: if the file holds another tower.
@@ -277,7 +197,7 @@ def _fill(visual: nn.Module, state: dict[str, Any], path: Path) -> None:
 
 
 def _load_with_openclip(tower: Tower, path: Path) -> nn.Module:
-    """OpenCLIP's own loader, for files of other projects; it builds the text tower too."""
+    """Load a file of another project with OpenCLIP's own loader, which builds the text tower too."""
     from open_clip.factory import load_checkpoint
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -285,7 +205,7 @@ def _load_with_openclip(tower: Tower, path: Path) -> nn.Module:
 
     model_config = {k: v for k, v in tower.model_config.items() if k not in ("custom_text", "multimodal_cfg")}
     model_config |= {key: tower.config[key] for key in ("embed_dim", "vision_cfg", "quick_gelu")}
-    # A configuration without a text tower gets a small one, which is thrown away.
+    # A configuration without a text tower gets a small one. Only the image tower is kept.
     model_config["text_cfg"] = {**model_config.get("text_cfg", _SMALL_TEXT), "hf_model_pretrained": False}
     custom = tower.model_config.get("custom_text") or "hf_model_name" in model_config["text_cfg"]
     model = (CustomTextCLIP if custom else CLIP)(**model_config)
@@ -315,7 +235,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The weights in a folder as OpenCLIP's hub repositories are."""
+    """Find the weight file in a folder that is laid out like OpenCLIP's hub repositories; None if it has none."""
     from open_clip.factory import _find_checkpoint_in_dir
 
     found = _find_checkpoint_in_dir(folder)
@@ -332,13 +252,13 @@ def _hub_file(repository: str, name: str) -> Path:
 
 
 def fetch_weights(tower: Tower) -> Path:
-    """The file of one of OpenCLIP's towers that has weights; from the cache, or else fetched.
+    """Return the file of a tower's weights; download it if it is not in the cache.
 
     Raises:
-        VisionEncoderError: if it cannot be.
+        VisionEncoderError: if it cannot be fetched.
     """
-    assert tower.weights is not None and not isinstance(tower.weights, str)
-    return tower.weights if isinstance(tower.weights, Path) else _download(tower.weights)
+    assert isinstance(tower.weights, (WeightsFile, PublishedWeights))
+    return tower.weights.path if isinstance(tower.weights, WeightsFile) else _download(tower.weights.record)
 
 
 def _download(record: dict[str, Any]) -> Path:

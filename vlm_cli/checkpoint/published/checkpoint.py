@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.errors import CheckpointError, first_line
 
 __all__ = ["PublishedCheckpoint", "TensorInfo"]
@@ -219,8 +220,8 @@ _DTYPES = {
 def _damaged(file: Path, error: Exception) -> CheckpointError:
     """Make the error for a file that cannot be read."""
     if file.suffix == ".safetensors":
-        return CheckpointError(f"cannot read weights from {str(file)!r}: {first_line(error)}. Is it complete?")
-    what = first_line(error)
+        return CheckpointError(f"cannot read weights from {str(file)!r}: {describe_load_error(error)}. Is it complete?")
+    what = describe_load_error(error)
     if isinstance(error, pickle.UnpicklingError) and not what.startswith("it holds"):
         what = "it is no complete file of tensors"  # torch's own message advises to run the code inside
     return CheckpointError(

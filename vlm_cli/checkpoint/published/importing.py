@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vlm_cli.checkpoint.create import cast, configure, generation_config
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
-from vlm_cli.checkpoint.parts.openclip import Tower, find_tower, load_tower
+from vlm_cli.checkpoint.parts.tower import Tower
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.fill import KeyReport, plan_fill
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout

@@ -1,0 +1,209 @@
+"""Backbones: the pretrained vision encoder and language model of a delta directory, pinned and found again.
+
+pinning, when a delta is written      a part -> where its weights are, at which commit
+locating, when a delta is loaded      that record -> a tower or language model to load
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
+from vlm_cli.checkpoint.parts.openclip import fetch_weights, weights_in
+from vlm_cli.checkpoint.parts.tower import OutsideWeights, PublishedWeights, Tower, WeightsFile
+from vlm_cli.composition import LanguageModelOptions
+from vlm_cli.errors import CheckpointError, first_line
+from vlm_cli.modeling.config import VLMConfig
+
+__all__ = [
+    "Backbone",
+    "BackboneMissing",
+    "blaming",
+    "hash_tensors",
+    "locate_language_model",
+    "locate_tower",
+    "pin_language_model",
+    "pin_tower",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """Where the tensors are that a delta directory leaves out of a part. config.json holds the fields.
+
+    Attributes:
+        kind: a repository of the hub, a file or directory, an address, or a package that has an encoder of its own.
+        name: the part's name in the composition.
+        location: repository, absolute path or address.
+        revision: commit of the repository.
+        file: file in the repository or directory, where one file holds all tensors.
+        model_config: OpenCLIP's configuration of the whole model, which files of other projects need.
+        sha256: hash of the tensors that were left out, see `hash_tensors`.
+        tensors: number of tensors that were left out.
+        bytes: their size.
+    """
+
+    kind: Literal["hub", "path", "url", "package"]
+    name: str
+    location: str
+    revision: str | None = None
+    file: str | None = None
+    model_config: dict[str, Any] | None = None
+    sha256: str = ""
+    tensors: int = 0
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        at = f" at commit {self.revision}" if self.revision else ""
+        return f"{self.location!r}{at}{f' ({self.file})' if self.file else ''}"
+
+    def relocated(self, path: str) -> Backbone:
+        """Return the same backbone in another file or directory."""
+        return replace(self, kind="path", location=str(Path(path).expanduser()), revision=None)
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the sha256 over names, dtypes, shapes and bytes in the order of the names; one tensor at a time.
+
+    >>> hash_tensors([("b", torch.ones(2)), ("a", torch.zeros(1))])[:8]
+    '9ca35ed8'
+    """
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}\n".encode())
+        digest.update(memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+# -- pinning -----------------------------------------------------------------------------------------------------------
+
+
+def pin_language_model(source: LanguageModelSource) -> Backbone:
+    """Return where a language model's weights are now, with the commit of a repository."""
+    path, file = Path(source.location), source.keywords.get("gguf_file")
+    if path.exists():
+        return Backbone(kind="path", name=source.name, location=str(path.resolve()), file=file)
+    revision = source.keywords.get("revision")
+    found = _hub_location(Path(cached_file(source.location, file or "config.json", revision=revision)))
+    commit = revision if found is None else found[1]
+    return Backbone(kind="hub", name=source.name, location=source.location, revision=commit, file=file)
+
+
+def pin_tower(name: str, tower: Tower) -> tuple[Backbone, Tower]:
+    """Return where a tower's weights are now, and the tower with its weights fetched."""
+    if isinstance(tower.weights, OutsideWeights):
+        return Backbone(kind="package", name=name, location=tower.weights.argument), tower
+    path = fetch_weights(tower)
+    fetched, model_config = replace(tower, weights=WeightsFile(path)), dict(tower.model_config)
+    if found := _hub_location(path):
+        repository, revision, file = found
+        return Backbone(
+            kind="hub", name=name, location=repository, revision=revision, file=file, model_config=model_config
+        ), fetched
+    url = tower.weights.record.get("url") if isinstance(tower.weights, PublishedWeights) else None
+    kind: Literal["url", "path"] = "url" if url else "path"
+    return Backbone(kind=kind, name=name, location=url or str(path.resolve()), model_config=model_config), fetched
+
+
+def _hub_location(path: Path) -> tuple[str, str, str] | None:
+    """Return repository, commit and file of a path in the hub's cache; None for another path.
+
+    A path in the cache is …/models--ORG--NAME/snapshots/COMMIT/FILE.
+    """
+    for folder in path.absolute().parents:
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+            return repository, folder.name, str(path.absolute().relative_to(folder))
+    return None
+
+
+# -- locating ----------------------------------------------------------------------------------------------------------
+
+
+class BackboneMissing(CheckpointError):
+    """A backbone that cannot be read; the message says how to get it."""
+
+
+@contextmanager
+def blaming(directory: str, part: str, backbone: Backbone | None) -> Iterator[None]:
+    """Turn any error inside the block into a BackboneMissing; without a backbone, leave errors alone."""
+    try:
+        yield
+    except Exception as error:
+        if backbone is None:
+            raise
+        how = {
+            "hub": f"Fetch it where there is a network (hf download {backbone.location} --revision "
+            f"{backbone.revision}), and copy the cache (HF_HOME).",
+            "path": "Put it back there.",
+            "url": f"Fetch {backbone.location} where there is a network.",
+            "package": "Install the package that provides it.",
+        }[backbone.kind]
+        raise BackboneMissing(
+            f"{directory!r} leaves out the tensors of its {part.replace('_', ' ')}, which cannot be read from "
+            f"{backbone}: {first_line(error)}. {how} {advice(part)}"
+        ) from None
+
+
+def advice(part: str) -> str:
+    """Say how a user names another place of a part's pretrained weights."""
+    return (
+        f"If it is elsewhere, say where: vlm_cli.load(…, backbones={{{part!r}: PATH}}), or in config.json, under "
+        "backbones, kind path and location PATH."
+    )
+
+
+def locate_tower(config: VLMConfig, backbone: Backbone | None) -> Tower:
+    """Return the tower of a configuration, with the weights of its backbone; with random ones without a backbone.
+
+    Raises:
+        Exception: if the weights cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+
+    settings = {key: x for key, x in config.vision_config.items() if key not in ("num_patches", "dim")}
+    if backbone is None:
+        return Tower(settings, {})
+    tower = Tower(settings, backbone.model_config or {})
+    if tower.is_outside:
+        return replace(tower, weights=OutsideWeights(backbone.location))
+    if backbone.kind == "hub":
+        assert backbone.file is not None
+        # A commit that is in the cache is taken from there, without asking the hub.
+        path = hf_hub_download(backbone.location, backbone.file, revision=backbone.revision)
+        return replace(tower, weights=WeightsFile(Path(path)))
+    if backbone.kind == "url":
+        published = replace(tower, weights=PublishedWeights({"url": backbone.location}))
+        return replace(tower, weights=WeightsFile(fetch_weights(published)))
+    return replace(tower, weights=WeightsFile(_find_file(backbone)))
+
+
+def _find_file(backbone: Backbone) -> Path:
+    """Return the weight file of a tower in a file or directory."""
+    place = Path(backbone.location)
+    path = place if place.is_file() else None
+    if place.is_dir():
+        path = place / backbone.file if backbone.file else weights_in(place)
+    if path is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {backbone.location!r}")
+    return path
+
+
+def locate_language_model(backbone: Backbone, trust_remote_code: bool) -> LanguageModelSource:
+    """Return the language model of a backbone.
+
+    Raises:
+        LanguageModelError: if it cannot be found.
+    """
+    name = backbone.location if backbone.file is None else str(Path(backbone.location) / backbone.file)
+    options = LanguageModelOptions(name=name, revision=backbone.revision)
+    return find_language_model(options, trust_remote_code=trust_remote_code)

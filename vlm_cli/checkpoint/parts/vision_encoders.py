@@ -1,0 +1,56 @@
+"""Vision encoders by name: OpenCLIP's, and those of other packages.
+
+A name gives a configuration without a download of weights; the weights follow when `load_tower` asks for them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlm_cli.checkpoint.parts.openclip import find_openclip_tower, load_openclip_tower, openclip_files
+from vlm_cli.checkpoint.parts.outside import find_outside_tower, load_outside_tower
+from vlm_cli.checkpoint.parts.tower import Tower
+from vlm_cli.composition import VisionEncoderOptions
+from vlm_cli.errors import PluginError
+from vlm_cli.registry import VISION_ENCODERS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["find_tower", "list_towers", "load_tower"]
+
+
+def list_towers() -> dict[str, str]:
+    """List the names of OpenCLIP and of other packages, with a summary of each. OpenCLIP itself is not imported."""
+    return {**dict.fromkeys(openclip_files(), "OpenCLIP"), **VISION_ENCODERS.summaries()}
+
+
+def find_tower(options: VisionEncoderOptions) -> Tower:
+    """Find a tower and its preprocessing. Only `hf-hub:` names read a file from the hub, of a few kB.
+
+    Raises:
+        UnknownNameError: for a name or tag that neither OpenCLIP nor another package has.
+        VisionEncoderError: for a configuration that cannot be read.
+        PluginError: if the package that has the name is broken.
+    """
+    if options.name not in VISION_ENCODERS:
+        return find_openclip_tower(options)
+    if options.name in openclip_files():
+        raise PluginError(
+            f"vision encoder {options.name!r} is a name of OpenCLIP, and an installed package registers it too. "
+            "Uninstall that package."
+        )
+    return find_outside_tower(options)
+
+
+def load_tower(tower: Tower) -> nn.Module:
+    """Make the image tower with its weights, in float32; with random ones if it names none.
+
+    Raises:
+        VisionEncoderError: if the weights cannot be fetched or do not fit.
+    """
+    from vlm_cli.modeling.towers import build_tower
+
+    if tower.weights is None:
+        return build_tower(tower.config)
+    return load_outside_tower(tower) if tower.is_outside else load_openclip_tower(tower)
