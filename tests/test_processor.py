@@ -13,8 +13,9 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError, PromptError
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
+from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.prompt import Medium, Text, interleave
+from vlm_cli.tokenizer import add_tokens
 
 PREPROCESS = {
     "size": 32,
@@ -194,7 +195,7 @@ def test_forms_of_images_that_do_not_fit(processor, text, images):
 
 
 def test_a_processor_opens_no_file(processor):
-    with pytest.raises(PromptError, match="which a processor does not open"):
+    with pytest.raises(PromptError, match="a processor opens no file"):
         processor(text="<image:cat.png>")
 
 

@@ -28,8 +28,9 @@ from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor, add_tokens
+from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.quiet import quiet_libraries
+from vlm_cli.tokenizer import add_tokens
 
 __all__ = ["Blueprint", "cast", "configure", "create", "find_missing_parts", "generation_config", "plan"]
 

@@ -13,6 +13,7 @@ import typer
 from vlm_cli.cli import console
 from vlm_cli.cli.options import RUN, DeviceOptions, SourceOptions
 from vlm_cli.errors import UsageError
+from vlm_cli.modeling.quantizations import QUANTIZATIONS
 from vlm_cli.models import DEMO, resolve_built_model
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from vlm_cli.processor import VLMProcessor
 
 __all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep_collecting"]
-
-_QUANTIZATIONS = ("int8",)  # as `modeling.acceleration`, which is slow to import
 
 ModelOption = Annotated[
     str,
@@ -95,8 +94,8 @@ class ModelRequest:
         Raises:
             VLMError: if it does not exist, or cannot run as the user wants.
         """
-        if quantize not in (None, *_QUANTIZATIONS):
-            raise UsageError(f"unknown --quantize {quantize!r}. Known: {', '.join(_QUANTIZATIONS)}.")
+        if quantize not in (None, *QUANTIZATIONS):
+            raise UsageError(f"unknown --quantize {quantize!r}. Known: {', '.join(QUANTIZATIONS)}.")
         return cls(name, resolve_built_model(name, source.revision), devices, source, quantize, compile)
 
     def load(self) -> LoadedModel:

@@ -22,7 +22,7 @@ from itertools import chain, islice
 from typing import Literal
 
 from vlm_cli.errors import LanguageModelError, first_line
-from vlm_cli.processor import Seam, VLMProcessor
+from vlm_cli.processor import TokenBreak, VLMProcessor
 from vlm_cli.prompt import Medium, Text
 
 __all__ = ["ChatFormat", "Conversation", "Message"]
@@ -111,11 +111,11 @@ class ChatFormat:
 
     def encode(self, rendered: str, markers: Markers, *, is_start: bool) -> list[int]:
         """Turn a text with markers into token ids: the start of a conversation, or what follows."""
-        kinds: dict[str, Text | Medium | Seam] = {markers.image: Medium(""), markers.token_break: Seam()}
+        kinds: dict[str, Text | Medium | TokenBreak] = {markers.image: Medium(""), markers.token_break: TokenBreak()}
         pieces = re.split(f"([{markers.image}{markers.token_break}])", rendered)
-        parts: list[Text | Medium | Seam] = [kinds.get(piece) or Text(piece) for piece in pieces if piece]
+        parts: list[Text | Medium | TokenBreak] = [kinds.get(piece) or Text(piece) for piece in pieces if piece]
         return self.processor.encode(
-            parts if is_start else [Seam(), *parts],  # tokenizers read the start of a text in another way
+            parts if is_start else [TokenBreak(), *parts],  # tokenizers read the start of a text in another way
             parse_special_tokens=self.template is not None or self.parse_special_tokens,
             add_special_tokens=is_start and self.template is None,  # a template writes its own
         )

@@ -1,7 +1,7 @@
-"""Faster decoding of a loaded model, for those who ask: int8 weights, a compiled step, attention for one position.
+"""Faster decoding of a loaded model: int8 weights, a compiled step, attention for one position.
 
-What trains, what is saved and what a model computes by default stay as they are.
-B batch, h heads, g key-value heads, S positions read, k head width.
+Nothing here runs unless the user asks for it; training, saving and a model's default results stay the same.
+B batch, h heads, g key-value heads, S attended positions, k head width.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from vlm_cli.errors import LanguageModelLimit, VLMError, first_line
+from vlm_cli.modeling.quantizations import QUANTIZATIONS
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = [
@@ -36,18 +37,18 @@ _ATTENTION = "sdpa_one_position"
 
 
 def accelerate(model: VLM, *, quantize: str | None = None, compile: bool = False) -> VLM:
-    """Change a loaded model for generation; it can then be neither trained nor saved.
+    """Make a loaded model generate faster. Afterwards it can be neither trained nor saved.
 
     Args:
         model: on its device and in its dtype; changed in place.
-        quantize: a name of `QUANTIZATIONS`.
-        compile: compile the step that writes one token.
+        quantize: a name of `QUANTIZATIONS`; None keeps the weights.
+        compile: compile the step that generates one token.
 
     Raises:
-        VLMError: if its device, the language model or this machine does not allow it.
+        VLMError: if the device, the language model or this machine does not support it.
     """
     if quantize is not None:
-        QUANTIZATIONS[quantize](model)
+        _QUANTIZERS[quantize](model)
     if compile or model.dtype != torch.float32:
         use_one_position_attention(model)
     if compile:
@@ -58,10 +59,10 @@ def accelerate(model: VLM, *, quantize: str | None = None, compile: bool = False
 def one_position_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Transformers' SDPA, but for one new position plain products of float[B, h, 1, k] with float[B, g, S, k].
+    """Attend as Transformers' SDPA does, but with plain matrix products if there is one query position.
 
-    On a CPU these are several times faster than the fused kernel, most of all in bfloat16, and compiled they need no
-    copy of keys and values for each head.
+    float[B, h, 1, k] queries meet float[B, g, S, k] keys and values. On a CPU the products are several times faster
+    than the fused kernel, above all in bfloat16. Compiled, they need no copy of keys and values for each head.
     """
     B, h, length, k = query.shape
     if length != 1 or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
@@ -78,22 +79,24 @@ def one_position_attention(
     return out.reshape(B, 1, h, value.shape[-1]), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, one_position_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
 def use_one_position_attention(model: VLM) -> None:
-    """Let a language model on the CPU use `one_position_attention`, where it uses SDPA by Transformers' interface."""
+    """Switch a language model on the CPU from SDPA to `one_position_attention`, if Transformers can switch it.
+
+    This registers the function in Transformers' tables, which all models of the process share; models that do not name
+    it are unaffected.
+    """
     lm = model.lang_model
     if model.device.type == "cpu" and lm.config._attn_implementation == "sdpa" and lm._can_set_attn_implementation():
+        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, one_position_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         lm.set_attn_implementation(_ATTENTION)
 
 
 class Int8Linear(nn.Module):
-    """`nn.Linear` with int8 weights and a scale for each of their rows, as torchao's `Int8WeightOnlyConfig`.
+    """`nn.Linear` with int8 weights and a scale for each row of them, as in torchao's `Int8WeightOnlyConfig`.
 
-    Inputs are rounded to bfloat16. torchao makes a copy of the weights in the input's dtype at every call; for few rows
-    torch has a kernel that does not.
+    Inputs are rounded to bfloat16. torchao copies the weights into the input's dtype at every call; for a few rows,
+    torch has a kernel that needs no copy.
 
     Args:
         weight: float[out, in].
@@ -104,10 +107,10 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.dtype = weight.dtype
         weight = weight.detach().float().contiguous()
-        # From more rows on it is faster to convert the weights and multiply matrices. The kernel reads 16 columns at a
-        # time, and beyond the end of others.
+        # With more than 8 rows, converting the weights and multiplying matrices is faster. The kernel reads 16 columns
+        # at a time; with another number of columns it would read past the end.
         self.most_rows = 8 if weight.shape[1] % 16 == 0 else 0
-        # Rounded before it divides, so that its rounding is no error of its own.
+        # Round the scale before dividing by it, so that its rounding adds no error.
         scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
         self.register_buffer("int8", (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("scale", scale)
@@ -115,7 +118,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """float[out, in], for models that look at it."""
+        """The weights as float[out, in], for models that read them."""
         return self._dequantized(self.dtype)
 
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -133,16 +136,16 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(model: VLM) -> None:
-    """Keep what every token reads, the language model's linear layers and the fusion's, in a byte for each weight.
+    """Keep the linear layers of the language model and of the fusion in one byte per weight; each token reads them all.
 
     Raises:
-        VLMError: on another device than the CPU.
-        LanguageModelLimit: if the language model has no layer of a kind that is known.
+        VLMError: if the model is not on the CPU.
+        LanguageModelLimit: if the language model has no linear layer besides its head.
     """
     if model.device.type != "cpu":
         raise VLMError(
-            f"int8 weights are for the CPU, and the model is on {model.device.type}. There, load it with Transformers' "
-            "own quantization_config."
+            f"int8 weights work on the CPU only, and the model is on {model.device.type}. There, load it with "
+            "Transformers' own quantization_config."
         )
     for part in (model.lang_model, model.fusion):
         for name, module in list(part.named_modules()):
@@ -151,36 +154,36 @@ def quantize_int8(model: VLM) -> None:
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
             quantized = Int8Linear(weight, module.bias)
             for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"):
-                setattr(quantized, kind, getattr(module, kind))  # ours, at the head
+                setattr(quantized, kind, getattr(module, kind))  # the hook of VLM at the head
             part.set_submodule(name, quantized)
     head = model.lang_model.get_output_embeddings()
     if not any(isinstance(x, Int8Linear) for x in model.lang_model.modules() if x is not head):
         raise LanguageModelLimit(
-            f"a language model of type {model.lang_model.config.model_type} has no linear layers that could be kept "
-            "in int8. Leave out --quantize."
+            f"a language model of type {model.lang_model.config.model_type} has no linear layers to keep in int8. "
+            "Leave out --quantize."
         )
 
 
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a layer is a product with a matrix; a subclass of `nn.Linear` may do more (falcon's does not)."""
+    """Say whether a layer only multiplies by a matrix. A subclass of `nn.Linear` may do more; falcon's does not."""
     kind = type(module)
     if kind in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
         return kind in (nn.Linear, Conv1D)
     x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
     try:
         found = kind.forward(module, x)
-    except (TypeError, RuntimeError):  # it is called with something else
+    except (TypeError, RuntimeError):  # its forward takes other arguments
         return False
     plain = nnf.linear(x, module.weight, module.bias)
     return isinstance(found, Tensor) and found.shape == plain.shape and torch.allclose(found, plain, atol=1e-5)
 
 
 def compile_decoding(model: VLM) -> None:
-    """Compile the step that writes one token; `generate` then uses a static cache.
+    """Compile the step that generates one token; `generate` then uses a static cache.
 
-    Each length of prompt and answer together waits once for the compiler. Weights are packed for the CPU, which is a
-    second copy of them.
+    The compiler runs once for each total length of prompt and answer. On the CPU it packs the weights, which takes the
+    memory of a second copy.
 
     Raises:
         LanguageModelLimit: if Transformers cannot compile the language model.
@@ -198,8 +201,8 @@ def compile_decoding(model: VLM) -> None:
         get_cpp_compiler()
     except Exception as error:
         raise VLMError(
-            f"there is no C++ compiler for --compile: {first_line(error)}. Install g++ or clang++, name one in the "
-            "variable CXX, or leave out --compile."
+            f"--compile needs a C++ compiler, and this machine has none: {first_line(error)}. Install g++ or clang++, "
+            "set the variable CXX to a compiler, or leave out --compile."
         ) from None
     settings = CompileConfig(fullgraph=True, mode=None)
     if model.device.type == "cpu":
@@ -210,21 +213,21 @@ def compile_decoding(model: VLM) -> None:
 
 
 def compile_for(model: VLM, **arguments: Any) -> float:
-    """Compile for the shapes of a prompt and its answer, before it is answered.
+    """Compile for the shapes of one prompt and its answer, before `generate` answers the prompt.
 
     Args:
-        model: after `compile_decoding`.
+        model: a model that `compile_decoding` changed.
         arguments: of `generate`.
 
     Returns:
-        The seconds that it took.
+        Seconds.
     """
     started = time.monotonic()
     tokens = count(1)
 
     def are_enough(ids: Tensor, scores: Any) -> Tensor:
-        # What differs between the second and the third step, as the length of a sliding window does, is compiled anew,
-        # and from then on may differ.
+        # If a size differs between the second and the third step, such as the length of a sliding window, the compiler
+        # runs again, and treats that size as variable from then on.
         return torch.full((len(ids),), next(tokens) == 4, device=ids.device)
 
     least = min(4, arguments.get("max_new_tokens", 4))
@@ -232,5 +235,4 @@ def compile_for(model: VLM, **arguments: Any) -> float:
     return time.monotonic() - started
 
 
-#: Ways to keep weights in fewer bytes, by their names in `--quantize`.
-QUANTIZATIONS = {"int8": quantize_int8}
+_QUANTIZERS = dict(zip(QUANTIZATIONS, (quantize_int8,), strict=True))

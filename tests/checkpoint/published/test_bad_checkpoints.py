@@ -241,7 +241,7 @@ def test_the_tokenizer_of_another_model(copy):
     for file in copy.glob("token*"):
         file.unlink()
     write_tokenizer(copy)  # without <image>
-    with pytest.raises(LanguageModelError, match="Give the tokenizer that belongs to them"):
+    with pytest.raises(LanguageModelError, match="Give the tokenizer that belongs to the weights"):
         import_checkpoint(PublishedCheckpoint.open(str(copy)))
 
 
