@@ -100,7 +100,8 @@ def find_problems(settings: Any) -> list[str]:
 
 
 def _strip(annotation: Any) -> Any:
-    """
+    """Remove `Annotated[…]` and `| None` from a type.
+
     >>> _strip(Annotated[int | None, "words"])
     <class 'int'>
     """

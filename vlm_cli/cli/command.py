@@ -57,9 +57,10 @@ def accept_old_names(command: Callable[..., Any], old_names: Mapping[str, str]) 
 
 
 def _replace_old_names(args: list[str], old_names: Mapping[str, str]) -> list[str]:
-    """
-    >>> _replace_old_names(["--max", "7", "--", "--max"], {})
-    ['--max', '7', '--', '--max']
+    """Replace old names of options in a command line, and print a note about each.
+
+    >>> _replace_old_names(["--coats", "7", "--", "--layers"], {"--layers": "--coats"})  # after `--`, words are no options
+    ['--coats', '7', '--', '--layers']
     """
     options = args.index("--") if "--" in args else len(args)  # what follows `--` is no option
     replaced = list(args)
@@ -90,7 +91,8 @@ def make_option(setting: Setting) -> Any:
 
 
 def _split_names(text: str) -> tuple[str, ...]:
-    """
+    """Split the names that a user separates by commas.
+
     >>> _split_names("vision-tokenizer, fusion")
     ('vision_tokenizer', 'fusion')
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from vlm_cli.cli.options import JsonOption, flatten_options
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.errors import UsageError
 from vlm_cli.models import resolve_built_model
+from vlm_cli.training.listener import Listener
 from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _run(job: Job, settings: TrainingSettings) -> TrainingResult | None:
 
     silence_libraries()
     keep_collecting()
-    terminal = _make_terminal()
+    terminal = _Terminal()
     try:
         return train_model(job, settings, terminal)
     except Interrupted as error:
@@ -120,44 +121,41 @@ def _run(job: Job, settings: TrainingSettings) -> TrainingResult | None:
         terminal.leave_line()
 
 
-def _make_terminal() -> Any:
-    """Make the listener that shows a run on stderr. Its class is made here because its base class imports torch."""
-    from vlm_cli.training.run import Listener
+class _Terminal(Listener):
+    """Shows a run on stderr: messages on lines of their own, and the progress on one line that it overwrites."""
 
-    class Terminal(Listener):
-        def __init__(self) -> None:
-            self.shown = 0  # characters of the progress line, which the next one overwrites
-            self.running_step = contextlib.ExitStack()  # the part of the preparation that began last
+    def __init__(self) -> None:
+        self.shown = 0  # characters of the progress line, which the next one overwrites
+        self.running_step = contextlib.ExitStack()  # the part of the preparation that began last
 
-        def step(self, name: str) -> None:
-            self.leave_line()
-            self.running_step.close()
-            if name:
-                self.running_step.enter_context(console.announced_steps())(name)
+    def step(self, name: str) -> None:
+        self.leave_line()
+        self.running_step.close()
+        if name:
+            self.running_step.enter_context(console.announced_steps())(name)
 
-        def notify(self, message: str) -> None:
-            self.leave_line()
-            console.notify(message)
+    def notify(self, message: str) -> None:
+        self.leave_line()
+        console.notify(message)
 
-        def progress(self, report: StepReport) -> None:
-            line = _format_report(report)
-            if not sys.stderr.isatty() or report.loss is None:
-                self.notify(line)
-                return
-            print(f"\r{line:<{self.shown}}", end="", file=sys.stderr, flush=True)
-            self.shown = len(line)
+    def progress(self, report: StepReport) -> None:
+        line = _format_report(report)
+        if not sys.stderr.isatty() or report.loss is None:
+            self.notify(line)
+            return
+        print(f"\r{line:<{self.shown}}", end="", file=sys.stderr, flush=True)
+        self.shown = len(line)
 
-        def leave_line(self) -> None:
-            """Keep the progress line on the screen, and go to the next line."""
-            if self.shown:
-                print(file=sys.stderr, flush=True)
-                self.shown = 0
-
-    return Terminal()
+    def leave_line(self) -> None:
+        """Keep the progress line on the screen, and go to the next line."""
+        if self.shown:
+            print(file=sys.stderr, flush=True)
+            self.shown = 0
 
 
 def _format_report(report: StepReport) -> str:
-    """
+    """Write a report as one line.
+
     >>> from vlm_cli.training.outcome import StepReport
     >>> _format_report(StepReport(20, 100, 1.5, None, 41.0, 95.0))
     'step 20/100  loss 1.5000  41.0 images/s  1 min 35 s left'

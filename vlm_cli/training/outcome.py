@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from vlm_cli.training.metrics import MetricsLog
+    from vlm_cli.training.metrics import MetricsLog
 
 __all__ = ["RunOutcome", "StepReport", "TrainingResult"]
 

@@ -13,27 +13,15 @@ from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, checkpoint_folder
 from vlm_cli.training.dataset import RecordDataset, load_dataset
 from vlm_cli.training.identity import check_same_run, identify_run
+from vlm_cli.training.listener import Listener
 from vlm_cli.training.metrics import METRICS_FILE
-from vlm_cli.training.outcome import RunOutcome, StepReport, TrainingResult
+from vlm_cli.training.outcome import RunOutcome, TrainingResult
 from vlm_cli.training.output import describe_run, write_output
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
 
-__all__ = ["Interrupted", "Listener", "load_trainable", "train_model"]
-
-
-class Listener:
-    """Hears how a run goes. This class does nothing; a subclass shows what it hears."""
-
-    def step(self, name: str) -> None:
-        """Hear that a part of the preparation begins; with the empty text, that the last part has ended."""
-
-    def notify(self, message: str) -> None:
-        """Hear a message for the user."""
-
-    def progress(self, report: StepReport) -> None:
-        """Hear how far the run has come."""
+__all__ = ["Interrupted", "load_trainable", "train_model"]
 
 
 class Interrupted(KeyboardInterrupt):
