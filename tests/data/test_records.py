@@ -116,7 +116,7 @@ GOOD = {"prompt": "<image:red.png>", "completion": "x"}
         ({"prompt": "<image:data:image/png;base64,AAAA>", "completion": "x"}, "is not an image that Pillow can read"),
     ],
 )  # fmt: skip
-def test_bad_lines_are_told_why(folder: Path, line: Any, words: str) -> None:
+def test_a_message_says_why_a_line_is_bad(folder: Path, line: Any, words: str) -> None:
     assert words in problem(folder, line)
 
 

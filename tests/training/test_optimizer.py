@@ -68,7 +68,7 @@ def test_muon_is_torch_s_two_optimizers_side_by_side(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_optimizer_goes_on_from_its_saved_state(model: Any, name: Any, tmp_path: Path) -> None:
+def test_an_optimizer_resumes_from_its_saved_state(model: Any, name: Any, tmp_path: Path) -> None:
     whole = copy.deepcopy(model)
     optimizer = make_optimizer(whole, name, 1e-2)
     step(whole, optimizer, 0)

@@ -174,10 +174,10 @@ def test_a_run_ends_in_time(train: Vlm, out: Path) -> None:
     assert last["learning_rate"] < 1e-3  # of 3e-3: the schedule follows the time
 
 
-# -- going on -------------------------------------------------------------------------------------------------------
+# -- resuming ------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
     train: Vlm, folder: Path, cross_attention: Path, out: Path, tmp_path: Path
 ) -> None:
     options = ["--max-steps", 12, "--save-every", 3, "--eval-data", folder / "train.jsonl", "--optimizer", "muon"]
@@ -239,7 +239,7 @@ def test_ctrl_c_keeps_the_state(train: Vlm, out: Path, monkeypatch: pytest.Monke
     assert losses(out) == pytest.approx(uninterrupted, abs=1e-6)
 
 
-def test_dropout_goes_on_too(build: Any, train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_resumes_too(build: Any, train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = {
         "type": "qformer",
         "num_queries": 2,
@@ -297,7 +297,7 @@ def test_an_unfinished_run_is_not_forgotten_by_mistake(train: Vlm, out: Path) ->
 
 
 @pytest.mark.usefixtures("unfinished")
-def test_another_run_is_not_gone_on_with(train: Vlm, language_stream: Path) -> None:
+def test_another_run_is_not_resumed(train: Vlm, language_stream: Path) -> None:
     message = error(train("--max-steps", 5, "--resume", "--seed", 7, "--batch-size", 4), 2)
     assert "--seed: was 0, is 7" in message and "processes: was 6, is 4" in message and "MODEL" not in message
     assert "MODEL: was" in error(train("--max-steps", 5, "--resume", model=language_stream), 2)

@@ -57,9 +57,9 @@ def accept_old_names(command: Callable[..., Any], old_names: Mapping[str, str]) 
 
 
 def _replace_old_names(args: list[str], old_names: Mapping[str, str]) -> list[str]:
-    """Replace old names of options in a command line, and print a note about each.
+    """Replace old names of options in a command line, and print a note about each; words after `--` are no options.
 
-    >>> _replace_old_names(["--coats", "7", "--", "--layers"], {"--layers": "--coats"})  # after `--`, words are no options
+    >>> _replace_old_names(["--coats", "7", "--", "--layers"], {"--layers": "--coats"})
     ['--coats', '7', '--', '--layers']
     """
     options = args.index("--") if "--" in args else len(args)  # what follows `--` is no option
