@@ -174,18 +174,19 @@ def load_meta_model(
 
     from vlm_cli.checkpoint.create import plan
     from vlm_cli.checkpoint.directory import read_config, read_generation_config
+    from vlm_cli.modeling.config import stored_dtype
     from vlm_cli.modeling.vlm import VLM
 
     if isinstance(chosen, Composition):
         blueprint = plan(chosen, trust_remote_code=trust_remote_code, need_tokenizer=False)
-        dtype = blueprint.config.get_text_config().dtype or torch.float32
+        dtype = stored_dtype(blueprint.config.get_text_config()) or torch.float32
         return blueprint.meta_model, dtype, blueprint.processor if blueprint.tokenizer else None
     hub = hub_arguments(revision)
     config = read_config(chosen, trust_remote_code=trust_remote_code, **hub)
     with torch.device("meta"):
         model = VLM(config)
     model.generation_config = read_generation_config(chosen, **hub) or model.generation_config
-    return model, config.dtype or torch.float32, None
+    return model, stored_dtype(config) or torch.float32, None
 
 
 def read_processor_of(chosen: Composition | str, revision: str | None = None) -> VLMProcessor:

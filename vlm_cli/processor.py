@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image
@@ -89,7 +89,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         pixels, mask = stack_media(media, shape=self.frame_shape)
         return BatchFeature({"pixel_values": pixels, "vision_mask": mask})
 
-    __call__ = preprocess
+    __call__ = preprocess  # type: ignore[assignment]  # images with several frames
 
 
 class VLMProcessor(ProcessorMixin):

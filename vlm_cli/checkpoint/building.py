@@ -23,6 +23,7 @@ from vlm_cli.checkpoint.weights import load_weights, open_weights
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, UsageError
 from vlm_cli.files import check_directory, replacing_directory
+from vlm_cli.modeling.config import stored_dtype
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.parameters import ParameterReport, count_parameters
@@ -120,7 +121,7 @@ def build(
         open_weights(file)  # a file that cannot be read fails before anything is downloaded
     if output is None:
         model = blueprint.meta_model  # its tensors do not have the dtype that they would be loaded in
-        count_as = blueprint.config.get_text_config().dtype if dtype == "auto" else dtype
+        count_as = stored_dtype(blueprint.config.get_text_config()) if isinstance(dtype, str) else dtype
     else:
         model = create(blueprint, random_weights=random_weights, dtype=dtype, seed=seed, progress=progress)
         count_as = None

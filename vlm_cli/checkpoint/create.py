@@ -23,7 +23,8 @@ from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
-from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.config import VLMConfig, stored_dtype
+from vlm_cli.modeling.language_model import widths
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
@@ -187,7 +188,7 @@ def _check_fit(blueprint: Blueprint) -> None:
     """
     model = blueprint.meta_model
     problems: list[VLMError] = []
-    width = model.media_width(model.get_input_embeddings().weight.shape[1])
+    width = model.media_width(widths(model.lang_model).embedding)
     if width is not None and model.vision_tokenizer.dim_out != width:
         problems.append(
             CompositionError(
@@ -286,7 +287,7 @@ def _stop_tokens(config: PreTrainedConfig, tokenizer: Tokenizer | None, added: l
     stops = list(stop_token_ids(config.get_text_config(decoder=True), tokenizer))
     if tokenizer is not None and END_OF_CHUNK in added:
         end = tokenizer.convert_tokens_to_ids(END_OF_CHUNK)
-        stops += [end] if end not in stops else []
+        stops += [end] if isinstance(end, int) and end not in stops else []
     return stops or None
 
 

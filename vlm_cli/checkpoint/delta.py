@@ -279,7 +279,9 @@ def _read(name: str, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
             shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
         held: dict[str, Tensor] = {}
         for shard in sorted(shards):
-            held |= load_file(cached_file(name, shard, **keywords))
+            file = cached_file(name, shard, **keywords)
+            assert file is not None  # a file that is missing raises
+            held |= load_file(file)
         return held
     except Exception as error:
         raise CheckpointError(f"cannot load the delta in {name!r}: {first_line(error)}.") from None

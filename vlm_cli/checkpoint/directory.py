@@ -338,7 +338,7 @@ def read_tensors(
         CheckpointError: if a tensor is missing.
     """
     from safetensors import safe_open
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if not tensors:
         return {}

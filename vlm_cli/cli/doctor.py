@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -122,7 +122,7 @@ def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOp
     return create(blueprint, random_weights=True, dtype=dtype, seed=seed).to(device)
 
 
-def _check_memory(blueprint: Blueprint, dtype: torch.dtype | Literal["auto"]) -> None:
+def _check_memory(blueprint: Blueprint, dtype: torch.dtype | str) -> None:
     """Refuse a composition that does not fit into memory.
 
     Raises:
@@ -130,9 +130,10 @@ def _check_memory(blueprint: Blueprint, dtype: torch.dtype | Literal["auto"]) ->
     """
     import psutil
 
+    from vlm_cli.modeling.config import stored_dtype
     from vlm_cli.report.parameters import count_parameters
 
-    stored = blueprint.config.get_text_config().dtype if dtype == "auto" else dtype
+    stored = stored_dtype(blueprint.config.get_text_config()) if isinstance(dtype, str) else dtype
     needed, free = count_parameters(blueprint.meta_model, dtype=stored).total.bytes, psutil.virtual_memory().available
     if needed > free:
         raise VLMError(

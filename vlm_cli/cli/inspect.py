@@ -69,7 +69,7 @@ def inspect(
         print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special_tokens), as_json)
         return
     gates = read_gate_values(chosen, vlm, revision)
-    report = describe(vlm, processor and processor.tokenizer, dtype=dtype, gate_values=gates)
+    report = describe(vlm, None if processor is None else processor.tokenizer, dtype=dtype, gate_values=gates)
     if as_json:
         console.print_json(report.to_dict())
     else:

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm_cli.modeling.lm_interface import LanguageModelInterface
 from vlm_cli.modeling.vlm import VLM
@@ -89,8 +88,8 @@ class Subject(Protocol):
         """Return a random prompt: `<image>` at every other token from the second on."""
         ...
 
-    def call(self, lang_x: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> CausalLMOutputWithPast:
-        """Run one forward pass."""
+    def call(self, lang_x: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Any:
+        """Run one forward pass and return the model's output, with `logits` float[B, T, V] and a cache."""
         ...
 
     def logits(self, inputs: Inputs) -> Tensor:
@@ -138,7 +137,7 @@ class WholeModel:
         return Inputs(lang_x, vision_x.to(self.model.device, next(self.model.vision_encoder.parameters()).dtype))
 
     @torch.no_grad()
-    def call(self, lang_x: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> CausalLMOutputWithPast:
+    def call(self, lang_x: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Any:
         return self.model(lang_x=lang_x, attention_mask=attention_mask, **keywords)
 
     def logits(self, inputs: Inputs) -> Tensor:
@@ -179,7 +178,7 @@ class BareLanguageModel:
         return Inputs(lang_x.to(self.model.device))
 
     @torch.no_grad()
-    def call(self, lang_x: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> CausalLMOutputWithPast:
+    def call(self, lang_x: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Any:
         lm: PreTrainedModel = self.model.lang_model
         if attention_mask is not None:
             keywords.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -lang_x.shape[1] :])

@@ -74,7 +74,7 @@ class ImageCache:
 
 
 @dataclass
-class Preprocessor(Dataset):
+class Preprocessor(Dataset[list[np.ndarray | str]]):
     """Turns sources into pixels. Worker processes hold a copy of it, and no model.
 
     Args:

@@ -103,6 +103,9 @@ class Int8Linear(nn.Module):
         bias: float[out], or None.
     """
 
+    int8: Tensor  # int8[out, in]
+    scale: Tensor  # bfloat16[out]
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.dtype = weight.dtype
@@ -204,7 +207,7 @@ def compile_decoding(model: VLM) -> None:
             f"--compile needs a C++ compiler, and this machine has none: {first_line(error)}. Install g++ or clang++, "
             "set the variable CXX to a compiler, or leave out --compile."
         ) from None
-    settings = CompileConfig(fullgraph=True, mode=None)
+    settings: Any = CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch takes None too
     if model.device.type == "cpu":
         settings.options = {"freezing": True}
         settings._compile_all_devices = True

@@ -5,6 +5,8 @@ B batch, T tokens, d channels, V columns of the logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class AddedTokens(nn.Module):
                 nn.init.zeros_(bias)
 
     @torch.no_grad()
-    def start_at_mean(self, embedding: nn.Module, head: nn.Module, *, chunk: int = 4096) -> None:
+    def start_at_mean(self, embedding: Any, head: Any, *, chunk: int = 4096) -> None:
         """Move the rows to the mean of the language model's, plus the small noise that tells them apart.
 
         An untrained token is then no likelier than others. The mean is taken of what the embedding gives, since
@@ -67,8 +69,8 @@ class AddedTokens(nn.Module):
             total += embedding(ids).double().sum(0)
         self.embedding.weight += (total / self.first_id).to(self.embedding.weight)
         self.head.weight += head.weight[: self.first_id].mean(0).to(self.head.weight)
-        if self.head.bias is not None and getattr(head, "bias", None) is not None:
-            self.head.bias += head.bias[: self.first_id].mean().to(self.head.bias)
+        if isinstance(self.head.bias, Tensor) and getattr(head, "bias", None) is not None:
+            self.head.bias.add_(head.bias[: self.first_id].mean().to(self.head.bias))
 
     def embed(self, ids: Tensor, embeddings: Tensor) -> Tensor:
         """int[B, T], float[B, T, d] -> float[B, T, d] with our rows at our ids."""

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlm_cli.composition import Composition
 
-__all__ = ["VLMConfig"]
+__all__ = ["VLMConfig", "stored_dtype"]
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the dtype of the weights that a configuration belongs to; None if it names none."""
+    dtype = config.dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 class VLMConfig(PreTrainedConfig):

@@ -86,7 +86,8 @@ def widths(lm: PreTrainedModel) -> Widths:
     Raises:
         LanguageModelError: if the model has no input embedding or no head.
     """
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    embedding: Any = lm.get_input_embeddings()
+    head: Any = lm.get_output_embeddings()
     if embedding is None or head is None:
         raise LanguageModelError(f"{type(lm).__name__} has no {'head' if embedding is not None else 'embedding'}.")
     layer = lm.config.get_text_config(decoder=True).hidden_size

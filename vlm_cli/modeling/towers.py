@@ -74,29 +74,29 @@ def truncate_layers(tower: nn.Module, depth: int | None) -> nn.Module:
     return tower
 
 
-def _stack(tower: nn.Module) -> tuple[nn.Module, str] | None:
+def _stack(tower: Any) -> tuple[nn.Module, str] | None:
     """Return the module that holds a vision transformer's layers and the layers' name in it; None for other towers."""
     if hasattr(getattr(tower, "transformer", None), "resblocks"):
         return tower.transformer, "resblocks"
-    trunk = getattr(tower, "trunk", None)
+    trunk: Any = getattr(tower, "trunk", None)
     # In timm's convolutional trunks, `blocks` are stages of different widths. Those trunks have no prefix tokens.
     return (trunk, "blocks") if hasattr(trunk, "blocks") and hasattr(trunk, "num_prefix_tokens") else None
 
 
-def _has_class_token(tower: nn.Module) -> bool:
+def _has_class_token(tower: Any) -> bool:
     """Say whether a vision transformer has a class token."""
     owner, name = (tower.trunk, "cls_token") if hasattr(tower, "trunk") else (tower, "class_embedding")
     return getattr(owner, name, None) is not None
 
 
-def _has_norm(tower: nn.Module) -> bool:
+def _has_norm(tower: Any) -> bool:
     """Say whether a tower's last norm applies to patches; in CoCa, and as timm's `fc_norm`, it follows pooling."""
     owner, name = (tower.trunk, "norm") if hasattr(tower, "trunk") else (tower, "ln_post")
     has_norm = not isinstance(getattr(owner, name, None), (nn.Identity, type(None)))
     return has_norm and getattr(tower, "attn_pool", None) is None
 
 
-def set_image_size(tower: nn.Module) -> nn.Module:
+def set_image_size(tower: Any) -> nn.Module:
     """Fit a timm model to the `image_size` that its tower declares; OpenCLIP builds it at timm's own size."""
     trunk = getattr(tower, "trunk", None)
     own_size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
@@ -106,7 +106,7 @@ def set_image_size(tower: nn.Module) -> nn.Module:
 
 
 def patch_features(
-    tower: nn.Module, pixels: Tensor, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+    tower: Any, pixels: Tensor, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
 ) -> Tensor:
     """Return the features of each patch, without register tokens, before pooling and projection.
 

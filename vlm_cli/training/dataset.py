@@ -31,7 +31,7 @@ IGNORED = -100  # label of a token that the model does not learn
 
 
 @dataclass
-class RecordDataset(Dataset):
+class RecordDataset(Dataset[dict[str, Any]]):
     """N records as tokens and sources of images. An item is a dictionary of `index`, `ids`, `labels` and `pixels`.
 
     One array holds the tokens of all records, so that worker processes share it; those of record i are

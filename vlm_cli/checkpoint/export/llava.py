@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
 def _config(model: VLM) -> Any:
     from transformers import CLIPVisionConfig, LlavaConfig
 
-    ours, visual = model.config, model.vision_encoder.visual
+    ours, visual = model.config, cast(Any, model.vision_encoder.visual)
     options = ours.composition.vision_encoder
     width, blocks = visual.conv1.out_channels, visual.transformer.resblocks
     vision = CLIPVisionConfig(
@@ -173,7 +173,7 @@ def _config(model: VLM) -> Any:
     # The added tokens become rows of the tables, which are tied no longer: ours never were.
     text.vocab_size, text.tie_word_embeddings = ours.first_added_id + len(ours.added_tokens), False
     text.pad_token_id, text.dtype = ours.pad_token_id, model.dtype
-    return LlavaConfig(
+    return LlavaConfig(  # type: ignore[call-arg]  # it takes what every configuration takes
         vision_config=vision,
         text_config=text,
         image_token_index=ours.media_token_id,
@@ -197,7 +197,7 @@ def _state(model: VLM) -> dict[str, Tensor]:
     body = model.lang_model.get_decoder().state_dict()
     state |= {f"model.language_model.{name}": x for name, x in body.items()}
     added = model.added_tokens
-    tables: tuple[tuple[str, nn.Module, Tensor], ...] = (
+    tables: tuple[tuple[str, Any, Tensor], ...] = (
         ("model.language_model.embed_tokens.weight", model.get_input_embeddings(), added.embedding.weight),
         ("lm_head.weight", model.get_output_embeddings(), added.head.weight),
     )
@@ -233,7 +233,7 @@ def _processor(model: VLM, processor: VLMProcessor, config: Any) -> Any:
         size=square if squashes else {"shortest_edge": side},
         crop_size=square,
         do_center_crop=not squashes,
-        resample=PILImageResampling[given.get("interpolation", "bicubic").upper()],
+        resample=PILImageResampling[given.get("interpolation", "bicubic").upper()],  # type: ignore[misc]
         **({"image_mean": list(given["mean"]), "image_std": list(given["std"])} if "mean" in given else {}),
     )
     tokenizer = copy.deepcopy(processor.tokenizer)

@@ -64,9 +64,10 @@ class LanguageModelSource:
             LanguageModelError: if they cannot be fetched or read, or do not cover the model.
         """
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **self.keywords
             )
+            model, info = loaded
         except Exception as error:
             advice = "" if Path(self.location).exists() else f" {_ADVICE}"
             raise LanguageModelError(

@@ -147,7 +147,7 @@ def _load_whole(tower: Tower) -> nn.Module:
         raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {describe_load_error(error)}.") from None
     vision_cfg = tower.config["vision_cfg"]
     if "timm_model_name" not in vision_cfg:
-        visual = build_tower(tower.config)
+        visual: Any = build_tower(tower.config)
         _fill(visual, state, path)
         return visual
     # timm resizes a tower that is loaded, not a file.

@@ -251,7 +251,7 @@ def _fetch(name: str, revision: str | None, token: str | None) -> Path:
         CheckpointError: if `name` is no hub id, or the files cannot be fetched.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise CheckpointError(f"there is no file or directory {name!r}. Give a path, or a hub id (ORG/NAME).")

@@ -8,7 +8,7 @@ L blocks; inside attention h heads, k head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,9 @@ class GatedCrossAttentionBlock(nn.Module):
 
     # Set by Transformers' `gradient_checkpointing_enable`.
     gradient_checkpointing = False
-    _gradient_checkpointing_func = None
+    _gradient_checkpointing_func: Callable[..., Any] | None = None
+
+    attn: Any  # calls and attributes that `nn.Module` does not declare
 
     def __init__(self, attn: nn.Module, ff: nn.Module, gate_size: int = 1) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ class GatedCrossAttention(nn.Module):
     def __init__(self, options: GatedFusionOptions, dim: int, dim_media: int, layers: Sequence[int]) -> None:
         super().__init__()
         self.options: Any = options
-        self.blocks = nn.ModuleDict({str(i): self.build_block(options, dim, dim_media) for i in layers})
+        self.blocks: Any = nn.ModuleDict({str(i): self.build_block(options, dim, dim_media) for i in layers})
 
     @staticmethod
     def build_block(options: Any, dim: int, dim_media: int) -> GatedCrossAttentionBlock:
@@ -119,7 +121,7 @@ class GatedCrossAttention(nn.Module):
             return torch.stack([block.attn.project(media) for block in self.blocks.values()], dim=1)
         B, T, n, _ = vision_tokens.shape
         media, which = deduplicate(vision_tokens.flatten(0, 1))
-        keys_values = None
+        keys_values: Any = None
         for slot, block in enumerate(self.blocks.values()):  # never two copies of what all blocks have together
             found = block.attn.project(media)  # [media, 2, h, n, k]
             if keys_values is None:
@@ -145,6 +147,8 @@ class VLMWithCrossAttention(VLM):
     """Gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)."""
 
     _fusion_class: type[GatedCrossAttention] = GatedCrossAttention
+
+    fusion: GatedCrossAttention
 
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:

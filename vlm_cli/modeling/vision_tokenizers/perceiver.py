@@ -6,6 +6,8 @@ B batch, T_img media, F frames, v patches, n latents, d channels; inside attenti
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
@@ -108,7 +110,8 @@ class PerceiverResampler(nn.Module):
         media = media.flatten(0, 1)  # [B·T, F·v, d]
         latents = self.latents.to(media.dtype).expand(B * T, -1, -1)
         mask = None if frame_mask is None else self._attention_mask(frame_mask, v)
-        for attention, ff in self.layers:
+        for layer in self.layers:
+            attention, ff = cast(nn.ModuleList, layer)
             latents = latents + attention(media, latents, mask)
             latents = latents + ff(latents)
         latents = self.norm(latents).unflatten(0, (B, T))
