@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -197,8 +197,9 @@ class RowAnswerer:
             from transformers import set_seed
 
             set_seed((self.seed + rows[0].line) % 2**32)  # the same in a run that resumes here
+        on_device: dict[str, Any] = {name: x.to(self.model.device) for name, x in inputs.items()}
         output = self.model.generate(
-            **{name: x.to(self.model.device) for name, x in inputs.items()},
+            **on_device,
             **self.plan.keywords | {"max_new_tokens": rows[0].room},
             prompt_cache=self.prompt_cache,
         )
