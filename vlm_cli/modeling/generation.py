@@ -6,17 +6,22 @@ d channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.batching import pad_left
 from vlm_cli.modeling.conditioning import count_media
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
+from vlm_cli.modeling.lm_interface import LanguageModelInterface
 from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow
 
 __all__ = ["GenerationMixin"]
@@ -24,6 +29,21 @@ __all__ = ["GenerationMixin"]
 
 class GenerationMixin(transformers.GenerationMixin):
     """`generate` of a `VLM`: media are encoded once, and `<image>` is never generated."""
+
+    # Attributes of the `VLM` that inherits this class.
+    config: VLMConfig
+    lang_model: Any
+    added_tokens: AddedTokens
+    num_positions_of: Callable[[Tensor], int]
+    project_media: Callable[[Tensor, Tensor], Tensor]
+    __call__: Callable[..., Any]
+    _resolve_media: Callable[..., tuple[Tensor | None, Tensor | None]]
+    _expand_checked: Callable[..., tuple[Tensor, Tensor | None, ExpandedPrompt | None]]
+
+    @property
+    def lm_interface(self) -> LanguageModelInterface:
+        """Names by which the language model takes and returns things; `VLM` finds them."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def generate(
@@ -255,14 +275,15 @@ class GenerationMixin(transformers.GenerationMixin):
         return self.lang_model._update_model_kwargs_for_generation(*args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        generator = super()._get_candidate_generator(*args, **kwargs)
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
         if hasattr(generator, "vocab_size"):
             generator.vocab_size = self.config.first_added_id + self.added_tokens.num_tokens
         return generator
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         of_language_model = self.lm_interface.arguments
-        super()._validate_model_kwargs({key: x for key, x in model_kwargs.items() if key not in of_language_model})
+        own = {key: x for key, x in model_kwargs.items() if key not in of_language_model}
+        super()._validate_model_kwargs(own)  # type: ignore[misc]
 
 
 class _ForbidToken(LogitsProcessor):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from vlm_cli.composition import PARTS
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.vision_encoder import VisionEncoder
 
 __all__ = ["TrainableParts"]
 
@@ -28,6 +29,7 @@ class TrainableParts(PreTrainedModel):
     }
 
     config: VLMConfig
+    vision_encoder: VisionEncoder
     conditioning: Conditioning | None
     _condition: Callable[[Conditioning | None], AbstractContextManager[None]]
 
@@ -70,7 +72,7 @@ class TrainableParts(PreTrainedModel):
         ]
         return [group for group in groups if group["params"]]
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]  # whatever arguments this Transformers has
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         super()._set_gradient_checkpointing(enable, partial(self._checkpoint, gradient_checkpointing_func), **kwargs)

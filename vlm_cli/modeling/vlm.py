@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +61,16 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
     config: VLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules = ["GatedCrossAttentionBlock", "VisionEncoder"]
+    lang_model: Any  # any causal language model, which Transformers or its author's code defines
+
+    if TYPE_CHECKING:
+
+        def to(self, *args: Any, **kwargs: Any) -> VLM:  # type: ignore[override]
+            """Move or cast the model; Transformers decorates the method so that its type is lost."""
 
     def __new__(cls, config: VLMConfig | None = None, *args: Any, **kwargs: Any) -> VLM:
         # `copy` and `pickle` call it without a configuration, on the fusion's class.
@@ -108,15 +114,17 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         if vision_encoder is not None:
             # Otherwise `post_init` would draw new weights for the loaded encoder.
             for x in (*vision_encoder.modules(), *vision_encoder.parameters()):
-                x._is_hf_initialized = True
+                x._is_hf_initialized = True  # type: ignore[attr-defined]
         self.post_init()
         self.set_trainable(parts.trainable)
 
     # -- construction ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> VLM:
-        """Load a directory or a hub id; see `PreTrainedModel.from_pretrained`.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a directory or a hub id and return the model; with `output_loading_info`, the model and a report.
+
+        See `PreTrainedModel.from_pretrained`.
 
         Raises:
             ValueError: for a delta directory, which only `vlm_cli.load` reads.
@@ -146,7 +154,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         # Transformers would pass True on to the language model, and then leave some of its buffers empty (falcon_h1).
         return False
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         # Each module outside the language model draws its weights as its authors do. Checkpoints do not hold timm's
         # rotary and relative-position buffers, so timm computes them here.
         if hasattr(module, "init_non_persistent_buffers"):
