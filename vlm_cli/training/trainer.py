@@ -181,7 +181,7 @@ class VLMTrainer(Trainer):
 
     # -- data -----------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         size = self.settings.step_size(self.args.world_size)
         data = self.train_set
         sampler = StreamSampler(
@@ -193,12 +193,12 @@ class VLMTrainer(Trainer):
         )
         return self._make_loader(data, sampler)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Any]]:
         data = self.eval_set
         assert data is not None
         return self._make_loader(data, np.lexsort([data.lengths, data.num_images]).tolist())
 
-    def _make_loader(self, data: RecordDataset, sampler: Sampler[int] | Sequence[int]) -> DataLoader:
+    def _make_loader(self, data: RecordDataset, sampler: Sampler[int] | Sequence[int]) -> DataLoader[dict[str, Any]]:
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             data,
