@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
@@ -62,13 +63,13 @@ def add_tokens(
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
     for trace in ("local_files_only", "is_local"):  # how this machine found the tokenizer; not to be saved
         tokenizer.init_kwargs.pop(trace, None)
-    media = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
+    media = cast(int, tokenizer.convert_tokens_to_ids(MEDIA_TOKEN))
     if tokenizer(f"a{MEDIA_TOKEN}", split_special_tokens=True, add_special_tokens=False)["input_ids"][-1:] != [media]:
         raise LanguageModelError(
             f"the tokenizer has a special token {MEDIA_TOKEN!r} of its own, which cannot be told from text. "
             "Give another tokenizer: --set language_model.tokenizer=…"
         )
-    return tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer)))), first
+    return cast(list[str], tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer))))), first
 
 
 def _make_plain(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.openclip import fetch_weights, weights_in
@@ -80,7 +80,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}\n".encode())
-        digest.update(memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data))
     return digest.hexdigest()
 
 
@@ -93,7 +93,9 @@ def pin_language_model(source: LanguageModelSource) -> Backbone:
     if path.exists():
         return Backbone(kind="path", name=source.name, location=str(path.resolve()), file=file)
     revision = source.keywords.get("revision")
-    found = _hub_location(Path(cached_file(source.location, file or "config.json", revision=revision)))
+    cached = cached_file(source.location, file or "config.json", revision=revision)
+    assert cached is not None  # a file that is missing raises
+    found = _hub_location(Path(cached))
     commit = revision if found is None else found[1]
     return Backbone(kind="hub", name=source.name, location=source.location, revision=commit, file=file)
 

@@ -245,7 +245,7 @@ def create(
     """
     config = blueprint.config
     if isinstance(dtype, str):
-        dtype = config.get_text_config().dtype or torch.float32
+        dtype = stored_dtype(config.get_text_config()) or torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if random_weights:

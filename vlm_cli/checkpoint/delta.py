@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from vlm_cli.checkpoint.backbones import (
     Backbone,
@@ -30,7 +30,7 @@ from vlm_cli.checkpoint.create import cast, put_together
 from vlm_cli.checkpoint.parts.language_models import find_language_model
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
-from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["DELTA_FILE", "assemble", "delta_bytes", "write_delta"]
@@ -206,7 +206,7 @@ def assemble(
             raise CheckpointError(f"{name!r} has no backbone {part!r}. It has: {', '.join(backbones)}.")
         backbones[part] = backbones[part].relocated(path)
     held = _read(name, keywords)
-    stored = config.dtype or torch.float32
+    stored = stored_dtype(config) or torch.float32
     vision, language = backbones.get("vision_encoder"), backbones.get("language_model")
     with torch.random.fork_rng(devices=[]):  # tensors of new modules start at random, before they are filled
         with blaming(name, "vision_encoder", vision):
