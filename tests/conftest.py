@@ -1,36 +1,61 @@
-"""One thread and no network: tests are small, and share their machine."""
+"""Set up each test process: one thread, no network, a fixed seed, and as many processes as the machine has cores.
 
+This file imports neither torch nor Transformers when it loads: the process that hands out the tests needs none of them.
+"""
+
+from __future__ import annotations
+
+import gc
 import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import pytest
-import torch
-from typer.testing import CliRunner
 
-from vlm_cli.cli.app import app
+from tests.support import ROOT, seed_torch
 
-# `benchmarks` and `examples` are not packaged. At the end, so that the package that is tested stays the one that is
-# installed.
-sys.path.append(str(Path(__file__).parents[1]))
-torch.set_num_threads(1)
-# A shell starts its background jobs with Ctrl-C ignored, and so would the commands that the tests interrupt.
+# `benchmarks` and `examples` are not packaged. The checkout comes last, so that the tests see the installed package.
+sys.path.append(str(ROOT))
+# A shell starts its background jobs with Ctrl-C ignored. The commands that the tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run named files in this process, since each worker takes seconds to start; the whole suite takes one per core."""
+    names_files = config.invocation_params.args and any(
+        not arg.startswith("-") and os.path.exists(arg.partition("::")[0]) for arg in config.invocation_params.args
+    )
+    return 0 if names_files else min(8, os.cpu_count() or 1)  # a worker takes 1 GB
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell the garbage collector to skip all that the imports made: it would traverse a million objects each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def _seed(_one_thread: None) -> None:
+    seed_torch(0)
 
 
 @pytest.fixture(scope="session")
 def vlm() -> Callable[..., Any]:
     """`vlm(*arguments, input=None)` in this process: exit code, stdout and stderr."""
+    from typer.testing import CliRunner
+
+    from vlm_cli.cli.app import app
 
     def run(*arguments: Any, input: str | bytes | None = None, debug: bool = False) -> Any:
         words = [*(["--debug"] if debug else []), *map(str, arguments)]

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
-from tests.support import ROOT, tiny
+from tests.support import ROOT, seed_torch, tiny
 from tests.support.command import vlm
 from tests.support.questions import COLOURS, Write
 
@@ -39,7 +38,7 @@ def _build(out: Path, family: str, folder: Path) -> None:
     code, printed = vlm(["build", str(built), "--random-weights", *words])
     assert code == 0, printed
     model, processor = load(str(built))
-    torch.manual_seed(0)
+    seed_torch(0)
     tiny.open_gates(model)
     tiny.stir(model.lang_model, 0.3)
     out.mkdir()

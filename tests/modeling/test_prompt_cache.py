@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.support import tiny
+from tests.support import seed_torch, tiny
 from tests.support.tiny import IMAGE
 from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow, Reuse
@@ -55,7 +55,7 @@ def model(request: pytest.FixtureRequest) -> VLM:
 @pytest.fixture
 def pool(model: VLM) -> Tensor:
     """Vision tokens of four images, float[4, n, d]."""
-    torch.manual_seed(4)
+    seed_torch(4)
     size = model.config.vision_config["vision_cfg"]["image_size"]
     with torch.no_grad():
         return model.encode_vision(torch.randn(1, 4, 1, 3, size, size))[0][0]

@@ -15,7 +15,7 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
-from tests.support import invariants, reference, tiny
+from tests.support import invariants, reference, seed_torch, tiny
 from tests.support.invariants import differs, logits, opened, same
 from tests.support.tiny import VOCABULARY, nudged
 from vlm_cli.checkpoint.create import plan
@@ -423,7 +423,7 @@ def biased(language_model: str = "llama", fusion: str = "cross-attention") -> VL
     language_model_options = replace(config.composition.language_model, head_bias=True)
     config.composition = replace(config.composition, language_model=language_model_options)
     encoder = VisionEncoder(tiny.tower("vit"))
-    torch.manual_seed(0)
+    seed_torch(0)
     lm = copy.deepcopy(tiny.language_model(language_model))
     return VLM(config, vision_encoder=encoder, lang_model=lm).eval()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support import tiny
+from tests.support import seed_torch, tiny
 from tests.support.tiny import IMAGE
 from vlm_cli.modeling import vision
 from vlm_cli.modeling import vlm as core
@@ -52,7 +52,7 @@ def differ(a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_distinct(dtype):
-    torch.manual_seed(0)
+    seed_torch(0)
     three = torch.randn(3, 3, 4, 4).to(dtype)
     three[1] = three[0].flip(-1)  # the same numbers elsewhere
     frames = three[[2, 0, 2, 1, 0]]
@@ -144,7 +144,7 @@ def test_encoded_media_may_be_given(fusion):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_readers_attend_as_all_positions_do(seed, monkeypatch):
-    torch.manual_seed(seed)
+    seed_torch(seed)
     B, T, M, n, h, k = 3, 24, 5, 4, 2, 8
     there = torch.randint(0, M + 1, (B,))
     positions = torch.rand(B, T).lt(0.15).cumsum(-1).clamp(max=there[:, None])

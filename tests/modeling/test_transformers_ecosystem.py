@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import vlm_cli
-from tests.support import disk, tiny
+from tests.support import disk, seed_torch, tiny
 from vlm_cli import VLM, VLMConfig, VLMProcessor
 from vlm_cli.errors import CheckpointError
 
@@ -52,7 +52,7 @@ def test_auto_classes(model):
     assert type(auto) is type(whole) and isinstance(AutoConfig.from_pretrained(model), VLMConfig)
     their_processor = AutoProcessor.from_pretrained(model)
     assert isinstance(their_processor, VLMProcessor)
-    torch.manual_seed(0)
+    seed_torch(0)
     batch = prompt(processor)
     assert torch.equal(logits(auto, batch), logits(whole, batch))
     with tiny.nudged(auto.vision_tokenizer.get_parameter(next(iter(auto.vision_tokenizer.state_dict())))):
@@ -89,7 +89,7 @@ def test_lora_trains_one_part_and_loads_back(folder, tmp_path, part):
     batch = prompt(processor)
     before = logits(base, batch)
     weights = {name: x.clone() for name, x in base.state_dict().items()}
-    torch.manual_seed(0)
+    seed_torch(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(base, config)
     names = [name for name, x in adapted.named_parameters() if x.requires_grad]

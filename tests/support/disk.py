@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from examples import tiny_language_model
+from tests.support import seed_torch
 from tests.support.tiny import FUSIONS, TOKENIZERS, open_gates
 from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.directory import save
@@ -39,7 +39,7 @@ def language_model(folder: Path, model_type: str = "llama") -> Path:
 def tower(folder: Path, seed: int = 5) -> Path:
     """A folder as OpenCLIP's hub repositories are; `local-dir:` or `hf-hub:` names it."""
     folder.mkdir(parents=True)
-    torch.manual_seed(seed)
+    seed_torch(seed)
     state = {f"visual.{name}": x for name, x in build_tower(TOWER).state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TOWER, "preprocess_cfg": {}}))

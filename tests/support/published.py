@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.support import ROOT, tiny
+from tests.support import ROOT, seed_torch, tiny
 from tests.support.tiny import nudged
 from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
@@ -69,7 +69,7 @@ def load(case: Case, **options: Any) -> Imported:
 
 def prompt(model: VLM, num_media: int = 2, length: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw int[1, T] tokens, `<image>` first and at every third from there, and float[1, T_img, 1, 3, H, W]."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     lang_x = torch.randint(1, VOCABULARY, (1, length))
     lang_x[0, : 3 * num_media : 3] = model.config.media_token_id
     return lang_x, torch.randn(1, num_media, 1, 3, *model.vision_encoder.image_size)

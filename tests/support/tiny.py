@@ -23,6 +23,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.support import seed_torch
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.towers import build_tower, tower_shape, truncate_layers
@@ -204,7 +205,7 @@ def language_model(name: str) -> PreTrainedModel:
 
     Frozen as in most of them: whether a weight asks for gradients decides how torch multiplies, to the last bit.
     """
-    torch.manual_seed(1)
+    seed_torch(1)
     return AutoModelForCausalLM.from_config(language_model_config(name)).eval().requires_grad_(False)
 
 
@@ -213,7 +214,7 @@ def tower(name: str, depth: int | None = None) -> nn.Module:
     """An OpenCLIP tower, shared by all VLMs built here; not to be changed."""
     if depth is not None:
         return truncate_layers(copy.deepcopy(tower(name)), depth)
-    torch.manual_seed(2)
+    seed_torch(2)
     visual = build_tower(VISION[name]).eval()
     stir(visual, 0.25)  # some blocks start as the identity, and images then look alike
     return visual
@@ -223,7 +224,7 @@ def tower(name: str, depth: int | None = None) -> nn.Module:
 def stir(module: Module, scale: float = 0.2, *, seed: int | None = None) -> Module:
     """Add noise to each parameter, so that every token and image matters; the module comes back in eval mode."""
     if seed is not None:
-        torch.manual_seed(seed)
+        seed_torch(seed)
     for parameter in module.parameters():
         parameter += scale * torch.randn_like(parameter)
     return module.eval()
@@ -288,7 +289,7 @@ def build(
 ) -> VLM:
     """A VLM in float32 and eval mode; its gates are closed and its tower is shared with others."""
     lm = copy.deepcopy(globals()["language_model"](language_model))
-    torch.manual_seed(seed)
+    seed_torch(seed)
     settings = config(vision, tokenizer, fusion, language_model, **overrides)
     options = settings.composition.vision_encoder
     encoder = VisionEncoder(tower(vision, options.openclip_settings.get("depth")), **options.feature_arguments)
@@ -298,7 +299,7 @@ def build(
 @torch.no_grad()
 def open_gates(model: VLM, seed: int = 3) -> VLM:
     """Draw what is ours anew, large enough for media to matter, and open the gates."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     for part in (model.vision_tokenizer, model.fusion, model.added_tokens):
         stir(part, 0.2)
         for name, parameter in part.named_parameters():
@@ -320,7 +321,7 @@ class Row:
 
 def row(model: VLM, num_media: int, length: int = 7, *, frames: int = 1, seed: int = 0) -> Row:
     """A random prompt of `length` tokens, `num_media` of them `<image>`, never two on end, one `<|endofchunk|>`."""
-    torch.manual_seed(100 * seed + num_media)
+    seed_torch(100 * seed + num_media)
     lang_x = torch.randint(1, VOCABULARY, (1, length))
     lang_x[0, -2] = STOP
     lang_x[0, 1 : 2 * num_media : 2] = IMAGE
