@@ -39,7 +39,8 @@ FORBIDDEN["vlm_cli/modeling"] += ["safetensors", "yaml"]
 FORBIDDEN["vlm_cli/evaluation"] += ["vlm_cli.training"]
 
 #: What is imported before a command runs, and what it may not import outside of functions: `vlm --help` must be quick.
-LIGHT = ("composition", "data", "errors", "files", "media/loader", "models", "prompt", "registry")
+LIGHT = ("composition", "data", "errors", "files", "flags", "media/loader", "models", "prompt", "registry", "resume")
+LIGHT += ("training/listener", "training/settings")
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 
 
