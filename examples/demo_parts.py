@@ -32,7 +32,7 @@ TEXT_TOWER = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "lay
 
 def write_vision_encoder(model: VLM, out: Path) -> None:
     """Write the model's vision encoder as a folder of OpenCLIP."""
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     tensors = model.vision_encoder.visual.state_dict()
     state = {f"visual.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(state, out / "open_clip_model.safetensors", metadata={"format": "pt"})
@@ -46,7 +46,7 @@ def write(out: Path) -> None:
     """Write the parts, the composition and the weights."""
     model, processor = vlm_cli.load("demo")
     write_vision_encoder(model, out / "vision")
-    (out / "language").mkdir()
+    (out / "language").mkdir(exist_ok=True)
     export_language_model(model, processor, out / "language")
     for name in ("composition.yaml", "model.safetensors"):
         shutil.copyfile(DEMO / name, out / name)
