@@ -13,7 +13,7 @@ import vlm_cli
 from vlm_cli.checkpoint.parts.vision_encoders import list_towers
 from vlm_cli.report.encoders import EncoderFacts, store_facts
 
-COMMANDS = ("build", "inspect", "generate", "count-params", "list")
+COMMANDS = ("build", "inspect", "generate", "chat", "batch", "eval", "count-params", "list")
 VLM = [sys.executable, "-m", "vlm_cli"]
 
 

@@ -40,7 +40,7 @@ class BatchOptions:
         Path | None,
         typer.Option(
             "--output", "-o", metavar="FILE", help="Write answers to FILE (JSONL). An interrupted run resumes from "
-            "FILE.partial.", rich_help_panel=BATCH,
+            "FILE.partial. Required.", rich_help_panel=BATCH,
         ),
     ] = None  # fmt: skip
     batch_size: Annotated[
