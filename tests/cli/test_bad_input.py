@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+import vlm_cli.checkpoint.building as building
 import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM, files
 from vlm_cli.cli.app import main
@@ -552,14 +553,14 @@ def start(*arguments: object, prepare: Callable[[], object] = lambda: None) -> P
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_of_a_build(parts, old, tmp_path, monkeypatch, number, code):
-    original = directory.save
+    original = building.save
 
     def slow(model, processor, out, **keywords):
         original(model, processor, out, **keywords)
         (out / "ready").touch()
         time.sleep(60)
 
-    monkeypatch.setattr(directory, "save", slow)
+    monkeypatch.setattr(building, "save", slow)
     for flags in (["new"], ["old", "--overwrite"]):
         with unchanged(tmp_path):
             process = start("build", tmp_path / flags[0], *parts.flamingo, *flags[1:])
