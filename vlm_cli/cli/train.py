@@ -24,55 +24,65 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
+ModelOption = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", show_default=False),
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the trained model to the directory OUT.")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", "-d", metavar="FILE", help="Learn the records in FILE (JSONL).", rich_help_panel=DATA),
+]
+EvalDataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Measure the loss on the records in FILE (JSONL) at each checkpoint.",
+        rich_help_panel=DATA,
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Continue an interrupted run from its last complete checkpoint.", rich_help_panel=RUN
+    ),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace OUT if vlm wrote it, and delete the checkpoints of an unfinished run.",
+        rich_help_panel=RUN,
+    ),
+]
+KeepCheckpointsOption = Annotated[
+    bool,
+    typer.Option("--keep-checkpoints", help="Keep OUT.checkpoints after the run has ended.", rich_help_panel=RUN),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the language model's own code from the directory of MODEL.",
+        rich_help_panel=RUN,
+    ),
+]
+
+
 @flatten_options
 def train(
     *,
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", show_default=False),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the trained model to the directory OUT.")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", "-d", metavar="FILE", help="Learn the records in FILE (JSONL).", rich_help_panel=DATA),
-    ] = None,
-    eval_data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Measure the loss on the records in FILE (JSONL) at each checkpoint.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    data: DataOption = None,
+    eval_data: EvalDataOption = None,
     settings: TrainingSettings,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue an interrupted run from its last complete checkpoint.", rich_help_panel=RUN
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace OUT if vlm wrote it, and delete the checkpoints of an unfinished run.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
-    keep_checkpoints: Annotated[
-        bool,
-        typer.Option("--keep-checkpoints", help="Keep OUT.checkpoints after the run has ended.", rich_help_panel=RUN),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run the language model's own code from the directory of MODEL.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    keep_checkpoints: KeepCheckpointsOption = False,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model on records of images and text. The directory OUT appears when training is done.
