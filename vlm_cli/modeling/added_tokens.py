@@ -1,4 +1,4 @@
-"""Rows for new tokens beside the language model's frozen tables.
+"""`AddedTokens`: embeddings and logits of new tokens, beside the language model's frozen tables.
 
 B batch, T tokens, d channels, V columns of the logits.
 """
@@ -15,17 +15,17 @@ __all__ = ["AddedTokens"]
 
 
 class AddedTokens(nn.Module):
-    """Input embeddings and output logits of the tokens that a language model does not have.
+    """Hold input embeddings and output rows of the tokens that a language model does not have.
 
-    The model's own tables stay as they were published, tied or not. Ids from `first_id` on are ours.
+    The language model's own tables stay as they were published, tied or not. Ids from `first_id` on are added tokens.
 
     Args:
-        num_tokens: how many tokens are added; may be 0.
+        num_tokens: number of added tokens; may be 0.
         first_id: the first added id.
         dim_embedding: channels of the input embeddings.
         dim_head: channels that the language model's head reads.
-        bias: whether the language model's head has a bias.
-        base_bias: whether it gets one of ours, which then is the added tokens' too.
+        bias: whether the language model's head has a bias; the added rows then have a bias too.
+        base_bias: add a bias to the logits of the language model's own tokens, and to those of the added tokens.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class AddedTokens(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the rows from N(0, 0.02), the usual start of a language model's tables; biases start at zero."""
+        """Draw the rows from N(0, 0.02), as is usual for a language model's tables; biases start at zero."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
         for bias in (self.head.bias, self.base_bias):
@@ -56,10 +56,15 @@ class AddedTokens(nn.Module):
 
     @torch.no_grad()
     def start_at_mean(self, embedding: Any, head: Any, *, chunk: int = 4096) -> None:
-        """Move the rows to the mean of the language model's, plus the small noise that tells them apart.
+        """Add the mean of the language model's rows to the added rows, whose random values keep them distinct.
 
-        An untrained token is then no likelier than others. The mean is taken of what the embedding gives, since
-        some models scale it.
+        An untrained token is then not more probable than other tokens. The mean is over the outputs of the embedding,
+        because some language models scale them.
+
+        Args:
+            embedding: the language model's input embedding.
+            head: the language model's head.
+            chunk: rows that are embedded at once.
         """
         if not self.num_tokens:
             return
@@ -73,21 +78,21 @@ class AddedTokens(nn.Module):
             self.head.bias.add_(head.bias[: self.first_id].mean().to(self.head.bias))
 
     def embed(self, ids: Tensor, embeddings: Tensor) -> Tensor:
-        """int[B, T], float[B, T, d] -> float[B, T, d] with our rows at our ids."""
+        """Replace the embeddings at added ids: int[B, T] ids, float[B, T, d] -> float[B, T, d]."""
         if not self.num_tokens:
             return embeddings
-        ours = self.embedding((ids - self.first_id).clamp(min=0, max=self.num_tokens - 1))
-        return torch.where((ids >= self.first_id)[..., None], ours.to(embeddings.dtype), embeddings)
+        added = self.embedding((ids - self.first_id).clamp(min=0, max=self.num_tokens - 1))
+        return torch.where((ids >= self.first_id)[..., None], added.to(embeddings.dtype), embeddings)
 
     def bias_logits(self, logits: Tensor) -> Tensor:
-        """float[B, T, V] -> float[B, T, V], with our bias on the columns of the language model's own tokens."""
+        """Add `base_bias`, if there is one, to the logits of the language model's own tokens: float[B, T, V]."""
         if self.base_bias is None:
             return logits
         return logits + nnf.pad(self.base_bias.to(logits.dtype), (0, logits.shape[-1] - self.first_id))
 
     def append_logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """float[B, T, d], float[B, T, V] -> float[B, T, first_id + num_tokens].
+        """Append the logits of added tokens: float[B, T, d], float[B, T, V] -> float[B, T, first_id + num_tokens].
 
-        Columns of padded rows, which no token of the tokenizer has, give way to ours.
+        Columns from `first_id` on, which pad the language model's table and belong to no token, are dropped first.
         """
         return torch.cat([logits[..., : self.first_id], self.head(hidden).to(logits.dtype)], dim=-1)

@@ -20,22 +20,22 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
 
 
 class VLMConfig(PreTrainedConfig):
-    """A composition together with the configurations of its two pretrained parts.
+    """A composition, with the configurations of its two pretrained parts.
 
     Attributes:
         text_config: configuration of the language model.
-        vision_config: of the OpenCLIP tower: `embed_dim`, `vision_cfg`, `quick_gelu` as in OpenCLIP, `preprocess`,
-            and `num_patches` and `dim`, the shape of its features.
+        vision_config: configuration of the vision encoder: `embed_dim`, `vision_cfg` and `quick_gelu` as in OpenCLIP,
+            `preprocess`, and the shape of its features, `num_patches` and `dim`.
         composition: the `Composition`; `config.json` holds its `to_dict()`.
         added_tokens: tokens that the language model does not have, in the order of their ids.
-        first_added_id: id of the first of them.
+        first_added_id: id of the first added token.
         media_token_id: id of `<image>`.
     """
 
     model_type = "vlm"
     sub_configs = {"text_config": AutoConfig}
 
-    # A configuration class can be made without arguments, so each has a default; a model needs them all.
+    # Transformers makes configurations without arguments, so each field has a default; a model needs all of them.
     text_config: Any = None
     vision_config: Any = None
     composition: Any = None
@@ -44,7 +44,7 @@ class VLMConfig(PreTrainedConfig):
     media_token_id: Any = None
     pad_token_id: int | None = None
     eos_token_id: list[int] | None = None
-    # The language model ties its own weights; nothing of ours is tied.
+    # The language model ties its own weights; VLM ties no others.
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -55,7 +55,7 @@ class VLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        # The language model may itself be composite (gemma3, mllama, …).
+        # The language model's configuration may itself hold a text configuration (gemma3, mllama, …).
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,4 +66,5 @@ class VLMConfig(PreTrainedConfig):
 
     @property
     def image_token_id(self) -> int:
+        """`media_token_id` under Transformers' name."""
         return self.media_token_id

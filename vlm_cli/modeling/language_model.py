@@ -1,6 +1,6 @@
-"""What we need to know of any causal language model of Transformers, found by structure.
+"""Facts about any causal language model of Transformers, found by its structure and not by its class.
 
-The model itself stays untouched: no layer is wrapped, no table replaced, no class swapped.
+Nothing here changes the language model: no layer is wrapped, no table is replaced, no object changes its class.
 B batch, T positions, d channels.
 """
 
@@ -30,29 +30,33 @@ __all__ = [
     "widths",
 ]
 
-#: Types whose rows cannot be padded at the left, in Transformers itself: the bare model then answers something else.
+#: Type -> why Transformers' own model gives other answers if rows are padded at the left.
 NO_LEFT_PADDING = {
-    "deepseek_v4": "its compressed keys are counted from the first position, padding or not",
-    "git": "it makes its own mask, which forgets the one that is given",
+    "deepseek_v4": "it counts its compressed keys from the first position, also if that is padding",
+    "git": "it makes its own mask and ignores the mask that it gets",
     "recurrent_gemma": "its convolution and its recurrence read the padding",
     "rwkv": "it takes no mask",
     "xlstm": "it takes no mask",
 }
-#: Types that cannot read several positions after a cache, in Transformers itself.
+#: Type -> why Transformers' own model cannot read several positions after a cache.
 NO_CHUNKED_PREFILL = {
     "falcon_mamba": "its cached forward takes one position at a time",
-    "jamba": "its cached forward starts its convolution and its state anew",
+    "jamba": "its cached forward resets its convolution and its state",
     "mamba": "its cached forward takes one position at a time",
     "openai-gpt": "it has no cache",
     "recurrent_gemma": "it keeps its state in itself and returns no cache",
-    "zamba": "its cached forward starts its convolution and its state anew",
+    "zamba": "its cached forward resets its convolution and its state",
 }
 
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 
 
 def check_causal(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what is not an autoregressive decoder of text, before anything of it is downloaded or allocated.
+    """Refuse a model that is not an autoregressive decoder of text, before its weights are downloaded or allocated.
+
+    Args:
+        config: of the model.
+        name: of the model, for the message.
 
     Raises:
         LanguageModelError: with the reason.
@@ -73,7 +77,7 @@ def check_causal(config: PreTrainedConfig, name: str) -> None:
 
 @dataclass(frozen=True)
 class Widths:
-    """Channels at the three places where we touch a language model; they differ in some (OPT-350m)."""
+    """Channels of a language model at its input embedding, its decoder layers and its head; in OPT-350m they differ."""
 
     embedding: int
     layer: int
@@ -81,7 +85,7 @@ class Widths:
 
 
 def widths(lm: PreTrainedModel) -> Widths:
-    """Channels of the input embeddings, of the decoder layers and of the head.
+    """Read the channels of the input embedding, of the decoder layers and of the head.
 
     Raises:
         LanguageModelError: if the model has no input embedding or no head.
@@ -95,15 +99,15 @@ def widths(lm: PreTrainedModel) -> Widths:
 
 
 def decoder_layers(lm: PreTrainedModel, name: str | None = None) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order.
+    """Find the decoder layers of a causal language model, in order. Works on the meta device.
 
-    The stack is the heaviest `nn.ModuleList` as long as the configuration says, outside of vision and audio towers;
-    where none is, the heaviest whose elements Transformers itself keeps whole (`_no_split_modules`). Works on the meta
-    device.
+    Among the `nn.ModuleList`s outside vision and audio towers, the layers are the list with most parameters whose
+    length is the depth in the configuration. If no list has that length, they are the list with most parameters whose
+    elements Transformers keeps whole (`_no_split_modules`).
 
     Args:
         lm: the model.
-        name: dotted name of the layers, if the search is to be skipped.
+        name: dotted name of the layers; None searches.
 
     Raises:
         LanguageModelError: if there is no such stack.
@@ -130,7 +134,7 @@ def decoder_layers(lm: PreTrainedModel, name: str | None = None) -> nn.ModuleLis
 
 
 def _own_stacks(lm: PreTrainedModel, text_config: type) -> list[nn.ModuleList]:
-    """The module lists that belong to the text decoder, not to another tower of the model."""
+    """Return the module lists that belong to the text decoder, and not to another tower of the model."""
     owners: dict[str, PreTrainedModel] = {}
     stacks = []
     for name, module in lm.named_modules():
@@ -143,7 +147,7 @@ def _own_stacks(lm: PreTrainedModel, text_config: type) -> list[nn.ModuleList]:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Positions that a language model can read; None if its configuration sets no limit."""
+    """Return how many positions a language model can read; None if its configuration sets no limit."""
     text = config.get_text_config(decoder=True)
     lengths = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's is the second
     return next((x for x in lengths if isinstance(x, int)), None)
@@ -156,17 +160,17 @@ def update_hidden_states(
     shape: torch.Size,
     dim: int,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a decoder layer with its hidden states passed through `update`.
+    """Pass the hidden states among a decoder layer's arguments through `update`, and return the arguments.
 
-    Nearly all layers take float[B, T, d]. Models with several residual streams do not; there the update is computed
-    from one stream and added:
+    Nearly all layers take float[B, T, d]. Layers with several residual streams S do not; `update` then runs on one
+    stream, and its change is added:
 
     - float[S, B, T, d], AltUp (gemma3n): on stream 0, the active one;
     - float[B, T, S, d] and float[B, T, S·d], hyper-connections (deepseek_v4, qwen4_exp): from the mean, to all.
 
     Args:
         update: float[B, T, d] -> float[B, T, d].
-        args, kwargs: arguments of the layer; hidden states come first, or as `hidden_states`.
+        args, kwargs: arguments of the layer; hidden states are the first, or named `hidden_states`.
         shape: (B, T).
         dim: d.
     """

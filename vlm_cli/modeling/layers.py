@@ -10,7 +10,7 @@ __all__ = ["feed_forward"]
 
 
 class SquaredReLU(nn.Module):
-    """max(x, 0)² (Primer, https://arxiv.org/abs/2109.08668)."""
+    """Compute max(x, 0)² (Primer, https://arxiv.org/abs/2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.relu().square()
@@ -20,7 +20,13 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "s
 
 
 def feed_forward(dim: int, mult: int, activation: Activation = "gelu") -> nn.Sequential:
-    """LayerNorm, linear, activation, linear; no biases."""
+    """Build LayerNorm, linear, activation, linear, without biases.
+
+    Args:
+        dim: channels in and out.
+        mult: hidden channels over `dim`.
+        activation: between the linear layers.
+    """
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, dim * mult, bias=False),

@@ -1,6 +1,6 @@
-"""Three parts for `vlm`: their names and settings. What they compute is in the modules beside this one.
+"""Three parts for `vlm`: their names and settings. The modules beside this one hold the parts themselves.
 
-This file is read whenever one of the names is used, also by `vlm list`, so it does not import torch.
+`vlm` imports this file whenever it uses one of the names, in `vlm list` too, so this file does not import torch.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ __all__ = ["CONV_PATCHES", "GRID_POOLING", "RUNNING_MEAN"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvPatchesOptions(VisionEncoderOptions):
+    """Settings of `ConvPatches`."""
+
     depth: int = 2  # convolutions after the one that makes patches
 
     def __post_init__(self) -> None:
@@ -24,8 +26,10 @@ class ConvPatchesOptions(VisionEncoderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GridPoolingOptions:
+    """Settings of `GridPooling`."""
+
     side: int = 2  # side² vision tokens for each frame
-    dim_out: int | None = None  # output channels; None: what the fusion asks for
+    dim_out: int | None = None  # output channels; None: the width that the fusion asks for
 
     def __post_init__(self) -> None:
         if self.side < 1:
@@ -34,6 +38,8 @@ class GridPoolingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunningMeanOptions:
+    """Settings of `VLMWithRunningMean`."""
+
     bias: bool = True  # of the projection
 
 

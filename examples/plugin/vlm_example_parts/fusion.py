@@ -11,22 +11,22 @@ from vlm_cli.modeling.vlm import VLM
 
 
 class VLMWithRunningMean(VLM):
-    """Each embedding gets the projected mean of its row's media up to there; `<image>` keeps its one position.
+    """Add to each embedding the projected mean of its row's media so far. `<image>` keeps its one position.
 
     The gate starts at 0, so that a new model gives the bare language model's logits.
     """
 
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:
-        return None  # any: they are projected here
+        return None  # any number of channels: `fusion` projects them
 
     def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         dim_embedding = self.get_input_embeddings().weight.shape[1]
         self.fusion = GatedProjection(self.vision_tokenizer.dim_out, dim_embedding, parts.fusion.options.bias)
 
     def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
-        """float[B, T_img, n, d], bool[B, T_img, n] -> float[B, T_img, d]: the k-th is the mean of the first k media."""
-        tokens = vision_tokens.where(media_mask[..., None], 0)  # padding may hold anything
+        """Return float[B, T_img, d], whose k-th row comes from the mean of the first k media."""
+        tokens = vision_tokens.where(media_mask[..., None], 0)  # padding may hold any number
         media = tokens.sum(2) / media_mask.sum(2, keepdim=True).clamp(min=1)  # [B, T_img, d]
         counts = torch.arange(1, media.shape[1] + 1, device=media.device)
         return self.fusion(media.cumsum(1) / counts[:, None])
@@ -43,7 +43,7 @@ class VLMWithRunningMean(VLM):
 
 
 class GatedProjection(nn.Module):
-    """tanh(gate)·proj(x)."""
+    """Compute tanh(gate)·proj(x)."""
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool) -> None:
         super().__init__()

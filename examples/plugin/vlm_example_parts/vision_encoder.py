@@ -16,7 +16,7 @@ class ConvPatches(nn.Module):
 
     @classmethod
     def configure(cls, options: ConvPatchesOptions) -> dict[str, Any]:
-        """What `config.json` keeps of this encoder, and how images are prepared where that is not OpenCLIP's way."""
+        """Return what `config.json` keeps: the encoder's settings, and where preprocessing differs from OpenCLIP's."""
         return {
             "vision_cfg": {"image_size": options.image_size or 224, "depth": options.depth},
             "preprocess": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
@@ -29,13 +29,14 @@ class ConvPatches(nn.Module):
         self.blocks = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(config["vision_cfg"]["depth"]))
 
     def load_pretrained(self, name_or_file: str) -> None:
+        """Load weights from a safetensors file."""
         self.load_state_dict(load_file(name_or_file))
 
     def patch_features(self, pixels: Tensor, layer: int = -1) -> Tensor:
-        """float[N, C, H, W] -> float[N, v, d] of a layer, counted from the end: -1 is the last.
+        """Return the features of a layer, counted from the end: float[N, C, H, W] -> float[N, v, d].
 
         Raises:
-            ValueError: for a layer that is not there.
+            ValueError: if the encoder has fewer layers.
         """
         num_blocks = len(self.blocks) + 1 + layer
         if num_blocks < 0:

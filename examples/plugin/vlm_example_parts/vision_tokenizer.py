@@ -31,15 +31,15 @@ class GridPooling(nn.Module):
         self.proj = nn.Linear(dim_in, self.dim_out)
 
     def num_tokens(self, num_frames: int = 1) -> int:
-        """Vision tokens of a medium."""
+        """Count the vision tokens of a medium."""
         return self.num_per_frame * num_frames
 
     def token_mask(self, frame_mask: Tensor) -> Tensor:
-        """bool[B, T_img, F] -> bool[B, T_img, n]: the tokens of the frames that are there."""
+        """Mark the tokens of valid frames: bool[B, T_img, F] -> bool[B, T_img, n]."""
         return frame_mask.repeat_interleave(self.num_per_frame, dim=-1)
 
     def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out]; frames do not mix, so none needs the mask."""
+        """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out]; frames do not mix, so the mask is not needed."""
         frames = features.flatten(0, 2).transpose(1, 2)  # [B·T_img·F, dim_in, v]
         pooled = self.pool(frames.unflatten(2, (self.grid, self.grid))).flatten(2).transpose(1, 2)
         return self.proj(pooled.unflatten(0, features.shape[:3]).flatten(2, 3))

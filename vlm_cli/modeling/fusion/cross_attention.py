@@ -1,7 +1,7 @@
 """Gated cross-attention of Flamingo (https://arxiv.org/abs/2204.14198, section 3.2).
 
-Parameter names and arithmetic are those of open_flamingo, so that published weights load as they are. Visibility,
-gates and the set of blocks are those of every fusion that has such blocks.
+Parameter names and arithmetic are those of open_flamingo, so that published weights load unchanged. Every fusion with
+gated blocks shares the gates, the masks and the hooks of this module.
 B batch, T_txt text positions, T_img media, n vision tokens per medium, S = T_img·n attended positions, d channels,
 L blocks; inside attention h heads, k head width.
 """
@@ -28,7 +28,7 @@ __all__ = ["GatedCrossAttention", "GatedCrossAttentionBlock", "VLMWithCrossAtten
 
 
 class MaskedCrossAttention(nn.Module):
-    """Text attends to vision tokens."""
+    """Attend from text to vision tokens."""
 
     def __init__(self, dim: int, dim_media: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(num_heads * head_dim, dim, bias=False)
 
     def project(self, media: Tensor) -> Tensor:
-        """Keys and values of vision tokens: float[B, S, dim_media] -> float[B, 2, h, S, k]."""
+        """Compute keys and values of vision tokens: float[B, S, dim_media] -> float[B, 2, h, S, k]."""
         return rearrange(self.to_kv(media), "B S (two h k) -> B two h S k", two=2, h=self.num_heads)
 
     def forward(self, x: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
@@ -49,15 +49,15 @@ class MaskedCrossAttention(nn.Module):
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """`x + tanh(a)·attn(x)`, then `x + tanh(f)·ff(x)`; with both gates at zero, the identity.
+    """Compute `x + tanh(a)·attn(x)`, then `x + tanh(f)·ff(x)`. With both gates at zero this is the identity.
 
     Args:
-        attn: normalises its input by `norm`, of `dim` channels, and has `project(media)`, as `MaskedCrossAttention`.
-        ff: normalises its input too.
-        gate_size: numbers of a gate: one, or one for each channel.
+        attn: has `norm`, which normalises its input of `dim` channels, and `project(media)`, as `MaskedCrossAttention`.
+        ff: normalises its input itself.
+        gate_size: numbers in a gate: 1, or `dim` for one per channel.
     """
 
-    # Set by Transformers' `gradient_checkpointing_enable`.
+    # Transformers' `gradient_checkpointing_enable` sets these.
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any] | None = None
 
@@ -78,6 +78,7 @@ class GatedCrossAttentionBlock(nn.Module):
 
     @property
     def dim(self) -> int:
+        """Channels of the hidden states."""
         return self.attn.norm.normalized_shape[0]
 
     def forward(self, x: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
@@ -93,13 +94,13 @@ class GatedCrossAttentionBlock(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """The blocks of a language model, by number of the decoder layer that each stands before.
+    """All blocks of a language model; each is named by the number of the decoder layer that follows it.
 
     Args:
-        options: of the fusion.
+        options: settings of the fusion.
         dim: channels of the decoder layers.
         dim_media: channels of the vision tokens.
-        layers: numbers of the decoder layers that get a block.
+        layers: numbers, from 0, of the decoder layers that get a block.
     """
 
     def __init__(self, options: GatedFusionOptions, dim: int, dim_media: int, layers: Sequence[int]) -> None:
@@ -109,24 +110,28 @@ class GatedCrossAttention(nn.Module):
 
     @staticmethod
     def build_block(options: Any, dim: int, dim_media: int) -> GatedCrossAttentionBlock:
+        """Build one block; each kind of fusion has its own."""
         return GatedCrossAttentionBlock(
             MaskedCrossAttention(dim, dim_media, options.num_heads, options.head_dim),
             feed_forward(dim, options.ff_mult, options.activation),
         )
 
     def project(self, vision_tokens: Tensor) -> Tensor:
-        """Keys and values of all blocks: float[B, T_img, n, dim_media] -> float[B, L, 2, h, S, k]."""
+        """Compute keys and values for all blocks: float[B, T_img, n, dim_media] -> float[B, L, 2, h, S, k].
+
+        Without gradients, equal media are projected once.
+        """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or vision_tokens.is_meta:
             media = vision_tokens.flatten(1, 2)
             return torch.stack([block.attn.project(media) for block in self.blocks.values()], dim=1)
         B, T, n, _ = vision_tokens.shape
-        media, which = deduplicate(vision_tokens.flatten(0, 1))
+        media, inverse = deduplicate(vision_tokens.flatten(0, 1))  # [media, n, dim_media], [B·T_img]
         keys_values: Any = None
-        for slot, block in enumerate(self.blocks.values()):  # never two copies of what all blocks have together
+        for slot, block in enumerate(self.blocks.values()):  # fill one tensor: stacking would need twice the memory
             found = block.attn.project(media)  # [media, 2, h, n, k]
             if keys_values is None:
                 keys_values = found.new_empty(B, len(self.blocks), 2, found.shape[2], T * n, found.shape[4])
-            keys_values[:, slot] = rearrange(found[which], "(B T) two h n k -> B two h (T n) k", B=B)
+            keys_values[:, slot] = rearrange(found[inverse], "(B T) two h n k -> B two h (T n) k", B=B)
         return keys_values
 
     @property
@@ -135,6 +140,7 @@ class GatedCrossAttention(nn.Module):
         return self.options.feed_forward_before_media
 
     def visibility(self, media_counts: Tensor, media_mask: Tensor) -> MediaVisibility:
+        """Compute what each position sees: int[B, T_txt] counts, bool[B, T_img, n] -> the masks of one call."""
         return MediaVisibility.build(
             media_counts,
             media_mask,
@@ -144,7 +150,10 @@ class GatedCrossAttention(nn.Module):
 
 
 class VLMWithCrossAttention(VLM):
-    """Gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)."""
+    """Gated cross-attention blocks before decoder layers read the vision tokens (Flamingo).
+
+    Before each chosen decoder layer, a hook passes the layer's input through a block.
+    """
 
     _fusion_class: type[GatedCrossAttention] = GatedCrossAttention
 
@@ -185,7 +194,7 @@ class VLMWithCrossAttention(VLM):
             layers[i].register_forward_pre_hook(_BeforeLayer(self, str(i), slot), with_kwargs=True)
 
     def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
-        """Keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
+        """Return the keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
         return self.fusion.project(vision_tokens)
 
     def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
@@ -216,7 +225,7 @@ class VLMWithCrossAttention(VLM):
 
 
 class _BeforeLayer:
-    """The hook that runs a gated cross-attention block before its decoder layer."""
+    """A hook that runs one gated cross-attention block before its decoder layer."""
 
     def __init__(self, model: VLMWithCrossAttention, key: str, slot: int) -> None:
         self.model, self.key, self.slot = model, key, slot

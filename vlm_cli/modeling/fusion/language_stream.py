@@ -16,7 +16,7 @@ __all__ = ["VLMWithLanguageStream"]
 
 
 class VLMWithLanguageStream(VLM):
-    """Vision tokens take the place of the media token among the text tokens (Kosmos, BLIP-2, LLaVA)."""
+    """Vision tokens take the place of `<image>` among the embeddings of text (Kosmos, BLIP-2, LLaVA)."""
 
     splices_media = True
 
@@ -34,14 +34,14 @@ class VLMWithLanguageStream(VLM):
         self.fusion = nn.Module()
 
     def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
-        """The tokens of a row in order, padding last: float[B, T_img·n, d]."""
+        """Return each row's vision tokens in order, padding last: float[B, T_img·n, d]."""
         return pack_valid_tokens(vision_tokens, media_mask)
 
     def expand_prompt(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> ExpandedPrompt | None:
         is_media = lang_x == self.config.media_token_id
         pad_id = self.config.pad_token_id or 0
         mask, before = attention_mask, None
-        if attention_mask is not None:  # with a cache, it also covers the positions before `lang_x`
+        if attention_mask is not None:  # with a cache, the mask also covers the positions before `lang_x`
             before, mask = attention_mask.split([attention_mask.shape[1] - lang_x.shape[1], lang_x.shape[1]], dim=1)
         expansion = expand_media_tokens(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
         if before is None:

@@ -1,4 +1,4 @@
-"""Gated cross-attention made of what Llama's layers are made of (IDEFICS, https://arxiv.org/abs/2306.16527).
+"""Gated cross-attention from the components of Llama's layers (IDEFICS, https://arxiv.org/abs/2306.16527).
 
 The arithmetic is that of `IdeficsGatedCrossAttentionLayer` of Transformers.
 B batch, T_txt text positions, S attended positions, d channels; inside attention h heads, k head width.
@@ -23,7 +23,7 @@ __all__ = ["LlamaGatedCrossAttention", "VLMWithLlamaCrossAttention"]
 
 
 class LlamaCrossAttention(nn.Module):
-    """Text attends to vision tokens; four projections without biases, and no rotary positions."""
+    """Attend from text to vision tokens, with four projections without biases and without rotary positions."""
 
     def __init__(self, options: LlamaCrossAttentionOptions, dim: int, dim_media: int) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class LlamaCrossAttention(nn.Module):
         )
 
     def _split(self, x: Tensor) -> Tensor:
-        """float[B, *, h·k] -> float[B, h, *, k]."""
+        """Split channels into heads: float[B, T, h·k] -> float[B, h, T, k]."""
         return rearrange(x, "B T (h k) -> B h T k", h=self.num_heads)
 
     def project(self, media: Tensor) -> Tensor:
-        """Keys and values of vision tokens: float[B, S, dim_media] -> float[B, 2, h, S, k]."""
+        """Compute keys and values of vision tokens: float[B, S, dim_media] -> float[B, 2, h, S, k]."""
         k, v = self._split(self.k_proj(media)), self._split(self.v_proj(media))
         return torch.stack([self.k_norm(k), v], dim=1)
 
@@ -70,7 +70,7 @@ class SwiGLU(nn.Module):
 
 
 class LlamaGatedCrossAttention(GatedCrossAttention):
-    """The blocks of a language model; the feed-forward applies to every position of a row that has media."""
+    """All blocks of a language model. The feed-forward applies to every position of a row that has media."""
 
     feeds_before_media = True
 

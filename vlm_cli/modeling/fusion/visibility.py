@@ -1,4 +1,4 @@
-"""Which medium each text position sees, and attention between media and their readers.
+"""Which media each text position sees, and attention between media and the positions that read them.
 
 Source: Flamingo (https://arxiv.org/abs/2204.14198), section 3.1.3; the arithmetic is that of open_flamingo.
 B batch, T_txt text positions, T_img media, n vision tokens per medium, S = T_img·n attended positions; inside attention
@@ -22,20 +22,26 @@ __all__ = ["MediaVisibility", "Readers", "attend_to_media"]
 class MediaVisibility:
     """Which text positions a block changes, and what they see; built once per call.
 
-    With two media of n = 2 tokens, `<image>`s at positions 1 and 3, and `attend="last"`:
+    With two media of n = 2 tokens, `<image>` at positions 1 and 3, and `attend="last"`:
 
         position           0     1     2     3     4
-        media_counts    0     1     1     2     2
+        media_counts       0     1     1     2     2
         attention row      ....  11..  11..  ..11  ..11
         reads              no    yes   yes   yes   yes
 
-    Where each position reads one medium of several, attention is computed between each medium and its own readers
-    (`Readers`), which for M media is M times less than between all positions and all media.
+    If each position reads one medium of several, attention runs between each medium and its own readers (`Readers`).
+    For M media this is M times less work than attention between all positions and all media.
+
+    Attributes:
+        attention: true where a position may look: bool[B, 1, T_txt, S], or with readers bool[B·T_img, 1, 1, n].
+        reads: bool[B, T_txt, 1], true where a position sees any vision token.
+        feeds: bool[B, T_txt, 1], true where the feed-forward applies.
+        readers: the readers of each medium; None to attend between all positions and all media.
     """
 
-    attention: Tensor  # bool[B, 1, T_txt, S], or bool[B·T_img, 1, 1, n] with readers: true where a position may look
-    reads: Tensor  # bool[B, T_txt, 1]: true where a position sees anything
-    feeds: Tensor  # bool[B, T_txt, 1]: true where the feed-forward applies
+    attention: Tensor
+    reads: Tensor
+    feeds: Tensor
     readers: Readers | None = None
 
     @classmethod
@@ -47,11 +53,12 @@ class MediaVisibility:
         attend: Literal["last", "all"],
         feed_forward_before_media: bool,
     ) -> MediaVisibility:
-        """
+        """Compute the masks of one call.
+
         Args:
             media_counts: int[B, T_txt], number of media tokens at or before each position.
-            media_mask: bool[B, T_img, n], true for the vision tokens that stand for something.
-            attend: the latest medium, or all media so far.
+            media_mask: bool[B, T_img, n], true for vision tokens that are not padding.
+            attend: text sees the last medium before it ("last"), or all media before it ("all").
             feed_forward_before_media: whether positions before the first medium get the feed-forward.
         """
         num_media, n = media_mask.shape[1:]
@@ -64,7 +71,7 @@ class MediaVisibility:
             seen = number == position if attend == "last" else number <= position
             seen = seen & media_mask.flatten(1)[:, None]  # [B, T_txt, S]
             reads = seen.any(-1, keepdim=True)
-            # A softmax over nothing is not a number, so that a blind position looks everywhere and is dropped later.
+            # A softmax over no key is NaN, so a position that sees nothing looks everywhere; `reads` drops its result.
             attention = (seen | ~reads)[:, None]
         else:
             some = media_mask.any(-1)  # [B, T_img]
@@ -77,18 +84,36 @@ class MediaVisibility:
 
 @dataclass(frozen=True)
 class Readers:
-    """The positions that read each medium, and where each position stands among them.
+    """The text positions that read each medium, with `attend="last"`.
 
-    With `media_counts` 0 1 1 2 2 2, the readers of the media are the positions 1 2 · and 3 4 5; · is any.
+    Media counts never fall along a row, so the readers of a medium are consecutive positions. In a row of six positions
+    and two media, the first has two readers and the second has three; P = 3 is the largest number:
+
+        position          0  1  2  3  4  5
+        media_counts      0  1  1  2  2  2
+
+                          medium 1   medium 2
+        positions         1  2  3    3  4  5      the third reader of medium 1 is filler
+
+        position          0  1  2  3  4  5
+        slots             0  0  1  3  4  5        position 0 reads nothing; its slot is arbitrary
+
+    `gather` brings the queries into the order of `positions`, so that each medium attends to its own P queries;
+    `scatter` brings the results back by `slots`.
+
+    Attributes:
+        positions: int[B, T_img·P], text positions: P readers of each medium.
+        slots: int[B, T_txt], index in `positions` of each text position; arbitrary for a position that reads nothing.
+        num_media: T_img.
     """
 
-    positions: Tensor  # int[B, T_img·P] of P readers of each medium
-    places: Tensor  # int[B, T_txt] in `positions`; any for a position that reads nothing
+    positions: Tensor
+    slots: Tensor
     num_media: int
 
     @classmethod
     def build(cls, media_counts: Tensor, num_media: int) -> Readers | None:
-        """None where this would save less than half, or cannot be traced.
+        """Find the readers. None if this saves less than half of the work, or while torch traces the model.
 
         Args:
             media_counts: int[B, T_txt], number of media tokens at or before each position.
@@ -96,32 +121,40 @@ class Readers:
         """
         if torch.compiler.is_compiling() or media_counts.is_meta:
             return None
-        counts = nnf.one_hot(media_counts, num_media + 1).sum(1)  # [B, 1 + T_img]
-        most = int(counts[:, 1:].max())
+        num_readers = nnf.one_hot(media_counts, num_media + 1).sum(1)  # [B, 1 + T_img]; first, those of no medium
+        most = int(num_readers[:, 1:].max())  # P
         if not 0 < most <= media_counts.shape[1] // 2:
             return None
-        # Counts never fall along a row, so that the readers of a medium follow each other.
-        number = media_counts - 1
-        everyone = torch.arange(media_counts.shape[1], device=media_counts.device)
-        start = counts.cumsum(1)[:, :-1]  # [B, T_img]
+        medium = media_counts - 1  # [B, T_txt], from 0; -1 before the first medium
+        everyone = torch.arange(media_counts.shape[1], device=media_counts.device)  # [T_txt]
+        start = num_readers.cumsum(1)[:, :-1]  # [B, T_img], first reader of each medium
         positions = start[..., None] + torch.arange(most, device=start.device)  # [B, T_img, P]
-        places = number * most + everyone - start.gather(1, number.clamp(min=0))
-        return cls(positions.clamp(max=len(everyone) - 1).flatten(1), places.clamp(0, num_media * most - 1), num_media)
+        slots = medium * most + everyone - start.gather(1, medium.clamp(min=0))  # [B, T_txt]
+        return cls(positions.clamp(max=len(everyone) - 1).flatten(1), slots.clamp(0, num_media * most - 1), num_media)
 
     def gather(self, q: Tensor) -> Tensor:
-        """float[B, h, T_txt, k] -> float[B·T_img, h, P, k]."""
-        index = self.positions[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        """Give each medium its readers: float[B, h, T_txt, k] -> float[B·T_img, h, P, k]."""
+        index = self.positions[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])  # [B, h, T_img·P, k]
         return rearrange(q.gather(2, index), "B h (M P) k -> (B M) h P k", M=self.num_media)
 
     def scatter(self, out: Tensor) -> Tensor:
-        """float[B·T_img, h, P, k] -> float[B, h, T_txt, k]."""
+        """Put the readers back into the order of the text: float[B·T_img, h, P, k] -> float[B, h, T_txt, k]."""
         out = rearrange(out, "(B M) h P k -> B h (M P) k", M=self.num_media)
-        index = self.places[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
+        index = self.slots[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
         return out.gather(2, index)
 
 
 def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
-    """float[B, h, T_txt, k], float[B, 2, h, S, k] -> float[B, T_txt, h·k]; of no meaning where nothing is seen."""
+    """Attend from text to vision tokens.
+
+    Args:
+        q: float[B, h, T_txt, k] queries.
+        keys_values: float[B, 2, h, S, k].
+        visibility: of the call.
+
+    Returns:
+        float[B, T_txt, h·k]; arbitrary where `visibility.reads` is false.
+    """
     readers = visibility.readers
     if readers is not None:
         q = readers.gather(q)

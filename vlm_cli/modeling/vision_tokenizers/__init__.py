@@ -1,12 +1,13 @@
-"""Vision tokenizers: features of patches to a few tokens per medium.
+"""Vision tokenizers: from features of patches to a few vision tokens per medium.
 
-Each is a module built as `Tokenizer(options, dim_in, num_patches, dim_out)`, where `dim_out` is None if
-the fusion takes any width, with
+Each is a module that is built as `Tokenizer(options, dim_in, num_patches, dim_out)`, where `dim_out` is None if the
+fusion takes any width. It has
 
 - `dim_out`: channels of its tokens;
 - `num_tokens(num_frames)`: vision tokens of one medium;
 - `forward(features, frame_mask=None)`: float[B, T_img, F, v, dim_in], bool[B, T_img, F] -> float[B, T_img, n, dim_out];
-- `token_mask(frame_mask)`: bool[B, T_img, F] -> bool[B, T_img, n], true where a token stands for something.
+- `token_mask(frame_mask)`: bool[B, T_img, F] -> bool[B, T_img, n], true for tokens that are not padding;
+- `encodes_media_independently`: whether a medium's tokens depend on nothing else in its row; may be left out if false.
 
-What padding holds never changes a token that is not padding.
+The values in padding never change a token that is not padding.
 """

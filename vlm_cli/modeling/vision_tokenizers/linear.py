@@ -40,10 +40,10 @@ def pixel_shuffle(features: Tensor, s: int) -> Tensor:
 
 
 class LinearProjection(nn.Module):
-    """Map each patch to one vision token; the frames of a video follow each other, or are averaged.
+    """Map each patch to one vision token. A video gives the tokens of all its frames, or their mean.
 
     Args:
-        options: what becomes of frames and of neighbouring patches.
+        options: settings.
         dim_in: channels of the features.
         num_patches: patches of one frame.
         dim_out: channels of the tokens; None keeps `dim_in`.
@@ -52,7 +52,7 @@ class LinearProjection(nn.Module):
         CompositionError: if `pixel_shuffle` does not divide a square of patches.
     """
 
-    #: Whether tokens of a medium depend on nothing else in its row.
+    #: A medium's tokens depend on nothing else in its row.
     encodes_media_independently = True
 
     def __init__(self, options: LinearOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
@@ -75,10 +75,11 @@ class LinearProjection(nn.Module):
         return nn.Linear(dim_in, dim_out, bias=bias)
 
     def num_tokens(self, num_frames: int = 1) -> int:
+        """Count the vision tokens of a medium of so many frames."""
         return self.num_patches * (num_frames if self.frames == "concatenate" else 1)
 
     def token_mask(self, frame_mask: Tensor) -> Tensor:
-        """bool[B, T_img, F] -> bool[B, T_img, n]: the patches of the frames that are there."""
+        """Mark the tokens of frames that are not padding: bool[B, T_img, F] -> bool[B, T_img, n]."""
         if self.frames == "mean":
             return frame_mask.any(-1, keepdim=True).expand(-1, -1, self.num_patches)
         return frame_mask.repeat_interleave(self.num_patches, dim=-1)
@@ -91,9 +92,9 @@ class LinearProjection(nn.Module):
             return self.proj(features.flatten(2, 3))
         if frame_mask is None:
             return self.proj(features.mean(2))
-        there = frame_mask[..., None, None]  # [B, T_img, F, 1, 1]
-        total = torch.where(there, features, 0).sum(2)
-        return self.proj(total / there.sum(2).clamp(min=1))
+        is_valid = frame_mask[..., None, None]  # [B, T_img, F, 1, 1]
+        total = torch.where(is_valid, features, 0).sum(2)  # [B, T_img, v, dim_in]
+        return self.proj(total / is_valid.sum(2).clamp(min=1))
 
 
 class MLPProjection(LinearProjection):

@@ -1,6 +1,6 @@
 """The Perceiver Resampler of Flamingo (https://arxiv.org/abs/2204.14198, section 3.1).
 
-Parameter names and arithmetic are those of open_flamingo, so that published weights load as they are.
+Parameter names and arithmetic are those of open_flamingo, so that published weights load unchanged.
 B batch, T_img media, F frames, v patches, n latents, d channels; inside attention h heads, k head width.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["PerceiverResampler"]
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the media features and to themselves."""
+    """Attend from latents to the features of a medium and to the latents themselves."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """A fixed number of learned latents read all patches and frames of a medium.
+    """Let a fixed number of learned latents read all patches and frames of a medium.
 
     Args:
         options: sizes.
         dim_in: channels of the features, and of the latents.
-        num_patches: unused; latents do not grow with patches.
-        dim_out: channels of the tokens; None leaves out the last projection.
+        num_patches: unused; the number of latents does not depend on it.
+        dim_out: channels of the tokens; None omits the last projection.
     """
 
     def __init__(self, options: PerceiverOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
@@ -82,21 +82,22 @@ class PerceiverResampler(nn.Module):
 
     @property
     def encodes_media_independently(self) -> bool:
-        """Whether tokens of a medium depend on nothing else in its row."""
+        """Whether a medium's tokens depend on nothing else in its row; media-time embeddings depend on its number."""
         return self.media_time_embs is None
 
     def num_tokens(self, num_frames: int = 1) -> int:
+        """Count the vision tokens of a medium, whatever its number of frames."""
         return self.latents.shape[0]
 
     def token_mask(self, frame_mask: Tensor) -> Tensor:
-        """bool[B, T_img, F] -> bool[B, T_img, n]: all tokens of a medium that has a frame."""
+        """Mark all tokens of a medium with a valid frame: bool[B, T_img, F] -> bool[B, T_img, n]."""
         return frame_mask.any(-1, keepdim=True).expand(-1, -1, self.num_tokens())
 
     def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out].
 
         Raises:
-            ValueError: for more frames or media than there are embeddings.
+            ValueError: if there are more frames or media than embeddings for them.
         """
         B, T, F, v, _ = features.shape
         for kind, count, most in (("frames", F, self.max_num_frames), ("media", T, self.max_num_media)):
@@ -118,7 +119,7 @@ class PerceiverResampler(nn.Module):
         return latents if self.projection is None else self.projection(latents)
 
     def _attention_mask(self, frame_mask: Tensor, num_patches: int) -> Tensor:
-        """bool[B, T_img, F] -> bool[B·T_img, 1, 1, F·v + n]; latents always see each other."""
+        """Mask patches of padding frames, never latents: bool[B, T_img, F] -> bool[B·T_img, 1, 1, F·v + n]."""
         patches = frame_mask.flatten(0, 1).repeat_interleave(num_patches, dim=-1)
         latents = patches.new_ones(patches.shape[0], self.num_tokens())
         return torch.cat([patches, latents], dim=-1)[:, None, None]

@@ -1,4 +1,4 @@
-"""The Q-Former of BLIP-2 (https://arxiv.org/abs/2301.12597, section 3.1); Transformers' own class.
+"""The Q-Former of BLIP-2 (https://arxiv.org/abs/2301.12597, section 3.1), in Transformers' own class.
 
 B batch, T_img media, F frames, v patches, n queries.
 """
@@ -14,16 +14,16 @@ __all__ = ["QFormer"]
 
 
 class QFormer(nn.Module):
-    """Learned queries in a BERT whose layers cross-attend to all patches and frames of a medium.
+    """Let learned queries read all patches and frames of a medium, in a BERT with cross-attention.
 
     Args:
         options: sizes.
         dim_in: channels of the features.
-        num_patches: unused; queries do not grow with patches.
-        dim_out: channels of the tokens; None leaves out the last projection.
+        num_patches: unused; the number of queries does not depend on it.
+        dim_out: channels of the tokens; None omits the last projection.
     """
 
-    #: Whether tokens of a medium depend on nothing else in its row.
+    #: A medium's tokens depend on nothing else in its row.
     encodes_media_independently = True
 
     def __init__(self, options: QFormerOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
@@ -48,14 +48,15 @@ class QFormer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the queries from N(0, 0.02), as LAVIS does: equal ones would stay equal."""
+        """Draw the queries from N(0, 0.02), as LAVIS does; equal queries would stay equal in training."""
         nn.init.normal_(self.query_tokens, std=0.02)
 
     def num_tokens(self, num_frames: int = 1) -> int:
+        """Count the vision tokens of a medium, whatever its number of frames."""
         return self.query_tokens.shape[1]
 
     def token_mask(self, frame_mask: Tensor) -> Tensor:
-        """bool[B, T_img, F] -> bool[B, T_img, n]: all tokens of a medium that has a frame."""
+        """Mark all tokens of a medium with a valid frame: bool[B, T_img, F] -> bool[B, T_img, n]."""
         return frame_mask.any(-1, keepdim=True).expand(-1, -1, self.num_tokens())
 
     def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
@@ -64,7 +65,7 @@ class QFormer(nn.Module):
         patches = features.flatten(2, 3).flatten(0, 1)  # [B·T, F·v, dim_in]
         mask = None
         if frame_mask is not None:
-            # A medium that is padding sees all of its padding: a softmax over nothing is not a number.
+            # A medium of padding sees all of its padding, since a softmax over no key is NaN.
             seen = frame_mask | ~frame_mask.any(-1, keepdim=True)
             mask = seen.flatten(0, 1).repeat_interleave(v, dim=-1).long()
         queries = self.query_tokens.to(patches.dtype).expand(B * T, -1, -1)
