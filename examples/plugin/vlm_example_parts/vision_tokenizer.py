@@ -39,7 +39,7 @@ class GridPooling(nn.Module):
         return frame_mask.repeat_interleave(self.num_per_frame, dim=-1)
 
     def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out]; frames do not mix, so the mask is not needed."""
+        """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out]; frames do not mix, so no mask is needed."""
         frames = features.flatten(0, 2).transpose(1, 2)  # [B·T_img·F, dim_in, v]
         pooled = self.pool(frames.unflatten(2, (self.grid, self.grid))).flatten(2).transpose(1, 2)
         return self.proj(pooled.unflatten(0, features.shape[:3]).flatten(2, 3))
