@@ -1,13 +1,14 @@
 """Make a tiny untrained language model, offline.
 
-The directory holds what a published one does (config, weights, byte-level BPE tokenizer), so it
-stands in wherever `vlm` takes a language model. It knows nothing: what it writes is noise. It has
-no `<pad>` token, as LLaMA has none: the VLM adds one.
+The directory holds the files of a published language model (config, weights, byte-level BPE tokenizer), so
+`vlm` takes it wherever it takes a language model. The model is untrained and writes noise. Like LLaMA, it has
+no `<pad>` token; the VLM adds one.
 
 Example: python examples/tiny_language_model.py tiny-lm
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ The video shows a person who walks along the street and opens a door.
 """
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on `TEXT`; every text is a string of bytes, so nothing is unknown."""
+def make_tokenizer(lines: Iterable[str] = tuple(TEXT.splitlines())) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on `lines`. Every text is a string of bytes, so no text is unknown."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     # Clean-up would turn " ." into "." and so lose spaces of the text.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
@@ -57,8 +58,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make(out: Path, *, model_type: str = "llama") -> Path:
     """Write a language model to `out` and return `out`; the same bytes each time.
 
-    `model_type` is the word of Hugging Face's config.json. The global random state is left as it
-    was, so a test may call this at any point.
+    `model_type` is the type in Hugging Face's config.json, such as "llama". The function leaves the global random
+    state as it was, so that a test may call it at any point.
     """
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
@@ -86,7 +87,12 @@ def make(out: Path, *, model_type: str = "llama") -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a tiny untrained language model, offline.")
     parser.add_argument("out", type=Path, metavar="OUT", help="Directory to write, e.g. tiny-lm.")
-    parser.add_argument("--model-type", default="llama", help="e.g. llama, mistral, qwen2, gpt2.")
+    parser.add_argument(
+        "--model-type",
+        default="llama",
+        metavar="TYPE",
+        help="Type of the model in Transformers, e.g. llama, mistral, qwen2 or gpt2. Default: llama.",
+    )
     args = parser.parse_args()
     logging.disable_progress_bar()
     out = make(args.out, model_type=args.model_type)

@@ -28,15 +28,17 @@ from vlm_cli.doctor import check_invariants
 
 
 def check_type(model_type: str) -> LanguageModelRow:
-    """All invariants of a type, with both fusions."""
+    """Run every check on a type of language model, with both fusions."""
     return LanguageModelRow(
         model_type, {fusion: list(check_invariants(tiny_vlm(model_type, fusion))) for fusion in FUSIONS}
     )
 
 
 def main(
-    word: Annotated[str, typer.Argument(help="Only names that contain it; the page is then left alone.")] = "",
-    output: Annotated[Path | None, typer.Option(help="Also write every measured difference there, as JSON.")] = None,
+    word: Annotated[str, typer.Argument(metavar="WORD", help="Check only names with WORD; write no page.")] = "",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every measured difference, as JSON.")
+    ] = None,
 ) -> None:
     """Check every language model type with both fusions, and every tower."""
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -119,15 +119,19 @@ def command(main: Callable[[Settings], None], asks: str) -> Callable[..., None]:
     """`main` with the flags that all scripts take."""
 
     def with_flags(
-        size: Annotated[SizeName, typer.Option(help="Of the models.")] = "standard",
-        pairs: Annotated[int, typer.Option(min=1, help="Pairs of each comparison.")] = 7,
+        size: Annotated[SizeName, typer.Option(help="Size of the models.")] = "standard",
+        pairs: Annotated[int, typer.Option(metavar="N", min=1, help="Measure each comparison in N pairs of runs.")] = 7,
         open_flamingo: Annotated[
             Path | None,
-            typer.Option(help="A checkout of mlfoundations/open_flamingo, branch reduce-scope-mllm.", file_okay=False),
+            typer.Option(
+                metavar="DIR",
+                help="Checkout of mlfoundations/open_flamingo, branch reduce-scope-mllm.",
+                file_okay=False,
+            ),
         ] = None,
-        out: Annotated[Path, typer.Option(help="Folder of the results.", show_default=False)] = RESULTS,
-        threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
-        quick: Annotated[bool, typer.Option("--quick", help="Tiny models and two pairs, to try the script.")] = False,
+        out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.", show_default=False)] = RESULTS,
+        threads: Annotated[int, typer.Option(metavar="N", min=1, help="Let torch use N threads.")] = 1,
+        quick: Annotated[bool, typer.Option("--quick", help="Try the script: tiny models and two pairs.")] = False,
     ) -> None:
         sizes = tuple(name for name in SIZES if name != "tiny") if size == "all" else (size,)
         main(

@@ -10,22 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from examples import tiny_language_model
 from examples.scenes.write import Series
 from vlm_cli.prompt import Text, parse
 
 __all__ = ["make", "make_tokenizer", "texts"]
 
-MAX_VOCAB = 512  # tokens; training stops at 491, when each word is one
-NUM_RECORDS = 1000  # to train the tokenizer on
-BOS, EOS = "<s>", "</s>"
+NUM_RECORDS = 1000  # texts that train the tokenizer; it stops at 491 tokens, when each word is one token
 
 
 def texts(num: int = NUM_RECORDS) -> Iterator[str]:
-    """What the first training records say, without their images."""
+    """Yield the text of each of the first training records, without its images."""
     for item in Series().items(num):
         turns = item.record.get("turns", [])
         yield "".join(part.text for part in parse(item.record["prompt"]) if isinstance(part, Text)) + "".join(
@@ -34,21 +32,8 @@ def texts(num: int = NUM_RECORDS) -> Iterator[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE; any text is a string of bytes, so nothing is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    # Clean-up would turn " ." into "." and so lose spaces of the text.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+    """Train a byte-level BPE on the texts of the first training records."""
+    return tiny_language_model.make_tokenizer(texts())
 
 
 def make(out: Path, *, seed: int = 0) -> Path:
@@ -80,7 +65,7 @@ def main() -> None:
         prog="python -m examples.scenes.language", description="Make a small language model with random weights."
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="Directory to write.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the weights.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Seed for the random weights. Default: 0.")
     args = parser.parse_args()
     logging.disable_progress_bar()
     out = make(args.out, seed=args.seed)

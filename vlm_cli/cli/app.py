@@ -1,4 +1,4 @@
-"""The Typer application: joins the commands, and turns what goes wrong into a message and an exit code."""
+"""The Typer application: it joins the commands, and turns an error into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="VLM_DEBUG")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="VLM_DEBUG")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     global _debug
@@ -68,7 +68,8 @@ def options(
 
 
 def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command whose errors end as one message on stderr: 2 for wrong usage, 1 for failures, 130 for Ctrl-C."""
+    """Wrap a command: an error prints one message on stderr, and the exit code is 2 for wrong usage, 1 for a failure,
+    and 130 for Ctrl-C."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -80,7 +81,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             console.notify("Interrupted.")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            raise typer.Exit(1) from None  # the reader has seen enough (`vlm list | head`)
+            raise typer.Exit(1) from None  # the reader has closed the pipe (`vlm list | head`)
         except VLMError as error:
             if _debug:
                 raise
@@ -112,13 +113,13 @@ for _name, _command in (
 
 
 def main() -> int:
-    """Entry point of `vlm`."""
-    # Importing torch and Transformers makes millions of objects that live to the end; looking for garbage among them,
-    # and tearing them down, takes longer than counting a model of 9 billion parameters.
+    """Run `vlm` and return its exit code."""
+    # To import torch and Transformers makes millions of objects that live to the end. Python would take longer to
+    # search them for garbage, and to destroy them, than vlm takes to count a model of 9 billion parameters.
     gc.disable()
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file name may hold bytes that are no text, and a terminal may lack a character.
+        # A file name may hold bytes that are not text, and a terminal may not have every character.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -132,12 +133,12 @@ def main() -> int:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """End as after an error, so that nothing half-written stays."""
+    """End as after an error, so that partial files are removed."""
     raise SystemExit(128 + number)
 
 
 def _flush() -> int:
-    """Write out what is buffered; 1 if it cannot be."""
+    """Write buffered output; return 0, or 1 if that fails."""
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
@@ -145,7 +146,7 @@ def _flush() -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             console.error(f"cannot write the output: {error.strerror}.")
-        # Python must not try again, and complain, when it ends.
+        # Otherwise Python would write again at its end, and print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

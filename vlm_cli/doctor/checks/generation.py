@@ -122,7 +122,11 @@ def _left_padded(rows: Sequence[Inputs], pad_token_id: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _read_in_chunks(subject: Subject, inputs: Inputs, *lengths: int) -> Tensor:
-    """Return float[positions, V] of a prompt that is read in chunks of these lengths, and then the rest."""
+    """Return float[positions, V] of a prompt that is read in chunks of these lengths, and then the rest.
+
+    Raises:
+        ValueError: if the language model returns no cache.
+    """
     model, ids = subject.model, inputs.lang_x
     keywords: dict[str, Any] = {}
     if inputs.vision_x is not None:
@@ -146,18 +150,7 @@ def _read_in_chunks(subject: Subject, inputs: Inputs, *lengths: int) -> Tensor:
         )
         found.append(output.logits[0])
         if lengths:
-            cache, start = _cache(output), part.stop
+            cache, start = model.lm_interface.cache_in(output), part.stop
+            if cache is None:
+                raise ValueError("it returns no cache")
     return torch.cat(found)
-
-
-def _cache(output: Any) -> Any:
-    """Return the cache of a language model's output, whatever its name.
-
-    Raises:
-        ValueError: if the language model returned none.
-    """
-    names = ("cache", "past_key_values", "cache_params", "state")
-    found = next((output[name] for name in names if output.get(name) is not None), None)
-    if found is None:
-        raise ValueError("it returns no cache")
-    return found
