@@ -82,7 +82,8 @@ def test_readme_totals() -> None:
     """The README repeats the totals."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     if IS_CURRENT:
-        assert f"measured: {len(model_types())}\ntypes" in readme and f"all {len(towers())} towers" in readme
+        assert f"{len(model_types())} types of language models and all {len(towers())} OpenCLIP towers" in readme
+        assert f"| {len(model_types())} causal types |" in readme
 
 
 @pytest.mark.parametrize("model_type", sorted(NO_LEFT_PADDING))
