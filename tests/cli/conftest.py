@@ -18,12 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.support import ROOT
+from tests.support.disk import TOWER
 
-TOWER = {
-    "embed_dim": 48,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
-}
 SMALL_PERCEIVER = ("depth=1", "num_heads=2", "head_dim=8", "num_latents=6", "ff_mult=2")
 SMALL_CROSS_ATTENTION = ("num_heads=2", "head_dim=8", "ff_mult=2")
 

@@ -18,10 +18,12 @@ from vlm_cli.cli.app import app
 from vlm_cli.composition import Composition
 from vlm_cli.modeling.towers import build_tower
 
-TOWER = {
+#: OpenCLIP's configuration of the vision encoder that all tests with files use.
+TOWER: dict[str, Any] = {
     "embed_dim": 48,
     "quick_gelu": True,
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 48, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
 }
 
 

@@ -14,7 +14,8 @@ from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 SIZE = 32  # pixels
 
-TOWER = {
+#: One layer and four patches: training runs many steps, and its records are measured against a short context.
+TRAINING_TOWER = {
     "model_cfg": {
         "embed_dim": 16,
         "vision_cfg": {"image_size": SIZE, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import vlm_cli
 from examples import tiny_language_model
-from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, TOWER, write_pictures_and_records
+from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, TRAINING_TOWER, write_pictures_and_records
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.cli.app import app
 from vlm_cli.composition import Composition
@@ -23,7 +23,7 @@ from vlm_cli.composition import Composition
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tower and a language model as files."""
     folder = tmp_path_factory.mktemp("parts")
-    (folder / "tower.json").write_text(json.dumps(TOWER))
+    (folder / "tower.json").write_text(json.dumps(TRAINING_TOWER))
     tiny_language_model.make(folder / "lm")
     return {"vision_encoder": str(folder / "tower.json"), "language_model": str(folder / "lm")}
 
