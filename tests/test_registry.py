@@ -10,9 +10,9 @@ import pytest
 import vlm_cli.registry
 from vlm_cli.composition import Composition
 from vlm_cli.errors import PluginError, UnknownNameError
-from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS, Part, Registry, suggest
+from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS, Part, RegisteredPart, Registry, suggest
 
-PART = Part("square", "math:sqrt", "vlm_cli.composition:LinearOptions", "a part of another package")
+PART = RegisteredPart("square", "math:sqrt", "vlm_cli.composition:LinearOptions", "a part of another package")
 
 
 @pytest.mark.parametrize("registry", [VISION_TOKENIZERS, FUSIONS], ids=lambda registry: registry.kind)
@@ -21,6 +21,10 @@ def test_parts_can_be_loaded(registry):
         part = registry[name]
         assert part.name == name and part.summary and isinstance(part.load(), type)
         assert dataclasses.is_dataclass(part.options_class())
+
+
+def test_packages_may_import_the_old_name() -> None:
+    assert Part is RegisteredPart
 
 
 def test_a_name_has_one_owner():
@@ -74,13 +78,13 @@ def test_other_packages_may_not_take_a_name(monkeypatch):
 
 
 BROKEN = """
-from vlm_cli.registry import Part
+from vlm_cli.registry import RegisteredPart
 
-ANOTHER_NAME = Part("another", "math:sqrt", "vlm_cli.composition:LinearOptions", "")
+ANOTHER_NAME = RegisteredPart("another", "math:sqrt", "vlm_cli.composition:LinearOptions", "")
 NO_PART = "math:sqrt"
-NO_CLASS = Part("no-class", "broken_parts:Missing", "broken_parts:Missing", "")
-NO_METHODS = Part("no-methods", "collections:OrderedDict", "vlm_cli.composition:LanguageStreamOptions", "")
-NO_OPTIONS = Part("no-options", "collections:OrderedDict", "collections:OrderedDict", "")
+NO_CLASS = RegisteredPart("no-class", "broken_parts:Missing", "broken_parts:Missing", "")
+NO_METHODS = RegisteredPart("no-methods", "collections:OrderedDict", "vlm_cli.composition:LanguageStreamOptions", "")
+NO_OPTIONS = RegisteredPart("no-options", "collections:OrderedDict", "collections:OrderedDict", "")
 """
 ENTRY_POINTS = """
 [vlm_cli.vision_tokenizers]
@@ -117,8 +121,11 @@ def broken_package(tmp_path, monkeypatch):
         ("raises", "cannot be loaded: RuntimeError: no such device."),
         ("exits", "cannot be loaded: SystemExit: 3."),
         ("absent", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module_anywhere'."),
-        ("renamed", "its entry point 'broken_parts:ANOTHER_NAME' must load to a vlm_cli.registry.Part of that name"),
-        ("no-part", "its entry point 'broken_parts:NO_PART' must load to a vlm_cli.registry.Part"),
+        (
+            "renamed",
+            "its entry point 'broken_parts:ANOTHER_NAME' must load to a vlm_cli.registry.RegisteredPart of that",
+        ),
+        ("no-part", "its entry point 'broken_parts:NO_PART' must load to a vlm_cli.registry.RegisteredPart"),
         ("no-class", "module 'broken_parts' has no attribute 'Missing'"),
         ("no-methods", "collections:OrderedDict lacks the method num_tokens, token_mask."),
         ("no-options", "cannot be loaded: TypeError: must be called with a dataclass"),

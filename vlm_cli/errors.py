@@ -1,4 +1,4 @@
-"""What can go wrong for a user, as a tree.
+"""The errors that a user can meet, as a tree.
 
     VLMError
     ├── UsageError               exit code 2: the request itself is wrong
@@ -8,13 +8,13 @@
     │   └── OutputExistsError        the output directory is already there
     ├── MediaError               exit code 1: a picture that cannot be read
     ├── LanguageModelError       exit code 1: a language model that cannot be used or found
-    │   └── LanguageModelLimit       what Transformers itself cannot do with it; also a ValueError
-    ├── ContextError             exit code 1: a conversation that has outgrown the language model's context
+    │   └── LanguageModelLimit       an input that Transformers itself handles wrongly; also a ValueError
+    ├── ContextError             exit code 1: a conversation longer than the language model's context
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
     ├── PluginError              exit code 1: a part of another package that is broken
     ├── CheckpointError          exit code 1: weights or a directory that cannot be read or written
-    ├── DataError                exit code 1: records that cannot be learned from; lists every bad line
-    └── TrainingError            exit code 1: a training run that cannot go on
+    ├── DataError                exit code 1: records that cannot be used; lists every bad line
+    └── TrainingError            exit code 1: a training run that cannot continue
 
 A message says what was given, what is possible, and what to do next. The command line prints it
 without a traceback and exits with `exit_code`.
@@ -47,13 +47,13 @@ __all__ = [
 
 
 class VLMError(Exception):
-    """Anything that a user can meet and mend."""
+    """An error that a user can meet and mend. Each message says what was given, what is possible, and what to type."""
 
     exit_code = 1
 
 
 class UsageError(VLMError):
-    """The request is wrong, whatever the files hold."""
+    """The request itself is wrong: flags, names or settings."""
 
     exit_code = 2
 
@@ -63,11 +63,11 @@ class UnknownNameError(UsageError):
 
 
 class CompositionError(UsageError):
-    """A composition whose parts do not fit.
+    """A composition with problems; the message lists all of them.
 
     Attributes:
-        problems: one sentence for each misfit.
-        readable: settings of the parts that could be read nevertheless, by name.
+        problems: one sentence per problem.
+        readable: part -> settings, of the parts that could be read.
     """
 
     def __init__(self, problems: str | Sequence[str], readable: Mapping[str, Any] | None = None) -> None:
@@ -82,15 +82,15 @@ class CompositionError(UsageError):
 
 
 class PromptError(UsageError):
-    """A prompt whose placeholders cannot be matched with files."""
+    """A prompt with a placeholder that cannot be read, or that has no file."""
 
 
 class OutputExistsError(UsageError):
-    """The output directory exists and may not be replaced."""
+    """The output exists and may not be replaced."""
 
 
 class MediaError(VLMError):
-    """An image that cannot be read."""
+    """An image or video that cannot be read."""
 
 
 class LanguageModelError(VLMError):
@@ -98,11 +98,11 @@ class LanguageModelError(VLMError):
 
 
 class LanguageModelLimit(LanguageModelError, ValueError):
-    """An input that a language model would answer wrongly, in Transformers itself."""
+    """An input for which Transformers' own code of a language model gives wrong results."""
 
 
 class ContextError(VLMError):
-    """A conversation that has outgrown the language model's context."""
+    """A conversation that is longer than the language model's context."""
 
 
 class VisionEncoderError(VLMError):
@@ -110,7 +110,7 @@ class VisionEncoderError(VLMError):
 
 
 class PluginError(VLMError):
-    """A part that an installed package brings, and that cannot be loaded or lacks what it must have."""
+    """A part of an installed package that cannot be loaded, or lacks a method or setting that it must have."""
 
 
 class CheckpointError(VLMError):
@@ -118,11 +118,11 @@ class CheckpointError(VLMError):
 
 
 class DataError(VLMError):
-    """A file of records that cannot be learned from."""
+    """A file of records that training or evaluation cannot use; the message lists every bad line."""
 
 
 class TrainingError(VLMError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 def first_line(error: BaseException) -> str:

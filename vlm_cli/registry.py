@@ -1,8 +1,8 @@
-"""Names of exchangeable parts, and what they stand for.
+"""Registries: names of exchangeable parts, and the classes that they stand for.
 
-A registry holds import targets, not classes, so that listing names and checking a composition
-needs no torch. Other packages add parts through the entry-point groups named below; the built-in
-parts are registered in the same terms.
+A registry holds import targets, not classes, so that listing names and checking a composition needs no torch. Other
+packages register parts through entry points of the groups named below, and the built-in parts are registered in the
+same way.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 from vlm_cli.errors import PluginError, UnknownNameError, first_line
 
-__all__ = ["FUSIONS", "VISION_ENCODERS", "VISION_TOKENIZERS", "Part", "Registry", "suggest"]
+__all__ = ["FUSIONS", "VISION_ENCODERS", "VISION_TOKENIZERS", "Part", "RegisteredPart", "Registry", "suggest"]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' with the nearest known name, or an empty string.
+    """Return " Did you mean …?" with the nearest known name, or an empty string if none is near.
 
     >>> suggest("percever", ["perceiver", "linear"])
     " Did you mean 'perceiver'?"
@@ -34,7 +34,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class RegisteredPart:
     """One registered part: `target` and `options` are `module:attribute` import strings.
 
     `options` names the frozen dataclass of the part's settings, importable without torch.
@@ -46,11 +46,11 @@ class Part:
     summary: str
 
     def load(self) -> Any:
-        """The class that implements the part."""
+        """Import and return the class that implements the part."""
         return _import(self.target)
 
     def options_class(self) -> Any:
-        """The dataclass of the part's settings."""
+        """Import and return the dataclass of the part's settings."""
         return _import(self.options)
 
 
@@ -60,13 +60,13 @@ def _import(target: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _OutsidePart(Part):
-    """A part of another package, whose mistakes are told with the package's name.
+class _OutsidePart(RegisteredPart):
+    """A part of another package. Error messages about it name the package.
 
     Attributes:
         origin: the part and its package, in words.
-        methods: what `load()` must have.
-        settings: fields that `options_class()` must have.
+        methods: methods that the class must have.
+        settings: fields that the dataclass of the settings must have.
     """
 
     origin: str
@@ -74,7 +74,8 @@ class _OutsidePart(Part):
     settings: tuple[str, ...]
 
     def load(self) -> Any:
-        """
+        """Import and return the class that implements the part.
+
         Raises:
             PluginError: if it cannot be imported, or lacks a method.
         """
@@ -84,7 +85,8 @@ class _OutsidePart(Part):
         return found
 
     def options_class(self) -> Any:
-        """
+        """Import and return the dataclass of the part's settings.
+
         Raises:
             PluginError: if it cannot be imported, is no dataclass, or lacks a setting.
         """
@@ -102,29 +104,32 @@ class _OutsidePart(Part):
             )
 
 
+#: The name of `RegisteredPart` in earlier versions, which packages may still import.
+Part = RegisteredPart
+
 _REMEDY = "Upgrade or uninstall that package."
 
 
 @contextmanager
 def _blaming(origin: str) -> Iterator[None]:
-    """Turn whatever another package's code raises into an error that names the package."""
+    """Turn any error of another package's code into a PluginError that names the package."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # a script in place of a module may end the process without a word
+    except (Exception, SystemExit) as error:  # importing a script may end the process
         raise PluginError(
             f"{origin} cannot be loaded: {type(error).__name__}: {first_line(error)}. {_REMEDY}"
         ) from error
 
 
 class Registry:
-    """A dictionary of parts that refuses a second owner of a name and suggests the nearest one.
+    """A dictionary of parts. It refuses a second owner of a name, and suggests the nearest name for an unknown one.
 
-    Another package's module is imported when its part is asked for, so that one that is broken is in nobody's way.
+    It imports another package's module only when somebody asks for its part, so that a broken package harms no other.
 
     Args:
-        kind: what it holds, in words, for messages ("vision tokenizer").
-        group: entry-point group; each entry point there has the name of a part, and loads to its `Part`.
-        methods: what the class of a part must have.
+        kind: what the registry holds, in words, for messages ("vision tokenizer").
+        group: entry-point group. An entry point has the name of a part, and loads to the part's `RegisteredPart`.
+        methods: methods that the class of a part must have.
         settings: fields that the dataclass of a part's settings must have.
     """
 
@@ -133,9 +138,9 @@ class Registry:
         self.group = group
         self.methods = tuple(methods)
         self.settings = tuple(settings)
-        self._built_in: dict[str, Part] = {}
+        self._built_in: dict[str, RegisteredPart] = {}
 
-    def add(self, part: Part) -> None:
+    def add(self, part: RegisteredPart) -> None:
         """Register a part.
 
         Raises:
@@ -147,24 +152,25 @@ class Registry:
 
     @cached_property
     def _points(self) -> dict[str, list[EntryPoint]]:
-        """The entry points of installed packages, by name."""
+        """Entry points of installed packages: name -> all that have it."""
         points: dict[str, list[EntryPoint]] = {}
         for point in entry_points(group=self.group):
             points.setdefault(point.name, []).append(point)
         return points
 
     def __iter__(self) -> Iterator[str]:
-        """Built-in parts, then those of installed packages."""
+        """Iterate over the names of the built-in parts, then of those of installed packages."""
         return iter(dict.fromkeys([*self._built_in, *self._points]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._built_in or name in self._points
 
-    def __getitem__(self, name: str) -> Part:
-        """
+    def __getitem__(self, name: str) -> RegisteredPart:
+        """Return the part of a name.
+
         Raises:
-            UnknownNameError: if there is none.
-            PluginError: if the package that brings it is broken, or is not the only one.
+            UnknownNameError: if there is no such part.
+            PluginError: if the package that brings it is broken, or another package has the same name.
         """
         if name not in self:
             raise UnknownNameError(self.unknown(name))
@@ -177,7 +183,7 @@ class Registry:
         return self._outside(points[0]) if points else self._built_in[name]
 
     def summaries(self) -> dict[str, str]:
-        """A word on each part; of one whose package is broken, what is wrong."""
+        """Return a summary of each part, by name. For a part of a broken package, it says what is wrong."""
         found = {}
         for name in self:
             try:
@@ -186,20 +192,20 @@ class Registry:
                 found[name] = f"cannot be used: {error}"
         return found
 
-    def _outside(self, point: EntryPoint) -> Part:
+    def _outside(self, point: EntryPoint) -> RegisteredPart:
         origin = f"{self.kind} {point.name!r} of the package {_package(point)!r}"
         with _blaming(origin):
             part = point.load()
-        if not isinstance(part, Part) or part.name != point.name:
+        if not isinstance(part, RegisteredPart) or part.name != point.name:
             raise PluginError(
                 f"{origin} cannot be used: its entry point {point.value!r} must load to a "
-                f"vlm_cli.registry.Part of that name, and gives {part!r}. {_REMEDY}"
+                f"vlm_cli.registry.RegisteredPart of that name, and gives {part!r}. {_REMEDY}"
             )
-        of_part = {f.name: getattr(part, f.name) for f in dataclasses.fields(Part)}
+        of_part = {f.name: getattr(part, f.name) for f in dataclasses.fields(RegisteredPart)}
         return _OutsidePart(**of_part, origin=origin, methods=self.methods, settings=self.settings)
 
     def unknown(self, name: str) -> str:
-        """The message for a name that is not here."""
+        """Return the error message for an unknown name."""
         return (
             f"unknown {self.kind} {name!r}.{suggest(name, self)} "
             f"Known: {', '.join(sorted(self))}. Run `vlm list {self.kind.replace(' ', '-')}s` to see them described."
@@ -207,11 +213,11 @@ class Registry:
 
 
 def _package(point: EntryPoint) -> str:
-    """The name of the package that an entry point belongs to."""
+    """Return the name of the package that an entry point belongs to."""
     return point.dist.name if point.dist is not None else point.value
 
 
-#: Those of other packages; every name of OpenCLIP stands beside them.
+#: Vision encoders of other packages only: OpenCLIP's names are valid without an entry.
 VISION_ENCODERS = Registry(
     "vision encoder",
     "vlm_cli.vision_encoders",
@@ -225,25 +231,25 @@ FUSIONS = Registry("fusion", "vlm_cli.fusions", methods=("media_width", "project
 
 _TOKENIZERS = "vlm_cli.modeling.vision_tokenizers"
 for _part in (
-    Part(
+    RegisteredPart(
         "perceiver",
         f"{_TOKENIZERS}.perceiver:PerceiverResampler",
         "vlm_cli.composition:PerceiverOptions",
         "Perceiver Resampler: a few learned latents read all patches and frames (Flamingo)",
     ),
-    Part(
+    RegisteredPart(
         "qformer",
         f"{_TOKENIZERS}.qformer:QFormer",
         "vlm_cli.composition:QFormerOptions",
         "Q-Former: learned queries in a BERT that cross-attends to the patches (BLIP-2)",
     ),
-    Part(
+    RegisteredPart(
         "linear",
         f"{_TOKENIZERS}.linear:LinearProjection",
         "vlm_cli.composition:LinearOptions",
         "one linear map of each patch (LLaVA)",
     ),
-    Part(
+    RegisteredPart(
         "mlp",
         f"{_TOKENIZERS}.linear:MLPProjection",
         "vlm_cli.composition:MLPOptions",
@@ -253,19 +259,19 @@ for _part in (
     VISION_TOKENIZERS.add(_part)
 
 for _part in (
-    Part(
+    RegisteredPart(
         "cross-attention",
         "vlm_cli.modeling.fusion.cross_attention:VLMWithCrossAttention",
         "vlm_cli.composition:CrossAttentionOptions",
         "gated cross-attention blocks before decoder layers read the vision tokens (Flamingo)",
     ),
-    Part(
+    RegisteredPart(
         "llama-cross-attention",
         "vlm_cli.modeling.fusion.llama_cross_attention:VLMWithLlamaCrossAttention",
         "vlm_cli.composition:LlamaCrossAttentionOptions",
-        "the same with blocks made like Llama's layers: RMSNorm and SwiGLU (IDEFICS)",
+        "gated cross-attention blocks made like Llama's layers, with RMSNorm and SwiGLU (IDEFICS)",
     ),
-    Part(
+    RegisteredPart(
         "language-stream",
         "vlm_cli.modeling.fusion.language_stream:VLMWithLanguageStream",
         "vlm_cli.composition:LanguageStreamOptions",

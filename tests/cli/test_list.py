@@ -188,7 +188,7 @@ def plugin(tmp_path: Path) -> Iterator[Path]:
 from dataclasses import dataclass
 from torch import nn
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.registry import Part
+from vlm_cli.registry import RegisteredPart
 
 @dataclass(frozen=True, kw_only=True)
 class Options(VisionEncoderOptions):
@@ -209,8 +209,8 @@ class Broken(Outside):
     def __init__(self, config):
         raise OSError("no such thing")
 
-part = Part("outside", "package:Outside", "package:Options", "one convolution")
-broken = Part("outside-broken", "package:Broken", "package:Options", "nothing works")
+part = RegisteredPart("outside", "package:Outside", "package:Options", "one convolution")
+broken = RegisteredPart("outside-broken", "package:Broken", "package:Options", "nothing works")
 """
     )
     info = tmp_path / "package-1.dist-info"

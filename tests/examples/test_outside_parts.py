@@ -27,7 +27,7 @@ from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import patch_features, tower_shape
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Part
+from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, RegisteredPart
 
 PLUGIN = ROOT / "examples" / "plugin"
 REGISTRIES = (VISION_ENCODERS, VISION_TOKENIZERS, FUSIONS)
@@ -255,7 +255,7 @@ def minimal(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`minimal(cls, name)` registers an encoder for one test."""
 
     def register(cls: type, name: str = "minimal") -> VisionEncoderOptions:
-        part = Part(name, f"{__name__}:{cls.__name__}", "vlm_cli.composition:VisionEncoderOptions", "")
+        part = RegisteredPart(name, f"{__name__}:{cls.__name__}", "vlm_cli.composition:VisionEncoderOptions", "")
         monkeypatch.setitem(VISION_ENCODERS._built_in, name, part)
         return VisionEncoderOptions(name=name)
 

@@ -194,9 +194,9 @@ def planned(folder: Path, vision: str = "vit", tokenizer: str = "perceiver", **s
 
 
 def test_encoders_of_other_packages_refuse_the_settings(monkeypatch):
-    from vlm_cli.registry import VISION_ENCODERS, Part
+    from vlm_cli.registry import VISION_ENCODERS, RegisteredPart
 
-    part = Part("outside", f"{__name__}:Outside", "vlm_cli.composition:VisionEncoderOptions", "")
+    part = RegisteredPart("outside", f"{__name__}:Outside", "vlm_cli.composition:VisionEncoderOptions", "")
     monkeypatch.setitem(VISION_ENCODERS._built_in, "outside", part)
     assert "depth" not in find_tower(VisionEncoderOptions(name="outside")).config
     with pytest.raises(VisionEncoderError, match="of another package, and depth and norm are settings of OpenCLIP's"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CompositionError
-from vlm_cli.registry import Part
+from vlm_cli.registry import RegisteredPart
 
 __all__ = ["CONV_PATCHES", "GRID_POOLING", "RUNNING_MEAN"]
 
@@ -43,19 +43,19 @@ class RunningMeanOptions:
     bias: bool = True  # of the projection
 
 
-CONV_PATCHES = Part(
+CONV_PATCHES = RegisteredPart(
     "conv-patches",
     "vlm_example_parts.vision_encoder:ConvPatches",
     "vlm_example_parts:ConvPatchesOptions",
     "patches of 16 pixels and a few 3×3 convolutions among them",
 )
-GRID_POOLING = Part(
+GRID_POOLING = RegisteredPart(
     "grid-pooling",
     "vlm_example_parts.vision_tokenizer:GridPooling",
     "vlm_example_parts:GridPoolingOptions",
     "averages the grid of patches to side × side vision tokens",
 )
-RUNNING_MEAN = Part(
+RUNNING_MEAN = RegisteredPart(
     "running-mean",
     "vlm_example_parts.fusion:VLMWithRunningMean",
     "vlm_example_parts:RunningMeanOptions",

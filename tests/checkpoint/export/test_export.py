@@ -232,7 +232,7 @@ def test_llava_generates_what_the_model_generates(folder, tmp_path):
 def test_what_llava_cannot_hold(parts, problem):
     fitting = {"tokenizer": "mlp", "fusion": "language-stream", "vision_encoder": {"name": "vit", "layer": -2}}
     check_llava(tiny.config(**fitting))
-    with pytest.raises(UsageError, match="no directory of Hugging Face's LLaVA can hold this model:") as caught:
+    with pytest.raises(UsageError, match="Transformers' LLaVA class cannot hold this model:") as caught:
         check_llava(tiny.config(**{**fitting, **parts}))
     assert problem in str(caught.value)
 

@@ -1,6 +1,6 @@
-"""A composition like LLaVA as the directory that Transformers' `LlavaForConditionalGeneration` reads.
+"""Export a model that is composed like LLaVA-1.5 to Transformers' `LlavaForConditionalGeneration`.
 
-LLaVA-1.5 (https://arxiv.org/abs/2310.03744) puts patches of a CLIP tower, through an MLP, among the text tokens.
+LLaVA-1.5 (https://arxiv.org/abs/2310.03744) maps patches of a CLIP tower through an MLP to tokens among the text.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from vlm_cli.processor import VLMProcessor
 
 __all__ = ["check_llava", "export_llava"]
 
-#: Types whose embedding is a plain table and whose head is a plain linear map, as the class takes for granted.
+#: Types of language models whose embedding is a plain table and whose head is a plain linear map: LLaVA's class assumes
+#: both.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
-#: What of OpenCLIP's `vision_cfg` changes the features and has no counterpart in Transformers' CLIP.
+#: Keys of OpenCLIP's `vision_cfg` that change the features and that Transformers' CLIP does not have.
 _FOREIGN = (
     "act_kwargs",
     "attentional_pool",
@@ -43,7 +44,7 @@ _FOREIGN = (
     "timm_model_name",
 )
 
-#: Settings of the MLP that this layout has a place for; `frames` is about videos, which it has not.
+#: Settings of the MLP that may have any value. `frames` is for videos, which LLaVA's class does not read.
 _MLP_SETTINGS = ("bias", "dim_out", "frames")
 
 _RENAMES = tuple(
@@ -64,17 +65,18 @@ _IN_PROJECTION = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(wei
 
 
 def check_llava(config: VLMConfig) -> None:
-    """
+    """Check that a model can be written as Transformers' LLaVA.
+
     Raises:
-        UsageError: naming all that would have to differ.
+        UsageError: naming every setting that does not fit.
     """
-    problems = [*_misfits_of_parts(config), *_misfits_of_vision(config)]
+    problems = [*_part_problems(config), *_vision_problems(config)]
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise UsageError(f"no directory of Hugging Face's LLaVA can hold this model:{lines}")
+        raise UsageError(f"Transformers' LLaVA class cannot hold this model:{lines}")
 
 
-def _misfits_of_parts(config: VLMConfig) -> list[str]:
+def _part_problems(config: VLMConfig) -> list[str]:
     parts, problems = config.composition, []
     if parts.fusion.type != "language-stream":
         problems.append(f"fusion is {parts.fusion.type}; it would have to be language-stream.")
@@ -93,7 +95,7 @@ def _misfits_of_parts(config: VLMConfig) -> list[str]:
     return problems
 
 
-def _misfits_of_vision(config: VLMConfig) -> list[str]:
+def _vision_problems(config: VLMConfig) -> list[str]:
     vision, options, problems = config.vision_config, config.composition.vision_encoder, []
     cfg = vision["vision_cfg"]
     if "type" in vision:
@@ -139,13 +141,13 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
         theirs = LlavaForConditionalGeneration(config)
     theirs.load_state_dict(_state(model), assign=True)
     theirs.generation_config = copy.deepcopy(model.generation_config)
-    # As here, where no answer holds an image.
+    # A VLM never writes the image token; forbid it here, too.
     suppressed = theirs.generation_config.suppress_tokens or []
     theirs.generation_config.suppress_tokens = [*suppressed, model.config.media_token_id]
     theirs.save_pretrained(out, max_shard_size=max_shard_size)
     _processor(model, processor, config).save_pretrained(out)
     loaded = LlavaForConditionalGeneration.from_pretrained(out, dtype=model.dtype).eval()
-    # Half precision rounds each step, and the two models do not take the same ones.
+    # In half precision every step rounds, and the two models take different steps.
     tolerance = TOLERANCE if model.dtype == torch.float32 else 0.05
     ours, back = _logits(model, loaded)
     difference = check_agreement("the LLaVA directory", ours, back, tolerance)
@@ -170,7 +172,7 @@ def _config(model: VLM) -> Any:
         layer_norm_eps=visual.ln_pre.eps,
     )
     text = copy.deepcopy(ours.text_config)
-    # The added tokens become rows of the tables, which are tied no longer: ours never were.
+    # The added tokens become rows of both tables. The VLM never ties these rows, so the tables cannot stay tied.
     text.vocab_size, text.tie_word_embeddings = ours.first_added_id + len(ours.added_tokens), False
     text.pad_token_id, text.dtype = ours.pad_token_id, model.dtype
     return LlavaConfig(  # type: ignore[call-arg]  # it takes what every configuration takes
@@ -189,7 +191,7 @@ def _config(model: VLM) -> Any:
 
 
 def _state(model: VLM) -> dict[str, Tensor]:
-    """The tensors under the names that the class has in memory."""
+    """Return the tensors under the names of LLaVA's class in memory."""
     projector, first = model.vision_tokenizer.proj, model.config.first_added_id
     state = {f"model.vision_tower.{name}": x for name, x in _vision_state(model.vision_encoder.visual).items()}
     for number, layer in ((1, projector[0]), (2, projector[2])):
@@ -207,7 +209,7 @@ def _state(model: VLM) -> dict[str, Tensor]:
 
 
 def _vision_state(visual: nn.Module) -> dict[str, Tensor]:
-    """OpenCLIP's tensors under the names of Transformers' CLIP; `proj` is for pooled features only."""
+    """Return OpenCLIP's tensors under the names of Transformers' CLIP, without `proj` (for pooled features only)."""
     state: dict[str, Tensor] = {}
     for name, x in visual.state_dict().items():
         if name == "proj":
@@ -250,7 +252,10 @@ def _processor(model: VLM, processor: VLMProcessor, config: Any) -> Any:
 
 @torch.no_grad()
 def _logits(model: VLM, theirs: Any) -> tuple[Tensor, Tensor]:
-    """float[1, T, V] of both for a prompt with an image; theirs at the last of the image's positions."""
+    """Return the logits of both models for a prompt with an image.
+
+    float[1, T, V] each. LLaVA has many positions per image, of which the last is compared.
+    """
     config = model.config
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(config.first_added_id, (1, 12), generator=generator)

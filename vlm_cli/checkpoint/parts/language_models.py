@@ -1,4 +1,4 @@
-"""Language models of Transformers by name: hub id, directory or GGUF file."""
+"""Find and load language models of Transformers by name: a hub id, a directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -22,18 +23,25 @@ __all__ = ["LanguageModelSource", "find_language_model"]
 
 @dataclass(frozen=True)
 class LanguageModelSource:
-    """Where a language model is, in Transformers' words."""
+    """Where a language model is, and its configuration.
+
+    Attributes:
+        name: what the user called it.
+        location: hub id or directory.
+        keywords: `gguf_file`, `revision` and `trust_remote_code` of Transformers' `from_pretrained`.
+        config: its configuration.
+    """
 
     name: str
-    location: str  # hub id or directory
-    keywords: dict[str, Any]  # gguf_file, revision, trust_remote_code
+    location: str
+    keywords: dict[str, Any]
     config: PreTrainedConfig
 
     def tokenizer(self, other: str | None = None) -> Tokenizer:
-        """The model's own tokenizer, or another one.
+        """Load the model's own tokenizer, or that of another hub id or directory.
 
         Raises:
-            LanguageModelError: if there is none.
+            LanguageModelError: if there is no tokenizer.
         """
         location, keywords = self.location, self.keywords
         if other is not None:
@@ -52,13 +60,13 @@ class LanguageModelSource:
             raise LanguageModelError(
                 f"{other or self.name!r} has no tokenizer that can be read ({why}). {advice}"
             ) from None
-        # Where there are no files, Transformers makes an empty one for many types of models.
+        # Without tokenizer files, Transformers makes an empty tokenizer for many types of models.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise LanguageModelError(f"{other or self.name!r} has no tokenizer: its vocabulary is empty. {advice}")
         return tokenizer
 
-    def load(self, dtype: Any = "auto") -> PreTrainedModel:
-        """The model with its weights.
+    def load(self, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+        """Load the model with its weights.
 
         Raises:
             LanguageModelError: if they cannot be fetched or read, or do not cover the model.
@@ -75,16 +83,17 @@ class LanguageModelSource:
             ) from None
         _check_complete(self.name, info)
         if "gguf_file" in self.keywords:
-            # The weights were de-quantized while loading; the mark of the quantizer would forbid saving them.
+            # Loading turned the weights into plain floats. The quantizer's mark would still forbid saving them.
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
         return model
 
 
 def _check_complete(name: str, info: Mapping[str, Any]) -> None:
-    """
+    """Check that the files held every tensor of the model, in the right shape.
+
     Raises:
-        LanguageModelError: if the files did not give each tensor.
+        LanguageModelError: if they did not.
     """
     nonsense = "a model with random parts would answer nonsense"
     if missing := sorted(info["missing_keys"]):
@@ -106,13 +115,13 @@ _ADVICE = (
 
 
 def find_language_model(options: LanguageModelOptions, *, trust_remote_code: bool = False) -> LanguageModelSource:
-    """Read a language model's configuration, a few kB; weights stay where they are.
+    """Find a language model and read its configuration, a few kB. No weight is read.
 
     Raises:
-        LanguageModelError: if there is none, or if it is no autoregressive decoder of text.
+        LanguageModelError: if there is no such model, or if it does not write text from left to right.
     """
     path = Path(options.name).expanduser()
-    # Transformers would ask on the terminal if this were left open.
+    # Without this argument, Transformers would ask the user on the terminal.
     keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     location = options.name
     if path.suffix.lower() == ".gguf":
@@ -155,11 +164,11 @@ def _cannot_find(name: str, exists: bool, error: Exception) -> str:
 
 
 def _nearby() -> list[str]:
-    """Names that the user may have meant: directories here, and models in the cache."""
+    """Return names that the user may have meant: directories here, and models in the cache."""
     here = [str(p.parent) for p in Path().glob("*/config.json")]
     try:
         from huggingface_hub import scan_cache_dir
 
         return here + [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model"]
-    except Exception:  # no cache is no reason to fail while reporting another failure
+    except Exception:  # without a cache, suggest only directories: the error to report is another one
         return here

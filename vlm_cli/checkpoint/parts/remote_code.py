@@ -1,4 +1,7 @@
-"""Language models whose code comes with their weights: run only where it is trusted, and written along."""
+"""Language models whose Python code comes with their weights.
+
+vlm runs this code only if the user trusts it, and writes it into the directories that it builds.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _MODULES = "transformers_modules"  # Transformers' package of fetched code
 
 
 def adopt_from_config(config: PreTrainedConfig, location: str, **keywords: Any) -> None:
-    """Let Transformers build a model from a configuration that was read with its own code; others are left alone.
+    """Register a language model's own classes with Transformers, if its configuration came with code.
 
     Args:
         config: of the language model.
@@ -33,10 +36,16 @@ def adopt_from_config(config: PreTrainedConfig, location: str, **keywords: Any) 
 
 
 def adopt_from_directory(text_config: dict[str, Any], name: str, *, trusted: bool, **keywords: Any) -> None:
-    """The same for a directory or hub id that `vlm build` wrote.
+    """Register the classes of a language model whose code is in a directory or hub id that `vlm build` wrote.
+
+    Args:
+        text_config: configuration of the language model.
+        name: directory or hub id of the VLM.
+        trusted: whether the code may run.
+        keywords: `revision`, … of Transformers.
 
     Raises:
-        CheckpointError: if there is code, but no trust.
+        CheckpointError: if there is code that may not run.
     """
     references = text_config.get("auto_map") or {}
     if text_config.get("model_type") in CONFIG_MAPPING or AutoConfig.__name__ not in references:
@@ -54,7 +63,7 @@ def _adopt(config: type[PreTrainedConfig], reference: str, location: str, keywor
 
 
 def write_code(lm: PreTrainedModel, out: Path) -> None:
-    """Put the code of a language model, if it has its own, into the directory `out`, and point its config there."""
+    """Copy a language model's own code, if it has any, into the directory `out`, and make its config refer to it."""
     if not type(lm.config).__module__.startswith(_MODULES):
         return
     lm.config.auto_map = {key: str(x).rpartition("--")[2] for key, x in lm.config.auto_map.items()}
