@@ -9,7 +9,8 @@ import torch
 
 from tests.support import tiny
 from vlm_cli.errors import DataError, PromptError
-from vlm_cli.evaluation.items import Item, check_lengths
+from vlm_cli.evaluation.items import Item, encode_items
+from vlm_cli.generation.plan import GenerationPlan
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.prompt import Text
 
@@ -74,10 +75,11 @@ def test_a_tokenizer_that_numbers_media_takes_so_many():
 
 
 def test_evaluation_checks_lengths_on_mpt():
-    processor = SimpleNamespace(encode=lambda parts: list(range(100)))
+    processor = SimpleNamespace(encode=lambda parts, **options: list(range(100)))
     records = SimpleNamespace(path="a.jsonl", problems=[], good=[None])
-    item = Item(1, "a", None, (Text("What?"),), "A cat.")
+    item = Item(line=1, id="a", kind=None, prompt=(Text("What?"),), expected="A cat.")
     model = tiny.build(language_model="mpt")
-    assert check_lengths([item], records, model, processor, 28) == [100]
+    encode_items([item], records, GenerationPlan(model, processor, {"max_new_tokens": 28}))
+    assert (item.positions, item.room) == (100, 28)
     with pytest.raises(DataError, match="with --max-new-tokens 29, takes 129 positions"):
-        check_lengths([item], records, model, processor, 29)
+        encode_items([item], records, GenerationPlan(model, processor, {"max_new_tokens": 29}))
