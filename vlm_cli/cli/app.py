@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import io
 import logging
 import os
 import signal
@@ -27,6 +26,7 @@ from vlm_cli.cli import (
     generate,
     inspect,
     list_parts,
+    terminal,
     train,
 )
 from vlm_cli.cli.command import Command
@@ -52,7 +52,7 @@ _debug = False
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"vlm {__version__}")
+        console.print_line(f"vlm {__version__}")
         raise typer.Exit
 
 
@@ -118,9 +118,7 @@ def main() -> int:
     # search them for garbage, and to destroy them, than vlm takes to count a model of 9 billion parameters.
     gc.disable()
     signal.signal(signal.SIGTERM, _terminate)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file name may hold bytes that are not text, and a terminal may not have every character.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    terminal.guard_streams()
     try:
         app()
         code = 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images
 from vlm_cli.cli.sampling import SamplingOptions
+from vlm_cli.cli.terminal import is_terminal, write
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
 from vlm_cli.interrupt import deferred_interrupt
 from vlm_cli.models import DEMO
@@ -178,10 +179,10 @@ class ChatSession:
         Raises:
             VLMError: if the turn cannot be answered. The conversation stays as it was.
         """
-        from vlm_cli.cli.stream import TextStream, write_text
+        from vlm_cli.cli.stream import TextStream
 
         plan, printing = self.chat.plan, self.request.printing
-        streamer = TextStream(plan.decode, write_text, plan.stops) if printing.streams else None
+        streamer = TextStream(plan.decode, console.write_answer, plan.stops) if printing.streams else None
         # In a pipe, Ctrl-C ends the command at once.
         with deferred_interrupt() if self.is_typed else nullcontext(lambda: False) as is_interrupted:
             found = self.chat.answer(
@@ -194,17 +195,13 @@ class ChatSession:
         if printing.as_json:
             console.print_json(found.to_dict(), indent=None)
         else:
-            print("" if printing.streams else found.answer.text, flush=True)
+            console.print_answer("" if printing.streams else found.answer.text)
         if printing.stats:
             console.notify(
                 f"{found.prompt_positions} positions, {found.reused_positions} of them read before, "
                 f"{found.answer.new_tokens} new tokens in {found.seconds:.2f} s, "
                 f"peak memory {console.human_bytes(console.peak_memory(plan.model.device))}"
             )
-
-
-def is_terminal(stream: Any) -> bool:
-    return stream is not None and stream.isatty()
 
 
 def _typed_turns() -> Iterator[str]:
@@ -214,7 +211,7 @@ def _typed_turns() -> Iterator[str]:
     while True:
         # `input` writes its prompt to stdout, among the answers if these go to a file.
         if not is_terminal(sys.stdout):
-            print("> ", end="", file=sys.stderr, flush=True)
+            write("> ", end="", to_stderr=True)
         try:
             text = input("> " if is_terminal(sys.stdout) else "")
         except EOFError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import sys
+import io
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,14 +71,16 @@ def count_params(
     elif as_csv:
         _print_csv(report)
     elif as_markdown:
-        print(parameters_markdown(report), end="")
+        console.print_lines(parameters_markdown(report))
     else:
         console.print_table(parameter_heads(report), parameter_rows(report), total=True)
-        print(f"A delta directory (build --delta) holds {human_bytes(size)} of tensors once trained.")
+        console.print_line(f"A delta directory (build --delta) holds {human_bytes(size)} of tensors once trained.")
 
 
 def _print_csv(report: ParameterReport) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("part", "parameters", "trainable", "frozen", "share", "bytes"))
     for row in (*report.rows, report.total):
         writer.writerow([row.name, row.parameters, row.trainable, row.frozen, f"{row.share:.6f}", row.bytes])
+    console.print_lines(text.getvalue())

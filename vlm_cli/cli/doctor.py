@@ -64,7 +64,7 @@ def doctor(
         for finding in check_invariants(vlm, names, seed=seed, progress=announce):
             findings.append(finding)
             if not as_json:
-                print(_describe(finding, width), flush=True)
+                console.print_lines(f"{_describe(finding, width)}\n")
     counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in _WORDS}
     if as_json:
         console.print_json(
@@ -77,7 +77,7 @@ def doctor(
             }
         )
     else:
-        print(", ".join(f"{count} {_WORDS[verdict]}" for verdict, count in counts.items() if count))
+        console.print_line(", ".join(f"{count} {_WORDS[verdict]}" for verdict, count in counts.items() if count))
     if counts["fails"]:
         raise typer.Exit(1)
 

@@ -172,13 +172,13 @@ def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions
         prompt = {"model": request.name, "prompt": format(job.words.parts)}
         console.print_json(prompt | _to_dict(found, job.images, job.sampling.seed, loaded.seconds))
     else:
-        print("" if job.streams else "\n".join(answer.text for answer in found.answers), flush=True)
+        console.print_answer("" if job.streams else "\n".join(answer.text for answer in found.answers))
     if printing.stats:
         console.notify(_statistics(found, loaded))
 
 
 def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
-    from vlm_cli.cli.stream import TextStream, write_text
+    from vlm_cli.cli.stream import TextStream
     from vlm_cli.generation.plan import GenerationPlan
     from vlm_cli.generation.single import generate_once
 
@@ -191,7 +191,7 @@ def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
         parse_special_tokens=job.reading.special_tokens,
         seed=sampling.seed,
         compile=job.compile,
-        streamer=TextStream(plan.decode, write_text, plan.stops) if job.streams else None,
+        streamer=TextStream(plan.decode, console.write_answer, plan.stops) if job.streams else None,
         notify=console.notify,
     )
 

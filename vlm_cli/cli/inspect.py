@@ -95,7 +95,7 @@ def print_layout(layout: PromptLayout, as_json: bool) -> None:
     ]
     console.print_table(("Span", "Tokens", "Positions", "Where", "Sees media"), rows)
     left = "" if layout.left is None else f", {layout.left} of {layout.context} left"
-    print(f"{len(layout.ids)} tokens at {layout.positions} positions of the language model{left}")
+    console.print_line(f"{len(layout.ids)} tokens at {layout.positions} positions of the language model{left}")
 
 
 def _print(report: ModelDescription) -> None:
@@ -108,11 +108,11 @@ def _print(report: ModelDescription) -> None:
         ("Gates (tanh; 0 is closed)", [[k, f"{v:+.4f}"] for k, v in report.gates.items()]),
     ):
         if rows:
-            print(title)
+            console.print_line(title)
             width = max(len(row[0]) for row in rows)
             for name, *cells in rows:
-                print(f"  {name:<{width}}  {'  '.join(cells)}")
-            print()
+                console.print_line(f"  {name:<{width}}  {'  '.join(cells)}")
+            console.print_line("")
 
 
 def _part_rows(report: ModelDescription) -> list[list[str]]:

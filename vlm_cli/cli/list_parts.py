@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_cli.cli import console
+from vlm_cli.cli import console, terminal
 from vlm_cli.cli.options import JsonOption
 from vlm_cli.composition import FAMILIES, VisionEncoderOptions
 from vlm_cli.errors import UnknownNameError, first_line
@@ -72,7 +72,7 @@ def _print_all(found: dict[str, dict[str, str]], as_json: bool) -> None:
         return
     for kind, entries in found.items():
         if kind in LONG:
-            print(f"{kind}: {len(entries)}; `vlm list {kind}` lists them.")
+            console.print_line(f"{kind}: {len(entries)}; `vlm list {kind}` lists them.")
         else:
             console.print_table((kind, ""), list(entries.items()))
 
@@ -132,7 +132,7 @@ def _outside_facts(name: str) -> dict[str, Any]:
 def _track(names: Sequence[str]) -> Iterable[str]:
     """Show the progress of measuring on stderr."""
     what = f"Measuring {len(names)} vision encoder{'s' * (len(names) > 1)}, once"
-    if not sys.stderr.isatty():
+    if not terminal.is_terminal(sys.stderr):
         console.notify(f"{what} for these versions of OpenCLIP and timm …")
         return names
     return _progress(names, what)
@@ -142,7 +142,7 @@ def _progress(names: Sequence[str], what: str) -> Iterator[str]:
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(names, what, console=Console(file=sys.stderr), transient=True)
+    yield from track(names, what, console=Console(file=terminal.unguarded(sys.stderr)), transient=True)
 
 
 def _print_encoders(facts: dict[str, dict[str, Any]]) -> None:

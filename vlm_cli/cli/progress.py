@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from vlm_cli.cli import console
+from vlm_cli.cli import console, terminal
 
 __all__ = ["ProgressLine", "format_duration"]
 
@@ -31,7 +31,7 @@ class ProgressLine:
     ) -> None:
         self.total, self.noun, self.done_before, self.has_summary = total, noun, done_before, has_summary
         self.started = time.monotonic()
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal = terminal.is_terminal(sys.stderr)
         self.interval = TERMINAL_SECONDS if self.is_terminal else PIPE_SECONDS
         self.shown = self.started
 
@@ -44,7 +44,7 @@ class ProgressLine:
         if error is None and self.has_summary:
             self._print(self._summary(time.monotonic() - self.started))
             if self.is_terminal:
-                print(file=sys.stderr, flush=True)
+                console.notify("")
             return
         self._end_line()
 
@@ -72,12 +72,12 @@ class ProgressLine:
 
     def _end_line(self) -> None:
         if self.is_terminal and self.shown != self.started:
-            print(file=sys.stderr, flush=True)
+            console.notify("")
 
     def _print(self, text: str) -> None:
         """Print the line; on a terminal, the next line overwrites it."""
         if self.is_terminal:
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            terminal.overwrite_line(text)
         else:
             console.notify(text)
 

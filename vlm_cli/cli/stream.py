@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlm_cli.generation.plan import cut_at_stop
 
-__all__ = ["TextStream", "write_text"]
+__all__ = ["TextStream"]
 
 
 class TextStream(BaseStreamer):
@@ -60,8 +60,3 @@ class TextStream(BaseStreamer):
 def _overlap(text: str, stop: str) -> int:
     """Count the characters at the end of `text` with which `stop` begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def write_text(text: str) -> None:
-    """Print a piece of an answer on stdout, at once."""
-    print(text, end="", flush=True)

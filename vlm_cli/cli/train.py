@@ -13,6 +13,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import JsonOption, flatten_options
 from vlm_cli.cli.progress import format_duration
+from vlm_cli.cli.terminal import is_terminal, overwrite_line
 from vlm_cli.errors import UsageError
 from vlm_cli.models import resolve_built_model
 from vlm_cli.training.listener import Listener
@@ -135,7 +136,7 @@ class _Terminal(Listener):
     """Shows a run on stderr: messages on lines of their own, and the progress on one line that it overwrites."""
 
     def __init__(self) -> None:
-        self.shown = 0  # characters of the progress line, which the next one overwrites
+        self.shown = False  # whether the cursor stands behind the progress line
         self.running_step = contextlib.ExitStack()  # the part of the preparation that began last
 
     def step(self, name: str) -> None:
@@ -150,17 +151,17 @@ class _Terminal(Listener):
 
     def progress(self, report: StepReport) -> None:
         line = _format_report(report)
-        if not sys.stderr.isatty() or report.loss is None:
+        if not is_terminal(sys.stderr) or report.loss is None:
             self.notify(line)
             return
-        print(f"\r{line:<{self.shown}}", end="", file=sys.stderr, flush=True)
-        self.shown = len(line)
+        overwrite_line(line)
+        self.shown = True
 
     def leave_line(self) -> None:
         """Keep the progress line on the screen, and go to the next line."""
         if self.shown:
-            print(file=sys.stderr, flush=True)
-            self.shown = 0
+            console.notify("")
+            self.shown = False
 
 
 def _format_report(report: StepReport) -> str:

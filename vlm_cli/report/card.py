@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.printable import escape_controls, markdown_code, markdown_text
 from vlm_cli.report.parameters import ParameterReport, count_parameters
 from vlm_cli.report.tables import parameters_markdown
 
@@ -14,10 +17,12 @@ UNTRAINED = "Parts that no\npretrained weights fill are untrained until you trai
 def model_card(model: VLM, name: str, story: str = UNTRAINED, parameters: ParameterReport | None = None) -> str:
     """Write a short model card: the parts, how they were trained, and the table of parameters.
 
+    Names show as they are, whatever characters they have; none of them formats the card.
+
     Args:
         model: the model.
         name: of the directory.
-        story: sentences on how the model was trained.
+        story: sentences on how the model was trained, in Markdown.
         parameters: the model's parameters, if the caller counted them already.
     """
     parts = model.config.composition
@@ -27,23 +32,23 @@ library_name: vlm-cli
 pipeline_tag: image-text-to-text
 ---
 
-# {name}
+# {markdown_text(name)}
 
 A vision-language model composed with `vlm` (the Python package vlm-cli). {story}
 
 | part | choice |
 |---|---|
-| vision encoder | `{parts.vision_encoder.name}` |
-| its weights | `{parts.vision_encoder.pretrained or "none named"}` |
-| vision tokenizer | `{parts.vision_tokenizer.type}` |
-| fusion | `{parts.fusion.type}` |
-| language model | `{parts.language_model.name}` |
+| vision encoder | {markdown_code(parts.vision_encoder.name)} |
+| its weights | {markdown_code(parts.vision_encoder.pretrained or "none named")} |
+| vision tokenizer | {markdown_code(parts.vision_tokenizer.type)} |
+| fusion | {markdown_code(parts.fusion.type)} |
+| language model | {markdown_code(parts.language_model.name)} |
 
 {table}
 With `vlm` installed:
 
 ```
-vlm generate --model {name} "<image:photo.jpg>A photo of"
+vlm generate --model {shlex.quote(escape_controls(name))} "<image:photo.jpg>A photo of"
 ```
 """
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlm_cli.printable import markdown_text
+
 if TYPE_CHECKING:
     from vlm_cli.report.parameters import ParameterReport, ParameterRow
 
@@ -38,7 +40,7 @@ def parameters_markdown(report: ParameterReport) -> str:
     lines = ["| part | parameters | trainable | frozen | share | bytes |", "|---|--:|--:|--:|--:|--:|"]
     for row in (*report.rows, report.total):
         name, *cells = _cells(row)
-        lines.append(f"| {'&nbsp;' * (2 * row.depth - 2)}{name.strip()} | {' | '.join(cells)} |")
+        lines.append(f"| {'&nbsp;' * (2 * row.depth - 2)}{markdown_text(name.strip())} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,101 @@
+"""Every write to the user's terminal. Text that a file brings is shown there, and never acts on the terminal.
+
+A terminal gets control characters as escapes. Pipes and files get the text as it is.
+
+Functions of this module write to stdout and stderr, and `console` builds on them. `guard_streams` puts the same rule
+before everything else that writes there: Typer's messages, warnings, tracebacks, and progress bars of libraries.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from typing import Any, TextIO, cast
+
+from vlm_cli.printable import escape_controls
+
+__all__ = ["guard_streams", "is_terminal", "overwrite_line", "unguarded", "write", "write_styled"]
+
+
+def is_terminal(stream: Any) -> bool:
+    """Tell whether a stream of this process is a terminal. Python has None for a stream that is closed."""
+    return stream is not None and stream.isatty()
+
+
+def write(text: str, *, end: str = "\n", to_stderr: bool = False, keep: str = "") -> None:
+    """Write text at once; on a terminal, show its control characters as escapes.
+
+    Args:
+        text: from anywhere.
+        end: a line end or another text of vlm itself, which is written as it is.
+        to_stderr: write to stderr, not stdout.
+        keep: control characters that the text may have, such as the line ends of an answer.
+    """
+    stream = sys.stderr if to_stderr else sys.stdout
+    _write(stream, (escape_controls(text, keep) if is_terminal(stream) else text) + end)
+
+
+def overwrite_line(text: str, end: str = "") -> None:
+    """Write a line on the terminal of stderr, over what stands on that line.
+
+    Args:
+        text: without line ends.
+        end: what follows: nothing, so that the cursor stays behind the text, or a carriage return.
+    """
+    _write(sys.stderr, f"\r{escape_controls(text)}\x1b[K{end}")
+
+
+def write_styled(text: str) -> None:
+    """Write text with colours on stdout. The caller has escaped whatever a file brought into it."""
+    _write(sys.stdout, text)
+
+
+def unguarded(stream: TextIO) -> TextIO:
+    """Return the stream behind a guard, for a writer that moves the cursor and shows only text of vlm itself."""
+    return stream.stream if isinstance(stream, GuardedStream) else stream
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    if stream is not None:
+        print(text, end="", file=unguarded(stream), flush=True)
+
+
+#: How tqdm moves the cursor: to the lines of other bars, or to the start of its own.
+_BAR_MOVES = re.compile(r"\n*(\x1b\[A)*\Z|\r")
+
+
+class GuardedStream:
+    """A terminal that shows control characters as escapes, whoever writes to it. All else is the stream's own.
+
+    Args:
+        stream: stdout or stderr, as Python opened it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text; progress bars of libraries may move the cursor as `_BAR_MOVES` says."""
+        is_bar = sys._getframe(1).f_globals.get("__name__", "").startswith("tqdm.")
+        start = found.end() if is_bar and (found := _BAR_MOVES.match(text)) else 0
+        self.stream.write(text[:start] + escape_controls(text[start:], keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def guard_streams() -> None:
+    """Show control characters as escapes on stdout and stderr, each where it is a terminal."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            # A file name may hold bytes that are not text, and a terminal may not have every character.
+            stream.reconfigure(errors="backslashreplace")
+        if is_terminal(stream):
+            setattr(sys, name, cast(TextIO, GuardedStream(stream)))
