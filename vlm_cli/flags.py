@@ -6,12 +6,12 @@ From this description the command line makes the setting's option, and `find_pro
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vlm_cli.registry import suggest
+from vlm_cli.schema import is_finite, show
 
 __all__ = ["Flag", "Setting", "find_problems", "list_settings"]
 
@@ -73,12 +73,16 @@ class Setting:
             hint = f" {flag.hint}" if flag.hint else ""
             known = ", ".join(self.choices)
             return f"unknown {self.name} {value!r}.{suggest(str(value), self.choices)} Known: {known}.{hint}"
-        if flag.above is not None and not (math.isfinite(value) and value > flag.above):
+        if self.type not in (int, float):
+            return None
+        if not is_finite(value):
+            return f"{self.spelling} must be a finite number, got {show(value)}."
+        if flag.above is not None and not value > flag.above:
             return f"{self.spelling} must be above {flag.above:g}, got {value}."
-        if flag.least is not None and not (math.isfinite(value) and value >= flag.least):
+        if flag.least is not None and not value >= flag.least:
             return f"{self.spelling} must be {flag.least:g} or more, got {value}."
         if flag.most is not None and value > flag.most:
-            return f"{self.spelling} must be at most {flag.most}, got {value}."
+            return f"{self.spelling} must be at most {flag.most:,}, got {show(value)}."
         return None
 
 

@@ -205,7 +205,7 @@ def test_options_of_build(build_fails, flags, words):
     [
         ("c.yaml", "family: [", "line 1"),
         ("c.yaml", "family: flamingo\n\tfusion: 1", "line 2"),
-        ("c.yaml", "- a\n- b", "must hold a mapping of parts, got list"),
+        ("c.yaml", "- a\n- b", "must hold a mapping of parts to settings, but holds ['a', 'b']"),
         ("c.yaml", "", "must hold a mapping of parts"),
         ("c.json", "{", "is not valid"),
         ("c.json", '{"family": ["flamingo"]}', "unknown family ['flamingo']"),

@@ -177,7 +177,7 @@ def test_every_problem_is_told_at_once():
         "no language model is named. Add --language-model",
         "unknown part 'vision' in trainable. Did you mean 'fusion'?",
         "trainable names something twice",
-        "weight_decay must be a number, got 'much'",
+        "weight_decay must be a number from 0 to 1000, got 'much'",
     ):
         assert any(words in problem for problem in found), words
     assert str(CompositionError(found)).startswith(f"the composition has {len(found)} problems:\n  - ")
@@ -199,7 +199,7 @@ def test_what_could_be_read_is_known_nevertheless():
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        ({"vision_tokenizer": {"depth": True}}, "vision_tokenizer.depth must be a whole number, got True"),
+        ({"vision_tokenizer": {"depth": True}}, "vision_tokenizer.depth must be a whole number, got true"),
         ({"vision_tokenizer": {"depth": 1.5}}, "vision_tokenizer.depth must be a whole number, got 1.5"),
         ({"vision_tokenizer": {"dim_out": "x"}}, "must be a whole number or null"),
         ({"vision_tokenizer": {"type": "qformer", "dim": 10, "num_heads": 3}}, "dim must be a multiple of num_heads"),

@@ -42,8 +42,8 @@ def test_each_field_has_a_flag() -> None:
     ("values", "words"),
     [
         ({"seed": -1}, "--seed must be 0 or more, got -1."),
-        ({"seed": 2**32}, "--seed must be at most 4294967295, got 4294967296."),
-        ({"max_minutes": float("inf")}, "--max-minutes must be above 0, got inf."),
+        ({"seed": 2**32}, "--seed must be at most 4,294,967,295, got 4294967296."),
+        ({"max_minutes": float("inf")}, "--max-minutes must be a finite number, got inf."),
         ({"warmup_steps": -0.1}, "--warmup-steps must be 0 or more, got -0.1."),
         ({"dtype": "float8"}, "unknown dtype 'float8'. Did you mean 'float32'?"),
         ({"device": "cuda"}, "Known: auto, cpu. To choose one of several GPUs,"),

@@ -24,7 +24,7 @@ from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
-from vlm_cli.modeling.language_model import widths
+from vlm_cli.modeling.language_model import decoder_layers, widths
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.towers import tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
@@ -188,6 +188,8 @@ def _check_fit(blueprint: Blueprint) -> None:
     """
     model = blueprint.meta_model
     problems: list[VLMError] = []
+    if (named := model.config.composition.language_model.decoder_layers) is not None:
+        decoder_layers(model.lang_model, named)  # a fusion without blocks in the layers would not notice a wrong name
     width = model.media_width(widths(model.lang_model).embedding)
     if width is not None and model.vision_tokenizer.dim_out != width:
         problems.append(

@@ -15,12 +15,21 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import ModelOption, ModelRequest, QuantizeOption, keep_collecting
-from vlm_cli.cli.options import DeviceOptions, JsonOption, SourceOptions, StatsOption, flatten_options
+from vlm_cli.cli.options import (
+    MAX_ROWS,
+    MAX_WORKERS,
+    DeviceOptions,
+    JsonOption,
+    SourceOptions,
+    StatsOption,
+    flatten_options,
+)
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.prompts import ReadingOptions
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
+from vlm_cli.schema import show
 
 if TYPE_CHECKING:
     from vlm_cli.data.jsonl import Line
@@ -39,31 +48,42 @@ class BatchOptions:
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write answers to FILE (JSONL). An interrupted run resumes from "
-            "FILE.partial. Required.", rich_help_panel=BATCH,
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write answers to FILE (JSONL). An interrupted run resumes from FILE.partial. Required.",
+            rich_help_panel=BATCH,
         ),
-    ] = None  # fmt: skip
+    ] = None
     batch_size: Annotated[
         str,
         typer.Option(
-            "--batch-size", "-b", metavar="N", help="Answer N prompts at once; auto finds the fastest number that fits "
-            "into memory.", rich_help_panel=BATCH,
+            "--batch-size",
+            "-b",
+            metavar="N",
+            help="Answer N prompts at once; auto finds the fastest number that fits into memory.",
+            rich_help_panel=BATCH,
         ),
-    ] = "auto"  # fmt: skip
+    ] = "auto"
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="Decode images in N processes; 0 uses the main process. The default is the number "
-            "of cores less 1, at most 4.", rich_help_panel=BATCH,
+            min=0,
+            max=MAX_WORKERS,
+            metavar="N",
+            help="Decode images in N processes; 0 uses the main process. The default is the number "
+            "of cores less 1, at most 4.",
+            rich_help_panel=BATCH,
         ),
-    ] = None  # fmt: skip
+    ] = None
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace the output file, and discard what an interrupted run left.",
+            "--overwrite",
+            help="Replace the output file, and discard what an interrupted run left.",
             rich_help_panel=BATCH,
         ),
-    ] = False  # fmt: skip
+    ] = False
 
     @property
     def given(self) -> list[str]:
@@ -90,8 +110,11 @@ class BatchOptions:
         """
         if self.batch_size == "auto":
             return None
-        if not self.batch_size.isdecimal() or int(self.batch_size) < 1:
-            raise UsageError(f"--batch-size expects auto or a number of rows from 1 on, got {self.batch_size!r}.")
+        short = self.batch_size.isascii() and self.batch_size.isdecimal() and len(self.batch_size) < 10
+        if not short or not 1 <= int(self.batch_size) <= MAX_ROWS:
+            raise UsageError(
+                f"--batch-size expects auto or a number of rows from 1 to {MAX_ROWS:,}, got {show(self.batch_size)}."
+            )
         return int(self.batch_size)
 
     def num_workers(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_origin
@@ -43,7 +44,12 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace old names of options by the new ones, and tell the user about each."""
-        return super().parse_args(ctx, _replace_old_names(args, getattr(self.callback, "old_names", {})))
+        rest = super().parse_args(ctx, _replace_old_names(args, getattr(self.callback, "old_names", {})))
+        for parameter in self.get_params(ctx):
+            value = ctx.params.get(parameter.name)
+            if isinstance(value, float) and not math.isfinite(value):  # a range alone lets NaN through
+                ctx.fail(f"Invalid value for '{parameter.opts[0]}': {value} is no finite number.")
+        return rest
 
 
 def accept_old_names(command: Callable[..., Any], old_names: Mapping[str, str]) -> None:

@@ -35,7 +35,7 @@ def count_params(
     depth: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="Levels of the table: 1 lists the parts, 2 also their modules, and so on."
+            metavar="N", min=1, max=100, help="Levels of the table: 1 lists the parts, 2 also their modules, and so on."
         ),
     ] = 1,
     dtype: Annotated[

@@ -11,9 +11,9 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import LoadedModel, ModelRequest, keep_collecting
-from vlm_cli.cli.options import DeviceOptions, JsonOption, SourceOptions, flatten_options
+from vlm_cli.cli.options import MAX_ROWS, DeviceOptions, JsonOption, SourceOptions, flatten_options
 from vlm_cli.cli.progress import ProgressLine
-from vlm_cli.cli.sampling import SamplingOptions
+from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.models import DEMO
 
@@ -28,6 +28,9 @@ __all__ = ["EvalOptions", "OutputOptions", "evaluate"]
 QUESTIONS, FILES = "Questions", "Output"  # headings in --help
 
 
+MAX_RECORDS = 1_000_000_000  # of a file
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """What the model is asked, and how many items at once."""
@@ -35,30 +38,47 @@ class EvalOptions:
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", "-d", metavar="FILE", help="Records with questions and right answers (JSONL); image paths start "
-            "at the folder of FILE. Required.", rich_help_panel=QUESTIONS,
+            "--data",
+            "-d",
+            metavar="FILE",
+            help="Records with questions and right answers (JSONL); image paths start at the folder of FILE. Required.",
+            rich_help_panel=QUESTIONS,
         ),
-    ] = None  # fmt: skip
+    ] = None
     limit: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Ask only the first N records; the default is all.", rich_help_panel=QUESTIONS
+            min=1,
+            max=MAX_RECORDS,
+            metavar="N",
+            help="Ask only the first N records; the default is all.",
+            rich_help_panel=QUESTIONS,
         ),
-    ] = None  # fmt: skip
+    ] = None
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            "--max-new-tokens", "-n", min=1, metavar="N", help="Cut an answer after N new tokens.",
+            "--max-new-tokens",
+            "-n",
+            min=1,
+            max=MAX_NEW_TOKENS,
+            metavar="N",
+            help="Cut an answer after N new tokens.",
             rich_help_panel=QUESTIONS,
         ),
-    ] = 32  # fmt: skip
+    ] = 32
     batch_size: Annotated[
         int,
         typer.Option(
-            "--batch-size", "-b", min=1, metavar="N", help="Answer N records at once; fewer if memory does not "
-            "suffice.", rich_help_panel=QUESTIONS,
+            "--batch-size",
+            "-b",
+            min=1,
+            max=MAX_ROWS,
+            metavar="N",
+            help="Answer N records at once; fewer if memory does not suffice.",
+            rich_help_panel=QUESTIONS,
         ),
-    ] = 32  # fmt: skip
+    ] = 32
 
 
 @dataclass(frozen=True)
@@ -68,16 +88,17 @@ class OutputOptions:
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write a web page of pictures and answers to FILE, wrong answers first.",
+            metavar="FILE",
+            help="Write a web page of pictures and answers to FILE, wrong answers first.",
             rich_help_panel=FILES,
         ),
-    ] = None  # fmt: skip
+    ] = None
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="FILE", help="Write the answers to FILE (JSONL).", rich_help_panel=FILES
         ),
-    ] = None  # fmt: skip
+    ] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace output files that exist.", rich_help_panel=FILES)
     ] = False

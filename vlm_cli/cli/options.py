@@ -20,13 +20,16 @@ from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
 from vlm_cli.models import hub_arguments
 from vlm_cli.registry import suggest
+from vlm_cli.schema import show
 
 if TYPE_CHECKING:
     import torch
 
 
 __all__ = [
+    "MAX_ROWS",
     "MAX_SEED",
+    "MAX_WORKERS",
     "ComposeOptions",
     "DeviceOptions",
     "JsonOption",
@@ -47,6 +50,8 @@ COMPOSE, RUN, OUTPUT = "Composition", "Model", "Output"
 HIDDEN = "hidden"  # marks a bundle whose options work, but do not stand in --help
 
 MAX_SEED = 2**32 - 1  # NumPy takes no larger seed
+MAX_ROWS = 65_536  # rows of a batch
+MAX_WORKERS = 256  # processes that decode images
 DTYPES = "auto|float32|bfloat16|float16"
 
 JsonOption = Annotated[
@@ -280,8 +285,8 @@ def check_shard_size(text: str) -> None:
     Raises:
         UsageError: if it cannot.
     """
-    if not re.fullmatch(r"[1-9]\d*\s*[kKMGT]i?B", text):
-        raise UsageError(f"--max-shard-size expects a number of MB or GB, as 5GB or 500MB, got {text!r}.")
+    if not re.fullmatch(r"[1-9]\d{0,5}\s*[kKMGT]i?B", text):
+        raise UsageError(f"--max-shard-size expects a number of MB or GB, as 5GB or 500MB, got {show(text)}.")
 
 
 def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:

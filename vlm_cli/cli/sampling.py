@@ -10,9 +10,15 @@ import typer
 from vlm_cli.cli.options import MAX_SEED
 from vlm_cli.errors import UsageError
 
-__all__ = ["SamplingOptions", "SearchOptions"]
+__all__ = ["MAX_NEW_TOKENS", "SamplingOptions", "SearchOptions"]
 
 SAMPLING = "Sampling"  # heading of these options in --help
+
+MAX_SEQUENCES = 1_000  # beams, or answers, that the model follows at once
+MAX_NEW_TOKENS = 1_000_000  # the longest answer
+MAX_TEMPERATURE = 1_000.0
+MAX_TOP_K = 1_000_000  # tokens; no vocabulary has more
+MAX_REPETITION_PENALTY = 100.0
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,18 @@ class SearchOptions:
     num_beams: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Search with N beams; 1 is no beam search.", rich_help_panel=SAMPLING
+            min=1,
+            max=MAX_SEQUENCES,
+            metavar="N",
+            help="Search with N beams; 1 is no beam search.",
+            rich_help_panel=SAMPLING,
         ),
-    ] = 1  # fmt: skip
+    ] = 1
     num_return_sequences: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Write N answers to each prompt.", rich_help_panel=SAMPLING)
+        int,
+        typer.Option(
+            min=1, max=MAX_SEQUENCES, metavar="N", help="Write N answers to each prompt.", rich_help_panel=SAMPLING
+        ),
     ] = 1
 
 
@@ -37,14 +50,21 @@ class SamplingOptions:
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            "--max-new-tokens", "--max-tokens", "-n", min=1, metavar="N", help="Stop an answer after N new tokens.",
+            "--max-new-tokens",
+            "--max-tokens",
+            "-n",
+            min=1,
+            max=MAX_NEW_TOKENS,
+            metavar="N",
+            help="Stop an answer after N new tokens.",
             rich_help_panel=SAMPLING,
         ),
-    ] = 64  # fmt: skip
+    ] = 64
     temperature: Annotated[
         float | None,
         typer.Option(
             min=0.0,
+            max=MAX_TEMPERATURE,
             metavar="X",
             help="Randomness: 0 takes the most likely token each time (the default); 1 samples from the model's own "
             "probabilities; more than 1 favours unlikely tokens.",
@@ -54,37 +74,51 @@ class SamplingOptions:
     top_p: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, metavar="P", help="Sample only from the most likely tokens that together have "
-            "probability P.", rich_help_panel=SAMPLING,
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Sample only from the most likely tokens that together have probability P.",
+            rich_help_panel=SAMPLING,
         ),
-    ] = None  # fmt: skip
+    ] = None
     top_k: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="K", help="Sample only from the K most likely tokens.", rich_help_panel=SAMPLING
+            min=1,
+            max=MAX_TOP_K,
+            metavar="K",
+            help="Sample only from the K most likely tokens.",
+            rich_help_panel=SAMPLING,
         ),
-    ] = None  # fmt: skip
+    ] = None
     repetition_penalty: Annotated[
         float,
         typer.Option(
-            min=0.01, metavar="X", help="Values above 1 make tokens that occurred before less likely.",
+            min=0.01,
+            max=MAX_REPETITION_PENALTY,
+            metavar="X",
+            help="Values above 1 make tokens that occurred before less likely.",
             rich_help_panel=SAMPLING,
         ),
-    ] = 1.0  # fmt: skip
+    ] = 1.0
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="End an answer before TEXT. Repeat the option for several texts.",
+            metavar="TEXT",
+            help="End an answer before TEXT. Repeat the option for several texts.",
             rich_help_panel=SAMPLING,
         ),
-    ] = None  # fmt: skip
+    ] = None
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, max=MAX_SEED, metavar="N", help="Seed for sampling: the same seed gives the same answers.",
+            min=0,
+            max=MAX_SEED,
+            metavar="N",
+            help="Seed for sampling: the same seed gives the same answers.",
             rich_help_panel=SAMPLING,
         ),
-    ] = None  # fmt: skip
+    ] = None
 
     def keywords(self, search: SearchOptions = SearchOptions()) -> dict[str, Any]:
         """Return the arguments of `generate`; each flag takes effect or is refused.

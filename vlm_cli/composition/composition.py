@@ -17,8 +17,12 @@ from vlm_cli.composition.files import merge, parse_overrides, split_name
 from vlm_cli.composition.options import MEDIA_TOKEN, PARTS, LanguageModelOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, suggest
+from vlm_cli.schema import is_finite, number, show
 
-__all__ = ["Choice", "Composition"]
+__all__ = ["MAX_WEIGHT_DECAY", "Choice", "Composition"]
+
+MAX_WEIGHT_DECAY = 1_000.0
+_MOST_NAMES = 1_000  # of added tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ class _CompositionReader:
         """
         fields = [f.name for f in dataclasses.fields(Composition)]
         self.problems += [
-            f"unknown key {key!r}.{suggest(str(key), fields)} Known: {', '.join(fields)}."
+            f"unknown key {show(key)}.{suggest(str(key), fields)} Known: {', '.join(fields)}."
             for key in self.data
             if key not in fields
         ]
@@ -140,9 +144,9 @@ class _CompositionReader:
         fusion = self.read_choice("fusion", FUSIONS)
         added_tokens = self.read_names("added_tokens", (MEDIA_TOKEN,))
         if MEDIA_TOKEN not in added_tokens:
-            self.problems.append(f"added_tokens must hold {MEDIA_TOKEN!r}, got {list(added_tokens)}.")
+            self.problems.append(f"added_tokens must hold {MEDIA_TOKEN!r}, got {show(added_tokens)}.")
         trainable = self.read_names("trainable", ("vision_tokenizer", "fusion", "added_tokens"), PARTS)
-        weight_decay = self.read_number("weight_decay", 0.0)
+        weight_decay = self.read_weight_decay()
         weight_decay_on = self.read_names("weight_decay_on", PARTS, PARTS)
         if self.problems:
             readable = {"vision_encoder": vision_encoder or self.read_encoder_name(), "language_model": language_model}
@@ -209,16 +213,16 @@ class _CompositionReader:
     def read_options(self, place: str, options: type, settings: Any) -> Any:
         """Make the dataclass `options` of a part's settings; None if there is a problem."""
         if not isinstance(settings, Mapping):
-            self.problems.append(f"{place} must be a name or a mapping, got {settings!r}.")
+            self.problems.append(f"{place} must be a name or a mapping, got {show(settings)}.")
             return None
         hints = get_type_hints(options)
         found = len(self.problems)
         for key, value in settings.items():
             if key not in hints:
                 known = ", ".join(hints) or "none"
-                self.problems.append(f"unknown key {place}.{key}.{suggest(str(key), hints)} Known: {known}.")
+                self.problems.append(f"unknown key {place}.{str(key)[:60]}.{suggest(str(key), hints)} Known: {known}.")
             elif problem := _type_problem(hints[key], value):
-                self.problems.append(f"{place}.{key} must be {problem}, got {value!r}.")
+                self.problems.append(f"{place}.{key} must be {problem}, got {show(value)}.")
         if len(self.problems) > found:
             return None
         try:
@@ -232,24 +236,29 @@ class _CompositionReader:
         value = self.data.get(key, default)
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
-            self.problems.append(f"{key} must be a list of names, got {value!r}.")
+            self.problems.append(f"{key} must be a list of names, got {show(value)}.")
             return default
         known = list(known)
         self.problems += [
-            f"unknown part {x!r} in {key}.{suggest(x, known)} Known: {', '.join(known)}."
+            f"unknown part {show(x)} in {key}.{suggest(x, known)} Known: {', '.join(known)}."
             for x in value
             if known and x not in known
         ]
         if len(set(value)) < len(value):
-            self.problems.append(f"{key} names something twice: {list(value)}.")
+            self.problems.append(f"{key} names something twice: {show(value)}.")
+        if not all(value):
+            self.problems.append(f"{key} holds an empty name: {show(value)}. Leave it out.")
+        if len(value) > _MOST_NAMES:
+            self.problems.append(f"{key} holds {len(value):,} names; {_MOST_NAMES:,} are possible.")
         return tuple(value)
 
-    def read_number(self, key: str, default: float) -> float:
-        """Read a number."""
-        value = self.data.get(key, default)
-        if problem := _type_problem(float, value):
-            self.problems.append(f"{key} must be {problem}, got {value!r}.")
-            return default
+    def read_weight_decay(self) -> float:
+        """Read the weight decay."""
+        value = self.data.get("weight_decay", 0.0)
+        kind = number(0, MAX_WEIGHT_DECAY)
+        if not kind.fits(value):
+            self.problems.append(f"weight_decay must be {kind.words}, got {show(value)}.")
+            return 0.0
         return float(value)
 
 
@@ -269,4 +278,6 @@ def _type_problem(hint: Any, value: Any) -> str | None:
     # A bool is an int in Python, but `depth: true` is a mistake.
     accepts = (int, float) if hint is float else hint
     fits = isinstance(value, accepts) and (hint is bool or not isinstance(value, bool))
+    if fits and hint is float and not is_finite(value):
+        return "a finite number"
     return None if fits else words[hint]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_cli.errors import CompositionError
+from vlm_cli.plain_data import COMPOSITION_BYTES, parse_json, parse_yaml, read_text
+from vlm_cli.schema import show
 
 __all__ = ["keep_trained_settings", "merge", "parse_override", "parse_overrides", "read_file", "split_name"]
 
@@ -95,7 +94,7 @@ def parse_override(text: str) -> dict[str, Any]:
             "Example: --set vision_tokenizer.num_latents=32"
         )
     try:
-        result = _read_yaml(value)
+        result = parse_yaml(value)
     except ValueError as error:
         raise CompositionError(f"the value of --set {text!r} is not YAML: {error}.") from None
     for key in reversed(keys):
@@ -114,37 +113,6 @@ def parse_overrides(overrides: Sequence[str], problems: list[str]) -> list[dict[
     return parsed
 
 
-def _read_yaml(text: str) -> Any:
-    """Read YAML text.
-
-    >>> _read_yaml("[1e-4, 0.1]")
-    [0.0001, 0.1]
-
-    Raises:
-        ValueError: if the text is not YAML; the message names line and character.
-    """
-    import yaml
-
-    try:
-        return yaml.load(text, _yaml_loader())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, character {mark.column + 1}: " if mark else ""
-        raise ValueError(where + (getattr(error, "problem", None) or str(error))) from None
-
-
-@functools.cache
-def _yaml_loader() -> type[Any]:
-    """PyYAML's safe loader, taught that 1e-4 is a number as in YAML 1.2 and JSON (to PyYAML alone it is text)."""
-    import yaml
-
-    class Loader(yaml.SafeLoader): ...
-
-    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    return Loader
-
-
 def read_file(path: Path) -> dict[str, Any]:
     """Read a composition file, YAML or JSON, as plain data. Relative paths in it start at the file's folder.
 
@@ -152,15 +120,15 @@ def read_file(path: Path) -> dict[str, Any]:
         CompositionError: if the file cannot be read, or does not hold a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
+        text = read_text(path, most_bytes=COMPOSITION_BYTES)
+        data = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
         raise CompositionError(f"cannot read composition file {str(path)!r}: {error.strerror}.") from None
     except ValueError as error:
         raise CompositionError(f"composition file {str(path)!r} is not valid: {error}.") from None
     if not isinstance(data, dict):
         raise CompositionError(
-            f"composition file {str(path)!r} must hold a mapping of parts, got {type(data).__name__}."
+            f"composition file {str(path)!r} must hold a mapping of parts to settings, but holds {show(data)}."
         )
     for part in ("vision_encoder", "language_model"):
         if part in data:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from vlm_cli.errors import CompositionError
+from vlm_cli.schema import show
 
 __all__ = [
     "END_OF_CHUNK",
@@ -38,17 +39,36 @@ PARTS = ("vision_encoder", "vision_tokenizer", "fusion", "added_tokens", "langua
 Activation = Literal["gelu", "relu", "squared_relu"]
 
 
+#: The most that a setting may be. A larger number is a mistake, or an attempt to fill the memory.
+_MOST = {
+    "depth": 1_000,
+    "num_heads": 1_024,
+    "head_dim": 16_384,
+    "num_latents": 65_536,
+    "num_queries": 65_536,
+    "ff_mult": 1_024,
+    "pixel_shuffle": 64,
+    "image_size": 16_384,
+    "every": 10_000,
+    "first": 10_000,
+    "cross_attention_every": 1_000,
+}
+_MOST_CHANNELS = 1_000_000  # of every other setting
+
+
 def _check_sizes(options: Any, *names: str, or_zero: Sequence[str] = ()) -> None:
-    """Check that each setting of `names` is None or at least 1, and each setting of `or_zero` None or at least 0.
+    """Check that each setting of `names` is None or 1 or more, each of `or_zero` None or 0 or more, and none too large.
 
     Raises:
-        CompositionError: with a problem for each setting that is too small.
+        CompositionError: with a problem for each setting that is too small or too large.
     """
-    problems = [
-        f"{name} must be at least {least}, got {value}."
-        for name, least in (*((x, 1) for x in names), *((x, 0) for x in or_zero))
-        if (value := getattr(options, name)) is not None and value < least
-    ]
+    problems = []
+    for name, least in (*((x, 1) for x in names), *((x, 0) for x in or_zero)):
+        value, most = getattr(options, name), _MOST.get(name, _MOST_CHANNELS)
+        if value is not None and value < least:
+            problems.append(f"{name} must be at least {least}, got {show(value)}.")
+        elif value is not None and value > most:
+            problems.append(f"{name} must be at most {most:,}, got {show(value)}.")
     if problems:
         raise CompositionError(problems)
 
@@ -97,7 +117,7 @@ class QFormerOptions:
                 f"dim must be a multiple of num_heads, got dim={self.dim} and num_heads={self.num_heads}."
             )
         if not 0 <= self.dropout < 1:
-            raise CompositionError(f"dropout must be in [0, 1), got {self.dropout}.")
+            raise CompositionError(f"dropout must be in [0, 1), got {show(self.dropout)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +188,8 @@ class LlamaCrossAttentionOptions(GatedFusionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.norm_eps > 0:
-            raise CompositionError(f"norm_eps must be positive, got {self.norm_eps}.")
+        if not 0 < self.norm_eps <= 1:
+            raise CompositionError(f"norm_eps must be positive and at most 1, got {show(self.norm_eps)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +222,10 @@ class VisionEncoderOptions:
     norm: bool | None = field(default=None, metadata=_OPENCLIP)  # apply the last norm; None: to the last layer only
 
     def __post_init__(self) -> None:
-        if self.layer >= 0:
-            raise CompositionError(f"layer counts from the end: -1 is the last; got {self.layer}.")
+        if not -_MOST["depth"] <= self.layer < 0:
+            raise CompositionError(
+                f"layer counts from the end: -1 is the last, and -{_MOST['depth']:,} the least; got {show(self.layer)}."
+            )
         _check_sizes(self, "image_size", *(["depth"] if "depth" in self.openclip_settings else []))
 
     @property

@@ -9,6 +9,8 @@ from typing import Any
 
 from vlm_cli.composition.composition import Composition
 from vlm_cli.composition.files import keep_trained_settings, read_file, split_name
+from vlm_cli.composition.options import PARTS
+from vlm_cli.errors import CompositionError
 
 __all__ = ["CompositionRequest"]
 
@@ -74,4 +76,6 @@ class CompositionRequest:
             parts["language_model"] = {"name": self.language_model}
         if self.trainable is not None:
             parts["trainable"] = [x.strip().replace("-", "_") for x in self.trainable.split(",") if x.strip()]
+            if not parts["trainable"]:
+                raise CompositionError(f"--trainable names no part. Known: {', '.join(PARTS)}.")
         return parts

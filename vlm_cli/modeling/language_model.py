@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
-from vlm_cli.errors import LanguageModelError
+from vlm_cli.errors import CompositionError, LanguageModelError
 from vlm_cli.registry import suggest
+from vlm_cli.schema import show
 
 __all__ = [
     "NO_CHUNKED_PREFILL",
@@ -110,7 +111,8 @@ def decoder_layers(lm: PreTrainedModel, name: str | None = None) -> nn.ModuleLis
         name: dotted name of the layers; None searches.
 
     Raises:
-        LanguageModelError: if there is no such stack.
+        CompositionError: if `name` is no list of layers.
+        LanguageModelError: if the search finds none.
     """
     if name is not None:
         try:
@@ -119,7 +121,10 @@ def decoder_layers(lm: PreTrainedModel, name: str | None = None) -> nn.ModuleLis
             layers = None
         if not isinstance(layers, nn.ModuleList):
             lists = ", ".join(n for n, m in lm.named_modules() if isinstance(m, nn.ModuleList))
-            raise LanguageModelError(f"{type(lm).__name__} has no list of layers at {name!r}. It has: {lists}.")
+            raise CompositionError(
+                f"language_model.decoder_layers: {type(lm).__name__} has no list of layers at {show(name)}. It has: "
+                f"{lists}."
+            )
         return layers
     text = lm.config.get_text_config(decoder=True)
     depth = next((v for key in _DEPTH if isinstance(v := getattr(text, key, None), int)), None)

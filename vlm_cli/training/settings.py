@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from vlm_cli.composition import PARTS
+from vlm_cli.composition.composition import MAX_WEIGHT_DECAY
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import Flag, find_problems
 from vlm_cli.registry import suggest
@@ -21,6 +22,8 @@ __all__ = ["DATA", "LEARNING", "LENGTH", "RUN", "Job", "TrainingSettings"]
 DATA, LEARNING, LENGTH, RUN = "Data", "Learning", "Length of the run", "Run"  # headings in --help
 
 _MAX_SEED = 2**32 - 1  # the largest seed that NumPy takes
+_MAX_ROWS = 65_536  # records of a batch
+_MAX_STEPS = 1_000_000_000  # also the most epochs and minutes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,15 @@ class TrainingSettings:
     """
 
     batch_size: Annotated[
-        int, Flag(help="Put N records in each batch of each process.", heading=DATA, metavar="N", short="-b", above=0)
+        int,
+        Flag(
+            help="Put N records in each batch of each process.",
+            heading=DATA,
+            metavar="N",
+            short="-b",
+            above=0,
+            most=_MAX_ROWS,
+        ),
     ] = 8
     gradient_accumulation: Annotated[
         int,
@@ -66,6 +77,7 @@ class TrainingSettings:
             heading=DATA,
             metavar="N",
             above=0,
+            most=_MAX_STEPS,
         ),
     ] = 1
     group_by_length: Annotated[
@@ -82,6 +94,7 @@ class TrainingSettings:
             heading=DATA,
             metavar="N",
             least=0,
+            most=256,
         ),
     ] = None
     trainable: Annotated[
@@ -101,7 +114,14 @@ class TrainingSettings:
     ] = "adamw"
     learning_rate: Annotated[
         float,
-        Flag(help="Highest learning rate of the run.", heading=LEARNING, metavar="RATE", short="--lr", above=0),
+        Flag(
+            help="Highest learning rate of the run.",
+            heading=LEARNING,
+            metavar="RATE",
+            short="--lr",
+            above=0,
+            most=1_000,
+        ),
     ] = 1e-4
     schedule: Annotated[
         Literal["cosine", "linear", "constant"],
@@ -118,6 +138,7 @@ class TrainingSettings:
             metavar="N",
             old_names=("--warmup",),
             least=0,
+            most=_MAX_STEPS,
         ),
     ] = 0.03
     weight_decay: Annotated[
@@ -127,6 +148,7 @@ class TrainingSettings:
             heading=LEARNING,
             metavar="X",
             least=0,
+            most=MAX_WEIGHT_DECAY,
         ),
     ] = None
     max_grad_norm: Annotated[
@@ -137,6 +159,7 @@ class TrainingSettings:
             metavar="X",
             old_names=("--clip",),
             least=0,
+            most=1e9,
         ),
     ] = 1.0
     bf16: Annotated[
@@ -163,10 +186,12 @@ class TrainingSettings:
             heading=LENGTH,
             metavar="X",
             above=0,
+            most=_MAX_STEPS,
         ),
     ] = None
     max_steps: Annotated[
-        int | None, Flag(help="Stop after N steps of the optimizer.", heading=LENGTH, metavar="N", above=0)
+        int | None,
+        Flag(help="Stop after N steps of the optimizer.", heading=LENGTH, metavar="N", above=0, most=_MAX_STEPS),
     ] = None
     max_minutes: Annotated[
         float | None,
@@ -175,6 +200,7 @@ class TrainingSettings:
             heading=LENGTH,
             metavar="X",
             above=0,
+            most=_MAX_STEPS,
         ),
     ] = None
     device: Annotated[
@@ -191,9 +217,11 @@ class TrainingSettings:
         Flag(help="Write OUT's weights with this dtype; auto is the dtype of MODEL.", heading=RUN),
     ] = "auto"
     save_every: Annotated[
-        int, Flag(help="Write a checkpoint after every N steps.", heading=RUN, metavar="N", above=0)
+        int, Flag(help="Write a checkpoint after every N steps.", heading=RUN, metavar="N", above=0, most=_MAX_STEPS)
     ] = 500
-    log_every: Annotated[int, Flag(help="Report the loss after every N steps.", heading=RUN, metavar="N", above=0)] = 10
+    log_every: Annotated[
+        int, Flag(help="Report the loss after every N steps.", heading=RUN, metavar="N", above=0, most=_MAX_STEPS)
+    ] = 10
 
     def __post_init__(self) -> None:
         problems = find_problems(self)
