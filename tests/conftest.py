@@ -24,6 +24,12 @@ sys.path.append(str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--hardening-seed", type=int, default=0, metavar="N", help="Seed of the attack in tests/hardening. [default: 0]"
+    )
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Run named files in this process, since each worker takes seconds to start; the whole suite takes one per core."""
     names_files = config.invocation_params.args and any(

@@ -1,0 +1,269 @@
+"""Interrupt commands that write: by a signal at any moment, or by a disk that is full.
+
+A job is a command and the names that it writes. It runs in a fork of the test process, through `main`, as in a shell.
+After an interruption its folder holds nothing half-written, and the same command brings it to the bytes of a run that
+nobody interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.hardening.attempt import TRACEBACK
+from vlm_cli.cli import app as command_line
+
+__all__ = ["Job", "Run", "Whole", "interrupted", "on_a_full_disk", "run", "uninterrupted"]
+
+MAX_SECONDS = 60.0  # for a command of about a second, on a busy machine
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+App = Callable[[], object]
+
+#: What differs from run to run: times, and what is made of them.
+VARYING = {
+    "seconds",
+    "images_per_second",
+    "records_per_second",
+    "tokens_per_second",
+    "minutes",
+    "resume",
+    "resumed_from",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that writes.
+
+    Attributes:
+        name: of the command.
+        words: of the command, without `vlm`; it runs in a folder of its own.
+        outputs: names that it writes.
+        kept: names that an interrupted run may leave, to resume from.
+        resume: words to add for the next run.
+    """
+
+    name: str
+    words: Sequence[str]
+    outputs: Sequence[str] = ("out",)
+    kept: Sequence[str] = ()
+    resume: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command ended: its exit code, or the negative number of the signal; and what it printed."""
+
+    code: int
+    printed: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an uninterrupted run writes, by name, and how long it takes."""
+
+    contents: dict[str, Any]
+    names: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def run(
+    words: Sequence[str],
+    folder: Path,
+    *,
+    prepare: Callable[[], object] = lambda: None,
+    interrupt: tuple[signal.Signals, float] | None = None,
+    app: App | None = None,
+) -> Run:
+    """Run a command in a fork. `interrupt` is a signal and the seconds after the start of the command."""
+    ready, is_ready = os.pipe()
+    output, printed = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:  # whatever happens, this process must not go on as a second pytest
+            os.close(ready)
+            os.close(output)
+            _become(words, folder, printed, is_ready, prepare, app)
+        finally:
+            os._exit(99)
+    os.close(is_ready)
+    os.close(printed)
+    select.select([ready], [], [], MAX_SECONDS)
+    os.close(ready)
+    started = time.monotonic()
+    if interrupt is not None:
+        time.sleep(interrupt[1])
+        os.kill(pid, interrupt[0])
+    text, code = _wait(pid, output)
+    return Run(code, text, time.monotonic() - started)
+
+
+def _become(
+    words: Sequence[str],
+    folder: Path,
+    printed: int,
+    is_ready: int,
+    prepare: Callable[[], object],
+    app: App | None,
+) -> None:
+    """Be `vlm` in this process, and tell through the pipe when the command begins."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.chdir(folder)
+    sys.argv = ["vlm", *words]
+    begin = app or command_line.app
+
+    def announced(*args: Any, **keywords: Any) -> Any:
+        os.close(is_ready)
+        return begin(*args, **keywords)
+
+    command_line.app = announced  # type: ignore[assignment]
+    prepare()
+    code = command_line.main()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _wait(pid: int, output: int) -> tuple[str, int]:
+    """Read what a process prints until it ends; a worker that outlives it may keep the pipe open."""
+    deadline = time.monotonic() + MAX_SECONDS
+    text, status = b"", None
+    with os.fdopen(output, "rb", buffering=0) as file:
+        while status is None and time.monotonic() < deadline:
+            found, ended = os.waitpid(pid, os.WNOHANG)
+            status = ended if found else None
+            while select.select([output], [], [], 0.01)[0] and (data := file.read(65_536)):
+                text += data
+    if status is None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise AssertionError(f"process {pid} did not end in {MAX_SECONDS} s: {text.decode(errors='replace')}")
+    return text.decode(errors="replace"), os.waitstatus_to_exitcode(status)
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def contents(folder: Path, outputs: Sequence[str]) -> dict[str, Any]:
+    """The bytes of the files that a command wrote, without times."""
+    found: dict[str, Any] = {}
+    for name in outputs:
+        path = folder / name
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files if path.exists() else ():
+            found[str(file.relative_to(folder))] = _without_times(file)
+    return found
+
+
+def _without_times(file: Path) -> Any:
+    data = file.read_bytes()
+    is_training = (file.parent / "training_args.json").exists()
+    if is_training and file.name in ("README.md", "loss.png"):  # the time, and an axis of minutes
+        return "written"
+    if is_training and file.name == "manifest.json":  # hashes of files that hold times
+        return sorted(json.loads(data))
+    if file.suffix == ".jsonl":
+        return [_pruned(json.loads(line)) for line in data.splitlines()]
+    return _pruned(json.loads(data)) if file.name == "training_args.json" else data
+
+
+def _pruned(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _pruned(x) for key, x in tree.items() if key not in VARYING}
+    return tree
+
+
+def uninterrupted(job: Job, folder: Path) -> Whole:
+    """Run a job to its end."""
+    ended = run(job.words, folder)
+    assert ended.code == 0, ended.printed
+    return Whole(contents(folder, job.outputs), names(folder), ended.seconds)
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+def interrupted(
+    job: Job, whole: Whole, folder: Path, number: signal.Signals, delay: float, app: App | None = None
+) -> list[str]:
+    """Send a signal to a job after `delay` seconds, run it again, and say what is wrong."""
+    ended = run(job.words, folder, interrupt=(number, delay), app=app)
+    found = _problems(job, whole, folder, ended, (0, CODES[number]), is_killed=number is signal.SIGKILL)
+    return found + _resumed(job, whole, folder, ended, app)
+
+
+def on_a_full_disk(job: Job, whole: Whole, folder: Path, limit: int, app: App | None = None) -> list[str]:
+    """Run a job that may write no file beyond `limit` bytes, run it again without the limit, and say what is wrong."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    ended = run(job.words, folder, prepare=prepare, app=app)
+    found = _problems(job, whole, folder, ended, (0, 1))
+    if ended.code == 1 and "rror" not in ended.printed:
+        found.append("no message")
+    return found + _resumed(job, whole, folder, ended, app)
+
+
+def _problems(
+    job: Job, whole: Whole, folder: Path, ended: Run, codes: Sequence[int], *, is_killed: bool = False
+) -> list[str]:
+    """Say what is wrong after an interruption."""
+    there, left = contents(folder, job.outputs), names(folder)
+    is_hidden = {name for name in left if name.startswith(f".{job.outputs[0]}.")}
+    unexpected = left - whole.names - set(job.kept) - (is_hidden if is_killed else set())
+    checks = {
+        f"exit code {ended.code}": ended.code not in codes,
+        f"printed {ended.printed[-600:]!r}": TRACEBACK.search(ended.printed),
+        "half-written": bool(there) and there != whole.contents,
+        "nothing written, and exit code 0": ended.code == 0 and not there,
+        f"left {sorted(unexpected)}": unexpected,
+    }
+    journal = folder / f"{job.outputs[0]}.partial"
+    if job.name == "batch" and journal.is_file():
+        checks["rows lost or repeated"] = not _is_beginning(journal.read_bytes())
+    return [name for name, is_wrong in checks.items() if is_wrong]
+
+
+def _is_beginning(journal: bytes) -> bool:
+    """Tell whether a journal holds rows 0, 1, 2, … after its header; a kill may cut its last line."""
+    rows = journal.split(b"\n")[1:-1]
+    ids = [json.loads(row.partition(b" ")[2])["id"] for row in rows]
+    return ids == list(range(len(ids)))
+
+
+def _resumed(job: Job, whole: Whole, folder: Path, ended: Run, app: App | None) -> list[str]:
+    """Run an interrupted job again, and say what differs from an uninterrupted run."""
+    if ended.code == 0 or (not job.resume and contents(folder, job.outputs) == whole.contents):
+        return []  # it had ended
+    again = run([*job.words, *job.resume], folder, app=app)
+    there = contents(folder, job.outputs)
+    differ = sorted(name for name in {*there, *whole.contents} if there.get(name) != whole.contents.get(name))
+    checks = {
+        f"the next run: exit code {again.code}, {again.printed[-300:]!r}": again.code != 0,
+        f"the next run differs in {differ}": differ,
+        f"the next run leaves {sorted(names(folder) ^ whole.names)}": names(folder) != whole.names,
+    }
+    return [name for name, is_wrong in checks.items() if is_wrong]

@@ -1,0 +1,254 @@
+"""The files that the attack damages, and the commands that read them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from examples import tiny_language_model
+from tests.hardening import mutate
+from tests.hardening.attempt import Attempt
+from tests.hardening.mutate import PLANTED_CODE, Mutation
+from tests.support.disk import run
+from tests.support.gguf_file import write_gguf
+
+__all__ = ["KINDS", "Workshop", "attempts", "make"]
+
+ANSWER = ["--max-new-tokens", "4", "--temperature", "0"]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Whole files: `lm`, `lm.gguf`, `tower`, `model` (a VLM of both), `delta`, `images` and records."""
+
+    folder: Path
+
+    @property
+    def compose(self) -> list[str]:
+        """Flags of `vlm build` for a small model of the parts."""
+        return ["--family", "llava", "--vision-encoder", f"local-dir:{self.folder / 'tower'}"]
+
+    @property
+    def language_model(self) -> list[str]:
+        return ["--language-model", str(self.folder / "lm")]
+
+
+def make(folder: Path) -> Workshop:
+    """Make all files that the attack damages."""
+    from tests.support.disk import tower
+
+    shop = Workshop(folder)
+    tiny_language_model.make(folder / "lm")
+    weights = load_file(folder / "lm/model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, x in weights.items():  # large weights, so that each layer and each image matters
+        if x.ndim == 2:
+            weights[name] = torch.randn(x.shape, generator=generator) * (1.0 if "embed" in name else 0.2)
+    save_file(weights, folder / "lm/model.safetensors", metadata={"format": "pt"})
+    write_gguf(folder / "lm", folder / "lm.gguf")
+    shutil.copytree(folder / "lm", folder / "lm-bin")
+    (folder / "lm-bin/model.safetensors").unlink()
+    torch.save(weights, folder / "lm-bin/pytorch_model.bin")
+    tower(folder / "tower")
+    for out, flags in (("model", []), ("delta", ["--delta"])):
+        result = run("build", folder / out, *shop.compose, *shop.language_model, "--quiet", *flags)
+        assert result.exit_code == 0, result.output
+    images = folder / "images"
+    images.mkdir()
+    picture = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3 * 40 * 30))
+    for kind in ("png", "jpg", "gif", "webp", "bmp", "tiff"):
+        picture.save(images / f"a.{kind}")
+    (folder / "composition.json").write_text(
+        json.dumps(
+            {
+                "family": "llava",
+                "vision_encoder": {"name": f"local-dir:{folder / 'tower'}", "layer": -1},
+                "vision_tokenizer": {"type": "perceiver", "depth": 1, "num_heads": 2, "head_dim": 8, "num_latents": 4},
+                "fusion": {"type": "language-stream"},
+                "language_model": {"name": str(folder / "lm")},
+                "added_tokens": ["<image>"],
+                "trainable": ["vision_tokenizer", "added_tokens"],
+                "weight_decay": 0.1,
+            }
+        )
+    )
+    rows = [{"prompt": "<image:images/a.png>What?", "completion": " A.", "kind": "x", "id": i} for i in range(3)]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return shop
+
+
+# -- kinds of file -----------------------------------------------------------------------------------------------------
+
+Make = Callable[[Workshop, random.Random | None, Path], tuple[Mutation, list[list[str]], Path | None]]
+
+
+def _damaged(rng: random.Random | None, how: Callable[[random.Random, bytes], Mutation], data: bytes) -> Mutation:
+    """The bytes that `how` makes of the data, or the data itself where `rng` is None."""
+    return Mutation("whole", data) if rng is None else how(rng, data)
+
+
+def _copy(source: Path, folder: Path, name: str) -> Path:
+    """A copy of a directory in which only the file `name` has bytes of its own; the others are links."""
+    copied = folder / source.name
+    copied.mkdir()
+    for file in source.iterdir():
+        if file.name != name:
+            (copied / file.name).hardlink_to(file)
+    return copied
+
+
+def _answer(model: Path, shop: Workshop) -> list[list[str]]:
+    return [["generate", "-m", str(model), "<image>What?", "-i", str(shop.folder / "images/a.png"), *ANSWER]]
+
+
+def _image(shop: Workshop, rng: random.Random | None, folder: Path) -> tuple[Mutation, list[list[str]], Path | None]:
+    kind = "png" if rng is None else rng.choice(["png", "png", "jpg", "jpg", "gif", "webp", "bmp", "tiff"])
+    found = _damaged(rng, mutate.image, (shop.folder / f"images/a.{kind}").read_bytes())
+    path = folder / f"a.{kind}"
+    path.write_bytes(found.data)
+    words = ["generate", "-m", str(shop.folder / "model"), "<image>What?", "-i", str(path), *ANSWER]
+    return Mutation(f"{kind}: {found.how}", found.data, found.another_answer), [words], None
+
+
+def _composition(
+    shop: Workshop, rng: random.Random | None, folder: Path
+) -> tuple[Mutation, list[list[str]], Path | None]:
+    data = (shop.folder / "composition.json").read_bytes()
+    is_json = rng is not None and rng.random() < 0.4
+    path = folder / ("c.json" if is_json else "c.yaml")
+    found = _damaged(rng, mutate.json_file if is_json else mutate.yaml_file, data)
+    path.write_bytes(found.data)
+    words = ["build", str(folder / "out"), "--config", str(path), "--dry-run"]
+    return Mutation(found.how, found.data, "the composition is another one"), [words], None
+
+
+def _weights(shop: Workshop, rng: random.Random | None, folder: Path) -> tuple[Mutation, list[list[str]], Path | None]:
+    model = _copy(shop.folder / "model", folder, "model.safetensors")
+    found = _damaged(rng, mutate.safetensors, (shop.folder / "model/model.safetensors").read_bytes())
+    (model / "model.safetensors").write_bytes(found.data)
+    return found, _answer(model, shop), None
+
+
+def _language_model_file(source: str, name: str, how: Callable[[random.Random, bytes], Mutation]) -> Make:
+    """A file of a language model, which `vlm build` reads; the model that it writes is the answer."""
+
+    def make_attempt(
+        shop: Workshop, rng: random.Random | None, folder: Path
+    ) -> tuple[Mutation, list[list[str]], Path | None]:
+        original = shop.folder / source
+        found = _damaged(rng, how, (original / name if original.is_dir() else original).read_bytes())
+        if original.is_dir():
+            copied = _copy(original, folder, name)
+            (copied / name).write_bytes(found.data)
+            _plant(copied, found)
+        else:
+            copied = folder / original.name
+            copied.write_bytes(found.data)
+        words = [*shop.compose, "--language-model", str(copied), "--quiet"]
+        return found, [["build", str(folder / "out"), *words], *_answer(folder / "out", shop)], None
+
+    return make_attempt
+
+
+def _directory_file(source: str, command: str = "generate") -> Make:
+    """One of the small files of a VLM's directory."""
+
+    def make_attempt(
+        shop: Workshop, rng: random.Random | None, folder: Path
+    ) -> tuple[Mutation, list[list[str]], Path | None]:
+        names = sorted(file.name for file in (shop.folder / source).glob("*.json"))
+        name = "config.json" if rng is None else rng.choice([*names, "config.json", "index"])
+        if name == "index":
+            return _index(shop, rng, folder, source)
+        model = _copy(shop.folder / source, folder, name)
+        found = _damaged(rng, mutate.json_file, (shop.folder / source / name).read_bytes())
+        (model / name).write_bytes(found.data)
+        _plant(model, found)
+        return Mutation(f"{name}: {found.how}", found.data, found.another_answer), _answer(model, shop), None
+
+    return make_attempt
+
+
+def _index(
+    shop: Workshop, rng: random.Random | None, folder: Path, source: str
+) -> tuple[Mutation, list[list[str]], Path | None]:
+    """A directory whose weights have an index of shards that names other files."""
+    weights = next((shop.folder / source).glob("*.safetensors")).name
+    model = _copy(shop.folder / source, folder, weights)
+    shard = weights.replace(".safetensors", "-00001-of-00001.safetensors")
+    (model / shard).hardlink_to(shop.folder / source / weights)
+    tensors = load_file(model / shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": {name: shard for name in tensors}}
+    found = _damaged(rng, mutate.json_file, json.dumps(index).encode())
+    (model / f"{weights}.index.json").write_bytes(found.data)
+    return Mutation(f"index: {found.how}", found.data, found.another_answer), _answer(model, shop), None
+
+
+def _plant(folder: Path, found: Mutation) -> None:
+    """Code that a directory's `auto_map` names."""
+    if b"planted" in found.data:
+        (folder / "planted.py").write_text(PLANTED_CODE)
+
+
+def _records(command: str) -> Make:
+    def make_attempt(
+        shop: Workshop, rng: random.Random | None, folder: Path
+    ) -> tuple[Mutation, list[list[str]], Path | None]:
+        found = _damaged(rng, mutate.lines, (shop.folder / "records.jsonl").read_bytes())
+        (folder / "images").symlink_to(shop.folder / "images")
+        path, out, model = folder / "records.jsonl", folder / "out.jsonl", str(shop.folder / "model")
+        path.write_bytes(found.data)
+        words = {
+            "eval": ["eval", model, "--data", str(path), "-o", str(out), "-n", "2"],
+            "batch": ["batch", str(path), "-m", model, "-o", str(out), "-n", "2", "--workers", "0"],
+            "train": ["train", model, "-d", str(path), "-o", str(folder / "out"), "--max-steps", "1", "-b", "2"],
+        }[command]
+        return found, [words], out
+
+    return make_attempt
+
+
+KINDS: dict[str, Make] = {
+    "image": _image,
+    "composition": _composition,
+    "weights": _weights,
+    "directory": _directory_file("model"),
+    "delta": _directory_file("delta"),
+    "language-model-config": _language_model_file(
+        "lm", "config.json", lambda rng, data: mutate.json_file(rng, data, "only the file says what a number was")
+    ),
+    "language-model-weights": _language_model_file("lm", "model.safetensors", mutate.safetensors),
+    "language-model-tokenizer": _language_model_file(
+        "lm", "tokenizer.json", lambda rng, data: mutate.json_file(rng, data, "only the file says what a token was")
+    ),
+    "pickle": _language_model_file("lm-bin", "pytorch_model.bin", mutate.torch_file),
+    "gguf": _language_model_file("lm.gguf", "", mutate.gguf),
+    "eval": _records("eval"),
+    "batch": _records("batch"),
+    "train": _records("train"),
+}
+
+
+def attempts(shop: Workshop, kind: str, seeds: Sequence[str], folder: Path) -> Iterator[Attempt]:
+    """The attempt with whole files, then one for each seed."""
+    for number, seed in enumerate([None, *seeds]):
+        place = folder / str(number)
+        place.mkdir()
+        rng = None if seed is None else random.Random(seed)
+        found, commands, result = KINDS[kind](shop, rng, place)
+        yield Attempt(
+            name=f"{seed} ({found.how})",
+            commands=commands,
+            folder=place,
+            another_answer=found.another_answer,
+            result=result,
+            may_open_paths=kind in ("eval", "batch", "train"),
+        )

@@ -1,0 +1,205 @@
+"""Kill commands that write, and fill their disks: nothing is half-written, and the next run ends as if nothing was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hardening.interrupting import Job, Whole, contents, interrupted, names, on_a_full_disk, run, uninterrupted
+from tests.hardening.subjects import Workshop
+from tests.support import disk
+
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+COMMANDS = ["build", "export", "train", "batch"]
+KILLS = 36  # of each command in the long tests
+
+
+@pytest.fixture(scope="module")
+def jobs(shop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """A job for each command that writes; each takes a part of a second."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "images").symlink_to(shop.folder / "images")
+    rows = [{"prompt": f"<image:images/a.png>The {i}", "completion": " A.", "kind": "x", "id": i} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, data = str(shop.folder / "model"), str(folder / "rows.jsonl")
+    dropout = ["--vision-tokenizer", "qformer", "--set", "vision_tokenizer.dropout=0.5"]
+    sizes = [f"vision_tokenizer.{x}" for x in ("depth=1", "num_heads=2", "dim=16", "dim_ff=16", "num_queries=2")]
+    learner = str(folder / "learner")
+    words = [*shop.compose, *shop.language_model, *dropout, *(x for size in sizes for x in ("--set", size))]
+    assert disk.run("build", learner, *words).exit_code == 0
+    steps = ["--max-steps", "6", "-b", "2", "--save-every", "2", "--log-every", "1", "--eval-data", data]
+    return {
+        "build": Job("build", ["build", "out", *shop.compose, *shop.language_model]),
+        "export": Job("export", ["export", model, "out", "--format", "language-model"]),
+        "train": Job(
+            "train", ["train", learner, "-d", data, "-o", "out", *steps], kept=["out.checkpoints"], resume=["--resume"]
+        ),
+        "batch": Job(
+            "batch",
+            ["batch", data, "-m", model, "-o", "out", "-n", "4", "-b", "2", "--workers", "0"],
+            kept=["out.partial"],
+        ),
+        "eval": Job(
+            "eval",
+            ["eval", model, "-d", data, "-o", "out", "--html", "out.html", "-n", "2"],
+            outputs=["out", "out.html"],
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """What an uninterrupted run of a job writes."""
+    known: dict[str, Whole] = {}
+
+    def find(name: str) -> Whole:
+        if name not in known:
+            known[name] = uninterrupted(jobs[name], tmp_path_factory.mktemp(name))
+        return known[name]
+
+    return find
+
+
+def kill(job: Job, whole: Whole, number: signal.Signals, seed: str, folder: Path) -> list[str]:
+    """Kill a job at a random moment; give what is wrong, with the seed."""
+    delay = random.Random(seed).uniform(0, 1.1 * whole.seconds)
+    place = folder / seed.replace(" ", "-")
+    place.mkdir()
+    found = interrupted(job, whole, place, number, delay)
+    shutil.rmtree(place)
+    return [f"{seed}, {number.name} after {delay:.3f} of {whole.seconds:.3f} s: {problem}" for problem in found]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_run_that_is_killed_once(
+    name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
+) -> None:
+    number = SIGNALS[(hardening_seed + COMMANDS.index(name)) % 3]
+    assert kill(jobs[name], whole(name), number, f"{name} {hardening_seed}", tmp_path) == []
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", [*COMMANDS, "eval"])
+def test_runs_that_are_killed_at_random_moments(
+    name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
+) -> None:
+    wrong: list[str] = []
+    for i in range(KILLS):
+        wrong += kill(jobs[name], whole(name), SIGNALS[i % 3], f"{name} {hardening_seed} {i}", tmp_path)
+    print(f"{name}, seed {hardening_seed}: {KILLS} kills, {len(wrong)} wrong")
+    assert not wrong, f"{len(wrong)} of {KILLS} kills went wrong:\n" + "\n".join(wrong)
+
+
+# -- full disks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "eval"])
+def test_a_full_disk(
+    name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
+) -> None:
+    limit = random.Random(f"{name} {hardening_seed}").choice([0, 100, 1000, 10_000])
+    tmp_path = tmp_path / "place"
+    tmp_path.mkdir()
+    assert on_a_full_disk(jobs[name], whole(name), tmp_path, limit) == []
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("limit", [0, 1, 200, 500, 1000, 5000, 20_000, 100_000, 500_000, 1_000_000])
+@pytest.mark.parametrize("name", [*COMMANDS, "eval"])
+def test_full_disks(name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], limit: int, tmp_path: Path) -> None:
+    tmp_path = tmp_path / "place"
+    tmp_path.mkdir()
+    assert on_a_full_disk(jobs[name], whole(name), tmp_path, limit) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """64 kB of tmpfs."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", [*COMMANDS, "eval"])
+def test_a_small_file_system(name: str, jobs: dict[str, Job], small_disk: Path) -> None:
+    """64 kB hold no model; whether they hold the answers does not matter."""
+    ended = run(jobs[name].words, small_disk)
+    there = names(small_disk) - set(jobs[name].kept)
+    assert ended.code == 1 and "No space left on device" in ended.printed and not there, ended
+    assert "Traceback" not in ended.printed
+
+
+# -- twins -------------------------------------------------------------------------------------------------------------
+
+
+def overwrites() -> None:
+    """A command that writes its file in place, slowly."""
+    with open("out", "w") as file:
+        for i in range(20):
+            file.write(f"{i}\n")
+            file.flush()
+            time.sleep(0.01)
+
+
+def swallows() -> None:
+    """A command that goes on after the first signal, and prints what Python says of it."""
+
+    def note(number: int, frame: object) -> None:
+        print("Exception ignored in: <function f>", flush=True)
+
+    signal.signal(signal.SIGTERM, note)
+    time.sleep(0.3)
+    Path("out").write_text("done")
+
+
+def has_no_handler() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leaves_files()
+
+
+def leaves_files() -> None:
+    Path(f"temporary-{os.getpid()}").touch()
+    time.sleep(0.2)
+    Path("out").write_text("done")
+
+
+@pytest.mark.parametrize(
+    ("app", "number", "found"),
+    [
+        (overwrites, signal.SIGKILL, "half-written"),
+        (swallows, signal.SIGTERM, "printed"),
+        (leaves_files, signal.SIGKILL, "left"),
+        (has_no_handler, signal.SIGTERM, "exit code -15"),
+    ],
+)
+def test_a_bad_command_is_caught(app: Callable[[], object], number: signal.Signals, found: str, tmp_path: Path) -> None:
+    job = Job("fake", [])
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    assert run([], tmp_path / "whole", app=app).code == 0
+    whole = Whole(contents(tmp_path / "whole", ["out"]), {"out"}, 0.2)
+    problems = interrupted(job, whole, tmp_path / "killed", number, 0.1, app)
+    assert any(problem.startswith(found) for problem in problems), problems
+    assert any("the next run" in problem for problem in problems) == (app in (leaves_files, has_no_handler))
+
+
+def test_rows_that_are_lost_are_noticed() -> None:
+    from tests.hardening.interrupting import _is_beginning
+
+    rows = [b"00ff " + json.dumps({"id": i}).encode() + b"\n" for i in range(4)]
+    assert _is_beginning(b"{}\n" + b"".join(rows)) and _is_beginning(b"{}\n" + rows[0] + rows[1][:3])
+    assert not _is_beginning(b"{}\n" + rows[0] + rows[2]) and not _is_beginning(b"{}\n" + rows[0] * 2)
