@@ -30,15 +30,7 @@ CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 13
 App = Callable[[], object]
 
 #: What differs from run to run: times, and what is made of them.
-VARYING = {
-    "seconds",
-    "images_per_second",
-    "records_per_second",
-    "tokens_per_second",
-    "minutes",
-    "resume",
-    "resumed_from",
-}
+VARYING = {"seconds", "images_per_second", "resume", "resumed_from"}
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class _Run:
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
         if checkpoint is not None:
             self.processes.main_first(lambda: check_same_run(checkpoint, run))
-        self.processes.main_only(self._make_folder)
+        self.processes.main_only(lambda: self._make_folder(is_new=checkpoint is None))
         num_trained = _count_trained(model)  # now, since FSDP leaves each process a share of the model
         trainer = VLMTrainer(
             model,
@@ -172,10 +172,11 @@ class _Run:
         assert train_set is not None
         return train_set, eval_set
 
-    def _make_folder(self) -> None:
+    def _make_folder(self, *, is_new: bool) -> None:
+        """Make the folder of checkpoints. A new run forgets what one without a checkpoint measured there."""
         try:
             self.checkpoints.folder.mkdir(exist_ok=True)
-            if not self.job.resume:
+            if is_new:
                 (self.checkpoints.folder / METRICS_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write {str(self.checkpoints.folder)!r}: {error.strerror}.") from None
