@@ -5,6 +5,13 @@ A writer fills a temporary neighbour of the target, which takes the target's nam
     with replacing_directory(out) as partial:   # .out.k3v8.partial/ beside out/
         write_everything_into(partial)          # an error here removes the partial directory; out/ stays as it was
                                                 # here out/ exists, with all of its files
+
+A command that computes before it writes reserves its output first, so that two commands never compute the same output:
+
+    with reserved_directory(out):               # .out.lock beside out/; another vlm is refused
+        …
+        with replacing_directory(out) as partial:
+            …
 """
 
 from __future__ import annotations
@@ -12,16 +19,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from vlm_cli.errors import CheckpointError, OutputExistsError
+from vlm_cli.locks import hidden_name, locked
+from vlm_cli.renames import move_back, move_over, move_to_new_name, remove_tree
 
 __all__ = [
     "EXPORT_FILE",
@@ -31,6 +39,9 @@ __all__ = [
     "is_vlm_directory",
     "replacing_directory",
     "replacing_file",
+    "replacing_files",
+    "reserved_directory",
+    "reserved_files",
 ]
 
 EXPORT_FILE = "vlm_export.json"  # `vlm export` writes it into directories that other programs read
@@ -59,11 +70,7 @@ def check_directory(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{str(out)!r} exists. Choose another name, or add --overwrite to replace it.")
-    is_written_by_vlm = is_vlm_directory(out) or (out / EXPORT_FILE).is_file()
-    if not out.is_dir() or (any(out.iterdir()) and not is_written_by_vlm):
-        raise OutputExistsError(
-            f"{str(out)!r} is not a directory that vlm wrote, so --overwrite does not replace it. Choose another name."
-        )
+    _check_is_replaceable(out, str(out))
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
@@ -87,28 +94,64 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
+def reserved_directory(out: Path, *, overwrite: bool = False) -> Iterator[bool]:
+    """Check that the directory `out` may be written, and keep other processes from writing it during the block.
+
+    Yields:
+        Whether the lock keeps other processes away; False on a file system without locks.
+
+    Raises:
+        OutputExistsError: if `out` may not be written, or another process writes it.
+        CheckpointError: if the folder that is to hold it does not exist or cannot be written.
+    """
+    check_directory(out, overwrite=overwrite)
+    with locked(out) as is_exclusive:
+        check_directory(out, overwrite=overwrite)  # the process that had the lock may have written it
+        yield is_exclusive
+
+
+@contextmanager
+def reserved_files(paths: Iterable[Path], *, overwrite: bool = False) -> Iterator[None]:
+    """Check that files may be written, and keep other processes from writing them during the block.
+
+    Raises:
+        OutputExistsError: if a file may not be written, or another process writes it.
+        CheckpointError: if a folder does not exist or cannot be written.
+    """
+    paths = sorted(paths)  # two processes that lock the same files in two orders could both fail
+    for path in paths:
+        check_file(path, overwrite=overwrite)
+    with ExitStack() as locks:
+        for path in paths:
+            locks.enter_context(locked(path.resolve() if path.is_symlink() else path))
+            check_file(path, overwrite=overwrite)
+        yield
+
+
+@contextmanager
 def replacing_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give an empty directory that takes the name `out` after the block; an error in the block removes it instead.
 
     Raises:
-        OutputExistsError: if `out` may not be written.
+        OutputExistsError: if `out` may not be written, another process writes it, or it appeared during the block.
         CheckpointError: if the disk is full, or this user may not write to the folder.
     """
-    check_directory(out, overwrite=overwrite)
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
-    try:
-        yield partial
-        _open_to_others(partial)
-        _swap(partial, out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {str(out)!r}: {error.strerror or error}. Nothing was changed.") from error
-    except SafetensorError as error:  # safetensors raises its own error when the disk is full
-        raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with reserved_directory(out, overwrite=overwrite):
+        try:
+            partial = Path(tempfile.mkdtemp(**_beside(out)))
+        except OSError as error:
+            raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
+        try:
+            yield partial
+            _open_to_others(partial)
+            _put_directory(partial, out, overwrite)
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"cannot write {str(out)!r}: {reason}. Nothing was changed.") from error
+        except SafetensorError as error:  # safetensors raises its own error when the disk is full
+            raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
+        finally:
+            remove_tree(partial)
 
 
 @contextmanager
@@ -116,26 +159,47 @@ def replacing_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
     """Give a text file that takes the name `path` after the block; an error in the block removes it instead.
 
     Raises:
-        OutputExistsError: if `path` may not be written.
+        OutputExistsError: if `path` may not be written, or appeared during the block.
         CheckpointError: if the disk is full, or this user may not write to the folder.
     """
-    check_file(path, overwrite=overwrite)
-    target = path.resolve()  # a symbolic link stays a link: the file it points to is replaced
-    partial = None
+    with replacing_files([path], overwrite=overwrite) as (file,):
+        yield file
+
+
+@contextmanager
+def replacing_files(paths: Sequence[Path], *, overwrite: bool = False) -> Iterator[list[TextIO]]:
+    """Give text files that take the names `paths` after the block, all of them or none.
+
+    Raises:
+        OutputExistsError: if one of `paths` may not be written, or appeared during the block.
+        CheckpointError: if the disk is full, or this user may not write to a folder.
+    """
+    for path in paths:
+        check_file(path, overwrite=overwrite)
+    partials: list[Path] = []
     try:
-        handle, partial = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent)
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(handle)
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, target)
+        with ExitStack() as open_files:
+            files: list[TextIO] = []
+            for path in paths:
+                handle, name = tempfile.mkstemp(**_beside(path.resolve()))
+                partials.append(Path(name))
+                writer = os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
+                files.append(open_files.enter_context(writer))
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for partial in partials:
+            partial.chmod(0o666 & ~_umask())
+        # A symbolic link stays a link: the file it points to is replaced.
+        _put_files(partials, [path.resolve() for path in paths], overwrite)
     except OSError as error:
-        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror or error}. Nothing was changed.") from error
+        reason = error.strerror or error
+        names = " and ".join(repr(str(path)) for path in paths)
+        raise CheckpointError(f"cannot write {names}: {reason}. Nothing was changed.") from error
     finally:
-        if partial is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(partial)
+        for partial in partials:
+            remove_tree(partial)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -159,19 +223,78 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _swap(new: Path, out: Path) -> None:
-    """Rename `new` to `out`. An existing `out` steps aside first, and returns if the renaming fails."""
-    if not out.exists():
-        os.rename(new, out)
+def _beside(out: Path) -> dict[str, Any]:
+    """Return the arguments with which tempfile makes a hidden neighbour of an output."""
+    return {"prefix": f"{hidden_name(out)}.", "suffix": ".partial", "dir": out.absolute().parent}
+
+
+def _put_directory(partial: Path, out: Path, overwrite: bool) -> None:
+    """Give a finished directory the name `out`. What `overwrite` replaces gets the name of `partial`.
+
+    Raises:
+        OutputExistsError: if `out` appeared since the beginning and may not be replaced.
+    """
+    if not overwrite:
+        _put_new(partial, out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.absolute().parent))
+    _check_is_replaceable(out, str(out))
+    move_over(partial, out)
     try:
-        os.rename(out, old / out.name)
-        os.rename(new, out)
-    finally:
-        if not out.exists():
-            os.rename(old / out.name, out)
-        shutil.rmtree(old, ignore_errors=True)
+        _check_is_replaceable(partial, str(out))  # what was at `out` until now
+    except OutputExistsError:
+        move_back(partial, out)
+        raise
+
+
+def _check_is_replaceable(folder: Path, shown: str) -> None:
+    """Check that --overwrite may replace what is at `folder`: nothing, an empty directory, or one that vlm wrote.
+
+    Args:
+        folder: where the directory is.
+        shown: what the message calls it.
+
+    Raises:
+        OutputExistsError: if it is something else.
+    """
+    if not os.path.lexists(folder):
+        return
+    is_written_by_vlm = is_vlm_directory(folder) or (folder / EXPORT_FILE).is_file()
+    if not folder.is_dir() or (any(folder.iterdir()) and not is_written_by_vlm):
+        raise OutputExistsError(
+            f"{shown!r} is not a directory that vlm wrote, so --overwrite does not replace it. Choose another name."
+        )
+
+
+def _put_files(partials: Sequence[Path], targets: Sequence[Path], overwrite: bool) -> None:
+    """Give finished files their names, all of them or none.
+
+    Raises:
+        OutputExistsError: if a file appeared since the beginning and may not be replaced.
+    """
+    done: list[tuple[Path, Path]] = []
+    try:
+        for partial, target in zip(partials, targets, strict=True):
+            (move_over if overwrite else _put_new)(partial, target)
+            done.append((partial, target))
+    except BaseException:
+        for partial, target in reversed(done):
+            move_back(partial, target)
+        raise
+
+
+def _put_new(partial: Path, out: Path) -> None:
+    """Rename a finished file or directory to `out`, a name that must be free.
+
+    Raises:
+        OutputExistsError: if the name is taken.
+    """
+    try:
+        move_to_new_name(partial, out)
+    except FileExistsError:
+        raise OutputExistsError(
+            f"{str(out)!r} appeared while vlm was working, and stays as it is. Nothing was written. Move it to another "
+            "place and repeat the command, or choose another name."
+        ) from None
 
 
 def _open_to_others(folder: Path) -> None:

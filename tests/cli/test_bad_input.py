@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 import vlm_cli.checkpoint.building as building
 import vlm_cli.checkpoint.directory as directory
-from vlm_cli import VLM, files
+from vlm_cli import VLM, files, renames
 from vlm_cli.cli.app import main
 
 
@@ -493,7 +493,7 @@ def test_what_stops_a_build_leaves_nothing(vlm, parts, old, tmp_path, monkeypatc
         "weights": (VLM, "save_pretrained"),
         "tokenizer": ("vlm_cli.processor.VLMProcessor", "save_pretrained"),
         "composition": (directory.yaml, "safe_dump"),
-        "swap": (files, "_swap"),
+        "swap": (files, "_put_directory"),
     }
     target, name = targets[place]
     if isinstance(target, str):
@@ -509,6 +509,8 @@ def test_what_stops_a_build_leaves_nothing(vlm, parts, old, tmp_path, monkeypatc
 
 
 def test_a_swap_that_fails_half_way_puts_the_old_directory_back(vlm, parts, old, tmp_path, monkeypatch):
+    """Where the system cannot exchange two names, the old directory steps aside for a moment."""
+    monkeypatch.setattr(renames, "_rename_with_flag", lambda *arguments: False)
     original = os.rename
 
     def rename(source, target):

@@ -6,9 +6,12 @@ build_from_checkpoint   recognise -> import -> write
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec
 
 import torch
 
@@ -22,7 +25,7 @@ from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.checkpoint.weights import load_weights, open_weights
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, UsageError
-from vlm_cli.files import check_directory, replacing_directory
+from vlm_cli.files import replacing_directory, reserved_directory
 from vlm_cli.modeling.config import stored_dtype
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
@@ -31,6 +34,7 @@ from vlm_cli.report.parameters import ParameterReport, count_parameters
 __all__ = ["BuildResult", "IncompleteWeightsError", "build", "build_from_checkpoint"]
 
 Progress = Callable[[str], None]
+_P = ParamSpec("_P")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,21 @@ class IncompleteWeightsError(CheckpointError):
         )
 
 
+def _reserving_output(build: Callable[_P, BuildResult]) -> Callable[_P, BuildResult]:
+    """Let a function keep other processes from writing its argument `out` until it returns."""
+
+    @functools.wraps(build)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> BuildResult:
+        given = inspect.signature(build).bind(*args, **kwargs).arguments
+        if given.get("out") is None:
+            return build(*args, **kwargs)
+        with reserved_directory(Path(given["out"]), overwrite=given.get("overwrite", False)):
+            return build(*args, **kwargs)
+
+    return run
+
+
+@_reserving_output
 def build(
     composition: Composition,
     out: str | Path | None = None,
@@ -145,6 +164,7 @@ def build(
     )
 
 
+@_reserving_output
 def build_from_checkpoint(
     source: str | Path,
     out: str | Path | None = None,
@@ -231,14 +251,9 @@ def _load_over(model: VLM, blueprint: Blueprint, weights: Path, random_weights: 
 
 
 class _Output:
-    """The directory to write, checked before anything is loaded.
-
-    Raises:
-        VLMError: if the directory may not be written.
-    """
+    """The directory to write, and how to write it."""
 
     def __init__(self, path: Path, delta: bool, max_shard_size: str, overwrite: bool, trust_remote_code: bool) -> None:
-        check_directory(path, overwrite=overwrite)
         self.path, self.delta, self.overwrite = path, delta, overwrite
         self.max_shard_size, self.trust_remote_code = max_shard_size, trust_remote_code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,13 +104,18 @@ class OutputOptions:
         bool, typer.Option("--overwrite", help="Replace output files that exist.", rich_help_panel=FILES)
     ] = False
 
-    def check(self, data: Path) -> None:
-        """Refuse files that may not be written, before the model runs.
+    @property
+    def paths(self) -> list[Path]:
+        """The files that the user asked for."""
+        return [path for path in (self.output, self.html) if path is not None]
+
+    def reserved(self, data: Path) -> AbstractContextManager[None]:
+        """Refuse files that may not be written, and keep other processes from writing them during the block.
 
         Raises:
             VLMError: naming the file.
         """
-        from vlm_cli.files import check_file
+        from vlm_cli.files import reserved_files
 
         taken = {data.resolve(): "--data"}
         for flag, path in (("--html", self.html), ("--output", self.output)):
@@ -118,7 +124,7 @@ class OutputOptions:
             if other := taken.get(path.resolve()):
                 raise UsageError(f"{flag} and {other} are the same file, {str(path)!r}. Choose another name.")
             taken[path.resolve()] = flag
-            check_file(path, overwrite=self.overwrite)
+        return reserved_files(self.paths, overwrite=self.overwrite)
 
 
 @flatten_options
@@ -142,21 +148,25 @@ def evaluate(
 
     Example: vlm eval my-flamingo --data questions.jsonl --html answers.html
     """
-    from vlm_cli.evaluation.items import read_items
-
     if questions.data is None:
         raise UsageError(f"no questions are given: vlm eval {model} --data FILE.jsonl")
-    files.check(questions.data)
-    request = ModelRequest.of(model, devices, source)
+    with files.reserved(questions.data):
+        report = _make_report(model, questions, ModelRequest.of(model, devices, source))
+        try:
+            report.write(files)
+        finally:  # the scores are printed even if the disk is full
+            report.print(as_json)
+
+
+def _make_report(model: str, questions: EvalOptions, request: ModelRequest) -> Report:
+    """Read the questions, load the model, and ask it."""
+    from vlm_cli.evaluation.items import read_items
+
+    assert questions.data is not None
     items, records = read_items(questions.data, questions.limit)
     console.notify(f"{len(items):,} items from {questions.data}")
     loaded = request.load()
-    found = _evaluate(loaded, questions, items, records)
-    report = Report(model, loaded, questions, records, found)
-    try:
-        report.write(files)
-    finally:  # the scores are printed even if the disk is full
-        report.print(as_json)
+    return Report(model, loaded, questions, records, _evaluate(loaded, questions, items, records))
 
 
 def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], records: Records) -> Evaluation:
@@ -229,26 +239,26 @@ class Report:
         }
 
     def write(self, files: OutputOptions) -> None:
-        """Write the files that the user asked for.
+        """Write the files that the user asked for, all of them or none.
 
         Raises:
             VLMError: if a file cannot be written.
         """
         from vlm_cli.evaluation.page import write_page
-        from vlm_cli.files import replacing_file
+        from vlm_cli.files import replacing_files
         from vlm_cli.media import MediaLoader
 
         found = self.found
-        if files.output is not None:
-            with replacing_file(files.output, overwrite=files.overwrite) as file:
-                file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in found.answers)
-            console.notify(f"Wrote {files.output}")
-        if files.html is not None:
-            title = f"{Path(self.name).name} on {self.questions.data}"
-            loader = MediaLoader(self.records.folder)
-            with replacing_file(files.html, overwrite=files.overwrite) as file:
+        with replacing_files(files.paths, overwrite=files.overwrite) as opened:
+            for path, file in zip(files.paths, opened, strict=True):
+                if path == files.output:
+                    file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in found.answers)
+                    continue
+                title = f"{Path(self.name).name} on {self.questions.data}"
+                loader = MediaLoader(self.records.folder)
                 write_page(file, title, self._facts(), found.kinds, found.total, found.answers, loader)
-            console.notify(f"Wrote {files.html}")
+        for path in files.paths:
+            console.notify(f"Wrote {path}")
 
     def _facts(self) -> dict[str, str]:
         """Return what the page says of how the answers were made."""

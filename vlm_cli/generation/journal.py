@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 from vlm_cli.data.jsonl import Line
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import check_file, replacing_file
+from vlm_cli.locks import open_locked
 from vlm_cli.resume import settings_diff
 
 __all__ = ["Journal", "partial_of"]
@@ -40,12 +40,14 @@ class Journal:
         file: open for reading and appending.
         answered: rows in the journal.
         failed: those of them with an error.
+        replaces: whether `out` may be replaced at the end.
     """
 
     out: Path
     file: BinaryIO
     answered: int = 0
     failed: int = 0
+    replaces: bool = False
 
     @classmethod
     def open(cls, out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Journal:
@@ -64,10 +66,13 @@ class Journal:
         check_file(out, overwrite=True)
         path = partial_of(out)
         try:
-            file = path.open("a+b")
+            file = open_locked(path)
+        except BlockingIOError:
+            raise OutputExistsError(
+                f"{str(path)!r} is being written by another vlm. Wait for it, or choose another --output."
+            ) from None
         except OSError as error:
             raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}.") from None
-        _lock(file, path)
         journal = cls(out, file)
         try:
             journal._begin(settings, overwrite)
@@ -91,7 +96,8 @@ class Journal:
             )
         whole = head.endswith(b"\n")
         found = json.loads(head) if whole else {}
-        check_file(self.out, overwrite=overwrite or found.get("replaces", False))
+        self.replaces = overwrite or found.get("replaces", False)
+        check_file(self.out, overwrite=self.replaces)
         if whole and not overwrite:
             self._check(found["settings"], settings)
             return
@@ -159,11 +165,12 @@ class Journal:
         """Write all answers to OUT, and remove the journal.
 
         Raises:
+            OutputExistsError: if OUT appeared during the run and may not be replaced. The journal stays.
             CheckpointError: if the disk is full. The journal stays.
         """
         self.file.seek(0)
         self.file.readline()
-        with replacing_file(self.out, overwrite=True) as out:
+        with replacing_file(self.out, overwrite=self.replaces) as out:
             for stored in self.file:
                 out.write(stored.split(b" ", 1)[1].decode("utf-8"))
         self.close(remove=True)
@@ -179,25 +186,3 @@ class Journal:
 def _digest(line: Line) -> bytes:
     """Return 32 hexadecimal digits of a line, without the line end, which the last line of a file may lack."""
     return hashlib.sha256(line.raw.strip()).hexdigest()[:32].encode()
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock the file, where the file system can.
-
-    Raises:
-        OutputExistsError: if another process has the lock.
-    """
-    if os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        # Not `flock`: the workers of a killed process would keep its lock for some seconds.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise OutputExistsError(
-            f"{str(path)!r} is being written by another vlm. Wait for it, or choose another --output."
-        ) from None
-    except OSError:
-        return  # a file system without locks

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack
+
 import torch
 
 from vlm_cli.checkpoint.directory import load, read_config
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
-from vlm_cli.files import check_directory
+from vlm_cli.files import reserved_directory
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, checkpoint_folder
@@ -91,13 +93,16 @@ class _Run:
         self.checkpoints = Checkpoints(checkpoint_folder(job.output))
 
     def execute(self) -> TrainingResult | None:
-        checkpoint = self.processes.main_first(self._prepare)
-        try:
-            return self._execute(checkpoint)
-        except KeyboardInterrupt as error:
-            raise Interrupted(self._describe_kept()) from error
-        finally:
-            self.processes.end()
+        with ExitStack() as locks:
+            # The lock of the output keeps its checkpoints, too; with several processes, the main one holds it.
+            self.processes.main_only(lambda: locks.enter_context(self._reserve()))
+            checkpoint = self.processes.main_first(self._prepare)
+            try:
+                return self._execute(checkpoint)
+            except KeyboardInterrupt as error:
+                raise Interrupted(self._describe_kept()) from error
+            finally:
+                self.processes.end()
 
     def _execute(self, checkpoint: TrainingCheckpoint | None) -> TrainingResult | None:
         self.listener.step(f"loading {self.job.model}")
@@ -130,13 +135,16 @@ class _Run:
 
     # -- before ---------------------------------------------------------------------------------------------------
 
+    def _reserve(self) -> AbstractContextManager[bool]:
+        """Keep other processes from writing the output and its checkpoints."""
+        return reserved_directory(self.job.output, overwrite=self.job.overwrite)
+
     def _prepare(self) -> TrainingCheckpoint | None:
-        """Check that the run may write its files, and return the checkpoint from which it continues.
+        """Check the model and the checkpoints of earlier runs, and return the checkpoint from which the run continues.
 
         Raises:
             VLMError: if another run's files are in the way, or MODEL is no model.
         """
-        check_directory(self.job.output, overwrite=self.job.overwrite)
         read_config(self.job.model, trust_remote_code=self.job.trust_remote_code)
         if self.job.resume:
             for path in self.checkpoints.clean():

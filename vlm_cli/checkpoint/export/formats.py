@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.errors import UnknownNameError
-from vlm_cli.files import EXPORT_FILE, check_directory, replacing_directory
+from vlm_cli.files import EXPORT_FILE, replacing_directory, reserved_directory
 from vlm_cli.registry import suggest
 from vlm_cli.version import __version__
 
@@ -192,18 +192,30 @@ def export_model(
         VLMError: if the model cannot be written so, or the outputs differ.
     """
     chosen = find_format(name)
-    check_directory(out, overwrite=overwrite)
+    settings = ExportSettings(name=out.name, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
+    with reserved_directory(out, overwrite=overwrite):
+        model, processor = _load(chosen, location, source or location, trust_remote_code, progress, **hub)
+        with replacing_directory(out, overwrite=overwrite) as partial:
+            progress(f"exporting {name}")
+            facts = chosen.write(model, processor, partial, settings)
+            if not chosen.is_vlm:
+                manifest = {"format": name, "model": source or location, "vlm_cli": __version__, **facts}
+                (partial / EXPORT_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def _load(
+    chosen: ExportFormat,
+    location: str,
+    source: str,
+    trust_remote_code: bool,
+    progress: Callable[[str], None],
+    **hub: Any,
+) -> tuple[VLM, VLMProcessor]:
+    """Load a model, after a check that the format can hold it."""
     from vlm_cli.checkpoint.directory import load, read_config
 
     progress("reading the configuration")
     chosen.check(read_config(location, trust_remote_code=trust_remote_code, **hub))
-    progress(f"loading {source or location}")
-    model, processor = load(location, trust_remote_code=trust_remote_code, **hub)
-    settings = ExportSettings(name=out.name, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
-    with replacing_directory(out, overwrite=overwrite) as partial:
-        progress(f"exporting {name}")
-        facts = chosen.write(model, processor, partial, settings)
-        if not chosen.is_vlm:
-            manifest = {"format": name, "model": source or location, "vlm_cli": __version__, **facts}
-            (partial / EXPORT_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return facts
+    progress(f"loading {source}")
+    return load(location, trust_remote_code=trust_remote_code, **hub)
