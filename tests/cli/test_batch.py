@@ -539,7 +539,7 @@ def test_a_full_disk_keeps_the_answers(vlm, unfinished, folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
+        patch.setattr(os, "fsync", full)
         result = vlm(*words)
     assert result.exit_code == 1 and "No space left on device" in result.stderr and partial.exists()
     assert vlm(*words).exit_code == 1 and (folder / "out.jsonl").read_bytes() == wanted

@@ -16,7 +16,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 #: from lower layers; names that share a layer do not import each other. docs/architecture.md draws the same order.
 LAYERS = (
     ("errors", "interrupt", "printable", "quiet", "version"),
-    ("plain_data", "schema"),
+    ("locks", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume"),
     ("composition", "data", "flags"),
     ("modeling",),
@@ -41,8 +41,7 @@ FORBIDDEN["vlm_cli/evaluation"] += ["vlm_cli.training"]
 
 #: What is imported before a command runs, and what it may not import outside of functions: `vlm --help` must be quick.
 LIGHT = ("composition", "data", "errors", "files", "flags", "media/loader", "models", "prompt", "registry", "resume")
-LIGHT += ("plain_data", "schema")
-LIGHT += ("training/listener", "training/settings")
+LIGHT += ("locks", "plain_data", "renames", "schema", "training/listener", "training/settings")
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 
 

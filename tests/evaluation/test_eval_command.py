@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tests.support.command import vlm
 from tests.support.questions import PROMPTS, Write
 from vlm_cli.cli.app import app
+from vlm_cli.cli.loading import ModelRequest
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.evaluation.scores import wilson_interval
 
@@ -152,12 +153,42 @@ def test_overwrite(write: Write) -> None:
     assert json.loads(Path("old.jsonl").read_text())["expected"] == "red"
 
 
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_full_disk_leaves_none_of_two_files(write: Write, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    original, calls = os.fsync, []
+
+    def fill(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == fails_at:
+            raise OSError(28, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fill)
+    names = [f"both{fails_at}.jsonl", f"both{fails_at}.html"]
+    words = ["stream", "-d", write([GOOD]), "-n", "1", "--output", names[0], "--html", names[1]]
+    code, stdout, stderr = evaluate(*words)
+    assert code == 1 and "total" in stdout and "Wrote" not in stderr
+    assert f"cannot write '{names[0]}' and '{names[1]}': No space left on device. Nothing was changed." in stderr
+    assert not list(Path().glob(f"*both{fails_at}*"))
+    assert evaluate(*words)[0] == 0 and {str(path) for path in Path().glob(f"*both{fails_at}*")} == set(names)
+
+
+def test_outputs_are_locked_before_the_model_is_loaded(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any) -> None:
+        assert Path(".locked.jsonl.lock").exists() and Path(".locked.html.lock").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelRequest, "load", load)
+    code, _, _ = evaluate("stream", "-d", write([GOOD]), "--output", "locked.jsonl", "--html", "locked.html")
+    assert code == 130 and not list(Path().glob("*locked*"))
+
+
 def test_full_disk_leaves_what_was_there(write: Write, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def fails(*paths: Any) -> None:
         raise OSError(28, "No space left on device")
 
     Path("kept.html").write_text("old")
-    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     words = ["stream", "-d", write([GOOD]), "-n", "1", "--html", "kept.html", "--overwrite"]
     code, stdout, stderr = evaluate(*words)
     assert code == 1 and "cannot write 'kept.html': No space left on device. Nothing was changed." in stderr
