@@ -18,13 +18,16 @@
 
 A message says what was given, what is possible, and what to do next. The command line prints it
 without a traceback and exits with `exit_code`.
+
+A message may quote files and folders of this machine, which helps the person who runs `vlm`. Batch
+rows, pages and answers of a server are for other people; they hold `public` instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = [
     "CheckpointError",
@@ -47,9 +50,24 @@ __all__ = [
 
 
 class VLMError(Exception):
-    """An error that a user can meet and mend. Each message says what was given, what is possible, and what to type."""
+    """An error that a user can meet and mend. Each message says what was given, what is possible, and what to type.
+
+    Args:
+        message: for the person who runs `vlm`.
+        public: the message for other people, without the content of files and folders. None takes `public_default`.
+
+    Attributes:
+        exit_code: of a command that ends with this error.
+        public_default: the public message of a kind of error whose messages quote files; None if they quote only what
+            the request itself says, so that everybody may read them.
+    """
 
     exit_code = 1
+    public_default: ClassVar[str | None] = None
+
+    def __init__(self, message: str = "", *, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = next(text for text in (public, self.public_default, message) if text is not None)
 
 
 class UsageError(VLMError):
@@ -70,6 +88,8 @@ class CompositionError(UsageError):
         readable: part -> settings, of the parts that could be read.
     """
 
+    public_default = "the composition is not valid."
+
     def __init__(self, problems: str | Sequence[str], readable: Mapping[str, Any] | None = None) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.readable = dict(readable or {})
@@ -88,17 +108,23 @@ class PromptError(UsageError):
 class OutputExistsError(UsageError):
     """The output exists and may not be replaced."""
 
+    public_default = "the output exists and may not be replaced."
+
 
 class MediaError(VLMError):
-    """An image or video that cannot be read."""
+    """An image or video that cannot be read. Give `public` wherever the message quotes more than the source's name."""
 
 
 class LanguageModelError(VLMError):
     """A language model that cannot be found, read or used."""
 
+    public_default: ClassVar[str | None] = "the language model cannot be used for this request."
+
 
 class LanguageModelLimit(LanguageModelError, ValueError):
     """An input for which Transformers' own code of a language model gives wrong results."""
+
+    public_default = None
 
 
 class ContextError(VLMError):
@@ -108,21 +134,31 @@ class ContextError(VLMError):
 class VisionEncoderError(VLMError):
     """A vision encoder that cannot be found, read or used."""
 
+    public_default = "the vision encoder cannot be used."
+
 
 class PluginError(VLMError):
     """A part of an installed package that cannot be loaded, or lacks a method or setting that it must have."""
+
+    public_default = "a part of an installed package cannot be used."
 
 
 class CheckpointError(VLMError):
     """A directory or weight file that cannot be read or written."""
 
+    public_default = "a file of the model cannot be read or written."
+
 
 class DataError(VLMError):
     """A file of records that training or evaluation cannot use; the message lists every bad line."""
 
+    public_default = "the records cannot be used."
+
 
 class TrainingError(VLMError):
     """A training run that cannot continue."""
+
+    public_default = "the training run cannot continue."
 
 
 def first_line(error: BaseException) -> str:

@@ -669,3 +669,23 @@ def test_files_that_cannot_be_used(vlm, folder, monkeypatch, source, output, cod
     result = vlm("batch", source, "-o", output)
     assert result.exit_code == code and message in result.stderr
     assert not list(folder.glob("out*"))
+
+
+# -- what other people may read ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_do_not_tell_what_files_hold(workers, answer, folder):
+    (folder / "passwd").write_text("root:x:0:0:root:/root:/bin/bash")
+    (folder / "salaries.png").touch()
+    rows = [{"prompt": f"<image:{name}>a"} for name in ("passwd", "salarie.png", ".")]
+    result, written = answer(rows, "--workers", workers, code=1)
+    errors = [row["error"] for row in written]
+    assert errors[0] == (
+        "line 1: 'passwd' is not an image that Pillow can read (text). Give a PNG, JPEG, WebP or the like."
+    )
+    assert errors[1] == "line 2: cannot find 'salarie.png'."
+    assert errors[2] == "line 3: '.' is a directory. Give one of its files."
+    # The user sees more.
+    assert "line 1: 'passwd' is not an image that Pillow can read: it begins with b'root:x:0:0:r'" in result.stderr
+    assert "line 2: cannot find 'salarie.png': there is no" in result.stderr and "'salaries.png'" in result.stderr

@@ -105,6 +105,15 @@ def test_a_picture_that_is_gone(folder: Path, write: Write) -> None:
     assert "(cannot be read: gone.png)" in page(answers, folder).cards[0]
 
 
+def test_a_picture_that_became_another_file_does_not_show_it(folder: Path, write: Write) -> None:
+    (folder / "gone.png").write_bytes((folder / "red.png").read_bytes())
+    answers = answers_of(write, {"prompt": "<image:gone.png>", "completion": "x"})
+    (folder / "gone.png").write_text("root:x:0:0:root:/root:/bin/bash")
+    file = io.StringIO()
+    write_page(file, "title", {}, *score([(None, True)]), answers, MediaLoader(folder))
+    assert "(cannot be read: gone.png)" in file.getvalue() and "root:" not in file.getvalue()
+
+
 def test_table(folder: Path) -> None:
     answers = [
         GradedAnswer(Item(line=1, id="1", kind=kind, prompt=(), expected="a"), text, True)

@@ -312,7 +312,7 @@ def test_decompression_bombs(monkeypatch):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"hello, world!", "begins with b'hello, world'. Give a PNG"),
+        (b"hello, world!", "begins with b'hello, world' (text). Give a PNG"),
         (b"%PDF-1.7\n", "(a PDF)"),
         (b"\n<svg xmlns=", "(SVG or XML)"),
         (b"<!DOCTYPE html>", "(a web page)"),

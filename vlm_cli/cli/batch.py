@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchJob", "BatchOptions", "BatchResult", "PromptFile", "answer_file", "batch"]
 
 BATCH = "Batch"  # heading of these options in --help
+MOST_DETAILS = 5  # rows whose errors stderr shows with what only the user may see, such as a file's first bytes
 
 
 @dataclass(frozen=True)
@@ -353,6 +354,7 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     reader = RowReader(plan, job.reading.special_tokens)
     loader = MediaLoader(job.file.folder, allow_urls=job.reading.allow_urls)
     started = time.monotonic()
+    details = 0  # messages that stderr shows in full
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:
         size = BatchSize(job.options.rows_at_once())
         answerer = RowAnswerer(plan, size, seed=job.sampling.seed, notify=progress.notify)
@@ -360,6 +362,9 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
         with closing(answerer.answer(rows, loader, workers=job.options.num_workers())) as answered:
             for row in answered:
                 journal.add(row.source_line, row.to_dict())
+                if row.error is not None and str(row.error) != row.error.public and details < MOST_DETAILS:
+                    details += 1
+                    progress.notify(f"  line {row.line}: {row.error}")
                 progress.show(journal.answered)
     return BatchResult(
         journal.answered,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.errors import DataError
+from vlm_cli.errors import DataError, VLMError
 from vlm_cli.registry import suggest
 
 __all__ = ["Line", "RecordError", "describe_type", "get_field", "number_lines", "parse_object", "read_lines"]
@@ -16,8 +16,8 @@ __all__ = ["Line", "RecordError", "describe_type", "get_field", "number_lines", 
 _MISSING = object()
 
 
-class RecordError(Exception):
-    """A line that cannot be used; the message says why."""
+class RecordError(VLMError):
+    """A line that cannot be used. The message says why, and quotes only that line."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def read_records(path: Path) -> Records:
         try:
             record = _parse_record(line, raw)
             images.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
-        except (VLMError, RecordError) as error:
+        except VLMError as error:
             records.problems.append(Problem(line, str(error)))
         else:
             records.good.append(record)

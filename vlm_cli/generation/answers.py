@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from vlm_cli.errors import VLMError
 from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
 from vlm_cli.generation.encoded_image import EncodedImage
 from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
@@ -178,7 +179,7 @@ class RowAnswerer:
             torch.cuda.empty_cache()
         if len(rows) == 1:
             row = rows[0]
-            row.error = (
+            row.error = VLMError(
                 f"memory does not suffice for this row alone ({row.positions} positions, {len(row.images)} images, "
                 f"{row.room} new tokens)."
             )

@@ -130,9 +130,9 @@ class ChatFormat:
                 conversation, chat_template=self.template, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program, and may raise anything
+            words = "the tokenizer's chat template cannot write this conversation"
             raise LanguageModelError(
-                f"the tokenizer's chat template cannot write this conversation: {type(error).__name__}: "
-                f"{first_line(error)}."
+                f"{words}: {type(error).__name__}: {first_line(error)}.", public=f"{words}."
             ) from None
 
     def _takes_text(self) -> bool:

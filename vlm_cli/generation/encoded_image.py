@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vlm_cli.errors import MediaError
+
 __all__ = ["EncodedImage", "ImageSlot"]
 
 
@@ -35,4 +37,4 @@ class ImageSlot:
     """
 
     image: EncodedImage | None = None
-    error: str | None = None
+    error: MediaError | None = None

@@ -27,6 +27,7 @@ from vlm_cli.generation.encoded_image import EncodedImage, ImageSlot
 from vlm_cli.generation.rows import Row
 from vlm_cli.interrupt import ignore_interrupt
 from vlm_cli.media import MediaLoader
+from vlm_cli.media.sources import quote_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,9 +62,9 @@ class ImageCache:
             self._recent.popitem(last=False)
         return slot, known is None
 
-    def fill(self, slot: ImageSlot, found: np.ndarray | str) -> None:
+    def fill(self, slot: ImageSlot, found: np.ndarray | MediaError) -> None:
         """Fill a slot with pixels, float[C, H, W], or with the reason why there are none."""
-        if isinstance(found, str):
+        if isinstance(found, MediaError):
             slot.error = found
             return
         digest = hashlib.sha256(found.data).digest()
@@ -74,7 +75,7 @@ class ImageCache:
 
 
 @dataclass
-class Preprocessor(Dataset[list[np.ndarray | str]]):
+class Preprocessor(Dataset[list[np.ndarray | MediaError]]):
     """Turns sources into pixels. Worker processes hold a copy of it, and no model.
 
     Args:
@@ -85,7 +86,7 @@ class Preprocessor(Dataset[list[np.ndarray | str]]):
     transform: Callable[[Image], Tensor]
     loader: MediaLoader
 
-    def __getitem__(self, sources: Sequence[str]) -> list[np.ndarray | str]:
+    def __getitem__(self, sources: Sequence[str]) -> list[np.ndarray | MediaError]:
         """Return the pixels of each source, or the reason why there are none.
 
         A worker that raised would show the user its traceback. Pixels are arrays, because each tensor that a process
@@ -93,13 +94,15 @@ class Preprocessor(Dataset[list[np.ndarray | str]]):
         """
         return [self._load(source) for source in sources]
 
-    def _load(self, source: str) -> np.ndarray | str:
+    def _load(self, source: str) -> np.ndarray | MediaError:
         try:
             return np.ascontiguousarray(self.transform(self.loader.load(source).image).numpy())
         except MediaError as error:
-            return str(error)
+            # A new error, because this one holds the frames that decoded the image.
+            return MediaError(str(error), public=error.public)
         except Exception as error:
-            return f"the image {source[:80]!r} cannot be preprocessed: {type(error).__name__}: {first_line(error)}."
+            words = f"the image {quote_source(source)} cannot be preprocessed"
+            return MediaError(f"{words}: {type(error).__name__}: {first_line(error)}.", public=f"{words}.")
 
 
 def with_images(
@@ -145,6 +148,6 @@ def with_images(
         yield row
 
 
-def _unchanged(found: list[np.ndarray | str]) -> list[np.ndarray | str]:
+def _unchanged(found: list[np.ndarray | MediaError]) -> list[np.ndarray | MediaError]:
     """Return what a worker made; the DataLoader would turn it into tensors."""
     return found

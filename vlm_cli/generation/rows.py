@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
 from vlm_cli.data.records import get_images
-from vlm_cli.errors import PromptError
+from vlm_cli.errors import PromptError, VLMError
 from vlm_cli.prompt import Medium, Text, interleave
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Row:
     room: int = 0
     images: list[ImageSlot] = field(default_factory=list)
     answers: list[Answer] | None = None
-    error: str | None = None
+    error: VLMError | None = None
 
     @property
     def is_done(self) -> bool:
@@ -89,9 +89,9 @@ class FileRow(Row):
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys of the line, with the answer or the error."""
+        """Return the keys of the line, with the answer, or with what everybody may read of the error."""
         if self.error is not None:
-            return {**self.data, "error": f"line {self.line}: {self.error}"}
+            return {**self.data, "error": f"line {self.line}: {self.error.public}"}
         assert self.answers is not None
         sequences = [answer.to_dict() for answer in self.answers]
         more = {"sequences": sequences} if len(sequences) > 1 else {}
@@ -116,7 +116,7 @@ class RowReader:
         try:
             self._fill(row)
         except (RecordError, PromptError) as error:
-            row.error = str(error)
+            row.error = error.with_traceback(None)
         return row
 
     def _fill(self, row: FileRow) -> None:

@@ -45,12 +45,14 @@ def decode_image(data: bytes, name: str) -> Image:
     except MediaError:
         raise
     except UnidentifiedImageError:
-        raise MediaError(_describe_non_image(data, name)) from None
+        raise _non_image_error(data, name) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise MediaError(f"{name} has too many pixels. {error} Scale it down first.") from None
+        words = f"{name} has too many pixels."
+        raise MediaError(f"{words} {error} Scale it down first.", public=f"{words} Scale it down first.") from None
     except Exception as error:  # for a damaged file, Pillow's plugins raise errors of any type
+        words, advice = f"{name} is damaged or cut short", "Fetch or save it again."
         raise MediaError(
-            f"{name} is damaged or cut short: {str(error) or type(error).__name__}. Fetch or save it again."
+            f"{words}: {str(error) or type(error).__name__}. {advice}", public=f"{words}. {advice}"
         ) from error
 
 
@@ -137,13 +139,12 @@ _KINDS = (
     (b"....ftyp(heic|heix|mif1|hevc)", "HEIC"),
     (b"....ftyp|\x1aE\xdf\xa3", "a video"),
     (b"PK\3\4|\x1f\x8b", "an archive"),
+    (b"[\t\n\r -~]{32}|[\t\n\r -~]{1,31}\\Z", "text"),
 )
 
 
-def _describe_non_image(data: bytes, name: str) -> str:
-    """Say that a file is no image, and what its first bytes suggest that it is."""
+def _non_image_error(data: bytes, name: str) -> MediaError:
+    """Say that a file is no image, and what its first bytes suggest that it is. Only the user sees these bytes."""
     kind = next((f" ({kind})" for start, kind in _KINDS if re.match(start, data, re.DOTALL)), "")
-    return (
-        f"{name} is not an image that Pillow can read: it begins with {data[:12]!r}{kind}. "
-        "Give a PNG, JPEG, WebP or the like."
-    )
+    words, advice = f"{name} is not an image that Pillow can read", "Give a PNG, JPEG, WebP or the like."
+    return MediaError(f"{words}: it begins with {data[:12]!r}{kind}. {advice}", public=f"{words}{kind}. {advice}")

@@ -79,7 +79,10 @@ def read_stdin(stream: BinaryIO | None = None) -> bytes:
             raise MediaError("- reads an image from standard input, but nothing is piped in. Add `< FILE`.")
         return _read_to_end(stream.read, "-")
     except (OSError, ValueError) as error:  # ValueError: the stream is closed
-        raise MediaError(f"standard input cannot be read: {error}. Give a path instead of -.") from error
+        raise MediaError(
+            f"standard input cannot be read: {error}. Give a path instead of -.",
+            public="standard input cannot be read.",
+        ) from error
 
 
 def short_name(source: str) -> str:
@@ -147,7 +150,8 @@ def _read_data_uri(source: str) -> bytes:
         except binascii.Error as error:
             raise MediaError(
                 f"{quote_source(source)} is not valid base64 ({error}). Is it cut short? "
-                "Make one with `base64 FILE`, or give the path."
+                "Make one with `base64 FILE`, or give the path.",
+                public=f"{quote_source(source)} is not valid base64. Is it cut short?",
             ) from error
     _check_bytes(len(data), source)
     return data
@@ -175,7 +179,8 @@ def _read_url(url: str) -> bytes:
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
     raise MediaError(
-        f"{quote_source(url)} cannot be fetched: {reason}. Check the address, or download the file and give its path."
+        f"{quote_source(url)} cannot be fetched: {reason}. Check the address, or download the file and give its path.",
+        public=f"{quote_source(url)} cannot be fetched.",
     )
 
 
@@ -216,14 +221,15 @@ def _read_file(path: Path, source: str) -> bytes:
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise MediaError(f"{name} is a directory. Give one of its files. {_list_names(path)}")
+            words = f"{name} is a directory. Give one of its files."
+            raise MediaError(f"{words} {_list_names(path)}", public=words)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe may wait for ever, and a device may never end
             raise MediaError(f"{name} is a pipe or device, not a file. A pipe is read by `--image - < PIPE`.")
         _check_bytes(status.st_size, source)
         with path.open("rb") as file:
             return _read_to_end(file.read, source)
     except (FileNotFoundError, NotADirectoryError):
-        raise MediaError(f"cannot find {name}: {_explain_missing(path)}") from None
+        raise MediaError(f"cannot find {name}: {_explain_missing(path)}", public=f"cannot find {name}.") from None
     except PermissionError:
         raise MediaError(
             f"{name} may not be read by this user. Change that with `chmod +r`, or copy the file."
