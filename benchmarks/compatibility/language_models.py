@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, UNSUITABLE_LANGUAGE_MODELS, Composition
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.gates import is_gate
-from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["VOCABULARY", "model_types", "tiny_config", "tiny_vlm"]
@@ -161,7 +161,7 @@ def tiny_vlm(model_type: str, fusion: str, *, seed: int = 0) -> VLM:
             "added_tokens": [END_OF_CHUNK, MEDIA_TOKEN],
         },
     )
-    num_patches, dim = tower_shape(vision)
+    num_patches, dim = find_tower_shape(vision)
     config = VLMConfig(
         text_config=tiny_config(model_type),
         vision_config=vision | {"num_patches": num_patches, "dim": dim},

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, list_towers
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.modeling.towers import build_tower, image_size, tower_shape
+from vlm_cli.modeling.towers import build_tower, find_image_size, find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.processor import OpenCLIPImageProcessor
 from vlm_cli.registry import VISION_ENCODERS
@@ -131,7 +131,7 @@ def check_tower(name: str) -> TowerRow:
 def _check_config(text: str) -> dict[str, Any]:
     """All of a row that follows from the configuration, which several names may share."""
     config = json.loads(text)
-    declared = {layer: tower_shape(config, layer) for layer in LAYERS}
+    declared = {layer: find_tower_shape(config, layer) for layer in LAYERS}
     with torch.device("meta"):
         tower = build_tower(config)
     kind, parameters = _kind(tower), sum(p.numel() for p in tower.parameters())
@@ -143,7 +143,7 @@ def _check_config(text: str) -> dict[str, Any]:
     else:
         tower = materialize(tower if ran == "whole" else shorten(tower))
     tower.eval()
-    pixels = torch.randn(2, 1, 2, 3, *image_size(tower))
+    pixels = torch.randn(2, 1, 2, 3, *find_image_size(tower))
     encoder = VisionEncoder(tower)
     with torch.inference_mode():
         folded = encoder(pixels)
@@ -153,7 +153,7 @@ def _check_config(text: str) -> dict[str, Any]:
     v, d = declared[-1]
     return {
         "kind": kind,
-        "image_size": image_size(tower),
+        "image_size": find_image_size(tower),
         "patches": v,
         "channels": d,
         "parameters": parameters / 1e6,
@@ -222,7 +222,7 @@ def materialize(tower: nn.Module) -> nn.Module:
 
 def own_shape(tower: nn.Module) -> tuple[int, int]:
     """(v patches, d channels) of the last layer by what a tower says of itself, without a forward."""
-    height, width = image_size(tower)
+    height, width = find_image_size(tower)
     trunk = getattr(tower, "trunk", None)
     if trunk is None and hasattr(tower, "attnpool"):  # ModifiedResNet
         return len(tower.attnpool.positional_embedding) - 1, tower.attnpool.k_proj.in_features

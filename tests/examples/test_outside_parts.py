@@ -25,7 +25,7 @@ from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, PluginError, UnknownNameError, VisionEncoderError
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.renamed import encodes_media_independently
-from vlm_cli.modeling.towers import patch_features, tower_shape
+from vlm_cli.modeling.towers import find_tower_shape, patch_features
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, RegisteredPart
 
@@ -197,7 +197,7 @@ def test_an_encoder_is_described_as_those_of_openclip_are(plugin: None) -> None:
     assert config["type"] == "conv-patches" and config["vision_cfg"] == {"image_size": 48, "depth": 1}
     theirs = find_tower(VisionEncoderOptions(name="ViT-B-32", image_size=48)).config["preprocess"]
     assert config["preprocess"] == {**theirs, "mean": [0.5] * 3, "std": [0.5] * 3}
-    assert tower_shape(config) == (9, 64)
+    assert find_tower_shape(config) == (9, 64)
     assert list_towers()["conv-patches"] == VISION_ENCODERS["conv-patches"].summary
 
 
@@ -264,7 +264,7 @@ def minimal(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_tag_needs_a_way_to_load_it(minimal: Any) -> None:
     minimal(Encoder)
-    assert tower_shape(find_tower(VisionEncoderOptions(name="minimal")).config) == (64, 3)
+    assert find_tower_shape(find_tower(VisionEncoderOptions(name="minimal")).config) == (64, 3)
     with pytest.raises(UnknownNameError, match="'minimal' has no pretrained weights, so pretrained='best'"):
         find_tower(VisionEncoderOptions(name="minimal", pretrained="best"))
 
@@ -275,7 +275,7 @@ def test_an_encoder_that_does_not_keep_to_the_protocol(minimal: Any) -> None:
     with pytest.raises(PluginError, match=r"preprocess has 'means', and may have size, mode, mean, std"):
         find_tower(minimal(Misspelt))
     with pytest.raises(ValueError, match=r"gives \(1, 192\) for one image, expected \(1, v, d\)"):
-        tower_shape(find_tower(minimal(Flat)).config)
+        find_tower_shape(find_tower(minimal(Flat)).config)
     with pytest.raises(PluginError, match="'ViT-B-32' is a name of OpenCLIP"):
         find_tower(minimal(Encoder, "ViT-B-32"))
 

@@ -27,7 +27,7 @@ from tests.support.tiny import IMAGE, nudged
 from vlm_cli.modeling.fusion.expansion import expand_media_tokens, pack_valid_tokens, scatter_media
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
 from vlm_cli.modeling.language_model import update_hidden_states
-from vlm_cli.modeling.towers import build_tower, patch_features, tower_shape
+from vlm_cli.modeling.towers import build_tower, find_tower_shape, patch_features
 from vlm_cli.modeling.vlm import VLM
 
 each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
@@ -307,4 +307,4 @@ def test_towers_are_built_at_the_size_that_is_asked_for(vision):
     tower = build_tower(config)
     with torch.no_grad():
         features = patch_features(tower.eval(), torch.randn(1, 3, 64, 64))
-    assert features.shape[1:] == tower_shape(config)
+    assert features.shape[1:] == find_tower_shape(config)

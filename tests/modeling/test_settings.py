@@ -23,7 +23,7 @@ from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.composition import Composition, LinearOptions, MLPOptions, PerceiverOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, VisionEncoderError
 from vlm_cli.modeling.fusion.visibility import MediaVisibility
-from vlm_cli.modeling.towers import build_tower, patch_features, tower_shape, truncate_layers
+from vlm_cli.modeling.towers import build_tower, find_tower_shape, patch_features, truncate_layers
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vision_tokenizers.linear import LinearProjection, MLPProjection, pixel_shuffle
 from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler
@@ -100,7 +100,7 @@ def test_class_token_and_norm(vision, layer, norm):
     same(found, expected)
     assert differs(found, other)
     same(patch_features(visual, pixels, layer, norm=norm), expected[:, 1:])
-    assert tower_shape(tiny.VISION[vision], layer, class_token=True, norm=norm) == found.shape[1:]
+    assert find_tower_shape(tiny.VISION[vision], layer, class_token=True, norm=norm) == found.shape[1:]
 
 
 @pytest.mark.parametrize("layer", [-1, -2])

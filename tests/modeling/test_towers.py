@@ -27,7 +27,7 @@ from benchmarks.compatibility.towers import (
 from tests.support import tiny
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.modeling.towers import build_tower, image_size, patch_features, tower_shape
+from vlm_cli.modeling.towers import build_tower, find_image_size, find_tower_shape, patch_features
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.report.language_models import suitable_language_models
 
@@ -58,7 +58,7 @@ def test_all_towers_are_known() -> None:
 def test_a_wrong_declaration_fails_the_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix._check_config.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(matrix, "tower_shape", lambda config, layer: (49, 385))
+        patch.setattr(matrix, "find_tower_shape", lambda config, layer: (49, 385))
         row = check_tower("ViT-S-32")
     matrix._check_config.cache_clear()
     assert not row.verdict and not row.declared.passed and not row.real.passed and row.folding.passed
@@ -79,8 +79,8 @@ def test_materialized_towers_run(kind: str, layer: int) -> None:
     depth = len(tower.transformer.resblocks) if hasattr(tower, "transformer") else 2
     materialize(tower).eval()
     with torch.inference_mode():
-        features = patch_features(tower, torch.randn(2, 3, *image_size(tower)), layer)
-    assert depth == 2 and features.shape[1:] == tower_shape(config, layer) and features.isfinite().all()
+        features = patch_features(tower, torch.randn(2, 3, *find_image_size(tower)), layer)
+    assert depth == 2 and features.shape[1:] == find_tower_shape(config, layer) and features.isfinite().all()
     assert layer != -1 or own_shape(tower) == features.shape[1:]
 
 
@@ -142,7 +142,7 @@ def test_preprocessing_is_what_openclip_writes(name: str, monkeypatch: pytest.Mo
     for tag in (None, *open_clip.list_pretrained_tags_by_model(name)):
         with torch.device("meta"):
             visual = open_clip.create_model(name, pretrained=tag, load_weights=False, device="meta").visual
-        size = image_size(visual)
+        size = find_image_size(visual)
         assert check_pixels(visual.preprocess_cfg, openclip_preprocessing(name, tag, size)).passed
 
 

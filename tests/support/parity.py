@@ -26,7 +26,7 @@ from vlm_cli.checkpoint.weights import load_weights
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, PARTS, Composition
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
-from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vlm import VLM
 
 #: The reference's names of settings that we call otherwise.
@@ -63,7 +63,7 @@ def composition(config: dict[str, Any]) -> Composition:
 def build(folder: Path, config: dict[str, Any]) -> VLM:
     parts = composition(config)
     vision = {key: x for key, x in config["vision"].items() if key in ("embed_dim", "vision_cfg", "quick_gelu")}
-    num_patches, dim = tower_shape(vision)
+    num_patches, dim = find_tower_shape(vision)
     settings = VLMConfig(
         text_config=AutoConfig.from_pretrained(folder / "language_model"),
         vision_config=vision | {"num_patches": num_patches, "dim": dim},

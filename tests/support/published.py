@@ -24,7 +24,7 @@ from vlm_cli.checkpoint.published.fill import KeyReport, plan_fill
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
 from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.composition import MEDIA_TOKEN, Composition, CompositionRequest
-from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vlm import VLM
 
 VOCABULARY = 80  # tokens of the language model before anything is added
@@ -171,7 +171,7 @@ def sized(checkpoint: PublishedCheckpoint) -> tuple[VLM, KeyReport]:
     found = recognise(checkpoint).description
     composition = Composition.compose(None, found.composition)
     text = dict(found.text_config)
-    shape = tower_shape(found.vision_config, **composition.vision_encoder.feature_arguments)
+    shape = find_tower_shape(found.vision_config, **composition.vision_encoder.feature_arguments)
     text_config = AutoConfig.for_model(text.pop("model_type"), **text)
     with torch.device("meta"):
         model = VLM(configure(composition, found.vision_config, shape, text_config, None, found.first_added_id))

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.support import seed_torch
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.towers import build_tower, tower_shape, truncate_layers
+from vlm_cli.modeling.towers import build_tower, find_tower_shape, truncate_layers
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 
@@ -275,7 +275,7 @@ def config(
 
 @cache
 def _tower_shape(vision: str, depth: int | None = None, **reading: Any) -> tuple[int, int]:
-    return tower_shape(VISION[vision] | {"depth": depth}, **reading)
+    return find_tower_shape(VISION[vision] | {"depth": depth}, **reading)
 
 
 def build(

@@ -24,9 +24,9 @@ from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CompositionError, VLMError, first_line
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
-from vlm_cli.modeling.language_model import decoder_layers, widths
+from vlm_cli.modeling.language_model import decoder_layers, find_widths
 from vlm_cli.modeling.stop_tokens import stop_token_ids
-from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
@@ -172,7 +172,7 @@ def _tokenizer(lm: LanguageModelSource, composition: Composition, needed: bool) 
 def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
     options = composition.vision_encoder
     try:
-        return tower_shape(tower.config, **options.feature_arguments)
+        return find_tower_shape(tower.config, **options.feature_arguments)
     except Exception as error:
         asked = {"layer": options.layer, "image_size": options.image_size, **options.openclip_settings}
         raise CompositionError(
@@ -190,7 +190,7 @@ def _check_fit(blueprint: Blueprint) -> None:
     problems: list[VLMError] = []
     if (named := model.config.composition.language_model.decoder_layers) is not None:
         decoder_layers(model.lang_model, named)  # a fusion without blocks in the layers would not notice a wrong name
-    width = model.media_width(widths(model.lang_model).embedding)
+    width = model.media_width(find_widths(model.lang_model).embedding)
     if width is not None and model.vision_tokenizer.dim_out != width:
         problems.append(
             CompositionError(

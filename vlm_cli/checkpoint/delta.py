@@ -33,7 +33,7 @@ from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["DELTA_FILE", "assemble", "delta_bytes", "write_delta"]
+__all__ = ["DELTA_FILE", "assemble", "count_delta_bytes", "write_delta"]
 
 DELTA_FILE = "delta.safetensors"  # Transformers loads no file of this name, so it cannot leave the other tensors random
 
@@ -44,7 +44,7 @@ PREFIXES = {
 }
 
 
-def delta_bytes(model: VLM, dtype: torch.dtype | None = None) -> int:
+def count_delta_bytes(model: VLM, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of the tensors in a delta directory of this model after training. The model may be on meta."""
     parts = model.config.composition
     encoder = parts.vision_encoder

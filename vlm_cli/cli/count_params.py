@@ -56,7 +56,7 @@ def count_params(
     if as_json + as_csv + as_markdown > 1:
         raise UsageError("--json, --csv and --markdown exclude each other. Choose one.")
     chosen = resolve(model, compose.request)
-    from vlm_cli.checkpoint.delta import delta_bytes
+    from vlm_cli.checkpoint.delta import count_delta_bytes
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.parameters import count_parameters
 
@@ -65,7 +65,7 @@ def count_params(
     vlm, stored, _ = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
     dtype_of_weights = stored if isinstance(wanted, str) else wanted
     report = count_parameters(vlm, depth=depth, dtype=dtype_of_weights)
-    size = delta_bytes(vlm, dtype_of_weights)
+    size = count_delta_bytes(vlm, dtype_of_weights)
     if as_json:
         console.print_json({**report.to_dict(), "delta_bytes": size})
     elif as_csv:

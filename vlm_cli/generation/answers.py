@@ -30,7 +30,7 @@ from vlm_cli.modeling.prompt_cache import PromptCache
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["Counts", "RowAnswerer", "token_bytes"]
+__all__ = ["Counts", "RowAnswerer", "count_token_bytes"]
 
 #: Types of language models that Transformers itself cannot run on several rows at once, and why.
 ONE_AT_A_TIME = {
@@ -103,7 +103,7 @@ class RowAnswerer:
         # For what rows begin with in common, such as the examples of few-shot prompts.
         self.prompt_cache = PromptCache() if self.encodes_apart and has_one_answer else None
         channels, height, width = plan.processor.image_processor.frame_shape
-        image_bytes = max(4 * channels * height * width, token_bytes(self.model, MediumSize()))
+        image_bytes = max(4 * channels * height * width, count_token_bytes(self.model, MediumSize()))
         self.max_images = max(1, CACHE_BYTES // image_bytes)
 
     def answer(self, rows: Iterator[AnyRow], loader: MediaLoader, *, workers: int = 0) -> Generator[AnyRow]:
@@ -158,7 +158,7 @@ class RowAnswerer:
         left = budget.left(positions)
         if left is not None and left < 0:
             return False
-        media_bytes = max(sum(token_bytes(self.model, size) for size in row.media) for row in rows)
+        media_bytes = max(sum(count_token_bytes(self.model, size) for size in row.media) for row in rows)
         return len(rows) * self.cost(positions, media_bytes) <= memory
 
     def _answer(self, rows: Sequence[Row]) -> None:
@@ -245,7 +245,7 @@ class RowAnswerer:
             self.counts.encoded += len(some)
 
 
-def token_bytes(model: VLM, size: MediumSize) -> int:
+def count_token_bytes(model: VLM, size: MediumSize) -> int:
     """Return the bytes of the vision tokens of one medium."""
     tokenizer = model.vision_tokenizer
     return tokenizer.num_tokens(size.num_frames) * tokenizer.dim_out * model.dtype.itemsize

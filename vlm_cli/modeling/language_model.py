@@ -27,8 +27,8 @@ __all__ = [
     "check_causal",
     "context_length",
     "decoder_layers",
+    "find_widths",
     "update_hidden_states",
-    "widths",
 ]
 
 #: Type -> why Transformers' own model gives other answers if rows are padded at the left.
@@ -85,7 +85,7 @@ class Widths:
     head: int
 
 
-def widths(lm: PreTrainedModel) -> Widths:
+def find_widths(lm: PreTrainedModel) -> Widths:
     """Read the channels of the input embedding, of the decoder layers and of the head.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.registry import VISION_ENCODERS
 
-__all__ = ["build_tower", "image_size", "patch_features", "set_image_size", "tower_shape", "truncate_layers"]
+__all__ = ["build_tower", "find_image_size", "find_tower_shape", "patch_features", "set_image_size", "truncate_layers"]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
@@ -153,13 +153,13 @@ def patch_features(
     return torch.cat([found["image_intermediates_prefix"][0][:, :1], patches], dim=1) if class_token else patches
 
 
-def image_size(tower: nn.Module) -> tuple[int, int]:
+def find_image_size(tower: nn.Module) -> tuple[int, int]:
     """Return the (H, W) pixels that a tower reads."""
     size = tower.image_size
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
-def tower_shape(
+def find_tower_shape(
     vision_config: Mapping[str, Any], layer: int = -1, *, class_token: bool = False, norm: bool | None = None
 ) -> tuple[int, int]:
     """Return (v patches, d channels) of a tower's features for one image, without allocating weights.
@@ -174,7 +174,7 @@ def tower_shape(
     """
     with torch.device("meta"), torch.no_grad():
         tower = build_tower(vision_config).eval()
-        pixels = torch.empty(1, 3, *image_size(tower))
+        pixels = torch.empty(1, 3, *find_image_size(tower))
         features = patch_features(tower, pixels, layer, class_token=class_token, norm=norm)
     if features.ndim != 3 or len(features) != 1:
         raise ValueError(f"patch_features gives {tuple(features.shape)} for one image, expected (1, v, d)")

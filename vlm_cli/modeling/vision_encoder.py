@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.modeling.towers import image_size, patch_features
+from vlm_cli.modeling.towers import find_image_size, patch_features
 
 __all__ = ["VisionEncoder"]
 
@@ -44,7 +44,7 @@ class VisionEncoder(nn.Module):
     @property
     def image_size(self) -> tuple[int, int]:
         """The (H, W) pixels that the tower reads."""
-        return image_size(self.visual)
+        return find_image_size(self.visual)
 
     @property
     def is_trainable(self) -> bool:

@@ -34,7 +34,7 @@ from vlm_cli.modeling.fusion.contract import Fusion
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.generation import GenerationMixin
 from vlm_cli.modeling.inputs import check_media, resolve_names
-from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, widths
+from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, find_widths
 from vlm_cli.modeling.lm_interface import LanguageModelInterface, is_filled, num_cached
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import build_tower
@@ -90,7 +90,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             build_tower(config.vision_config), **parts.vision_encoder.feature_arguments
         )
         self.lang_model = lang_model or AutoModelForCausalLM.from_config(config.text_config)
-        width = widths(self.lang_model)
+        width = find_widths(self.lang_model)
         dim_out = parts.vision_tokenizer.options.dim_out
         self.vision_tokenizer = VISION_TOKENIZERS[parts.vision_tokenizer.type].load()(
             parts.vision_tokenizer.options,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vlm_cli.modeling.language_model import context_length, widths
+from vlm_cli.modeling.language_model import context_length, find_widths
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.report.parameters import ParameterRow, count_parameters
@@ -213,7 +213,7 @@ def _describe_vision_encoder(model: VLM) -> VisionEncoderDescription:
 
 
 def _describe_language_model(model: VLM) -> LanguageModelDescription:
-    text, width = model.config.get_text_config(decoder=True), widths(model.lang_model)
+    text, width = model.config.get_text_config(decoder=True), find_widths(model.lang_model)
     return LanguageModelDescription(
         name=model.config.composition.language_model.name,
         class_name=type(model.lang_model).__name__,

@@ -95,11 +95,11 @@ def measure_encoder(config: Mapping[str, Any]) -> EncoderFacts:
     """
     import torch
 
-    from vlm_cli.modeling.towers import build_tower, image_size, patch_features
+    from vlm_cli.modeling.towers import build_tower, find_image_size, patch_features
 
     with torch.device("meta"), torch.no_grad():
         tower = build_tower(config).eval()
-        size = image_size(tower)
+        size = find_image_size(tower)
         _, patches, channels = patch_features(tower, torch.empty(1, 3, *size)).shape
     parameters = sum(p.numel() for p in tower.parameters())
     return EncoderFacts(image_size=size, patches=patches, channels=channels, parameters=parameters)

@@ -27,7 +27,7 @@ from vlm_cli.composition import Composition, keep_trained_settings
 from vlm_cli.errors import CompositionError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.language_model import check_causal
-from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
@@ -227,7 +227,7 @@ def _configure(found: RecognisedCheckpoint, composition: Composition, parts: _Pa
         VLMError: if the parts do not fit together.
     """
     with found.blaming_config():
-        shape = tower_shape(parts.tower_config, **composition.vision_encoder.feature_arguments)
+        shape = find_tower_shape(parts.tower_config, **composition.vision_encoder.feature_arguments)
     first_added_id = found.description.first_added_id
     return configure(
         composition, parts.tower_config, shape, parts.language_model.config, parts.tokenizer, first_added_id

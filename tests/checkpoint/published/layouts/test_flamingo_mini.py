@@ -38,7 +38,7 @@ from vlm_cli.checkpoint.published.fill import plan_fill
 from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.composition import Composition, CompositionRequest
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.towers import tower_shape
+from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import parse
 
@@ -532,7 +532,7 @@ def test_published_sizes(name):
     described = recognise(checkpoint).description
     composition = Composition.compose(None, described.composition)
     assert composition.vision_encoder.name == "ViT-L-14"
-    shape = tower_shape(described.vision_config, **composition.vision_encoder.feature_arguments)
+    shape = find_tower_shape(described.vision_config, **composition.vision_encoder.feature_arguments)
     assert shape == (257, 1024)
     settings = configure(composition, described.vision_config, shape, text, None, 50265)
     with torch.device("meta"):
