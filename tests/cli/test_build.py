@@ -334,8 +334,8 @@ def test_another_image_size_resizes_the_position_embeddings_as_openclip_does(vlm
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"layers": 3}, "lack 12 tensors of the vision tower"),
-        ({"layers": 1}, "hold 12 tensors that the vision tower does not have"),
+        ({"layers": 4}, "lack 12 tensors of the vision tower"),
+        ({"layers": 2}, "hold 12 tensors that the vision tower does not have"),
         ({"width": 32}, "another shape"),
     ],
 )
@@ -507,8 +507,12 @@ def parity_flags(name):
 
 @pytest.fixture
 def tower(parts, tmp_path):
-    """The tower of the cases; its JSON names it in the composition."""
-    return ["--vision-encoder", str(parts.tower)]
+    """The vision encoder of the cases; the composition names its JSON."""
+    config = json.loads(parts.tower.read_text())
+    config["vision_cfg"]["layers"] = 2
+    path = tmp_path / "tower.json"
+    path.write_text(json.dumps(config))
+    return ["--vision-encoder", str(path)]
 
 
 @pytest.mark.parametrize("name", ["flamingo-llama", "kosmos-llama", "blip-opt", "llava-llama"])

@@ -216,4 +216,4 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 def test_help_states_the_rule() -> None:
     code, printed = vlm(["eval", "--help"])
     words = " ".join(printed.split())
-    assert code == 0 and "equals the completion exactly, whitespace at both ends aside" in words
+    assert code == 0 and "equals the completion exactly, apart from whitespace at both ends" in words

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples import tiny_language_model
 from examples.scenes import language, vision
 from examples.scenes.draw import IGNORE, PATCH, coverage, draw, label_patches, outline, paint
 from examples.scenes.texts import QUESTION_KINDS, ask, caption, sample_few_shot
@@ -369,7 +370,7 @@ def test_later_turns_are_set_off_by_a_space():
 
 def test_each_word_is_one_token():
     tokenizer = language.make_tokenizer()
-    assert tokenizer.pad_token is None and 400 < len(tokenizer) <= language.MAX_VOCAB
+    assert tokenizer.pad_token is None and 400 < len(tokenizer) <= tiny_language_model.MAX_VOCAB
     for text in language.texts(100):
         ids = tokenizer(text)["input_ids"]
         assert len(ids) == len(re.findall(r" ?\w+|[^\w ]", text))
