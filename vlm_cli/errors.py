@@ -13,6 +13,7 @@
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
     ├── PluginError              exit code 1: a part of another package that is broken
     ├── CheckpointError          exit code 1: weights or a directory that cannot be read or written
+    │   └── UntrustedCodeError       files that want to run code without the flag; also a LanguageModelError
     ├── DataError                exit code 1: records that cannot be used; lists every bad line
     └── TrainingError            exit code 1: a training run that cannot continue
 
@@ -42,6 +43,7 @@ __all__ = [
     "PromptError",
     "TrainingError",
     "UnknownNameError",
+    "UntrustedCodeError",
     "UsageError",
     "VLMError",
     "VisionEncoderError",
@@ -147,6 +149,10 @@ class CheckpointError(VLMError):
     """A directory or weight file that cannot be read or written."""
 
     public_default = "a file of the model cannot be read or written."
+
+
+class UntrustedCodeError(CheckpointError, LanguageModelError):
+    """Files of a model want to run code that came with them, and the user did not allow it."""
 
 
 class DataError(VLMError):

@@ -189,7 +189,9 @@ def load_meta_model(
     return model, stored_dtype(config) or torch.float32, None
 
 
-def read_processor_of(chosen: Composition | str, revision: str | None = None) -> VLMProcessor:
+def read_processor_of(
+    chosen: Composition | str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> VLMProcessor:
     """Read the processor of a built model.
 
     Raises:
@@ -202,7 +204,7 @@ def read_processor_of(chosen: Composition | str, revision: str | None = None) ->
         )
     from vlm_cli.checkpoint.directory import read_processor
 
-    return read_processor(chosen, **hub_arguments(revision))
+    return read_processor(chosen, trust_remote_code=trust_remote_code, **hub_arguments(revision))
 
 
 def read_gate_values(chosen: Composition | str, model: VLM, revision: str | None = None) -> dict[str, float]:

@@ -29,6 +29,7 @@ from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import Medium, Text, parse
+from vlm_cli.trust import check_code
 
 __all__ = ["OpenCLIPImageProcessor", "TokenBreak", "VLMProcessor"]
 
@@ -108,6 +109,19 @@ class VLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> VLMProcessor:  # type: ignore[override]
+        """Load the processor of a directory or a hub id.
+
+        See `ProcessorMixin.from_pretrained`. Code that the files name runs only with `trust_remote_code=True`.
+
+        Raises:
+            UntrustedCodeError: if a file asks for code that may not run.
+        """
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        check_code(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def media_token_id(self) -> int:

@@ -308,8 +308,11 @@ def spoil(folder: Path, how: str) -> None:
         ("deeper config", "lack 9 tensors, e.g. 'model.layers.4"),
         ("wider config", "[64, 128] in the file, [64, 130] wanted"),
         ("no tokenizer", ["has no tokenizer", "no tokenizer.json", "language_model.tokenizer="]),
-        ("tokenizer of its own", ["has no tokenizer", "If you trust its code, add --trust-remote-code"]),
-        ("own code", "If you trust it, add --trust-remote-code"),
+        (
+            "tokenizer of its own",
+            ["tokenizer_config.json asks for words.Words (auto_map)", "If you trust it, add --trust-remote-code"],
+        ),
+        ("own code", ["config.json asks for c.C (auto_map)", "If you trust it, add --trust-remote-code"]),
     ],
 )
 def test_broken_language_models(build_fails, language_model, how, words):

@@ -376,7 +376,7 @@ def typed(vlm, open_gates, monkeypatch):
             raise key
 
         monkeypatch.setattr(chat_module, "is_terminal", lambda stream: True)
-        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("vlm_cli.cli.chat._read_line", read)
         return vlm("chat", open_gates, "-n", 6, *flags)
 
     return run

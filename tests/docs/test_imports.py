@@ -17,7 +17,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 LAYERS = (
     ("errors", "interrupt", "printable", "quiet", "version"),
     ("locks", "plain_data", "renames", "schema"),
-    ("files", "media", "prompt", "registry", "resume"),
+    ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags"),
     ("modeling",),
     ("tokenizer",),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlm_cli.errors import CheckpointError, PluginError, first_line
+from vlm_cli.errors import CheckpointError, PluginError, UntrustedCodeError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
 from vlm_cli.report.parameters import ParameterReport
@@ -43,9 +43,6 @@ __all__ = [
 ]
 
 COMPOSITION_FILE = "composition.yaml"
-
-#: Arguments of `from_pretrained` that say where a file is; a delta directory takes no others.
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -173,7 +170,7 @@ def load(
         CheckpointError: if the directory cannot be read or lacks tensors.
     """
     config = read_config(name, trust_remote_code=trust_remote_code, **keywords)
-    processor = read_processor(name, **keywords)
+    processor = read_processor(name, trust_remote_code=trust_remote_code, **keywords)
     if getattr(config, "backbones", None):
         return _load_delta(name, config, dtype, trust_remote_code, backbones, keywords).to(device), processor
     if backbones:
@@ -181,7 +178,7 @@ def load(
             f"{name!r} holds all of its tensors, so that `backbones`, which is for delta directories, has no effect. "
             "Leave it out."
         )
-    model = _load_whole(name, config, dtype, keywords)
+    model = _load_whole(name, config, dtype, trust_remote_code, keywords)
     if "device_map" not in keywords:
         return model.to(device), processor
     if any(p.is_meta for p in model.vision_encoder.parameters()):
@@ -193,19 +190,29 @@ def load(
     return model, processor
 
 
-def _load_whole(name: str, config: VLMConfig, dtype: torch.dtype | str, keywords: Mapping[str, Any]) -> VLM:
+def _load_whole(
+    name: str, config: VLMConfig, dtype: torch.dtype | str, trust_remote_code: bool, keywords: Mapping[str, Any]
+) -> VLM:
     """Load the model of a directory that holds all tensors.
 
     Raises:
         CheckpointError: if the files cannot be read, or do not hold exactly the model's tensors.
     """
     from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.trust import load_pretrained
 
     try:
-        model, info = VLM.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
+        model, info = load_pretrained(
+            VLM,
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **keywords,
         )
-    except PluginError:
+    except (PluginError, UntrustedCodeError):
         raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from error
@@ -233,6 +240,7 @@ def _load_delta(
         CheckpointError: if a pretrained part or a tensor is missing, or a keyword is not about where files are.
     """
     from vlm_cli.checkpoint.delta import assemble
+    from vlm_cli.trust import HUB_ARGUMENTS
 
     if other := [key for key in keywords if key not in HUB_ARGUMENTS]:
         raise CheckpointError(
@@ -253,12 +261,17 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
     Raises:
         CheckpointError: if there is none, if it is not that of a VLM, or if the model needs a package that is not
             installed.
+        UntrustedCodeError: if a file of the model asks for code that may not run.
     """
     from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
     from vlm_cli.modeling.config import VLMConfig
+    from vlm_cli.trust import check_code
 
     try:
+        check_code(name, trust_remote_code=trust_remote_code, **keywords)
         data, _ = VLMConfig.get_config_dict(name, **keywords)
+    except UntrustedCodeError:
+        raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None
     if not data:
@@ -271,7 +284,8 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
         )
     try:
         _check_parts(name, data)
-        adopt_from_directory(data.get("text_config") or {}, name, trusted=trust_remote_code, **keywords)
+        if trust_remote_code:
+            adopt_from_directory(data.get("text_config") or {}, name, **keywords)
         return VLMConfig.from_dict(data)  # fails if another version wrote a composition that this one cannot read
     except (CheckpointError, PluginError):
         raise
@@ -299,26 +313,29 @@ def _check_parts(name: str, data: Mapping[str, Any]) -> None:
         )
 
 
-def read_processor(name: str, **keywords: Any) -> VLMProcessor:
+def read_processor(name: str, *, trust_remote_code: bool = False, **keywords: Any) -> VLMProcessor:
     """Read the processor of a directory or hub id.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
     from vlm_cli.processor import VLMProcessor
+    from vlm_cli.trust import load_pretrained
 
     try:
-        return VLMProcessor.from_pretrained(name, **keywords)
+        return load_pretrained(VLMProcessor, name, trust_remote_code=trust_remote_code, **keywords)
+    except UntrustedCodeError:
+        raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None
 
 
 def read_generation_config(name: str, **keywords: Any) -> GenerationConfig | None:
     """Read how the model of a directory or hub id ends and samples its answers; None if the directory does not say."""
-    from transformers import GenerationConfig
+    from vlm_cli.trust import load_generation_config
 
     try:
-        return GenerationConfig.from_pretrained(name, **keywords)
+        return load_generation_config(name, **keywords)
     except OSError:
         return None
 

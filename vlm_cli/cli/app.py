@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import gc
 import logging
@@ -118,6 +119,7 @@ def main() -> int:
     # search them for garbage, and to destroy them, than vlm takes to count a model of 9 billion parameters.
     gc.disable()
     signal.signal(signal.SIGTERM, _terminate)
+    builtins.input = _refuse_question
     terminal.guard_streams()
     try:
         app()
@@ -128,6 +130,15 @@ def main() -> int:
     if "torch" not in sys.modules:
         return code
     os._exit(code)
+
+
+def _refuse_question(prompt: object = "") -> str:
+    """Refuse to ask on stdin, in place of Python's `input`: a piped prompt would be taken for the answer.
+
+    Raises:
+        VLMError: always.
+    """
+    raise VLMError("a library wanted to ask a question on stdin, which vlm does not allow.")
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -204,6 +204,10 @@ class ChatSession:
             )
 
 
+#: Python's `input`. `main` takes that name away from libraries, which could ask for what only a user may answer.
+_read_line = input
+
+
 def _typed_turns() -> Iterator[str]:
     """Yield lines that the user types, until Ctrl-D; skip those without text."""
     with suppress(ImportError):  # gives arrow keys and a history, on systems that have it
@@ -213,7 +217,7 @@ def _typed_turns() -> Iterator[str]:
         if not is_terminal(sys.stdout):
             write("> ", end="", to_stderr=True)
         try:
-            text = input("> " if is_terminal(sys.stdout) else "")
+            text = _read_line("> " if is_terminal(sys.stdout) else "")
         except EOFError:
             console.notify("")
             return

@@ -158,7 +158,7 @@ def _show_layout(request: ModelRequest, words: Interleaved, parse_special_tokens
     model, _, _ = load_meta_model(
         directory, trust_remote_code=source.trust_remote_code, revision=source.revision
     )  # fmt: skip
-    processor = read_processor_of(directory, source.revision)
+    processor = read_processor_of(directory, source.revision, trust_remote_code=source.trust_remote_code)
     print_layout(lay_out(model, processor, words.parts, parse_special_tokens=parse_special_tokens), as_json)
 
 

@@ -63,7 +63,7 @@ def inspect(
     silence_libraries()
     vlm, dtype, processor = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=revision)
     if processor is None and (parts is not None or isinstance(chosen, str)):
-        processor = read_processor_of(chosen, revision)
+        processor = read_processor_of(chosen, revision, trust_remote_code=compose.trust_remote_code)
     if parts is not None:
         assert processor is not None
         print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special_tokens), as_json)

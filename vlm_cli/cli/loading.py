@@ -144,7 +144,8 @@ class ModelRequest:
             return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         from vlm_cli.checkpoint.directory import read_config
 
-        return str(getattr(read_config(self.directory, **self.source.hub), "_commit_hash", None))
+        config = read_config(self.directory, trust_remote_code=self.source.trust_remote_code, **self.source.hub)
+        return str(getattr(config, "_commit_hash", None))
 
 
 def keep_collecting() -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlm_cli.composition import Composition
+from vlm_cli.trust import make_config
 
 __all__ = ["VLMConfig", "stored_dtype"]
 
@@ -49,7 +50,7 @@ class VLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
-            self.text_config = AutoConfig.for_model(**{"model_type": "llama"} | (self.text_config or {}))
+            self.text_config = make_config(**{"model_type": "llama"} | (self.text_config or {}))
         if isinstance(self.composition, Mapping):
             self.composition = Composition.from_dict(self.composition)
         super().__post_init__(**kwargs)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vlm_cli.errors import LanguageModelLimit
@@ -42,6 +42,7 @@ from vlm_cli.modeling.trainable_parts import TrainableParts
 from vlm_cli.modeling.vision import encode_media
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
+from vlm_cli.trust import HUB_ARGUMENTS, check_code, load_pretrained, make_language_model
 
 __all__ = ["VLM"]
 
@@ -89,7 +90,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         self.vision_encoder = vision_encoder or VisionEncoder(
             build_tower(config.vision_config), **parts.vision_encoder.feature_arguments
         )
-        self.lang_model = lang_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.lang_model = lang_model or make_language_model(config.text_config)
         width = find_widths(self.lang_model)
         dim_out = parts.vision_tokenizer.options.dim_out
         self.vision_tokenizer = VISION_TOKENIZERS[parts.vision_tokenizer.type].load()(
@@ -124,18 +125,18 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a directory or a hub id and return the model; with `output_loading_info`, the model and a report.
 
-        See `PreTrainedModel.from_pretrained`.
+        See `PreTrainedModel.from_pretrained`. Code that the files name runs only with `trust_remote_code=True`.
 
         Raises:
+            UntrustedCodeError: if a file asks for code that may not run.
             ValueError: for a delta directory, which only `vlm_cli.load` reads.
         """
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
         if cls is VLM:
             config = kwargs.get("config")
             if config is None:
-                hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-                config = VLMConfig.from_pretrained(
-                    pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
-                )
+                where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+                config = load_pretrained(VLMConfig, pretrained_model_name_or_path, **where)
             if getattr(config, "backbones", None):
                 raise ValueError(
                     f"{str(pretrained_model_name_or_path)!r} is a delta directory: its frozen parts are in other "
@@ -143,6 +144,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
                 )
             cls = FUSIONS[config.composition.fusion.type].load()
             return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            check_code(pretrained_model_name_or_path, **kwargs)
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         # Loading replaces the parameters that the constructor froze.

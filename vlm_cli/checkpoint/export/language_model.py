@@ -13,6 +13,7 @@ from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.trust import load_tokenizer
 
 __all__ = ["export_language_model"]
 
@@ -78,9 +79,7 @@ def _check_tokenizer(folder: Path, first: int) -> None:
     Raises:
         CheckpointError: if it gives others.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     beyond = [name for name, i in tokenizer.get_added_vocab().items() if i >= first]
     if beyond:
         raise CheckpointError(

@@ -20,6 +20,7 @@ from vlm_cli.errors import UsageError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.trust import load_pretrained
 
 __all__ = ["check_llava", "export_llava"]
 
@@ -146,7 +147,7 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
     theirs.generation_config.suppress_tokens = [*suppressed, model.config.media_token_id]
     theirs.save_pretrained(out, max_shard_size=max_shard_size)
     _processor(model, processor, config).save_pretrained(out)
-    loaded = LlavaForConditionalGeneration.from_pretrained(out, dtype=model.dtype).eval()
+    loaded = load_pretrained(LlavaForConditionalGeneration, out, dtype=model.dtype).eval()
     # In half precision every step rounds, and the two models take different steps.
     tolerance = TOLERANCE if model.dtype == torch.float32 else 0.05
     ours, back = _logits(model, loaded)

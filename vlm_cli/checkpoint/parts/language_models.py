@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
-from vlm_cli.errors import LanguageModelError, first_line
+from vlm_cli.errors import LanguageModelError, UntrustedCodeError, first_line
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.registry import suggest
+from vlm_cli.trust import load_config, load_language_model, load_tokenizer
 
 __all__ = ["LanguageModelSource", "find_language_model"]
 
@@ -42,6 +43,7 @@ class LanguageModelSource:
 
         Raises:
             LanguageModelError: if there is no tokenizer.
+        UntrustedCodeError: if the tokenizer needs code that may not run.
         """
         location, keywords = self.location, self.keywords
         if other is not None:
@@ -50,12 +52,12 @@ class LanguageModelSource:
             keywords = {"trust_remote_code": self.keywords.get("trust_remote_code", False)}
         advice = "Give one: --set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
         try:
-            tokenizer = AutoTokenizer.from_pretrained(location, **keywords)
+            tokenizer = load_tokenizer(location, **keywords)
+        except UntrustedCodeError:
+            raise
         except Exception as error:
             why = first_line(error)
-            if "trust_remote_code" in str(error):
-                advice = "If you trust its code, add --trust-remote-code."
-            elif why.startswith("Couldn't instantiate the backend tokenizer"):
+            if why.startswith("Couldn't instantiate the backend tokenizer"):
                 why = "there is no tokenizer.json, nor a file it could be made of"
             raise LanguageModelError(
                 f"{other or self.name!r} has no tokenizer that can be read ({why}). {advice}"
@@ -70,12 +72,15 @@ class LanguageModelSource:
 
         Raises:
             LanguageModelError: if they cannot be fetched or read, or do not cover the model.
+        UntrustedCodeError: if the model needs code that may not run.
         """
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = load_language_model(
                 self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **self.keywords
             )
             model, info = loaded
+        except UntrustedCodeError:
+            raise
         except Exception as error:
             advice = "" if Path(self.location).exists() else f" {_ADVICE}"
             raise LanguageModelError(
@@ -119,9 +124,9 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
 
     Raises:
         LanguageModelError: if there is no such model, or if it does not write text from left to right.
+        UntrustedCodeError: if its configuration asks for code that may not run.
     """
     path = Path(options.name).expanduser()
-    # Without this argument, Transformers would ask the user on the terminal.
     keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     location = options.name
     if path.suffix.lower() == ".gguf":
@@ -143,7 +148,9 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
     if options.revision is not None:
         keywords["revision"] = options.revision
     try:
-        config = AutoConfig.from_pretrained(location, **keywords)
+        config = load_config(location, **keywords)
+    except UntrustedCodeError:
+        raise
     except Exception as error:
         raise LanguageModelError(_cannot_find(options.name, path.exists(), error)) from None
     check_causal(config, options.name)
@@ -153,8 +160,6 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
 
 
 def _cannot_find(name: str, exists: bool, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return f"language model {name!r} runs code of its own. If you trust it, add --trust-remote-code."
     if exists:
         return f"cannot read the configuration of language model {name!r}: {first_line(error)}."
     return (

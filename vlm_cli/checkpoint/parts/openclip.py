@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
-from vlm_cli.checkpoint.torch_files import describe_load_error
+from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import UnknownNameError, VisionEncoderError
 from vlm_cli.registry import VISION_ENCODERS, suggest
@@ -167,9 +167,11 @@ def _visual_state(path: Path) -> dict[str, Any]:
             return {k: file.get_tensor(k) for k in file.keys() if k.startswith("visual.")}
     if path.suffix in (".npz", ".npy"):
         return {}
-    from open_clip.factory import load_state_dict
-
-    return {k: x for k, x in load_state_dict(str(path)).items() if k.startswith("visual.")}
+    state = read_torch_file(path)
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    # Data-parallel training puts "module." before each name.
+    state = {str(k).removeprefix("module."): x for k, x in state.items()}
+    return {k: x for k, x in state.items() if k.startswith("visual.")}
 
 
 def _fill(visual: nn.Module, state: dict[str, Any], path: Path) -> None:
@@ -205,9 +207,12 @@ def _load_with_openclip(tower: Tower, path: Path) -> nn.Module:
 
     model_config = {k: v for k, v in tower.model_config.items() if k not in ("custom_text", "multimodal_cfg")}
     model_config |= {key: tower.config[key] for key in ("embed_dim", "vision_cfg", "quick_gelu")}
-    # A configuration without a text tower gets a small one. Only the image tower is kept.
-    model_config["text_cfg"] = {**model_config.get("text_cfg", _SMALL_TEXT), "hf_model_pretrained": False}
-    custom = tower.model_config.get("custom_text") or "hf_model_name" in model_config["text_cfg"]
+    # Only the image tower is kept. A configuration without a text tower gets a small one, and so does one whose text
+    # tower is a model of Transformers: its configuration and code would come from another repository.
+    text = model_config.get("text_cfg", _SMALL_TEXT)
+    of_transformers = bool(text.get("hf_model_name"))
+    model_config["text_cfg"] = _SMALL_TEXT if of_transformers else text
+    custom = tower.model_config.get("custom_text") or of_transformers
     model = (CustomTextCLIP if custom else CLIP)(**model_config)
     missing = load_checkpoint(model, str(path), strict=False)
     absent = [k for k in getattr(missing, "missing_keys", []) if k.startswith("visual.")]

@@ -15,8 +15,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vlm_cli.errors import CheckpointError
-
 __all__ = ["adopt_from_config", "adopt_from_directory", "write_code"]
 
 _MODULES = "transformers_modules"  # Transformers' package of fetched code
@@ -35,23 +33,19 @@ def adopt_from_config(config: PreTrainedConfig, location: str, **keywords: Any) 
         _adopt(type(config), reference, location, keywords)
 
 
-def adopt_from_directory(text_config: dict[str, Any], name: str, *, trusted: bool, **keywords: Any) -> None:
+def adopt_from_directory(text_config: dict[str, Any], name: str, **keywords: Any) -> None:
     """Register the classes of a language model whose code is in a directory or hub id that `vlm build` wrote.
+
+    Call it only if the user trusts the code.
 
     Args:
         text_config: configuration of the language model.
         name: directory or hub id of the VLM.
-        trusted: whether the code may run.
         keywords: `revision`, … of Transformers.
-
-    Raises:
-        CheckpointError: if there is code that may not run.
     """
     references = text_config.get("auto_map") or {}
     if text_config.get("model_type") in CONFIG_MAPPING or AutoConfig.__name__ not in references:
         return
-    if not trusted:
-        raise CheckpointError(f"{name!r} runs code of its own. If you trust it, add --trust-remote-code.")
     config = get_class_from_dynamic_module(references[AutoConfig.__name__], name, **keywords)
     _adopt(config, references[AutoModelForCausalLM.__name__], name, keywords)
 

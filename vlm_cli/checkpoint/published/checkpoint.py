@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_cli.checkpoint.torch_files import describe_load_error
+from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.errors import CheckpointError, first_line
 
 __all__ = ["PublishedCheckpoint", "TensorInfo"]
@@ -187,8 +185,7 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in opened.keys():
                 yield _strip(name), opened.get_tensor(name)
         return
-    # torch before 1.6 did not write zip files, and only zip files can be mapped into memory.
-    state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    state = read_torch_file(file)
     for wrapper in ("model_state_dict", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -221,11 +218,9 @@ def _damaged(file: Path, error: Exception) -> CheckpointError:
     """Make the error for a file that cannot be read."""
     if file.suffix == ".safetensors":
         return CheckpointError(f"cannot read weights from {str(file)!r}: {describe_load_error(error)}. Is it complete?")
-    what = describe_load_error(error)
-    if isinstance(error, pickle.UnpicklingError) and not what.startswith("it holds"):
-        what = "it is no complete file of tensors"  # torch's own message advises to run the code inside
     return CheckpointError(
-        f"cannot read weights from {str(file)!r}: {what}. vlm reads only tensors from a file, never code."
+        f"cannot read weights from {str(file)!r}: {describe_load_error(error)}. vlm reads only tensors from a file, "
+        "never code."
     )
 
 

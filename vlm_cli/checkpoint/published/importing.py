@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from vlm_cli.checkpoint.create import cast, configure, generation_config
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
@@ -31,6 +31,7 @@ from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.trust import check_settings, make_config
 
 __all__ = ["CompositionOver", "Imported", "import_checkpoint"]
 
@@ -197,7 +198,7 @@ def _find_parts(found: RecognisedCheckpoint, composition: Composition, trust_rem
     if description.text_config is None:
         source = find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
     else:
-        source = _find_own_language_model(found, description.text_config)
+        source = _find_own_language_model(found, description.text_config, trust_remote_code)
     return _Parts(
         tower=tower,
         tower_config=tower_config,
@@ -207,17 +208,23 @@ def _find_parts(found: RecognisedCheckpoint, composition: Composition, trust_rem
     )
 
 
-def _find_own_language_model(found: RecognisedCheckpoint, text_config: Mapping[str, Any]) -> LanguageModelSource:
+def _find_own_language_model(
+    found: RecognisedCheckpoint, text_config: Mapping[str, Any], trust_remote_code: bool
+) -> LanguageModelSource:
     """Return the language model inside a checkpoint.
 
     Raises:
-        VLMError: if no causal language model can be made of its configuration.
+        VLMError: if no causal language model can be made of its configuration, or the configuration names a kernel
+            that may not run.
     """
     checkpoint, data = found.checkpoint, dict(text_config)
+    check_settings(checkpoint.name, data, trust_remote_code=trust_remote_code)
     with found.blaming_config():
-        config: PreTrainedConfig = AutoConfig.for_model(data.pop("model_type"), **data)
+        config: PreTrainedConfig = make_config(data.pop("model_type"), **data)
     check_causal(config, checkpoint.name)
-    return LanguageModelSource(checkpoint.name, str(checkpoint.folder), {"trust_remote_code": False}, config)
+    return LanguageModelSource(
+        checkpoint.name, str(checkpoint.folder), {"trust_remote_code": trust_remote_code}, config
+    )
 
 
 def _configure(found: RecognisedCheckpoint, composition: Composition, parts: _Parts) -> VLMConfig:

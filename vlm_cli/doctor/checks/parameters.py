@@ -15,6 +15,7 @@ from vlm_cli.doctor.compare import compare, is_same
 from vlm_cli.doctor.finding import Decided, Measured
 from vlm_cli.doctor.subject import Inputs, WholeModel
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.trust import load_pretrained
 
 __all__ = ["gradients", "saved", "tied"]
 
@@ -95,8 +96,8 @@ def saved(subject: WholeModel) -> Measured | Decided:
 
 def _load(model: VLM, folder: Path) -> tuple[VLM, dict[str, set[str]]]:
     """Return the loaded model, and Transformers' report about missing and unexpected tensors."""
-    loaded, report = type(model).from_pretrained(
-        folder, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
+    loaded, report = load_pretrained(
+        type(model), folder, config=copy.deepcopy(model.config), dtype=model.dtype, output_loading_info=True
     )
     return loaded.eval().to(model.device), report
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
@@ -28,6 +27,7 @@ from vlm_cli.checkpoint.published.targets import Rule, Target, TargetsOf, make_t
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.trust import make_language_model
 
 __all__ = ["OpenFlamingoV3", "check_bias", "has_bias", "make_added_row_rules"]
 
@@ -146,7 +146,7 @@ def _has_own_bias(config: VLMConfig) -> bool:
     if config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return False
     with torch.device("meta"):
-        head = AutoModelForCausalLM.from_config(config.text_config).get_output_embeddings()
+        head = make_language_model(config.text_config).get_output_embeddings()
     return getattr(head, "bias", None) is not None
 
 

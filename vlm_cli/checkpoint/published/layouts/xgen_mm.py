@@ -12,8 +12,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import check_bias, has_bias, make_added_row_rules
@@ -31,6 +29,7 @@ from vlm_cli.checkpoint.published.towers.siglip import (
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.trust import make_config
 
 __all__ = ["XGenMM"]
 
@@ -134,7 +133,7 @@ def _convert_text_config(text: Mapping[str, Any]) -> dict[str, Any]:
     Older releases wrote others beside them: of generation, of attention kernels, and of other tasks.
     """
     kind = text.get("model_type", "phi3")
-    known = {*AutoConfig.for_model(kind).to_dict(), "rope_theta", "rope_scaling"} - {"transformers_version", "dtype"}
+    known = {*make_config(kind).to_dict(), "rope_theta", "rope_scaling"} - {"transformers_version", "dtype"}
     kept = {key: value for key, value in text.items() if key in known and not key.startswith(("_", "output_"))}
     return {**kept, "model_type": kind}
 

@@ -1,0 +1,310 @@
+"""Load configurations, tokenizers, processors and models of Transformers. Their own code runs only if a user allows it.
+
+A file can ask Transformers to run Python code:
+
+    "auto_map": {"AutoTokenizer": ["words.Words", null]}     a class in words.py beside the file
+    "auto_map": {"AutoConfig": "org/name--own.Config"}       a class in another repository
+    "attn_implementation": "org/name"                        a kernel of the hub
+    adapter_config.json                                      an adapter, for which PEFT imports a module by its name
+
+Without an explicit answer Transformers asks on stdin whether to run the code, and takes a piped prompt for the answer.
+So every loader of the package is called here, with an explicit `trust_remote_code`; tests/docs/test_trust.py checks
+that no other module calls one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.utils.hub import cached_file
+
+from vlm_cli.errors import UntrustedCodeError
+
+__all__ = [
+    "HUB_ARGUMENTS",
+    "CodeRequest",
+    "check_code",
+    "check_settings",
+    "load_config",
+    "load_generation_config",
+    "load_language_model",
+    "load_pretrained",
+    "load_tokenizer",
+    "make_config",
+    "make_language_model",
+]
+
+#: Arguments of `from_pretrained` that say where a file is.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+
+_CONFIG, _TOKENIZER, _ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
+
+#: Files of a VLM into which vlm never writes a reference to code.
+_PLAIN_FILES = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
+
+#: Keys that refer to code. Those of the second group name a kernel if the value has a slash, and a built-in otherwise.
+_CODE_KEYS = ("auto_map", "custom_generate", "custom_pipelines")
+_KERNEL_KEYS = tuple(
+    f"{start}_implementation{end}" for start in ("attn", "_attn", "experts", "_experts") for end in ("", "_internal")
+)
+
+
+@dataclass(frozen=True)
+class CodeRequest:
+    """A file's request to run code.
+
+    Attributes:
+        file: name of the file.
+        key: the setting that refers to the code; "" if the file itself does.
+        code: the class, repository or module that the file names.
+    """
+
+    file: str
+    key: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file} asks for {self.code}{f' ({self.key})' if self.key else ''}"
+
+
+# -- what files ask for ------------------------------------------------------------------------------------------------
+
+
+def check_code(location: str | Path, *, trust_remote_code: bool = False, **keywords: Any) -> None:
+    """Check that the files of a VLM ask for no code, before one of them is loaded.
+
+    `text_config` may name code if Transformers has the type itself; so may a tokenizer whose class Transformers has.
+    Directories that `vlm build` wrote hold such names, and the code is not run.
+
+    Args:
+        location: directory or hub id.
+        trust_remote_code: whether the code may run.
+        keywords: those of `HUB_ARGUMENTS` say where the files are; others are ignored.
+
+    Raises:
+        UntrustedCodeError: if a file asks for code that may not run.
+    """
+    if trust_remote_code:
+        return
+    found: list[CodeRequest] = []
+    for file in (_CONFIG, _TOKENIZER, *_PLAIN_FILES):
+        data = _read(location, file, keywords)
+        if file == _CONFIG:
+            text = data.pop("text_config", None)
+            found += _requests(file, data)
+            found += [x for x in _requests(file, text) if x.key != "auto_map" or not _has_model_type(text)]
+        elif file != _TOKENIZER or not _has_tokenizer_class(data):
+            found += _requests(file, data)
+    _refuse(location, [*found, *_adapter_requests(location, keywords)])
+
+
+def check_settings(name: str, settings: Mapping[str, Any], *, trust_remote_code: bool = False) -> None:
+    """Check that the settings of a language model name no kernel of the hub.
+
+    Args:
+        name: of the checkpoint, for the message.
+        settings: what its config.json says of the language model.
+        trust_remote_code: whether the kernel's code may run.
+
+    Raises:
+        UntrustedCodeError: if they name a kernel that may not run.
+    """
+    if not trust_remote_code:
+        _refuse(name, [x for x in _requests(_CONFIG, settings) if x.key in _KERNEL_KEYS])
+
+
+def _requests(file: str, data: Any, key: str = "") -> Iterator[CodeRequest]:
+    """Find the requests for code in the content of a JSON file, in its nested settings too."""
+    if isinstance(data, list):
+        for value in data:
+            yield from _requests(file, value, key)
+    if not isinstance(data, Mapping):
+        return
+    for name, value in data.items():
+        if name in _CODE_KEYS:
+            yield from (CodeRequest(file, name, code) for code in _names(value))
+        elif name in _KERNEL_KEYS:
+            yield from (CodeRequest(file, name, code) for code in _names(value) if "/" in code)
+        else:
+            yield from _requests(file, value, name)
+
+
+def _names(value: Any) -> list[str]:
+    """Return the names in a value of `auto_map` and its like: one name, a list of names, or a mapping to either."""
+    if isinstance(value, Mapping):
+        return [name for x in value.values() for name in _names(x)]
+    if isinstance(value, list):
+        return [name for x in value for name in _names(x)]
+    return [] if value in (None, "", False) else [str(value)]
+
+
+def _has_model_type(text: Any) -> bool:
+    """Say whether Transformers has the type of a `text_config`, so that it needs no code."""
+    return isinstance(text, Mapping) and text.get("model_type", "llama") in CONFIG_MAPPING
+
+
+def _has_tokenizer_class(data: Mapping[str, Any]) -> bool:
+    """Say whether Transformers has the class that a tokenizer_config.json names, so that it needs no code."""
+    name = str(data.get("tokenizer_class") or "").removesuffix("Fast")
+    return bool(name) and any(tokenizer_class_from_name(x) is not None for x in (name, f"{name}Fast"))
+
+
+def _adapter_requests(location: str | Path, keywords: Mapping[str, Any]) -> list[CodeRequest]:
+    """Return the request of an adapter beside a model's weights, which Transformers would load with PEFT."""
+    data = _read(location, _ADAPTER, keywords)
+    return [CodeRequest(_ADAPTER, "", f"an adapter of {data.get('base_model_name_or_path')!r}")] if data else []
+
+
+def _read(location: str | Path, file: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON object from a directory or hub id; an empty one if there is none.
+
+    The loaders report files that are missing or damaged.
+    """
+    hub = {key: keywords[key] for key in HUB_ARGUMENTS if key in keywords}
+    try:
+        path = cached_file(str(location), file, _raise_exceptions_for_missing_entries=False, **hub)
+        data = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _refuse(location: str | Path, requests: Sequence[CodeRequest]) -> None:
+    """Refuse requests for code; do nothing if there are none.
+
+    Raises:
+        UntrustedCodeError: naming the files and the code.
+    """
+    if requests:
+        what = "; ".join(dict.fromkeys(map(str, requests)))
+        raise UntrustedCodeError(
+            f"{str(location)!r} wants to run code that vlm does not know: {what}. If you trust it, add "
+            "--trust-remote-code."
+        )
+
+
+@contextmanager
+def _explaining(location: str | Path, files: Sequence[str], keywords: Mapping[str, Any]) -> Iterator[None]:
+    """Turn Transformers' advice to set `trust_remote_code` into an UntrustedCodeError that names file and code."""
+    try:
+        yield
+    except Exception as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        found = [x for file in files for x in _requests(file, _read(location, file, keywords)) if x.key == "auto_map"]
+        _refuse(location, found or [CodeRequest("a file", "", "a class of its own")])
+
+
+# -- loaders -----------------------------------------------------------------------------------------------------------
+
+
+def load_config(location: str | Path, *, trust_remote_code: bool = False, **keywords: Any) -> PreTrainedConfig:
+    """Load a configuration of any type that Transformers knows.
+
+    Args:
+        location: directory or hub id.
+        trust_remote_code: whether the configuration's own code may run.
+        keywords: `revision`, `gguf_file`, … of Transformers' `from_pretrained`.
+
+    Raises:
+        UntrustedCodeError: if it needs code that may not run, or names a kernel of the hub.
+    """
+    if "gguf_file" not in keywords:
+        check_settings(str(location), _read(location, _CONFIG, keywords), trust_remote_code=trust_remote_code)
+    with _explaining(location, [_CONFIG], keywords):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **keywords)
+    return config
+
+
+def make_config(model_type: str, **settings: Any) -> PreTrainedConfig:
+    """Make the configuration of a type that Transformers knows. No code is loaded for it.
+
+    Raises:
+        ValueError: if Transformers does not know the type.
+    """
+    config: PreTrainedConfig = AutoConfig.for_model(model_type, **settings)
+    return config
+
+
+def make_language_model(config: PreTrainedConfig) -> Any:
+    """Make a causal language model with random weights, of a class that is known by now.
+
+    Raises:
+        UntrustedCodeError: if the configuration names a class of its own.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        _refuse(config.name_or_path or config.model_type, [*_requests(_CONFIG, config.to_dict())])
+        raise
+
+
+def load_language_model(location: str | Path, *, trust_remote_code: bool = False, **keywords: Any) -> Any:
+    """Load a causal language model with its weights.
+
+    Args:
+        location: directory or hub id.
+        trust_remote_code: whether the model's own code, and an adapter beside it, may be loaded.
+        keywords: of Transformers' `from_pretrained`.
+
+    Raises:
+        UntrustedCodeError: if it needs code that may not run.
+    """
+    if not trust_remote_code:
+        _refuse(location, _adapter_requests(location, keywords))
+    with _explaining(location, [_CONFIG], keywords):
+        return AutoModelForCausalLM.from_pretrained(
+            location, trust_remote_code=trust_remote_code, weights_only=True, **keywords
+        )
+
+
+def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **keywords: Any) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        location: directory or hub id.
+        trust_remote_code: whether the tokenizer's own code may run.
+        keywords: of Transformers' `from_pretrained`.
+
+    Raises:
+        UntrustedCodeError: if it needs code that may not run.
+    """
+    with _explaining(location, [_TOKENIZER, _CONFIG], keywords):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **keywords)
+    return tokenizer
+
+
+def load_generation_config(location: str | Path, **keywords: Any) -> GenerationConfig:
+    """Load how a model ends and samples its answers. No code is loaded for it.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    return GenerationConfig.from_pretrained(location, **keywords)
+
+
+def load_pretrained(cls: Any, location: str | Path, *, trust_remote_code: bool = False, **keywords: Any) -> Any:
+    """Load an object of a class that is known: a VLM, its processor, or a class of Transformers.
+
+    Args:
+        cls: the class.
+        location: directory or hub id.
+        trust_remote_code: whether code that its files name may run.
+        keywords: of the class's `from_pretrained`.
+
+    Raises:
+        UntrustedCodeError: if a file needs code that may not run.
+    """
+    with _explaining(location, [_CONFIG, _TOKENIZER, *_PLAIN_FILES], keywords):
+        return cls.from_pretrained(location, trust_remote_code=trust_remote_code, **keywords)
