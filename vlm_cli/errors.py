@@ -148,11 +148,13 @@ class PluginError(VLMError):
 class CheckpointError(VLMError):
     """A directory or weight file that cannot be read or written."""
 
-    public_default = "a file of the model cannot be read or written."
+    public_default: ClassVar[str | None] = "a file of the model cannot be read or written."
 
 
 class UntrustedCodeError(CheckpointError, LanguageModelError):
     """Files of a model want to run code that came with them, and the user did not allow it."""
+
+    public_default = "the code of a model may not run."
 
 
 class DataError(VLMError):

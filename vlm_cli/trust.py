@@ -188,7 +188,7 @@ def _refuse(location: str | Path, requests: Sequence[CodeRequest]) -> None:
         what = "; ".join(dict.fromkeys(map(str, requests)))
         raise UntrustedCodeError(
             f"{str(location)!r} wants to run code that vlm does not know: {what}. If you trust it, add "
-            "--trust-remote-code."
+            "--trust-remote-code, or trust_remote_code=True in Python."
         )
 
 
