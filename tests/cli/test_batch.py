@@ -639,7 +639,10 @@ def test_prompts_from_stdin(vlm, answer, open_gates, folder, monkeypatch):
         (["--batch", "in.jsonl", "-o", "out.jsonl", "-i", "0.png"], "--image is no option of `vlm batch`"),
         (["--batch", "in.jsonl", "-o", "out.jsonl", "--dry-run"], "--dry-run is no option of `vlm batch`"),
         (["--batch", "in.jsonl", "-o", "out.jsonl", "--no-stream"], "--no-stream is no option of `vlm batch`"),
-        (["--batch", "in.jsonl", "-o", "out.jsonl", "-b", "0"], "expects auto or a number of rows from 1 on, got '0'"),
+        (
+            ["--batch", "in.jsonl", "-o", "out.jsonl", "-b", "0"],
+            "expects auto or a number of rows from 1 to 65,536, got '0'",
+        ),
         (["--batch", "in.jsonl", "-o", "out.jsonl", "-b", "many"], "got 'many'"),
         (["--batch", "in.jsonl", "-o", "out.jsonl", "--temperature", 0, "--top-k", 3], "--temperature 0 is greedy"),
     ],
