@@ -31,6 +31,7 @@ from vlm_cli.cli import (
     train,
 )
 from vlm_cli.cli.command import Command
+from vlm_cli.cli.standard_streams import OutputError, flush_streams, open_streams
 from vlm_cli.errors import VLMError, first_line
 
 __all__ = ["app", "main"]
@@ -75,6 +76,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _check_working_directory()
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
@@ -83,6 +85,9 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise typer.Exit(1) from None  # the reader has closed the pipe (`vlm list | head`)
+        except OutputError as error:
+            _report_output(error)
+            raise typer.Exit(1) from None
         except VLMError as error:
             if _debug:
                 raise
@@ -113,6 +118,20 @@ for _name, _command in (
     app.command(_name, cls=Command)(_guarded(_command))
 
 
+def _check_working_directory() -> None:
+    """Refuse to work in a folder that was deleted: relative paths lead nowhere there, and torch ends the process.
+
+    Raises:
+        VLMError: if there is no working directory.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise VLMError(
+            f"the working directory cannot be found: {error.strerror}. Was it deleted? Change to another one: cd ~"
+        ) from None
+
+
 def main() -> int:
     """Run `vlm` and return its exit code."""
     # To import torch and Transformers makes millions of objects that live to the end. Python would take longer to
@@ -120,13 +139,10 @@ def main() -> int:
     gc.disable()
     signal.signal(signal.SIGTERM, _terminate)
     builtins.input = _refuse_question
+    open_streams()
     terminal.guard_streams()
-    try:
-        app()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    code = _flush() or code
+    code = _run(app)
+    code = _run(flush_streams) or code
     if "torch" not in sys.modules:
         return code
     os._exit(code)
@@ -146,16 +162,19 @@ def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _flush() -> int:
-    """Write buffered output; return 0, or 1 if that fails."""
+def _run(step: Callable[[], Any]) -> int:
+    """Call a function that may end the command, and return the exit code."""
     try:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            console.error(f"cannot write the output: {error.strerror}.")
-        # Otherwise Python would write again at its end, and print a second error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        step()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1 if end.code else 0
+    except BrokenPipeError:
+        return 1  # the reader has closed the pipe (`vlm list | head`)
+    except OutputError as error:
+        _report_output(error)
         return 1
     return 0
+
+
+def _report_output(error: OutputError) -> None:
+    console.error(f"cannot write the output: {error.strerror}.")

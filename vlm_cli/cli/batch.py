@@ -27,6 +27,7 @@ from vlm_cli.cli.options import (
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.prompts import ReadingOptions
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
+from vlm_cli.cli.standard_streams import read_stdin_lines
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
 from vlm_cli.schema import show
@@ -147,7 +148,7 @@ class PromptFile:
             return read_lines(Path(self.name))
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("- reads prompts from standard input, but nothing is piped in. Add `< FILE.jsonl`.")
-        return iter(sys.stdin.buffer)
+        return read_stdin_lines()
 
     def count(self) -> int | None:
         """Count the prompts; None for standard input, which can be read only once."""

@@ -16,6 +16,7 @@ from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images
 from vlm_cli.cli.sampling import SamplingOptions
+from vlm_cli.cli.standard_streams import read_stdin_lines
 from vlm_cli.cli.terminal import is_terminal, write
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
 from vlm_cli.interrupt import deferred_interrupt
@@ -231,7 +232,7 @@ def _piped_turns() -> Iterator[str]:
     Raises:
         PromptError: for a line that is not UTF-8 text.
     """
-    for number, raw in enumerate(sys.stdin.buffer if sys.stdin is not None else (), start=1):
+    for number, raw in enumerate(read_stdin_lines(), start=1):
         try:
             text = raw.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:

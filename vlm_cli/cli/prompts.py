@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.standard_streams import read_stdin
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, interleave
 
@@ -118,10 +119,10 @@ class TurnOptions:
             return text
         if "-" in images:
             raise UsageError("stdin can be the prompt or an image, not both. Give one of them as a file.")
-        if text is None and (sys.stdin is None or sys.stdin.isatty()):
+        if sys.stdin is None or (text is None and sys.stdin.isatty()):
             raise UsageError('no prompt is given: vlm generate "<image:photo.jpg>A photo of"')
         try:
-            return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+            return read_stdin().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise PromptError(f"the prompt on stdin is not UTF-8 text: {error}.") from None
 
