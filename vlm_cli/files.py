@@ -28,6 +28,7 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 
 from vlm_cli.errors import CheckpointError, OutputExistsError
+from vlm_cli.interrupt import at_signal, undivided
 from vlm_cli.locks import hidden_name, locked
 from vlm_cli.renames import move_back, move_over, move_to_new_name, remove_tree
 
@@ -142,9 +143,12 @@ def replacing_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]
         except OSError as error:
             raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
         try:
-            yield partial
-            _open_to_others(partial)
-            _put_directory(partial, out, overwrite)
+            with at_signal(lambda: remove_tree(partial)):
+                yield partial
+                _open_to_others(partial)
+                with undivided():
+                    _put_directory(partial, out, overwrite)
+                    remove_tree(partial)  # what was at `out` until now
         except OSError as error:
             reason = error.strerror or error
             raise CheckpointError(f"cannot write {str(out)!r}: {reason}. Nothing was changed.") from error
@@ -185,21 +189,23 @@ def replacing_files(paths: Sequence[Path], *, overwrite: bool = False) -> Iterat
                 partials.append(Path(name))
                 writer = os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
                 files.append(open_files.enter_context(writer))
-            yield files
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
+            with at_signal(lambda: _remove_all(partials)):
+                yield files
+                for file in files:
+                    file.flush()
+                    os.fsync(file.fileno())
         for partial in partials:
             partial.chmod(0o666 & ~_umask())
         # A symbolic link stays a link: the file it points to is replaced.
-        _put_files(partials, [path.resolve() for path in paths], overwrite)
+        with undivided():
+            _put_files(partials, [path.resolve() for path in paths], overwrite)
+            _remove_all(partials)
     except OSError as error:
         reason = error.strerror or error
         names = " and ".join(repr(str(path)) for path in paths)
         raise CheckpointError(f"cannot write {names}: {reason}. Nothing was changed.") from error
     finally:
-        for partial in partials:
-            remove_tree(partial)
+        _remove_all(partials)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -302,6 +308,11 @@ def _open_to_others(folder: Path) -> None:
     mask = _umask()
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _remove_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        remove_tree(path)
 
 
 def _umask() -> int:

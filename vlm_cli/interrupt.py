@@ -1,44 +1,227 @@
-"""Ctrl-C in long work: the first press asks the work to stop soon, the second press stops it at once."""
+"""SIGINT (Ctrl-C) and SIGTERM end a command: once, with one line on stderr and exit code 130 or 143.
+
+Python runs a signal handler between two instructions of the main thread, wherever that thread is. An exception that a
+handler raises there gets lost in a destructor, in a callback of C code, or while a process forks, and the command goes
+on. So a handler of this module does one of two things:
+
+    deferred_signals    Sets a flag, at which a loop looks. For work that must come to a good end: the step of a
+                        training run, the answer of a chat, a rename. The second signal does what follows.
+    end_at_signals      Ends the process on the spot, as the system's own handler does, after it has removed what
+                        would be left behind (`at_signal`). For everything else: it needs no loop that looks at a flag,
+                        so it also ends imports, the loading of a model, the rows of a batch and a read from a pipe.
+
+One place is an exception, in both meanings: while a user types (`raising_signals`), the terminal is in a mode that only
+Python's `input` restores, and nothing else is under way.
+
+No handler runs while C code holds the main thread, as in a long matrix product. The signal then waits for its end.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-__all__ = ["deferred_interrupt", "ignore_interrupt"]
+__all__ = [
+    "ALL_SIGNALS",
+    "Deferred",
+    "Interrupted",
+    "at_signal",
+    "deferred_signals",
+    "describe_signal",
+    "end_at_signals",
+    "ignore_interrupt",
+    "raising_signals",
+    "undivided",
+]
+
+_WORDS = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}
+ALL_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_actions: list[Callable[[], str | None]] = []  # of the `at_signal` blocks that are open, the innermost last
+_process = 0  # the process that called `end_at_signals`; the workers that it forks inherit its handlers
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work, in good order. The text says what is kept.
+
+    Attributes:
+        number: the signal.
+    """
+
+    def __init__(self, kept: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(kept)
+        self.number = number
+
+
+class Deferred:
+    """The flag of `deferred_signals`: call it to ask whether a signal has arrived.
+
+    Attributes:
+        number: the signal; None before it arrives.
+    """
+
+    number: int | None = None
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+
+def describe_signal(number: int, kept: str = "") -> str:
+    """Return the line that tells the user which signal ended the command, and what is kept."""
+    return " ".join(filter(None, [_WORDS[signal.Signals(number)], kept]))
+
+
+# -- the end of the process --------------------------------------------------------------------------------------------
+
+
+def end_at_signals() -> None:
+    """Let SIGINT and SIGTERM end this process from now on. A signal that the caller ignores stays ignored."""
+    global _process
+    _process = os.getpid()
+    for number in _accepted(ALL_SIGNALS):
+        signal.signal(number, _end)
 
 
 @contextlib.contextmanager
-def deferred_interrupt(on_first: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
-    """Inside the block, record the first Ctrl-C, and raise KeyboardInterrupt for the second.
+def at_signal(action: Callable[[], str | None]) -> Iterator[None]:
+    """Call `action` if a signal ends the process inside the block.
+
+    Args:
+        action: removes what the process would leave behind. It may return a sentence that says what is kept.
+    """
+    _actions.append(action)
+    try:
+        yield
+    finally:
+        _actions.remove(action)
+
+
+def _end(number: int, frame: Any) -> None:
+    if _is_worker(_process, number):
+        return
+    for other in ALL_SIGNALS:
+        signal.signal(other, _end_without_cleaning)
+    kept = []
+    for action in reversed(_actions):
+        with contextlib.suppress(Exception):
+            kept.append(action() or "")
+    _kill_workers()
+    _tell(describe_signal(number, " ".join(filter(None, kept))))
+    os._exit(128 + number)
+
+
+def _end_without_cleaning(number: int, frame: Any) -> NoReturn:
+    os._exit(128 + number)
+
+
+def _kill_workers() -> None:
+    """End the processes that decode images, which would otherwise live for some more seconds."""
+    if "multiprocessing.process" in sys.modules:
+        import multiprocessing
+
+        with contextlib.suppress(Exception):
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+
+def _tell(line: str) -> None:
+    """Write a line on stderr, around Python's buffer, in which the main thread may be writing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        try:
+            file = sys.stderr.fileno()
+        except io.UnsupportedOperation:  # in a test, stderr is no file
+            print(line, file=sys.stderr)
+            return
+        before = "\n" if os.isatty(file) else ""  # a progress line may stand there
+        os.write(file, f"{before}{line}\n".encode(errors="backslashreplace"))
+
+
+# -- work that comes to a good end -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def deferred_signals(announcement: str = "", *, numbers: Sequence[int] = ALL_SIGNALS) -> Iterator[Deferred]:
+    """Inside the block, set a flag at the first signal, and let the second one do what it did before the block.
 
     Outside the main thread Python accepts no signal handler, so the block then changes nothing.
 
     Args:
-        on_first: is called at the first press, for instance to tell the user what happens now.
+        announcement: a line for the user at the first signal, which says what happens now.
+        numbers: the signals; the block does not change what others do.
 
     Yields:
-        A function that tells whether the user has pressed Ctrl-C.
+        The flag.
     """
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
+    deferred, process = Deferred(), os.getpid()
+    before = {number: signal.getsignal(number) for number in _accepted(numbers)}
 
     def handle(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-        on_first()
+        if _is_worker(process, number):
+            return
+        if deferred.number is None:
+            deferred.number = number
+            if announcement:
+                _tell(announcement)
+            return
+        _deliver(number, before[number], frame)
 
-    before = signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
-        yield lambda: bool(pressed)
+        yield deferred
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Let a signal wait for the end of the block, which is short, such as two renames that belong together."""
+    with deferred_signals() as received:
+        yield
+    if received.number is not None:
+        signal.raise_signal(received.number)
+
+
+@contextlib.contextmanager
+def raising_signals() -> Iterator[None]:
+    """Inside the block, raise `Interrupted` at a signal. For a block that waits for a user who types."""
+    before = {number: signal.getsignal(number) for number in _accepted(ALL_SIGNALS)}
+
+    def handle(number: int, frame: Any) -> NoReturn:
+        raise Interrupted(number=number)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _deliver(number: int, handler: Any, frame: Any) -> None:
+    """Do with a signal what `handler`, as `signal.getsignal` returned it, does."""
+    if callable(handler):
+        handler(number, frame)
+    else:
+        signal.signal(number, handler)
+        signal.raise_signal(number)
+
+
+def _accepted(numbers: Sequence[int]) -> list[int]:
+    """Return the signals for which this thread may set a handler, and that the caller does not ignore."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -48,3 +231,12 @@ def ignore_interrupt(worker: int) -> None:
         worker: number of the worker; torch's DataLoader passes it to each `worker_init_fn`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _is_worker(process: int, number: int) -> bool:
+    """Tell whether this is not `process` but a worker that it forked a moment ago. SIGTERM ends the worker here."""
+    if os.getpid() == process:
+        return False
+    if number == signal.SIGTERM:
+        os._exit(128 + number)
+    return True

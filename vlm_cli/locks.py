@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vlm_cli.errors import CheckpointError, OutputExistsError
+from vlm_cli.interrupt import at_signal
 
 __all__ = ["hidden_name", "locked", "open_locked"]
 
@@ -92,7 +93,8 @@ def _lock_file(out: Path, shown: str) -> Iterator[bool]:
     process = os.getpid()
     try:
         _sign(file, path)
-        yield is_exclusive
+        with at_signal(lambda: path.unlink(missing_ok=True)):
+            yield is_exclusive
     finally:
         if os.getpid() == process:
             # The name goes first: whoever opened the file before must see that it is no longer the one with the name.

@@ -7,7 +7,6 @@ import functools
 import gc
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -33,6 +32,7 @@ from vlm_cli.cli import (
 from vlm_cli.cli.command import Command
 from vlm_cli.cli.standard_streams import OutputError, flush_streams, open_streams
 from vlm_cli.errors import VLMError, first_line
+from vlm_cli.interrupt import Interrupted, describe_signal, end_at_signals
 
 __all__ = ["app", "main"]
 
@@ -71,7 +71,7 @@ def options(
 
 def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command: an error prints one message on stderr, and the exit code is 2 for wrong usage, 1 for a failure,
-    and 130 for Ctrl-C."""
+    130 for Ctrl-C and 143 for SIGTERM."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -80,9 +80,10 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
-            console.notify("Interrupted.")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            end = error if isinstance(error, Interrupted) else Interrupted()
+            console.notify(describe_signal(end.number, str(end)))
+            raise typer.Exit(128 + end.number) from None
         except BrokenPipeError:
             raise typer.Exit(1) from None  # the reader has closed the pipe (`vlm list | head`)
         except OutputError as error:
@@ -137,7 +138,7 @@ def main() -> int:
     # To import torch and Transformers makes millions of objects that live to the end. Python would take longer to
     # search them for garbage, and to destroy them, than vlm takes to count a model of 9 billion parameters.
     gc.disable()
-    signal.signal(signal.SIGTERM, _terminate)
+    end_at_signals()
     builtins.input = _refuse_question
     open_streams()
     terminal.guard_streams()
@@ -155,11 +156,6 @@ def _refuse_question(prompt: object = "") -> str:
         VLMError: always.
     """
     raise VLMError("a library wanted to ask a question on stdin, which vlm does not allow.")
-
-
-def _terminate(number: int, frame: Any) -> None:
-    """End as after an error, so that partial files are removed."""
-    raise SystemExit(128 + number)
 
 
 def _run(step: Callable[[], Any]) -> int:

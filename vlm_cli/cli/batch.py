@@ -29,6 +29,7 @@ from vlm_cli.cli.prompts import ReadingOptions
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.cli.standard_streams import read_stdin_lines
 from vlm_cli.errors import DataError, UsageError
+from vlm_cli.interrupt import Interrupted, at_signal, deferred_signals
 from vlm_cli.models import DEMO
 from vlm_cli.schema import show
 
@@ -316,23 +317,36 @@ def _answer_file(job: BatchJob) -> BatchResult:
     total, lines = job.file.count(), number_lines(job.file.lines())
     journal = Journal.open(job.options.output, job.settings(), overwrite=job.options.overwrite)
     try:
-        journal.skip(lines, str(job.file))
-        if journal.answered:
-            console.notify(f"Resuming after {journal.answered:,} rows, which are answered in {journal.path}.")
-        result = _answer_rest(job, journal, lines, total)
+        with at_signal(lambda: _leave(job, journal)):
+            journal.skip(lines, str(job.file))
+            if journal.answered:
+                console.notify(f"Resuming after {journal.answered:,} rows, which are answered in {journal.path}.")
+            result = _answer_rest(job, journal, lines, total)
         if not journal.answered:
             raise DataError(
                 f"{job.file.name!r} holds no prompts. Write one JSON object a line: "
                 '{"prompt": "<image:a.png>A photo of"}'
             )
-        journal.finish()
+        with deferred_signals() as received:
+            journal.finish()
+        if received.number is not None:
+            raise Interrupted(f"All rows are answered, and {journal.out} is written.", received.number)
+    except Interrupted:
+        raise
     except BaseException:
-        if journal.answered:
-            again = "the same command without --overwrite" if job.options.overwrite else "the same command"
-            console.notify(f"{journal.path} keeps {journal.answered:,} answers; run {again} to resume.")
-        journal.close(remove=not journal.answered)
+        if kept := _leave(job, journal):
+            console.notify(kept)
         raise
     return result
+
+
+def _leave(job: BatchJob, journal: Journal) -> str:
+    """Close the journal of a run that ends early, and say what it keeps; remove it if it keeps no answer."""
+    journal.close(remove=not journal.answered)
+    if not journal.answered:
+        return ""
+    again = "the same command without --overwrite" if job.options.overwrite else "the same command"
+    return f"{journal.path} keeps {journal.answered:,} answers; run {again} to resume."
 
 
 def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: int | None) -> BatchResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -19,7 +20,7 @@ from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.cli.standard_streams import read_stdin_lines
 from vlm_cli.cli.terminal import is_terminal, write
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
-from vlm_cli.interrupt import deferred_interrupt
+from vlm_cli.interrupt import deferred_signals, raising_signals
 from vlm_cli.models import DEMO
 from vlm_cli.prompt import Interleaved, Medium, interleave
 
@@ -184,8 +185,9 @@ class ChatSession:
 
         plan, printing = self.chat.plan, self.request.printing
         streamer = TextStream(plan.decode, console.write_answer, plan.stops) if printing.streams else None
-        # In a pipe, Ctrl-C ends the command at once.
-        with deferred_interrupt() if self.is_typed else nullcontext(lambda: False) as is_interrupted:
+        # On a terminal, Ctrl-C ends the answer; in a pipe, it ends the command, as SIGTERM always does.
+        ends_answer = deferred_signals(numbers=(signal.SIGINT,)) if self.is_typed else nullcontext(lambda: False)
+        with ends_answer as is_interrupted:
             found = self.chat.answer(
                 turn.words.parts,
                 turn.images,
@@ -218,7 +220,8 @@ def _typed_turns() -> Iterator[str]:
         if not is_terminal(sys.stdout):
             write("> ", end="", to_stderr=True)
         try:
-            text = _read_line("> " if is_terminal(sys.stdout) else "")
+            with raising_signals():
+                text = _read_line("> " if is_terminal(sys.stdout) else "")
         except EOFError:
             console.notify("")
             return

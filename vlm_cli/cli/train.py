@@ -118,16 +118,13 @@ def train(
 
 def _run(job: Job, settings: TrainingSettings) -> TrainingResult | None:
     from vlm_cli.quiet import silence_libraries
-    from vlm_cli.training.run import Interrupted, train_model
+    from vlm_cli.training.run import train_model
 
     silence_libraries()
     keep_collecting()
     terminal = _Terminal()
     try:
         return train_model(job, settings, terminal)
-    except Interrupted as error:
-        terminal.notify(str(error))
-        raise KeyboardInterrupt from None
     finally:
         terminal.leave_line()
 

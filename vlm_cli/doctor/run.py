@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from vlm_cli.doctor.finding import Finding
 from vlm_cli.doctor.gates import opened_gates
 from vlm_cli.doctor.judge import judge
 from vlm_cli.doctor.subject import BareLanguageModel, WholeModel
+from vlm_cli.interrupt import at_signal
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["QUICK", "check_invariants"]
@@ -43,12 +45,13 @@ def check_invariants(
     with _evaluation_mode(model), tempfile.TemporaryDirectory(prefix="vlm-doctor-") as workspace:
         subject = WholeModel(model, seed, Path(workspace))
         bare = [BareLanguageModel(model, seed + k) for k in range(_BARE_SEEDS)]
-        for name in names:
-            progress(CHECKS[name].proves_for(model))
-            started = time.monotonic()
-            with _quiet_transformers(), opened_gates(model):
-                finding = judge(CHECKS[name], subject, bare)
-            yield replace(finding, seconds=round(time.monotonic() - started, 3))
+        with at_signal(lambda: shutil.rmtree(workspace, ignore_errors=True)):
+            for name in names:
+                progress(CHECKS[name].proves_for(model))
+                started = time.monotonic()
+                with _quiet_transformers(), opened_gates(model):
+                    finding = judge(CHECKS[name], subject, bare)
+                yield replace(finding, seconds=round(time.monotonic() - started, 3))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 
 from vlm_cli.errors import CheckpointError
 from vlm_cli.files import replacing_file
+from vlm_cli.interrupt import at_signal
 from vlm_cli.version import __version__
 
 __all__ = ["EncoderFacts", "cache_file", "encoder_facts", "measure_encoder", "store_facts", "stored_facts"]
@@ -51,7 +52,7 @@ def encoder_facts(
 ) -> dict[str, EncoderFacts]:
     """Return the facts of OpenCLIP's encoders. Measure and store the facts that the file lacks.
 
-    After Ctrl-C, the file holds what was measured until then.
+    After a signal, the file holds what was measured until then.
 
     Args:
         names: names of OpenCLIP.
@@ -63,8 +64,9 @@ def encoder_facts(
     if missing:
         measured: dict[str, EncoderFacts] = {}
         try:
-            for name, found in _measure_all(track(missing), find_config):
-                measured[name] = found
+            with at_signal(lambda: store_facts(measured)):
+                for name, found in _measure_all(track(missing), find_config):
+                    measured[name] = found
         finally:
             store_facts(measured)
         facts |= measured

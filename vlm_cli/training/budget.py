@@ -65,11 +65,14 @@ class RunBudget:
 
 
 class EndInTime(TrainerCallback):
-    """Run the clock of a budget, and end the run with a checkpoint when the budget is used or the user asks for it.
+    """Run the clock of a budget, and end the run with a checkpoint when the budget is used or after a signal.
+
+    A run that a signal ends and that is resumed must equal a run without the signal. So the signal adds a checkpoint,
+    and changes nothing in what is logged and measured: to measure the held-out loss draws random numbers.
 
     Args:
         budget: the budget of the run.
-        is_interrupted: tells whether the user has asked to stop.
+        is_interrupted: tells whether a signal has arrived.
         evaluates: measure the held-out loss at the end.
     """
 
@@ -86,7 +89,12 @@ class EndInTime(TrainerCallback):
         self.budget.seconds_at_step = seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        is_over = self.budget.is_over(state.global_step, self.budget.seconds_at_step)
-        if is_over or self.is_interrupted():
+        if self.budget.is_over(state.global_step, self.budget.seconds_at_step):
             control.should_training_stop = control.should_save = control.should_log = True
-            control.should_evaluate = is_over and self.evaluates
+            control.should_evaluate = self.evaluates
+        elif self.is_interrupted():
+            control.should_training_stop = control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_interrupted():  # the signal came after the step: its checkpoint is written
+            control.should_training_stop = True

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.files import flush_to_disk
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["COMPLETE_FILE", "Checkpoints", "TrainingCheckpoint", "checkpoint_folder", "select_trained"]
+__all__ = [
+    "COMPLETE_FILE",
+    "Checkpoints",
+    "TrainingCheckpoint",
+    "UnloggedLosses",
+    "checkpoint_folder",
+    "select_trained",
+]
 
 COMPLETE_FILE = "complete.json"  # the last file of a checkpoint, written after all others
 _PARTIAL = ".partial"
@@ -36,6 +43,19 @@ _PARTIAL = ".partial"
 def checkpoint_folder(out: Path) -> Path:
     """Return the folder that holds the checkpoints of the run whose output is `out`."""
     return out.with_name(f"{out.name}.checkpoints")
+
+
+@dataclass(frozen=True)
+class UnloggedLosses:
+    """The losses of the steps since the last entry of the log. The next entry holds their mean.
+
+    Attributes:
+        last_logged: the step of that entry.
+        total: sum of the losses of the steps after it.
+    """
+
+    last_logged: int
+    total: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,7 @@ class TrainingCheckpoint:
         seconds: seconds of training so far.
         images: images that the model has seen so far.
         run: what must be the same when the run is resumed.
+        unlogged: losses that the next entry of the log continues; None if an entry was written at this step.
     """
 
     path: Path
@@ -55,12 +76,15 @@ class TrainingCheckpoint:
     seconds: float
     images: int
     run: dict[str, Any]
+    unlogged: UnloggedLosses | None = None
 
     @classmethod
     def read(cls, path: Path) -> TrainingCheckpoint | None:
         """Read the manifest in a directory; None if the checkpoint is not complete."""
         try:
-            return cls(path, **json.loads((path / COMPLETE_FILE).read_text(encoding="utf-8")))
+            manifest = json.loads((path / COMPLETE_FILE).read_text(encoding="utf-8"))
+            unlogged = manifest.pop("unlogged", None)
+            return cls(path, **manifest, unlogged=None if unlogged is None else UnloggedLosses(**unlogged))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -114,7 +138,16 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(self._explain(step, error)) from error
 
-    def complete(self, written: Path, *, step: int, seconds: float, images: int, run: Mapping[str, Any]) -> None:
+    def complete(
+        self,
+        written: Path,
+        *,
+        step: int,
+        seconds: float,
+        images: int,
+        run: Mapping[str, Any],
+        unlogged: UnloggedLosses | None = None,
+    ) -> None:
         """Write the manifest of a checkpoint, move the checkpoint to its place, and remove the oldest ones.
 
         Args:
@@ -123,8 +156,10 @@ class Checkpoints:
             seconds: as in `TrainingCheckpoint`.
             images: as in `TrainingCheckpoint`.
             run: as in `TrainingCheckpoint`.
+            unlogged: as in `TrainingCheckpoint`.
         """
         manifest = {"step": step, "seconds": seconds, "images": images, "run": run}
+        manifest |= {} if unlogged is None else {"unlogged": asdict(unlogged)}
         (written / COMPLETE_FILE).write_text(json.dumps(manifest), encoding="utf-8")
         for file in written.rglob("*"):
             flush_to_disk(file)

@@ -28,10 +28,9 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run has reached when it ends.
+    """What a run has reached when its budget is used.
 
     Attributes:
-        is_complete: the budget is used; otherwise the user ended the run with Ctrl-C.
         steps: steps that are done, those before a resume included.
         seconds: seconds of training, those before a resume included.
         images: images that the model has seen, repeats included.
@@ -40,7 +39,6 @@ class RunOutcome:
             main process only. None if the model itself holds its weights.
     """
 
-    is_complete: bool
     steps: int
     seconds: float
     images: int

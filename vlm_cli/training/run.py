@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
@@ -10,6 +11,7 @@ from vlm_cli.checkpoint.directory import load, read_config
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import reserved_directory
+from vlm_cli.interrupt import Interrupted, at_signal
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, checkpoint_folder
@@ -23,11 +25,7 @@ from vlm_cli.training.processes import Processes
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
 
-__all__ = ["Interrupted", "load_trainable", "train_model"]
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user pressed Ctrl-C; the message says what was kept."""
+__all__ = ["load_trainable", "train_model"]
 
 
 def train_model(job: Job, settings: TrainingSettings, listener: Listener | None = None) -> TrainingResult | None:
@@ -43,7 +41,7 @@ def train_model(job: Job, settings: TrainingSettings, listener: Listener | None 
 
     Raises:
         VLMError: for bad input, a full disk, or a loss that is not a number.
-        Interrupted: after Ctrl-C.
+        Interrupted: after a signal; the text says what is kept.
     """
     return _Run(job, settings, listener or Listener()).execute()
 
@@ -98,9 +96,11 @@ class _Run:
             self.processes.main_only(lambda: locks.enter_context(self._reserve()))
             checkpoint = self.processes.main_first(self._prepare)
             try:
-                return self._execute(checkpoint)
+                with at_signal(self._describe_kept):
+                    return self._execute(checkpoint)
             except KeyboardInterrupt as error:
-                raise Interrupted(self._describe_kept()) from error
+                number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+                raise Interrupted(self._describe_kept(), number) from error
             finally:
                 self.processes.end()
 
@@ -128,8 +128,6 @@ class _Run:
         self.listener.step("")
         self._announce(model, train_set, eval_set)
         outcome = trainer.run_from(checkpoint)
-        if not outcome.is_complete:
-            raise KeyboardInterrupt
         result = self._make_result(outcome, train_set, num_trained, checkpoint)
         return self.processes.main_only(lambda: self._finish(outcome, result, model, processor, stored))
 
@@ -242,7 +240,7 @@ class _Run:
         last = self.checkpoints.last()
         if last is None:
             return "Stopped before the first checkpoint; nothing was kept."
-        return f"Stopped; {last.path} is kept. To continue from its step {last.step}, repeat the command with --resume."
+        return f"{last.path} is kept. To continue from its step {last.step}, repeat the command with --resume."
 
 
 def _count_trained(model: VLM) -> int:

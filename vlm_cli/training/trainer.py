@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import nested_gather
 
-from vlm_cli.interrupt import deferred_interrupt, ignore_interrupt
+from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
-from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, select_trained
+from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, UnloggedLosses, select_trained
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, row_losses
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
@@ -63,6 +64,8 @@ class VLMTrainer(Trainer):
     control: Any
     lr_scheduler: Any
     optimizer: Any
+    _tr_loss: Tensor
+    _globalstep_last_logged: int
 
     def __init__(
         self,
@@ -103,9 +106,10 @@ class VLMTrainer(Trainer):
     # -- the run --------------------------------------------------------------------------------------------------
 
     def run_from(self, checkpoint: TrainingCheckpoint | None) -> RunOutcome:
-        """Train to the end, from the beginning or from a checkpoint. The first Ctrl-C ends the run after its step.
+        """Train to the end, from the beginning or from a checkpoint. A signal ends the run after its step.
 
         Raises:
+            Interrupted: after a signal.
             VLMError: if the loss is not a number, an image is damaged, or a checkpoint cannot be written.
         """
         if checkpoint is not None:
@@ -115,26 +119,34 @@ class VLMTrainer(Trainer):
         if checkpoint is not None and self.budget.is_over(checkpoint.step, checkpoint.seconds):
             self._load_from_checkpoint(str(checkpoint.path))
             self.state.global_step = checkpoint.step
-            was_interrupted = False
         else:
-            was_interrupted = self._train_from(checkpoint)
+            self._train_from(checkpoint)
         steps, seconds = self.state.global_step, self.budget.seconds
-        is_complete = not was_interrupted or self.budget.is_over(steps, seconds)
-        gathered = self.accelerator.get_state_dict(self.model_wrapped) if is_complete and self.is_sharded else None
-        return RunOutcome(is_complete, steps, seconds, self.metrics.images, self.metrics, gathered)
+        gathered = self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
+        return RunOutcome(steps, seconds, self.metrics.images, self.metrics, gathered)
 
-    def _train_from(self, checkpoint: TrainingCheckpoint | None) -> bool:
-        """Train, and tell whether the user pressed Ctrl-C."""
+    def _train_from(self, checkpoint: TrainingCheckpoint | None) -> None:
+        """Train until the budget is used.
 
-        def announce() -> None:
-            self.notify("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
+        Several processes would have to agree on the step after which they stop, so a signal ends them at once.
 
-        single = self.args.world_size == 1
-        with deferred_interrupt(announce) if single else contextlib.nullcontext(lambda: False) as is_interrupted:
+        Raises:
+            Interrupted: after a signal.
+        """
+        announcement = "Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once."
+        numbers = ALL_SIGNALS if self.args.world_size == 1 else ()
+        with deferred_signals(announcement, numbers=numbers) as received:
             evaluates = self.eval_set is not None
-            self.add_callback(EndInTime(self.budget, is_interrupted=is_interrupted, evaluates=evaluates))
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
-            return is_interrupted()
+            self.add_callback(EndInTime(self.budget, is_interrupted=received, evaluates=evaluates))
+            self.add_callback(_RestoreLosses(self, checkpoint))
+            try:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+            except RuntimeError:
+                if received.number is None:
+                    raise
+                # A signal to the whole group of processes ends the workers, too, and the DataLoader misses them.
+        if received.number is not None:
+            raise Interrupted(number=received.number)
 
     @property
     def is_sharded(self) -> bool:
@@ -299,6 +311,7 @@ class VLMTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.watch.check()
         step = self.state.global_step
+        unlogged = self._unlogged_losses()
         with self.checkpoints.writing(step) as partial:
             self._writing = partial
             try:
@@ -313,8 +326,21 @@ class VLMTrainer(Trainer):
                     seconds=self.budget.seconds,
                     images=self.metrics.images,
                     run=self.run,
+                    unlogged=unlogged,
                 )
         self.accelerator.wait_for_everyone()
+
+    def _unlogged_losses(self) -> UnloggedLosses | None:
+        """Return the sum of the losses since the last entry of the log; None right after an entry."""
+        last = self._globalstep_last_logged
+        if last == self.state.global_step:
+            return None
+        return UnloggedLosses(last, float(nested_gather(self._tr_loss, self.args.parallel_mode).mean()))
+
+    def restore_losses(self, unlogged: UnloggedLosses) -> None:
+        """Continue the mean of the losses that a checkpoint has begun."""
+        self._globalstep_last_logged = unlogged.last_logged
+        self._tr_loss.fill_(unlogged.total)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the parts that train. The other parts are in the model with which the run began."""
@@ -325,3 +351,14 @@ class VLMTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         trained = select_trained(model, model.state_dict() if state_dict is None else state_dict)
         safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors")
+
+
+class _RestoreLosses(TrainerCallback):
+    """Continue the sum of losses that a checkpoint holds, after the base class has set its own sum to 0."""
+
+    def __init__(self, trainer: VLMTrainer, checkpoint: TrainingCheckpoint | None) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.checkpoint is not None and self.checkpoint.unlogged is not None:
+            self.trainer.restore_losses(self.checkpoint.unlogged)
