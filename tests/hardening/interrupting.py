@@ -80,8 +80,22 @@ def run(
     prepare: Callable[[], object] = lambda: None,
     interrupt: tuple[signal.Signals, float] | None = None,
     app: App | None = None,
+    stdin: str = os.devnull,
+    watch: Callable[[int], object] = lambda pid: None,
+    max_seconds: float = MAX_SECONDS,
 ) -> Run:
-    """Run a command in a fork. `interrupt` is a signal and the seconds after the start of the command."""
+    """Run a command in a fork.
+
+    Args:
+        words: of the command, without `vlm`.
+        folder: its working directory.
+        prepare: called in the fork first.
+        interrupt: a signal, and the seconds after the start of the command at which it is sent.
+        app: runs in place of the command.
+        stdin: a file.
+        watch: called with the id of the process, again and again while it runs.
+        max_seconds: time after which the command hangs.
+    """
     ready, is_ready = os.pipe()
     output, printed = os.pipe()
     pid = os.fork()
@@ -89,7 +103,7 @@ def run(
         try:  # whatever happens, this process must not go on as a second pytest
             os.close(ready)
             os.close(output)
-            _become(words, folder, printed, is_ready, prepare, app)
+            _become(words, folder, (os.open(stdin, os.O_RDONLY), printed, printed), is_ready, prepare, app)
         finally:
             os._exit(99)
     os.close(is_ready)
@@ -100,23 +114,22 @@ def run(
     if interrupt is not None:
         time.sleep(interrupt[1])
         os.kill(pid, interrupt[0])
-    text, code = _wait(pid, output)
+    text, code = _wait(pid, output, watch, max_seconds)
     return Run(code, text, time.monotonic() - started)
 
 
 def _become(
     words: Sequence[str],
     folder: Path,
-    printed: int,
+    streams: Sequence[int],
     is_ready: int,
     prepare: Callable[[], object],
     app: App | None,
 ) -> None:
     """Be `vlm` in this process, and tell through the pipe when the command begins."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(printed, 1)
-    os.dup2(printed, 2)
+    for number, handle in enumerate(streams):
+        os.dup2(handle, number)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(folder)
     sys.argv = ["vlm", *words]
@@ -133,12 +146,13 @@ def _become(
     os._exit(code)
 
 
-def _wait(pid: int, output: int) -> tuple[str, int]:
+def _wait(pid: int, output: int, watch: Callable[[int], object], max_seconds: float) -> tuple[str, int]:
     """Read what a process prints until it ends; a worker that outlives it may keep the pipe open."""
-    deadline = time.monotonic() + MAX_SECONDS
+    deadline = time.monotonic() + max_seconds
     text, status = b"", None
     with os.fdopen(output, "rb", buffering=0) as file:
         while status is None and time.monotonic() < deadline:
+            watch(pid)
             found, ended = os.waitpid(pid, os.WNOHANG)
             status = ended if found else None
             while select.select([output], [], [], 0.01)[0] and (data := file.read(65_536)):
@@ -146,7 +160,7 @@ def _wait(pid: int, output: int) -> tuple[str, int]:
     if status is None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        raise AssertionError(f"process {pid} did not end in {MAX_SECONDS} s: {text.decode(errors='replace')}")
+        raise AssertionError(f"process {pid} did not end in {max_seconds} s: {text.decode(errors='replace')}")
     return text.decode(errors="replace"), os.waitstatus_to_exitcode(status)
 
 
