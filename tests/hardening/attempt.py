@@ -38,7 +38,7 @@ Command = Callable[[Sequence[str]], int]
 class Limits:
     """What a command may use."""
 
-    seconds: float = 20.0
+    seconds: float = 20.0  # of computing; on a busy machine, waiting may take three times as long
     bytes: int = 2 * 2**30  # that it adds to the memory of the process
 
 
@@ -104,6 +104,7 @@ class Outcome:
 # -- judging -----------------------------------------------------------------------------------------------------------
 
 CONTROL = re.compile(r"[^\n\t\r\x20-\x7e\xa0-\U0010ffff]")
+ERASE_LINE = "\x1b[K"  # progress, which the commands themselves write
 TRACEBACK = re.compile(r"Traceback \(most recent|panicked at|Exception ignored in|Fatal Python error|terminate called")
 #: How the command line words an error that nobody foresaw.
 UNFORESEEN = re.compile(
@@ -119,12 +120,12 @@ def faults(attempt: Attempt, outcome: Outcome, whole: Outcome, limits: Limits = 
     printed = outcome.stdout + outcome.stderr
     checks = {
         f"died: {outcome.end}": outcome.end not in ("done", "hang"),
-        f"hang ({outcome.seconds:.0f} s)": outcome.seconds > limits.seconds,
+        f"hang ({outcome.seconds:.0f} s)": outcome.end == "hang" or outcome.cpu_seconds > limits.seconds,
         f"code {outcome.code}": outcome.end == "done" and outcome.code not in (0, 1, 2),
         "traceback": TRACEBACK.search(printed),
         "unforeseen": UNFORESEEN.search(outcome.stderr),
         f"memory ({outcome.bytes / 2**30:.1f} GB)": outcome.bytes > limits.bytes or OUT_OF_MEMORY.search(printed),
-        "escape": CONTROL.search(printed),
+        "escape": CONTROL.search(printed.replace(ERASE_LINE, "")),
         "ran": outcome.ran,
         f"reached {outcome.reached}": outcome.reached,
         f"opened {outcome.opened}": outcome.opened and not attempt.may_open_paths,
@@ -185,7 +186,7 @@ def _run_until_death(attempts: Sequence[Attempt], command: Command, max_seconds:
     try:
         for _ in attempts:
             started = time.monotonic()
-            if not ours.poll(max_seconds * 1.2):
+            if not ours.poll(max_seconds * 3):
                 os.kill(pid, signal.SIGKILL)
                 outcomes.append(Outcome(end="hang", seconds=time.monotonic() - started))
                 break

@@ -28,7 +28,8 @@ class Watch:
     def __call__(self, pid: int) -> None:
         try:
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            self.samples.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))))
+            if files := len(os.listdir(f"/proc/{pid}/fd")):  # a process that ends has none
+                self.samples.append((pages * os.sysconf("SC_PAGE_SIZE"), files))
         except (OSError, IndexError):
             return  # it has just ended
 
@@ -81,8 +82,8 @@ def is_steady() -> None:
 
 def leaks_memory() -> None:
     kept = []
-    for i in range(60):
-        kept.append(bytearray(os.urandom(1)) * (2 * 2**20))
+    for _ in range(60):
+        kept.append(bytearray(os.urandom(1)) * (4 * 2**20))
         time.sleep(0.01)
 
 
