@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.holder import HOLDER, Holder
 from vlm_cli import files, locks, renames
 from vlm_cli.errors import CheckpointError, OutputExistsError
 from vlm_cli.files import replacing_directory, replacing_file, replacing_files, reserved_directory, reserved_files
@@ -209,31 +210,6 @@ def test_files_appear_together_or_not_at_all(tmp_path, monkeypatch, overwrite):
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from vlm_cli.locks import locked
-with locked(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-class Holder:
-    """Another process, which holds the lock of an output."""
-
-    def __init__(self, out: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self.process.stdout is not None and self.process.stdout.readline() == b"locked\n"
-
-    def end(self, *, kill: bool = False) -> None:
-        if kill:
-            self.process.kill()
-        self.process.communicate()
 
 
 def test_a_lock_keeps_another_process_away_and_leaves_no_litter(tmp_path):
