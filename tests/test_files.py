@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -324,3 +328,62 @@ def test_a_long_name_has_a_lock(tmp_path):
     with replacing_directory(out) as partial:
         (partial / "model").write_text("new")
     assert os.listdir(tmp_path) == [out.name]
+
+
+# -- leftovers of killed processes -------------------------------------------------------------------------------------
+
+
+def test_the_next_run_removes_what_a_killed_run_left(tmp_path: Path) -> None:
+    killed = [".out.abcd_123.partial", ".out.00000000.partial.zzzzzzzz.old"]
+    others = [
+        ".out.partial",
+        ".out.other.abcd_123.partial",
+        ".out.ABCD_123.partial",
+        "out.abcd_123.partial",
+        ".out.x.old",
+    ]
+    for name in [*killed, *others]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with replacing_directory(tmp_path / "out") as partial:
+        (partial / "new").touch()
+        assert partial.exists() and not any((tmp_path / name).exists() for name in killed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
+
+
+def test_files_that_a_killed_run_left_go_too(tmp_path: Path) -> None:
+    (tmp_path / ".out.abcd_123.partial").touch()
+    with reserved_files([tmp_path / "out"]):
+        assert not (tmp_path / ".out.abcd_123.partial").exists()
+
+
+def test_an_old_output_that_stood_aside_when_the_process_was_killed_gets_its_name_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".out.abcd_123.partial.zzzzzzzz.old" / "old"
+    aside.mkdir(parents=True)
+    (aside / "mine").touch()
+    (tmp_path / ".out.abcd_123.partial").mkdir()
+    with pytest.raises(OutputExistsError, match="exists"), replacing_directory(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/mine").exists()
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    start, end = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_write_slowly, args=(tmp_path / "out", end))
+    process.start()
+    start.recv()
+    with pytest.raises(OutputExistsError, match="being written"), replacing_directory(tmp_path / "out"):
+        pass
+    assert len(list(tmp_path.glob(".out.*.partial"))) == 1
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert len(list(tmp_path.glob(".out.*.partial"))) == 1
+    with replacing_directory(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _write_slowly(out: Path, ready: Any) -> None:
+    with replacing_directory(out):
+        ready.send("")
+        time.sleep(60)

@@ -19,9 +19,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,6 +39,7 @@ __all__ = [
     "check_file",
     "flush_to_disk",
     "is_vlm_directory",
+    "remove_leftovers",
     "replacing_directory",
     "replacing_file",
     "replacing_files",
@@ -107,6 +109,8 @@ def reserved_directory(out: Path, *, overwrite: bool = False) -> Iterator[bool]:
     """
     check_directory(out, overwrite=overwrite)
     with locked(out) as is_exclusive:
+        if is_exclusive:
+            remove_leftovers(out)
         check_directory(out, overwrite=overwrite)  # the process that had the lock may have written it
         yield is_exclusive
 
@@ -124,7 +128,9 @@ def reserved_files(paths: Iterable[Path], *, overwrite: bool = False) -> Iterato
         check_file(path, overwrite=overwrite)
     with ExitStack() as locks:
         for path in paths:
-            locks.enter_context(locked(path.resolve() if path.is_symlink() else path))
+            target = path.resolve() if path.is_symlink() else path
+            if locks.enter_context(locked(target)):
+                remove_leftovers(target)
             check_file(path, overwrite=overwrite)
         yield
 
@@ -206,6 +212,21 @@ def replacing_files(paths: Sequence[Path], *, overwrite: bool = False) -> Iterat
         raise CheckpointError(f"cannot write {names}: {reason}. Nothing was changed.") from error
     finally:
         _remove_all(partials)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove the hidden neighbours of an output that killed processes left.
+
+    Call it under the lock of the output: then no process that lives has such a neighbour. A process that was killed
+    between the renames of `move_over` left the old output in one; it gets its name back.
+    """
+    left = re.compile(re.escape(hidden_name(out)) + r"\.[a-z0-9_]{8}\.partial(\.[a-z0-9_]{8}\.old)?")
+    with suppress(OSError):
+        for path in out.absolute().parent.iterdir():
+            if left.fullmatch(path.name):
+                if os.path.lexists(path / "old") and path.suffix == ".old" and not os.path.lexists(out):
+                    move_to_new_name(path / "old", out)
+                remove_tree(path)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from vlm_cli.data.jsonl import Line
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
-from vlm_cli.files import check_file, replacing_file
+from vlm_cli.files import check_file, remove_leftovers, replacing_file
 from vlm_cli.locks import open_locked
 from vlm_cli.resume import settings_diff
 
@@ -170,6 +170,7 @@ class Journal:
         """
         self.file.seek(0)
         self.file.readline()
+        remove_leftovers(self.out.resolve())  # the lock of the journal keeps other runs with this output away
         with replacing_file(self.out, overwrite=self.replaces) as out:
             for stored in self.file:
                 out.write(stored.split(b" ", 1)[1].decode("utf-8"))
