@@ -213,11 +213,12 @@ for name, words in json.loads(sys.argv[1]).items():
 """
 
 
-def on_a_terminal(commands: dict[str, list[str]], environment: dict[str, str]) -> dict[str, str]:
-    """Run commands on a pseudo-terminal; return what each writes there."""
+def on_a_terminal(words: list[str], environment: dict[str, str], keys: bytes = b"") -> str:
+    """Run Python on a pseudo-terminal, and type keys; return what the terminal receives."""
     main, side = pty.openpty()
-    words = [sys.executable, "-c", RUNNER, json.dumps(commands)]
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=side, stderr=side, env=environment)
+    os.write(main, keys)
+    stdin = side if keys else subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, *words], stdin=stdin, stdout=side, stderr=side, env=environment)
     os.close(side)
     shown, deadline = b"", time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -229,8 +230,7 @@ def on_a_terminal(commands: dict[str, list[str]], environment: dict[str, str]) -
             break
     os.close(main)
     process.wait(5)
-    _, *parts = re.split(r"<<([\w-]+)>>\r\n", shown.decode("utf-8"))
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    return shown.decode("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,8 @@ def shown(
         "flag": ["inspect", f"--{ESC}"],
         "name": ["inspect", f"./{ESC}"],
     }
-    return on_a_terminal(commands, environment)
+    _, *received = re.split(r"<<([\w-]+)>>\r\n", on_a_terminal(["-c", RUNNER, json.dumps(commands)], environment))
+    return dict(zip(received[::2], received[1::2], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -282,3 +283,14 @@ def test_hostile_files_do_not_act_on_a_terminal(name: str, shown: dict[str, str]
     assert "EVIL" in shown[name] and spelled in shown[name].replace("\r\n", "")
     own = re.sub(r"\x1b\[[013]*m|\x1b\[K|\r", "", shown[name])  # styles of tables, and progress
     assert not re.search(f"[{CONTROLS}]", own.replace("\n", ""))
+
+
+def test_the_command_guards_its_streams(environment: dict[str, str]) -> None:
+    """Typer prints this error, not vlm."""
+    received = on_a_terminal(["-m", "vlm_cli", "inspect", f"--{ESC}"], environment)
+    assert ESCAPED in received and not re.search(f"[{CONTROLS}]", re.sub(r"[\r\n]", "", received))
+
+
+def test_a_guarded_terminal_takes_typed_lines(environment: dict[str, str]) -> None:
+    program = "import readline; from vlm_cli.cli import terminal; terminal.guard_streams(); print([input('> ')])"
+    assert on_a_terminal(["-c", program], environment, b"The cab\x7ft\n").endswith("['The cat']\r\n")
