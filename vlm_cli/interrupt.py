@@ -27,6 +27,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from vlm_cli.printable import escape_controls
+
 __all__ = [
     "ALL_SIGNALS",
     "Deferred",
@@ -137,8 +139,9 @@ def _tell(line: str) -> None:
         except io.UnsupportedOperation:  # in a test, stderr is no file
             print(line, file=sys.stderr)
             return
-        before = "\n" if os.isatty(file) else ""  # a progress line may stand there
-        os.write(file, f"{before}{line}\n".encode(errors="backslashreplace"))
+        if os.isatty(file):
+            line = f"\n{escape_controls(line)}"  # a progress line may stand there
+        os.write(file, f"{line}\n".encode(errors="backslashreplace"))
 
 
 # -- work that comes to a good end -------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 #: The package's modules and folders, from the lowest layer to the highest. A module imports from its own folder and
 #: from lower layers; names that share a layer do not import each other. docs/architecture.md draws the same order.
 LAYERS = (
-    ("errors", "interrupt", "printable", "quiet", "version"),
+    ("printable",),
+    ("errors", "interrupt", "quiet", "version"),
     ("locks", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags"),
