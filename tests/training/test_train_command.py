@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -264,6 +265,36 @@ def test_dropout_resumes_too(build: Any, train: Vlm, out: Path, monkeypatch: pyt
     output(train("--max-steps", 6, "--seed", 1, *evaluate, "--resume", model=path))
     assert losses(out) == pytest.approx(curves[1], abs=1e-6)
     assert losses(out) != pytest.approx(curves[0], abs=1e-3)
+
+
+def test_a_run_that_signals_end_equals_one_without_them_to_the_bit(
+    build: Any, train: Vlm, folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signals arrive at random steps: between entries of the log, and where a held-out loss is measured."""
+    sizes = {"num_queries": 2, "depth": 1, "dim": 16, "num_heads": 2, "dim_ff": 16, "dropout": 0.5}
+    path = build(LANGUAGE_STREAM | {"vision_tokenizer": {"type": "qformer", **sizes}})
+    write(tmp_path / "held-out.jsonl", [{"text": f"<image:{folder}/red.png>red"}])
+    options = ("--max-steps", 9, "--log-every", 4, "--save-every", 3, "--eval-data", tmp_path / "held-out.jsonl")
+
+    def written() -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        entries = [{k: x for k, x in entry.items() if "second" not in k} for entry in metrics(out)]
+        return load_file(out / "model.safetensors"), entries
+
+    output(train(*options, model=path))
+    weights, entries = written()
+    draw = random.Random(0)
+    for steps in (3, 6), (9,), sorted(draw.sample(range(1, 9), 3)):
+        flags = ["--overwrite"]
+        for step in steps:
+            with monkeypatch.context() as patched:
+                interrupt_at(patched, step)
+                message = error(train(*options, *flags, model=path), 130)
+            assert message.endswith(f"step {step}, repeat the command with --resume.\n")
+            flags = ["--overwrite", "--resume"]
+        output(train(*options, *flags, model=path))
+        resumed, resumed_entries = written()
+        assert resumed_entries == entries, steps
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items()), steps
 
 
 def test_ctrl_c_twice_stops_at_once(train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
