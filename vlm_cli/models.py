@@ -11,7 +11,7 @@ Importing this module does not import torch: `resolve` answers before a command 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     backbones: Mapping[str, str] | None = None,
+    allow_hosts: Collection[str] = (),
     **keywords: Any,
 ) -> tuple[VLM, VLMProcessor]:
     """Load a model, in evaluation mode, and its processor.
@@ -138,6 +139,7 @@ def load(
         trust_remote_code: whether the language model's own code from the directory may run.
         revision: branch, tag or commit of a hub id.
         backbones: for a delta directory, part -> where its pretrained weights are now, if they moved.
+        allow_hosts: for a delta directory, hosts that its backbones may come from beside the hub.
         keywords: `token`, `cache_dir`, `local_files_only`, … of Transformers' `from_pretrained`.
 
     Raises:
@@ -153,6 +155,7 @@ def load(
         device=device,
         trust_remote_code=trust_remote_code,
         backbones=backbones,
+        allow_hosts=allow_hosts,
         **hub_arguments(revision),
         **keywords,
     )

@@ -17,7 +17,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 LAYERS = (
     ("printable",),
     ("errors", "interrupt", "quiet", "version"),
-    ("locks", "plain_data", "renames", "schema"),
+    ("locks", "network", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags"),
     ("modeling",),

@@ -2,23 +2,33 @@
 
 pinning, when a delta is written      a part -> where its weights are, at which commit
 locating, when a delta is loaded      that record -> a tower or language model to load
+
+The record comes with the delta, and maybe from a stranger. It may name a commit of a hub repository, an address that
+OpenCLIP's own table of pretrained weights has too, and a weight file or directory on this machine: such a path is what
+the user's own `vlm build` wrote. Nothing of such a file is shown, and its tensors must have the recorded hash. Every
+other address needs `--allow-host`, and every other path `--backbone`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from vlm_cli.checkpoint.downloads import downloaded
+from vlm_cli.checkpoint.inside import resolve_inside
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
-from vlm_cli.checkpoint.parts.openclip import fetch_weights, weights_in
+from vlm_cli.checkpoint.parts.openclip import fetch_weights, published_address, weights_in
 from vlm_cli.checkpoint.parts.tower import OutsideWeights, PublishedWeights, Tower, WeightsFile
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, first_line
@@ -27,6 +37,7 @@ from vlm_cli.modeling.config import VLMConfig
 __all__ = [
     "Backbone",
     "BackboneMissing",
+    "BackbonePlaces",
     "blaming",
     "hash_tensors",
     "locate_language_model",
@@ -66,9 +77,81 @@ class Backbone:
         at = f" at commit {self.revision}" if self.revision else ""
         return f"{self.location!r}{at}{f' ({self.file})' if self.file else ''}"
 
+    @classmethod
+    def read(cls, directory: str, part: str, record: Any) -> Backbone:
+        """Check a record of config.json, and return it as a backbone.
+
+        Args:
+            directory: what messages call the delta directory.
+            part: name of the part.
+            record: as config.json holds it.
+
+        Raises:
+            CheckpointError: naming the key, what it holds and what it may hold.
+        """
+        problem = _find_problem(record)
+        if problem is not None:
+            raise CheckpointError(
+                f"config.json of {directory!r} has a record of the {part.replace('_', ' ')} that vlm does not follow: "
+                f"{problem}. {advice(part)}"
+            )
+        return cls(**record)
+
     def relocated(self, path: str) -> Backbone:
         """Return the same backbone in another file or directory."""
         return replace(self, kind="path", location=str(Path(path).expanduser()), revision=None)
+
+
+@dataclass(frozen=True)
+class BackbonePlaces:
+    """What the user says of where backbones are.
+
+    Attributes:
+        paths: part -> file or directory.
+        hosts: hosts that may be asked.
+    """
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    hosts: frozenset[str] = frozenset()
+
+
+#: Names and commits as the hub has them.
+_REPOSITORY = re.compile(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)?", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "name", "location", "sha256"), str),
+    **dict.fromkeys(("revision", "file"), (str, type(None))),
+    "model_config": (dict, type(None)),
+    **dict.fromkeys(("tensors", "bytes"), int),
+}
+
+
+def _find_problem(record: Any) -> str | None:
+    """Return what is wrong with a record of a backbone; None if vlm may follow it."""
+    if not isinstance(record, dict):
+        return "it is no object"
+    keys = {x.name for x in fields(Backbone)}
+    if wrong := sorted((record.keys() - keys) | ({"kind", "name", "location"} - record.keys())):
+        return f"{wrong[0]!r} is {'unknown' if wrong[0] in record else 'missing'}"
+    if wrong := [key for key, x in record.items() if not isinstance(x, _TYPES[key])]:
+        return f"{wrong[0]!r} is {str(record[wrong[0]])[:40]!r}"
+    if min(record.get("tensors", 0), record.get("bytes", 0)) < 0:
+        return "its numbers are negative"
+    kind, location = record["kind"], record["location"]
+    if kind == "hub":
+        if not _REPOSITORY.fullmatch(location):
+            return f"location {location[:80]!r} is no id of a hub repository (ORG/NAME)"
+        if not _COMMIT.fullmatch(record.get("revision") or ""):
+            return "revision is no commit of 40 hexadecimal digits"
+        return None
+    if kind == "path":
+        # Two slashes name another machine on Windows; files of /proc and /dev are no weights.
+        is_local = os.path.isabs(location) and not location.startswith(("//", "\\\\"))
+        is_special = Path(os.path.realpath(location)).is_relative_to("/proc") or location.startswith(("/dev/", "/sys/"))
+        return None if is_local and not is_special else f"location {location[:80]!r} is no absolute path of a file"
+    if kind == "package":
+        return f"location {location[:80]!r} is an address" if re.match(r"\w+:", location) else None
+    return None if kind == "url" else f"kind {kind[:40]!r} is none of hub, path, url, package"
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -147,7 +230,7 @@ def blaming(directory: str, part: str, backbone: Backbone | None) -> Iterator[No
             "hub": f"Fetch it where there is a network (hf download {backbone.location} --revision "
             f"{backbone.revision}), and copy the cache (HF_HOME).",
             "path": "Put it back there.",
-            "url": f"Fetch {backbone.location} where there is a network.",
+            "url": f"Download {backbone.location} yourself if you trust it.",
             "package": "Install the package that provides it.",
         }[backbone.kind]
         raise BackboneMissing(
@@ -158,14 +241,17 @@ def blaming(directory: str, part: str, backbone: Backbone | None) -> Iterator[No
 
 def advice(part: str) -> str:
     """Say how a user names another place of a part's pretrained weights."""
-    return (
-        f"If it is elsewhere, say where: vlm_cli.load(…, backbones={{{part!r}: PATH}}), or in config.json, under "
-        "backbones, kind path and location PATH."
-    )
+    return f"If it is elsewhere, say where: --backbone {part}=PATH, or vlm_cli.load(…, backbones={{{part!r}: PATH}})."
 
 
-def locate_tower(config: VLMConfig, backbone: Backbone | None) -> Tower:
+def locate_tower(config: VLMConfig, backbone: Backbone | None, hosts: frozenset[str], downloads: ExitStack) -> Tower:
     """Return the tower of a configuration, with the weights of its backbone; with random ones without a backbone.
+
+    Args:
+        config: of the VLM.
+        backbone: where the weights are.
+        hosts: hosts that may be asked for weights.
+        downloads: keeps a file that was fetched if it closes without an error.
 
     Raises:
         Exception: if the weights cannot be fetched.
@@ -179,14 +265,41 @@ def locate_tower(config: VLMConfig, backbone: Backbone | None) -> Tower:
     if tower.is_outside:
         return replace(tower, weights=OutsideWeights(backbone.location))
     if backbone.kind == "hub":
+        assert backbone.revision is not None
+        resolve_inside(Path(backbone.revision), backbone.file, named_by="config.json")
         assert backbone.file is not None
         # A commit that is in the cache is taken from there, without asking the hub.
         path = hf_hub_download(backbone.location, backbone.file, revision=backbone.revision)
         return replace(tower, weights=WeightsFile(Path(path)))
     if backbone.kind == "url":
-        published = replace(tower, weights=PublishedWeights({"url": backbone.location}))
-        return replace(tower, weights=WeightsFile(fetch_weights(published)))
+        return replace(tower, weights=WeightsFile(_fetch(config, tower, backbone, hosts, downloads)))
     return replace(tower, weights=WeightsFile(_find_file(backbone)))
+
+
+def _fetch(config: VLMConfig, tower: Tower, backbone: Backbone, hosts: frozenset[str], downloads: ExitStack) -> Path:
+    """Return the file of a tower's weights at an address.
+
+    Raises:
+        CheckpointError: for a host that the user did not allow.
+    """
+    encoder = config.composition.vision_encoder
+    url, host = backbone.location, urlsplit(backbone.location).hostname
+    if url == published_address(encoder.name, encoder.pretrained):
+        if (Path("~/.cache/clip").expanduser() / os.path.basename(url)).is_file():
+            return fetch_weights(replace(tower, weights=PublishedWeights({"url": url})))  # OpenCLIP fetched it before
+    elif host not in hosts:
+        raise CheckpointError(
+            f"its config.json names an address that is not in OpenCLIP's table of pretrained weights, and vlm fetches "
+            f"nothing from there. If you trust {host}, add --allow-host {host}"
+        )
+    most = _FILE_PER_TENSORS * backbone.bytes + _FILE_SLACK
+    return downloads.enter_context(downloaded(url, key=backbone.sha256, most=most, allow_hosts=hosts))
+
+
+#: How much larger a file may be than the tensors that a delta leaves out: it may hold a text tower, and twice the bytes
+#: of each number.
+_FILE_PER_TENSORS = 8
+_FILE_SLACK = 16 * 2**20  # bytes; a file of TorchScript holds code
 
 
 def _find_file(backbone: Backbone) -> Path:
@@ -194,7 +307,7 @@ def _find_file(backbone: Backbone) -> Path:
     place = Path(backbone.location)
     path = place if place.is_file() else None
     if place.is_dir():
-        path = place / backbone.file if backbone.file else weights_in(place)
+        path = resolve_inside(place, backbone.file, named_by="config.json") if backbone.file else weights_in(place)
     if path is None or not path.is_file():
         raise FileNotFoundError(f"there is no file {backbone.location!r}")
     return path
@@ -206,6 +319,8 @@ def locate_language_model(backbone: Backbone, trust_remote_code: bool) -> Langua
     Raises:
         LanguageModelError: if it cannot be found.
     """
-    name = backbone.location if backbone.file is None else str(Path(backbone.location) / backbone.file)
+    name = backbone.location
+    if backbone.file is not None:
+        name = str(resolve_inside(Path(name), backbone.file, named_by="config.json"))
     options = LanguageModelOptions(name=name, revision=backbone.revision)
     return find_language_model(options, trust_remote_code=trust_remote_code)

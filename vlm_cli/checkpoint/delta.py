@@ -6,8 +6,9 @@ their hash. `delta.safetensors` holds all other tensors. Loading fails if a tens
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.utils.hub import cached_file
 
 from vlm_cli.checkpoint.backbones import (
     Backbone,
+    BackbonePlaces,
     advice,
     blaming,
     hash_tensors,
@@ -27,6 +29,7 @@ from vlm_cli.checkpoint.backbones import (
     pin_tower,
 )
 from vlm_cli.checkpoint.create import cast, put_together
+from vlm_cli.checkpoint.inside import read_index
 from vlm_cli.checkpoint.parts.language_models import find_language_model
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
@@ -183,7 +186,7 @@ def assemble(
     *,
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
-    moved: Mapping[str, str] | None = None,
+    places: BackbonePlaces | None = None,
     **keywords: Any,
 ) -> VLM:
     """Make the model of a delta directory: load its backbones, and copy its own tensors over them.
@@ -193,38 +196,58 @@ def assemble(
         config: its configuration. `backbones` is removed from it.
         dtype: of the weights; "auto" keeps that of the files.
         trust_remote_code: whether the language model's own code may run.
-        moved: part -> where its pretrained weights are now, if they are not where the delta's config.json says.
+        places: where the user says that pretrained weights are, and which hosts may be asked.
         keywords: `revision`, `token`, … of Transformers' `from_pretrained`, for the directory itself.
 
     Raises:
         CheckpointError: if a backbone cannot be read or is another one, or tensors are missing.
     """
-    backbones = {part: Backbone(**record) for part, record in config.backbones.items()}
-    del config.backbones
-    for part, path in (moved or {}).items():
-        if part not in backbones:
-            raise CheckpointError(f"{name!r} has no backbone {part!r}. It has: {', '.join(backbones)}.")
-        backbones[part] = backbones[part].relocated(path)
+    places = places or BackbonePlaces()
+    backbones = _read_backbones(name, config, places)
     held = _read(name, keywords)
     stored = stored_dtype(config) or torch.float32
     vision, language = backbones.get("vision_encoder"), backbones.get("language_model")
-    with torch.random.fork_rng(devices=[]):  # tensors of new modules start at random, before they are filled
-        with blaming(name, "vision_encoder", vision):
-            visual = load_tower(locate_tower(config, vision))
-        lang_model = None
-        if language is not None:
-            with blaming(name, "language_model", language):
-                lang_model = locate_language_model(language, trust_remote_code).load(stored)
-        model = put_together(config, visual, lang_model)
-    cast(model, stored)
-    _fill(name, model, held, backbones)
-    for part, backbone in backbones.items():
-        _check_hash(name, model, part, backbone, held)
+    with ExitStack() as downloads:  # an error below removes what was fetched
+        with torch.random.fork_rng(devices=[]):  # tensors of new modules start at random, before they are filled
+            with blaming(name, "vision_encoder", vision):
+                visual = load_tower(locate_tower(config, vision, places.hosts, downloads))
+            lang_model = None
+            if language is not None:
+                with blaming(name, "language_model", language):
+                    lang_model = locate_language_model(language, trust_remote_code).load(stored)
+            model = put_together(config, visual, lang_model)
+        cast(model, stored)
+        _fill(name, model, held, backbones)
+        for part, backbone in backbones.items():
+            _check_hash(name, model, part, backbone, held)
     if dtype != "auto":
         assert isinstance(dtype, torch.dtype)
         cast(model, dtype)
         model.config.dtype = model.config.text_config.dtype = dtype
     return model
+
+
+def _read_backbones(name: str, config: VLMConfig, places: BackbonePlaces) -> dict[str, Backbone]:
+    """Take the records of backbones out of a configuration, and put the user's paths over them.
+
+    Raises:
+        CheckpointError: for a record that vlm does not follow, or a path of a part that has no record.
+    """
+    records = config.backbones
+    del config.backbones
+    if not isinstance(records, dict) or not records.keys() <= PREFIXES.keys():
+        raise CheckpointError(f"config.json of {name!r} must hold under backbones any of: {', '.join(PREFIXES)}.")
+    for part in places.paths:
+        if part not in records:
+            raise CheckpointError(f"{name!r} has no backbone {part!r}. It has: {', '.join(records)}.")
+    found = {}
+    for part, record in records.items():
+        if part in places.paths and isinstance(record, dict):
+            record = {**record, "kind": "path", "location": os.path.abspath(places.paths[part]), "revision": None}
+        found[part] = Backbone.read(name, part, record)
+        if part in places.paths:
+            found[part] = found[part].relocated(places.paths[part])
+    return found
 
 
 def _check_hash(name: str, model: VLM, part: str, backbone: Backbone, held: Mapping[str, Tensor]) -> None:
@@ -274,14 +297,14 @@ def _read(name: str, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
     optional = {"_raise_exceptions_for_missing_entries": False}
     try:
         index = cached_file(name, f"{DELTA_FILE}.index.json", **optional, **keywords)
-        shards = {DELTA_FILE}
-        if index is not None:
-            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = {DELTA_FILE} if index is None else set(read_index(Path(index)).values())
         held: dict[str, Tensor] = {}
         for shard in sorted(shards):
             file = cached_file(name, shard, **keywords)
             assert file is not None  # a file that is missing raises
             held |= load_file(file)
         return held
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"cannot load the delta in {name!r}: {first_line(error)}.") from None

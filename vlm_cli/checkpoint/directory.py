@@ -11,13 +11,13 @@ README.md                the model card
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vlm_cli.checkpoint.inside import check_folder, check_index, read_index
 from vlm_cli.errors import CheckpointError, PluginError, UntrustedCodeError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig
 
+    from vlm_cli.checkpoint.backbones import BackbonePlaces
     from vlm_cli.modeling.config import VLMConfig
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
@@ -152,6 +153,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
+    allow_hosts: Collection[str] = (),
     **keywords: Any,
 ) -> tuple[VLM, VLMProcessor]:
     """Load the model of a directory or hub id, in evaluation mode, and its processor.
@@ -164,6 +166,7 @@ def load(
         device: where the model goes; a `device_map` among the keywords replaces it.
         trust_remote_code: whether the language model's own code from the directory may run.
         backbones: for a delta directory, part -> where its pretrained weights are now, if they moved.
+        allow_hosts: for a delta directory, hosts that its backbones may come from beside the hub.
         keywords: `revision`, `token`, `local_files_only`, … of Transformers' `from_pretrained`.
 
     Raises:
@@ -172,7 +175,10 @@ def load(
     config = read_config(name, trust_remote_code=trust_remote_code, **keywords)
     processor = read_processor(name, trust_remote_code=trust_remote_code, **keywords)
     if getattr(config, "backbones", None):
-        return _load_delta(name, config, dtype, trust_remote_code, backbones, keywords).to(device), processor
+        from vlm_cli.checkpoint.backbones import BackbonePlaces
+
+        places = BackbonePlaces(backbones or {}, frozenset(allow_hosts))
+        return _load_delta(name, config, dtype, trust_remote_code, places, keywords).to(device), processor
     if backbones:
         raise CheckpointError(
             f"{name!r} holds all of its tensors, so that `backbones`, which is for delta directories, has no effect. "
@@ -201,6 +207,7 @@ def _load_whole(
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.trust import load_pretrained
 
+    check_index(name, keywords)
     try:
         model, info = load_pretrained(
             VLM,
@@ -231,7 +238,7 @@ def _load_delta(
     config: VLMConfig,
     dtype: torch.dtype | str,
     trust_remote_code: bool,
-    backbones: Mapping[str, str] | None,
+    places: BackbonePlaces,
     keywords: Mapping[str, Any],
 ) -> VLM:
     """Load the model of a delta directory.
@@ -247,7 +254,7 @@ def _load_delta(
             f"{name!r} is a delta directory, which cannot be loaded with {', '.join(other)}. Leave it out, or make a "
             "full directory: model.save_pretrained(…) of the loaded model."
         )
-    model = assemble(name, config, dtype=dtype, trust_remote_code=trust_remote_code, moved=backbones or {}, **keywords)
+    model = assemble(name, config, dtype=dtype, trust_remote_code=trust_remote_code, places=places, **keywords)
     model.generation_config = read_generation_config(name, **keywords) or model.generation_config
     return model.eval()
 
@@ -267,6 +274,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
     from vlm_cli.modeling.config import VLMConfig
     from vlm_cli.trust import check_code
 
+    check_folder(Path(name))
     try:
         check_code(name, trust_remote_code=trust_remote_code, **keywords)
         data, _ = VLMConfig.get_config_dict(name, **keywords)
@@ -361,13 +369,15 @@ def read_tensors(
         return {}
     try:
         index = cached_file(name, f"{file}.index.json", _raise_exceptions_for_missing_entries=False, **keywords)
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+        weight_map = read_index(Path(index)) if index else {}
         found = {}
         for tensor in tensors:
             shard = cached_file(name, weight_map.get(tensor, file), **keywords)
             with safe_open(shard, "pt") as opened:
                 found[tensor.partition(".")[2]] = opened.get_tensor(tensor)
         return found
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None
 

@@ -359,7 +359,6 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     from vlm_cli.generation.batch_size import BatchSize
     from vlm_cli.generation.plan import GenerationPlan
     from vlm_cli.generation.rows import RowReader
-    from vlm_cli.media import MediaLoader
 
     loaded = job.request.load()
     job.request.warn_of_photographs()
@@ -367,7 +366,7 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops)
     reader = RowReader(plan, job.reading.special_tokens)
-    loader = MediaLoader(job.file.folder, allow_urls=job.reading.allow_urls)
+    loader = job.reading.loader(job.file.folder, job.request.source.allow_hosts)
     started = time.monotonic()
     details = 0  # messages that stderr shows in full
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:

@@ -57,7 +57,7 @@ def chat(
 
     Example: vlm chat my-flamingo --image cat.jpg
     """
-    request = ChatRequest(turn, reading, sampling, printing)
+    request = ChatRequest(turn, reading, sampling, printing, source.allow_hosts)
     request.check()
     talk(request, ModelRequest.of(model, devices, source, quantize=quantize))
 
@@ -71,12 +71,14 @@ class ChatRequest:
         reading: how turns are read.
         sampling: how answers are made.
         printing: how answers are printed.
+        allow_hosts: hosts of images that may have an internal address.
     """
 
     first: TurnOptions
     reading: ReadingOptions
     sampling: SamplingOptions
     printing: PrintOptions
+    allow_hosts: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -138,7 +140,7 @@ def _turn(words: Interleaved, request: ChatRequest, folder: Path | None) -> Turn
     """
     if Medium("-") in words.parts:
         raise PromptError("stdin brings the turns of a chat, and cannot be an image. Give it as a file.")
-    images = load_images(words, folder, allow_urls=request.reading.allow_urls)
+    images = load_images(words, request.reading.loader(folder, request.allow_hosts))
     return Turn(words, [image.image for image in images])
 
 

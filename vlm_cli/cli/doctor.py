@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import MAX_SEED, ComposeOptions, DeviceOptions, JsonOption, ModelArgument, flatten_options
+from vlm_cli.cli.options import (
+    MAX_SEED,
+    BackboneOptions,
+    ComposeOptions,
+    DeviceOptions,
+    JsonOption,
+    ModelArgument,
+    flatten_options,
+)
 from vlm_cli.composition import Composition
 from vlm_cli.errors import VLMError
 from vlm_cli.models import DEMO, hub_arguments, resolve
@@ -35,6 +43,7 @@ def doctor(
     model: ModelArgument = None,
     compose: ComposeOptions = ComposeOptions(),
     devices: DeviceOptions = DeviceOptions(),
+    places: BackboneOptions = BackboneOptions(),
     quick: Annotated[
         bool, typer.Option("--quick", help="Run only the checks that need a few passes over a short prompt.")
     ] = False,
@@ -53,7 +62,7 @@ def doctor(
     chosen = resolve(model, compose.request)
     from vlm_cli.doctor import CHECKS, QUICK, check_invariants
 
-    vlm = _model(chosen, compose, devices, seed)
+    vlm = _model(chosen, compose, devices, places, seed)
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
     console.notify(f"Model {name} on {vlm.device}, {dtype}")
@@ -96,7 +105,9 @@ def _describe(finding: Finding, width: int) -> str:
     return f"{verdict:8}{finding.name:{width}}{finding.proves}\n{'':{8 + width}}{'; '.join(numbers)}"
 
 
-def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOptions, seed: int) -> VLM:
+def _model(
+    chosen: Composition | str, compose: ComposeOptions, devices: DeviceOptions, places: BackboneOptions, seed: int
+) -> VLM:
     """Load a directory, or build a composition with random weights.
 
     Raises:
@@ -114,6 +125,8 @@ def _model(chosen: Composition | str, compose: ComposeOptions, devices: DeviceOp
             dtype=dtype,
             device=device,
             trust_remote_code=compose.trust_remote_code,
+            backbones=places.backbones,
+            allow_hosts=places.allow_hosts,
             **hub_arguments(compose.revision),
         )[0]
     blueprint = plan(chosen, trust_remote_code=compose.trust_remote_code, need_tokenizer=False)

@@ -12,7 +12,14 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import LoadedModel, ModelRequest, keep_collecting
-from vlm_cli.cli.options import MAX_ROWS, DeviceOptions, JsonOption, SourceOptions, flatten_options
+from vlm_cli.cli.options import (
+    MAX_ROWS,
+    DeviceOptions,
+    JsonOption,
+    MediaRootOption,
+    SourceOptions,
+    flatten_options,
+)
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions
 from vlm_cli.errors import UsageError
@@ -56,6 +63,7 @@ class EvalOptions:
             rich_help_panel=QUESTIONS,
         ),
     ] = None
+    media_root: MediaRootOption = None
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -163,7 +171,7 @@ def _make_report(model: str, questions: EvalOptions, request: ModelRequest) -> R
     from vlm_cli.evaluation.items import read_items
 
     assert questions.data is not None
-    items, records = read_items(questions.data, questions.limit)
+    items, records = read_items(questions.data, questions.limit, questions.media_root)
     console.notify(f"{len(items):,} items from {questions.data}")
     loaded = request.load()
     return Report(model, loaded, questions, records, _evaluate(loaded, questions, items, records))
@@ -176,7 +184,6 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
     from vlm_cli.generation.answers import RowAnswerer
     from vlm_cli.generation.batch_size import BatchSize
     from vlm_cli.generation.plan import GenerationPlan
-    from vlm_cli.media import MediaLoader
 
     keywords = SamplingOptions(max_new_tokens=questions.max_new_tokens).keywords()
     plan = GenerationPlan(loaded.model, loaded.processor, keywords)
@@ -184,7 +191,7 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
     keep_collecting()
     with ProgressLine(len(items)) as progress:
         answerer = RowAnswerer(plan, BatchSize(questions.batch_size), notify=progress.notify)
-        loader = MediaLoader(records.folder)
+        loader = records.loader()
         found = evaluate_items(answerer, items, loader, name=str(questions.data), report=progress.show)
     if found.num_cut:
         console.notify(
@@ -246,7 +253,6 @@ class Report:
         """
         from vlm_cli.evaluation.page import write_page
         from vlm_cli.files import replacing_files
-        from vlm_cli.media import MediaLoader
 
         found = self.found
         with replacing_files(files.paths, overwrite=files.overwrite) as opened:
@@ -255,7 +261,7 @@ class Report:
                     file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in found.answers)
                     continue
                 title = f"{Path(self.name).name} on {self.questions.data}"
-                loader = MediaLoader(self.records.folder)
+                loader = self.records.loader()
                 write_page(file, title, self._facts(), found.kinds, found.total, found.answers, loader)
         for path in files.paths:
             console.notify(f"Wrote {path}")

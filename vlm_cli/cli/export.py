@@ -64,6 +64,8 @@ def export(
             source=model,
             max_shard_size=max_shard_size,
             trust_remote_code=source.trust_remote_code,
+            backbones=source.backbones,
+            allow_hosts=source.allow_hosts,
             overwrite=overwrite,
             progress=announce,
             **source.hub,

@@ -127,13 +127,13 @@ def generate(
         job = BatchJob(request(), file, batching, reading, sampling, search)
         answer_file(job, as_json=printing.as_json, stats=printing.stats)
     elif aliases.chat:
-        chat = ChatRequest(prompts, reading, sampling, printing)
+        chat = ChatRequest(prompts, reading, sampling, printing, source.allow_hosts)
         chat.check()
         talk(chat, request())
     else:
         words = prompts.interleave()
         wanted = request(compile=compile)
-        images = load_images(words, prompts.folder, allow_urls=reading.allow_urls)
+        images = load_images(words, reading.loader(prompts.folder, source.allow_hosts))
         if dry_run:
             _show_layout(wanted, words, reading.special_tokens, printing.as_json)
             return

@@ -30,10 +30,12 @@ __all__ = [
     "MAX_ROWS",
     "MAX_SEED",
     "MAX_WORKERS",
+    "BackboneOptions",
     "ComposeOptions",
     "DeviceOptions",
     "JsonOption",
     "MaxShardSizeOption",
+    "MediaRootOption",
     "ModelArgument",
     "OverwriteOption",
     "PrintOptions",
@@ -74,6 +76,15 @@ MaxShardSizeOption = Annotated[
 StatsOption = Annotated[
     bool,
     typer.Option("--stats", help="Print tokens, seconds and peak memory on stderr.", rich_help_panel=OUTPUT),
+]
+MediaRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Read images only from the folder DIR: a path or link that leads out of it is an error. Without this "
+        "option, image paths may lead anywhere.",
+        rich_help_panel="Prompt",
+    ),
 ]
 ModelArgument = Annotated[
     str | None,
@@ -196,8 +207,52 @@ class PrintOptions:
 
 
 @dataclass(frozen=True)
-class SourceOptions:
-    """Which version of a built model, and whether the code that comes with it may run."""
+class BackboneOptions:
+    """Where the backbones of a delta directory may come from."""
+
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART=PATH",
+            help="For a delta directory: read the pretrained weights of PART (vision_encoder or language_model) from "
+            "PATH; may be given several times.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Let a delta directory's backbones come from HOST, and let HOST have an address of an internal "
+            "network; may be given several times.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+
+    @property
+    def backbones(self) -> dict[str, str]:
+        """Where the user says that pretrained weights are: part -> path.
+
+        Raises:
+            UsageError: for a value that is not PART=PATH.
+        """
+        found = {}
+        for given in self.backbone or ():
+            part, equals, path = given.partition("=")
+            if not equals or not path or part.replace("-", "_") not in ("vision_encoder", "language_model"):
+                raise UsageError(f"--backbone expects vision_encoder=PATH or language_model=PATH, got {given!r}.")
+            found[part.replace("-", "_")] = path
+        return found
+
+    @property
+    def allow_hosts(self) -> tuple[str, ...]:
+        """Hosts that may be asked although the table of OpenCLIP does not name them, or their address is internal."""
+        return tuple(self.allow_host or ())
+
+
+@dataclass(frozen=True)
+class SourceOptions(BackboneOptions):
+    """Which version of a built model, and what its files may run and reach."""
 
     revision: Annotated[
         str | None,

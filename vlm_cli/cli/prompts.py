@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.options import MediaRootOption
 from vlm_cli.cli.standard_streams import read_stdin
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, interleave
 
 if TYPE_CHECKING:
-    from vlm_cli.media import LoadedImage
+    from vlm_cli.media import LoadedImage, MediaLoader
 
 __all__ = ["PromptOptions", "ReadingOptions", "TurnOptions", "load_images"]
 
@@ -30,6 +31,7 @@ class ReadingOptions:
         bool,
         typer.Option("--allow-urls", help="Download images whose source is an http(s):// URL.", rich_help_panel=PROMPT),
     ] = False
+    media_root: MediaRootOption = None
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -39,6 +41,17 @@ class ReadingOptions:
             rich_help_panel=PROMPT,
         ),
     ] = False
+
+    def loader(self, folder: Path | None, allow_hosts: tuple[str, ...]) -> MediaLoader:
+        """Make the loader of the images.
+
+        Args:
+            folder: where relative paths start; None for the current folder.
+            allow_hosts: hosts that may have an internal address.
+        """
+        from vlm_cli.media import MediaLoader
+
+        return MediaLoader(folder, allow_urls=self.allow_urls, allow_hosts=allow_hosts, media_root=self.media_root)
 
 
 @dataclass(frozen=True)
@@ -146,20 +159,14 @@ class PromptOptions(TurnOptions):
         return {"PROMPT": self.prompt, **super().texts}
 
 
-def load_images(parts: Interleaved, folder: Path | None, *, allow_urls: bool) -> list[LoadedImage]:
+def load_images(parts: Interleaved, loader: MediaLoader) -> list[LoadedImage]:
     """Load the images of a prompt, in reading order.
-
-    Args:
-        parts: the prompt.
-        folder: where relative paths start; None for the current folder.
-        allow_urls: download http(s):// sources.
 
     Raises:
         MediaError: for an image that cannot be read.
     """
-    from vlm_cli.media import MediaLoader, short_name
+    from vlm_cli.media import short_name
 
-    loader = MediaLoader(base_dir=folder, allow_urls=allow_urls)
     images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
     for image in images:
         console.notify(f"Image {short_name(image.source)} ({image.width}x{image.height})")

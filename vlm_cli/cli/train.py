@@ -11,7 +11,7 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import keep_collecting
-from vlm_cli.cli.options import JsonOption, flatten_options
+from vlm_cli.cli.options import BackboneOptions, JsonOption, MediaRootOption, flatten_options
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
 from vlm_cli.errors import UsageError
@@ -79,11 +79,13 @@ def train(
     output: OutputOption = None,
     data: DataOption = None,
     eval_data: EvalDataOption = None,
+    media_root: MediaRootOption = None,
     settings: TrainingSettings,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     keep_checkpoints: KeepCheckpointsOption = False,
     trust_remote_code: TrustOption = False,
+    places: BackboneOptions = BackboneOptions(),
     as_json: JsonOption = False,
 ) -> None:
     """Train a model on records of images and text. The directory OUT appears when training is done.
@@ -105,6 +107,9 @@ def train(
         overwrite=overwrite,
         keep_checkpoints=keep_checkpoints,
         trust_remote_code=trust_remote_code,
+        media_root=media_root,
+        backbones=places.backbones,
+        allow_hosts=places.allow_hosts,
     )
     result = _run(job, settings)
     if result is None:

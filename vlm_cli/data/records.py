@@ -14,7 +14,6 @@ image. Other keys have no effect.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,29 +70,39 @@ class Records:
         good: the records that can be used.
         problems: one problem for each line that cannot be used.
         sha256: hash of the file.
+        media_root: the folder that holds every image; None allows each path.
     """
 
     path: Path
     good: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     sha256: str = ""
+    media_root: Path | None = None
 
     @property
     def folder(self) -> Path:
         """The folder where relative paths start."""
         return self.path.absolute().parent
 
+    def loader(self) -> MediaLoader:
+        """Make a loader of the images, which fetches nothing."""
+        return MediaLoader(self.folder, media_root=self.media_root)
 
-def read_records(path: Path) -> Records:
+
+def read_records(path: Path, media_root: Path | None = None) -> Records:
     """Read a file and check each record. Of an image, only the header is read.
 
     Bad lines are collected in `problems`; `raise_problems` turns them into an error.
 
+    Args:
+        path: the file.
+        media_root: the folder that holds every image; None allows each path.
+
     Raises:
         DataError: if the file cannot be read or holds no record.
     """
-    records = Records(path)
-    images = _ImageCheck(records.folder)
+    records = Records(path, media_root=media_root)
+    images = _ImageCheck(records.loader())
     digest = hashlib.sha256()
     for line, raw in enumerate(read_lines(path), start=1):
         digest.update(raw)
@@ -267,7 +276,7 @@ def _pair_segments(parsed: Sequence[tuple[str, list[Text | Medium]]]) -> list[Se
 class _ImageCheck:
     """Check each image once, without decoding it."""
 
-    folder: Path
+    loader: MediaLoader
     known: dict[str, str | None] = field(default_factory=dict)  # source -> its problem, or None
 
     def check(self, sources: Sequence[str], *, thorough: bool) -> None:
@@ -294,7 +303,7 @@ class _ImageCheck:
         if not thorough:
             return f"{short_name(source)!r} cannot be read."
         try:
-            MediaLoader(self.folder).load(source)
+            self.loader.load(source)
         except MediaError as error:
             return str(error)
         return None
@@ -302,8 +311,8 @@ class _ImageCheck:
     def _has_image_header(self, source: str) -> bool:
         from PIL import Image
 
-        path = self.folder / os.path.expanduser(source)
         try:
+            path = self.loader.find(source)
             if not path.is_file():
                 return False
             with Image.open(path) as image:

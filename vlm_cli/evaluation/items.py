@@ -66,13 +66,13 @@ class GradedAnswer:
         }
 
 
-def read_items(path: Path, limit: int | None = None) -> tuple[list[Item], Records]:
+def read_items(path: Path, limit: int | None = None, media_root: Path | None = None) -> tuple[list[Item], Records]:
     """Read and check a file of records; return the first `limit` items, and all records.
 
     Raises:
         DataError: if the file cannot be read, or listing every line that cannot be used.
     """
-    records = read_records(path)
+    records = read_records(path, media_root)
     raise_problems(records, [Problem(r.line, problem) for r in records.good if (problem := _find_problem(r))])
     return [_item(record) for record in records.good[:limit]], records
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from vlm_cli.errors import MediaError
 from vlm_cli.media.decode import decode_image
-from vlm_cli.media.sources import quote_source, read_source, read_stdin
+from vlm_cli.media.sources import find_file, quote_source, read_source, read_stdin
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,11 +35,15 @@ class MediaLoader:
     Args:
         base_dir: the folder where relative paths start; the working directory if None.
         allow_urls: fetch `http(s)://` sources.
+        allow_hosts: hosts that may have an internal address.
+        media_root: the folder that holds every path; None allows each path.
         stdin: the stream that `-` reads; the standard input of the process if None.
     """
 
     base_dir: Path | None = None
     allow_urls: bool = False
+    allow_hosts: tuple[str, ...] = ()
+    media_root: Path | None = None
     stdin: BinaryIO | None = None
     _piped: bytes | None = field(default=None, init=False, repr=False)
 
@@ -56,9 +60,23 @@ class MediaLoader:
         image = decode_image(data, quote_source(source))
         return LoadedImage(image, source, image.width, image.height)
 
+    def find(self, source: str) -> Path:
+        """Return the path of a source that is a path.
+
+        Raises:
+            MediaError: if it leads out of the media root.
+        """
+        return find_file(source, source, base_dir=self.base_dir, media_root=self.media_root)
+
     def _read(self, source: str) -> bytes:
         if source != "-":
-            return read_source(source, base_dir=self.base_dir, allow_urls=self.allow_urls)
+            return read_source(
+                source,
+                base_dir=self.base_dir,
+                allow_urls=self.allow_urls,
+                allow_hosts=self.allow_hosts,
+                media_root=self.media_root,
+            )
         if self._piped is None:
             self._piped = read_stdin(self.stdin)
         return self._piped

@@ -1,7 +1,8 @@
 """Read the bytes of an image from wherever it is kept.
 
 A source is a path (also `~/…` and `file://…`), `-` for standard input, a `data:` URI or, where the caller allows it, an
-`http(s)://` URL. A source that could hang (a pipe, a device, a slow server) or fill the memory is an error.
+`http(s)://` URL. A source that could hang (a pipe, a device, a slow server) or fill the memory is an error. So is a
+path that leads out of the media root, if the caller names one; links are resolved first.
 """
 
 from __future__ import annotations
@@ -14,33 +15,36 @@ import os
 import re
 import stat
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO
 
 from vlm_cli.errors import MediaError
 
-if TYPE_CHECKING:
-    from http.client import HTTPResponse
-
-__all__ = ["MAX_BYTES", "quote_source", "read_source", "read_stdin", "short_name"]
+__all__ = ["MAX_BYTES", "find_file", "quote_source", "read_source", "read_stdin", "short_name"]
 
 MAX_BYTES = 256 * 2**20  # bytes of one encoded image
-URL_WAIT = 20.0  # seconds without an answer
-URL_TOTAL = 120.0  # seconds for one download
 
 _STEP = 2**20  # bytes per read
 _NAME_LENGTH = 80  # characters of a name that are shown
 
 
-def read_source(source: str, *, base_dir: Path | None = None, allow_urls: bool = False) -> bytes:
+def read_source(
+    source: str,
+    *,
+    base_dir: Path | None = None,
+    allow_urls: bool = False,
+    allow_hosts: Collection[str] = (),
+    media_root: Path | None = None,
+) -> bytes:
     """Read the bytes of a path, a `data:` URI or a URL.
 
     Args:
         source: the path or URI; not `-`, which `read_stdin` reads.
         base_dir: the folder where a relative path starts; the working directory if None.
         allow_urls: fetch `http(s)://` sources.
+        allow_hosts: hosts that may have an internal address.
+        media_root: the folder that holds every path; None allows each path.
 
     Raises:
         MediaError: if the source cannot be found or read, or is too large.
@@ -55,7 +59,7 @@ def read_source(source: str, *, base_dir: Path | None = None, allow_urls: bool =
                 f"{quote_source(source)} is a URL, and vlm fetches nothing unless you allow it. "
                 "Add --allow-urls, or download the file and give its path."
             )
-        return _read_url(source)
+        return _read_url(source, allow_hosts)
     if scheme not in ("file", "path"):
         raise MediaError(
             f"{quote_source(source)} begins with {scheme}://, which is not known. "
@@ -64,7 +68,34 @@ def read_source(source: str, *, base_dir: Path | None = None, allow_urls: bool =
     path = _path_of_uri(source) if scheme == "file" else source
     if not path:
         raise MediaError("an image source is empty: got ''. Give a path, - for standard input, or a URI.")
-    return _read_file(Path(base_dir or "", os.path.expanduser(path)), source)
+    return _read_file(find_file(path, source, base_dir=base_dir, media_root=media_root), source)
+
+
+def find_file(path: str, source: str, *, base_dir: Path | None, media_root: Path | None) -> Path:
+    """Return where a path leads; with a media root, after a check that this is inside of it, links resolved.
+
+    Args:
+        path: as the user or a record wrote it; it may begin with `~/`.
+        source: what messages call it.
+        base_dir: the folder where a relative path starts; the working directory if None.
+        media_root: the folder that holds every path; None allows each path.
+
+    Raises:
+        MediaError: if the path leads out of the media root. The message does not say whether the file exists.
+    """
+    file = Path(base_dir or "", os.path.expanduser(path))
+    if media_root is None:
+        return file
+    try:
+        real = Path(os.path.realpath(file))
+    except (OSError, ValueError):
+        real = file  # no name that the system knows
+    if not real.is_relative_to(os.path.realpath(media_root)):
+        raise MediaError(
+            f"{quote_source(source)} leads out of the media root {str(media_root)!r}, and vlm reads images only from "
+            "there. Move the image into it, or give another --media-root."
+        )
+    return real
 
 
 def read_stdin(stream: BinaryIO | None = None) -> bytes:
@@ -157,22 +188,16 @@ def _read_data_uri(source: str) -> bytes:
     return data
 
 
-def _read_url(url: str) -> bytes:
+def _read_url(url: str, allow_hosts: Collection[str]) -> bytes:
     from http.client import HTTPException
     from urllib.error import HTTPError
-    from urllib.parse import quote
 
-    deadline = time.monotonic() + URL_TOTAL
+    from vlm_cli.network import open_url
+
     try:
-        with _open_url(quote(url, safe="%/:=&?~#+!$,;'@()*[]")) as response:
-            _check_bytes(response.length or 0, url)
-
-            def read(step: int) -> bytes:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"it takes longer than {URL_TOTAL:.0f} seconds")
-                return response.read1(step)
-
-            return _read_to_end(read, url)
+        with open_url(url, allow_hosts=allow_hosts) as download:
+            _check_bytes(download.length or 0, url)
+            return _read_to_end(download.read, url)
     except HTTPError as error:
         error.close()
         reason: object = f"the server answered {error.code} {error.reason}"
@@ -182,26 +207,6 @@ def _read_url(url: str) -> bytes:
         f"{quote_source(url)} cannot be fetched: {reason}. Check the address, or download the file and give its path.",
         public=f"{quote_source(url)} cannot be fetched.",
     )
-
-
-def _open_url(url: str) -> HTTPResponse:
-    """Open a URL; unlike `urlopen`, follow redirects only to http and https."""
-    from urllib import request
-
-    opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPRedirectHandler,
-        request.HTTPErrorProcessor,
-        request.HTTPDefaultErrorHandler,
-        request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    # Some hosts refuse requests with Python's own User-Agent.
-    asked = request.Request(url, headers={"User-Agent": "vlm-cli"})
-    return cast("HTTPResponse", opener.open(asked, timeout=URL_WAIT))
 
 
 def _path_of_uri(uri: str) -> str:

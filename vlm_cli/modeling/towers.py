@@ -38,6 +38,12 @@ def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
     """
     if "type" in vision_config:
         return VISION_ENCODERS[vision_config["type"]].load()(vision_config)
+    trunk = vision_config["vision_cfg"].get("timm_model_name")
+    if trunk is not None and (not isinstance(trunk, str) or ":" in trunk or "/" in trunk):
+        raise VisionEncoderError(
+            f"timm_model_name is {str(trunk)[:80]!r}, and may only be a name that timm itself has: a configuration "
+            "does not make vlm fetch a model or read a folder."
+        )
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     # Otherwise timm would download ImageNet weights.

@@ -99,18 +99,22 @@ class RecordDataset(Dataset[dict[str, Any]]):
         return ", ".join(shown) + (f" and {len(indices) - most} more" if len(indices) > most else "")
 
 
-def load_dataset(path: Path, model: VLM, processor: VLMProcessor) -> RecordDataset:
+def load_dataset(path: Path, model: VLM, processor: VLMProcessor, media_root: Path | None = None) -> RecordDataset:
     """Read a file of records, check each record, and encode its text.
+
+    Args:
+        path: the file.
+        model: the model that learns them.
+        processor: of the model.
+        media_root: the folder that holds every image; None allows each path.
 
     Raises:
         DataError: listing every line that cannot be used.
     """
-    records = read_records(path)
+    records = read_records(path, media_root)
     encoder = RecordEncoder(processor, find_end_token(model, processor))
     budget = ContextBudget.of(model)
-    dataset = RecordDataset(
-        path.name, processor.image_processor.transform, MediaLoader(records.folder), sha256=records.sha256
-    )
+    dataset = RecordDataset(path.name, processor.image_processor.transform, records.loader(), sha256=records.sha256)
     ids: list[np.ndarray] = []
     is_target: list[np.ndarray] = []
     problems: list[Problem] = []

@@ -55,7 +55,12 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
     Raises:
         VLMError: if the model cannot be loaded, or no parameter would train.
     """
-    model, processor = load(job.model, trust_remote_code=job.trust_remote_code)
+    model, processor = load(
+        job.model,
+        trust_remote_code=job.trust_remote_code,
+        backbones=job.backbones,
+        allow_hosts=job.allow_hosts,
+    )
     stored = model.dtype
     composition = model.config.composition.to_dict()
     if settings.trainable is not None:
@@ -166,7 +171,7 @@ class _Run:
 
     def _read_data(self, model: VLM, processor: VLMProcessor) -> tuple[RecordDataset, RecordDataset | None]:
         files = [self.job.data, self.job.eval_data]
-        sets = [None if path is None else load_dataset(path, model, processor) for path in files]
+        sets = [None if path is None else load_dataset(path, model, processor, self.job.media_root) for path in files]
         for path, data in zip(files, sets, strict=True):
             if data is not None and data.split_lines:
                 self.listener.notify(

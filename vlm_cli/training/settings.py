@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,9 @@ class Job:
         overwrite: replace the output, and delete the checkpoints of an unfinished run.
         keep_checkpoints: keep the checkpoints after the output is written.
         trust_remote_code: run the language model's own code from the model's directory.
+        media_root: the folder that holds every image; None allows each path.
+        backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
+        allow_hosts: hosts that backbones may come from.
     """
 
     model: str
@@ -49,6 +53,9 @@ class Job:
     overwrite: bool = False
     keep_checkpoints: bool = False
     trust_remote_code: bool = False
+    media_root: Path | None = None
+    backbones: Mapping[str, str] | None = None
+    allow_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

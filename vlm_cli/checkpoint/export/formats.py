@@ -6,7 +6,7 @@ Importing this module does not import torch: `vlm export --help` lists the forma
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +168,8 @@ def export_model(
     source: str | None = None,
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
+    backbones: Mapping[str, str] | None = None,
+    allow_hosts: Collection[str] = (),
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
     **hub: Any,
@@ -181,6 +183,8 @@ def export_model(
         source: what the user called the model; None takes the location.
         max_shard_size: largest size of one weight file, such as "5GB".
         trust_remote_code: whether the language model's own code may run.
+        backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
+        allow_hosts: hosts that backbones may come from.
         overwrite: whether to replace a directory that vlm wrote.
         progress: called with the name of each step before it begins.
         hub: `revision`, … of Transformers' `from_pretrained`.
@@ -194,7 +198,8 @@ def export_model(
     chosen = find_format(name)
     settings = ExportSettings(name=out.name, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
     with reserved_directory(out, overwrite=overwrite):
-        model, processor = _load(chosen, location, source or location, trust_remote_code, progress, **hub)
+        places = {"backbones": backbones, "allow_hosts": allow_hosts}
+        model, processor = _load(chosen, location, source or location, trust_remote_code, places, progress, **hub)
         with replacing_directory(out, overwrite=overwrite) as partial:
             progress(f"exporting {name}")
             facts = chosen.write(model, processor, partial, settings)
@@ -209,6 +214,7 @@ def _load(
     location: str,
     source: str,
     trust_remote_code: bool,
+    places: Mapping[str, Any],
     progress: Callable[[str], None],
     **hub: Any,
 ) -> tuple[VLM, VLMProcessor]:
@@ -218,4 +224,4 @@ def _load(
     progress("reading the configuration")
     chosen.check(read_config(location, trust_remote_code=trust_remote_code, **hub))
     progress(f"loading {source}")
-    return load(location, trust_remote_code=trust_remote_code, **hub)
+    return load(location, trust_remote_code=trust_remote_code, **places, **hub)

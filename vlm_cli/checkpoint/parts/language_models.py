@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from vlm_cli.checkpoint.inside import check_folder, check_index
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
@@ -49,6 +50,7 @@ class LanguageModelSource:
         if other is not None:
             here = Path(other).expanduser()
             location = str(here) if here.exists() else other
+            check_folder(here)
             keywords = {"trust_remote_code": self.keywords.get("trust_remote_code", False)}
         advice = "Give one: --set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
         try:
@@ -74,6 +76,8 @@ class LanguageModelSource:
             LanguageModelError: if they cannot be fetched or read, or do not cover the model.
         UntrustedCodeError: if the model needs code that may not run.
         """
+        if "gguf_file" not in self.keywords:
+            check_index(self.location, self.keywords)
         try:
             loaded: Any = load_language_model(
                 self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **self.keywords
@@ -135,6 +139,7 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
         location, keywords = str(path.parent), {**keywords, "gguf_file": path.name}
     elif path.exists():
         location = str(path)
+        check_folder(path)
         if not (path / "config.json").is_file():
             raise LanguageModelError(
                 f"{options.name!r} is no language model: it has no config.json. Give a directory that "

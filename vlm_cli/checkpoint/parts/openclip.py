@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_cli.checkpoint.inside import check_folder
 from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
@@ -25,6 +26,7 @@ __all__ = [
     "find_openclip_tower",
     "load_openclip_tower",
     "openclip_files",
+    "published_address",
     "weights_in",
 ]
 
@@ -53,6 +55,7 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
         weights = PublishedWeights({"hf_hub": name.removeprefix("hf-hub:") + "/"})
     elif name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:")).expanduser()
+        check_folder(folder)
         data = _read_json(folder / "open_clip_config.json")
         path = weights_in(folder)
         weights = None if path is None else WeightsFile(path)
@@ -117,6 +120,13 @@ def _find_tag(name: str, tag: str) -> dict[str, Any]:
             f"{known}."
         )
     return dict(found)
+
+
+def published_address(name: str, tag: str | None) -> str | None:
+    """Return the address that OpenCLIP's own table has for a tag; None if it has none."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    return None if tag is None else get_pretrained_cfg(name, tag).get("url")
 
 
 def load_openclip_tower(tower: Tower) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_cli.checkpoint.inside import check_folder, read_index
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.errors import CheckpointError, first_line
 
@@ -62,6 +63,8 @@ class PublishedCheckpoint:
         path = Path(name).expanduser()
         if not name or not path.exists():  # Path("") is the working directory
             path = _fetch(name, revision, token)
+        if path.is_dir():
+            check_folder(path)
         files = [path] if path.is_file() else _weight_files(path, name)
         folder = path.parent if path.is_file() else path
         tensors: dict[str, TensorInfo] = {}
@@ -128,9 +131,7 @@ def _indexed_files(folder: Path, name: str, index: Path) -> list[Path]:
     Raises:
         CheckpointError: if a file is missing, or the index names a tensor that no file holds.
     """
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"the index {str(index)!r} names no tensors. Fetch it again.")
+    weight_map = read_index(index)
     files = [folder / file for file in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(

@@ -1,0 +1,207 @@
+"""Files that name other files and addresses: vlm follows none that leads where the user did not point."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import vlm_cli
+from tests.support import disk
+from tests.support.disk import run
+from vlm_cli.checkpoint.backbones import Backbone
+from vlm_cli.checkpoint.inside import check_folder, read_index, resolve_inside
+from vlm_cli.checkpoint.parts.openclip import published_address
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
+from vlm_cli.errors import CheckpointError, VisionEncoderError
+from vlm_cli.modeling.towers import build_tower
+
+OUTSIDE = ["/etc/passwd", "../secret", "a/../../secret", "a\\..\\..\\secret", "C:\\secret", "", "a\0b", None, 7]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """`lm`, `tower`, the full model `whole` and its delta."""
+    path = tmp_path_factory.mktemp("reach")
+    named = f"local-dir:{disk.tower(path / 'tower')}", str(disk.language_model(path / "lm"))
+    disk.write(path / "whole", disk.composition(*named, "mlp", "language-stream"))
+    assert run("export", path / "whole", path / "delta", "--format", "delta").exit_code == 0
+    return path
+
+
+@pytest.fixture
+def own(built, tmp_path) -> SimpleNamespace:
+    for name in ("lm", "whole", "delta"):
+        shutil.copytree(built / name, tmp_path / name)
+    return SimpleNamespace(folder=tmp_path, **{name: tmp_path / name for name in ("lm", "whole", "delta")})
+
+
+def change_backbone(delta: Path, part: str, **changes: object) -> None:
+    file = delta / "config.json"
+    config = json.loads(file.read_text())
+    config["backbones"][part].update(changes)
+    file.write_text(json.dumps(config))
+
+
+def shard(folder: Path, name: object, stem: str = "model") -> None:
+    """Make a directory's index name `name` for every tensor."""
+    names = load_file(folder / f"{stem}.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+    (folder / f"{stem}.safetensors").unlink()
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+# -- names inside a directory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out(tmp_path, name):
+    with pytest.raises(CheckpointError, match="may name only files inside of its directory"):
+        resolve_inside(tmp_path, name, named_by="x.json")
+
+
+def test_links_and_devices(tmp_path):
+    (tmp_path / "secret").write_text("x")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "in.bin").write_text("x")
+    (folder / "link.bin").symlink_to("in.bin")
+    (folder / "sub").mkdir()
+    (folder / "sub/a.bin").write_text("x")
+    for name in ("in.bin", "link.bin", "sub/a.bin", "missing.bin"):
+        assert resolve_inside(folder, name, named_by="x.json") == folder / name
+    check_folder(folder)
+    os.mkfifo(folder / "pipe.json")
+    with pytest.raises(CheckpointError, match="a pipe, socket or device"):
+        check_folder(folder)
+    (folder / "pipe.json").unlink()
+    for target in ("../secret", "/dev/zero", "../nothing"):
+        (folder / "out.json").symlink_to(target)
+        with pytest.raises(CheckpointError, match="is a link that leads out of its directory"):
+            check_folder(folder)
+        (folder / "out.json").unlink()
+
+
+def test_the_links_of_the_hubs_cache(tmp_path):
+    snapshot = tmp_path / "models--org--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--name/blobs").mkdir()
+    (tmp_path / "models--org--name/blobs/1").write_text("x")
+    (snapshot / "a.json").symlink_to("../../blobs/1")
+    check_folder(snapshot)
+    (snapshot / "b.json").symlink_to("../../../other")
+    (tmp_path / "other").write_text("x")
+    with pytest.raises(CheckpointError, match="leads out"):
+        check_folder(snapshot)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../lm/model.safetensors", "pipe"])
+def test_no_loader_follows_an_index_that_leads_out(own, name):
+    for folder, stem in ((own.whole, "model"), (own.lm, "model"), (own.delta, "delta")):
+        os.mkfifo(folder / "pipe")
+        shard(folder, name, stem)
+    words = "pipe, socket or device" if name == "pipe" else "may name only files inside"
+    for folder in (own.whole, own.delta):
+        result = run("generate", "hi", "-m", folder)
+        assert result.exit_code == 1 and words in result.stderr
+    with pytest.raises(CheckpointError, match=words):
+        PublishedCheckpoint.open(str(own.lm))
+    result = run("build", own.folder / "out", "--config", own.whole / "composition.yaml", "--language-model", own.lm)
+    assert result.exit_code == 1 and words in result.stderr
+
+
+def test_an_index_of_the_directory_is_read(own):
+    names = load_file(own.whole / "model.safetensors")
+    (own.whole / "part.safetensors").write_bytes((own.whole / "model.safetensors").read_bytes())
+    shard(own.whole, "part.safetensors")
+    assert read_index(own.whole / "model.safetensors.index.json").keys() == names.keys()
+    vlm_cli.load(str(own.whole))
+
+
+def test_a_configuration_fetches_no_tower():
+    for name in ("hf-hub:org/name", "local-dir:/etc", 7):
+        with pytest.raises(VisionEncoderError, match="may only be a name that timm itself has"):
+            build_tower({"embed_dim": 8, "vision_cfg": {"timm_model_name": name}})
+
+
+# -- backbones ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.pt", "http://example.com/a.pt", "file:///etc/passwd", "data:,x"])
+def test_an_address_of_a_delta_is_not_fetched(own, url, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a name was looked up"))
+    change_backbone(own.delta, "vision_encoder", kind="url", location=url)
+    result = run("generate", "hi", "-m", own.delta)
+    assert result.exit_code == 1 and "not in OpenCLIP's table" in result.stderr
+    assert "--backbone vision_encoder=PATH" in result.stderr
+
+
+def test_the_table_of_openclip_is_no_strangers():
+    address = published_address("ViT-B-32", "openai")
+    assert address is not None and address.startswith("https://openaipublic.")
+    assert published_address("ViT-B-32", None) is None and published_address("nothing", "openai") is None
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"kind": "hub", "location": "/etc", "revision": "a" * 40}, "no id of a hub repository"),
+        ({"kind": "hub", "location": "../etc", "revision": "a" * 40}, "no id of a hub repository"),
+        ({"kind": "hub", "location": "org/name", "revision": "main"}, "no commit of 40"),
+        ({"kind": "path", "location": "secret"}, "no absolute path"),
+        ({"kind": "path", "location": "//server/share/a.pt"}, "no absolute path"),
+        ({"kind": "path", "location": "/proc/self/environ"}, "no absolute path"),
+        ({"kind": "path", "location": "/dev/zero"}, "no absolute path"),
+        ({"kind": "package", "location": "http://example.com"}, "is an address"),
+        ({"kind": "other", "location": "x"}, "none of hub, path, url, package"),
+        ({"kind": "path", "location": 7}, "'location' is '7'"),
+        ({"kind": "path", "location": "/a", "x": 1}, "'x' is unknown"),
+        ({"kind": "path"}, "'location' is missing"),
+        ({"kind": "path", "location": "/a", "bytes": -1}, "negative"),
+        ("path", "it is no object"),
+    ],
+)
+def test_records_of_backbones(record, words):
+    with pytest.raises(CheckpointError, match=words):
+        Backbone.read("d", "vision_encoder", {"name": "x", **record} if isinstance(record, dict) else record)
+
+
+def test_the_user_names_a_backbone(own, built):
+    change_backbone(own.delta, "vision_encoder", kind="url", location="http://127.0.0.1:1/a.pt")
+    result = run("generate", "hi", "-m", own.delta, "-n", 2, "--backbone", f"vision_encoder={built / 'tower'}")
+    assert result.exit_code == 0, result.stderr
+    for value in ("tower", "fusion=x", "vision_encoder="):
+        result = run("generate", "hi", "-m", own.delta, "--backbone", value)
+        assert result.exit_code == 2 and "--backbone expects" in result.stderr
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_media_root_confines_every_command(own, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
+    Image.new("RGB", (32, 32), "blue").save(root / "in.png")
+    (root / "link.png").symlink_to("../secret.png")
+    model = ["-m", own.whole, "-n", 1, "--media-root", root]
+    for source in (tmp_path / "secret.png", root / "link.png", root / "../secret.png", "/etc/nothing"):
+        result = run("generate", f"<image:{source}>A", *model)
+        assert result.exit_code == 1 and "leads out of the media root" in result.stderr
+    assert run("generate", f"<image:{root / 'in.png'}>A", *model).exit_code == 0
+    rows = [{"prompt": f"<image:{x}>A", "completion": " B."} for x in ("in.png", "link.png", "../secret.png")]
+    data = root / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "answers.jsonl"
+    assert run("batch", data, *model, "-o", out).exit_code == 1
+    errors = ["error" in json.loads(line) for line in out.read_text().splitlines()]
+    assert errors == [False, True, True]
+    for command in (("eval", own.whole, "-d", data), ("train", own.whole, "-d", data, "-o", tmp_path / "trained")):
+        result = run(*command, "--media-root", root)
+        assert result.exit_code == 1 and result.stderr.count("leads out of the media root") == 2
