@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import vlm_cli.checkpoint.directory as directory
-from tests.support import ROOT
+from tests.support import ROOT, command
 from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
@@ -553,17 +553,16 @@ def long_run(open_gates, folder):
     return [*words, "--workers", "1", "-o"]
 
 
-def test_a_killed_process_loses_and_repeats_no_row(environment, vlm, long_run, folder):
+def test_a_killed_process_loses_and_repeats_no_row(vlm, long_run, folder):
     out, partial = folder / "out.jsonl", partial_of(folder / "out.jsonl")
-    command = [sys.executable, "-m", "vlm_cli", *long_run, str(out)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = command.start(*long_run, out)
     deadline = time.monotonic() + 100
     while not partial.exists() or partial.read_bytes().count(b"\n") < 5:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and partial.exists() and not out.exists()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and partial.exists() and not out.exists()
     result = vlm(*long_run, out, "-b", 32)
     assert result.exit_code == 0 and "Resuming after" in result.stderr
     assert vlm(*long_run, folder / "whole.jsonl", "-b", 32).exit_code == 0

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlm_cli
 from tests.support import seed_torch, tiny
+from tests.support.grid import grid
 from tests.support.tiny import IMAGE
 from vlm_cli.errors import LanguageModelLimit, VLMError
 from vlm_cli.modeling import acceleration
@@ -107,8 +108,7 @@ def test_int8_linear(shape, dtype):
     assert error.max() < linear.weight.abs().max() * (1 / 254 + 1 / 256)
 
 
-@each_language_model
-@pytest.mark.parametrize("fusion", ["cross-attention", "language-stream"])
+@grid(language_model=tiny.LANGUAGE_MODELS, fusion=["cross-attention", "language-stream"])
 def test_int8_answers_nearly_the_same(language_model, fusion):
     model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
     inputs = tiny.batch(model, (2, 2))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 
 from tests.support import reference, tiny
+from tests.support.grid import grid
 from tests.support.invariants import (
     NO_CHUNKED_GENERATE,
     bare,
@@ -135,8 +136,7 @@ def test_media_that_no_mask_hides_are_noticed(fusion):
 # -- 5: decoding a batch agrees with one row at a time -----------------------------------------------------------------
 
 
-@each_fusion
-@pytest.mark.parametrize("language_model", ["gpt2", "llama", "mpt", "mamba2", "falcon_h1"])
+@grid(fusion=tiny.FUSIONS, language_model=["gpt2", "llama", "mpt", "mamba2", "falcon_h1"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generating_a_batch_agrees_with_one_row_at_a_time(fusion, language_model, num_beams):
     model = opened(fusion=fusion, language_model=language_model)

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.support import seed_torch, tiny
+from tests.support.grid import grid
 from tests.support.tiny import IMAGE
 from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow, Reuse
 from vlm_cli.modeling.vlm import VLM
 
 NEW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 #: Language models whose state is more than keys and values by position.
 NOT_KEPT = {"mamba", "mamba2", "jamba", "zamba2", "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "openai-gpt"}
 
@@ -136,8 +136,7 @@ def test_shots_that_rows_share_are_read_once(model, pool, lengths):
     assert torch.equal(found, model.generate(**other, **NEW)) and cache.reused == shared
 
 
-@each_fusion
-@pytest.mark.parametrize("language_model", tiny.LANGUAGE_MODELS)
+@grid(language_model=tiny.LANGUAGE_MODELS, fusion=tiny.FUSIONS)
 def test_every_language_model_answers_the_same(language_model, fusion):
     model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
     inputs = tiny.row(model, 2, 12)

@@ -25,6 +25,7 @@ from benchmarks.compatibility.towers import (
     towers,
 )
 from tests.support import tiny
+from tests.support.grid import grid
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.modeling.towers import build_tower, find_image_size, find_tower_shape, patch_features
@@ -68,8 +69,7 @@ def test_a_wrong_declaration_fails_the_tower(monkeypatch: pytest.MonkeyPatch) ->
 # -- towers without their weights ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", tiny.VISION)
-@pytest.mark.parametrize("layer", [-1, -2])
+@grid(kind=tiny.VISION, layer=[-1, -2])
 def test_materialized_towers_run(kind: str, layer: int) -> None:
     config = copy.deepcopy(tiny.VISION[kind])
     if "timm_model_name" not in config["vision_cfg"] and kind != "resnet":

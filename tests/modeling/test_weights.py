@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tests.support import tiny
+from tests.support.grid import grid
 from tests.support.invariants import (
     bare,
     check_saved,
@@ -217,9 +218,7 @@ def test_added_tokens_start_at_the_mean(language_model):
 # -- numbers of half the width -----------------------------------------------------------------------------------------
 
 
-@each_fusion
-@pytest.mark.parametrize("language_model", ["llama", "opt", "falcon_h1"])
-@pytest.mark.parametrize("tokenizer", tiny.TOKENIZERS)
+@grid(tokenizer=tiny.TOKENIZERS, fusion=tiny.FUSIONS, language_model=["llama", "opt", "falcon_h1"])
 def test_bfloat16_runs(fusion, language_model, tokenizer):
     model = opened(fusion=fusion, language_model=language_model, tokenizer=tokenizer)
     model = copy.deepcopy(model).to(torch.bfloat16)  # the tower is shared

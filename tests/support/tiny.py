@@ -368,13 +368,16 @@ def nudged(parameter: nn.Parameter | Tensor, by: float = 0.5, at: int = 0) -> It
         flat[at] = before
 
 
-def covering() -> list[tuple[str, str, str, str]]:
-    """(vision, tokenizer, fusion, language model): each encoder and each tokenizer with every fusion, and each language
-    model with two of them."""
-    vision, tokenizers, left_out = map(itertools.cycle, (VISION, TOKENIZERS, reversed(FUSIONS)))
+def covering(fusions_each: int = 2) -> list[tuple[str, str, str, str]]:
+    """Compositions that cover all parts: (vision, tokenizer, fusion, language model).
+
+    The first of them have each language model once, each tokenizer with every fusion, and each encoder with several.
+    With two fusions for each language model, each encoder has every fusion.
+    """
+    fusions = list(FUSIONS)
+    parts = list(zip(itertools.cycle(VISION), itertools.cycle(TOKENIZERS), LANGUAGE_MODELS, strict=False))
     return [
-        (v, t, fusion, lm)
-        for lm, v, t, other in zip(LANGUAGE_MODELS, vision, tokenizers, left_out, strict=False)
-        for fusion in FUSIONS
-        if fusion != other
+        (vision, tokenizer, fusions[(turn - i) % len(fusions)], language_model)
+        for turn in range(fusions_each)
+        for i, (vision, tokenizer, language_model) in enumerate(parts)
     ]

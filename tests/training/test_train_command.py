@@ -24,6 +24,7 @@ from typer.testing import Result
 
 import vlm_cli.modeling.vlm
 from tests.support import ROOT
+from tests.support.command import start
 from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, losses, metrics, write
 from vlm_cli import load
 from vlm_cli.training import output as output_module
@@ -186,18 +187,13 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     uninterrupted = losses(out)
     weights = load_file(out / "model.safetensors")
     out.rename(tmp_path / "first")
-    command = ["-m", "vlm_cli", "train", cross_attention, "--data", folder / "train.jsonl", "--output", out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        list(map(str, [sys.executable, *command, *STEPS, *options])), env=environment, stderr=subprocess.DEVNULL
-    )
+    process = start("train", cross_attention, "--data", folder / "train.jsonl", "--output", out, *STEPS, *options)
     mark = tmp_path / "out.checkpoints/checkpoint-6/complete.json"
-    for _ in range(1200):
-        if mark.exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
+    deadline = time.monotonic() + 60
+    while process.is_alive() and not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert mark.exists() and not out.exists()
     # As if it had been killed while it wrote the next one.
     broken = mark.parents[1] / "checkpoint-11"
