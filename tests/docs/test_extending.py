@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from examples import tiny_language_model
 from tests.support import ROOT
 from tests.support.markdown import blocks
+from tests.support.packages import packages_in
+from tests.support.sessions import run_python
 from vlm_cli import composition
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -36,30 +38,16 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_python(code: str, path: Path, *arguments: str) -> str:
-    """What a fresh interpreter prints, where it finds what lies in `path`."""
-    found = os.pathsep.join([str(path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=path, env={**os.environ, "PYTHONPATH": found}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_outside_parts_compose_and_run(packages: Path) -> None:
-    runpy.run_path(str(ROOT / "examples" / "tiny_language_model.py"))["make"](packages / "tiny-lm")
-    session = "".join(blocks(EXTENDING, "pycon"))
-    assert session.count(">>>") > 10
-    code = """
-import doctest, sys
-test = doctest.DocTestParser().get_doctest(sys.argv[1], {}, "extending.md", None, 0)
-runner = doctest.DocTestRunner()
-runner.run(test)
-sys.exit(runner.failures)
-"""
-    run_python(code, packages, session)
+def test_outside_parts_compose_and_run(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_language_model.make(packages / "tiny-lm")
+    assert EXTENDING.count(">>>") > 10
+    monkeypatch.chdir(packages)
+    with packages_in(packages):
+        run_python(EXTENDING, "extending.md")
 
 
 def test_outside_parts_are_listed_without_torch(packages: Path) -> None:
+    """In a new interpreter, which has imported nothing."""
     code = """
 import sys
 from vlm_cli.cli.app import app
@@ -67,7 +55,11 @@ from typer.testing import CliRunner
 print(CliRunner().invoke(app, ["list"]).output)
 assert "torch" not in sys.modules
 """
-    printed = run_python(code, packages)
+    found = os.pathsep.join([str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": found}
+    done = subprocess.run(command, cwd=packages, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout
     assert "averages of neighbouring patches" in printed and "one token per medium" in printed
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import vlm_cli.registry
 from tests.support import ROOT, invariants, tiny
+from tests.support.packages import forget_packages
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, list_towers, load_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, PluginError, UnknownNameError, VisionEncoderError
@@ -27,10 +28,9 @@ from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import find_tower_shape, patch_features
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, RegisteredPart
+from vlm_cli.registry import VISION_ENCODERS, VISION_TOKENIZERS, RegisteredPart
 
 PLUGIN = ROOT / "examples" / "plugin"
-REGISTRIES = (VISION_ENCODERS, VISION_TOKENIZERS, FUSIONS)
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,9 @@ def plugin() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(PLUGIN)
         patch.setattr(vlm_cli.registry, "entry_points", lambda group: [x for x in points if x.group == group])
-        forget()
+        forget_packages()
         yield
-    forget()
-
-
-def forget() -> None:
-    """Let the registries look for packages again."""
-    for registry in REGISTRIES:
-        registry.__dict__.pop("_points", None)
+    forget_packages()
 
 
 MODELS = (

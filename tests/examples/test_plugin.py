@@ -65,12 +65,14 @@ def run(folder: Path, *commands: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def built(scratch: Path) -> Path:
-    """A model of all three parts of the plugin."""
+def printed(scratch: Path) -> str:
+    """What the commands print that build a model `built` of all three parts of the plugin, show it and ask it."""
     parts = "--vision-encoder conv-patches --vision-tokenizer grid-pooling --fusion running-mean"
     own = "--set vision_encoder.depth=1 --set vision_encoder.image_size=64 --set vision_tokenizer.side=3"
-    run(scratch, f"build built {parts} {own} --language-model tiny-lm --quiet")
-    return scratch / "built"
+    build = f"build built {parts} {own} --language-model tiny-lm --quiet"
+    picture = ROOT / "examples" / "images" / "cat.jpg"
+    ask = f"generate --model built --image {picture} --json -n 4 Look"
+    return run(scratch, build, "list vision-encoders conv-", "inspect built", "count-params built --markdown", ask)
 
 
 def test_installed_parts_are_listed(scratch: Path) -> None:
@@ -79,10 +81,7 @@ def test_installed_parts_are_listed(scratch: Path) -> None:
     assert re.search(r"^ *running-mean +adds the mean", printed, re.MULTILINE)
 
 
-def test_an_installed_model_is_shown_and_counted_and_answers(built: Path) -> None:
-    picture = ROOT / "examples" / "images" / "cat.jpg"
-    ask = f"generate --model built --image {picture} --json -n 4 Look"
-    printed = run(built.parent, "list vision-encoders conv-", "inspect built", "count-params built --markdown", ask)
+def test_an_installed_model_is_shown_and_counted_and_answers(printed: str) -> None:
     assert re.search(r"^ *conv-patches\b", printed, re.MULTILINE)
     assert re.search(r"conv-patches \(ConvPatches.*\n.*grid-pooling \(side=3\)\n.*running-mean", printed)
     assert re.search(r"vision_x +\(B, T_img, F, 3, 64, 64\)\n +features +\(B, T_img, F, 16, 64\)\n", printed)
@@ -91,7 +90,9 @@ def test_an_installed_model_is_shown_and_counted_and_answers(built: Path) -> Non
     assert json.loads(printed[printed.index("\n{") :])["text"]
 
 
-def test_without_the_package_the_message_names_what_is_missing(built: Path) -> None:
+@pytest.mark.usefixtures("printed")
+def test_without_the_package_the_message_names_what_is_missing(scratch: Path) -> None:
+    built = scratch / "built"
     result = CliRunner().invoke(app, ["inspect", str(built)])
     assert result.exit_code == 1
     assert (
