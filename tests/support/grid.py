@@ -24,3 +24,9 @@ def grid(**axes: Collection[Any]) -> pytest.MarkDecorator:
             for values in itertools.product(*axes.values())
         ],
     )
+
+
+def first_of(values: Collection[Any]) -> list[Any]:
+    """Values to parametrize a test with. It runs on the first; on the others it has the marker `matrix`."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.matrix) for value in others)]

@@ -21,6 +21,7 @@ from timm.models.eva import Eva
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, OPTForCausalLM, T5Config
 
+from tests.support.grid import first_of
 from tests.support.published import (
     SIZE,
     VOCABULARY,
@@ -364,7 +365,7 @@ OPT = {
 }
 
 
-@pytest.mark.parametrize("name", OPT)
+@pytest.mark.parametrize("name", first_of(OPT))
 def test_published_sizes(name):
     """Sizes of https://huggingface.co/Salesforce/blip2-opt-2.7b and -6.7b; all others are Transformers' defaults."""
     width, dim_ff, depth, num_heads, trainable = OPT[name]

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.support.grid import first_of
 from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, rewrite, rewrite_config, shapes_of
 from tests.support.tiny import nudged, stir
 from vlm_cli.checkpoint.create import configure
@@ -517,7 +518,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", first_of(PUBLISHED))
 def test_published_sizes(name):
     given, text, millions = PUBLISHED[name]
     data = {**config(resampler_depth=6, resampler_num_latents=64, xattn_every=1, xattn_ff_mult=4), **given}

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from tests.support.grid import grid
 from tests.support.llava import IMAGE, config, huggingface
 from tests.support.published import (
     SIZE,
@@ -313,8 +314,7 @@ def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("layout", ["Hugging Face", "original"])
+@grid(size=SIZES, layout=["Hugging Face", "original"])
 def test_published_sizes(size, layout):
     """Sizes of https://huggingface.co/liuhaotian/llava-v1.5-7b and -13b; llava-hf's tables have 64 more rows."""
     projector, total = SIZES[size]
