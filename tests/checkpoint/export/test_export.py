@@ -23,6 +23,7 @@ from transformers import (
 import vlm_cli
 from tests.support import disk, tiny
 from tests.support.disk import run
+from tests.support.grid import first_of
 from vlm_cli.checkpoint.export import programs
 from vlm_cli.checkpoint.export.agreement import check_agreement
 from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava
@@ -99,6 +100,7 @@ def test_the_vision_side_is_a_program_for_any_batch(folder, tmp_path):
     assert (program(pixels + 0.01) - wanted).abs().max() > 1e-4
 
 
+@pytest.mark.matrix
 def test_a_program_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     class Other:
         def module(self):
@@ -110,6 +112,7 @@ def test_a_program_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.matrix
 def test_a_tower_whose_batch_is_fixed_says_so(folder, tmp_path, monkeypatch):
     real = torch.export.export
 
@@ -266,7 +269,7 @@ def test_an_unknown_format(folder, tmp_path):
     assert result.exit_code == 2 and "unknown format 'lava'. Did you mean 'llava'?" in result.stderr
 
 
-@pytest.mark.parametrize("kind", ["language-model", "torch-export"])
+@pytest.mark.parametrize("kind", first_of(["language-model", "torch-export"]))
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, kind):
     """Safetensors says so with an error of its own; torch's writer of programs would end the process."""
 
