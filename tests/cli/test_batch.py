@@ -20,6 +20,7 @@ from PIL import Image
 
 import vlm_cli.checkpoint.directory as directory
 from tests.support import ROOT, command
+from tests.support.grid import grid
 from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
@@ -112,12 +113,10 @@ def asked(monkeypatch):
 # -- the same answers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [(), ("--stop", "e"), ("--repetition-penalty", 1.5), ("--num-beams", 2, "--num-return-sequences", 2)],
-    ids=lambda flags: (flags or ("greedy",))[0],
+@grid(
+    flags=[(), ("--stop", "e"), ("--repetition-penalty", 1.5), ("--num-beams", 2, "--num-return-sequences", 2)],
+    model=["open_gates", "kosmos"],
 )
-@pytest.mark.parametrize("model", ["open_gates", "kosmos"])
 def test_a_batch_answers_as_one_by_one(request, vlm, answer, folder, model, flags):
     model = request.getfixturevalue(model)
     _, written = answer(PROMPTS, *flags, model=model)

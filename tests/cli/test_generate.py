@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import copy
+import functools
 import json
 import re
 import shutil
@@ -12,11 +14,26 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM, load
 from vlm_cli.cli.stream import TextStream
 from vlm_cli.generation.plan import cut_at_stop
 
 PROMPT = "<image>The cat"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """Commands of this module share what they load. Each has a copy of the model, since some change it."""
+    read = functools.cache(directory.load)
+
+    def load_copy(*arguments, **keywords):
+        model, processor = read(*arguments, **keywords)
+        return copy.deepcopy(model), processor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "load", load_copy)
+        yield
 
 
 @pytest.fixture
