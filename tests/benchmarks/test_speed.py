@@ -15,12 +15,13 @@ from benchmarks.speed.measure import Pairs, Skipped, Subject, alternate, compare
 from benchmarks.speed.models import SIZES, Models, Prompt
 from benchmarks.speed.question import Question, Settings, answer
 from benchmarks.speed.results import Bar, Report, page
+from tests.support.grid import first_of
 
 ROW = {"size", "case", "ours", "peer", "unit", "ours_median", "peer_median", "ratio", "low", "high", "pairs", "skipped"}
 FACTS = {"date", "commit", "versions", "cpu", "weights", "question", "command", "settings", "rows", "bars", "seconds"}
 
 
-@pytest.mark.parametrize("question", [encode.QUESTION, decode.QUESTION], ids=lambda question: question.name)
+@pytest.mark.parametrize("question", first_of([encode.QUESTION, decode.QUESTION]), ids=lambda question: question.name)
 def test_a_quick_run_writes_its_results(question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = decode.variants
     monkeypatch.setattr(  # to compile takes longer than all the rest
