@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import vlm_cli
+from tests.support.grid import first_of
 from vlm_cli.checkpoint.parts.vision_encoders import list_towers
 from vlm_cli.report.encoders import EncoderFacts, store_facts
 
@@ -76,7 +77,7 @@ def test_an_unknown_command_and_option_are_wrong_usage(vlm):
     assert result.exit_code == 2 and "--json" in result.stderr
 
 
-@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell_name", first_of(["bash", "zsh", "fish"]))
 def test_completion_is_shown(shell, environment, shell_name):
     environment = environment | {"SHELL": f"/bin/{shell_name}", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [*VLM, "--show-completion", shell_name]
