@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,9 @@ __all__ = ["quiet_libraries", "silence_libraries"]
 
 _LOGGERS = ("", "open_clip", "torch.utils.cpp_extension")  # "" is the root logger, to which OpenCLIP writes
 
+#: Advice of `torch.load` about files that it then refuses: to report them to torch's authors, or to run their code.
+_TORCH_ADVICE = "Detected pickle protocol|'torch.load' received a zip file"
+
 
 def silence_libraries() -> None:
     """Silence other libraries until the program ends, as each command does."""
@@ -21,6 +25,7 @@ def silence_libraries() -> None:
         transformers_logging.disable_progress_bar()
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=_TORCH_ADVICE)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support.hub_server import serving
 from vlm_cli import VLM, VLMProcessor
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.errors import UntrustedCodeError
+from vlm_cli.quiet import silence_libraries
 
 #: Runs as `import evil` or as a pickle; leaves a file behind.
 EVIL = """
@@ -324,6 +326,19 @@ def test_the_pickle_works(tmp_path, marker):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("kind", ["pickle", "script"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.torch.jit")
+def test_no_advice_of_torch_reaches_the_terminal(tmp_path, marker, kind):
+    write_weights(tmp_path / "x.pt", marker, kind)
+    for silence, count in ((lambda: None, 1), (silence_libraries, 0)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            silence()
+            with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+                read_torch_file(tmp_path / "x.pt")
+        assert len(told) == count
+
+
 def test_no_model_of_transformers_for_the_text_of_a_tower(hostile, made, marker, tmp_path):
     """OpenCLIP would load the configuration that `hf_model_name` names, and ask whether to run its code."""
     lm = hostile("lm", lambda folder: edit(folder / "config.json", **OWN_TYPE))
@@ -373,3 +388,14 @@ def test_no_code_from_the_hub(hostile, made, marker, tmp_path):
     assert not marker.exists() and not fetched
     assert answer.returncode == 1 and "tokenizer_config.json asks for evil.Thing (auto_map)" in answer.stderr
     assert built.returncode == 1 and "config.json asks for evil.Thing (auto_map)" in built.stderr
+
+
+def test_no_library_asks_on_stdin(tmp_path):
+    """`main` takes `input` away; the chat, which reads what a user types, has kept it."""
+    script = "import sys; from vlm_cli.cli import app, chat; kept = chat._read_line; sys.argv = ['vlm', '--version']\n"
+    script += "app.main()\nprint(kept())\ntry:\n    input('[y/N]')\nexcept app.VLMError as error:\n    print(error)\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, input="typed\ny\n", capture_output=True, text=True, timeout=60
+    )
+    assert "typed\na library wanted to ask a question on stdin" in done.stdout, done.stderr
