@@ -172,7 +172,9 @@ def _read(location: str | Path, file: str, keywords: Mapping[str, Any]) -> dict[
     hub = {key: keywords[key] for key in HUB_ARGUMENTS if key in keywords}
     try:
         path = cached_file(str(location), file, _raise_exceptions_for_missing_entries=False, **hub)
-        data = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        if path is None or not Path(path).is_file():  # a pipe or a device would hold the command for ever
+            return {}
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
