@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.hardening.attempt import faults, run_all
+from tests.hardening.attempt import Attempt, faults, run_all
 from tests.hardening.subjects import KINDS, Workshop, attempts
 
-#: Cases of each kind in the fast tests; a case costs 20 to 100 ms.
-FEW = {"image": 40, "composition": 30, "weights": 30, "directory": 40, "eval": 15, "batch": 15, "train": 4}
+#: Cases of each kind in the fast tests; a case costs 20 to 100 ms, and one of a language model more.
+FEW = {"image": 30, "composition": 25, "weights": 20, "directory": 25, "delta": 10, "eval": 10, "batch": 10}
+FEW_OF_OTHERS = 4
+#: What is not mended, by the kind of file: a fault that a case of this kind may have, and why.
+NO_MANIFEST = "no manifest says which bytes a directory had, so another number is another model"
+WORDS = "the words of a library, where a value is not compared with a schema"
+KNOWN: dict[str, dict[str, str]] = {
+    "directory": {"silent": NO_MANIFEST, "unforeseen": WORDS},
+    "delta": {"silent": NO_MANIFEST, "unforeseen": WORDS},
+    "language-model-config": {"unforeseen": WORDS},
+    "language-model-tokenizer": {"unforeseen": WORDS},
+}
 MANY = 300  # in the long tests
 
 
@@ -19,9 +31,9 @@ def attack(shop: Workshop, kind: str, seed: int, count: int, folder: Path) -> No
     cases = list(attempts(shop, kind, [f"{kind} {seed} {i}" for i in range(count)], folder))
     whole, *outcomes = run_all(cases)
     assert whole.code == 0, whole
-    wrong = []
+    wrong, known = [], KNOWN.get(kind, {})
     for case, outcome in zip(cases[1:], outcomes, strict=True):
-        if found := faults(case, outcome, whole):
+        if found := [fault for fault in faults(case, outcome, whole) if fault not in known]:
             message = (outcome.stderr.strip().splitlines() or [""])[-1][:200]
             wrong.append(f"{case.name}: {', '.join(found)}: exit code {outcome.code}, {message!r}")
     spent = sum(outcome.cpu_seconds for outcome in outcomes)
@@ -29,14 +41,28 @@ def attack(shop: Workshop, kind: str, seed: int, count: int, folder: Path) -> No
     assert not wrong, f"{len(wrong)} of {count} cases went wrong:\n" + "\n".join(wrong)
 
 
-@pytest.mark.xfail(strict=False, reason="the commands are being mended")
 @pytest.mark.parametrize("kind", KINDS)
 def test_few(shop: Workshop, kind: str, hardening_seed: int, tmp_path: Path) -> None:
-    attack(shop, kind, hardening_seed, FEW.get(kind, 12), tmp_path)
+    attack(shop, kind, hardening_seed, FEW.get(kind, FEW_OF_OTHERS), tmp_path)
 
 
-@pytest.mark.xfail(strict=False, reason="the commands are being mended")
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 def test_many(shop: Workshop, kind: str, hardening_seed: int, tmp_path: Path) -> None:
     attack(shop, kind, hardening_seed + 1, MANY, tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason=NO_MANIFEST)
+def test_an_edited_configuration_does_not_change_the_answer_in_silence(shop: Workshop, tmp_path: Path) -> None:
+    edited = Path(shutil.copytree(shop.folder / "model", tmp_path / "edited"))
+    config = json.loads((edited / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 3.0
+    (edited / "config.json").write_text(json.dumps(config))
+    words = ["<image>What?", "-i", str(shop.folder / "images/a.png"), "-n", "8"]
+    cases = [
+        Attempt(str(model), [["generate", "-m", str(model), *words]], tmp_path)
+        for model in (shop.folder / "model", edited)
+    ]
+    whole, outcome = run_all(cases)
+    assert whole.code == 0
+    assert "silent" not in faults(cases[1], outcome, whole)

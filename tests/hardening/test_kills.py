@@ -79,7 +79,6 @@ def kill(job: Job, whole: Whole, number: signal.Signals, seed: str, folder: Path
     return [f"{seed}, {number.name} after {delay:.3f} of {whole.seconds:.3f} s: {problem}" for problem in found]
 
 
-@pytest.mark.xfail(strict=False, reason="signals are being mended")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_run_that_is_killed_once(
     name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
@@ -88,7 +87,6 @@ def test_a_run_that_is_killed_once(
     assert kill(jobs[name], whole(name), number, f"{name} {hardening_seed}", tmp_path) == []
 
 
-@pytest.mark.xfail(strict=False, reason="signals are being mended")
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", [*COMMANDS, "eval"])
 def test_runs_that_are_killed_at_random_moments(
