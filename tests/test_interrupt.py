@@ -167,7 +167,8 @@ def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:
 
 def test_a_second_signal_while_the_first_cleans_ends_the_process() -> None:
     place = "with at_signal(press):\n    press()"
-    assert run(signal.SIGINT, place).returncode == 130
+    result = run(signal.SIGINT, place)
+    assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
 
 
 def test_actions_of_closed_blocks_are_forgotten() -> None:

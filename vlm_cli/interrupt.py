@@ -118,6 +118,7 @@ def _end(number: int, frame: Any) -> None:
 
 
 def _end_without_cleaning(number: int, frame: Any) -> NoReturn:
+    _tell(describe_signal(number))
     os._exit(128 + number)
 
 
