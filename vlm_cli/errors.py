@@ -26,6 +26,7 @@ rows, pages and answers of a server are for other people; they hold `public` ins
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any, ClassVar
@@ -47,6 +48,7 @@ __all__ = [
     "UsageError",
     "VLMError",
     "VisionEncoderError",
+    "explain_reading",
     "first_line",
 ]
 
@@ -167,6 +169,36 @@ class TrainingError(VLMError):
     """A training run that cannot continue."""
 
     public_default = "the training run cannot continue."
+
+
+#: Errors of Python that speak of a program's variables, and not of a user's files.
+_OF_PROGRAMS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+)
+_OF_PROGRAMS_TOO = re.compile(
+    r"values? to unpack|invalid literal for|could not convert|integer string conversion|is not a valid|"
+    r"must be (real|str|int|bool|float|a (list|dict|tuple|str|string|number))|expected (str|int|float|bool|list|dict)"
+)
+
+
+def explain_reading(error: BaseException) -> str:
+    """Say in words why files of a model cannot be used, when another library's code failed on what they hold.
+
+    >>> explain_reading(ValueError("no such thing"))
+    'no such thing'
+    >>> explain_reading(TypeError("object of type 'NoneType' has no len()"))
+    'a value in its files is missing, or is of a kind that does not belong there'
+    """
+    if isinstance(error, _OF_PROGRAMS) or _OF_PROGRAMS_TOO.search(str(error)):
+        return "a value in its files is missing, or is of a kind that does not belong there"
+    return first_line(error)
 
 
 def first_line(error: BaseException) -> str:

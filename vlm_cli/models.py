@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_cli.composition import FAMILIES, Composition, read_file
 from vlm_cli.composition.request import CompositionRequest
-from vlm_cli.errors import CompositionError, LanguageModelError, UnknownNameError, UsageError
+from vlm_cli.errors import (
+    CheckpointError,
+    CompositionError,
+    LanguageModelError,
+    PluginError,
+    UnknownNameError,
+    UsageError,
+    explain_reading,
+)
 from vlm_cli.registry import suggest
 
 if TYPE_CHECKING:
@@ -177,6 +185,7 @@ def load_meta_model(
 
     from vlm_cli.checkpoint.create import plan
     from vlm_cli.checkpoint.directory import read_config, read_generation_config
+    from vlm_cli.checkpoint.size_limits import limited_size
     from vlm_cli.modeling.config import stored_dtype
     from vlm_cli.modeling.vlm import VLM
 
@@ -186,8 +195,16 @@ def load_meta_model(
         return blueprint.meta_model, dtype, blueprint.processor if blueprint.tokenizer else None
     hub = hub_arguments(revision)
     config = read_config(chosen, trust_remote_code=trust_remote_code, **hub)
-    with torch.device("meta"):
-        model = VLM(config)
+    try:
+        with limited_size(repr(chosen)), torch.device("meta"):
+            model = VLM(config)
+    except (CheckpointError, PluginError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json of {chosen!r} describes no model that can be built. Check its composition, text_config and "
+            f"vision_config: {explain_reading(error)}."
+        ) from error
     model.generation_config = read_generation_config(chosen, **hub) or model.generation_config
     return model, stored_dtype(config) or torch.float32, None
 

@@ -238,7 +238,8 @@ def mapping_of(kind: Kind, *, least: int = 0, keys: Iterable[str] = ()) -> Kind:
 
     def inside(value: Any, key: str) -> Iterator[str]:
         for name, x in value.items():
-            place = f"{key}.{name[:_SHOWN_CHARACTERS]}" if key else name[:_SHOWN_CHARACTERS]
+            shown = str(name)[:_SHOWN_CHARACTERS]
+            place = f"{key}.{shown}" if key else shown
             if known and name not in known:
                 yield f"{place} is not known. Known: {', '.join(known)}."
             else:
@@ -247,6 +248,6 @@ def mapping_of(kind: Kind, *, least: int = 0, keys: Iterable[str] = ()) -> Kind:
     words = "a mapping of keys to values" if not least else f"a mapping of at least {least} keys to values"
 
     def fits(value: Any) -> bool:
-        return isinstance(value, Mapping) and len(value) >= least and all(isinstance(x, str) for x in value)
+        return isinstance(value, Mapping) and len(value) >= least
 
     return Kind(words, fits, inside)

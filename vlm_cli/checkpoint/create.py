@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.tower import Tower
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
+from vlm_cli.checkpoint.size_limits import check_memory, limited_size
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
-from vlm_cli.errors import CompositionError, VLMError, first_line
+from vlm_cli.errors import CompositionError, VLMError, explain_reading
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.language_model import decoder_layers, find_widths
@@ -57,8 +58,16 @@ class Blueprint:
     @cached_property
     def meta_model(self) -> VLM:
         """The model on the meta device, where tensors have shapes and no bytes."""
-        with torch.device("meta"):
-            return VLM(self.config)
+        try:
+            with limited_size("the composition"), torch.device("meta"):
+                return VLM(self.config)
+        except VLMError:
+            raise
+        except Exception as error:
+            raise CompositionError(
+                f"no model can be made of vision encoder {self.config.composition.vision_encoder.name!r} and language "
+                f"model {self.language_model.name!r}: {explain_reading(error)}. Check their configurations."
+            ) from error
 
     @property
     def processor(self) -> VLMProcessor:
@@ -172,12 +181,15 @@ def _tokenizer(lm: LanguageModelSource, composition: Composition, needed: bool) 
 def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
     options = composition.vision_encoder
     try:
-        return find_tower_shape(tower.config, **options.feature_arguments)
+        with limited_size(f"vision encoder {options.name!r}"):
+            return find_tower_shape(tower.config, **options.feature_arguments)
+    except VLMError:
+        raise
     except Exception as error:
         asked = {"layer": options.layer, "image_size": options.image_size, **options.openclip_settings}
         raise CompositionError(
             f"vision encoder {options.name!r} does not give features with "
-            f"{' and '.join(f'{key}={value}' for key, value in asked.items())}: {first_line(error)}."
+            f"{' and '.join(f'{key}={value}' for key, value in asked.items())}: {explain_reading(error)}."
         ) from None
 
 
@@ -252,6 +264,7 @@ def create(
         torch.manual_seed(seed)
         if random_weights:
             progress("drawing random weights")
+            check_memory(blueprint.meta_model, "this model")
             model = put_together(config, None, None)
         else:
             progress(f"loading vision encoder {config.composition.vision_encoder.name}")

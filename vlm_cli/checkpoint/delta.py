@@ -32,6 +32,7 @@ from vlm_cli.checkpoint.create import cast, put_together
 from vlm_cli.checkpoint.inside import read_index
 from vlm_cli.checkpoint.parts.language_models import find_language_model
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
+from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.vlm import VLM
@@ -177,6 +178,11 @@ def _pin(
     return backbone, load_tower(tower).state_dict() if load else None
 
 
+def _delta_files(name: str) -> list[Path]:
+    """List the weight files in a delta directory; empty for a hub id."""
+    return [file for file in weight_files(name) if file.name.startswith(Path(DELTA_FILE).stem)]
+
+
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +221,8 @@ def assemble(
             if language is not None:
                 with blaming(name, "language_model", language):
                     lang_model = locate_language_model(language, trust_remote_code).load(stored)
-            model = put_together(config, visual, lang_model)
+            with limited_size(repr(name), _delta_files(name)):
+                model = put_together(config, visual, lang_model)
         cast(model, stored)
         _fill(name, model, held, backbones)
         for part, backbone in backbones.items():

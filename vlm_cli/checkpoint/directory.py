@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vlm_cli.checkpoint.inside import check_folder, check_index, read_index
-from vlm_cli.errors import CheckpointError, PluginError, UntrustedCodeError, first_line
+from vlm_cli.errors import CheckpointError, CompositionError, PluginError, UntrustedCodeError, explain_reading
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
 from vlm_cli.report.parameters import ParameterReport
+from vlm_cli.schema import show
 
 if TYPE_CHECKING:
     import torch
@@ -204,22 +205,25 @@ def _load_whole(
     Raises:
         CheckpointError: if the files cannot be read, or do not hold exactly the model's tensors.
     """
+    from vlm_cli.checkpoint.size_limits import limited_size, weight_files
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.trust import load_pretrained
 
     check_index(name, keywords)
+    quantized = getattr(config.get_text_config(), "quantization_config", None) is not None
     try:
-        model, info = load_pretrained(
-            VLM,
-            name,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **keywords,
-        )
-    except (PluginError, UntrustedCodeError):
+        with limited_size(repr(name), weight_files(name), elements_per_byte=8 if quantized else 1):
+            model, info = load_pretrained(
+                VLM,
+                name,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **keywords,
+            )
+    except (CheckpointError, PluginError, UntrustedCodeError):
         raise
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from error
@@ -271,10 +275,12 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
         UntrustedCodeError: if a file of the model asks for code that may not run.
     """
     from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
+    from vlm_cli.checkpoint.schemas import check_is_mapping, check_vlm_config
     from vlm_cli.modeling.config import VLMConfig
     from vlm_cli.trust import check_code
 
     check_folder(Path(name))
+    check_is_mapping(name, "config.json", **keywords)
     try:
         check_code(name, trust_remote_code=trust_remote_code, **keywords)
         data, _ = VLMConfig.get_config_dict(name, **keywords)
@@ -286,17 +292,21 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
         raise CheckpointError(f"{name!r} is no VLM: it has no config.json. `vlm build` writes one.")
     if data.get("model_type") != "vlm":
         raise CheckpointError(
-            f"{name!r} holds a model of type {data.get('model_type')!r}, not a VLM that `vlm build` wrote. To compose "
-            f"a VLM with it: vlm build OUT --family flamingo --language-model {name}. To import a published VLM: "
-            f"vlm build OUT --from {name}"
+            f"{name!r} holds a model of type {show(data.get('model_type'))}, not a VLM that `vlm build` wrote; so says "
+            f"model_type in config.json. To compose a VLM with it: vlm build OUT --family flamingo --language-model "
+            f"{name}. To import a published VLM: vlm build OUT --from {name}"
         )
     try:
+        check_vlm_config(data, name)
         _check_parts(name, data)
         if trust_remote_code:
             adopt_from_directory(data.get("text_config") or {}, name, **keywords)
         return VLMConfig.from_dict(data)  # fails if another version wrote a composition that this one cannot read
     except (CheckpointError, PluginError):
         raise
+    except CompositionError as error:
+        problems = " ".join(f"composition: {problem}" for problem in error.problems[:8])
+        raise CheckpointError(f"config.json of {name!r} is not valid: {problems}") from None
     except Exception as error:
         raise CheckpointError(_cannot_load(name, error)) from None
 
@@ -316,8 +326,8 @@ def _check_parts(name: str, data: Mapping[str, Any]) -> None:
     missing = [f"{registry.kind} {x!r}" for registry, x in types.items() if x is not None and x not in registry]
     if missing:
         raise CheckpointError(
-            f"cannot load {name!r}: this environment lacks what it was built with: {', '.join(missing)}. Install the "
-            "package that provides it, and run the same command again."
+            f"cannot load {name!r}: config.json names parts, and this environment lacks what it was built with: "
+            f"{', '.join(missing)}. Install the package that provides it, and run the same command again."
         )
 
 
@@ -327,9 +337,11 @@ def read_processor(name: str, *, trust_remote_code: bool = False, **keywords: An
     Raises:
         CheckpointError: if it cannot be read.
     """
+    from vlm_cli.checkpoint.schemas import check_processor_files
     from vlm_cli.processor import VLMProcessor
     from vlm_cli.trust import load_pretrained
 
+    check_processor_files(name, **keywords)
     try:
         return load_pretrained(VLMProcessor, name, trust_remote_code=trust_remote_code, **keywords)
     except UntrustedCodeError:
@@ -340,8 +352,10 @@ def read_processor(name: str, *, trust_remote_code: bool = False, **keywords: An
 
 def read_generation_config(name: str, **keywords: Any) -> GenerationConfig | None:
     """Read how the model of a directory or hub id ends and samples its answers; None if the directory does not say."""
+    from vlm_cli.checkpoint.schemas import check_generation_config
     from vlm_cli.trust import load_generation_config
 
+    check_generation_config(name, **keywords)
     try:
         return load_generation_config(name, **keywords)
     except OSError:
@@ -383,7 +397,7 @@ def read_tensors(
 
 
 def _cannot_load(name: str, error: Exception) -> str:
-    message = f"cannot load {name!r}: {first_line(error)}."
+    message = f"cannot load {name!r}: {explain_reading(error)}."
     if not Path(name).is_dir():
         message += " Give a directory that `vlm build` wrote or a hub id; an offline machine knows only cached ones."
     return message

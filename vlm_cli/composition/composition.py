@@ -195,7 +195,12 @@ class _CompositionReader:
         """Read the part that `name` stands for, of one of the registry's types; None if there is a problem."""
         value = self.data.get(name)
         value = {"type": value} if isinstance(value, str) else value
-        if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        given = value.get("type") if isinstance(value, Mapping) else value
+        if given is not None and not (isinstance(given, str) and isinstance(value, Mapping)):
+            place = f"{name}.type" if isinstance(value, Mapping) else name
+            self.problems.append(f"{place} must be a name ({', '.join(registry)}), got {show(given)}.")
+            return None
+        if not isinstance(value, Mapping) or given is None:
             flag = name.replace("_", "-")
             if self.is_whole:
                 self.problems.append(

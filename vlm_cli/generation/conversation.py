@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Literal
 
-from vlm_cli.errors import LanguageModelError, first_line
+from vlm_cli.errors import LanguageModelError
+from vlm_cli.generation.templates import render_template
 from vlm_cli.processor import TokenBreak, VLMProcessor
 from vlm_cli.prompt import Medium, Text
 
@@ -125,15 +126,8 @@ class ChatFormat:
             {"role": role, "content": [{"type": "text", "text": text}] if self._takes_parts else text}
             for role, text in messages
         ]
-        try:
-            return self.tokenizer.apply_chat_template(
-                conversation, chat_template=self.template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program, and may raise anything
-            words = "the tokenizer's chat template cannot write this conversation"
-            raise LanguageModelError(
-                f"{words}: {type(error).__name__}: {first_line(error)}.", public=f"{words}."
-            ) from None
+        assert self.template is not None
+        return render_template(self.template, conversation, self.tokenizer.special_tokens_map)
 
     def _takes_text(self) -> bool:
         """Tell whether the template takes the content of a message as a text; some want a list of parts."""

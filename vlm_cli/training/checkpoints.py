@@ -23,9 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
+from vlm_cli.checkpoint.schemas import check_training_manifest
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.files import flush_to_disk
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.plain_data import read_json
 
 __all__ = [
     "COMPLETE_FILE",
@@ -80,13 +82,23 @@ class TrainingCheckpoint:
 
     @classmethod
     def read(cls, path: Path) -> TrainingCheckpoint | None:
-        """Read the manifest in a directory; None if the checkpoint is not complete."""
+        """Read the manifest in a directory; None if the checkpoint is not complete.
+
+        Raises:
+            CheckpointError: if the manifest is whole, but does not hold what `complete` writes.
+        """
+        file = path / COMPLETE_FILE
         try:
-            manifest = json.loads((path / COMPLETE_FILE).read_text(encoding="utf-8"))
-            unlogged = manifest.pop("unlogged", None)
-            return cls(path, **manifest, unlogged=None if unlogged is None else UnloggedLosses(**unlogged))
-        except (OSError, ValueError, TypeError):
+            data = read_json(file)
+        except (OSError, ValueError):
             return None
+        check_training_manifest(data, file)
+        unlogged = data.get("unlogged")
+        return cls(
+            path,
+            **{key: data[key] for key in ("step", "seconds", "images", "run")},
+            unlogged=None if unlogged is None else UnloggedLosses(unlogged["last_logged"], unlogged["total"]),
+        )
 
 
 class Checkpoints:

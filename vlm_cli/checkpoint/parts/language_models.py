@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.inside import check_folder, check_index
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
+from vlm_cli.checkpoint.schemas import check_text_config, check_text_config_file
+from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
-from vlm_cli.errors import LanguageModelError, UntrustedCodeError, first_line
+from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.registry import suggest
 from vlm_cli.trust import load_config, load_language_model, load_tokenizer
@@ -58,7 +61,7 @@ class LanguageModelSource:
         except UntrustedCodeError:
             raise
         except Exception as error:
-            why = first_line(error)
+            why = explain_reading(error)
             if why.startswith("Couldn't instantiate the backend tokenizer"):
                 why = "there is no tokenizer.json, nor a file it could be made of"
             raise LanguageModelError(
@@ -68,6 +71,13 @@ class LanguageModelSource:
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise LanguageModelError(f"{other or self.name!r} has no tokenizer: its vocabulary is empty. {advice}")
         return tokenizer
+
+    def _limited_size(self) -> AbstractContextManager[None]:
+        """Refuse a configuration that asks for more numbers than the weight files hold; quantized files hold more."""
+        file = self.keywords.get("gguf_file")
+        is_quantized = file is not None or getattr(self.config, "quantization_config", None) is not None
+        files = weight_files(self.location if file is None else Path(self.location) / file)
+        return limited_size(f"language model {self.name!r}", files, elements_per_byte=8 if is_quantized else 1)
 
     def load(self, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
         """Load the model with its weights.
@@ -79,12 +89,15 @@ class LanguageModelSource:
         if "gguf_file" not in self.keywords:
             check_index(self.location, self.keywords)
         try:
-            loaded: Any = load_language_model(
-                self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **self.keywords
-            )
+            with self._limited_size():
+                loaded: Any = load_language_model(
+                    self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **self.keywords
+                )
             model, info = loaded
         except UntrustedCodeError:
             raise
+        except CheckpointError as error:
+            raise LanguageModelError(str(error)) from None
         except Exception as error:
             advice = "" if Path(self.location).exists() else f" {_ADVICE}"
             raise LanguageModelError(
@@ -152,12 +165,18 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
         )
     if options.revision is not None:
         keywords["revision"] = options.revision
+    if "gguf_file" not in keywords:
+        check_text_config_file(
+            options.name, location, **({} if options.revision is None else {"revision": options.revision})
+        )
     try:
         config = load_config(location, **keywords)
     except UntrustedCodeError:
         raise
     except Exception as error:
         raise LanguageModelError(_cannot_find(options.name, path.exists(), error)) from None
+    if "gguf_file" in keywords:
+        check_text_config(config.to_dict(), f"the metadata of GGUF file {options.name!r}")
     check_causal(config, options.name)
     if trust_remote_code:
         adopt_from_config(config, location, **({} if options.revision is None else {"revision": options.revision}))
@@ -166,7 +185,7 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
 
 def _cannot_find(name: str, exists: bool, error: Exception) -> str:
     if exists:
-        return f"cannot read the configuration of language model {name!r}: {first_line(error)}."
+        return f"cannot read the configuration of language model {name!r}: {explain_reading(error)}."
     return (
         f"cannot find language model {name!r}: it is no directory here, and the hub did not give it "
         f"({first_line(error)}).{suggest(name, _nearby())} {_ADVICE}"

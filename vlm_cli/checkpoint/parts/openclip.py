@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_cli.checkpoint.inside import check_folder
 from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
+from vlm_cli.checkpoint.schemas import check_openclip_config
+from vlm_cli.checkpoint.size_limits import limited_size
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
-from vlm_cli.errors import UnknownNameError, VisionEncoderError
+from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
+from vlm_cli.plain_data import read_json
 from vlm_cli.registry import VISION_ENCODERS, suggest
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
     model = data.get("model_cfg", data)
     if not isinstance(model, dict) or "embed_dim" not in model or not isinstance(model.get("vision_cfg"), dict):
         raise VisionEncoderError(f"{name!r} is not an OpenCLIP configuration: it lacks embed_dim or vision_cfg.")
+    check_openclip_config(data, name)
     tag: dict[str, Any] = {}
     if options.pretrained is not None and Path(options.pretrained).expanduser().is_file():
         weights = WeightsFile(Path(options.pretrained).expanduser())
@@ -139,19 +143,24 @@ def load_openclip_tower(tower: Tower) -> nn.Module:
 
     # Files hold the weights of all layers, so that layers are dropped after loading.
     whole = replace(tower, config={key: x for key, x in tower.config.items() if key != "depth"})
-    return truncate_layers(_load_whole(whole), tower.config.get("depth"))
+    path = fetch_weights(tower)
+    try:
+        with limited_size(f"the vision encoder with weights {str(path)!r}", [path]):
+            loaded = _load_whole(whole, path)
+    except CheckpointError as error:
+        raise VisionEncoderError(str(error)) from None
+    return truncate_layers(loaded, tower.config.get("depth"))
 
 
-def _load_whole(tower: Tower) -> nn.Module:
+def _load_whole(tower: Tower, path: Path) -> nn.Module:
     """Make a tower with all of its layers and their weights."""
     from vlm_cli.modeling.towers import build_tower, set_image_size
 
-    path = fetch_weights(tower)
     try:
         state = _visual_state(path)
         if not state:
             return _load_with_openclip(tower, path)
-    except VisionEncoderError:
+    except (CheckpointError, VisionEncoderError):
         raise
     except Exception as error:
         raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {describe_load_error(error)}.") from None
@@ -239,11 +248,11 @@ _SMALL_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "l
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise VisionEncoderError(f"cannot read the OpenCLIP configuration {str(path)!r}: {error.strerror}.") from None
     except ValueError as error:
-        raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} is not JSON: {error}.") from None
+        raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} is not valid: {error}.") from None
     if not isinstance(data, dict):
         raise VisionEncoderError(f"the OpenCLIP configuration {str(path)!r} does not hold a mapping.")
     return data

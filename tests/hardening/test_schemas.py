@@ -1,0 +1,179 @@
+"""A wrong value in a file of a model is refused in words that name the file and the key."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import disk
+from vlm_cli.checkpoint.directory import load, read_config, read_generation_config, read_processor
+from vlm_cli.checkpoint.parts.language_models import find_language_model
+from vlm_cli.checkpoint.parts.openclip import find_openclip_tower
+from vlm_cli.composition import LanguageModelOptions, VisionEncoderOptions, read_file
+from vlm_cli.composition.composition import Composition
+from vlm_cli.errors import VLMError
+from vlm_cli.models import DEMO, load_meta_model
+from vlm_cli.training.checkpoints import COMPLETE_FILE, TrainingCheckpoint
+
+#: Words of Python's own errors, which no user should have to read.
+PYTHON = re.compile(
+    r"NoneType|object has no|object is not|has no len|out of range|to unpack|subscriptable|unsupported operand|"
+    r"Traceback|unexpected keyword|required positional|invalid literal|not callable|iterable|KeyError|TypeError|"
+    r"AttributeError|AssertionError|unhashable|'(int|str|list|dict|float|bool)'|integer string conversion"
+)
+GONE = object()
+VALUES = (GONE, None, [], ["x", None], {}, {"x": 1}, "text", "", 10**30, 2147483648, -1, 1.5, float("nan"), True)
+
+
+def keys(data: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of each key of nested mappings."""
+    for key, value in data.items() if isinstance(data, dict) else ():
+        yield (*above, key)
+        yield from keys(value, (*above, key))
+
+
+def mutated(data: Any, path: tuple[str, ...], value: Any) -> Any:
+    """A copy in which a key has another value, or is gone."""
+    data = copy.deepcopy(data)
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is GONE:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return data
+
+
+def wrong_messages(read: Callable[[Any], Any], data: Any, file: str) -> tuple[list[str], int]:
+    """Change each key of a file, and read it; return the messages that are not as they must be, and how many there are.
+
+    A value that does no harm may be read.
+    """
+    wrong, refused = [], 0
+    for path in keys(data):
+        for value in VALUES:
+            try:
+                read(mutated(data, path, value))
+            except VLMError as error:
+                refused += 1
+                message = str(error)
+                names = file in message and any(key in message or key.replace("_", " ") in message for key in path)
+                if not names or PYTHON.search(message) or len(message) > 3000:
+                    wrong.append(f"{'.'.join(path)} = {value!r}: {message}")
+            except Exception as error:
+                wrong.append(f"{'.'.join(path)} = {value!r}: {type(error).__name__}: {error}")
+    return wrong, refused
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The demo, whose large files are links."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in DEMO.iterdir():
+        if file.suffix == ".json":
+            (folder / file.name).write_bytes(file.read_bytes())
+        elif file.is_file():
+            os.symlink(file, folder / file.name)
+    return folder
+
+
+def reader(folder: Path, file: str, read: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def run(data: Any) -> Any:
+        (folder / file).write_text(json.dumps(data))
+        return read(str(folder))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("file", "read", "least"),
+    [
+        ("config.json", lambda name: load_meta_model(name)[0], 400),
+        ("processor_config.json", read_processor, 60),
+        ("generation_config.json", read_generation_config, 20),
+    ],
+)
+def test_each_key_of_a_directory(model: Path, file: str, read: Any, least: int) -> None:
+    data = json.loads((model / file).read_text())
+    wrong, refused = wrong_messages(reader(model, file, read), data, file)
+    assert not wrong, f"{len(wrong)}: " + "\n".join(wrong[:40])
+    assert refused >= least
+
+
+def test_the_untouched_directory_is_read(model: Path) -> None:
+    assert load(str(model))[0] is not None
+
+
+def test_each_key_of_an_openclip_file(tmp_path: Path) -> None:
+    file = tmp_path / "tower.json"
+
+    def read(data: Any) -> Any:
+        file.write_text(json.dumps(data))
+        return find_openclip_tower(VisionEncoderOptions(name=str(file)))
+
+    wrong, refused = wrong_messages(read, disk.TOWER, "tower.json")
+    assert not wrong, f"{len(wrong)}: " + "\n".join(wrong[:40])
+    assert refused > 40
+
+
+def test_each_key_of_a_language_model(tmp_path: Path) -> None:
+    folder = disk.language_model(tmp_path / "lm")
+    data = json.loads((folder / "config.json").read_text())
+    read = reader(folder, "config.json", lambda name: find_language_model(LanguageModelOptions(name=name)))
+    wrong, refused = wrong_messages(read, data, str(folder))
+    assert not wrong, f"{len(wrong)}: " + "\n".join(wrong[:40])
+    assert refused > 40
+
+
+def test_each_key_of_a_composition_file(tmp_path: Path) -> None:
+    file = tmp_path / "composition.json"
+
+    def read(data: Any) -> Any:
+        file.write_text(json.dumps(data))
+        return Composition.compose(None, read_file(file))
+
+    data = json.loads((DEMO / "config.json").read_text())["composition"]
+    wrong, refused = wrong_messages(read, data, "")
+    assert not wrong, f"{len(wrong)}: " + "\n".join(wrong[:40])
+    assert refused > 100
+
+
+def test_each_key_of_a_training_manifest(tmp_path: Path) -> None:
+    data = {"step": 3, "seconds": 1.5, "images": 12, "run": {"seed": 0}}
+
+    def read(data: Any) -> Any:
+        (tmp_path / COMPLETE_FILE).write_text(json.dumps(data))
+        return TrainingCheckpoint.read(tmp_path)
+
+    assert read(data).step == 3
+    wrong, refused = wrong_messages(read, data, COMPLETE_FILE)
+    assert not wrong, "\n".join(wrong[:40])
+    assert refused > 30
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "{", "[" * 100_000, "1" * 5000, "\xff"])
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "generation_config.json"])
+def test_files_that_are_no_mapping(model: Path, file: str, text: str) -> None:
+    (model / file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(VLMError) as error:
+        read_config(str(model))
+        read_processor(str(model))
+        read_generation_config(str(model))
+    assert file in str(error.value)
+    assert not PYTHON.search(str(error.value))
+
+
+def test_a_message_of_python_is_caught() -> None:
+    def read(data: Any) -> Any:
+        raise VLMError("file.json: a: object of type 'NoneType' has no len()")
+
+    assert wrong_messages(read, {"a": 1}, "file.json")[0]

@@ -1,0 +1,127 @@
+"""Render a chat template in a process of its own, which `vlm_cli.generation.templates` starts and may end.
+
+The process imports Jinja and the standard library only. It reads one JSON object on stdin, with `template`, `context`
+and limits, and writes one JSON object on stdout: `text`, or `error` in words.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Render what stdin asks for, within the limits that the request sets."""
+    request = json.loads(sys.stdin.buffer.read())
+    _limit(request["seconds"], request["bytes"])
+    try:
+        text = _render(request["template"], request["context"], request["characters"])
+        answer = {"text": text}
+    except RecursionError:
+        answer = {"error": "it calls itself too often"}
+    except MemoryError:
+        answer = {"error": f"it needs more than {request['bytes'] >> 20:,} MB of memory"}
+    except Exception as error:  # a template is a program, and may raise anything
+        answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
+    sys.stdout.buffer.write(json.dumps(answer).encode())
+    sys.stdout.buffer.flush()
+
+
+def _limit(seconds: int, size: int) -> None:
+    """Let the system end the process when it has used so many seconds of a processor or bytes of memory."""
+    try:
+        import resource
+    except ImportError:  # Windows: the parent still measures the time
+        return
+    for limit, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, size)):
+        _, hard = resource.getrlimit(limit)
+        try:
+            resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        except (OSError, ValueError):  # macOS does not limit the address space
+            continue
+
+
+def _render(template: str, context: dict[str, Any], most: int) -> str:
+    """Render a template, and stop when it has written more than `most` characters.
+
+    Raises:
+        Exception: whatever the template raises.
+    """
+    pieces, length = [], 0
+    for piece in _environment().from_string(template).generate(**context):
+        pieces.append(piece)
+        length += len(piece)
+        if length > most:
+            raise _TooLong(f"it writes more than {most:,} characters")
+    return "".join(pieces)
+
+
+class _TooLong(Exception):
+    """A template that writes without end."""
+
+
+def _environment() -> Any:
+    """Make the environment in which Transformers renders chat templates; a test compares the two."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}…{% endgeneration %}`, which marks for training what the assistant wrote."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+        def _content(self, caller: Any) -> Any:
+            return caller()
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, args = args[0], args[1:]
+            attributes = dict(*args, **kwargs)
+            for name in attributes:
+                _check_name(name)
+            jinja2.utils.Namespace.__init__(self, attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+    def _check_name(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace may not have the attribute {name!r}")
+
+    class Dictionary:
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args, **kwargs)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+        "dict": Dictionary(),
+        "namespace": Namespace,
+    }
+    return environment
