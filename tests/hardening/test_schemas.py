@@ -177,3 +177,24 @@ def test_a_message_of_python_is_caught() -> None:
         raise VLMError("file.json: a: object of type 'NoneType' has no len()")
 
     assert wrong_messages(read, {"a": 1}, "file.json")[0]
+
+
+def test_a_tokenizer_that_multiplies_its_input(model: Path) -> None:
+    file = model / "tokenizer.json"
+    data = json.loads(file.read_text())
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    data["normalizer"] = {"type": "Sequence", "normalizers": [doubling] * 40}
+    file.write_text(json.dumps(data))
+    with pytest.raises(VLMError, match=r"tokenizer.json .* normalizer makes up to 1.1e\+12 characters of one"):
+        read_processor(str(model))
+    data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    file.write_text(json.dumps(data))
+    read_processor(str(model))
+
+
+def test_sizes_that_the_weights_do_not_hold(model: Path) -> None:
+    data = json.loads((model / "config.json").read_text())
+    data["text_config"]["intermediate_size"] = 9_000_000
+    (model / "config.json").write_text(json.dumps(data))
+    with pytest.raises(VLMError, match=r"config\w* .*asks for more than .* numbers, and its weight files have"):
+        load(str(model))

@@ -37,6 +37,7 @@ __all__ = [
     "check_processor_files",
     "check_text_config",
     "check_text_config_file",
+    "check_tokenizer",
     "check_training_manifest",
     "check_vlm_config",
 ]
@@ -450,6 +451,45 @@ def check_processor_files(name: str, **keywords: Any) -> None:
         check(data, mapping({"image_processor": _IMAGE_PROCESSOR}), f"processor_config.json of {name!r}")
     if (data := _read(name, "tokenizer_config.json", keywords)) is not None:
         check(data, _TOKENIZER_CONFIG, f"tokenizer_config.json of {name!r}")
+    check_tokenizer(name, **keywords)
+
+
+_MOST_GROWTH = 64  # characters that a tokenizer may make of one; a space becomes a mark of one character
+
+
+def check_tokenizer(name: str, **keywords: Any) -> None:
+    """Check that tokenizer.json of a directory or hub id, if it has one, does not multiply the texts that it reads.
+
+    A tokenizer may replace one text by a longer one, several times in a row: forty replacements that each double a text
+    make gigabytes of a word.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    data = _read(name, "tokenizer.json", keywords) or {}
+    for key in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(data.get(key))) > _MOST_GROWTH:
+            raise CheckpointError(
+                f"tokenizer.json of {name!r} is not valid: {key} makes up to {growth:.3g} characters of one; "
+                f"{_MOST_GROWTH} are possible. Fetch it again, or give another tokenizer."
+            )
+
+
+def _growth(step: Any) -> float:
+    """Return how many characters a step of a tokenizer, with the steps in it, makes of one at most."""
+    if not isinstance(step, Mapping):
+        return 1.0
+    growth = 1.0
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        for inner in step[key] if isinstance(step.get(key), list) else ():
+            growth = min(growth * _growth(inner), 1e300)
+    pattern, content = step.get("pattern"), step.get("content")
+    if step.get("type") == "Replace" and isinstance(content, str):
+        # A regular expression may match the empty text, before each character.
+        text = pattern.get("String") if isinstance(pattern, Mapping) else None
+        per_match = len(content) / max(1, len(text)) if isinstance(text, str) else len(content) + 1
+        growth *= max(1.0, per_match)
+    return growth
 
 
 def check_training_manifest(data: Any, file: Path) -> None:

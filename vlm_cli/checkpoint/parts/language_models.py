@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.inside import check_folder, check_index
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
-from vlm_cli.checkpoint.schemas import check_text_config, check_text_config_file
+from vlm_cli.checkpoint.schemas import check_text_config, check_text_config_file, check_tokenizer
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
@@ -57,6 +57,8 @@ class LanguageModelSource:
             keywords = {"trust_remote_code": self.keywords.get("trust_remote_code", False)}
         advice = "Give one: --set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
         try:
+            if "gguf_file" not in keywords:
+                check_tokenizer(location, **{key: x for key, x in keywords.items() if key == "revision"})
             tokenizer = load_tokenizer(location, **keywords)
         except UntrustedCodeError:
             raise
