@@ -117,8 +117,7 @@ class ModelRequest:
             dtype=dtype,
             device=device,
             trust_remote_code=self.source.trust_remote_code,
-            backbones=self.source.backbones,
-            allow_hosts=self.source.allow_hosts,
+            **self.source.places,
             **self.source.hub,
         )
         accelerate(model, quantize=self.quantize, compile=self.compile)

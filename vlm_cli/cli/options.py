@@ -249,6 +249,12 @@ class BackboneOptions:
         """Hosts that may be asked although the table of OpenCLIP does not name them, or their address is internal."""
         return tuple(self.allow_host or ())
 
+    @property
+    def places(self) -> dict[str, Any]:
+        """What the user says of backbones, as arguments of `vlm_cli.load`; nothing if the user gave no option."""
+        given = {"backbones": self.backbones, "allow_hosts": self.allow_hosts}
+        return {name: x for name, x in given.items() if x}
+
 
 @dataclass(frozen=True)
 class SourceOptions(BackboneOptions):
