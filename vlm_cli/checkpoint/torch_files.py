@@ -8,8 +8,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlm_cli.errors import first_line
 
 __all__ = ["describe_load_error", "read_torch_file"]
@@ -21,6 +19,8 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         Exception: if it holds anything else, or is damaged; `describe_load_error` says what.
     """
+    import torch  # here, because `vlm list` reads towers' names and must answer at once
+
     # torch before 1.6 did not write zip files, and only zip files can be mapped into memory.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
