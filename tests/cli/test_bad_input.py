@@ -173,7 +173,14 @@ def test_generate_needs_a_model_that_runs(fails, flamingo, parts, tmp_path):
     fails(2, "vlm build OUT --family flamingo", "generate", "-m", "flamingo", "hi")
     fails(2, "vlm build OUT --config", "generate", "-m", flamingo / "composition.yaml", "hi")
     fails(2, "is no composition", "generate", "-m", flamingo / "model.safetensors", "hi")
-    fails(1, "not a VLM that `vlm build` wrote. To compose a VLM with it", "generate", "-m", parts.language_model, "hi")
+    fails(
+        1,
+        "not a VLM that `vlm build` wrote; so says model_type in config.json. To compose a VLM with it",
+        "generate",
+        "-m",
+        parts.language_model,
+        "hi",
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,7 +216,7 @@ def test_options_of_build(build_fails, flags, words):
         ("c.yaml", "", "must hold a mapping of parts"),
         ("c.json", "{", "is not valid"),
         ("c.json", '{"family": ["flamingo"]}', "unknown family ['flamingo']"),
-        ("c.yaml", "vision_tokenizer: 5", "no vision tokenizer is chosen"),
+        ("c.yaml", "vision_tokenizer: 5", "vision_tokenizer must be a name"),
         ("c.yaml", "vision_encoder: [1]", "vision_encoder must be a name or a mapping"),
         ("c.yaml", "weight_decay: much", "weight_decay must be a number"),
         ("c.yaml", "added_tokens: []", "added_tokens must hold '<image>'"),
@@ -301,7 +308,7 @@ def spoil(folder: Path, how: str) -> None:
     ("how", "words"),
     [
         ("no config", "it has no config.json"),
-        ("broken config", "not a valid JSON file"),
+        ("broken config", "is not valid: it is not JSON: line 1"),
         ("no weights", "no file named model.safetensors"),
         ("truncated weights", "cannot load the weights"),
         ("corrupt weights", "cannot load the weights"),
@@ -431,7 +438,7 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("truncated config", "not a valid JSON file"),
+        ("truncated config", "is not valid: it is not JSON: line"),
         ("no config", "is no VLM: it has no config.json"),
         ("future composition", "unknown key fusion.rank"),
         ("no tokenizer", "cannot load"),

@@ -207,7 +207,7 @@ def test_what_could_be_read_is_known_nevertheless():
         ({"vision_tokenizer": {"type": "linear", "frames": "last"}}, "must be 'concatenate' or 'mean'"),
         ({"fusion": {"attend": "none"}}, "fusion.attend must be 'last' or 'all'"),
         ({"fusion": {"feed_forward_before_media": 1}}, "must be true or false, got 1"),
-        ({"fusion": 7}, "no fusion is chosen"),
+        ({"fusion": 7}, "fusion must be a name (cross-attention, llama-cross-attention, language-stream), got 7."),
         ({"vision_encoder": {"image_size": 0}}, "vision_encoder.image_size must be at least 1"),
         ({"vision_encoder": 3}, "vision_encoder must be a name or a mapping, got 3"),
         ({"trainable": 3}, "trainable must be a list of names, got 3"),

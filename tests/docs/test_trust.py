@@ -51,7 +51,10 @@ HOMES: dict[str, tuple[str, ...]] = {
 
 #: Functions that fetch or open files, and hold no code.
 HOMES |= {
-    name: (TRUST, *(f"vlm_cli/checkpoint/{file}.py" for file in ("backbones", "delta", "directory", "inside")))
+    name: (
+        TRUST,
+        *(f"vlm_cli/checkpoint/{file}.py" for file in ("backbones", "delta", "directory", "inside", "schemas")),
+    )
     for name in ("cached_file",)
 }
 READERS = ("safe_open", "load_file", "hf_hub_download", "snapshot_download", "download_pretrained")

@@ -164,7 +164,7 @@ def test_an_encoder_has_its_own_settings(plugin: None, name: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("vision_encoder.depth=no", "vision_encoder.depth must be a whole number, got False"),
+        ("vision_encoder.depth=no", "vision_encoder.depth must be a whole number, got false"),
         ("vision_encoder.dept=1", "unknown key vision_encoder.dept. Did you mean 'depth'?"),
         ("vision_encoder.depth=-1", "vision_encoder.depth must be at least 0, got -1"),
         ("vision_encoder.layer=0", "vision_encoder.layer counts from the end"),

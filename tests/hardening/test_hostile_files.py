@@ -52,8 +52,7 @@ def test_many(shop: Workshop, kind: str, hardening_seed: int, tmp_path: Path) ->
     attack(shop, kind, hardening_seed + 1, MANY, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason=NO_MANIFEST)
-def test_an_edited_configuration_does_not_change_the_answer_in_silence(shop: Workshop, tmp_path: Path) -> None:
+def test_an_impossible_number_in_a_configuration_is_no_silent_change(shop: Workshop, tmp_path: Path) -> None:
     edited = Path(shutil.copytree(shop.folder / "model", tmp_path / "edited"))
     config = json.loads((edited / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 3.0

@@ -336,7 +336,7 @@ def test_pixel_shuffle_needs_a_square(vision, settings, message, tmp_path):
             "fusion.every=3 leaves no cross-attention block: the language model has 2 layers. Choose at most 2",
         ),
         ({"first": -1}, "fusion.first must be at least 0, got -1"),
-        ({"type": "llama-cross-attention", "norm_eps": 0.0}, "fusion.norm_eps must be positive, got 0.0"),
+        ({"type": "llama-cross-attention", "norm_eps": 0.0}, "fusion.norm_eps must be positive and at most 1, got 0.0"),
         ({"type": "llama-cross-attention", "dim_ff": 0}, "fusion.dim_ff must be at least 1, got 0"),
         ({"type": "llama-cross-attention", "gate": "matrix"}, "fusion.gate must be 'scalar' or 'vector'"),
         ({"activation": "silu"}, "fusion.activation must be 'gelu' or 'relu' or 'squared_relu'"),

@@ -22,7 +22,7 @@ from vlm_cli.checkpoint.parts.tower import Tower
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.checkpoint.size_limits import check_memory, limited_size
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
-from vlm_cli.errors import CompositionError, VLMError, explain_reading
+from vlm_cli.errors import CheckpointError, CompositionError, VLMError, explain_reading
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.language_model import decoder_layers, find_widths
@@ -183,7 +183,7 @@ def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
     try:
         with limited_size(f"vision encoder {options.name!r}"):
             return find_tower_shape(tower.config, **options.feature_arguments)
-    except VLMError:
+    except CheckpointError:  # too large
         raise
     except Exception as error:
         asked = {"layer": options.layer, "image_size": options.image_size, **options.openclip_settings}

@@ -356,10 +356,11 @@ def check_vlm_config(data: Mapping[str, Any], name: str) -> None:
     check_text_config(data["text_config"], where, "text_config", CheckpointError)
     _check_type_is_known(data["text_config"], where)
     first, number_added = data["first_added_id"], len(data["added_tokens"])
-    if not first <= data["media_token_id"] < first + number_added:
+    # A tokenizer that knows `<image>` already keeps its id, which then stands before the added ones.
+    if not 0 <= data["media_token_id"] < first + number_added:
         raise CheckpointError(
-            f"{where} is not valid: media_token_id must be one of the {number_added} ids from first_added_id, {first}, "
-            f"on, but is {data['media_token_id']}."
+            f"{where} is not valid: media_token_id must be below {first + number_added} (first_added_id and the number "
+            f"of added tokens), but is {data['media_token_id']}."
         )
     vision = data["vision_config"]
     if "type" not in vision:

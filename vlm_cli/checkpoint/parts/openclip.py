@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from vlm_cli.checkpoint.inside import check_folder
 from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
 from vlm_cli.checkpoint.schemas import check_openclip_config
-from vlm_cli.checkpoint.size_limits import limited_size
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
@@ -145,6 +144,8 @@ def load_openclip_tower(tower: Tower) -> nn.Module:
     whole = replace(tower, config={key: x for key, x in tower.config.items() if key != "depth"})
     path = fetch_weights(tower)
     try:
+        from vlm_cli.checkpoint.size_limits import limited_size  # imports torch, and `vlm list` must answer at once
+
         with limited_size(f"the vision encoder with weights {str(path)!r}", [path]):
             loaded = _load_whole(whole, path)
     except CheckpointError as error:
