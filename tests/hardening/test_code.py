@@ -364,7 +364,7 @@ def process(words: list[str], folder: Path, **environment: str) -> subprocess.Co
     )
 
 
-@pytest.mark.matrix  # a process for each file and command, for minutes
+@pytest.mark.attack  # a process for each file and command, for minutes
 @pytest.mark.parametrize("name", VLM_FILES)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_code_in_a_process(hostile, made, marker, tmp_path, command, name):

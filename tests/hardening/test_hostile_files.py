@@ -46,7 +46,7 @@ def test_few(shop: Workshop, kind: str, hardening_seed: int, tmp_path: Path) -> 
     attack(shop, kind, hardening_seed, FEW.get(kind, FEW_OF_OTHERS), tmp_path)
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("kind", KINDS)
 def test_many(shop: Workshop, kind: str, hardening_seed: int, tmp_path: Path) -> None:
     attack(shop, kind, hardening_seed + 1, MANY, tmp_path)

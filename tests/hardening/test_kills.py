@@ -87,7 +87,7 @@ def test_a_run_that_is_killed_once(
     assert kill(jobs[name], whole(name), number, f"{name} {hardening_seed}", tmp_path) == []
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("name", [*COMMANDS, "eval"])
 def test_runs_that_are_killed_at_random_moments(
     name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
@@ -112,7 +112,7 @@ def test_a_full_disk(
     assert on_a_full_disk(jobs[name], whole(name), tmp_path, limit) == []
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("limit", [0, 1, 200, 500, 1000, 5000, 20_000, 100_000, 500_000, 1_000_000])
 @pytest.mark.parametrize("name", [*COMMANDS, "eval"])
 def test_full_disks(name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], limit: int, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("name", [*COMMANDS, "eval"])
 def test_a_small_file_system(name: str, jobs: dict[str, Job], small_disk: Path) -> None:
     """64 kB hold no model; whether they hold the answers does not matter."""

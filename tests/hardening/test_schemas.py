@@ -97,7 +97,7 @@ def reader(folder: Path, file: str, read: Callable[[str], Any]) -> Callable[[Any
         ("generation_config.json", read_generation_config, 8),
     ],
 )
-@pytest.mark.parametrize("most", [3, pytest.param(None, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("most", [3, pytest.param(None, marks=pytest.mark.attack)])
 def test_each_key_of_a_directory(model: Path, file: str, read: Any, least: int, most: int | None) -> None:
     data = json.loads((model / file).read_text())
     wrong, refused = wrong_messages(reader(model, file, read), data, file, most)

@@ -44,7 +44,7 @@ class Watch:
         return found + ([f"{files} more files are open"] if files > MAX_FILES else [])
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 def test_thousands_of_answers(shop: Workshop, tmp_path: Path) -> None:
     rows = [{"prompt": f"<image:{'abcdef'[i % 6]}.png>The {i % 97}", "id": i} for i in range(ANSWERS)]
     for name in "abcdef":
@@ -59,7 +59,7 @@ def test_thousands_of_answers(shop: Workshop, tmp_path: Path) -> None:
     assert watch.problems() == []
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 def test_hundreds_of_turns(shop: Workshop, tmp_path: Path) -> None:
     turns = [f"<image:{shop.folder}/images/a.png>Hi" if i % 30 == 0 else "Hi" for i in range(TURNS)]
     (tmp_path / "turns.txt").write_text("\n".join(turns) + "\n")
