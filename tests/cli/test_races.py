@@ -104,7 +104,7 @@ def start(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_of_two_real_commands_one_writes(environment, words, out, command, overwrite):
@@ -122,7 +122,7 @@ def test_of_two_real_commands_one_writes(environment, words, out, command, overw
         vlm_cli.load(out)
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("seed", range(8))
 def test_a_folder_that_appears_during_a_real_build_stays(environment, words, out, seed):
     process = start(words("build"), environment)

@@ -71,7 +71,7 @@ def test_broken_streams(tmp_path, command, streams):
     check_streams(command, streams, tmp_path)
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("command", ["--version", "list families", *HEAVY])
 def test_broken_streams_of_every_kind_of_command(tmp_path, command, streams):
@@ -84,7 +84,7 @@ def test_environments(tmp_path, environment):
     assert (result.returncode, result.stderr) == (0, "") and "flamingo" in result.stdout
 
 
-@pytest.mark.matrix
+@pytest.mark.attack
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 @pytest.mark.parametrize("command", HEAVY)
 def test_environments_of_every_kind_of_command(tmp_path, command, environment):
