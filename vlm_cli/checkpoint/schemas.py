@@ -511,7 +511,10 @@ def _read(name: str, file: str, keywords: Mapping[str, Any]) -> Any:
     from transformers.utils.hub import cached_file
 
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    path = Path(name) / file if Path(name).is_dir() else cached_file(name, file, **quiet, **keywords)
+    try:
+        path = Path(name) / file if Path(name).is_dir() else cached_file(name, file, **quiet, **keywords)
+    except OSError:  # no such repository or revision, which the loaders report
+        return None
     if path is None or not Path(path).exists():
         return None
     try:
