@@ -40,7 +40,8 @@ def measure(report: Report, models: Models, settings: Settings) -> None:
 
 
 def _measure_family(report: Report, models: Models, settings: Settings, family: str) -> float:
-    """
+    """Measure the decoding speed of one family beside its peers.
+
     Returns:
         The share of the bare model's speed that weight traffic allows.
     """

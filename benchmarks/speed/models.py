@@ -362,7 +362,8 @@ class Models:
         return Contender("HF IDEFICS", model, inputs)
 
     def reference(self, family: str) -> Contender:
-        """
+        """Build the model of open_flamingo that a family follows.
+
         Raises:
             Skipped: if there is no checkout of it.
         """

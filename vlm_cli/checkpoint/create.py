@@ -194,7 +194,8 @@ def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
 
 
 def _check_fit(blueprint: Blueprint) -> None:
-    """
+    """Check that the parts fit each other.
+
     Raises:
         CompositionError: with each misfit between parts that exist.
     """
