@@ -46,7 +46,6 @@ def python(folder: Path) -> Path:
 SEVERAL = """
 import gc, sys
 from vlm_cli.cli.app import app
-from tests.support import ROOT
 gc.disable()  # as `vlm` does
 for line in sys.argv[1:]:
     app(line.split(), standalone_mode=False)
