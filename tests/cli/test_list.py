@@ -7,16 +7,29 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vlm_cli.composition import FAMILIES, UNSUITABLE_LANGUAGE_MODELS
+from tests.support.grid import first_of
+from vlm_cli.checkpoint.parts.openclip import openclip_files
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower
+from vlm_cli.composition import FAMILIES, UNSUITABLE_LANGUAGE_MODELS, VisionEncoderOptions
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report import encoders
-from vlm_cli.report.encoders import EncoderFacts, cache_file, encoder_facts, store_facts, stored_facts
+from vlm_cli.report.encoders import (
+    EncoderFacts,
+    EncoderTable,
+    cache_file,
+    encoder_facts,
+    known_facts,
+    measure_encoder,
+    store_facts,
+    stored_facts,
+)
 
 KINDS = {
     "families": set(FAMILIES),
@@ -38,7 +51,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def full_cache() -> None:
+def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OpenCLIP of which vlm knows no encoder."""
+    empty = EncoderTable(facts={}, configs={}, tags="")
+    monkeypatch.setattr(EncoderTable, "read", lambda: empty)
+
+
+@pytest.fixture
+def full_cache(no_table: None) -> None:
     """Facts of every encoder, as if they had been measured."""
     store_facts(dict.fromkeys(open_clip.list_models(), FACTS))
 
@@ -50,7 +70,9 @@ def test_a_kind_holds_all_its_names(vlm, kind, full_cache):
     words = set(result.stdout.split())
     assert KINDS[kind] <= words
     result = vlm("list", kind, "--json")
-    assert set(json.loads(result.stdout)) == KINDS[kind] and not result.stderr
+    found = json.loads(result.stdout)
+    assert set(found) == KINDS[kind] and not result.stderr
+    assert all(isinstance(entry["summary"], str) for entry in found.values())
 
 
 def test_everything_at_once(vlm, cache):
@@ -59,6 +81,7 @@ def test_everything_at_once(vlm, cache):
     assert f"vision-encoders: {len(KINDS['vision-encoders'])}" in result.stdout
     found = json.loads(vlm("list", "--json").stdout)
     assert {kind: set(names) for kind, names in found.items()} == KINDS
+    assert all(json.loads(vlm("list", kind, "--json").stdout) == found[kind] for kind in KINDS)
     assert not cache.exists()  # nothing was measured
 
 
@@ -82,7 +105,7 @@ def test_facts_are_in_the_table_and_in_json(vlm, full_cache):
     (row,) = [x for x in vlm("list", "vision-encoders").stdout.splitlines() if x.split()[:1] == ["ViT-B-32"]]
     assert row.split() == ["ViT-B-32", "32", "×", "48", "6", "8", "1.2", "one,", "two"]
     assert json.loads(vlm("list", "vision-encoders", "ViT-B-32", "--json").stdout)["ViT-B-32"] == {
-        "source": "OpenCLIP",
+        "summary": "OpenCLIP",
         "image_size": [32, 48],
         "patches": 6,
         "channels": 8,
@@ -91,14 +114,14 @@ def test_facts_are_in_the_table_and_in_json(vlm, full_cache):
     }
 
 
-def test_long_lists_of_tags_stay_on_their_line(vlm):
+def test_long_lists_of_tags_stay_on_their_line(vlm, no_table):
     tags = tuple(f"a_pretrained_tag_{i}" for i in range(60))
     store_facts(dict.fromkeys(open_clip.list_models(), EncoderFacts(**{**vars(FACTS), "pretrained": tags})))
     (row,) = [x for x in vlm("list", "vision-encoders").stdout.splitlines() if x.split()[:1] == ["RN101"]]
     assert row.rstrip().endswith(", ".join(tags))
 
 
-def test_only_what_is_asked_for_is_measured_and_only_once(vlm, monkeypatch):
+def test_only_what_is_asked_for_is_measured_and_only_once(vlm, monkeypatch, no_table):
     built = []
     monkeypatch.setattr(
         encoders, "measure_encoder", lambda config, measure=encoders.measure_encoder: built.append(1) or measure(config)
@@ -110,7 +133,7 @@ def test_only_what_is_asked_for_is_measured_and_only_once(vlm, monkeypatch):
         and len(built) == 1
     )
     assert json.loads(first.stdout)["RN50-quickgelu"] == {
-        "source": "OpenCLIP",
+        "summary": "OpenCLIP",
         "image_size": [224, 224],
         "patches": 49,
         "channels": 2048,
@@ -125,16 +148,76 @@ def config(name: str) -> dict:
     return open_clip.get_model_config(name)
 
 
-def test_towers_that_are_the_same_are_built_once(monkeypatch):
+def test_the_table_knows_every_encoder_and_its_tags(cache):
+    facts = known_facts(openclip_files())
+    assert not cache.exists() and set(facts) == set(open_clip.list_models())
+    for name, known in facts.items():
+        assert list(known.pretrained) == open_clip.list_pretrained_tags_by_model(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    first_of(
+        [
+            "RN50-quickgelu",
+            "ViT-B-32",
+            "ViT-B-16-SigLIP",
+            "ViT-SO400M-14-SigLIP2-378",
+            "EVA02-B-16",
+            "convnext_base_w",
+            "coca_ViT-B-32",
+            "MobileCLIP-S1",
+        ]
+    ),
+)
+def test_the_table_holds_what_is_measured(name):
+    """`docs/generate_encoders.py` measures all of them in this way."""
+    measured = measure_encoder(find_tower(VisionEncoderOptions(name=name)).config)
+    assert replace(EncoderTable.read().facts[name], pretrained=()) == measured
+
+
+def test_an_encoder_that_changed_is_not_taken_from_the_table(tmp_path):
+    files = dict(openclip_files())
+    sizes = EncoderTable.read().sizes_for(files)
+    changed = json.loads(files["RN50"].read_text())
+    changed["vision_cfg"]["width"] += 8
+    files["RN50"] = tmp_path / "RN50.json"
+    files["RN50"].write_text(json.dumps(changed))
+    assert EncoderTable.read().sizes_for(files) == {name: x for name, x in sizes.items() if name != "RN50"}
+
+
+def test_another_list_of_tags_measures_nothing(monkeypatch):
+    table = replace(EncoderTable.read(), tags="those of another version", facts={"RN50": FACTS})
+    monkeypatch.setattr(EncoderTable, "read", lambda: table)
+    monkeypatch.setattr(encoders, "measure_encoder", lambda config: pytest.fail("measured"))
+    facts = encoder_facts(["RN50"], openclip_files(), config)
+    assert facts == {"RN50": replace(FACTS, pretrained=("openai", "yfcc15m", "cc12m"))}
+
+
+def test_an_encoder_that_cannot_be_measured_does_not_hide_the_others(vlm, monkeypatch, no_table):
+    def measure(config):
+        if config["vision_cfg"].get("layers") == [3, 15, 36, 10]:  # RN50x64
+            raise RuntimeError("this timm cannot")
+        return FACTS
+
+    monkeypatch.setattr(encoders, "measure_encoder", measure)
+    result = vlm("list", "vision-encoders", "RN50x", "--json")
+    found = json.loads(result.stdout)
+    assert found["RN50x64"] == {"summary": "OpenCLIP", "problem": "RuntimeError: this timm cannot"}
+    assert found["RN50x4"]["patches"] == 6 and "Cannot measure the vision encoder 'RN50x64'." in result.stderr
+    assert "RN50x64" not in stored_facts()
+
+
+def test_towers_that_are_the_same_are_built_once(monkeypatch, no_table):
     built = []
     monkeypatch.setattr(encoders, "measure_encoder", lambda config: built.append(config) or FACTS)
-    facts = encoder_facts(MEASURED, config)
+    facts = encoder_facts(MEASURED, openclip_files(), config)
     assert len(built) == 2 and list(facts) == list(MEASURED)
     assert facts["RN50"].pretrained == ("openai", "yfcc15m", "cc12m")
     assert facts["ViT-S-32"].pretrained == ()
 
 
-def test_what_was_measured_before_an_interruption_is_kept(vlm, monkeypatch):
+def test_what_was_measured_before_an_interruption_is_kept(vlm, monkeypatch, no_table):
     def measure(config):
         if config["vision_cfg"].get("layers") == [3, 15, 36, 10]:  # RN50x64
             raise KeyboardInterrupt
@@ -151,7 +234,7 @@ def test_what_was_measured_before_an_interruption_is_kept(vlm, monkeypatch):
     "content",
     ["", "{", "[1]", '{"RN50": {}}', '{"RN50": {"image_size": 3}}', '{"RN50": {"image_size": [1e999, 1]}}', "\udcff"],
 )
-def test_a_broken_cache_is_replaced(vlm, content, monkeypatch):
+def test_a_broken_cache_is_replaced(vlm, content, monkeypatch, no_table):
     monkeypatch.setattr(encoders, "measure_encoder", lambda config: FACTS)
     cache_file().parent.mkdir(parents=True)
     cache_file().write_bytes(content.encode(errors="surrogateescape"))
@@ -160,7 +243,7 @@ def test_a_broken_cache_is_replaced(vlm, content, monkeypatch):
     assert list(stored_facts()) == ["RN50x4-quickgelu"] and not list(cache_file().parent.glob(".*"))
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(vlm, cache, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_no_error(vlm, cache, monkeypatch, no_table):
     monkeypatch.setattr(encoders, "measure_encoder", lambda config: FACTS)
     cache.write_text("not a folder")
     result = vlm("list", "vision-encoders", "RN50x4-quick")
@@ -233,8 +316,8 @@ def test_encoders_of_other_packages_are_measured_too(plugin, environment, cache)
     found = json.loads(run("--json").stdout)
     sizes = {"image_size": [32, 32], "patches": 4, "channels": 8, "parameters": 6152, "pretrained": []}
     assert found == {
-        "outside": {"source": "one convolution", **sizes},
-        "outside-broken": {"source": "nothing works", "problem": "OSError: no such thing"},
+        "outside": {"summary": "one convolution", **sizes},
+        "outside-broken": {"summary": "nothing works", "problem": "OSError: no such thing"},
     }
     result = run()
     assert "one convolution" in result.stdout and "nothing works" in result.stdout

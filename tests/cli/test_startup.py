@@ -11,8 +11,6 @@ import pytest
 
 import vlm_cli
 from tests.support.grid import first_of
-from vlm_cli.checkpoint.parts.vision_encoders import list_towers
-from vlm_cli.report.encoders import EncoderFacts, store_facts
 
 COMMANDS = ("build", "inspect", "generate", "chat", "batch", "eval", "count-params", "list")
 VLM = [sys.executable, "-m", "vlm_cli"]
@@ -34,16 +32,7 @@ def test_version_and_help(shell):
     assert all(command in text for command in COMMANDS)
 
 
-@pytest.fixture
-def measured(environment, tmp_path, monkeypatch):
-    """The environment of a user who has listed the vision encoders before."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    facts = EncoderFacts(image_size=(32, 32), patches=4, channels=8, parameters=1000)
-    store_facts(dict.fromkeys(list_towers(), facts))
-    return {**environment, "XDG_CACHE_HOME": str(tmp_path)}
-
-
-def test_help_and_lists_import_neither_torch_nor_transformers(measured):
+def test_help_and_lists_import_neither_torch_nor_transformers(environment):
     questions = [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS), ["list"]]
     questions += [["list", kind] for kind in ("families", "vision-encoders", "vision-tokenizers", "language-models")]
     questions += [["list", "--json"], ["list", "vision-encoders", "siglip", "--json"]]
@@ -57,7 +46,7 @@ def test_help_and_lists_import_neither_torch_nor_transformers(measured):
         "assert 'rich' in sys.modules\n"  # the twin: a table needs it
     )
     command = [sys.executable, "-c", script, json.dumps(questions)]
-    result = subprocess.run(command, env=measured, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
@@ -97,10 +86,10 @@ def test_completion_is_installed_and_completes(environment):
     assert result.stdout.strip() == "count-params"
 
 
-def test_a_reader_that_has_seen_enough(measured):
+def test_a_reader_that_has_seen_enough(environment):
     vlm = " ".join(VLM)
     command = ["bash", "-c", f"{vlm} list vision-encoders | head -n 1; {vlm} list | true"]
-    result = subprocess.run(command, env=measured, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.stdout.count("\n") == 1 and result.stderr == ""
 
 

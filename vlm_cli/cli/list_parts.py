@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_cli.cli import console, terminal
+from vlm_cli.cli import console
 from vlm_cli.cli.options import JsonOption
+from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.composition import FAMILIES, VisionEncoderOptions
 from vlm_cli.errors import UnknownNameError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, suggest
 from vlm_cli.report.language_models import suitable_language_models, unsuitable_language_models
+
+if TYPE_CHECKING:
+    from vlm_cli.report.encoders import EncoderFacts
 
 __all__ = ["list_parts"]
 
@@ -36,8 +39,8 @@ def list_parts(
     """List the parts that a composition can hold.
 
     For each vision encoder, the list shows the image size, the patches and channels of a frame, the number of
-    parameters, and the tags of pretrained weights. The first run measures them, which takes up to a minute; later runs
-    are fast.
+    parameters, and the tags of pretrained weights. If the installed OpenCLIP has encoders that vlm does not know, the
+    first run measures them.
 
     Example: vlm list vision-encoders siglip
     """
@@ -52,10 +55,10 @@ def list_parts(
     is_explained = kind == "language-models" and _explain_unsuitable(word, quiet=as_json)
     if not entries and not is_explained:
         console.notify(f"No {kind} have {word!r} in their names.")
-    facts = _facts(entries) if kind == "vision-encoders" else {}
+    facts = _describe(kind, entries)
     if as_json:
-        console.print_json(facts or entries)
-    elif facts:
+        console.print_json(facts)
+    elif kind == "vision-encoders" and facts:
         _print_encoders(facts)
     elif entries:
         console.print_table((kind, "class" if kind == "language-models" else ""), list(entries.items()))
@@ -66,9 +69,9 @@ def _contains(name: str, word: str) -> bool:
 
 
 def _print_all(found: dict[str, dict[str, str]], as_json: bool) -> None:
-    """Print the names of every kind, and of a long kind only how many there are. Nothing is measured."""
+    """Print the names of every kind, and of a long kind only how many there are."""
     if as_json:
-        console.print_json(found)
+        console.print_json({kind: _describe(kind, entries) for kind, entries in found.items()})
         return
     for kind, entries in found.items():
         if kind in LONG:
@@ -94,19 +97,36 @@ def _entries(kind: str) -> dict[str, str]:
     return registry.summaries()
 
 
+def _describe(kind: str, entries: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return an object for each name: a summary in words, and the facts of a vision encoder."""
+    return _facts(entries) if kind == "vision-encoders" else {name: {"summary": x} for name, x in entries.items()}
+
+
 # -- vision encoders -------------------------------------------------------------------------------------------------
 
 
 def _facts(entries: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the facts of each encoder, and which package it comes from."""
+    """Return a summary and the facts of each encoder, or a summary and the problem of one that cannot be measured."""
+    from vlm_cli.checkpoint.parts.openclip import openclip_files
     from vlm_cli.report.encoders import encoder_facts
 
-    ours = encoder_facts([name for name in entries if name not in VISION_ENCODERS], _config, _track)
-    found: dict[str, dict[str, Any]] = {}
-    for name, source in entries.items():
-        facts = asdict(ours[name]) if name in ours else _outside_facts(name)
-        found[name] = {"source": source, **facts}
-    return found
+    problems: dict[str, dict[str, Any]] = {}
+
+    def on_problem(name: str, error: Exception) -> None:
+        problems[name] = {"problem": f"{type(error).__name__}: {first_line(error)}"}
+        console.notify(f"Cannot measure the vision encoder {name!r}. {problems[name]['problem']}")
+
+    ours = [name for name in entries if name not in VISION_ENCODERS]
+    facts = encoder_facts(ours, openclip_files(), _config, _track, on_problem)
+    for name in entries.keys() & set(VISION_ENCODERS):
+        try:
+            facts[name] = _measure_outside(name)
+        except Exception as error:  # the package may raise anything; the list goes on with the other encoders
+            on_problem(name, error)
+    return {
+        name: {"summary": summary, **(asdict(facts[name]) if name in facts else problems[name])}
+        for name, summary in entries.items()
+    }
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -115,40 +135,28 @@ def _config(name: str) -> dict[str, Any]:
     return find_tower(VisionEncoderOptions(name=name)).config
 
 
-def _outside_facts(name: str) -> dict[str, Any]:
+def _measure_outside(name: str) -> EncoderFacts:
     """Measure another package's encoder; each time, since we cannot tell when that package changes it."""
     from vlm_cli.checkpoint.parts.vision_encoders import find_tower
     from vlm_cli.report.encoders import measure_encoder
 
-    try:
-        options = VISION_ENCODERS[name].options_class()(name=name)
-        return asdict(measure_encoder(find_tower(options).config))
-    except Exception as error:  # the package may raise anything; the list goes on with the other encoders
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        console.notify(f"Cannot measure the vision encoder {name!r}. {problem}")
-        return {"problem": problem}
+    return measure_encoder(find_tower(VISION_ENCODERS[name].options_class()(name=name)).config)
 
 
-def _track(names: Sequence[str]) -> Iterable[str]:
+def _track(names: Sequence[str]) -> Iterator[str]:
     """Show the progress of measuring on stderr."""
-    what = f"Measuring {len(names)} vision encoder{'s' * (len(names) > 1)}, once"
-    if not terminal.is_terminal(sys.stderr):
-        console.notify(f"{what} for these versions of OpenCLIP and timm …")
-        return names
-    return _progress(names, what)
-
-
-def _progress(names: Sequence[str], what: str) -> Iterator[str]:
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(names, what, console=Console(file=terminal.unguarded(sys.stderr)), transient=True)
+    count = f"{len(names)} vision encoder{'s' * (len(names) > 1)}"
+    console.notify(f"Measuring {count}, once for these versions of OpenCLIP and timm …")
+    with ProgressLine(len(names), noun="encoders", has_summary=False) as progress:
+        for done, name in enumerate(names):
+            progress.show(done)
+            yield name
 
 
 def _print_encoders(facts: dict[str, dict[str, Any]]) -> None:
     columns = ["vision encoder", "pixels", "v patches", "d channels", "M parameters", "pretrained"]
     rows = [[name, *_cells(x)] for name, x in facts.items()]
-    outside = [x["source"] if name in VISION_ENCODERS else "" for name, x in facts.items()]
+    outside = [x["summary"] if name in VISION_ENCODERS else "" for name, x in facts.items()]
     if any(outside):
         columns.append("")
         rows = [[*row, source] for row, source in zip(rows, outside, strict=True)]
