@@ -17,7 +17,6 @@ A command that computes before it writes reserves its output first, so that two 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import tempfile
@@ -31,6 +30,7 @@ from safetensors import SafetensorError
 from vlm_cli.errors import CheckpointError, OutputExistsError
 from vlm_cli.interrupt import at_signal, undivided
 from vlm_cli.locks import hidden_name, locked
+from vlm_cli.plain_data import read_json
 from vlm_cli.renames import move_back, move_over, move_to_new_name, remove_tree
 
 __all__ = [
@@ -53,9 +53,10 @@ EXPORT_FILE = "vlm_export.json"  # `vlm export` writes it into directories that 
 def is_vlm_directory(path: Path) -> bool:
     """Tell whether a directory holds a VLM, as `vlm build` writes it."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "vlm"
-    except (OSError, ValueError, AttributeError):
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and config.get("model_type") == "vlm"
 
 
 def check_directory(out: Path, *, overwrite: bool) -> None:

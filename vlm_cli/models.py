@@ -27,6 +27,7 @@ from vlm_cli.errors import (
     UsageError,
     explain_reading,
 )
+from vlm_cli.hub_ids import check_hub_id
 from vlm_cli.registry import suggest
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def resolve(model: str | None, request: CompositionRequest | None = None) -> Com
             f"unknown model {model!r}: no such file or directory, and no family."
             f"{suggest(model, [*nearby, *FAMILIES, DEMO.name])} Families: {', '.join(FAMILIES)}. Bundled: {DEMO.name}."
         )
-    if path.is_dir() and request.revision is not None:
+    if not path.is_dir():
+        check_hub_id(model, "a directory that `vlm build` wrote")
+    elif request.revision is not None:
         raise UsageError(f"--revision is for hub ids, and {model!r} is a directory. Leave it out.")
     if request.flags:
         raise CompositionError(

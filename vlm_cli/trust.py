@@ -14,7 +14,6 @@ that no other module calls one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.hub import cached_file
 
 from vlm_cli.errors import UntrustedCodeError
+from vlm_cli.plain_data import read_json
 
 __all__ = [
     "HUB_ARGUMENTS",
@@ -174,8 +174,8 @@ def _read(location: str | Path, file: str, keywords: Mapping[str, Any]) -> dict[
         path = cached_file(str(location), file, _raise_exceptions_for_missing_entries=False, **hub)
         if path is None or not Path(path).is_file():  # a pipe or a device would hold the command for ever
             return {}
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_json(Path(path))
+    except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -27,6 +27,7 @@ import vlm_cli.checkpoint.building as building
 import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM, files, renames
 from vlm_cli.cli.app import main
+from vlm_cli.hub_ids import is_hub_id
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_broken_composition_files(fails, tmp_path, name, text, words):
     [
         ("ViT-B32", 2, "unknown vision encoder 'ViT-B32'. Did you mean 'ViT-B-32'?"),
         ("ViT-B-32:opnai", 2, "Did you mean 'openai'? Known tags: "),
-        ("local-dir:nowhere", 1, "cannot read the OpenCLIP configuration"),
+        ("local-dir:nowhere", 1, "there is no directory"),
         ("nowhere.json", 1, "cannot read the OpenCLIP configuration"),
     ],
 )
@@ -269,6 +270,43 @@ def test_encoders_of_the_hub_on_a_machine_without_network(build_fails, name):
 def test_language_models_of_the_hub_on_a_machine_without_network(build_fails, name):
     words = [f"cannot find language model {name!r}", "HF_HOME", "local directory or GGUF file"]
     build_fails(1, words, "--language-model", name)
+
+
+PATHS = ["/tmp/nowhere", "./nowhere", "~/nowhere", "a/b/c", "org/no where"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("words", "possible"),
+    [
+        (["generate", "hi", "-m"], "a directory that `vlm build` wrote, or a hub id"),
+        (["inspect"], "a directory that `vlm build` wrote, or a hub id"),
+        (["build", "out", "--from"], "a path, or a hub id"),
+        (["build", "out", "--family", "llava", "--language-model"], "a GGUF file, or a hub id"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_no_hub_id(fails, words, possible, name):
+    fails(1, [f"directory {name!r}", possible], *words, name)
+
+
+def test_a_path_of_a_part_that_leads_nowhere_is_no_hub_id(build_fails):
+    build_fails(1, "there is no directory '/tmp/nowhere'", "--set", "language_model.tokenizer=/tmp/nowhere")
+    build_fails(1, "there is no directory '/tmp/nowhere'", "--vision-encoder", "local-dir:/tmp/nowhere")
+    build_fails(1, "'/tmp/nowhere' is no id of a hub repository", "--vision-encoder", "hf-hub:/tmp/nowhere")
+
+
+@pytest.mark.parametrize(
+    "name", [*PATHS, "gpt2", "org/a.b-c_d", "-x", "a..b", "a--b", "x.git", "a" * 97, "ä/b", "", "a/"]
+)
+def test_ids_are_those_that_the_hub_accepts(name):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not is_hub_id(name)
+    else:
+        assert is_hub_id(name)
 
 
 def test_a_vlm_of_the_hub_on_a_machine_without_network(fails):

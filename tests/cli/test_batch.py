@@ -511,13 +511,22 @@ def test_overwrite_starts_anew_and_replaces_only_at_the_end(vlm, unfinished, fol
     assert out.read_bytes() == wanted
 
 
-def test_a_file_of_another_is_no_unfinished_run(vlm, unfinished):
+@pytest.mark.parametrize("text", ["notes of mine\n", '{"vlm_batch": 1, "settings": 3}\n', '{"vlm_batch": 1, {\n'])
+def test_a_file_of_another_is_no_unfinished_run(vlm, unfinished, text):
     words, partial, _ = unfinished
-    partial.write_text("notes of mine\n")
+    partial.write_text(text)
     for flags in ((), ("--overwrite",)):
         result = vlm(*words, *flags)
         assert result.exit_code == 2 and "is not the journal of an unfinished run" in result.stderr
-    assert partial.read_text() == "notes of mine\n"
+    assert partial.read_text() == text
+
+
+def test_a_journal_that_somebody_edited_is_not_resumed(vlm, unfinished):
+    words, partial, _ = unfinished
+    header, row, *rest = partial.read_bytes().splitlines(keepends=True)
+    partial.write_bytes(b"".join([header, row.replace(b'": ', b'" ', 1), *rest]))
+    result = vlm(*words)
+    assert result.exit_code == 2 and "is damaged at row 1. Add --overwrite" in result.stderr
 
 
 def test_two_runs_do_not_write_one_file(vlm, unfinished, folder):

@@ -17,7 +17,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 LAYERS = (
     ("printable",),
     ("errors", "interrupt", "quiet", "version"),
-    ("locks", "network", "plain_data", "renames", "schema"),
+    ("hub_ids", "locks", "network", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags"),
     ("modeling",),
@@ -42,7 +42,7 @@ FORBIDDEN["vlm_cli/evaluation"] += ["vlm_cli.training"]
 
 #: What is imported before a command runs, and what it may not import outside of functions: `vlm --help` must be quick.
 LIGHT = ("composition", "data", "errors", "files", "flags", "media/loader", "models", "prompt", "registry", "resume")
-LIGHT += ("locks", "plain_data", "renames", "schema", "training/listener", "training/settings")
+LIGHT += ("hub_ids", "locks", "plain_data", "renames", "schema", "training/listener", "training/settings")
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 
 

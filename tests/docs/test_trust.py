@@ -15,7 +15,19 @@ TRUST = "vlm_cli/trust.py"
 TORCH_FILES = "vlm_cli/checkpoint/torch_files.py"
 OPENCLIP = "vlm_cli/checkpoint/parts/openclip.py"
 REMOTE_CODE = "vlm_cli/checkpoint/parts/remote_code.py"
-YAML = "vlm_cli/composition/files.py"
+PLAIN_DATA = "vlm_cli/plain_data.py"  # limits bytes, depth and nodes, and answers in words
+#: Modules that read JSON of no file, or of a line that has a limit of its own.
+TEXTS_OF_OUR_OWN = tuple(
+    f"vlm_cli/{name}.py"
+    for name in (
+        "checkpoint/parts/outside",
+        "data/jsonl",
+        "generation/template_process",
+        "generation/templates",
+        "resume",
+        "tokenizer",
+    )
+)
 
 #: The last name of a call -> the modules that may make it.
 HOMES: dict[str, tuple[str, ...]] = {
@@ -40,9 +52,12 @@ HOMES: dict[str, tuple[str, ...]] = {
     "create_model": (),
     "create_model_and_transforms": (),
     "create_model_from_pretrained": (),
-    "yaml.load": (YAML,),  # with a subclass of SafeLoader
+    "yaml.load": (),
     "yaml.unsafe_load": (),
     "yaml.full_load": (),
+    "json.load": (),
+    "json.loads": (PLAIN_DATA, *TEXTS_OF_OUR_OWN),
+    "yaml.safe_load": (),
     "eval": (),
     "exec": (),
     "__import__": (),
@@ -119,6 +134,8 @@ def test_no_module_loads_for_itself(path: str) -> None:
         ("vlm_cli/checkpoint/parts/openclip.py", "from open_clip.factory import load_state_dict"),
         ("vlm_cli/checkpoint/delta.py", "yaml.load(text, yaml.Loader)"),
         ("vlm_cli/data/records.py", "eval(line)"),
+        ("vlm_cli/checkpoint/directory.py", "json.loads(path.read_text())"),
+        ("vlm_cli/checkpoint/delta.py", "json.load(file)"),
         ("vlm_cli/data/records.py", "np.load(file, allow_pickle=True)"),
         ("vlm_cli/cli/build.py", "input('Sure?')"),
         (TRUST, "AutoTokenizer.from_pretrained(name)"),

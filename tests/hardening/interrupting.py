@@ -1,4 +1,4 @@
-"""Interrupt commands that write: by a signal at any moment, or by a disk that is full.
+"""Interrupt commands that write: by a signal at any moment or at a line of output, or by a disk that is full.
 
 A job is a command and the names that it writes. It runs in a fork of the test process, through `main`, as in a shell.
 After an interruption its folder holds nothing half-written, and the same command brings it to the bytes of a run that
@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.hardening.attempt import TRACEBACK
+from tests.support import ROOT
 from vlm_cli.cli import app as command_line
 
-__all__ = ["Job", "Run", "Whole", "interrupted", "on_a_full_disk", "run", "uninterrupted"]
+__all__ = ["Job", "Moment", "Run", "Whole", "interrupted", "on_a_full_disk", "run", "uninterrupted"]
 
 MAX_SECONDS = 60.0  # for a command of about a second, on a busy machine
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -53,6 +54,17 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When a signal is sent: some seconds after the command has begun, or after it has printed a text."""
+
+    seconds: float = 0.0
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.3f} s after {self.text!r}" if self.text else f"after {self.seconds:.3f} s"
+
+
+@dataclass(frozen=True)
 class Run:
     """How a command ended: its exit code, or the negative number of the signal; and what it printed."""
 
@@ -78,7 +90,8 @@ def run(
     folder: Path,
     *,
     prepare: Callable[[], object] = lambda: None,
-    interrupt: tuple[signal.Signals, float] | None = None,
+    interrupt: tuple[signal.Signals, Moment] | None = None,
+    is_cold: bool = False,
     app: App | None = None,
     stdin: str = os.devnull,
     watch: Callable[[int], object] = lambda pid: None,
@@ -90,7 +103,9 @@ def run(
         words: of the command, without `vlm`.
         folder: its working directory.
         prepare: called in the fork first.
-        interrupt: a signal, and the seconds after the start of the command at which it is sent.
+        interrupt: a signal, and when it is sent. A command that does not print the text gets no signal.
+        is_cold: start a new interpreter, as a shell does. The clock begins when it has set its signal handlers: while
+            Python itself starts, for some hundredths of a second, no handler of a program can be set.
         app: runs in place of the command.
         stdin: a file.
         watch: called with the id of the process, again and again while it runs.
@@ -103,19 +118,43 @@ def run(
         try:  # whatever happens, this process must not go on as a second pytest
             os.close(ready)
             os.close(output)
-            _become(words, folder, (os.open(stdin, os.O_RDONLY), printed, printed), is_ready, prepare, app)
+            streams = (os.open(stdin, os.O_RDONLY), printed, printed)
+            if is_cold:
+                _execute(words, folder, streams)
+            _become(words, folder, streams, is_ready, prepare, app)
         finally:
             os._exit(99)
     os.close(is_ready)
     os.close(printed)
-    select.select([ready], [], [], MAX_SECONDS)
+    if is_cold:
+        _wait_for_handlers(pid)
+    else:
+        select.select([ready], [], [], MAX_SECONDS)
     os.close(ready)
     started = time.monotonic()
-    if interrupt is not None:
-        time.sleep(interrupt[1])
-        os.kill(pid, interrupt[0])
-    text, code = _wait(pid, output, watch, max_seconds)
+    text, code = _wait(pid, output, watch, max_seconds, interrupt)
     return Run(code, text, time.monotonic() - started)
+
+
+def _execute(words: Sequence[str], folder: Path, streams: Sequence[int]) -> NoReturn:
+    """Replace this process by `vlm`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number, handle in enumerate(streams):
+        os.dup2(handle, number)
+    os.chdir(folder)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    os.execve(sys.executable, [sys.executable, "-m", "vlm_cli", *words], environment)
+
+
+def _wait_for_handlers(pid: int) -> None:
+    """Wait until a process catches SIGTERM, which Python itself does not, or has ended."""
+    bit, deadline = 1 << (signal.SIGTERM - 1), time.monotonic() + MAX_SECONDS
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = status.partition("SigCgt:")[2].split()
+        if not caught or int(caught[0], 16) & bit or "State:\tZ" in status:
+            return
+        time.sleep(0.001)
 
 
 def _become(
@@ -146,13 +185,23 @@ def _become(
     os._exit(code)
 
 
-def _wait(pid: int, output: int, watch: Callable[[int], object], max_seconds: float) -> tuple[str, int]:
+def _wait(
+    pid: int,
+    output: int,
+    watch: Callable[[int], object],
+    max_seconds: float,
+    interrupt: tuple[signal.Signals, Moment] | None,
+) -> tuple[str, int]:
     """Read what a process prints until it ends; a worker that outlives it may keep the pipe open."""
     deadline = time.monotonic() + max_seconds
     text, status = b"", None
     with os.fdopen(output, "rb", buffering=0) as file:
         while status is None and time.monotonic() < deadline:
             watch(pid)
+            if interrupt is not None and interrupt[1].text.encode() in text:
+                time.sleep(interrupt[1].seconds)
+                os.kill(pid, interrupt[0])
+                interrupt = None
             found, ended = os.waitpid(pid, os.WNOHANG)
             status = ended if found else None
             while select.select([output], [], [], 0.01)[0] and (data := file.read(65_536)):
@@ -211,10 +260,16 @@ def uninterrupted(job: Job, folder: Path) -> Whole:
 
 
 def interrupted(
-    job: Job, whole: Whole, folder: Path, number: signal.Signals, delay: float, app: App | None = None
+    job: Job,
+    whole: Whole,
+    folder: Path,
+    number: signal.Signals,
+    moment: Moment,
+    app: App | None = None,
+    is_cold: bool = False,
 ) -> list[str]:
-    """Send a signal to a job after `delay` seconds, run it again, and say what is wrong."""
-    ended = run(job.words, folder, interrupt=(number, delay), app=app)
+    """Send a signal to a job, run it again, and say what is wrong."""
+    ended = run(job.words, folder, interrupt=(number, moment), app=app, is_cold=is_cold)
     found = _problems(job, whole, folder, ended, (0, CODES[number]), is_killed=number is signal.SIGKILL)
     return found + _resumed(job, whole, folder, ended, app)
 

@@ -14,13 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.hardening.interrupting import Job, Whole, contents, interrupted, names, on_a_full_disk, run, uninterrupted
+from tests.hardening.interrupting import (
+    Job,
+    Moment,
+    Whole,
+    contents,
+    interrupted,
+    names,
+    on_a_full_disk,
+    run,
+    uninterrupted,
+)
 from tests.hardening.subjects import Workshop
 from tests.support import disk
 
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 COMMANDS = ["build", "export", "train", "batch"]
 KILLS = 36  # of each command in the long tests
+COLD_SECONDS = 4.0  # for the imports of a new interpreter
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +80,15 @@ def whole(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> Cal
     return find
 
 
-def kill(job: Job, whole: Whole, number: signal.Signals, seed: str, folder: Path) -> list[str]:
-    """Kill a job at a random moment; give what is wrong, with the seed."""
-    delay = random.Random(seed).uniform(0, 1.1 * whole.seconds)
-    place = folder / seed.replace(" ", "-")
+def kill(job: Job, whole: Whole, number: signal.Signals, seed: str, folder: Path, text: str = "") -> list[str]:
+    """Kill a job at a random moment, or shortly after it has printed a text; give what is wrong, with the seed."""
+    most = 0.03 if text else 1.1 * whole.seconds
+    moment = Moment(random.Random(seed).uniform(0, most), text)
+    place = folder / "place"
     place.mkdir()
-    found = interrupted(job, whole, place, number, delay)
+    found = interrupted(job, whole, place, number, moment)
     shutil.rmtree(place)
-    return [f"{seed}, {number.name} after {delay:.3f} of {whole.seconds:.3f} s: {problem}" for problem in found]
+    return [f"{seed}, {number.name} {moment} of {whole.seconds:.3f} s: {problem}" for problem in found]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -97,6 +109,48 @@ def test_runs_that_are_killed_at_random_moments(
         wrong += kill(jobs[name], whole(name), SIGNALS[i % 3], f"{name} {hardening_seed} {i}", tmp_path)
     print(f"{name}, seed {hardening_seed}: {KILLS} kills, {len(wrong)} wrong")
     assert not wrong, f"{len(wrong)} of {KILLS} kills went wrong:\n" + "\n".join(wrong)
+
+
+#: What each command prints while it works: at these lines it begins something else.
+TEXTS = {
+    "build": ["composing", "loading", "writing"],
+    "export": ["reading", "loading", "exporting"],
+    "train": ["loading", "reading", "Training", "writing"],
+    "batch": ["Model"],
+    "eval": ["items from", "Model", "items in"],
+}
+#: The steps of a training run; after each second one it measures the held-out loss and saves a checkpoint.
+TEXTS["train"] += [f"step {i}/6  loss" for i in range(1, 7)] + [f"step {i}/6  eval" for i in (2, 4, 6)]
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("name", COMMANDS)
+def test_programs_that_are_killed_from_outside(
+    name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
+) -> None:
+    """A new interpreter, as a shell starts it: most of its time it imports torch and Transformers."""
+    wrong: list[str] = []
+    for number in SIGNALS:
+        rng = random.Random(f"{name} {hardening_seed} {number}")
+        moment = Moment(rng.uniform(0, COLD_SECONDS + whole(name).seconds))
+        place = tmp_path / number.name
+        place.mkdir()
+        found = interrupted(jobs[name], whole(name), place, number, moment, is_cold=True)
+        wrong += [f"{number.name} {moment}: {problem}" for problem in found]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("name", [*COMMANDS, "eval"])
+def test_runs_that_are_killed_at_a_line(
+    name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
+) -> None:
+    wrong: list[str] = []
+    for i, text in enumerate(TEXTS[name]):
+        # SIGINT at each line, since it lets a step of the training end; the others at some lines.
+        for number in {signal.SIGINT, SIGNALS[(i + hardening_seed) % 3]}:
+            wrong += kill(jobs[name], whole(name), number, f"{name} {hardening_seed} {text}", tmp_path, text)
+    assert not wrong, f"{len(wrong)} went wrong:\n" + "\n".join(wrong)
 
 
 # -- full disks --------------------------------------------------------------------------------------------------------
@@ -192,9 +246,22 @@ def test_a_bad_command_is_caught(app: Callable[[], object], number: signal.Signa
         (tmp_path / name).mkdir()
     assert run([], tmp_path / "whole", app=app).code == 0
     whole = Whole(contents(tmp_path / "whole", ["out"]), {"out"}, 0.2)
-    problems = interrupted(job, whole, tmp_path / "killed", number, 0.1, app)
+    problems = interrupted(job, whole, tmp_path / "killed", number, Moment(0.1), app)
     assert any(problem.startswith(found) for problem in problems), problems
     assert any("the next run" in problem for problem in problems) == (app in (leaves_files, has_no_handler))
+
+
+def prints_steps() -> None:
+    for i in range(3):
+        print(f"step {i}", flush=True)
+        time.sleep(0.1)
+    Path("out").write_text("done")
+
+
+@pytest.mark.parametrize(("text", "code"), [("step 1", -signal.SIGKILL), ("step 9", 0)])
+def test_a_signal_is_sent_at_a_line(text: str, code: int, tmp_path: Path) -> None:
+    ended = run([], tmp_path, app=prints_steps, interrupt=(signal.SIGKILL, Moment(text=text)))
+    assert ended.code == code and ("step 2" in ended.printed) == (code == 0)
 
 
 def test_rows_that_are_lost_are_noticed() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vlm_cli
-from tests.support import disk
+from tests.support import ROOT, disk
 from tests.support.disk import run
 from vlm_cli.checkpoint.backbones import Backbone
 from vlm_cli.checkpoint.inside import check_folder, read_index, resolve_inside
 from vlm_cli.checkpoint.parts.openclip import published_address
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
+from vlm_cli.checkpoint.schemas import check_tokenizer
 from vlm_cli.errors import CheckpointError, VisionEncoderError
 from vlm_cli.modeling.towers import build_tower
 
@@ -128,6 +131,61 @@ def test_a_configuration_fetches_no_tower():
     for name in ("hf-hub:org/name", "local-dir:/etc", 7):
         with pytest.raises(VisionEncoderError, match="may only be a name that timm itself has"):
             build_tower({"embed_dim": 8, "vision_cfg": {"timm_model_name": name}})
+
+
+#: Functions that join a folder and a name which is no constant, and why the name does not lead out.
+JOINS = {
+    "backbones.py:_fetch": "the last part of an address of OpenCLIP's table",
+    "downloads.py:downloaded": "a hash",
+    "inside.py:resolve_inside": "the rule itself",
+    "language_model.py:edit": "names of a tokenizer's files, which vlm has just written",
+    "language_model.py:_forget_tokens": "the same",
+    "language_models.py:_limited_size": "the file that the user named",
+    "remote_code.py:write_code": "the name of a module that the user trusts",
+    "checkpoint.py:_indexed_files": "`read_index` has checked it",
+    "xgen_mm.py:_has_media_token": "constants",
+    "clip.py:read_preprocessing": "constants",
+    "schemas.py:_read": "constants",
+}
+
+
+def joins(source: str) -> set[str]:
+    """The functions of a module that join a path and a name which is no constant."""
+    found = set()
+    for function in ast.walk(ast.parse(source)):
+        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                is_constant = isinstance(node.right, ast.Constant) or ast.unparse(node.right).isupper()
+                is_path = re.search(r"folder|path|dir|place|out|location|root", ast.unparse(node.left), re.IGNORECASE)
+                found |= {function.name} if is_path and not is_constant else set()
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("joinpath"):
+                found.add(function.name)
+    return found
+
+
+def test_no_other_function_follows_a_name():
+    files = sorted((ROOT / "vlm_cli/checkpoint").rglob("*.py"))
+    found = {f"{path.name}:{name}" for path in files for name in joins(path.read_text(encoding="utf-8"))}
+    assert found == set(JOINS)
+    assert joins("def f(folder, index):\n    return folder / index['file']") == {"f"}
+    assert joins("def f(folder):\n    return folder / 'config.json', folder / DELTA_FILE") == set()
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file", "merges_file", "spm_file"])
+@pytest.mark.parametrize("path", ["/etc/passwd", "/dev/zero", "../../../../../../../../../../../../etc/passwd"])
+def test_a_tokenizer_reads_no_other_file(own, key, path):
+    for folder in (own.lm, own.whole):
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: path}))
+        with pytest.raises(CheckpointError, match=rf"names the file '{path}' \({key}\)"):
+            check_tokenizer(str(folder))
+
+
+def test_a_path_of_another_machine_in_a_tokenizer_is_no_error(own):
+    file = own.whole / "tokenizer_config.json"
+    left = {"vocab_file": "/home/author/nowhere/vocab.json", "special_tokens_map_file": None, "merges_file": "m.txt"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **left}))
+    check_tokenizer(str(own.whole))
 
 
 # -- backbones ---------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from vlm_cli.checkpoint.parts.openclip import fetch_weights, published_address, 
 from vlm_cli.checkpoint.parts.tower import OutsideWeights, PublishedWeights, Tower, WeightsFile
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, first_line
+from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.modeling.config import VLMConfig
 
 __all__ = [
@@ -116,7 +117,6 @@ class BackbonePlaces:
 
 
 #: Names and commits as the hub has them.
-_REPOSITORY = re.compile(r"(?!.*\.\.)[\w.-]+(/[\w.-]+)?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("kind", "name", "location", "sha256"), str),
@@ -139,7 +139,7 @@ def _find_problem(record: Any) -> str | None:
         return "its numbers are negative"
     kind, location = record["kind"], record["location"]
     if kind == "hub":
-        if not _REPOSITORY.fullmatch(location):
+        if not is_hub_id(location):
             return f"location {location[:80]!r} is no id of a hub repository (ORG/NAME)"
         if not _COMMIT.fullmatch(record.get("revision") or ""):
             return "revision is no commit of 40 hexadecimal digits"

@@ -397,7 +397,9 @@ def read_tensors(
 
 
 def _cannot_load(name: str, error: Exception) -> str:
-    message = f"cannot load {name!r}: {explain_reading(error)}."
-    if not Path(name).is_dir():
-        message += " Give a directory that `vlm build` wrote or a hub id; an offline machine knows only cached ones."
-    return message
+    if Path(name).is_dir():
+        return f"cannot load {name!r}: {explain_reading(error)}."
+    return (
+        f"cannot load {name!r}: it is no directory here, and the hub did not give it ({explain_reading(error)}). Give "
+        "a directory that `vlm build` wrote or a hub id; an offline machine knows only cached ones."
+    )

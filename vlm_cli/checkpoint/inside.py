@@ -7,7 +7,6 @@ stores the files of a repository as links into its `blobs`; these links are allo
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.errors import CheckpointError
+from vlm_cli.plain_data import read_json
 
-__all__ = ["check_folder", "check_index", "read_index", "resolve_inside"]
+__all__ = ["check_folder", "check_index", "check_named_files", "read_index", "resolve_inside"]
 
 #: Endings of the files that vlm, Transformers and OpenCLIP read from a model's directory.
 _READ = (".json", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf", ".model", ".txt", ".jinja", ".py", ".yaml")
@@ -76,6 +76,33 @@ def check_folder(folder: Path) -> None:
             resolve_inside(folder, entry.name, named_by="the directory")
 
 
+def check_named_files(settings: Mapping[str, Any], named_by: str) -> None:
+    """Check that settings such as `vocab_file` name no file of this machine: older versions of Transformers open it.
+
+    A path that leads nowhere may stay from the machine of the tokenizer's author; nothing can be read there.
+
+    Args:
+        settings: content of tokenizer_config.json.
+        named_by: what messages call that file.
+
+    Raises:
+        CheckpointError: for an absolute path, or one with "..", of something that exists.
+    """
+    for key, value in settings.items():
+        if key.endswith("_file") and isinstance(value, str) and not _is_plain_name(value) and _exists(value):
+            raise CheckpointError(
+                f"{named_by} names the file {_shorten(value)} ({key}), and may name only files inside of its "
+                "directory. If you trust it, copy that file into the directory, and delete the key."
+            )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(os.path.expanduser(path))
+    except ValueError:  # a null character
+        return False
+
+
 def check_index(name: str, keywords: Mapping[str, Any]) -> None:
     """Check the names in the indexes of a model's weight files, which Transformers follows wherever they lead.
 
@@ -107,10 +134,8 @@ def read_index(index: Path) -> dict[str, str]:
         CheckpointError: if the index cannot be read, or names another file.
     """
     try:
-        if index.stat().st_size > MAX_INDEX:
-            raise CheckpointError(f"the index {str(index)!r} is larger than {MAX_INDEX:,} bytes. Fetch it again.")
-        data = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json(index, most_bytes=MAX_INDEX)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read the index {str(index)!r}: {error}. Fetch it again.") from None
     weight_map: Any = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

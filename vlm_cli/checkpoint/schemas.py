@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_cli.checkpoint.inside import check_named_files
 from vlm_cli.errors import CheckpointError, LanguageModelError, VisionEncoderError, VLMError, explain_reading
 from vlm_cli.plain_data import read_json
 from vlm_cli.schema import (
@@ -450,8 +451,6 @@ def check_processor_files(name: str, **keywords: Any) -> None:
         check(own, _IMAGE_PROCESSOR, f"preprocessor_config.json of {name!r}")
     elif data is not None:
         check(data, mapping({"image_processor": _IMAGE_PROCESSOR}), f"processor_config.json of {name!r}")
-    if (data := _read(name, "tokenizer_config.json", keywords)) is not None:
-        check(data, _TOKENIZER_CONFIG, f"tokenizer_config.json of {name!r}")
     check_tokenizer(name, **keywords)
 
 
@@ -459,14 +458,17 @@ _MOST_GROWTH = 64  # characters that a tokenizer may make of one; a space become
 
 
 def check_tokenizer(name: str, **keywords: Any) -> None:
-    """Check that tokenizer.json of a directory or hub id, if it has one, does not multiply the texts that it reads.
+    """Check the files of a tokenizer in a directory or hub id: they read no other files, and multiply no text.
 
     A tokenizer may replace one text by a longer one, several times in a row: forty replacements that each double a text
     make gigabytes of a word.
 
     Raises:
-        CheckpointError: naming the key.
+        CheckpointError: naming file and key.
     """
+    if (data := _read(name, "tokenizer_config.json", keywords)) is not None:
+        check(data, _TOKENIZER_CONFIG, f"tokenizer_config.json of {name!r}")
+        check_named_files(data, f"tokenizer_config.json of {name!r}")
     data = _read(name, "tokenizer.json", keywords) or {}
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         if (growth := _growth(data.get(key))) > _MOST_GROWTH:

@@ -19,6 +19,7 @@ from vlm_cli.data.jsonl import Line
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import check_file, remove_leftovers, replacing_file
 from vlm_cli.locks import open_locked
+from vlm_cli.plain_data import parse_json
 from vlm_cli.resume import settings_diff
 
 __all__ = ["Journal", "partial_of"]
@@ -89,13 +90,14 @@ class Journal:
     def _begin(self, settings: Mapping[str, Any], overwrite: bool) -> None:
         self.file.seek(0)
         head = self.file.readline()
-        if head[: len(_MAGIC)] != _MAGIC[: len(head)]:
+        whole = head.endswith(b"\n")
+        found = _parse(head) if whole else {}
+        is_header = isinstance(found.get("settings"), dict) if whole else True
+        if head[: len(_MAGIC)] != _MAGIC[: len(head)] or not is_header:
             raise OutputExistsError(
                 f"{str(self.path)!r} is not the journal of an unfinished run. Move it to another place, or choose "
                 "another --output."
             )
-        whole = head.endswith(b"\n")
-        found = json.loads(head) if whole else {}
         self.replaces = overwrite or found.get("replaces", False)
         check_file(self.out, overwrite=self.replaces)
         if whole and not overwrite:
@@ -139,7 +141,13 @@ class Journal:
                 )
             end += len(stored)
             self.answered += 1
-            self.failed += "error" in json.loads(stored.split(b" ", 1)[1])
+            answer = _parse(stored.partition(b" ")[2])
+            if not answer:
+                raise UsageError(
+                    f"{str(self.path)!r} is damaged at row {self.answered}. Add --overwrite to discard its answers and "
+                    "start again."
+                )
+            self.failed += "error" in answer
         self.file.truncate(end)
 
     def add(self, line: Line, answer: Mapping[str, Any]) -> None:
@@ -187,3 +195,12 @@ class Journal:
 def _digest(line: Line) -> bytes:
     """Return 32 hexadecimal digits of a line, without the line end, which the last line of a file may lack."""
     return hashlib.sha256(line.raw.strip()).hexdigest()[:32].encode()
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """Parse an object of the journal; an empty one of a text that vlm did not write."""
+    try:
+        found = parse_json(text.decode())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

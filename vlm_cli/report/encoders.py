@@ -20,6 +20,7 @@ from typing import Any
 from vlm_cli.errors import CheckpointError
 from vlm_cli.files import replacing_file
 from vlm_cli.interrupt import at_signal
+from vlm_cli.plain_data import read_json
 from vlm_cli.version import __version__
 
 __all__ = [
@@ -231,7 +232,7 @@ def cache_file() -> Path:
 def stored_facts() -> dict[str, EncoderFacts]:
     """Return the facts that were measured before; none if the file is missing or broken."""
     try:
-        data = json.loads(cache_file().read_text(encoding="utf-8"))
+        data = read_json(cache_file())
         if not isinstance(data, dict):
             raise ValueError("the file holds no dictionary")
         return {name: _read(entry) for name, entry in data.items()}

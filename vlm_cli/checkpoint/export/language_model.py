@@ -12,6 +12,7 @@ from vlm_cli.checkpoint.parts.remote_code import write_code
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.plain_data import read_json
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.trust import load_tokenizer
 
@@ -56,7 +57,7 @@ def _forget_tokens(folder: Path, names: set[str]) -> None:
     def edit(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         file = folder / name
         if file.is_file():
-            data = change(json.loads(file.read_text(encoding="utf-8")))
+            data = change(read_json(file))
             file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def settings(data: dict[str, Any]) -> dict[str, Any]:

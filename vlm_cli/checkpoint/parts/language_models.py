@@ -19,6 +19,7 @@ from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
+from vlm_cli.hub_ids import check_hub_id, is_hub_id
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.registry import suggest
 from vlm_cli.trust import load_config, load_language_model, load_tokenizer
@@ -53,6 +54,8 @@ class LanguageModelSource:
         if other is not None:
             here = Path(other).expanduser()
             location = str(here) if here.exists() else other
+            if not here.exists():
+                check_hub_id(other, _SAVED, error=LanguageModelError)
             check_folder(here)
             keywords = {"trust_remote_code": self.keywords.get("trust_remote_code", False)}
         advice = "Give one: --set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
@@ -132,6 +135,7 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
         )
 
 
+_SAVED = "a directory that `save_pretrained` wrote"
 _ADVICE = (
     "If this machine is offline, fetch it once where there is a network and copy the cache (HF_HOME), or give a "
     "local directory or GGUF file."
@@ -160,11 +164,9 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
                 f"{options.name!r} is no language model: it has no config.json. Give a directory that "
                 "`save_pretrained` wrote, a GGUF file, or a hub id."
             )
-    elif options.name.startswith((".", "~", "/")) or options.name.count("/") > 1:
-        raise LanguageModelError(
-            f"there is no directory {options.name!r}.{suggest(options.name, _nearby())} Give a directory that "
-            "`save_pretrained` wrote, a GGUF file, or a hub id (ORG/NAME)."
-        )
+    elif not is_hub_id(options.name):
+        near = suggest(options.name, _nearby())
+        check_hub_id(options.name, f"{_SAVED}, a GGUF file", near=near, error=LanguageModelError)
     if options.revision is not None:
         keywords["revision"] = options.revision
     if "gguf_file" not in keywords:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,6 +15,7 @@ from vlm_cli.checkpoint.schemas import check_openclip_config
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
+from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.plain_data import read_json
 from vlm_cli.registry import VISION_ENCODERS, suggest
 
@@ -40,7 +40,7 @@ def openclip_files() -> dict[str, Path]:
     if spec is None or spec.origin is None:
         return {}
     files = sorted((Path(spec.origin).parent / "model_configs").glob("*.json"))
-    return {file.stem: file for file in files if "vision_cfg" in json.loads(file.read_text(encoding="utf-8"))}
+    return {file.stem: file for file in files if "vision_cfg" in read_json(file)}
 
 
 def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
@@ -53,10 +53,20 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
     name = options.name
     weights: TowerWeights | None = None
     if name.startswith("hf-hub:"):
-        data = _read_json(_hub_file(name.removeprefix("hf-hub:"), "open_clip_config.json"))
-        weights = PublishedWeights({"hf_hub": name.removeprefix("hf-hub:") + "/"})
+        repository = name.removeprefix("hf-hub:")
+        if not is_hub_id(repository):
+            raise VisionEncoderError(
+                f"{repository!r} is no id of a hub repository. Give hf-hub:ORG/NAME, or local-dir:FOLDER."
+            )
+        data = _read_json(_hub_file(repository, "open_clip_config.json"))
+        weights = PublishedWeights({"hf_hub": repository + "/"})
     elif name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:")).expanduser()
+        if not folder.is_dir():
+            raise VisionEncoderError(
+                f"there is no directory {str(folder)!r}. Give local-dir:FOLDER with a folder that holds "
+                "open_clip_config.json."
+            )
         check_folder(folder)
         data = _read_json(folder / "open_clip_config.json")
         path = weights_in(folder)

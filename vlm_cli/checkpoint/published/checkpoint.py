@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +14,15 @@ from torch import Tensor
 from vlm_cli.checkpoint.inside import check_folder, read_index
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.errors import CheckpointError, first_line
+from vlm_cli.hub_ids import is_hub_id
+from vlm_cli.plain_data import read_json
 
 __all__ = ["PublishedCheckpoint", "TensorInfo"]
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-#: Files that are fetched from a hub repository: weights, and small files that describe them.
-_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors", "*.bin", "*.pt", "*.pth")
+#: Files that are fetched from a hub repository: weights, small files that describe them, and PyTorch's weight files.
+_PLAIN_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+_TORCH_PATTERNS = ["*.bin", "*.pt", "*.pth"]
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {str(file)!r}: {error}.") from None
     if not isinstance(data, dict):
@@ -241,27 +243,21 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _fetch(name: str, revision: str | None, token: str | None) -> Path:
-    """Fetch the files of a hub repository; without PyTorch's weight files if it has safetensors.
+    """Fetch the files of a hub repository; PyTorch's weight files only if it has no safetensors.
 
     Raises:
         CheckpointError: if `name` is no hub id, or the files cannot be fetched.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import snapshot_download
 
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+    if name.count("/") != 1 or not is_hub_id(name):
         raise CheckpointError(f"there is no file or directory {name!r}. Give a path, or a hub id (ORG/NAME).")
-    patterns = list(_PATTERNS)
     try:
-        try:
-            files = HfApi().list_repo_files(name, revision=revision, token=token)
-            if any(file.endswith(".safetensors") for file in files):
-                patterns = [x for x in patterns if not x.endswith((".bin", ".pt", ".pth"))]
-        except HFValidationError:
-            raise
-        except Exception:  # offline: the cache may hold the files
-            pass
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_PLAIN_PATTERNS))
+        if not any(folder.rglob("*.safetensors")):
+            patterns = [*_PLAIN_PATTERNS, *_TORCH_PATTERNS]
+            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        return folder
     except Exception as error:
         raise CheckpointError(
             f"cannot fetch {name!r}: there is no such file or directory, and the Hugging Face hub did not send it "

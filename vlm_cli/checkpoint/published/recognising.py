@@ -11,7 +11,7 @@ from pathlib import Path
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts import LAYOUTS
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout
-from vlm_cli.errors import CheckpointError, VLMError, first_line
+from vlm_cli.errors import CheckpointError, VLMError, explain_reading
 
 __all__ = ["RecognisedCheckpoint", "recognise"]
 
@@ -58,7 +58,7 @@ class RecognisedCheckpoint:
         except Exception as error:
             raise CheckpointError(
                 f"cannot make a model of the configuration of {self.checkpoint.name!r}, which is read as "
-                f"{self.layout.name}: {type(error).__name__}: {first_line(error)}. If you changed its "
+                f"{self.layout.name}: {explain_reading(error)}. If you changed its "
                 "config.json, restore the published file."
             ) from error
 

@@ -5,7 +5,6 @@ Source: transformers/models/clip/modeling_clip.py, and open_clip/transformer.py.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from math import isqrt
@@ -17,6 +16,7 @@ from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.shapes import count_layers, find_shape
 from vlm_cli.checkpoint.published.targets import Rule, Target, stack_rows
 from vlm_cli.errors import CheckpointError
+from vlm_cli.plain_data import read_json
 
 __all__ = [
     "CLIP_OPTIONAL",
@@ -171,7 +171,7 @@ def read_preprocessing(folder: Path | None, image_size: int, *, resize_mode: str
     for name in ("processor_config.json", "preprocessor_config.json"):
         if folder is None or not (file := folder / name).is_file():
             continue
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
         data = data.get("image_processor", data)
         for openclip, transformers in (("mean", "image_mean"), ("std", "image_std")):
             if transformers in data:
