@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from tests.support import ROOT
+from tests.support.command import fork
 from vlm_cli.cli import console, terminal
 from vlm_cli.printable import CONTROLS, escape_controls, escape_json_controls
 
@@ -232,6 +233,30 @@ def on_a_terminal(words: list[str], environment: dict[str, str], keys: bytes = b
     stdin = side if keys else subprocess.DEVNULL
     process = subprocess.Popen([sys.executable, *words], stdin=stdin, stdout=side, stderr=side, env=environment)
     os.close(side)
+    shown = read_all(main)
+    process.wait(5)
+    return shown
+
+
+def copy_on_a_terminal(words: list[str], environment: dict[str, str]) -> str:
+    """Run a script on a pseudo-terminal in a copy of this process, as `on_a_terminal` runs it in a new one."""
+    main, side = pty.openpty()
+    _, script, *arguments = words
+
+    def work() -> None:
+        sys.argv = ["-c", *arguments]
+        exec(script, {})
+
+    with open(os.devnull) as nothing:
+        pid = fork(work, (nothing.fileno(), side, side), Path.cwd(), environment)
+    os.close(side)
+    shown = read_all(main)
+    assert os.waitpid(pid, 0)[1] == 0
+    return shown
+
+
+def read_all(main: int) -> str:
+    """What a pseudo-terminal receives until the process on its other side ends."""
     shown, deadline = b"", time.monotonic() + 120
     while time.monotonic() < deadline:
         if not select.select([main], [], [], 1)[0]:
@@ -241,13 +266,17 @@ def on_a_terminal(words: list[str], environment: dict[str, str], keys: bytes = b
         except OSError:  # the process has ended
             break
     os.close(main)
-    process.wait(5)
     return shown.decode("utf-8")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[copy_on_a_terminal, pytest.param(on_a_terminal, marks=pytest.mark.matrix)])
 def shown(
-    tmp_path_factory: pytest.TempPathFactory, flamingo: Path, parts: Any, photo: Path, environment: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory,
+    flamingo: Path,
+    parts: Any,
+    photo: Path,
+    environment: dict[str, str],
+    request: pytest.FixtureRequest,
 ) -> dict[str, str]:
     """What a terminal receives of hostile files, by the name of what is hostile in them."""
     folder = tmp_path_factory.mktemp("hostile")
@@ -282,7 +311,7 @@ def shown(
         "flag": ["inspect", f"--{ESC}"],
         "name": ["inspect", f"./{ESC}"],
     }
-    _, *received = re.split(r"<<([\w-]+)>>\r\n", on_a_terminal(["-c", RUNNER, json.dumps(commands)], environment))
+    _, *received = re.split(r"<<([\w-]+)>>\r\n", request.param(["-c", RUNNER, json.dumps(commands)], environment))
     return dict(zip(received[::2], received[1::2], strict=True))
 
 

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 import vlm_cli
 from tests.support import ROOT
+from tests.support.command import run_in_copy
+from tests.support.packages import packages_in
 from vlm_cli.cli.app import app
 
 PLUGIN = ROOT / "examples" / "plugin"
@@ -43,35 +45,44 @@ def python(folder: Path) -> Path:
     return folder / "env" / "bin" / "python"
 
 
-SEVERAL = """
-import gc, sys
-from vlm_cli.cli.app import app
-gc.disable()  # as `vlm` does
-for line in sys.argv[1:]:
-    app(line.split(), standalone_mode=False)
-"""
-
-
-def run(folder: Path, *commands: str) -> str:
-    """What the scratch environment prints for some command lines of `vlm`; several share one start of Python."""
+def run(folder: Path, *lines: str) -> str:
+    """What the scratch environment prints for command lines of `vlm`."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     # Where the tests themselves were pointed at a working tree, the scratch environment is on its own.
     environment.pop("PYTHONPATH", None)
-    words = ["-m", "vlm_cli", *commands[0].split()] if len(commands) == 1 else ["-c", SEVERAL, *commands]
-    done = subprocess.run([python(folder), *words], cwd=folder, env=environment, capture_output=True, text=True)
+    printed = ""
+    for line in lines:
+        words = [python(folder), "-m", "vlm_cli", *line.split()]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed += done.stdout
+    return printed
+
+
+def run_in_copy_with_packages(folder: Path, *lines: str) -> str:
+    """What a copy of this process prints for the same lines, with the packages of the scratch environment."""
+    [packages] = (folder / "env").glob("lib/python*/site-packages")
+
+    def work() -> None:
+        with packages_in(packages):
+            for line in lines:
+                app(line.split(), standalone_mode=False)
+
+    done = run_in_copy(work, folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def printed(scratch: Path) -> str:
+@pytest.fixture(scope="module", params=[run_in_copy_with_packages, pytest.param(run, marks=pytest.mark.matrix)])
+def printed(scratch: Path, request: pytest.FixtureRequest) -> str:
     """What the commands print that build a model `built` of all three parts of the plugin, show it and ask it."""
     parts = "--vision-encoder conv-patches --vision-tokenizer grid-pooling --fusion running-mean"
     own = "--set vision_encoder.depth=1 --set vision_encoder.image_size=64 --set vision_tokenizer.side=3"
-    build = f"build built {parts} {own} --language-model tiny-lm --quiet"
+    build = f"build built {parts} {own} --language-model tiny-lm --quiet --overwrite"
     picture = ROOT / "examples" / "images" / "cat.jpg"
     ask = f"generate --model built --image {picture} --json -n 4 Look"
-    return run(scratch, build, "list vision-encoders conv-", "inspect built", "count-params built --markdown", ask)
+    lines = (build, "list vision-encoders conv-patches", "inspect built", "count-params built --markdown", ask)
+    return request.param(scratch, *lines)
 
 
 def test_installed_parts_are_listed(scratch: Path) -> None:

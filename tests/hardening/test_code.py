@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -22,10 +24,11 @@ from transformers import AutoTokenizer, dynamic_module_utils
 
 import vlm_cli
 from tests.support import ROOT, disk
-from tests.support.command import vlm
+from tests.support.command import Ended, run_in_copy, vlm
 from tests.support.hub_server import serving
 from vlm_cli import VLM, VLMProcessor
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
+from vlm_cli.cli.app import main
 from vlm_cli.errors import UntrustedCodeError
 from vlm_cli.quiet import silence_libraries
 
@@ -354,14 +357,27 @@ def test_no_model_of_transformers_for_the_text_of_a_tower(hostile, made, marker,
 # -- in a process of its own -------------------------------------------------------------------------------------------
 
 
+def surroundings(folder: Path, **environment: str) -> dict[str, str]:
+    own = {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(folder / "modules"), "HF_HOME": str(folder / "hf")}
+    return own | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_none", **environment}
+
+
 def process(words: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `vlm` with "y" on stdin."""
-    own = {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(folder / "modules"), "HF_HOME": str(folder / "hf")}
-    own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_none", **environment}
-    command = [sys.executable, "-m", "vlm_cli", *words]
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, **own}, input="y\ny\ny\n", capture_output=True, text=True, timeout=120
-    )
+    own, command = {**os.environ, **surroundings(folder, **environment)}, [sys.executable, "-m", "vlm_cli", *words]
+    return subprocess.run(command, cwd=folder, env=own, input="y\ny\ny\n", capture_output=True, text=True, timeout=120)
+
+
+def process_copy(words: list[str], folder: Path, **environment: str) -> Ended:
+    """Run `vlm` as `process` does, in a copy of this process."""
+
+    def work() -> int:
+        importlib.reload(huggingface_hub.constants)  # it keeps what the environment said
+        huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+        sys.argv = ["vlm", *words]
+        return main()
+
+    return run_in_copy(work, folder=folder, stdin=b"y\ny\ny\n", **surroundings(folder, **environment))
 
 
 @pytest.mark.attack  # a process for each file and command, for minutes
@@ -375,15 +391,16 @@ def test_no_code_in_a_process(hostile, made, marker, tmp_path, command, name):
     assert words in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_no_code_from_the_hub(hostile, made, marker, tmp_path):
+@pytest.mark.parametrize("run", [process_copy, pytest.param(process, marks=pytest.mark.attack)])
+def test_no_code_from_the_hub(hostile, made, marker, tmp_path, run):
     model, lm = hostile("vlm", VLM_FILES["tokenizer"][0]), hostile("lm", LM_FILES["configuration"][0])
     with serving() as hub:
         hub.add("org/vlm", model)
         hub.add("org/lm", lm)
         online = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        answer = process(["generate", "-", "-m", "org/vlm", "-n", "1"], tmp_path, **online)
+        answer = run(["generate", "-", "-m", "org/vlm", "-n", "1"], tmp_path, **online)
         parts = ["--family", "llava", "--vision-encoder", f"local-dir:{made / 'tower'}", "--language-model", "org/lm"]
-        built = process(["build", "out", *parts], tmp_path, **online)
+        built = run(["build", "out", *parts], tmp_path, **online)
         fetched = [x for x in hub.requests if x.endswith(".py") and x.startswith("GET")]
     assert not marker.exists() and not fetched
     assert answer.returncode == 1 and "tokenizer_config.json asks for evil.Thing (auto_map)" in answer.stderr
