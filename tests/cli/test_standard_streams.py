@@ -36,7 +36,7 @@ ENVIRONMENTS = {
     "no locale": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
 }
 
-HEAVY = ("generate -n 2 hi", "count-params demo", "inspect demo", "doctor --help", "list vision-encoders")
+HEAVY = ("generate -n 2 hi", "count-params demo")  # tests/hardening/test_streams.py has all commands, without imports
 
 
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,8 +73,8 @@ def test_broken_streams(tmp_path, command, streams):
 
 @pytest.mark.attack
 @pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("command", ["--version", "list families", *HEAVY])
-def test_broken_streams_of_every_kind_of_command(tmp_path, command, streams):
+@pytest.mark.parametrize("command", HEAVY[:1])
+def test_broken_streams_of_a_command_that_imports_torch(tmp_path, command, streams):
     check_streams(command, streams, tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""Interrupt commands that write: by a signal at any moment or at a line of output, or by a disk that is full.
+"""Interrupt commands that write: by a signal at any moment or at a line of output, by a disk that is full, or by
+streams that nobody reads.
 
 A job is a command and the names that it writes. It runs in a fork of the test process, through `main`, as in a shell.
 After an interruption its folder holds nothing half-written, and the same command brings it to the bytes of a run that
@@ -23,7 +24,7 @@ from tests.hardening.attempt import TRACEBACK
 from tests.support import ROOT
 from vlm_cli.cli import app as command_line
 
-__all__ = ["Job", "Moment", "Run", "Whole", "interrupted", "on_a_full_disk", "run", "uninterrupted"]
+__all__ = ["Job", "Moment", "Run", "Streams", "Whole", "interrupted", "on_a_full_disk", "run", "uninterrupted"]
 
 MAX_SECONDS = 60.0  # for a command of about a second, on a busy machine
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -51,6 +52,46 @@ class Job:
     outputs: Sequence[str] = ("out",)
     kept: Sequence[str] = ()
     resume: Sequence[str] = ()
+
+
+CLOSED, NO_READER, CAPTURED = "closed", "a pipe whose reader has gone", "captured"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a shell gives to a command: the path of a file, or one of the three constants above."""
+
+    stdin: str = os.devnull
+    stdout: str = CAPTURED
+    stderr: str = CAPTURED
+
+    def connect(self, captured: int) -> None:
+        """Give this process these streams, as Python opens them when it starts.
+
+        Args:
+            captured: the descriptor of a stream that is captured.
+        """
+        handles = [self._open(name, number, captured) for number, name in enumerate(self._names())]
+        for number, handle in enumerate(handles):
+            os.close(number) if handle is None else os.dup2(handle, number)
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            stream = None if handles[number] is None else os.fdopen(number, "w" if number else "r")
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+    def _names(self) -> tuple[str, str, str]:
+        return self.stdin, self.stdout, self.stderr
+
+    def _open(self, name: str, number: int, captured: int) -> int | None:
+        if name == CLOSED:
+            return None
+        if name == CAPTURED:
+            return captured
+        if name == NO_READER:
+            reader, writer = os.pipe()
+            os.close(reader)
+            return writer
+        return os.open(name, os.O_WRONLY if number else os.O_RDONLY)
 
 
 @dataclass(frozen=True)
@@ -93,7 +134,7 @@ def run(
     interrupt: tuple[signal.Signals, Moment] | None = None,
     is_cold: bool = False,
     app: App | None = None,
-    stdin: str = os.devnull,
+    streams: Streams = Streams(),
     watch: Callable[[int], object] = lambda pid: None,
     max_seconds: float = MAX_SECONDS,
 ) -> Run:
@@ -107,7 +148,7 @@ def run(
         is_cold: start a new interpreter, as a shell does. The clock begins when it has set its signal handlers: while
             Python itself starts, for some hundredths of a second, no handler of a program can be set.
         app: runs in place of the command.
-        stdin: a file.
+        streams: its stdin, stdout and stderr.
         watch: called with the id of the process, again and again while it runs.
         max_seconds: time after which the command hangs.
     """
@@ -118,10 +159,10 @@ def run(
         try:  # whatever happens, this process must not go on as a second pytest
             os.close(ready)
             os.close(output)
-            streams = (os.open(stdin, os.O_RDONLY), printed, printed)
+            streams.connect(printed)
             if is_cold:
-                _execute(words, folder, streams)
-            _become(words, folder, streams, is_ready, prepare, app)
+                _execute(words, folder)
+            _become(words, folder, is_ready, prepare, app)
         finally:
             os._exit(99)
     os.close(is_ready)
@@ -136,11 +177,9 @@ def run(
     return Run(code, text, time.monotonic() - started)
 
 
-def _execute(words: Sequence[str], folder: Path, streams: Sequence[int]) -> NoReturn:
+def _execute(words: Sequence[str], folder: Path) -> NoReturn:
     """Replace this process by `vlm`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number, handle in enumerate(streams):
-        os.dup2(handle, number)
     os.chdir(folder)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     os.execve(sys.executable, [sys.executable, "-m", "vlm_cli", *words], environment)
@@ -160,16 +199,12 @@ def _wait_for_handlers(pid: int) -> None:
 def _become(
     words: Sequence[str],
     folder: Path,
-    streams: Sequence[int],
     is_ready: int,
     prepare: Callable[[], object],
     app: App | None,
 ) -> None:
     """Be `vlm` in this process, and tell through the pipe when the command begins."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, handle in enumerate(streams):
-        os.dup2(handle, number)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(folder)
     sys.argv = ["vlm", *words]
     begin = app or command_line.app
@@ -181,7 +216,8 @@ def _become(
     command_line.app = announced  # type: ignore[assignment]
     prepare()
     code = command_line.main()
-    sys.stdout.flush()
+    if app is not None:
+        sys.stdout.flush()
     os._exit(code)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, dynamic_module_utils
+from transformers import AutoTokenizer, dynamic_module_utils, pipeline
 
 import vlm_cli
 from tests.support import ROOT, disk
@@ -180,15 +180,20 @@ COMMANDS = ("generate", "generate, prompt on stdin", "chat", "batch", "batch, ro
 COMMANDS += ("doctor", "train", "eval", "export")
 
 
+def in_a_pipeline(name: str) -> object:
+    return pipeline("image-text-to-text", model=name)
+
+
 @pytest.mark.parametrize("name", VLM_FILES)
-def test_no_code_from_a_directory(hostile, made, marker, tmp_path, name):
+def test_no_code_from_a_directory(hostile, made, marker, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
     change, words = VLM_FILES[name]
     folder = hostile("vlm", change)
     code, printed = vlm(words_of("generate", folder, made, tmp_path / "out"), stdin=b"y\ny\ny\n")
     assert not marker.exists() and code == 1
     assert words in printed and "If you trust it, add --trust-remote-code" in printed
     assert "[y/N]" not in printed and "Traceback" not in printed and printed.count("Error:") == 1
-    for load in (vlm_cli.load, VLM.from_pretrained, VLMProcessor.from_pretrained):
+    for load in (vlm_cli.load, VLM.from_pretrained, VLMProcessor.from_pretrained, in_a_pipeline):
         with pytest.raises((UntrustedCodeError, ValueError)):
             load(str(folder))
         assert not marker.exists()

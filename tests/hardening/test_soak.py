@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hardening.interrupting import run
+from tests.hardening.interrupting import Streams, run
 from tests.hardening.subjects import Workshop
 
 MAX_GROWTH = 48 * 2**20  # bytes, from the second quarter of a run to its last
@@ -65,7 +65,7 @@ def test_hundreds_of_turns(shop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "turns.txt").write_text("\n".join(turns) + "\n")
     words = ["chat", str(shop.folder / "model"), "-n", "2", "--json"]
     watch = Watch()
-    ended = run(words, tmp_path, stdin=str(tmp_path / "turns.txt"), watch=watch, max_seconds=1200)
+    ended = run(words, tmp_path, streams=Streams(stdin=str(tmp_path / "turns.txt")), watch=watch, max_seconds=1200)
     assert ended.code == 0, ended.printed[-1000:]
     assert ended.printed.count('"text"') == TURNS
     assert watch.problems() == []
