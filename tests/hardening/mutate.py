@@ -382,9 +382,14 @@ _GGUF_NUMBERS = {
 
 def gguf(rng: random.Random, data: bytes) -> Mutation:
     """Damage a GGUF file: its counts, its metadata, its table of tensors."""
-    how = rng.choice(["truncate", "counts", "number", "number", "number", "key", "text", "head", "splice"])
+    how = rng.choice(["truncate", "counts", "number", "number", "number", "key", "text", "array", "head", "splice"])
     if how == "truncate":
         return truncated(rng, data)
+    if how == "array":  # its key, the type "array", the type of its values, their number
+        key = rng.choice([b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type", b"tokenizer.ggml.merges"])
+        at, value = data.index(key) + len(key) + 8, rng.choice([0, 1, 2**20, 2**40, 2**64 - 1])
+        changed = data[:at] + value.to_bytes(8, "little") + data[at + 8 :]
+        return Mutation(f"{key.decode()} of {value} values", changed, "another vocabulary is another model")
     if how == "counts":  # magic, version, number of tensors, number of keys
         at, size = rng.choice([(4, 4), (8, 8), (16, 8)])
         value = rng.choice([0, 1, 2**31, 2 ** (8 * size) - 1])
