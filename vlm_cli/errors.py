@@ -27,6 +27,7 @@ rows, pages and answers of a server are for other people; they hold `public` ins
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any, ClassVar
@@ -196,6 +197,8 @@ def explain_reading(error: BaseException) -> str:
     >>> explain_reading(TypeError("object of type 'NoneType' has no len()"))
     'a value in its files is missing, or is of a kind that does not belong there'
     """
+    if isinstance(error, struct.error):
+        return "a file is damaged, or was cut short"
     if isinstance(error, _OF_PROGRAMS) or _OF_PROGRAMS_TOO.search(str(error)):
         return "a value in its files is missing, or is of a kind that does not belong there"
     return first_line(error)

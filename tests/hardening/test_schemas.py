@@ -188,6 +188,24 @@ def test_a_tokenizer_that_multiplies_its_input(model: Path) -> None:
     read_processor(str(model))
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 0, "content": "a", "x\x1b]0;y\x07": 1}]}, "keys are printable"),
+        ("tokenizer_config.json", {"bos_token": {"content": "a", "x\x1b": 1}}, "keys are printable"),
+        ("special_tokens_map.json", {"bos_token": {"content": "a", "x\x1b": 1}}, "keys are printable"),
+        ("tokenizer.json", {"model": {"type": "BPE", "merges": [], "vocab": {"a": 0, "b": 2**31}}}, "ids below"),
+        ("tokenizer.json", {"model": {"type": "BPE", "merges": [], "vocab": {"a": -1}}}, "ids below"),
+    ],
+)
+def test_what_the_tokenizers_library_would_print_or_reserve(model: Path, file: str, change: Any, words: str) -> None:
+    path = model / file
+    data = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**data, **change}))
+    with pytest.raises(VLMError, match=rf"{file} .*{words}"):
+        read_processor(str(model))
+
+
 def test_sizes_that_the_weights_do_not_hold(model: Path) -> None:
     data = json.loads((model / "config.json").read_text())
     data["text_config"]["intermediate_size"] = 9_000_000

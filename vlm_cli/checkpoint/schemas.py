@@ -416,6 +416,41 @@ _TOKENIZER_CONFIG = mapping(
         "padding_side": optional(text(most=10)),
     },
 )
+
+
+def _has_plain_keys(value: Any) -> bool:
+    """Tell whether all keys in a value are printable: tokenizers prints the keys of a token that it does not know."""
+    waiting = [value]
+    while waiting:
+        x = waiting.pop()
+        if isinstance(x, Mapping):
+            if not all(str(key).isprintable() for key in x):
+                return False
+            waiting.extend(x.values())
+        elif isinstance(x, list):
+            waiting.extend(x)
+    return True
+
+
+def _has_small_ids(vocabulary: Any) -> bool:
+    """Tell whether a vocabulary gives no huge id: tokenizers reserves memory up to the largest one."""
+    if isinstance(vocabulary, list):
+        return len(vocabulary) <= _MOST_CHANNELS
+    return isinstance(vocabulary, Mapping) and all(
+        type(x) is int and 0 <= x < _MOST_CHANNELS for x in vocabulary.values()
+    )
+
+
+_PLAIN_KEYS = Kind("a value whose keys are printable", _has_plain_keys)
+_TOKENIZER = mapping(
+    {},
+    {
+        "added_tokens": optional(_PLAIN_KEYS),
+        "model": optional(
+            mapping({}, {"vocab": Kind(f"a vocabulary with ids below {_MOST_CHANNELS:,}", _has_small_ids)})
+        ),
+    },
+)
 _LOSS = Kind("a number", lambda value: type(value) in (int, float))  # a loss may be NaN
 _TRAINING_MANIFEST = mapping(
     {
@@ -458,18 +493,25 @@ _MOST_GROWTH = 64  # characters that a tokenizer may make of one; a space become
 
 
 def check_tokenizer(name: str, **keywords: Any) -> None:
-    """Check the files of a tokenizer in a directory or hub id: they read no other files, and multiply no text.
+    """Check the files of a tokenizer in a directory or hub id.
 
-    A tokenizer may replace one text by a longer one, several times in a row: forty replacements that each double a text
-    make gigabytes of a word.
+    They may name no other files, bring no text to the terminal and no huge ids, and multiply no text: forty
+    replacements that each double a text make gigabytes of a word.
 
     Raises:
         CheckpointError: naming file and key.
     """
-    if (data := _read(name, "tokenizer_config.json", keywords)) is not None:
-        check(data, _TOKENIZER_CONFIG, f"tokenizer_config.json of {name!r}")
-        check_named_files(data, f"tokenizer_config.json of {name!r}")
-    data = _read(name, "tokenizer.json", keywords) or {}
+    if (settings := _read(name, "tokenizer_config.json", keywords)) is not None:
+        where = f"tokenizer_config.json of {name!r}"
+        check(settings, _TOKENIZER_CONFIG, where)
+        check(settings, _PLAIN_KEYS, where)
+        check_named_files(settings, where)
+    if (special := _read(name, "special_tokens_map.json", keywords)) is not None:
+        check(special, _PLAIN_KEYS, f"special_tokens_map.json of {name!r}")
+    data = _read(name, "tokenizer.json", keywords)
+    if data is None:
+        return
+    check(data, _TOKENIZER, f"tokenizer.json of {name!r}")
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         if (growth := _growth(data.get(key))) > _MOST_GROWTH:
             raise CheckpointError(
