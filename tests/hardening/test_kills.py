@@ -27,7 +27,7 @@ from tests.hardening.interrupting import (
 
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 COMMANDS = ["build", "export", "train", "batch"]
-KILLS = 36  # of each command in the long tests
+KILLS = 26  # of each command in the long tests
 COLD_SECONDS = 4.0  # for the imports of a new interpreter
 
 
