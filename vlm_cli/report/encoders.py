@@ -77,7 +77,7 @@ class EncoderTable:
     @classmethod
     def read(cls) -> EncoderTable:
         """Read the table that vlm brings."""
-        data = json.loads(_TABLE.read_text(encoding="utf-8"))
+        data = read_json(_TABLE)
         entries = data["encoders"]
         configs = {name: entry["config"] for name, entry in entries.items()}
         return cls(facts={name: _read(x) for name, x in entries.items()}, configs=configs, tags=data["tags"])
