@@ -1,13 +1,13 @@
 """Add a composition's tokens to a tokenizer.
 
-This is the only module that touches private attributes of Transformers' tokenizers: `_make_plain` uses `_tokenizer`,
-`_special_tokens_map` and `_extra_special_tokens`.
+This is the only module that touches private attributes of Transformers' tokenizers: `_tokenizer`, and in `_make_plain`
+also `_special_tokens_map` and `_extra_special_tokens`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -30,7 +30,8 @@ def add_tokens(
         98  99        tokens of the tokenizer for which the language model has no row
         100 101 102   <|endofchunk|>  <image>  <pad>
 
-    gives the five tokens from 98 on, and 98.
+    gives the five tokens from 98 on, and 98. The last id of a tokenizer is not its number of tokens less one: a
+    vocabulary may have holes, as those of GPT-4 and Kimi have before their special tokens.
 
     Args:
         tokenizer: changed in place; its own special tokens stay special.
@@ -42,10 +43,13 @@ def add_tokens(
         The added tokens in the order of their ids, and the first of these ids.
 
     Raises:
-        LanguageModelError: if the tokenizer cannot tell `<image>` from text, or has it at an id below `first`.
+        LanguageModelError: if the tokenizer cannot tell `<image>` from text, has it at an id below `first`, or has a
+            hole in its ids where an added token would need one.
     """
+    own = tokenizer.get_vocab()
+    end = max(own.values(), default=-1) + 1
     if first is None:
-        first = min(len(tokenizer), num_rows)
+        first = min(end, num_rows)
     elif (media := tokenizer.get_vocab().get(MEDIA_TOKEN)) is None or media < first:
         raise LanguageModelError(
             f"the tokenizer has {MEDIA_TOKEN!r} at {media}, but the weights have it at {first} or above. "
@@ -53,6 +57,8 @@ def add_tokens(
         )
     else:
         _make_plain(tokenizer, MEDIA_TOKEN)
+    if end != len(own):
+        _reserve_ids(tokenizer, [*names, *(["<pad>"] if tokenizer.pad_token is None else [])], own)
     for name in names:
         # `<image>` is not special: the processor must find it while it reads other special tokens as text.
         special = name != MEDIA_TOKEN
@@ -69,7 +75,56 @@ def add_tokens(
             f"the tokenizer has a special token {MEDIA_TOKEN!r} of its own, which cannot be told from text. "
             "Give another tokenizer: --set language_model.tokenizer=…"
         )
-    return cast(list[str], tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer))))), first
+    return _list_added(tokenizer, own, first), first
+
+
+def _reserve_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], own: Mapping[str, int]) -> None:
+    """Give new tokens the ids after the tokenizer's last, if its vocabulary has holes.
+
+    A tokenizer would give them the number of its tokens as the next id, and loading its file would do so again. So this
+    function writes the ids into the table of the serialised tokenizer. No merge leads to these entries, so that text
+    which spells a token stays text. A tokenizer without such a table keeps its way, and `_list_added` refuses it.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    stored = json.loads(backend.to_str())
+    table = stored["model"].get("vocab")
+    if isinstance(table, dict):
+        new = [name for name in dict.fromkeys(names) if name not in own]
+        table.update({name: i for i, name in enumerate(new, max(own.values()) + 1)})
+        tokenizer._tokenizer = type(backend).from_str(json.dumps(stored))
+
+
+def _list_added(tokenizer: PreTrainedTokenizerBase, own: Mapping[str, int], first: int) -> list[str]:
+    """Return the tokens from the id `first` on, in the order of their ids.
+
+    Args:
+        tokenizer: with the added tokens.
+        own: its tokens and their ids before any was added.
+        first: the first id that has a row in the VLM's table of added tokens.
+
+    Raises:
+        LanguageModelError: if an id from `first` on belongs to no token, or a new token's id is below one of the
+            tokenizer's own.
+    """
+    tokens = tokenizer.get_vocab()
+    end = max(own.values(), default=-1) + 1
+    inside = sorted((i, name) for name, i in tokens.items() if name not in own and i < end)
+    by_id = {i: name for name, i in tokens.items()}
+    holes = [i for i in range(first, max(by_id) + 1) if i not in by_id]
+    if end != len(own):
+        new = {i for name, i in tokens.items() if name not in own and name != MEDIA_TOKEN}
+        text = " ".join(name for name in tokens if name not in own and name != MEDIA_TOKEN)
+        ids = tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        inside += [(i, by_id[i]) for i in ids if i in new]  # a tokenizer of whole words reads the text as the token
+    if inside or holes:
+        where = f"{inside[0][1]!r} would get the id {inside[0][0]}" if inside else f"no token has the id {holes[0]}"
+        raise LanguageModelError(
+            f"the vocabulary of the tokenizer has holes: its {len(own)} tokens have ids up to {end - 1}, so {where}. "
+            "Give a tokenizer without holes: --set language_model.tokenizer=…"
+        )
+    return [by_id[i] for i in range(first, max(by_id) + 1)]
 
 
 def _make_plain(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

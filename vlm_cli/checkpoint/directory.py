@@ -137,11 +137,42 @@ def _write_code(model: VLM, folder: Path) -> None:
 
 
 def _write_companions(model: VLM, processor: VLMProcessor, folder: Path, card: str) -> None:
-    """Write all files but the weights and their configurations."""
+    """Write all files but the weights and their configurations, and read back what was written."""
     processor.save_pretrained(folder)
     composition = yaml.safe_dump(model.config.composition.to_dict(), sort_keys=False)
     (folder / COMPOSITION_FILE).write_text(composition, encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
+    _read_back(model, processor, folder)
+
+
+def _read_back(model: VLM, processor: VLMProcessor, folder: Path) -> None:
+    """Read a directory that was written as a command will read it, weights aside.
+
+    Raises:
+        CheckpointError: if it cannot be read, or its tokenizer, configuration and tables do not agree.
+    """
+    from vlm_cli.checkpoint.agreement import check_agreement
+    from vlm_cli.checkpoint.parts.remote_code import has_own_code
+
+    place, trusted = str(folder), has_own_code(model.lang_model, processor.tokenizer)
+    config = read_config(place, trust_remote_code=trusted)
+    tokenizer = read_processor(place, trust_remote_code=trusted).tokenizer
+    read_generation_config(place)
+    check_agreement(config, tokenizer.get_vocab(), processor.tokenizer.get_vocab(), _count_rows(model, folder))
+
+
+def _count_rows(model: VLM, folder: Path) -> dict[str, int]:
+    """Return the rows of the vocabulary tables in the weight files of a directory; no tensor is read."""
+    from safetensors import safe_open
+
+    added = model.added_tokens
+    tables = (model.lang_model.get_input_embeddings().weight, added.embedding.weight, added.head.weight)
+    names = {name for name, x in model.named_parameters(remove_duplicate=False) if any(x is table for table in tables)}
+    found: dict[str, int] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_slice(name).get_shape()[0] for name in names.intersection(opened.keys())}
+    return found
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

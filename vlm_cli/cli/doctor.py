@@ -22,6 +22,7 @@ from vlm_cli.models import DEMO, hub_arguments, resolve
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from vlm_cli.checkpoint.create import Blueprint
     from vlm_cli.doctor import Finding
@@ -62,7 +63,7 @@ def doctor(
     chosen = resolve(model, compose.request)
     from vlm_cli.doctor import CHECKS, QUICK, check_invariants
 
-    vlm = _model(chosen, compose, devices, places, seed)
+    vlm, tokenizer = _model(chosen, compose, devices, places, seed)
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
     console.notify(f"Model {name} on {vlm.device}, {dtype}")
@@ -70,7 +71,7 @@ def doctor(
     width = max(map(len, names)) + 2
     findings = []
     with console.announced_steps(quiet=as_json) as announce:
-        for finding in check_invariants(vlm, names, seed=seed, progress=announce):
+        for finding in check_invariants(vlm, names, tokenizer=tokenizer, seed=seed, progress=announce):
             findings.append(finding)
             if not as_json:
                 console.print_lines(f"{_describe(finding, width)}\n")
@@ -107,8 +108,8 @@ def _describe(finding: Finding, width: int) -> str:
 
 def _model(
     chosen: Composition | str, compose: ComposeOptions, devices: DeviceOptions, places: BackboneOptions, seed: int
-) -> VLM:
-    """Load a directory, or build a composition with random weights.
+) -> tuple[VLM, Tokenizer | None]:
+    """Load a directory, or build a composition with random weights; with its tokenizer, if it has one.
 
     Raises:
         VLMError: if the model cannot be found or built, or memory is too small for it.
@@ -120,7 +121,7 @@ def _model(
     silence_libraries()
     device, dtype = devices.resolve()
     if isinstance(chosen, str):
-        return load(
+        model, processor = load(
             chosen,
             dtype=dtype,
             device=device,
@@ -128,11 +129,12 @@ def _model(
             backbones=places.backbones,
             allow_hosts=places.allow_hosts,
             **hub_arguments(compose.revision),
-        )[0]
+        )
+        return model, processor.tokenizer
     blueprint = plan(chosen, trust_remote_code=compose.trust_remote_code, need_tokenizer=False)
     _check_memory(blueprint, dtype)
     console.notify("The weights are random. To check trained weights, give the directory that `vlm build` wrote.")
-    return create(blueprint, random_weights=True, dtype=dtype, seed=seed).to(device)
+    return create(blueprint, random_weights=True, dtype=dtype, seed=seed).to(device), blueprint.tokenizer
 
 
 def _check_memory(blueprint: Blueprint, dtype: torch.dtype | str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 import vlm_cli.doctor.checks  # noqa: F401  (registers them)
@@ -18,7 +19,7 @@ from vlm_cli.doctor.check import CHECKS
 from vlm_cli.doctor.finding import Finding
 from vlm_cli.doctor.gates import opened_gates
 from vlm_cli.doctor.judge import judge
-from vlm_cli.doctor.subject import BareLanguageModel, WholeModel
+from vlm_cli.doctor.subject import BareLanguageModel, WholeModel, find_special_ids
 from vlm_cli.interrupt import at_signal
 from vlm_cli.modeling.vlm import VLM
 
@@ -30,7 +31,12 @@ _BARE_SEEDS = 4  # prompts for the bare language model; the worst counts
 
 
 def check_invariants(
-    model: VLM, names: Sequence[str] = tuple(CHECKS), *, seed: int = 0, progress: Callable[[str], None] = lambda _: None
+    model: VLM,
+    names: Sequence[str] = tuple(CHECKS),
+    *,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Finding]:
     """Run checks on a model and yield each finding. Afterwards the model is as it was.
 
@@ -39,11 +45,13 @@ def check_invariants(
     Args:
         model: any `VLM`.
         names: of `CHECKS`.
+        tokenizer: of the model; text then holds its special tokens too. Without one, it holds those that the language
+            model's configuration names.
         seed: of prompts and images.
         progress: receives what a check proves, before the check runs.
     """
     with _evaluation_mode(model), tempfile.TemporaryDirectory(prefix="vlm-doctor-") as workspace:
-        subject = WholeModel(model, seed, Path(workspace))
+        subject = WholeModel(model, seed, Path(workspace), find_special_ids(model, tokenizer))
         bare = [BareLanguageModel(model, seed + k) for k in range(_BARE_SEEDS)]
         with at_signal(lambda: shutil.rmtree(workspace, ignore_errors=True)):
             for name in names:

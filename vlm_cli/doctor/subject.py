@@ -18,15 +18,26 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.modeling.lm_interface import LanguageModelInterface
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["NUM_DECODED", "BareLanguageModel", "Decoded", "Inputs", "Subject", "WholeModel", "without_hooks"]
+__all__ = [
+    "NUM_DECODED",
+    "BareLanguageModel",
+    "Decoded",
+    "Inputs",
+    "Subject",
+    "WholeModel",
+    "find_special_ids",
+    "without_hooks",
+]
 
 NUM_DECODED = 4  # tokens that a check decodes
 _MAX_ID = 50_000  # random prompts draw from the ids below
+_MAX_SPECIAL = 16  # special tokens in a prompt
 
 
 @dataclass(frozen=True)
@@ -108,11 +119,13 @@ class WholeModel:
     Attributes:
         seed: of prompts and images.
         workspace: an empty directory that the checks may write to.
+        special_ids: special tokens of the language model's own.
     """
 
     model: VLM
     seed: int
     workspace: Path
+    special_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         media_token_id = self.model.config.media_token_id
@@ -199,14 +212,47 @@ class BareLanguageModel:
 def _draw_text(model: VLM, model_seed: int, num_media: int, length: int, seed: int) -> tuple[Tensor, torch.Generator]:
     """Return int[1, length] random tokens of text, and the generator for what the prompt needs further."""
     generator = torch.Generator().manual_seed(1000 * model_seed + 10 * seed + num_media)
-    text = model.lang_model.config.get_text_config(decoder=True)
     # Leave out tokens that stand for padding, or for media that the language model itself knows.
-    special: set[int] = set()
-    for key, x in (*vars(text).items(), *vars(model.config.text_config).items(), *vars(model.config).items()):
-        if key.endswith("_token_id"):
-            special.update(x if isinstance(x, (list, tuple)) else [x])
+    configs = (model.lang_model.config.get_text_config(decoder=True), model.config.text_config, model.config)
+    special = {i for ids in _named_ids(*configs).values() for i in ids}
     known = torch.tensor([i for i in range(1, min(model.config.first_added_id, _MAX_ID)) if i not in special])
     return known[torch.randint(len(known), (1, length), generator=generator)], generator
+
+
+def find_special_ids(model: VLM, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return special tokens of the language model's own that a text may hold; of many, the lowest and the highest.
+
+    A token is the language model's own if its table has a row for it and the composition did not add it. This function
+    does not ask `first_added_id`: the check of text alone finds out whether that is right.
+    """
+    named = _named_ids(model.lang_model.config.get_text_config(decoder=True), model.config.text_config)
+    in_text = [i for key in _IN_TEXT for i in named.get(key, ())]
+    if tokenizer is not None:
+        added = set(model.config.added_tokens)
+        own = {name: i for name, i in tokenizer.get_added_vocab().items() if name not in added}
+        in_text += own.values()
+    # Some language models know media, whose tokens do not stand in text alone.
+    media = {i for key, ids in named.items() if key not in _IN_TEXT for i in ids}
+    rows = model.lang_model.get_input_embeddings().weight.shape[0]
+    found = sorted({i for i in in_text if isinstance(i, int) and 0 <= i < rows} - media)
+    if tokenizer is None:
+        found = [i for i in found if i < model.config.first_added_id]
+    half = _MAX_SPECIAL // 2
+    return tuple(found if len(found) <= _MAX_SPECIAL else [*found[:half], *found[-half:]])
+
+
+#: Settings that name tokens which may stand in any text.
+_IN_TEXT = ("bos_token_id", "eos_token_id")
+
+
+def _named_ids(*configs: PreTrainedConfig) -> dict[str, set[Any]]:
+    """Return the token ids that configurations name, by setting."""
+    found: dict[str, set[Any]] = {}
+    for config in configs:
+        for key, x in vars(config).items():
+            if key.endswith("_token_id"):
+                found.setdefault(key, set()).update(x if isinstance(x, (list, tuple)) else [x])
+    return found
 
 
 def _decode(model: Any, pad_token_id: int, **inputs: Any) -> Decoded:

@@ -68,7 +68,13 @@ def _forget_tokens(folder: Path, names: set[str]) -> None:
             kept["added_tokens_decoder"] = {i: x for i, x in decoder.items() if content(x) not in names}
         return {key: x for key, x in kept.items() if not (key.endswith("_token") and content(x) in names)}
 
-    edit("tokenizer.json", lambda data: {**data, "added_tokens": without(data.get("added_tokens") or [])})
+    def tokens(data: dict[str, Any]) -> dict[str, Any]:
+        model = data.get("model") or {}
+        if isinstance(table := model.get("vocab"), dict):  # holds added tokens if the vocabulary has holes
+            model = {**model, "vocab": {name: i for name, i in table.items() if name not in names}}
+        return {**data, "added_tokens": without(data.get("added_tokens") or []), "model": model}
+
+    edit("tokenizer.json", tokens)
     edit("tokenizer_config.json", settings)
     edit("special_tokens_map.json", settings)
     edit("added_tokens.json", lambda data: {name: i for name, i in data.items() if name not in names})
@@ -81,7 +87,7 @@ def _check_tokenizer(folder: Path, first: int) -> None:
         CheckpointError: if it gives others.
     """
     tokenizer = load_tokenizer(folder)
-    beyond = [name for name, i in tokenizer.get_added_vocab().items() if i >= first]
+    beyond = [name for name, i in tokenizer.get_vocab().items() if i >= first]
     if beyond:
         raise CheckpointError(
             f"the tokenizer ({type(tokenizer).__name__}) cannot be written without the tokens {', '.join(beyond)}, "

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-__all__ = ["adopt_from_config", "adopt_from_directory", "write_code"]
+__all__ = ["adopt_from_config", "adopt_from_directory", "has_own_code", "write_code"]
 
 _MODULES = "transformers_modules"  # Transformers' package of fetched code
 
@@ -56,9 +56,14 @@ def _adopt(config: type[PreTrainedConfig], reference: str, location: str, keywor
     AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
+def has_own_code(lm: PreTrainedModel, tokenizer: Any) -> bool:
+    """Say whether a language model or its tokenizer is of a class that came with its weights, and runs by now."""
+    return any(type(x).__module__.startswith(_MODULES) for x in (lm.config, tokenizer))
+
+
 def write_code(lm: PreTrainedModel, out: Path) -> None:
     """Copy a language model's own code, if it has any, into the directory `out`, and make its config refer to it."""
-    if not type(lm.config).__module__.startswith(_MODULES):
+    if not has_own_code(lm, None):
         return
     lm.config.auto_map = {key: str(x).rpartition("--")[2] for key, x in lm.config.auto_map.items()}
     for owner in (type(lm.config), *type(lm).__mro__):

@@ -40,10 +40,14 @@ def features(subject: WholeModel) -> Measured:
 )
 @torch.no_grad()
 def text_only(subject: WholeModel) -> Measured:
-    """Compare the logits of text with those of the language model alone; the twin moves the text by one token."""
+    """Compare the logits of text with those of the language model alone; the twin moves the text by one token.
+
+    The text holds words and special tokens, which stand at the end of most vocabularies.
+    """
     model, first = subject.model, subject.model.config.first_added_id
     ids = subject.draw(0, 11).lang_x
     ids = ids.masked_fill(ids >= first, int(ids[0, 0]))
+    ids = torch.cat([ids, ids.new_tensor([subject.special_ids])], dim=1) if subject.special_ids else ids
     with without_hooks(model.lang_model):
         expected = model.lang_model(input_ids=ids).logits[..., :first]
     return compare(
