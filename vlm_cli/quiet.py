@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 __all__ = ["quiet_libraries", "silence_libraries"]
@@ -21,8 +22,9 @@ _TORCH_ADVICE = "Detected pickle protocol|'torch.load' received a zip file"
 def silence_libraries() -> None:
     """Silence other libraries until the program ends, as each command does."""
     transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # and the hub's, which a terminal shows while a file is downloaded
+    if sys.stderr is not None and sys.stderr.isatty():
+        enable_progress_bars()
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_TORCH_ADVICE)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import ROOT
 from tests.support.disk import TOWER
+from tests.support.screens import Screens, Terminal
 
 SMALL_PERCEIVER = ("depth=1", "num_heads=2", "head_dim=8", "num_latents=6", "ff_mult=2")
 SMALL_CROSS_ATTENTION = ("num_heads=2", "head_dim=8", "ff_mult=2")
@@ -114,3 +116,16 @@ def open_gates(flamingo: Path) -> Path:
             tensor *= 20
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+@pytest.fixture
+def open_screens(monkeypatch: pytest.MonkeyPatch) -> Screens:
+    """Makes terminals of stdout and stderr; a test calls it, because pytest itself replaces both before each test."""
+
+    def run() -> tuple[Terminal, Terminal]:
+        out, err = Terminal(), Terminal()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        return out, err
+
+    return run

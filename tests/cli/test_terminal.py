@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
-import os
-import pty
 import re
-import select
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,34 +17,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from tests.support import ROOT
-from tests.support.command import fork
+from tests.support.screens import Screens, commands_on_a_terminal, copy_on_a_terminal, on_a_terminal
 from vlm_cli.cli import console, terminal
 from vlm_cli.printable import CONTROLS, escape_controls, escape_json_controls
 
 #: Turns the text red, sets the title of the window, rings, goes to another line, and reverses what follows.
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\rover\x9b2J\u202egnp.exe[red]"
 SHOWN = r"\x1b[31mred\x1b]0;title\x07\rover\x9b2J\u202egnp.exe[red]"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-Screens = Callable[[], tuple[Terminal, Terminal]]
-
-
-@pytest.fixture
-def open_screens(monkeypatch: pytest.MonkeyPatch) -> Screens:
-    """Makes terminals of stdout and stderr; a test calls it, because pytest itself replaces both before each test."""
-
-    def run() -> tuple[Terminal, Terminal]:
-        out, err = Terminal(), Terminal()
-        monkeypatch.setattr(sys, "stdout", out)
-        monkeypatch.setattr(sys, "stderr", err)
-        return out, err
-
-    return run
 
 
 # -- the rule ----------------------------------------------------------------------------------------------------------
@@ -182,7 +155,6 @@ def test_only_one_module_writes_to_the_terminal() -> None:
     assert found.pop("vlm_cli/cli/terminal.py")
     assert found.pop("vlm_cli/cli/standard_streams.py")  # opens them
     assert found.pop("vlm_cli/generation/template_process.py")  # a child process, whose stdout is a pipe
-    found["vlm_cli/cli/console.py"].remove("Console(highlight=False)")  # prints into a text
     # A signal ends the process around Python's buffers; the text is escaped there.
     assert set(found.pop("vlm_cli/interrupt.py")) == IN_SIGNALS
     assert {path: writes for path, writes in found.items() if writes} == {}
@@ -210,63 +182,6 @@ def test_other_ways_are_found(source: str) -> None:
 
 ESC = "\x1b[31mEVIL\x9b\u202e\x07"
 ESCAPED = r"\x1b[31mEVIL\x9b\u202e\x07"
-
-#: Runs commands one after the other, as `vlm` does, and writes a line before each.
-RUNNER = """
-import json, sys
-from vlm_cli.cli import terminal
-from vlm_cli.cli.app import app
-terminal.guard_streams()
-for name, words in json.loads(sys.argv[1]).items():
-    print(f"<<{name}>>", flush=True)
-    try:
-        app(words)
-    except SystemExit:
-        pass
-"""
-
-
-def on_a_terminal(words: list[str], environment: dict[str, str], keys: bytes = b"") -> str:
-    """Run Python on a pseudo-terminal, and type keys; return what the terminal receives."""
-    main, side = pty.openpty()
-    os.write(main, keys)
-    stdin = side if keys else subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, *words], stdin=stdin, stdout=side, stderr=side, env=environment)
-    os.close(side)
-    shown = read_all(main)
-    process.wait(5)
-    return shown
-
-
-def copy_on_a_terminal(words: list[str], environment: dict[str, str]) -> str:
-    """Run a script on a pseudo-terminal in a copy of this process, as `on_a_terminal` runs it in a new one."""
-    main, side = pty.openpty()
-    _, script, *arguments = words
-
-    def work() -> None:
-        sys.argv = ["-c", *arguments]
-        exec(script, {})
-
-    with open(os.devnull) as nothing:
-        pid = fork(work, (nothing.fileno(), side, side), Path.cwd(), environment)
-    os.close(side)
-    shown = read_all(main)
-    assert os.waitpid(pid, 0)[1] == 0
-    return shown
-
-
-def read_all(main: int) -> str:
-    """What a pseudo-terminal receives until the process on its other side ends."""
-    shown, deadline = b"", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if not select.select([main], [], [], 1)[0]:
-            continue
-        try:
-            shown += os.read(main, 65_536)
-        except OSError:  # the process has ended
-            break
-    os.close(main)
-    return shown.decode("utf-8")
 
 
 @pytest.fixture(scope="module", params=[copy_on_a_terminal, pytest.param(on_a_terminal, marks=pytest.mark.matrix)])
@@ -311,8 +226,7 @@ def shown(
         "flag": ["inspect", f"--{ESC}"],
         "name": ["inspect", f"./{ESC}"],
     }
-    _, *received = re.split(r"<<([\w-]+)>>\r\n", request.param(["-c", RUNNER, json.dumps(commands)], environment))
-    return dict(zip(received[::2], received[1::2], strict=True))
+    return commands_on_a_terminal(commands, environment, request.param)
 
 
 @pytest.mark.parametrize(

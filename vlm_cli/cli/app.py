@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -45,9 +46,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-
-# Where torchao is installed, Transformers imports it, and torch then warns of torchao's own classes.
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 _debug = False
 
@@ -138,6 +136,7 @@ def main() -> int:
     # To import torch and Transformers makes millions of objects that live to the end. Python would take longer to
     # search them for garbage, and to destroy them, than vlm takes to count a model of 9 billion parameters.
     gc.disable()
+    silence_libraries_at_start()
     end_at_signals()
     builtins.input = _refuse_question
     open_streams()
@@ -147,6 +146,19 @@ def main() -> int:
     if "torch" not in sys.modules:
         return code
     os._exit(code)
+
+
+def silence_libraries_at_start() -> None:
+    """Keep warnings and progress bars of other libraries off stderr, from their import to the end of the process.
+
+    What matters reaches the user as an error. Only the hub shows a bar, for a download, and only on a terminal.
+    """
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    # Libraries read these once, when they are imported; the hub's bars on a terminal do not follow TQDM_DISABLE.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes
 
 
 def _refuse_question(prompt: object = "") -> str:

@@ -15,6 +15,7 @@ from vlm_cli.cli.options import (
     MAX_SEED,
     OUTPUT,
     ComposeOptions,
+    ExactOption,
     JsonOption,
     MaxShardSizeOption,
     OverwriteOption,
@@ -25,7 +26,6 @@ from vlm_cli.cli.options import (
 )
 from vlm_cli.errors import UsageError
 from vlm_cli.files import check_directory
-from vlm_cli.report.tables import parameter_heads, parameter_rows
 
 if TYPE_CHECKING:
     from vlm_cli.checkpoint.building import BuildResult, IncompleteWeightsError
@@ -97,6 +97,7 @@ def build(
             "--dry-run", help="Check that the parts fit and count parameters. Write nothing.", rich_help_panel=OUTPUT
         ),
     ] = False,
+    exact: ExactOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -144,7 +145,7 @@ def build(
         _print_account(error)
         raise
     _print_account(result)
-    _print_result(result, as_json)
+    _print_result(result, as_json, exact)
 
 
 def _print_account(result: BuildResult | IncompleteWeightsError) -> None:
@@ -170,7 +171,7 @@ def _print_key_report(report: KeyReport) -> None:
         console.notify(f"  {len(names)} tensors {title}{shown}")
 
 
-def _print_result(result: BuildResult, as_json: bool) -> None:
+def _print_result(result: BuildResult, as_json: bool, exact: bool) -> None:
     """Print the parameters of what was built, and what to type next."""
     if as_json:
         data: dict[str, Any] = {
@@ -181,7 +182,7 @@ def _print_result(result: BuildResult, as_json: bool) -> None:
             data |= {"layout": result.layout.name, "keys": result.keys.to_dict()}
         console.print_json({**data, **result.parameters.to_dict()})
     else:
-        console.print_table(parameter_heads(result.parameters), parameter_rows(result.parameters), total=True)
+        console.print_parameters(result.parameters, exact)
     if result.out is not None:
         name = shlex.quote(str(result.out))
         console.notify(f'Wrote {result.out}. Next: vlm generate --model {name} --image FILE "A photo of"')

@@ -13,6 +13,7 @@ from vlm_cli.cli.options import (
     DTYPES,
     OUTPUT,
     ComposeOptions,
+    ExactOption,
     JsonOption,
     ModelArgument,
     flatten_options,
@@ -20,7 +21,7 @@ from vlm_cli.cli.options import (
 )
 from vlm_cli.errors import UsageError
 from vlm_cli.models import load_meta_model, resolve
-from vlm_cli.report.tables import human_bytes, parameter_heads, parameter_rows, parameters_markdown
+from vlm_cli.report.tables import human_bytes, parameters_markdown
 
 if TYPE_CHECKING:
     from vlm_cli.report.parameters import ParameterReport
@@ -41,6 +42,7 @@ def count_params(
     dtype: Annotated[
         str, typer.Option(metavar=DTYPES, help="Dtype in which bytes are counted; auto takes that of the weights.")
     ] = "auto",
+    exact: ExactOption = False,
     as_json: JsonOption = False,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print comma-separated values.", rich_help_panel=OUTPUT)
@@ -73,7 +75,7 @@ def count_params(
     elif as_markdown:
         console.print_lines(parameters_markdown(report))
     else:
-        console.print_table(parameter_heads(report), parameter_rows(report), total=True)
+        console.print_parameters(report, exact)
         console.print_line(f"A delta directory (build --delta) holds {human_bytes(size)} of tensors once trained.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +18,7 @@ from vlm_cli.cli.options import (
     ModelArgument,
     flatten_options,
 )
+from vlm_cli.cli.terminal import is_terminal, overwrite_line
 from vlm_cli.composition import Composition
 from vlm_cli.errors import VLMError
 from vlm_cli.models import DEMO, hub_arguments, resolve
@@ -38,6 +41,11 @@ _WORDS = {
     "fails": "FAIL",
 }
 
+_CLAIM_COLUMNS = 42  # the longest claim
+
+#: Verdict -> the mark before the check's name, and its colour.
+_MARKS = {"holds": ("✓", "green"), "limit": ("–", "yellow"), "skipped": ("·", "yellow"), "fails": ("✗", "red")}
+
 
 @flatten_options
 def doctor(
@@ -51,6 +59,10 @@ def doctor(
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Seed for prompts, images and random weights.")
     ] = 0,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Print for each check what it proves, its numbers, reason and seconds."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check what must hold for every model. The checks use the model's own weights, dtype and device.
@@ -68,13 +80,19 @@ def doctor(
     dtype = str(vlm.dtype).removeprefix("torch.")
     console.notify(f"Model {name} on {vlm.device}, {dtype}")
     names = QUICK if quick else tuple(CHECKS)
-    width = max(map(len, names)) + 2
     findings = []
-    with console.announced_steps(quiet=as_json) as announce:
-        for finding in check_invariants(vlm, names, tokenizer=tokenizer, seed=seed, progress=announce):
-            findings.append(finding)
-            if not as_json:
-                console.print_lines(f"{_describe(finding, width)}\n")
+    announce = (lambda text: None) if as_json else _announce
+    for finding in check_invariants(vlm, names, tokenizer=tokenizer, seed=seed, progress=announce):
+        findings.append(finding)
+        if as_json:
+            continue
+        _announce("")
+        width = max(map(len, names))
+        claim = CHECKS[finding.name].claim_for(vlm)
+        if verbose:
+            console.print_lines(_details(finding, width) + "\n")
+        else:
+            console.print_marked(*_MARKS[finding.verdict], _summary(finding, width, claim))
     counts = {verdict: sum(f.verdict == verdict for f in findings) for verdict in _WORDS}
     if as_json:
         console.print_json(
@@ -92,8 +110,39 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _describe(finding: Finding, width: int) -> str:
-    """Return two lines: verdict, name (in `width` columns) and what it proves; numbers and reason."""
+def _announce(text: str) -> None:
+    """Show on a terminal which check runs, on a line that the next text or the check's result replaces."""
+    if is_terminal(sys.stderr):
+        overwrite_line(f"  {text} …" if text else "", end="\r")
+
+
+def _summary(finding: Finding, width: int, claim: str) -> str:
+    """Return a line: name (in `width` columns), claim and numbers. If the check does not hold, its reason follows.
+
+    Args:
+        finding: of the check.
+        width: of the longest name.
+        claim: what the check compares, in a few words.
+    """
+    line = f"{finding.name:{width}}  {claim:{_CLAIM_COLUMNS}}  {_compare(finding)}".rstrip()
+    reasons = console.wrapped(finding.note, width + 4) if finding.verdict != "holds" else []
+    return "\n".join([line, *reasons])
+
+
+def _compare(finding: Finding) -> str:
+    """Write the difference of a check beside the largest one that is allowed; without one, the verdict."""
+    difference, allowed = finding.difference, finding.allowed
+    if difference is None or allowed is None or not math.isfinite(difference):
+        return "" if finding.verdict == "holds" else "FAILS" if finding.verdict == "fails" else finding.verdict
+    return f"{_number(difference)} {'≤' if difference <= allowed else '>'} {_number(allowed)}"
+
+
+def _number(number: float) -> str:
+    return "0" if number == 0 else f"{number:.1e}"
+
+
+def _details(finding: Finding, width: int) -> str:
+    """Return two lines: verdict, name (in `width` columns) and what it proves; numbers, reason and seconds."""
     numbers = []
     if finding.difference is not None:
         allowed = "" if finding.allowed is None else f" (allowed {finding.allowed:.1e})"
@@ -102,8 +151,9 @@ def _describe(finding: Finding, width: int) -> str:
         numbers.append(f"{finding.twin:.1e} after a change that must be seen")
     if finding.note:
         numbers.append(finding.note)
+    numbers.append(f"{finding.seconds:.1f} s")
     verdict = "FAILS" if finding.verdict == "fails" else finding.verdict
-    return f"{verdict:8}{finding.name:{width}}{finding.proves}\n{'':{8 + width}}{'; '.join(numbers)}"
+    return f"{verdict:8}{finding.name:{width}}  {finding.proves}\n{'':{10 + width}}{'; '.join(numbers)}"
 
 
 def _model(

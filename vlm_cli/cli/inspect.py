@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, JsonOption, ModelArgument, flatten_options
+from vlm_cli.cli.options import ComposeOptions, ExactOption, JsonOption, ModelArgument, flatten_options
 from vlm_cli.errors import PromptError
 from vlm_cli.models import resolve
+from vlm_cli.report.tables import human_count
 
 if TYPE_CHECKING:
     from vlm_cli.report.description import ModelDescription, TokenDescription
@@ -42,6 +43,7 @@ def inspect(
         bool,
         typer.Option("--special-tokens", help="Read words of --prompt such as <|endofchunk|> as special tokens."),
     ] = False,
+    exact: ExactOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's parts, shapes, tokens and gates. Of the weights, vlm reads only the gates.
@@ -73,7 +75,7 @@ def inspect(
     if as_json:
         console.print_json(report.to_dict())
     else:
-        _print(report)
+        _print(report, exact)
 
 
 def print_layout(layout: PromptLayout, as_json: bool) -> None:
@@ -98,33 +100,41 @@ def print_layout(layout: PromptLayout, as_json: bool) -> None:
     console.print_line(f"{len(layout.ids)} tokens at {layout.positions} positions of the language model{left}")
 
 
-def _print(report: ModelDescription) -> None:
+def _print(report: ModelDescription, exact: bool) -> None:
     """Print the whole description, each section below its title."""
     for title, rows in (
-        ("Parts", _part_rows(report)),
+        ("Parts", _part_rows(report, short=console.shortens_numbers(exact))),
         ("Shapes", [[name, f"({', '.join(map(str, shape))})"] for name, shape in report.shapes.items()]),
         ("Tokens", [*_token_rows(report.tokens), ["positions per image", str(report.positions_per_image), ""]]),
         ("Preprocessing", [[k, str(v)] for k, v in report.vision_encoder.preprocessing.items()]),
-        ("Gates (tanh; 0 is closed)", [[k, f"{v:+.4f}"] for k, v in report.gates.items()]),
+        ("Gates (tanh; 0 is closed)", [[k, f"{v:+.4f}", _bar(v)] for k, v in report.gates.items()]),
     ):
         if rows:
-            console.print_line(title)
-            width = max(len(row[0]) for row in rows)
-            for name, *cells in rows:
-                console.print_line(f"  {name:<{width}}  {'  '.join(cells)}")
-            console.print_line("")
+            console.print_section(title, rows)
 
 
-def _part_rows(report: ModelDescription) -> list[list[str]]:
+def _bar(value: float, width: int = 10) -> str:
+    """Draw a number between -1 and 1 as a bar to the left or to the right of 0.
+
+    >>> _bar(0.5, 4), _bar(-1, 4), _bar(0, 4)
+    ('    │██', '████│', '    │')
+    """
+    filled = "█" * round(abs(value) * width)
+    return f"{filled:>{width}}│" if value < 0 else f"{'':{width}}│{filled}"
+
+
+def _part_rows(report: ModelDescription, *, short: bool) -> list[list[str]]:
+    def write(number: int) -> str:
+        return human_count(number).rjust(8) if short else f"{number:>15,}"
+
+    def cells(row: ParameterRow) -> list[str]:
+        state = "trains" if row.trainable else "frozen" if row.parameters else "-     "
+        return [write(row.parameters), state, console.human_bytes(row.bytes).rjust(9)]
+
     counts = {row.name: row for row in report.parts}
-    rows = [[name, *_count_cells(counts[name]), text] for name, text in _part_texts(report).items()]
+    rows = [[name, *cells(counts[name]), text] for name, text in _part_texts(report).items()]
     size = console.human_bytes(report.bytes).rjust(9)
-    return [*rows, ["total", f"{report.parameters:>15,}", "      ", size, f"{report.class_name}, {report.dtype}"]]
-
-
-def _count_cells(row: ParameterRow) -> list[str]:
-    state = "trains" if row.trainable else "frozen" if row.parameters else "-     "
-    return [f"{row.parameters:>15,}", state, console.human_bytes(row.bytes).rjust(9)]
+    return [*rows, ["total", write(report.parameters), "      ", size, f"{report.class_name}, {report.dtype}"]]
 
 
 def _part_texts(report: ModelDescription) -> dict[str, str]:

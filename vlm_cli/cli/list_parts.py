@@ -160,7 +160,7 @@ def _print_encoders(facts: dict[str, dict[str, Any]]) -> None:
     if any(outside):
         columns.append("")
         rows = [[*row, source] for row, source in zip(rows, outside, strict=True)]
-    console.print_table(columns, rows)
+    console.print_table(columns, rows, optional=("v patches", "pixels", "d channels", "M parameters"))
 
 
 def _cells(facts: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ __all__ = [
     "BackboneOptions",
     "ComposeOptions",
     "DeviceOptions",
+    "ExactOption",
     "JsonOption",
     "MaxShardSizeOption",
     "MediaRootOption",
@@ -58,6 +59,14 @@ DTYPES = "auto|float32|bfloat16|float16"
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=OUTPUT)
+]
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Write whole numbers on a terminal, not 428.3 M; a pipe always gets them.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.", rich_help_panel=OUTPUT)

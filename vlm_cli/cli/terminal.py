@@ -9,18 +9,42 @@ before everything else that writes there: Typer's messages, warnings, tracebacks
 from __future__ import annotations
 
 import io
+import os
 import re
+import shutil
 import sys
 from typing import Any, TextIO, cast
 
+from rich.cells import cell_len, set_cell_size
+
 from vlm_cli.printable import escape_controls
 
-__all__ = ["guard_streams", "is_terminal", "overwrite_line", "unguarded", "write", "write_styled"]
+__all__ = [
+    "guard_streams",
+    "has_colours",
+    "is_terminal",
+    "overwrite_line",
+    "unguarded",
+    "width",
+    "write",
+    "write_styled",
+]
 
 
 def is_terminal(stream: Any) -> bool:
     """Tell whether a stream of this process is a terminal. Python has None for a stream that is closed."""
     return stream is not None and stream.isatty()
+
+
+def has_colours(*, on_stderr: bool = False) -> bool:
+    """Tell whether a stream shows colours: a terminal does, unless NO_COLOR is set (https://no-color.org)."""
+    stream = sys.stderr if on_stderr else sys.stdout
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def width() -> int:
+    """Return the columns of the terminal: those that COLUMNS names, or its own, or 80."""
+    return shutil.get_terminal_size().columns
 
 
 def write(text: str, *, end: str = "\n", to_stderr: bool = False, keep: str = "") -> None:
@@ -37,23 +61,28 @@ def write(text: str, *, end: str = "\n", to_stderr: bool = False, keep: str = ""
 
 
 def overwrite_line(text: str, end: str = "") -> None:
-    """Write a line on the terminal of stderr, over what stands on that line.
+    """Write a line on the terminal of stderr, over what stands on that line. A longer line than the terminal is cut.
 
     Args:
         text: without line ends.
         end: what follows: nothing, so that the cursor stays behind the text, or a carriage return.
     """
-    _write(sys.stderr, f"\r{escape_controls(text)}\x1b[K{end}")
+    _write(sys.stderr, f"\r{_cut(escape_controls(text), width() - 1)}\x1b[K{end}")
 
 
-def write_styled(text: str) -> None:
-    """Write text with colours on stdout. The caller has escaped whatever a file brought into it."""
-    _write(sys.stdout, text)
+def write_styled(text: str, *, to_stderr: bool = False) -> None:
+    """Write text with colours. The caller has escaped whatever a file brought into it."""
+    _write(sys.stderr if to_stderr else sys.stdout, text)
 
 
 def unguarded(stream: TextIO) -> TextIO:
     """Return the stream behind a guard, for a writer that moves the cursor and shows only text of vlm itself."""
     return stream.stream if isinstance(stream, GuardedStream) else stream
+
+
+def _cut(text: str, columns: int) -> str:
+    """Cut a text that needs more columns of a terminal; a Chinese character takes two."""
+    return text if cell_len(text) <= columns else set_cell_size(text, columns)
 
 
 def _write(stream: TextIO | None, text: str) -> None:

@@ -9,7 +9,11 @@ from vlm_cli.printable import markdown_text
 if TYPE_CHECKING:
     from vlm_cli.report.parameters import ParameterReport, ParameterRow
 
-__all__ = ["human_bytes", "parameter_heads", "parameter_rows", "parameters_markdown"]
+__all__ = ["OPTIONAL_HEADS", "human_bytes", "human_count", "parameter_heads", "parameter_rows", "parameters_markdown"]
+
+
+#: Columns that a narrow table of parameters does without, the least important one first.
+OPTIONAL_HEADS = ("Frozen", "Share", "Trainable")
 
 
 def human_bytes(size: float) -> str:
@@ -25,14 +29,35 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def human_count(number: int) -> str:
+    """Write a number with four digits at most.
+
+    >>> human_count(428_311_552), human_count(999_960), human_count(768)
+    ('428.3 M', '1.0 M', '768')
+    """
+    if number < 1000:
+        return str(number)
+    size = 1000
+    for unit in ("k", "M"):
+        if round(number / size, 1) < 1000:
+            return f"{number / size:.1f} {unit}"
+        size *= 1000
+    return f"{number / size:.1f} B"
+
+
 def parameter_heads(report: ParameterReport) -> tuple[str, ...]:
     """Return the column heads of a table of parameters."""
     return ("Part", "Parameters", "Trainable", "Frozen", "Share", f"Bytes ({report.dtype})")
 
 
-def parameter_rows(report: ParameterReport) -> list[list[str]]:
-    """Return the rows of a table of parameters, the total last. Modules inside a part are indented."""
-    return [_cells(row) for row in (*report.rows, report.total)]
+def parameter_rows(report: ParameterReport, *, short: bool = False) -> list[list[str]]:
+    """Return the rows of a table of parameters, the total last. Modules inside a part are indented.
+
+    Args:
+        report: what was counted.
+        short: write numbers as 428.3 M.
+    """
+    return [_cells(row, short=short) for row in (*report.rows, report.total)]
 
 
 def parameters_markdown(report: ParameterReport) -> str:
@@ -44,7 +69,7 @@ def parameters_markdown(report: ParameterReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: ParameterRow) -> list[str]:
+def _cells(row: ParameterRow, *, short: bool = False) -> list[str]:
     name = "  " * (row.depth - 1) + (row.name.rpartition(".")[2] if row.depth > 1 else row.name)
-    counts = [f"{x:,}" for x in (row.parameters, row.trainable, row.frozen)]
+    counts = [human_count(x) if short else f"{x:,}" for x in (row.parameters, row.trainable, row.frozen)]
     return [name, *counts, f"{100 * row.share:.1f}%", human_bytes(row.bytes)]

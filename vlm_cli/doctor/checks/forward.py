@@ -18,7 +18,12 @@ from vlm_cli.modeling.vlm import VLM
 __all__ = ["bare", "features", "media", "text_only"]
 
 
-@check_whole("features", "Each frame is encoded alone, into the v patches of d channels that were declared", quick=True)
+@check_whole(
+    "features",
+    "Each frame is encoded alone, into the v patches of d channels that were declared",
+    "a frame alone = the frame among others",
+    quick=True,
+)
 @torch.no_grad()
 def features(subject: WholeModel) -> Measured:
     """Compare the features of a batch with those of each frame by itself; the twin exchanges the frames."""
@@ -36,7 +41,11 @@ def features(subject: WholeModel) -> Measured:
 
 
 @check_whole(
-    "text-only", "A prompt without media gives the bare language model's logits, bit for bit", quick=True, exact=True
+    "text-only",
+    "A prompt without media gives the bare language model's logits, bit for bit",
+    "without media = the language model alone",
+    quick=True,
+    exact=True,
 )
 @torch.no_grad()
 def text_only(subject: WholeModel) -> Measured:
@@ -60,8 +69,10 @@ def text_only(subject: WholeModel) -> Measured:
 @check(
     "bare",
     "With its gates closed, the model is the bare language model fed the same embeddings",
+    "gates closed = the language model alone",
     quick=True,
     proves_in_stream="Vision tokens among the text are the bare language model fed the same embeddings",
+    claim_in_stream="vision tokens = the same embeddings fed in",
 )
 def bare(subject: Subject) -> Measured | Decided:
     """Compare closed gates, or vision tokens among the text, with embeddings that a loop puts together.
@@ -112,7 +123,12 @@ def _bare_logits(model: VLM, inputs: Inputs) -> Tensor:
     return logits[0, last, : config.first_added_id]
 
 
-@check_whole("media", "Another image changes the logits at and after its placeholder, and none before", quick=True)
+@check_whole(
+    "media",
+    "Another image changes the logits at and after its placeholder, and none before",
+    "another image changes only what follows",
+    quick=True,
+)
 def media(subject: WholeModel) -> Measured:
     """Change one image at a time: logits before its placeholder stay, those at and after it (the twin) change."""
     inputs = subject.draw(2, 11)

@@ -22,7 +22,9 @@ __all__ = ["cached", "chunked_prefill", "greedy", "padded"]
 _PADDED_PIXEL = 1e4  # a value that shows in the logits if a model looks at padding
 
 
-@check("cached", "Decoding with a cache gives the logits of the full pass", quick=True)
+@check(
+    "cached", "Decoding with a cache gives the logits of the full pass", "decoding with a cache = full pass", quick=True
+)
 def cached(subject: Subject) -> Measured:
     """Compare each decoded token's logits with one pass over the prompt and the answer; the twin has other images."""
     inputs = subject.draw(2)
@@ -33,7 +35,9 @@ def cached(subject: Subject) -> Measured:
     return Measured(largest_difference(steps, full), scale_of(full), twin=largest_difference(steps, changed))
 
 
-@check("greedy", "Greedy decoding takes the token that the full pass puts first")
+@check(
+    "greedy", "Greedy decoding takes the token that the full pass puts first", "greedy token = first of the full pass"
+)
 def greedy(subject: Subject) -> Measured:
     """Compare the logit of each chosen token with the highest logit; the twin compares the second highest with it."""
     inputs = subject.draw(2, seed=1)
@@ -45,7 +49,11 @@ def greedy(subject: Subject) -> Measured:
     return compare(chosen, best, changed=second)
 
 
-@check("padded", "A row of a left-padded batch, read and decoded, gives the logits of that row alone")
+@check(
+    "padded",
+    "A row of a left-padded batch, read and decoded, gives the logits of that row alone",
+    "a left-padded row = the row alone",
+)
 def padded(subject: Subject) -> Measured:
     """Compare three rows of 10, 9 and 11 tokens in one batch with each row alone; the twin has other images."""
     rows = [subject.draw(n, 9 + n, seed=n) for n in (1, 0, 2)]
@@ -60,7 +68,11 @@ def padded(subject: Subject) -> Measured:
     return Measured(difference, scale, twin)
 
 
-@check("chunked-prefill", "A prompt that is read in chunks gives the logits of the prompt read at once")
+@check(
+    "chunked-prefill",
+    "A prompt that is read in chunks gives the logits of the prompt read at once",
+    "a prompt in chunks = read at once",
+)
 def chunked_prefill(subject: Subject) -> Measured:
     """Compare a prompt read in chunks of 3, 4 and the remaining positions; the twin has other images."""
     inputs = subject.draw(2, 11)

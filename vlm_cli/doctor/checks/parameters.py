@@ -20,7 +20,9 @@ from vlm_cli.trust import load_pretrained
 __all__ = ["gradients", "saved", "tied"]
 
 
-@check_whole("gradients", "Gradients reach the declared parameters, and no others")
+@check_whole(
+    "gradients", "Gradients reach the declared parameters, and no others", "gradients reach the trainable parts only"
+)
 def gradients(subject: WholeModel) -> Decided:
     """Compare the parameters that one backward pass reaches with those that the model declares, by name."""
     model, modules = subject.model, subject.model.part_modules()
@@ -76,7 +78,9 @@ def _reached(model: VLM, inputs: Inputs) -> tuple[set[str], set[str]]:
             parameter.grad = gradient
 
 
-@check_whole("saved", "A saved and loaded model has the same tensors, and the same logits")
+@check_whole(
+    "saved", "A saved and loaded model has the same tensors, and the same logits", "saved and loaded = as before"
+)
 def saved(subject: WholeModel) -> Measured | Decided:
     """Save the model, load it, and compare tensors and logits; the twin changes the head of the added tokens."""
     model, inputs = subject.model, subject.draw(2, 11)
@@ -116,7 +120,7 @@ def _problem(model: VLM, loaded: dict[str, Tensor], report: dict[str, set[str]])
     return problems[0] if problems else ""
 
 
-@check_whole("tied", "Tied weights are one tensor: counted once, saved once")
+@check_whole("tied", "Tied weights are one tensor: counted once, saved once", "tied weights = one tensor")
 def tied(subject: WholeModel) -> Decided:
     """Compare how many numbers the model holds with how many its files hold; tied parameters must be one tensor.
 
