@@ -33,6 +33,8 @@ CASES = {
     r"\\\<image>": [Text(r"\<image>")],
     r"\\\\<image>": [Text(r"\\"), Slot()],
     r"\<image:a>": [Text("<image:a>")],
+    r"\<video:a> \\\<IMG:": [Text(r"<video:a> \<IMG:")],
+    "<imageset:a> <video> <videos>: <i mg:a>": [Text("<imageset:a> <video> <videos>: <i mg:a>")],
     r"\<image: never closed": [Text("<image: never closed")],
     r"\\<image:a>": [Text("\\"), Medium("a")],
     # In a path the same holds before '>'.
@@ -54,12 +56,21 @@ ERRORS = {
     r"<image:C:\dir\>": ["not closed", r"closed by \\>"],
     "one <image:>": ["<image:> at character 5 names no file", "<image:FILE>", r"\<image:>"],
     r"\\<image:": ["at character 3", "not closed"],
+    # Another name for a placeholder would be read as text in silence.
+    "see <video:a.mp4>": [
+        "<video:…> at character 5 is no placeholder",
+        "still images only",
+        r"\<video: for the literal",
+    ],
+    "<Image:a.png>": ["<Image:…> at character 1 is no placeholder. Write <image:FILE>"],
+    r"a\nb \\< img :x>": ["< img :…> at character 8"],
     "<image:" + "x" * 500: ["xxx…'"],
 }
 
 # Every piece that means something to the grammar, and some that must not.
 PIECES = ["<image>", "<image:", "<image", "<", "image", ":", ">", "\\", "\\\\", "\n", "\r", "\0", " ", "a"]
-PIECES += ["<images>", "<IMAGE>", "\u2028", "é", "猫", "\ud800", "-"]
+NEAR = ["<IMAGE:", "<video:", "< img\t:"]
+PIECES += ["<images>", "<IMAGE>", "\u2028", "é", "猫", "\ud800", "-", *NEAR]
 texts = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 sources = texts.map(lambda s: s.replace("\n", "").replace("\r", "")).filter(bool)
 media = st.one_of(st.builds(Slot), st.builds(Medium, sources))
@@ -86,6 +97,13 @@ def reference_parse(prompt: str) -> list[Text | Medium | Slot]:
         while prompt[i + slashes :].startswith("\\"):
             slashes += 1
         rest = prompt[i + slashes :]
+        near = next((x for x in NEAR if rest.startswith(x)), "")
+        if near and slashes % 2 == 0:
+            raise PromptError("another name")
+        if near:
+            text += "\\" * (slashes // 2) + near
+            i += slashes + len(near)
+            continue
         if not rest.startswith(("<image>", "<image:")):
             step = max(slashes, 1)
             text += prompt[i : i + step]

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from vlm_cli.composition import MEDIA_TOKEN
+from vlm_cli.decoding import HALF, decode
 from vlm_cli.errors import PromptError
 from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
@@ -203,9 +204,13 @@ class VLMProcessor(ProcessorMixin):
         assert next(keep, None) is None, "the tokenizer lost a media token"
         return result
 
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Turn token ids into text; see the tokenizer's `decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
+    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Turn token ids into text; see the tokenizer's `decode`. Bytes that are no character become U+FFFD."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+        text = self.tokenizer.decode(ids, *args, **kwargs)
+        if not isinstance(text, str) or HALF not in text or isinstance(ids, int):
+            return text
+        return decode(self.tokenizer, ids, *args[:1], **kwargs)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Turn rows of token ids into texts; see the tokenizer's `batch_decode`."""

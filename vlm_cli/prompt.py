@@ -3,10 +3,11 @@ r"""The prompt grammar: text with images in it, as a user types it.
     A photo of <image:cat.png> and one of <image>.
 
 `<image:PATH>` stands for that file. A bare `<image>` takes the next of the files that the user gives
-beside the prompt. Anything else is text, `<images>`, `<image >` and `<IMAGE>` included.
+beside the prompt. What plainly means one, such as `<video:PATH>`, `<img:PATH>` or `<Image:PATH>`, is an error.
+Anything else is text, `<images>`, `<image >` and `<IMAGE>` included.
 
-A backslash is an ordinary character except in front of what it can escape: `<image>` or `<image:` in
-text, `>` in a path. There, two backslashes stand for one, and a single one that is left over escapes:
+A backslash is an ordinary character except in front of what it can escape: `<image>`, `<image:` or `<video:`
+in text, `>` in a path. There, two backslashes stand for one, and a single one that is left over escapes:
 
     \<image>            the text <image>
     \\<image>           a backslash, then a placeholder
@@ -67,7 +68,10 @@ _Part: TypeAlias = Text | Medium | Slot
 _P = TypeVar("_P", bound=Text | Medium | Slot)
 
 # The lookbehind makes a run of backslashes one try, not one for each of them.
-_OPENER = re.compile(r"(?<!\\)(?P<slashes>\\*)(?P<opener><image[>:])")
+_OPENER = re.compile(
+    r"(?<!\\)(?P<slashes>\\*)"
+    r"(?P<opener><image[>:]|(?P<near><[ \t]*(?i:images?|img|pictures?|photos?|videos?|audio)[ \t]*:))"
+)
 _PATH_STOP = re.compile(r"(?<!\\)(?P<slashes>\\*)(?P<stop>[>\r\n])")
 
 
@@ -78,7 +82,7 @@ def parse(prompt: str) -> list[Text | Medium | Slot]:
     [Text(text='A <image> is '), Medium(source='cat.png'), Text(text='.')]
 
     Raises:
-        PromptError: if a placeholder is not closed on its line, or its path is empty.
+        PromptError: if a placeholder is not closed on its line, its path is empty, or it has another name.
     """
     parts: list[_Part] = []
     position = 0
@@ -89,6 +93,8 @@ def parse(prompt: str) -> list[Text | Medium | Slot]:
         parts.append(Text(slashes[: len(slashes) // 2]))
         if len(slashes) % 2:
             parts.append(Text(opener))
+        elif found["near"]:
+            raise _near_miss(prompt, start, opener)
         elif opener == "<image>":
             parts.append(Slot(start))
         else:
@@ -178,6 +184,15 @@ def _read_path(prompt: str, opened: int, start: int) -> tuple[str, int]:
                 r"or \<image:> for the literal text."
             )
     raise _not_closed(prompt, opened, found.start("stop") if found else len(prompt))
+
+
+def _near_miss(prompt: str, start: int, opener: str) -> PromptError:
+    name = opener.strip("<: \t").lower()
+    frames = " vlm reads still images only: give frames of a video as images." if name.startswith("video") else ""
+    return PromptError(
+        f"{opener}…> {_where(prompt, start)} is no placeholder.{frames} Write <image:FILE>, or \\{opener} for the "
+        "literal text."
+    )
 
 
 def _not_closed(prompt: str, opened: int, end: int) -> PromptError:

@@ -8,6 +8,7 @@ import functools
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM, load
 from vlm_cli.cli.stream import TextStream
-from vlm_cli.generation.plan import cut_at_stop
+from vlm_cli.decoding import decode_after
+from vlm_cli.generation.stopping import cut_at_stop
 
 PROMPT = "<image>The cat"
 
@@ -252,7 +254,8 @@ def test_a_stop_string_cuts_the_answer(generate, answers, tokenizer):
     for stream in ((), ("--no-stream",)):
         assert generate("--stop", "Question", *stream).stdout == " a dog. \n"
         assert generate("--stop", "What", "--stop", "dog", *stream).stdout == " a \n"
-    assert finish(generate, "--stop", ".", "-n", len(ids)) == (" a dog", len(ids), "stop_string")
+    length = len(tokenizer(" a dog.").input_ids)  # what follows is not counted
+    assert finish(generate, "--stop", ".", "-n", len(ids)) == (" a dog", length, "stop_string")
 
 
 def test_answers_that_stop_sooner_than_others_are_not_counted_with_their_padding(generate, answers, tokenizer):
@@ -308,7 +311,7 @@ def test_more_images_than_the_tokenizer_takes_are_refused(vlm, parts, photo, tmp
 def stream(tokenizer, ids, stops=()):
     """Pieces as they are written, one token at a time."""
     pieces = []
-    streamer = TextStream(lambda x: tokenizer.decode(x, skip_special_tokens=True), pieces.append, stops)
+    streamer = TextStream(partial(decode_after, tokenizer), pieces.append, stops)
     streamer.put(torch.tensor([[5, 5, 5]]))  # the prompt
     for token in ids:
         streamer.put(torch.tensor([token]))

@@ -58,6 +58,8 @@ def problem(folder: Path, line: Any) -> str:
         ({"prompt": r"<image:red.png>\<image>", "completion": "x"}, [(RED, Text("<image>")), (Text("x"),)]),
         ({"prompt": "<image:red.png>", "completion": r"\<image>"}, [(RED,), (Text("<image>"),)]),
         ({"prompt": "<image:red.png>", "completion": "x", "source": "elsewhere"}, [(RED,), (Text("x"),)]),
+        ({"prompt": "Two and two?", "completion": " Four."}, [(Text("Two and two?"),), (Text(" Four."),)]),
+        ({"text": "Words."}, [(), (Text("Words."),)]),
     ],
 )  # fmt: skip
 def test_records_are_read(folder: Path, line: dict[str, Any], segments: list[tuple[Any, ...]]) -> None:
@@ -100,9 +102,12 @@ GOOD = {"prompt": "<image:red.png>", "completion": "x"}
         ({"prompt": "<image:red.png>", "turns": []}, '"turns" is empty'),
         ({"prompt": "<image:red.png>", "turns": ["x"]}, "turn 1 must be an object, got text"),
         ({"prompt": "<image:red.png>", "turns": [{"prompt": "x", "completion": ""}]}, 'turn 1: "completion" is empty'),
-        ({"prompt": "Caption:", "completion": "x"}, "has no image"),
-        ({"text": "Words."}, "has no image"),
-        ({"text": "Words. <image:red.png> "}, "would have nothing to learn after them"),
+        ({"text": "Words. <image:red.png> "}, "ends with its images: the model would have nothing to learn"),
+        ({"text": " "}, "is empty: the model would have nothing to learn"),
+        ({"prompt": "a", "completion": "x", "image": "red.png"}, '"image" is not read. Give pictures as a list: '),
+        ({"prompt": "a", "turns": [{"prompt": "b", "completion": "c", "images": ["red.png"]}]},
+         'turn 1: "images" is not read. Give pictures beside "turns" as a list'),
+        ({"prompt": "<video:a.mp4>", "completion": "x"}, '"prompt": <video:…> at character 1 is no placeholder'),
         ({"prompt": "<image>", "completion": "x"}, "1 bare <image> placeholder, but 0 files"),
         (GOOD | {"prompt": "<image><image>", "images": ["red.png"]}, "2 bare <image> placeholders, but 1 file in"),
         (GOOD | {"images": ["blue.png"]}, "0 bare <image> placeholders, but 1 file"),
@@ -136,7 +141,7 @@ def test_lines_that_are_not_json(folder: Path, raw: bytes, words: str) -> None:
 
 
 def test_every_bad_line_is_listed_at_once(folder: Path) -> None:
-    lines = [GOOD, *([{"text": "x"}] * 25), GOOD]
+    lines = [GOOD, *([{"text": ""}] * 25), GOOD]
     records = read(folder, *lines)
     assert len(records.good) == 2
     with pytest.raises(DataError) as error:

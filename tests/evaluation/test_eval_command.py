@@ -116,7 +116,8 @@ def test_bad_request(words: list[str], code: int, says: str, write: Write) -> No
 BAD = [
     ('{"prompt": "<image:red.png>"', "not JSON"),
     ({"prompt": "<image:red.png>"}, 'has no "completion"'),
-    ({"prompt": "What?", "completion": "x"}, "has no image"),
+    ({"prompt": "What?", "completion": "x", "image": "red.png"}, '"image" is not read. Give pictures as a list'),
+    ({"text": "Words."}, "asks nothing: its prompt is empty"),
     ({"prompt": "<image:nope.png>", "completion": "x"}, "cannot find 'nope.png'"),
     ({"text": "<image:red.png>a<image:red.png>b"}, 'is a "text" with images in what would be the answer'),
     ({"prompt": "<image:red.png>", "turns": [{"prompt": "a", "completion": "b"}] * 2}, "has 2 turns"),
@@ -133,6 +134,19 @@ def test_bad_lines_are_listed(write: Write) -> None:
     told = [line for line in stderr.splitlines() if line.startswith("  line ")]
     for number, ((_, says), line) in enumerate(zip(BAD, told, strict=True), start=2):
         assert line.startswith(f"  line {number}: ") and says in line
+
+
+def test_questions_without_a_picture_are_asked(write: Write) -> None:
+    rows = [GOOD, {"prompt": "Two and two?", "completion": " Four."}]
+    mixed, alone = (evaluate("stream", "-d", write(lines, "mixed.jsonl"), "--json")[1] for lines in (rows, rows[1:]))
+    assert json.loads(mixed)["answers"][1]["answer"] == json.loads(alone)["answers"][0]["answer"] != ""
+
+
+def test_a_picture_that_a_prompt_only_names_is_told(write: Write) -> None:
+    named = {"prompt": "Describe red.png.", "completion": "x"}
+    _, _, stderr = evaluate("stream", "-d", write([GOOD, named, named], "named.jsonl"))
+    assert "names the picture file 'red.png', which is read as text. To show it, write <image:red.png>." in stderr
+    assert "line 2 of" in stderr and "1 more record does the same." in stderr
 
 
 def test_damaged_picture(write: Write, folder: Path) -> None:

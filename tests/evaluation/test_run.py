@@ -129,13 +129,16 @@ def test_similar_items_stand_together() -> None:
     ],
 )
 def test_answer_ends_at_a_stop_token(ids: list[int], text: str, reason: str, folder: Path) -> None:
-    class Processor:
+    class Tokenizer:
         def decode(self, ids: list[int], **kwargs: Any) -> str:
             assert kwargs["skip_special_tokens"]
             return "".join(f"<{i}>" for i in ids)
 
+    class Processor:
+        tokenizer = Tokenizer()
+
     model, _ = load(str(folder / "stream"))
     model.generation_config.eos_token_id = [2, 9]
     plan = GenerationPlan(model, Processor(), {"max_new_tokens": len(ids)})  # type: ignore[arg-type]
-    found = plan.read(ids, len(ids))
+    found = plan.read([3, 4], ids, len(ids))
     assert (found.text, found.finish_reason) == (text, reason)

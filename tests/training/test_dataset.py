@@ -18,7 +18,7 @@ from vlm_cli.composition import END_OF_CHUNK
 from vlm_cli.data.records import read_records
 from vlm_cli.errors import DataError
 from vlm_cli.prompt import interleave
-from vlm_cli.training.dataset import IGNORED, Collator, RecordDataset, check_batch, load_dataset
+from vlm_cli.training.dataset import IGNORED, Collator, RecordDataset, check_batch, load_dataset, row_losses
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
 from vlm_cli.training.order import StreamSampler
 
@@ -140,11 +140,35 @@ def test_what_does_not_fit_is_a_bad_line(folder: Path, fusion: str, request: pyt
     vlm[0].config.text_config.max_position_embeddings = 12
     good = {"prompt": "<image:red.png>A:", "completion": " cat"}  # 5 tokens, and 3 more positions in the stream
     with pytest.raises(DataError) as error:
-        dataset(folder, vlm, good, {"prompt": "<image:red.png>A:", "completion": " cat" * 20}, {"text": "no image"})
+        dataset(folder, vlm, good, {"prompt": "<image:red.png>A:", "completion": " cat" * 20}, {"text": ""})
     message = str(error.value)
     assert "2 of the 3 records" in message
     assert f"line 2: takes {24 + (3 if fusion == 'language_stream' else 0)} positions" in message
-    assert "the language model has 12" in message and "line 3: has no image" in message
+    assert "the language model has 12" in message and 'line 3: "text" is empty' in message
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "language_stream"])
+def test_records_of_text_alone_are_learned(folder: Path, fusion: str, request: pytest.FixtureRequest) -> None:
+    vlm, processor = load(str(request.getfixturevalue(fusion)))
+    lines = [
+        {"prompt": "<image:red.png>Q: Which? A:", "completion": " red"},
+        {"prompt": "Two and two?", "completion": " Four."},
+        {"text": "Words."},
+    ]
+    data = dataset(folder, (vlm, processor), *lines)
+    assert learned(data, (vlm, processor), 1)[0].startswith(" Four.") and data.num_images.tolist() == [1, 0, 0]
+    assert learned(data, (vlm, processor), 2)[0].startswith("ords.")  # nothing stands before the first token
+    collate = Collator(processor.tokenizer.pad_token_id)
+    together, alone = collate([data[0], data[1], data[2]]), [collate([data[i]]) for i in range(3)]
+    assert together["vision_mask"].flatten(1).tolist() == [[True], [False], [False]]
+    assert "pixel_values" not in alone[1]
+    found = []
+    for batch in (together, *alone):
+        labels, _ = batch.pop("labels"), batch.pop("records")
+        with torch.no_grad():
+            found.append(row_losses(vlm(**batch).logits, labels)[0])
+    torch.testing.assert_close(found[0], torch.cat(found[1:]))
+    assert not torch.allclose(found[0], found[0].roll(1))  # the twin
 
 
 def test_a_length_by_another_name_is_checked(folder: Path, cross_attention: Path) -> None:

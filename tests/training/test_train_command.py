@@ -52,6 +52,16 @@ def train(vlm: Vlm, folder: Path, cross_attention: Path, out: Path) -> Vlm:
     return run
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_records_of_text_alone_train(train: Vlm, folder: Path, out: Path, batch_size: int) -> None:
+    """The parts that train read images only, so a batch of text alone gives them no gradient."""
+    write(folder / "text.jsonl", [{"text": "Words."}, {"prompt": "<image:red.png>A:", "completion": " red"}])
+    flags = ("--max-steps", 4, "--batch-size", batch_size, "--eval-data", folder / "text.jsonl", "--save-every", 4)
+    output(train(*flags, data="text.jsonl"))
+    assert [entry["step"] for entry in metrics(out) if "eval_loss" in entry] == [4]
+    assert all(loss > 0 for loss in losses(out).values()) and len(losses(out)) == 4
+
+
 def checkpoints(out: Path) -> list[str]:
     return sorted(path.name for path in out.with_name("out.checkpoints").glob("*") if path.name != "metrics.jsonl")
 

@@ -355,6 +355,7 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     first = next(lines, None)
     if first is None:
         return BatchResult(journal.answered, journal.failed, earlier)
+    from vlm_cli.data.meant import mention_note
     from vlm_cli.generation.answers import RowAnswerer
     from vlm_cli.generation.batch_size import BatchSize
     from vlm_cli.generation.plan import GenerationPlan
@@ -365,10 +366,10 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     keep_collecting()
     keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops)
-    reader = RowReader(plan, job.reading.special_tokens)
     loader = job.reading.loader(job.file.folder, job.request.source.allow_hosts)
+    reader = RowReader(plan, loader, job.reading.special_tokens)
     started = time.monotonic()
-    details = 0  # messages that stderr shows in full
+    details = notes = 0  # messages that stderr shows in full
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:
         size = BatchSize(job.options.rows_at_once())
         answerer = RowAnswerer(plan, size, seed=job.sampling.seed, notify=progress.notify)
@@ -379,6 +380,9 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
                 if row.error is not None and str(row.error) != row.error.public and details < MOST_DETAILS:
                     details += 1
                     progress.notify(f"  line {row.line}: {row.error}")
+                if row.mentions and notes < MOST_DETAILS:
+                    notes += 1
+                    progress.notify(mention_note(row.mentions[0], f"line {row.line}"))
                 progress.show(journal.answered)
     return BatchResult(
         journal.answered,

@@ -173,6 +173,8 @@ def _make_report(model: str, questions: EvalOptions, request: ModelRequest) -> R
     assert questions.data is not None
     items, records = read_items(questions.data, questions.limit, questions.media_root)
     console.notify(f"{len(items):,} items from {questions.data}")
+    for note in records.notes:
+        console.notify(note)
     loaded = request.load()
     return Report(model, loaded, questions, records, _evaluate(loaded, questions, items, records))
 

@@ -160,13 +160,17 @@ class PromptOptions(TurnOptions):
 
 
 def load_images(parts: Interleaved, loader: MediaLoader) -> list[LoadedImage]:
-    """Load the images of a prompt, in reading order.
+    """Load the images of a prompt, in reading order, and tell the user of pictures that it only names.
 
     Raises:
+        PromptError: for a prompt that is nothing but the name of a picture file.
         MediaError: for an image that cannot be read.
     """
+    from vlm_cli.data.meant import find_mentions, mention_note
     from vlm_cli.media import short_name
 
+    for name in find_mentions(parts.parts, loader):
+        console.notify(mention_note(name))
     images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
     for image in images:
         console.notify(f"Image {short_name(image.source)} ({image.width}x{image.height})")

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
-from vlm_cli.generation.plan import cut_at_stop
+from vlm_cli.decoding import HALF
+from vlm_cli.generation.stopping import cut_at_stop
 
 __all__ = ["TextStream"]
 
@@ -18,13 +19,16 @@ class TextStream(BaseStreamer):
     The bytes of an unfinished character wait, and so does text that may become a stop string.
 
     Args:
-        decode: turns token ids into text.
+        decode: turns the tokens of the prompt, and new tokens, into the new text.
         write: receives each piece of text.
         stops: stop strings.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], Any], stops: Sequence[str]) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int], Sequence[int]], str], write: Callable[[str], Any], stops: Sequence[str]
+    ) -> None:
         self.decode, self.write, self.stops = decode, write, stops
+        self.prompt: list[int] = []
         self.ids: list[int] = []
         self.written = ""
         self.prompt_is_over = False
@@ -33,20 +37,21 @@ class TextStream(BaseStreamer):
         """Receive the tokens of the prompt at the first call, and new tokens after that."""
         if not self.prompt_is_over:
             self.prompt_is_over = True
+            self.prompt = value.reshape(-1).tolist()
             return
         self.ids += value.reshape(-1).tolist()
-        self._advance(self._certain(self.decode(self.ids)))
+        self._advance(self._certain(self.decode(self.prompt, self.ids)))
 
     def end(self) -> None:
         """Write what is left."""
-        self._advance(cut_at_stop(self.decode(self.ids), self.stops))
+        self._advance(cut_at_stop(self.decode(self.prompt, self.ids), self.stops))
 
     def _certain(self, text: str) -> str:
         """Return the beginning of a text that later tokens cannot change."""
         cut = cut_at_stop(text, self.stops)
         if cut != text:
             return cut
-        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        text = text.rstrip(HALF)
         held = max((_overlap(text, stop) for stop in self.stops), default=0)
         return text[: len(text) - held]
 

@@ -8,7 +8,7 @@
 Prompts and completions follow the grammar of `vlm generate` (see `prompt`): `\\<image>` is text, a relative path starts
 at the folder of the file, and a bare `<image>` takes the next file in "images". Without any placeholder, the images
 stand before the text. The model learns to write the completions; of a "text", it learns everything after the first
-image. Other keys have no effect.
+image. A record may be text alone. Other keys have no effect, but a key that plainly names pictures is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field, parse_object, read_lines
+from vlm_cli.data.meant import check_picture_keys, find_mentions, mention_note
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MAX_PIXELS, MediaLoader, short_name
 from vlm_cli.prompt import Medium, Slot, Text, parse
@@ -71,6 +72,7 @@ class Records:
         problems: one problem for each line that cannot be used.
         sha256: hash of the file.
         media_root: the folder that holds every image; None allows each path.
+        mentions: picture files that texts name without showing them, each with the number of its line.
     """
 
     path: Path
@@ -78,6 +80,16 @@ class Records:
     problems: list[Problem] = field(default_factory=list)
     sha256: str = ""
     media_root: Path | None = None
+    mentions: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about records that can be used."""
+        if not self.mentions:
+            return []
+        (line, name), more = self.mentions[0], len({line for line, _ in self.mentions}) - 1
+        others = f" {more:,} more {'record does' if more == 1 else 'records do'} the same." if more else ""
+        return [mention_note(name, f"line {line} of {str(self.path)!r}") + others]
 
     @property
     def folder(self) -> Path:
@@ -111,6 +123,8 @@ def read_records(path: Path, media_root: Path | None = None) -> Records:
         try:
             record = _parse_record(line, raw)
             images.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
+            context = [part for segment in record.segments if not segment.is_target for part in segment.parts]
+            records.mentions += [(line, name) for name in find_mentions(context, images.loader)]
         except VLMError as error:
             records.problems.append(Problem(line, str(error)))
         else:
@@ -188,9 +202,8 @@ def _find_segments(data: dict[str, Any]) -> list[Segment]:
     if "completion" in data and "turns" in data:
         raise RecordError('has both "completion" and "turns". Give one of them.')
     texts = [("text", get_field(data, "text", str, "text"))] if forms == ["text"] else _collect_texts(data)
+    check_picture_keys(data, [text for _, text in texts])
     parsed = _insert_images(texts, get_images(data))
-    if not any(isinstance(part, Medium) for _, parts in parsed for part in parts):
-        raise RecordError('has no image. Write <image:FILE> in it, or list files in "images".')
     return _split_text(parsed[0][1]) if forms == ["text"] else _pair_segments(parsed)
 
 
@@ -208,6 +221,7 @@ def _collect_texts(data: dict[str, Any]) -> list[tuple[str, str]]:
             raise RecordError(f"turn {number} must be an object, got {describe_type(turn)}.")
         try:
             texts += [("prompt", get_field(turn, "prompt", str, "text")), ("completion", _get_completion(turn))]
+            check_picture_keys(turn, [text for _, text in texts], in_turn=True)
         except RecordError as error:
             raise RecordError(f"turn {number}: {error}") from None
     # The record's own prompt stands before its first turn.
@@ -251,11 +265,12 @@ def _parse_text(key: str, text: str) -> list[Text | Medium | Slot]:
 
 
 def _split_text(parts: Sequence[Text | Medium]) -> list[Segment]:
-    """Split a "text" after its first image: context, target."""
-    first = next(i for i, part in enumerate(parts) if isinstance(part, Medium))
+    """Split a "text" after its first image: context, target. Without an image, all of it is target."""
+    first = next((i for i, part in enumerate(parts) if isinstance(part, Medium)), -1)
     rest = tuple(parts[first + 1 :])
     if not any(isinstance(part, Text) and part.text.strip() for part in rest):
-        raise RecordError('"text" ends with its images: the model would have nothing to learn after them.')
+        what = "is empty" if first < 0 else "ends with its images"
+        raise RecordError(f'"text" {what}: the model would have nothing to learn.')
     return [Segment(tuple(parts[: first + 1]), False), Segment(rest, True)]
 
 

@@ -81,6 +81,8 @@ def _find_problem(record: Record) -> str | None:
     """Say why a record has no single answer that could be compared; None if it has one."""
     if len(record.segments) > 2:
         return f'has {len(record.segments) // 2} turns. Write each as a record: a "prompt" and its "completion".'
+    if not any(isinstance(part, Medium) or part.text.strip() for part in record.segments[0].parts):
+        return "asks nothing: its prompt is empty."
     if any(isinstance(part, Medium) for part in record.segments[1].parts):
         return 'is a "text" with images in what would be the answer. Write a "prompt" and its "completion".'
     if _has_half_characters(record):

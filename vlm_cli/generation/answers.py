@@ -203,13 +203,14 @@ class RowAnswerer:
             **on_device,
             **self.plan.keywords | {"max_new_tokens": rows[0].room},
             prompt_cache=self.prompt_cache,
+            stopping_criteria=self.plan.stopping_criteria(),
         )
         if self.prompt_cache is not None:
             self.counts.reused += len(rows) * self.prompt_cache.reused
         new = output[:, ids.shape[1] :].tolist()
         for b, row in enumerate(rows):
             own = new[b * self.num_answers : (b + 1) * self.num_answers]
-            row.answers = [self.plan.read(x, row.room) for x in own]
+            row.answers = [self.plan.read(row.ids, x, row.room) for x in own]
             self.counts.new_tokens += sum(answer.new_tokens for answer in row.answers)
             self.counts.images += len(row.images)
         self.counts.rows += len(rows)

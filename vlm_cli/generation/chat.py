@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria
 
 from vlm_cli.errors import ContextError
 from vlm_cli.generation.conversation import ChatFormat, Conversation
@@ -115,6 +116,8 @@ class Chat:
         room = self.plan.room(positions, notify)
         media = self._encode(images)
         ids = torch.tensor([asked.ids], device=self.model.device)
+        criteria = self.plan.stopping_criteria()
+        criteria.append(_Interruption(is_interrupted))
         output = self.model.generate(
             lang_x=ids,
             attention_mask=torch.ones_like(ids),
@@ -122,15 +125,13 @@ class Chat:
             media_mask=media.mask,
             prompt_cache=self.cache,
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Interruption(is_interrupted)]),
+            stopping_criteria=criteria,
             **self.plan.keywords | {"max_new_tokens": room},
         )
         new = output[0, len(asked.ids) :].tolist()
-        answer = self.plan.read(new, room)
-        if answer.finish_reason == "stop_string" and is_interrupted():
-            answer = replace(answer, finish_reason="interrupted")
+        answer = self.plan.read(asked.ids, new, room)
         said = new[: answer.new_tokens - (answer.finish_reason == "stop_token")]
-        self.conversation = asked.answer(said, answer.text, self.plan.decode)
+        self.conversation = asked.answer(said, answer.text, partial(self.plan.decode, asked.ids))
         self.media = media
         self.turns += 1
         return ChatAnswer(self.turns, answer, positions, self.cache.reused, time.monotonic() - started)

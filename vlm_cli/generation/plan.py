@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm_cli.decoding import decode_after
+from vlm_cli.generation.stopping import StopStrings, cut_at_stop
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.prompt import Medium, Text
 
 if TYPE_CHECKING:
+    from transformers import StoppingCriteriaList
+
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
 
-__all__ = ["Answer", "GenerationPlan", "cut_at_stop", "ignore_message"]
+__all__ = ["Answer", "GenerationPlan", "ignore_message"]
 
 FinishReason = Literal["stop_token", "stop_string", "length", "interrupted"]
 
@@ -36,16 +41,6 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Return the keys that commands print and write."""
         return asdict(self)
-
-
-def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """Return the text before the first stop string.
-
-    >>> cut_at_stop("a cat. END more", [" END"])
-    'a cat.'
-    """
-    found = [i for i in (text.find(stop) for stop in stops) if i >= 0]
-    return text[: min(found)] if found else text
 
 
 def ignore_message(message: str) -> None:
@@ -70,8 +65,6 @@ class GenerationPlan:
     ) -> None:
         self.model, self.processor, self.stops = model, processor, list(stops)
         self.keywords = dict(keywords)
-        if self.stops:
-            self.keywords |= {"stop_strings": self.stops, "tokenizer": processor.tokenizer}
         self.max_new_tokens: int = self.keywords["max_new_tokens"]
         self.budget = ContextBudget.of(model)
         self._stop_ids = set(stop_token_ids(model.generation_config))
@@ -95,34 +88,46 @@ class GenerationPlan:
             notify(f"Note: the context of {self.budget.context} positions leaves room for {room} new tokens.")
         return room
 
-    def decode(self, ids: list[int]) -> str:
-        """Turn new tokens into text, up to the first stop token and without special tokens."""
-        # The end of a line, for instance, may be a stop token without being a special token. And the tokenizer's
-        # clean-up would remove spaces, which a stream has printed already.
-        text = ids[: self._find_stop(ids)]
-        return self.processor.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def stopping_criteria(self) -> StoppingCriteriaList:
+        """Return what ends answers besides stop tokens and their length, for one call of `VLM.generate`."""
+        from transformers import StoppingCriteriaList
 
-    def read(self, ids: list[int], room: int) -> Answer:
-        """Turn new tokens into an answer.
+        return StoppingCriteriaList([StopStrings(self.decode, self.stops)] if self.stops else [])
 
-        A stop token ends the answer; padding may follow it. A stop string ends it without a stop token: then the
-        tokens are fewer than `room`, or the text holds the string.
+    def decode(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Turn new tokens into text, up to the first stop token and without special tokens.
 
         Args:
+            before: the tokens of the prompt.
+            ids: what the model wrote after them.
+        """
+        # The end of a line, for instance, may be a stop token without being a special token.
+        return decode_after(self.processor.tokenizer, before, ids[: self._find_stop(ids)])
+
+    def read(self, before: Sequence[int], ids: Sequence[int], room: int) -> Answer:
+        """Turn new tokens into an answer.
+
+        A stop token or a stop string ends the answer; padding may follow it.
+
+        Args:
+            before: the tokens of the prompt.
             ids: what the model wrote, with the padding of its row.
             room: how many tokens it might have written.
         """
         end = self._find_stop(ids)
-        length = len(ids) if end is None else end + 1
-        if end is None and self.stops:
-            # An answer that a stop string ended sooner than the others of its batch is padded.
-            while length and ids[length - 1] == self.model.config.pad_token_id:
-                length -= 1
-        whole = self.decode(ids[:length])
+        whole = self.decode(before, ids)
         text = cut_at_stop(whole, self.stops)
-        is_cut = text != whole or (end is None and length < room)
-        reason: FinishReason = "stop_string" if is_cut else "stop_token" if end is not None else "length"
+        if text != whole:
+            lengths = range(1, len(ids) + 1)
+            found = bisect_left(lengths, True, key=lambda n: self._has_stop_string(before, ids[:n]))
+            return Answer(text, lengths[found], "stop_string")
+        length = len(ids) if end is None else end + 1
+        reason: FinishReason = "stop_token" if end is not None else "length" if length >= room else "interrupted"
         return Answer(text, length, reason)
+
+    def _has_stop_string(self, before: Sequence[int], ids: Sequence[int]) -> bool:
+        text = self.decode(before, ids)
+        return cut_at_stop(text, self.stops) != text
 
     def _find_stop(self, ids: Sequence[int]) -> int | None:
         """Return the index of the first stop token; None without one."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
+from vlm_cli.data.meant import check_picture_keys, find_mentions
 from vlm_cli.data.records import get_images
 from vlm_cli.errors import PromptError, VLMError
+from vlm_cli.media import MediaLoader
 from vlm_cli.prompt import Medium, Text, interleave
 
 if TYPE_CHECKING:
@@ -83,10 +85,12 @@ class FileRow(Row):
     Attributes:
         source_line: the line as it stands in the file.
         data: the keys of the line, without an error that an earlier run may have left.
+        mentions: picture files that the prompt names without showing them.
     """
 
     source_line: Line
     data: dict[str, Any] = field(default_factory=dict)
+    mentions: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of the line, with the answer, or with what everybody may read of the error."""
@@ -104,10 +108,12 @@ class RowReader:
 
     Args:
         plan: how the model answers.
+        loader: finds images.
         parse_special_tokens: read the spelling of a special token in a prompt as that token.
     """
 
     plan: GenerationPlan
+    loader: MediaLoader
     parse_special_tokens: bool = False
 
     def read(self, line: Line) -> FileRow:
@@ -127,8 +133,10 @@ class RowReader:
             raise RecordError(
                 f'"{taken[0]}" is a key of the answer, which would overwrite yours. Rename the key in this line.'
             )
+        check_picture_keys(data, [prompt])
         parts = interleave(prompt, images, given_with='"images"').parts
         if Medium("-") in parts:
             raise RecordError("the image '-' means standard input, which the rows of a file cannot share. Give a file.")
+        row.mentions = find_mentions(parts, self.loader)
         row.encode(self.plan, parts, parse_special_tokens=self.parse_special_tokens)
         row.reserve(self.plan)

@@ -88,7 +88,9 @@ def generate_once(
 
         set_seed(seed)
     started = time.monotonic()
-    output = plan.model.generate(**inputs, **keywords, streamer=streamer)
+    output = plan.model.generate(
+        **inputs, **keywords, streamer=streamer, stopping_criteria=plan.stopping_criteria()
+    )  # fmt: skip
     seconds = time.monotonic() - started
-    answers = [plan.read(row, room) for row in output[:, num_tokens:].tolist()]
+    answers = [plan.read(row[:num_tokens], row[num_tokens:], room) for row in output.tolist()]
     return Generation(answers, num_tokens, positions, seconds, compile_seconds)

@@ -39,6 +39,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
 
     Attributes:
         name: name of the file, for messages.
+        notes: what the user should know about the records.
         transform: makes float[C, H, W] of an image.
         loader: loads images.
         sha256: hash of the file.
@@ -55,6 +56,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     transform: Callable[[Image], Tensor]
     loader: MediaLoader
     sha256: str = ""
+    notes: list[str] = field(default_factory=list)
     split_lines: list[int] = field(default_factory=list)
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     is_target: np.ndarray = field(default_factory=lambda: np.empty(0, np.bool_))
@@ -76,7 +78,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
         except MediaError as error:
             # The item carries the message, because an error in a worker process reaches the user as a traceback.
             return item | {"error": f"line {self.lines[index]} of {self.name!r}: {error}"}
-        return item | {"pixels": torch.stack([self.transform(image) for image in images])}
+        return item | {"pixels": [self.transform(image) for image in images]}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -114,7 +116,13 @@ def load_dataset(path: Path, model: VLM, processor: VLMProcessor, media_root: Pa
     records = read_records(path, media_root)
     encoder = RecordEncoder(processor, find_end_token(model, processor))
     budget = ContextBudget.of(model)
-    dataset = RecordDataset(path.name, processor.image_processor.transform, records.loader(), sha256=records.sha256)
+    dataset = RecordDataset(
+        path.name,
+        processor.image_processor.transform,
+        records.loader(),
+        sha256=records.sha256,
+        notes=records.notes,
+    )
     ids: list[np.ndarray] = []
     is_target: list[np.ndarray] = []
     problems: list[Problem] = []
@@ -150,24 +158,25 @@ class Collator:
         """Make a batch.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; `pixel_values` float[B, T_img, 1, C, H, W];
-            `vision_mask` bool[B, T_img, 1]; and `records`, the indices of the records. If an image is damaged, the
-            batch is `error` alone: the message.
+            `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; if a record has an image, `pixel_values`
+            float[B, T_img, 1, C, H, W] and `vision_mask` bool[B, T_img, 1]; and `records`, the indices of the records.
+            If an image is damaged, the batch is `error` alone: the message.
         """
         for item in items:
             if "error" in item:
                 return {"error": item["error"]}
         input_ids, attention_mask = pad_left([item["ids"] for item in items], self.pad_id)
         labels, _ = pad_left([item["labels"] for item in items], IGNORED)
-        pixels, mask = stack_media([item["pixels"].unsqueeze(1).unbind() for item in items])  # of one frame each
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "pixel_values": pixels,
-            "vision_mask": mask,
             "records": [item["index"] for item in items],
         }
+        if any(item["pixels"] for item in items):
+            media = [[pixels[None] for pixels in item["pixels"]] for item in items]  # of one frame each
+            batch["pixel_values"], batch["vision_mask"] = stack_media(media)
+        return batch
 
 
 def check_batch(batch: dict[str, Any]) -> dict[str, Any]:

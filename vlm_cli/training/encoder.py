@@ -80,6 +80,7 @@ class RecordEncoder:
             ids += [*before, *after, self.end_id]
             is_target += [False] * len(before) + [token != self._media_id for token in after] + [True]
             was_split |= split
+        is_target[0] = False  # no token stands before it, from which the model could learn it
         return EncodedRecord(ids, is_target, was_split)
 
     def _encode_pair(self, context: Segment, target: Segment, *, continues: bool) -> tuple[list[int], list[int], bool]:

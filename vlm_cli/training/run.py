@@ -173,6 +173,8 @@ class _Run:
         files = [self.job.data, self.job.eval_data]
         sets = [None if path is None else load_dataset(path, model, processor, self.job.media_root) for path in files]
         for path, data in zip(files, sets, strict=True):
+            for note in [] if data is None else data.notes:
+                self.listener.notify(note)
             if data is not None and data.split_lines:
                 self.listener.notify(
                     f"Note: in {len(data.split_lines)} records of {path}, as in line {data.split_lines[0]}, one token "

@@ -1,0 +1,103 @@
+"""Find pictures that a user plainly means, where vlm reads none: under another key, or as words of a text."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from vlm_cli.data.jsonl import RecordError
+from vlm_cli.errors import MediaError, PromptError
+from vlm_cli.media import MediaLoader
+from vlm_cli.prompt import Medium, Slot, Text
+from vlm_cli.prompt import format as format_prompt
+
+__all__ = ["check_picture_keys", "find_mentions", "mention_note"]
+
+#: Keys that name pictures in the data sets of other projects, without "images", which is right.
+_PICTURE_KEY = re.compile(
+    r"(input|source)?_?(image|img|picture|photo|video|audio|media)s?_?"
+    r"(file|path|url|uri|name|filename|source|src|list|data|bytes|base64|b64)?s?",
+    re.IGNORECASE,
+)
+_PICTURE_NAME = re.compile(r"(?i).\.(png|jpe?g|jfif|gif|bmp|webp|tiff?|heic|heif|avif|jp2|jxl|ppm|pgm)$")
+_AROUND = "\"'`“”‘’«»()[]{}<>,;:!?*"  # characters that may stand around a file name in a sentence
+_MOST_WORDS = 100  # of one text, for each of which the system looks for a file
+
+
+def check_picture_keys(data: dict[str, Any], texts: Iterable[str], *, in_turn: bool = False) -> None:
+    """Refuse a key that brings pictures under a name that vlm does not read.
+
+    A key whose pictures the record shows in another way is left alone.
+
+    Args:
+        data: the object of one line, or of one turn in it.
+        texts: prompts of the line.
+        in_turn: whether the object is a turn, in which "images" has no meaning either.
+
+    Raises:
+        RecordError: naming the key.
+    """
+    listed = None if in_turn else data.get("images")
+    shown = set(listed) if isinstance(listed, list) and all(isinstance(x, str) for x in listed) else set()
+    joined = "\n".join(texts)
+    for key, value in data.items():
+        if (key == "images" and not in_turn) or not _PICTURE_KEY.fullmatch(key):
+            continue
+        names = list(_texts_in(value))
+        if names and not all(name in shown or f"<image:{name}>" in joined for name in names):
+            place = ' beside "turns"' if in_turn else ""
+            raise RecordError(
+                f'"{key}" is not read. Give pictures{place} as a list: "images": ["FILE", …], or write '
+                "<image:FILE> in the prompt."
+            )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield the texts that are not empty in a value, in its lists and in its objects."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, (list, dict)):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(x)
+
+
+def find_mentions(parts: Sequence[Text | Medium | Slot], loader: MediaLoader) -> list[str]:
+    """Return the words of a prompt that name existing picture files which the prompt does not show.
+
+    Raises:
+        PromptError: if the prompt is nothing but the name of a picture file.
+    """
+    shown = {part.source for part in parts if isinstance(part, Medium)}
+    if len(parts) == 1 and isinstance(parts[0], Text) and _is_picture(name := parts[0].text.strip(), loader):
+        raise PromptError(
+            f"the prompt is the name of a picture file, {name!r}, and would be read as text. To show the picture, "
+            f'write "{format_prompt([Medium(name)])}Describe the image."'
+        )
+    words = (word for part in parts if isinstance(part, Text) for word in _file_names(part.text))
+    return [word for word in dict.fromkeys(words) if word not in shown and _is_picture(word, loader)]
+
+
+def mention_note(name: str, where: str = "the prompt") -> str:
+    """Return the note for a picture file that a text names."""
+    return (
+        f"Note: {where} names the picture file {name!r}, which is read as text. To show it, write "
+        f"{format_prompt([Medium(name)])}."
+    )
+
+
+def _file_names(text: str) -> list[str]:
+    if "." not in text:
+        return []
+    words = (word.strip(_AROUND).rstrip(".").rstrip(_AROUND) for word in text.split())
+    return [word for word in words if len(word) < 4096 and _PICTURE_NAME.search(word)][:_MOST_WORDS]
+
+
+def _is_picture(name: str, loader: MediaLoader) -> bool:
+    if not _PICTURE_NAME.search(name) or "\n" in name or "\r" in name:
+        return False
+    try:
+        return os.path.isfile(loader.find(name))
+    except (MediaError, OSError, ValueError):
+        return False
