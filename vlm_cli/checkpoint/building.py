@@ -27,6 +27,7 @@ from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, UsageError
 from vlm_cli.files import replacing_directory, reserved_directory
 from vlm_cli.modeling.config import stored_dtype
+from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.parameters import ParameterReport, count_parameters
@@ -136,6 +137,9 @@ def build(
     file = None if weights is None else Path(weights)
     progress("checking the composition")
     blueprint = plan(composition, trust_remote_code=trust_remote_code)
+    if not random_weights:
+        blueprint.language_model.check_files()
+    _, notes = inherit_checked(blueprint.language_model.generation_config(), blueprint.language_model.name)
     if file is not None:
         open_weights(file)  # a file that cannot be read fails before anything is downloaded
     if output is None:
@@ -148,9 +152,8 @@ def build(
     parameters = count_parameters(model, dtype=count_as)
     if output is not None:
         output.write(model, blueprint.processor, parameters, keys, progress)
-    notes: tuple[str, ...] = ()
     if output is not None and blueprint.tower.weights is None and file is None and not random_weights:
-        notes = (
+        notes += (
             f"vision encoder {composition.vision_encoder.name!r} names no pretrained weights, so its weights are "
             "random. Give a tag, as in ViT-B-32:laion2b_s34b_b79k.",
         )

@@ -25,6 +25,7 @@ from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, explain_reading
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
+from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import decoder_layers, find_widths
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.towers import find_tower_shape
@@ -309,10 +310,7 @@ def _stop_tokens(config: PreTrainedConfig, tokenizer: Tokenizer | None, added: l
 
 def generation_config(model: VLM) -> GenerationConfig:
     """Return the language model's own settings of generation, with the pad and stop tokens of the model."""
-    config = GenerationConfig.from_dict(model.lang_model.generation_config.to_dict())
+    config, _ = inherit_checked(model.lang_model.generation_config, model.config.composition.language_model.name)
     config.pad_token_id = model.config.pad_token_id
     config.eos_token_id = list(stop_token_ids(config, model.config)) or None
-    # Transformers' default of 20 tokens would count the prompt. The caller sets a length.
-    config.max_length = None
-    config.use_cache = True  # MPT's own configuration turns the cache off
     return config

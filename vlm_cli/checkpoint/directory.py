@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vlm_cli.checkpoint.inside import check_folder, check_index, read_index
-from vlm_cli.errors import CheckpointError, CompositionError, PluginError, UntrustedCodeError, explain_reading
+from vlm_cli.errors import (
+    CheckpointError,
+    CompositionError,
+    PluginError,
+    UntrustedCodeError,
+    explain_reading,
+    first_line,
+)
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
 from vlm_cli.report.parameters import ParameterReport
@@ -382,7 +389,11 @@ def read_processor(name: str, *, trust_remote_code: bool = False, **keywords: An
 
 
 def read_generation_config(name: str, **keywords: Any) -> GenerationConfig | None:
-    """Read how the model of a directory or hub id ends and samples its answers; None if the directory does not say."""
+    """Read how the model of a directory or hub id ends and samples its answers; None if the directory does not say.
+
+    Raises:
+        CheckpointError: for a value that Transformers refuses.
+    """
     from vlm_cli.checkpoint.schemas import check_generation_config
     from vlm_cli.trust import load_generation_config
 
@@ -391,6 +402,8 @@ def read_generation_config(name: str, **keywords: Any) -> GenerationConfig | Non
         return load_generation_config(name, **keywords)
     except OSError:
         return None
+    except ValueError as error:
+        raise CheckpointError(f"generation_config.json of {name!r} is not valid: {first_line(error)}") from None
 
 
 def read_tensors(

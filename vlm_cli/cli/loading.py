@@ -109,6 +109,7 @@ class ModelRequest:
         silence_libraries()
         from vlm_cli.checkpoint.directory import load
         from vlm_cli.modeling.acceleration import accelerate
+        from vlm_cli.modeling.generation_settings import inherit_settings
 
         device, dtype = self.devices.resolve()
         started = time.monotonic()
@@ -120,10 +121,14 @@ class ModelRequest:
             **self.source.places,
             **self.source.hub,
         )
+        # Directories that an earlier vlm wrote may hold settings under which greedy answers are not greedy, or fail.
+        model.generation_config, left_out = inherit_settings(model.generation_config)
         accelerate(model, quantize=self.quantize, compile=self.compile)
         loaded = LoadedModel(model, processor, device, time.monotonic() - started)
         how = ", ".join([loaded.dtype, *([self.quantize] if self.quantize else [])])
         console.notify(f"Model {self.name} on {device}, {how}")
+        if left_out:
+            console.notify(f"Note: generation_config.json sets {', '.join(left_out)}, which vlm does not use.")
         return loaded
 
     def warn_of_photographs(self) -> None:

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.inside import check_folder, check_index
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
-from vlm_cli.checkpoint.schemas import check_text_config, check_text_config_file, check_tokenizer
+from vlm_cli.checkpoint.schemas import (
+    check_generation_config,
+    check_text_config,
+    check_text_config_file,
+    check_tokenizer,
+)
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
@@ -22,7 +27,7 @@ from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeErr
 from vlm_cli.hub_ids import check_hub_id, is_hub_id
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.registry import suggest
-from vlm_cli.trust import load_config, load_language_model, load_tokenizer
+from vlm_cli.trust import load_config, load_generation_config, load_language_model, load_tokenizer
 
 __all__ = ["LanguageModelSource", "find_language_model"]
 
@@ -76,6 +81,41 @@ class LanguageModelSource:
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise LanguageModelError(f"{other or self.name!r} has no tokenizer: its vocabulary is empty. {advice}")
         return tokenizer
+
+    def generation_config(self) -> GenerationConfig:
+        """Read how the model ends and samples its answers, a file of a few hundred bytes.
+
+        Raises:
+            CheckpointError: if the file is not valid.
+        """
+        if "gguf_file" not in self.keywords:
+            hub = {key: x for key, x in self.keywords.items() if key == "revision"}
+            check_generation_config(self.location, **hub)
+            try:
+                return load_generation_config(self.location, **hub)
+            except OSError:  # there is none
+                pass
+            except ValueError as error:
+                raise LanguageModelError(
+                    f"generation_config.json of {self.name!r} is not valid: {first_line(error)} Correct the file, or "
+                    "delete it."
+                ) from None
+        return GenerationConfig.from_model_config(self.config)
+
+    def check_files(self) -> None:
+        """Check that a directory has the weight files that it names, before anything is loaded.
+
+        Raises:
+            VLMError: if it has none, or its index names another place.
+        """
+        if "gguf_file" in self.keywords or not Path(self.location).is_dir():
+            return
+        check_index(self.location, self.keywords)
+        if not weight_files(self.location):
+            raise LanguageModelError(
+                f"cannot load the weights of language model {self.name!r}: there is no file named model.safetensors in "
+                "its directory. Fetch it again, or add --random-weights."
+            )
 
     def _limited_size(self) -> AbstractContextManager[None]:
         """Refuse a configuration that asks for more numbers than the weight files hold; quantized files hold more."""

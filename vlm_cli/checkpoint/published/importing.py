@@ -26,6 +26,7 @@ from vlm_cli.checkpoint.published.recognising import RecognisedCheckpoint, recog
 from vlm_cli.composition import Composition, keep_trained_settings
 from vlm_cli.errors import CompositionError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
@@ -105,11 +106,13 @@ def import_checkpoint(
         is_optional=description.is_optional,
     )
     processor = VLMProcessor(OpenCLIPImageProcessor(parts.tower_config["preprocess"]), parts.tokenizer)
+    generation, more = inherit_checked(parts.language_model.generation_config(), parts.language_model.name)
     if plan.report.is_complete:
+        model.lang_model.generation_config = generation
         plan.copy(found.checkpoint)
         _finish(model, processor, description, plan.report, dtype, seed)
     is_complete = plan.report.is_complete
-    return Imported(model if is_complete else None, processor, found.layout, plan.report, description.notes)
+    return Imported(model if is_complete else None, processor, found.layout, plan.report, description.notes + more)
 
 
 def _compose(description: CheckpointDescription, over: CompositionOver | None) -> Composition:
