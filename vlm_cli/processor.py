@@ -29,6 +29,7 @@ from vlm_cli.errors import PromptError
 from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.preprocessing import Placement, Preprocessing
 from vlm_cli.prompt import Medium, Text, parse
 from vlm_cli.trust import check_code
 
@@ -45,7 +46,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
     """Preprocess images as in the training of an OpenCLIP tower.
 
     Args:
-        preprocess: OpenCLIP's `PreprocessCfg` as a dictionary: size in pixels, mean, std, interpolation, resize mode.
+        preprocess: settings of `Preprocessing`: size in pixels, mean, std, interpolation, resize mode, crop.
     """
 
     model_input_names = ["pixel_values"]
@@ -63,11 +64,18 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
 
     def transform(self, image: Image) -> Tensor:
         """Turn one frame into float[C, H, W]."""
-        if not hasattr(self, "_transform"):
-            from open_clip.transform import PreprocessCfg, image_transform_v2
+        return self.preprocessing(image)
 
-            self._transform = image_transform_v2(PreprocessCfg(**self.preprocess_config), is_train=False)
-        return self._transform(image)
+    def place(self, width: int, height: int) -> Placement:
+        """Say what of an image of this size the vision encoder sees."""
+        return self.preprocessing.place(width, height)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the settings say, as a function."""
+        if not hasattr(self, "_transform"):
+            self._transform = Preprocessing(self.preprocess_config)
+        return self._transform
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -128,6 +136,12 @@ class VLMProcessor(ProcessorMixin):
     def media_token_id(self) -> int:
         """The id of `<image>`."""
         return self.tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
+
+    @property
+    def chat_program(self) -> str | None:
+        """The chat template, a Jinja program: the processor's own, else the tokenizer's; None if there is none."""
+        found = getattr(self, "chat_template", None) or self.tokenizer.chat_template
+        return found.get("default") if isinstance(found, dict) else found
 
     def __call__(
         self,

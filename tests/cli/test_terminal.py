@@ -154,7 +154,7 @@ def test_only_one_module_writes_to_the_terminal() -> None:
     found = {path.relative_to(ROOT).as_posix(): list(bare_writes(path.read_text("utf-8"))) for path in SOURCES}
     assert found.pop("vlm_cli/cli/terminal.py")
     assert found.pop("vlm_cli/cli/standard_streams.py")  # opens them
-    assert found.pop("vlm_cli/generation/template_process.py")  # a child process, whose stdout is a pipe
+    assert found.pop("vlm_cli/templates/process.py")  # a child process, whose stdout is a pipe
     # A signal ends the process around Python's buffers; the text is escaped there.
     assert set(found.pop("vlm_cli/interrupt.py")) == IN_SIGNALS
     assert {path: writes for path, writes in found.items() if writes} == {}

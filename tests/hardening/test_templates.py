@@ -9,8 +9,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vlm_cli.errors import LanguageModelError
-from vlm_cli.generation import templates
-from vlm_cli.generation.templates import render_template
+from vlm_cli.templates import render as templates
+from vlm_cli.templates.render import render_template
 
 MESSAGES = [
     {"role": "user", "content": "hello </s> ünï"},

@@ -67,6 +67,7 @@ _PREPROCESS = mapping(
         "interpolation": text(most=20),
         "resize_mode": text(most=20),
         "fill_color": _COLOUR,
+        "crop": choice("round", "down"),
     },
 )
 _VISION_SIZES = {

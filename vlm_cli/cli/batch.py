@@ -364,6 +364,7 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     loaded = job.request.load()
     job.request.warn_of_photographs()
     keep_collecting()
+    console.notify(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
     keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops)
     loader = job.reading.loader(job.file.folder, job.request.source.allow_hosts)

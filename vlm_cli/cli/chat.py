@@ -15,7 +15,7 @@ import typer
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
-from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images
+from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, tell_placements
 from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.cli.standard_streams import read_stdin_lines
 from vlm_cli.cli.terminal import is_terminal, write
@@ -25,10 +25,9 @@ from vlm_cli.models import DEMO
 from vlm_cli.prompt import Interleaved, Medium, interleave
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vlm_cli.cli.loading import LoadedModel
     from vlm_cli.generation.chat import Chat
+    from vlm_cli.media import LoadedImage
 
 __all__ = ["ChatRequest", "chat", "talk"]
 
@@ -96,7 +95,7 @@ class Turn:
     """What the user says: text and images, in reading order."""
 
     words: Interleaved
-    images: list[Image]
+    images: list[LoadedImage]
 
 
 def talk(request: ChatRequest, wanted: ModelRequest) -> None:
@@ -140,8 +139,7 @@ def _turn(words: Interleaved, request: ChatRequest, folder: Path | None) -> Turn
     """
     if Medium("-") in words.parts:
         raise PromptError("stdin brings the turns of a chat, and cannot be an image. Give it as a file.")
-    images = load_images(words, request.reading.loader(folder, request.allow_hosts))
-    return Turn(words, [image.image for image in images])
+    return Turn(words, load_images(words, request.reading.loader(folder, request.allow_hosts)))
 
 
 def _start(request: ChatRequest, loaded: LoadedModel) -> Chat:
@@ -186,13 +184,14 @@ class ChatSession:
         from vlm_cli.cli.stream import TextStream
 
         plan, printing = self.chat.plan, self.request.printing
+        tell_placements(turn.images, plan.processor)
         streamer = TextStream(plan.decode, console.write_answer, plan.stops) if printing.streams else None
         # On a terminal, Ctrl-C ends the answer; in a pipe, it ends the command, as SIGTERM always does.
         ends_answer = deferred_signals(numbers=(signal.SIGINT,)) if self.is_typed else nullcontext(lambda: False)
         with ends_answer as is_interrupted:
             found = self.chat.answer(
                 turn.words.parts,
-                turn.images,
+                [image.image for image in turn.images],
                 streamer=streamer,
                 notify=console.notify,
                 is_interrupted=is_interrupted,

@@ -16,6 +16,7 @@ from vlm_cli.cli.options import (
     MAX_ROWS,
     DeviceOptions,
     JsonOption,
+    MaxPixelsOption,
     MediaRootOption,
     SourceOptions,
     flatten_options,
@@ -64,6 +65,7 @@ class EvalOptions:
         ),
     ] = None
     media_root: MediaRootOption = None
+    max_pixels: MaxPixelsOption = None
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -171,7 +173,7 @@ def _make_report(model: str, questions: EvalOptions, request: ModelRequest) -> R
     from vlm_cli.evaluation.items import read_items
 
     assert questions.data is not None
-    items, records = read_items(questions.data, questions.limit, questions.media_root)
+    items, records = read_items(questions.data, questions.limit, questions.media_root, questions.max_pixels)
     console.notify(f"{len(items):,} items from {questions.data}")
     for note in records.notes:
         console.notify(note)
@@ -187,6 +189,8 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
     from vlm_cli.generation.batch_size import BatchSize
     from vlm_cli.generation.plan import GenerationPlan
 
+    if any(item.media for item in items):
+        console.notify(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
     keywords = SamplingOptions(max_new_tokens=questions.max_new_tokens).keywords()
     plan = GenerationPlan(loaded.model, loaded.processor, keywords)
     encode_items(items, records, plan)

@@ -77,4 +77,9 @@ def export(
         console.print_table(("File", "Bytes"), [[name, f"{size:,}"] for name, size in files.items()])
     if "largest_difference" in facts:
         console.notify(f"Compared with the model: they differ by {facts['largest_difference']:.1e} at most.")
+    if "largest_picture_difference" in facts:
+        difference = facts["largest_picture_difference"]
+        console.notify(f"From a picture and a message on, the logits differ by {difference:.1e} of the largest.")
+    for note in facts.get("notes", ()):
+        console.notify(f"Note: {note}")
     console.notify(f"Wrote {out}. Next: {chosen.next_line.format(out=out)}")

@@ -13,7 +13,7 @@ from vlm_cli.cli.batch import BatchJob, BatchOptions, PromptFile, answer_file
 from vlm_cli.cli.chat import ChatRequest, talk
 from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
 from vlm_cli.cli.options import HIDDEN, RUN, DeviceOptions, PrintOptions, SourceOptions, flatten_options
-from vlm_cli.cli.prompts import PromptOptions, ReadingOptions, load_images
+from vlm_cli.cli.prompts import PromptOptions, ReadingOptions, load_images, tell_placements
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.models import DEMO
@@ -165,6 +165,7 @@ def _show_layout(request: ModelRequest, words: Interleaved, parse_special_tokens
 def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions) -> None:
     """Answer a prompt, and print the answer."""
     loaded = request.load()
+    tell_placements(job.images, loaded.processor)
     if job.images:
         request.warn_of_photographs()
     found = _generate(loaded, job)

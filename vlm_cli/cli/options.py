@@ -35,6 +35,7 @@ __all__ = [
     "DeviceOptions",
     "ExactOption",
     "JsonOption",
+    "MaxPixelsOption",
     "MaxShardSizeOption",
     "MediaRootOption",
     "ModelArgument",
@@ -50,6 +51,7 @@ __all__ = [
 
 #: Headings of `--help`.
 COMPOSE, RUN, OUTPUT = "Composition", "Model", "Output"
+MAX_PIXELS_OF_ALL = 2**33  # that a user may allow for one image
 HIDDEN = "hidden"  # marks a bundle whose options work, but do not stand in --help
 
 MAX_SEED = 2**32 - 1  # NumPy takes no larger seed
@@ -92,6 +94,17 @@ MediaRootOption = Annotated[
         metavar="DIR",
         help="Read images only from the folder DIR: a path or link that leads out of it is an error. Without this "
         "option, image paths may lead anywhere.",
+        rich_help_panel="Prompt",
+    ),
+]
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=MAX_PIXELS_OF_ALL,
+        help="Decode at most N pixels of one image; the default is 89,478,485. A larger JPEG file is read at a smaller "
+        "size, and any other larger image is an error.",
         rich_help_panel="Prompt",
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import MediaRootOption
+from vlm_cli.cli.options import MaxPixelsOption, MediaRootOption
 from vlm_cli.cli.standard_streams import read_stdin
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, interleave
 
 if TYPE_CHECKING:
     from vlm_cli.media import LoadedImage, MediaLoader
+    from vlm_cli.processor import VLMProcessor
 
-__all__ = ["PromptOptions", "ReadingOptions", "TurnOptions", "load_images"]
+__all__ = ["PromptOptions", "ReadingOptions", "TurnOptions", "load_images", "tell_placements"]
 
 PROMPT = "Prompt"  # heading of these options in --help
 
@@ -32,6 +34,7 @@ class ReadingOptions:
         typer.Option("--allow-urls", help="Download images whose source is an http(s):// URL.", rich_help_panel=PROMPT),
     ] = False
     media_root: MediaRootOption = None
+    max_pixels: MaxPixelsOption = None
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -51,7 +54,13 @@ class ReadingOptions:
         """
         from vlm_cli.media import MediaLoader
 
-        return MediaLoader(folder, allow_urls=self.allow_urls, allow_hosts=allow_hosts, media_root=self.media_root)
+        return MediaLoader(
+            folder,
+            allow_urls=self.allow_urls,
+            allow_hosts=allow_hosts,
+            media_root=self.media_root,
+            max_pixels=self.max_pixels,
+        )
 
 
 @dataclass(frozen=True)
@@ -173,5 +182,16 @@ def load_images(parts: Interleaved, loader: MediaLoader) -> list[LoadedImage]:
         console.notify(mention_note(name))
     images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
     for image in images:
-        console.notify(f"Image {short_name(image.source)} ({image.width}x{image.height})")
+        size = f"{image.width}x{image.height}"
+        console.notify(f"Image {short_name(image.source)} ({', '.join([size, *image.notes])})")
     return images
+
+
+def tell_placements(images: Sequence[LoadedImage], processor: VLMProcessor) -> None:
+    """Tell on stderr what preprocessing does to each image: its size, and what the model does not see of it."""
+    from vlm_cli.media import short_name
+
+    for image in images:
+        placement = processor.image_processor.place(image.width, image.height)
+        if placement.image != placement.seen:
+            console.notify(f"Image {short_name(image.source)}: {placement.describe()}")

@@ -11,7 +11,7 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.loading import keep_collecting
-from vlm_cli.cli.options import BackboneOptions, JsonOption, MediaRootOption, flatten_options
+from vlm_cli.cli.options import BackboneOptions, JsonOption, MaxPixelsOption, MediaRootOption, flatten_options
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
 from vlm_cli.errors import UsageError
@@ -80,6 +80,7 @@ def train(
     data: DataOption = None,
     eval_data: EvalDataOption = None,
     media_root: MediaRootOption = None,
+    max_pixels: MaxPixelsOption = None,
     settings: TrainingSettings,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -108,6 +109,7 @@ def train(
         keep_checkpoints=keep_checkpoints,
         trust_remote_code=trust_remote_code,
         media_root=media_root,
+        max_pixels=max_pixels,
         backbones=places.backbones,
         allow_hosts=places.allow_hosts,
     )

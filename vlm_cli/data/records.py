@@ -22,7 +22,8 @@ from typing import Any
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field, parse_object, read_lines
 from vlm_cli.data.meant import check_picture_keys, find_mentions, mention_note
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
-from vlm_cli.media import MAX_PIXELS, MediaLoader, short_name
+from vlm_cli.media import MediaLoader, short_name
+from vlm_cli.media.decode import check_header
 from vlm_cli.prompt import Medium, Slot, Text, parse
 from vlm_cli.registry import suggest
 
@@ -73,6 +74,7 @@ class Records:
         sha256: hash of the file.
         media_root: the folder that holds every image; None allows each path.
         mentions: picture files that texts name without showing them, each with the number of its line.
+        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
     """
 
     path: Path
@@ -80,6 +82,7 @@ class Records:
     problems: list[Problem] = field(default_factory=list)
     sha256: str = ""
     media_root: Path | None = None
+    max_pixels: int | None = None
     mentions: list[tuple[int, str]] = field(default_factory=list)
 
     @property
@@ -98,10 +101,10 @@ class Records:
 
     def loader(self) -> MediaLoader:
         """Make a loader of the images, which fetches nothing."""
-        return MediaLoader(self.folder, media_root=self.media_root)
+        return MediaLoader(self.folder, media_root=self.media_root, max_pixels=self.max_pixels)
 
 
-def read_records(path: Path, media_root: Path | None = None) -> Records:
+def read_records(path: Path, media_root: Path | None = None, max_pixels: int | None = None) -> Records:
     """Read a file and check each record. Of an image, only the header is read.
 
     Bad lines are collected in `problems`; `raise_problems` turns them into an error.
@@ -109,11 +112,12 @@ def read_records(path: Path, media_root: Path | None = None) -> Records:
     Args:
         path: the file.
         media_root: the folder that holds every image; None allows each path.
+        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
 
     Raises:
         DataError: if the file cannot be read or holds no record.
     """
-    records = Records(path, media_root=media_root)
+    records = Records(path, media_root=media_root, max_pixels=max_pixels)
     images = _ImageCheck(records.loader())
     digest = hashlib.sha256()
     for line, raw in enumerate(read_lines(path), start=1):
@@ -324,13 +328,11 @@ class _ImageCheck:
         return None
 
     def _has_image_header(self, source: str) -> bool:
-        from PIL import Image
-
         try:
             path = self.loader.find(source)
             if not path.is_file():
                 return False
-            with Image.open(path) as image:
-                return bool(0 < image.width * image.height <= MAX_PIXELS)
-        except Exception:  # whatever Pillow raises; `MediaLoader` then says what is wrong
+            with path.open("rb") as file:
+                return check_header(file, self.loader.max_pixels)
+        except (MediaError, OSError, ValueError):  # `MediaLoader` then says what is wrong
             return False

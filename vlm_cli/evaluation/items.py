@@ -66,13 +66,15 @@ class GradedAnswer:
         }
 
 
-def read_items(path: Path, limit: int | None = None, media_root: Path | None = None) -> tuple[list[Item], Records]:
+def read_items(
+    path: Path, limit: int | None = None, media_root: Path | None = None, max_pixels: int | None = None
+) -> tuple[list[Item], Records]:
     """Read and check a file of records; return the first `limit` items, and all records.
 
     Raises:
         DataError: if the file cannot be read, or listing every line that cannot be used.
     """
-    records = read_records(path, media_root)
+    records = read_records(path, media_root, max_pixels)
     raise_problems(records, [Problem(r.line, problem) for r in records.good if (problem := _find_problem(r))])
     return [_item(record) for record in records.good[:limit]], records
 

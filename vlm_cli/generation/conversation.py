@@ -22,9 +22,10 @@ from itertools import chain, islice
 from typing import Literal
 
 from vlm_cli.errors import LanguageModelError
-from vlm_cli.generation.templates import render_template
 from vlm_cli.processor import TokenBreak, VLMProcessor
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.templates.pictures import takes_text
+from vlm_cli.templates.render import render_template
 
 __all__ = ["ChatFormat", "Conversation", "Message"]
 
@@ -72,12 +73,14 @@ class ChatFormat:
     def __init__(self, processor: VLMProcessor, *, parse_special_tokens: bool = False) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.parse_special_tokens = parse_special_tokens
-        self.template = _chat_template(processor)
+        self.template = processor.chat_program
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         spellings = "|".join(map(re.escape, sorted(special))) or "(?!)"
         # The first character of each spelling, so that the marker can be put behind it.
         self._special = re.compile(f"(?=(?:{spellings}))(.)", re.DOTALL)
-        self._takes_parts = self.template is not None and not self._takes_text()
+        self._takes_parts = self.template is not None and not takes_text(
+            self.template, self.tokenizer.special_tokens_map
+        )
 
     def render(self, messages: Sequence[Message], markers: Markers) -> str:
         """Write all messages as one text with markers, up to where the model's answer begins.
@@ -128,19 +131,6 @@ class ChatFormat:
         ]
         assert self.template is not None
         return render_template(self.template, conversation, self.tokenizer.special_tokens_map)
-
-    def _takes_text(self) -> bool:
-        """Tell whether the template takes the content of a message as a text; some want a list of parts."""
-        self._takes_parts = False
-        try:
-            return "hello" in self._apply_template([("user", "hello")])
-        except LanguageModelError:
-            return False
-
-
-def _chat_template(processor: VLMProcessor) -> str | None:
-    found = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    return found.get("default") if isinstance(found, dict) else found
 
 
 @dataclass(frozen=True)

@@ -1,69 +1,138 @@
 """Decode the bytes of an image to upright 8-bit RGB, whole or not at all.
 
-A file that is cut short is an error, never a picture whose lower half is gray. Pillow is imported on first use.
+A file that is cut short is an error, never a picture whose lower half is gray. Transparent parts show white, as in
+viewers; what a file hides under full transparency is never seen. Pillow is imported on first use.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
 from array import array
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from vlm_cli.errors import MediaError
+from vlm_cli.media.jpeg import close_jpeg, is_progressive, scale_jpeg
+from vlm_cli.media.opening import non_image_error, open_image, unread_error
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "decode_image"]
+__all__ = ["MAX_PIXELS", "DecodedImage", "check_header", "decode_image", "is_opaque", "on_white"]
 
 MAX_PIXELS = 89_478_485  # pixels of one image; Pillow warns of a decompression bomb from here on
 
+#: Formats whose further pictures are no part of a sequence: previews of a photograph, layers, sizes of an icon.
+_ONE_PICTURE = ("MPO", "PSD", "ICNS", "ICO")
 
-def decode_image(data: bytes, name: str) -> Image:
-    """Decode the first frame of an image file to upright RGB.
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """The first picture of a file, upright, as RGB.
+
+    Attributes:
+        image: may be smaller than the file says, if the file holds a large photograph.
+        width: of the upright picture in the file, in pixels.
+        height: the same.
+        notes: what the user should know of the decoding, in words, such as "first frame of an animation".
+    """
+
+    image: Image
+    width: int
+    height: int
+    notes: tuple[str, ...] = ()
+
+
+def decode_image(data: bytes, name: str, max_pixels: int | None = None) -> DecodedImage:
+    """Decode the first picture of an image file to upright RGB.
 
     Args:
         data: the whole file.
         name: what messages call it.
+        max_pixels: the most pixels that are decoded; None takes `MAX_PIXELS`. A JPEG file with more is decoded at a
+            half, a quarter or an eighth of its size.
 
     Raises:
-        MediaError: if `data` is no image, is damaged, or has too many pixels.
+        MediaError: if `data` is no image, is damaged, has too many pixels, or is of a kind that Pillow does not read.
     """
-    from PIL import Image, UnidentifiedImageError
-
+    image = None
     try:
-        image = Image.open(io.BytesIO(data))
-        _check_pixels(*image.size, name)
+        image = open_image(data)
+        if image is None:
+            raise non_image_error(data, name)
+        size = image.size
+        _fit(image, name, max_pixels)
         if image.format == "EPS":  # Pillow would run Ghostscript to decode it
             raise MediaError(f"{name} is a PostScript program, and vlm runs none. Convert it to PNG.")
         if image.format == "JPEG2000" and not _has_all_tiles(data):
             raise EOFError("its last tiles are missing")
-        image.load()
-        return _to_rgb(_turn_upright(image), name)
+        image = _load(image, data, name, max_pixels)
+        return _finish(image, size, name)
     except MediaError:
         raise
-    except UnidentifiedImageError:
-        raise _non_image_error(data, name) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        words = f"{name} has too many pixels."
-        raise MediaError(f"{words} {error} Scale it down first.", public=f"{words} Scale it down first.") from None
-    except Exception as error:  # for a damaged file, Pillow's plugins raise errors of any type
-        words, advice = f"{name} is damaged or cut short", "Fetch or save it again."
-        raise MediaError(
-            f"{words}: {str(error) or type(error).__name__}. {advice}", public=f"{words}. {advice}"
-        ) from error
+    except Exception as error:  # Pillow's plugins raise errors of any type
+        raise unread_error(error, image, name) from error
 
 
-def _check_pixels(width: int, height: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise MediaError(
-            f"{name} has {width} × {height} = {width * height:,} pixels; vlm reads at most {MAX_PIXELS:,}, "
-            "because a larger image may be a decompression bomb. Scale it down first."
-        )
+def check_header(data: bytes | io.BufferedIOBase, max_pixels: int | None = None) -> bool:
+    """Say whether the header of a file is one of an image that vlm reads, without decoding the image."""
+    try:
+        image = open_image(data)
+        if image is None:
+            return False
+        _fit(image, "", max_pixels)
+    except Exception:  # as in `decode_image`, which then says what is wrong
+        return False
+    return True
+
+
+def _load(image: Image, data: bytes, name: str, max_pixels: int | None) -> Image:
+    """Decode the pixels; a JPEG file that lacks no more than its end marker is whole."""
+    try:
+        image.load()
+    except OSError:
+        closed = close_jpeg(data) if image.format in ("JPEG", "MPO") else None
+        if closed is None or (image := cast("Image", open_image(closed))) is None:
+            raise
+        _fit(image, name, max_pixels)
+        image.load()
+    return image
+
+
+def _finish(image: Image, size: tuple[int, int], name: str) -> DecodedImage:
+    """Turn a decoded picture upright and into RGB, and note what became of it."""
+    notes = []
+    if image.size != size:
+        notes.append(f"read at 1/{round(size[0] / image.width)} of its size")
+    if not is_opaque(image):
+        notes.append("on a white ground")
+    upright, is_turned = _turn_upright(image)
+    width, height = size[::-1] if is_turned else size
+    rgb = _to_rgb(upright, name)
+    if _has_more_pictures(image):
+        notes.append("first page of several" if image.format in ("TIFF", "DCX") else "first frame of an animation")
+    return DecodedImage(rgb, width, height, tuple(notes))
+
+
+def _fit(image: Image, name: str, max_pixels: int | None) -> None:
+    """Refuse an image with too many pixels, or let Pillow decode a JPEG file at a smaller size.
+
+    Raises:
+        MediaError: with the size, and the most that vlm reads.
+    """
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    width, height = image.size
     if width < 1 or height < 1:
         raise MediaError(f"{name} has no pixels: it is {width} × {height}. Save it again.")
+    if width * height <= limit or (image.format in ("JPEG", "MPO") and scale_jpeg(image, limit)):
+        return
+    kind = "progressive JPEG files, which decode at full size" if is_progressive(image) else "one image"
+    raise MediaError(
+        f"{name} has too many pixels: it has {width} × {height} = {width * height:,} pixels; vlm reads at most "
+        f"{limit:,} of {kind}, because a larger image may be a decompression bomb. Scale it down first, or "
+        f"allow as many with --max-pixels {width * height}."
+    )
 
 
 def _has_all_tiles(jpeg2000: bytes) -> bool:
@@ -74,14 +143,30 @@ def _has_all_tiles(jpeg2000: bytes) -> bool:
     return jpeg2000.rfind(b"\xff\xd9") > jpeg2000.rfind(b"\xff\x90")
 
 
-def _turn_upright(image: Image) -> Image:
-    """Apply the EXIF orientation. An image whose EXIF cannot be read counts as upright, as in other viewers."""
+def _has_more_pictures(image: Image) -> bool:
+    """Tell whether the file holds a second frame or page. The image is of no more use afterwards."""
+    if image.format in _ONE_PICTURE:
+        return False
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    except Exception:  # there is one, although it cannot be read
+        return True
+    return image.tell() == 1
+
+
+def _turn_upright(image: Image) -> tuple[Image, bool]:
+    """Apply the EXIF orientation, and say whether width and height are swapped.
+
+    An image whose EXIF cannot be read counts as upright, as in other viewers.
+    """
     from PIL.Image import Transpose
 
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # as in `decode_image`
-        return image
+        return image, False
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -91,18 +176,49 @@ def _turn_upright(image: Image) -> Image:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    return image.transpose(turns[orientation]) if orientation in turns else image
+    if orientation not in turns:
+        return image, False
+    return image.transpose(turns[orientation]), orientation >= 5
+
+
+def is_opaque(image: Image) -> bool:
+    """Tell whether every pixel is opaque, in an image of any mode."""
+    if not image.has_transparency_data:
+        return True
+    if image.mode[0] == "I":
+        return not _transparent_16_bits(image).any()
+    least, _ = cast("tuple[int, int]", image.convert("RGBA").getchannel("A").getextrema())
+    return least == 255
+
+
+def on_white(image: Image) -> Image:
+    """Draw an image with transparent parts on a white ground, as viewers do, and return it as RGB."""
+    from PIL.Image import new
+
+    ground = new("RGBA", image.size, "white")
+    ground.alpha_composite(image.convert("RGBA"))
+    return ground.convert("RGB")
 
 
 def _to_rgb(image: Image, name: str) -> Image:
-    """Convert to RGB as Pillow does (it drops alpha), but scale channels of more than 8 bits to 8."""
+    """Convert to RGB, transparent parts white, and scale channels of more than 8 bits to 8."""
     if image.mode[0] == "I" or image.mode == "F":
-        image = _to_8_bits(image, name)
-    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # converting to RGB directly gives the same pixels, with a warning
-    rgb = image.convert("RGB")
+        gray = _to_8_bits(image, name)
+        if image.mode[0] == "I" and image.has_transparency_data:
+            from PIL.Image import fromarray
+
+            gray.paste(255, mask=fromarray(_transparent_16_bits(image)))
+        image = gray
+    rgb = image.convert("RGB") if is_opaque(image) else on_white(image)
     rgb.info = {}  # if the EXIF stayed, the next reader would turn the image again
     return rgb
+
+
+def _transparent_16_bits(image: Image) -> Any:
+    """Return bool[H, W], true where a 16-bit gray image has the value that its file calls transparent."""
+    import numpy as np
+
+    return np.asarray(image) == image.info.get("transparency", -1)
 
 
 def _to_8_bits(image: Image, name: str) -> Image:
@@ -127,24 +243,3 @@ def _to_8_bits(image: Image, name: str) -> Image:
         low, high = 0, white
     scale = 255 / ((high - low) or 1)
     return values.point(lambda v: v * scale + (0.5 - low * scale)).convert("L")
-
-
-#: (pattern of the first bytes, what such a file is): files that people take for images, and damaged images.
-_KINDS = (
-    (b"\x89PNG|\xff\xd8\xff|GIF8|BM|II\\*\0|MM\0\\*|RIFF....WEBP", "an image, damaged or cut short"),
-    (b"%PDF", "a PDF"),
-    (b"\\s*<svg|\\s*<\\?xml", "SVG or XML"),
-    (b"(?i)\\s*<!doctype html|\\s*<html", "a web page"),
-    (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the image"),
-    (b"....ftyp(heic|heix|mif1|hevc)", "HEIC"),
-    (b"....ftyp|\x1aE\xdf\xa3", "a video"),
-    (b"PK\3\4|\x1f\x8b", "an archive"),
-    (b"[\t\n\r -~]{32}|[\t\n\r -~]{1,31}\\Z", "text"),
-)
-
-
-def _non_image_error(data: bytes, name: str) -> MediaError:
-    """Say that a file is no image, and what its first bytes suggest that it is. Only the user sees these bytes."""
-    kind = next((f" ({kind})" for start, kind in _KINDS if re.match(start, data, re.DOTALL)), "")
-    words, advice = f"{name} is not an image that Pillow can read", "Give a PNG, JPEG, WebP or the like."
-    return MediaError(f"{words}: it begins with {data[:12]!r}{kind}. {advice}", public=f"{words}{kind}. {advice}")

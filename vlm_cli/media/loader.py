@@ -18,12 +18,21 @@ __all__ = ["LoadedImage", "MediaLoader"]
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A decoded image and its source; `width` and `height` are those of the upright image, in pixels."""
+    """A decoded image and its source.
+
+    Attributes:
+        image: upright RGB; of a large photograph, at a smaller size than the file's.
+        source: where it was read.
+        width: of the upright image in the file, in pixels.
+        height: the same.
+        notes: what the user should know of the decoding, such as "first frame of an animation".
+    """
 
     image: Image
     source: str
     width: int
     height: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -37,6 +46,7 @@ class MediaLoader:
         allow_urls: fetch `http(s)://` sources.
         allow_hosts: hosts that may have an internal address.
         media_root: the folder that holds every path; None allows each path.
+        max_pixels: the most pixels that are decoded of one image; None takes `MAX_PIXELS`.
         stdin: the stream that `-` reads; the standard input of the process if None.
     """
 
@@ -44,6 +54,7 @@ class MediaLoader:
     allow_urls: bool = False
     allow_hosts: tuple[str, ...] = ()
     media_root: Path | None = None
+    max_pixels: int | None = None
     stdin: BinaryIO | None = None
     _piped: bytes | None = field(default=None, init=False, repr=False)
 
@@ -57,8 +68,8 @@ class MediaLoader:
         if not data:
             hint = " A pipe can be read only once." if source == "-" else ""
             raise MediaError(f"{quote_source(source)} is empty (0 bytes); an image was expected.{hint}")
-        image = decode_image(data, quote_source(source))
-        return LoadedImage(image, source, image.width, image.height)
+        found = decode_image(data, quote_source(source), self.max_pixels)
+        return LoadedImage(found.image, source, found.width, found.height, found.notes)
 
     def find(self, source: str) -> Path:
         """Return the path of a source that is a path.

@@ -42,6 +42,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
         notes: what the user should know about the records.
         transform: makes float[C, H, W] of an image.
         loader: loads images.
+        preprocessing: what happens to each image, in words.
         sha256: hash of the file.
         split_lines: lines in which a token over the border of prompt and completion was split.
         ids: int[tokens] the tokens of all records.
@@ -55,6 +56,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     name: str
     transform: Callable[[Image], Tensor]
     loader: MediaLoader
+    preprocessing: str = ""
     sha256: str = ""
     notes: list[str] = field(default_factory=list)
     split_lines: list[int] = field(default_factory=list)
@@ -101,7 +103,13 @@ class RecordDataset(Dataset[dict[str, Any]]):
         return ", ".join(shown) + (f" and {len(indices) - most} more" if len(indices) > most else "")
 
 
-def load_dataset(path: Path, model: VLM, processor: VLMProcessor, media_root: Path | None = None) -> RecordDataset:
+def load_dataset(
+    path: Path,
+    model: VLM,
+    processor: VLMProcessor,
+    media_root: Path | None = None,
+    max_pixels: int | None = None,
+) -> RecordDataset:
     """Read a file of records, check each record, and encode its text.
 
     Args:
@@ -109,17 +117,20 @@ def load_dataset(path: Path, model: VLM, processor: VLMProcessor, media_root: Pa
         model: the model that learns them.
         processor: of the model.
         media_root: the folder that holds every image; None allows each path.
+        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
 
     Raises:
         DataError: listing every line that cannot be used.
     """
-    records = read_records(path, media_root)
+    records = read_records(path, media_root, max_pixels)
     encoder = RecordEncoder(processor, find_end_token(model, processor))
     budget = ContextBudget.of(model)
+    images = processor.image_processor
     dataset = RecordDataset(
         path.name,
-        processor.image_processor.transform,
+        images.transform,
         records.loader(),
+        images.preprocessing.describe(),
         sha256=records.sha256,
         notes=records.notes,
     )

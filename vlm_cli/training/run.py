@@ -171,7 +171,8 @@ class _Run:
 
     def _read_data(self, model: VLM, processor: VLMProcessor) -> tuple[RecordDataset, RecordDataset | None]:
         files = [self.job.data, self.job.eval_data]
-        sets = [None if path is None else load_dataset(path, model, processor, self.job.media_root) for path in files]
+        limits = self.job.media_root, self.job.max_pixels
+        sets = [None if path is None else load_dataset(path, model, processor, *limits) for path in files]
         for path, data in zip(files, sets, strict=True):
             for note in [] if data is None else data.notes:
                 self.listener.notify(note)
@@ -200,6 +201,8 @@ class _Run:
         limits = [] if steps is None else [f"{steps} steps of {self.settings.step_size(self.processes.count)} records"]
         limits += [] if minutes is None else [f"{minutes:g} minutes"]
         held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
+        if data.num_images.any():
+            self.listener.notify(f"Images: {data.preprocessing}")
         self.listener.notify(
             f"Training {', '.join(model.config.composition.trainable)} ({_count_trained(model):,} of "
             f"{sum(p.numel() for p in model.parameters()):,} parameters) on {len(data)} records{held_out} for "

@@ -41,6 +41,7 @@ class Job:
         keep_checkpoints: keep the checkpoints after the output is written.
         trust_remote_code: run the language model's own code from the model's directory.
         media_root: the folder that holds every image; None allows each path.
+        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
     """
@@ -54,6 +55,7 @@ class Job:
     keep_checkpoints: bool = False
     trust_remote_code: bool = False
     media_root: Path | None = None
+    max_pixels: int | None = None
     backbones: Mapping[str, str] | None = None
     allow_hosts: tuple[str, ...] = ()
 

@@ -24,10 +24,12 @@ import vlm_cli
 from tests.support import disk, tiny
 from tests.support.disk import run
 from tests.support.grid import first_of
-from vlm_cli.checkpoint.export import programs
+from vlm_cli.checkpoint.export import llava, programs
 from vlm_cli.checkpoint.export.agreement import check_agreement
-from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava
+from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava, export_llava
 from vlm_cli.errors import CheckpointError, UsageError
+from vlm_cli.generation.conversation import ChatFormat, Conversation
+from vlm_cli.prompt import Medium, Text
 
 CLOSE = {"atol": 1e-4, "rtol": 0}  # float32, through different kernels
 
@@ -214,6 +216,67 @@ def test_llava_generates_what_the_model_generates(folder, tmp_path):
             ids = model.generate(**batch, max_new_tokens=6, do_sample=False)
             texts.append(ids[0, batch["input_ids"].shape[1] :].tolist())
     assert texts[: len(photos)] == texts[len(photos) :]
+
+
+TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}[assistant]"
+PARTS = "{% for m in messages %}[{{ m['role'] }}]{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+IN_PARTS = [{"type": "image"}, {"type": "text", "text": "Is "}, {"type": "text", "text": "it?"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "around"),
+    [
+        pytest.param(TURNS, ("[user]", "</s>[assistant]"), id="text"),
+        pytest.param(PARTS, ("[user]", ""), id="parts", marks=pytest.mark.matrix),
+    ],
+)
+def test_a_message_with_a_picture_becomes_what_chat_makes_of_it(folder, tmp_path, template, around):
+    model, processor = vlm_cli.load(str(folder / "llava"))
+    processor.tokenizer.chat_template = template
+    facts = export_llava(model, processor, tmp_path)
+    assert facts["largest_picture_difference"] > 0 and "a quarter of all pictures" in facts["notes"][0]
+    back = AutoProcessor.from_pretrained(tmp_path)
+    photo = Image.effect_noise((64, 64), 80).convert("RGB")
+    messages = [{"role": "user", "content": [{**IN_PARTS[0], "image": photo}, *IN_PARTS[1:]]}]
+    assert back.apply_chat_template(messages, tokenize=False) == f"{around[0]}<image>Is it?{around[1]}"
+    found = back.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    ours = Conversation(ChatFormat(processor)).ask([Medium("a.png"), Text("Is it?")])
+    num = model.num_positions()
+    ids = [i for i in ours.ids for _ in range(num if i == model.config.media_token_id else 1)]
+    assert found["input_ids"][0].tolist() == ids
+    assert (found["pixel_values"] - processor(text="<image>", images=photo)["pixel_values"][0, 0]).abs().max() < 0.05
+
+
+def test_a_model_without_a_template_takes_messages_as_chat_writes_them(folder, tmp_path):
+    model, processor = vlm_cli.load(str(folder / "llava"))
+    assert processor.chat_program is None
+    export_llava(model, processor, tmp_path)
+    back = AutoProcessor.from_pretrained(tmp_path)
+    turns = [("user", IN_PARTS), ("assistant", " Yes."), ("user", "Why?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert back.apply_chat_template(messages, tokenize=False) == "<image>Is it? Yes.\nWhy?"
+    with pytest.raises(Exception, match="no video"):
+        back.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda found: setattr(found.image_processor, "image_mean", [0.5] * 3), "different pixels of pictures of 32"),
+        (lambda found: setattr(found, "num_additional_image_tokens", 3), "makes other tokens of a message"),
+    ],
+)
+def test_a_processor_that_differs_is_not_written(folder, tmp_path, monkeypatch, spoil, words):
+    make = llava._processor
+
+    def other(*args):
+        found = make(*args)
+        spoil(found)
+        return found
+
+    monkeypatch.setattr(llava, "_processor", other)
+    result = run("export", folder / "llava", tmp_path / "out", "--format", "llava")
+    assert result.exit_code == 1 and words in result.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.checkpoint.export.agreement import TOLERANCE, check_agreement
+from vlm_cli.checkpoint.export.llava_agreement import compare_logits, compare_pictures
 from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.templates.pictures import PLAIN, take_pictures
 from vlm_cli.trust import load_pretrained
 
 __all__ = ["check_llava", "export_llava"]
@@ -128,13 +129,13 @@ def _is_normed(config: VLMConfig) -> bool:
 
 
 def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_size: str = "5GB") -> dict[str, Any]:
-    """Write the model and its processor as Transformers' LLaVA, load the model back, and compare logits.
+    """Write the model and its processor as Transformers' LLaVA, load both back, and compare what they give.
 
     Raises:
         UsageError: if the composition does not fit.
-        CheckpointError: if the logits differ.
+        CheckpointError: if the logits differ, or what the two processors make of a picture and a message.
     """
-    from transformers import LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     check_llava(model.config)
     config = _config(model)
@@ -148,11 +149,8 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
     theirs.save_pretrained(out, max_shard_size=max_shard_size)
     _processor(model, processor, config).save_pretrained(out)
     loaded = load_pretrained(LlavaForConditionalGeneration, out, dtype=model.dtype).eval()
-    # In half precision every step rounds, and the two models take different steps.
-    tolerance = TOLERANCE if model.dtype == torch.float32 else 0.05
-    ours, back = _logits(model, loaded)
-    difference = check_agreement("the LLaVA directory", ours, back, tolerance)
-    return {"positions_per_image": config.image_seq_length, "largest_difference": difference}
+    facts = {"positions_per_image": config.image_seq_length, "largest_difference": compare_logits(model, loaded)}
+    return facts | compare_pictures(model, processor, loaded, load_pretrained(LlavaProcessor, out))
 
 
 def _config(model: VLM) -> Any:
@@ -236,34 +234,17 @@ def _processor(model: VLM, processor: VLMProcessor, config: Any) -> Any:
         size=square if squashes else {"shortest_edge": side},
         crop_size=square,
         do_center_crop=not squashes,
-        resample=PILImageResampling[given.get("interpolation", "bicubic").upper()],  # type: ignore[misc]
+        resample=PILImageResampling(processor.image_processor.preprocessing.filter),
         **({"image_mean": list(given["mean"]), "image_std": list(given["std"])} if "mean" in given else {}),
     )
     tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = None  # it takes no pictures, and the processor has one that does
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=processor.chat_template or tokenizer.chat_template,
+        chat_template=take_pictures(processor.chat_program or PLAIN, processor.tokenizer.special_tokens_map),
         image_token=MEDIA_TOKEN,
         num_additional_image_tokens=1,  # the class token
     )
-
-
-@torch.no_grad()
-def _logits(model: VLM, theirs: Any) -> tuple[Tensor, Tensor]:
-    """Return the logits of both models for a prompt with an image.
-
-    float[1, T, V] each. LLaVA has many positions per image, of which the last is compared.
-    """
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(config.first_added_id, (1, 12), generator=generator)
-    pixels = torch.randn(1, 3, *model.vision_encoder.image_size, generator=generator).to(model.dtype)
-    image = torch.tensor([[config.media_token_id]])
-    num = model.num_positions()
-    ours = model(pixels[None], torch.cat([text[:, :4], image, text[:, 4:]], dim=1)).logits
-    spread = torch.cat([text[:, :4], image.expand(1, num), text[:, 4:]], dim=1)
-    back = theirs(input_ids=spread, pixel_values=pixels).logits
-    return ours.float(), torch.cat([back[:, :4], back[:, 4 + num - 1 :]], dim=1).float()

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.support.grid import grid
 from tests.support.llava import IMAGE, config, huggingface
@@ -31,11 +32,12 @@ from tests.support.published import (
     write_tokenizer,
 )
 from tests.support.tiny import stir
+from vlm_cli.checkpoint.export.llava import export_llava
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError, CompositionError
-from vlm_cli.processor import VLMProcessor
+from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,20 @@ from vlm_cli.processor import VLMProcessor
 )
 def test_huggingface(tmp_path, changes):
     check(huggingface(tmp_path, **changes), is_told=not changes)
+
+
+def test_pictures_are_cropped_where_transformers_crops_them(tmp_path):
+    """OpenCLIP's own preprocessing starts one pixel later where a margin of the crop is 3, 7, 11, …"""
+    imported = load(huggingface(tmp_path))
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    own = imported.processor.image_processor
+    assert own.preprocess_config["crop"] == "down"
+    wide = Image.effect_noise((SIZE + 3, SIZE), 80).convert("RGB")
+    for picture in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
+        assert (own.transform(picture) - theirs(picture, return_tensors="pt")["pixel_values"][0]).abs().max() < 1e-5
+    rounded = OpenCLIPImageProcessor({**own.preprocess_config, "crop": "round"})
+    assert (rounded.transform(wide) - own.transform(wide)).abs().max() > 0.1
+    assert export_llava(imported.model, imported.processor, tmp_path / "out")["notes"] == []
 
 
 def test_tied_tables(tmp_path):

@@ -17,6 +17,7 @@ from vlm_cli.checkpoint.published.shapes import count_layers, find_shape
 from vlm_cli.checkpoint.published.targets import Rule, Target, stack_rows
 from vlm_cli.errors import CheckpointError
 from vlm_cli.plain_data import read_json
+from vlm_cli.preprocessing import CROP_DOWN
 
 __all__ = [
     "CLIP_OPTIONAL",
@@ -185,4 +186,5 @@ def read_preprocessing(folder: Path | None, image_size: int, *, resize_mode: str
             given["interpolation"] = _INTERPOLATIONS[data["resample"]]
         if isinstance(data.get("size"), Mapping):
             given["resize_mode"] = "shortest" if "shortest_edge" in data["size"] else "squash"
-    return complete_preprocessing(given)
+    whole = complete_preprocessing(given)
+    return whole | CROP_DOWN if whole["resize_mode"] == "shortest" else whole

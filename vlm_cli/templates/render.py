@@ -23,7 +23,7 @@ MEMORY = 512 << 20  # bytes of address space of the process
 CHARACTERS = 1_000_000  # that a template may write beyond four times what it reads
 
 #: The first words of the process: it finds modules where this process does, and not in the working directory.
-_START = "import sys; sys.path[:] = {path!r}; from vlm_cli.generation.template_process import main; main()"
+_START = "import sys; sys.path[:] = {path!r}; from vlm_cli.templates.process import main; main()"
 
 
 def render_template(template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Render a chat template in a process of its own, which `vlm_cli.generation.templates` starts and may end.
+"""Render a chat template in a process of its own, which `vlm_cli.templates.render` starts and may end.
 
 The process imports Jinja and the standard library only. It reads one JSON object on stdin, with `template`, `context`
 and limits, and writes one JSON object on stdout: `text`, or `error` in words.

@@ -1,0 +1,166 @@
+"""How an image becomes the pixels that a vision encoder reads, and what of the image the encoder does not see.
+
+The arithmetic is that of OpenCLIP's `image_transform`, bit for bit; a test compares the two. Three ways to resize:
+
+    shortest   the shorter side to the encoder's size, then the middle      1 → ┌──[####]──┐
+    longest    the longer side to the encoder's size, then bars around it   2 → [  ┌──┐    ]
+    squash     both sides to the encoder's size                             3 → [##########]
+
+C H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vlm_cli.media.decode import is_opaque, on_white
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["CROP_DOWN", "Placement", "Preprocessing"]
+
+#: The setting that makes an odd margin start at the lower of its two middles, as Transformers' image processors do.
+CROP_DOWN = {"crop": "down"}
+
+MAX_RESIZED = 2**25  # pixels of a resized image; of a larger one, only the part that the encoder sees is made
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies in what the vision encoder sees; all sizes are (width, height) in pixels.
+
+    Attributes:
+        image: size of the image.
+        resized: size to which it is resized.
+        seen: size of what the encoder sees.
+        start: (left, top) of what the encoder sees, in the resized image; negative where a bar stands.
+    """
+
+    image: tuple[int, int]
+    resized: tuple[int, int]
+    seen: tuple[int, int]
+    start: tuple[int, int]
+
+    @property
+    def unseen(self) -> float:
+        """The fraction of the image that the encoder does not see."""
+        shown = [min(whole, part) / whole for whole, part in zip(self.resized, self.seen, strict=True)]
+        return 1 - shown[0] * shown[1]
+
+    def describe(self) -> str:
+        """Say in words what becomes of the image: `8000x6000 → 224x224, centre crop, 25 % unseen`."""
+        (width, height), (to_width, to_height) = self.image, self.seen
+        words = [f"{width}x{height} → {to_width}x{to_height}"]
+        if self.unseen:
+            percent = "over 99" if self.unseen > 0.99 else max(1, round(100 * self.unseen))
+            words += ["centre crop", f"{percent} % unseen"]
+        elif self.start != (0, 0) or self.resized != self.seen:
+            words += ["with bars"]
+        elif width * to_height != height * to_width:
+            words += ["squashed"]
+        return ", ".join(words)
+
+
+class Preprocessing:
+    """Turn images into the pixels that a vision encoder reads.
+
+    Args:
+        settings: OpenCLIP's `PreprocessCfg` as a dictionary: `size` in pixels (one side, or height and width), `mean`,
+            `std`, `interpolation`, `resize_mode` and `fill_color`; and `crop`, which is `round` or `down`.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        from open_clip.transform import PreprocessCfg
+
+        own = {key: x for key, x in settings.items() if key != "crop"}
+        self.config = config = PreprocessCfg(**own)
+        size = config.size if isinstance(config.size, (tuple, list)) else (config.size, config.size)
+        self.height, self.width = size
+        self.crops_down = settings.get("crop") == CROP_DOWN["crop"]
+
+    def place(self, width: int, height: int) -> Placement:
+        """Say where an image of this size goes."""
+        resized, seen = self._resize(width, height), (self.width, self.height)
+        left, top = (self._start(whole, part) for whole, part in zip(resized, seen, strict=True))
+        return Placement((width, height), resized, seen, (left, top))
+
+    def _start(self, whole: int, part: int) -> int:
+        """Return where the middle part begins; a bar before the image is never longer than the one behind it."""
+        if whole < part:
+            return -((part - whole) // 2)
+        return (whole - part) // 2 if self.crops_down else round((whole - part) / 2)
+
+    def describe(self) -> str:
+        """Say in words what happens to every image: `shorter side to 224 pixels, centre crop 224x224`."""
+        seen = f"{self.width}x{self.height}"
+        if self.config.resize_mode == "squash":
+            return f"squashed to {seen}"
+        if self.config.resize_mode == "longest":
+            return f"longer side to {max(self.width, self.height)} pixels, with bars to {seen}"
+        return f"shorter side to {min(self.width, self.height)} pixels, centre crop {seen}"
+
+    def __call__(self, image: Image) -> Tensor:
+        """Turn one image into float[C, H, W].
+
+        As in OpenCLIP, an image that is not RGB is resized as it is, and converted then.
+        """
+        from torchvision.transforms.functional import normalize, to_tensor
+
+        pixels = self.cut(image if is_opaque(image) else on_white(image))
+        return normalize(to_tensor(pixels), _three(self.config.mean), _three(self.config.std))
+
+    def cut(self, image: Image) -> Image:
+        """Resize an image, and cut out what the encoder sees, as RGB."""
+        from PIL import Image as PIL
+
+        placement, filter = self.place(*image.size), self.filter
+        (width, height), (left, top) = placement.resized, placement.start
+        right, bottom = left + self.width, top + self.height
+        if width * height > MAX_RESIZED:
+            x, y = image.width / width, image.height / height
+            seen = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+            box = seen[0] * x, seen[1] * y, seen[2] * x, seen[3] * y
+            image = image.resize((seen[2] - seen[0], seen[3] - seen[1]), filter, box)
+            left, top, (width, height) = min(left, 0), min(top, 0), image.size
+            right, bottom = left + self.width, top + self.height
+        elif image.size != placement.resized:
+            image = image.resize(placement.resized, filter)
+        image = image.convert("RGB")
+        if (left, top, right, bottom) == (0, 0, width, height):
+            return image
+        fill = self.config.fill_color
+        ground = PIL.new("RGB", placement.seen, (fill, fill, fill) if isinstance(fill, int) else tuple(fill))
+        ground.paste(image, (-left, -top))
+        return ground
+
+    def _resize(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) to which an image is resized; no side is shorter than 1 pixel."""
+        mode = self.config.resize_mode or "shortest"
+        if mode == "squash":
+            return self.width, self.height
+        if mode == "shortest" and self.width == self.height:
+            short, long = sorted((width, height))
+            other = int(self.width * long / short)
+            return (self.width, other) if width <= height else (other, self.width)
+        across, down = width / self.width, height / self.height
+        ratio = max(across, down) if mode == "longest" else min(across, down)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+    @property
+    def filter(self) -> Any:
+        """Pillow's filter for resizing."""
+        from PIL.Image import Resampling
+
+        # OpenCLIP takes bicubic for `random`, and where it fits the shorter side of a picture to a rectangle.
+        fits_rectangle = self.config.resize_mode == "shortest" and self.width != self.height
+        word = "bicubic" if self.config.interpolation == "random" or fits_rectangle else self.config.interpolation
+        return Resampling[(word or "bicubic").upper()]
+
+
+def _three(values: Any) -> list[float]:
+    return list(values) if isinstance(values, (tuple, list)) else [values] * 3

@@ -1,0 +1,1 @@
+"""Chat templates: how a conversation is written as text, within limits on time, memory and output."""
