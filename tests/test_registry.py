@@ -45,7 +45,14 @@ def test_an_unknown_name_gets_the_nearest():
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("VIT-b-32", "ViT-B-32"), ("ViT-B32", "ViT-B-32"), ("perceiver", ""), ("", ""), ("zzz", "")],
+    [
+        ("VIT-b-32", "ViT-B-32"),
+        ("ViT-B32", "ViT-B-32"),
+        ("perceiver", ""),
+        ("", ""),
+        ("zzz", ""),
+        ("facebook/vit-b-32", ""),
+    ],
 )
 def test_suggestions(name, wanted):
     found = suggest(name, ["ViT-B-32", "ViT-L-14", "RN50"])

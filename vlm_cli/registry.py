@@ -19,20 +19,44 @@ from typing import Any
 
 from vlm_cli.errors import PluginError, UnknownNameError, first_line
 
-__all__ = ["FUSIONS", "VISION_ENCODERS", "VISION_TOKENIZERS", "Part", "RegisteredPart", "Registry", "suggest"]
+__all__ = [
+    "FUSIONS",
+    "VISION_ENCODERS",
+    "VISION_TOKENIZERS",
+    "Part",
+    "RegisteredPart",
+    "Registry",
+    "nearest",
+    "suggest",
+]
+
+
+#: Of two names, from 0 to 1; "prompt" and "completion" have 0.5.
+_LEAST_SIMILARITY = 0.6
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean …?" with the nearest known name, or an empty string if none is near.
 
+    A guess that shares only a few letters would mislead, and so would one without the owner that a hub id has.
+
     >>> suggest("percever", ["perceiver", "linear"])
     " Did you mean 'perceiver'?"
+    >>> suggest("completion", ["prompt", "text"])
+    ''
     """
+    near = nearest(name, known)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that the user may have meant, by a slip or as its beginning; None if there is none."""
     if len(name) > 100:  # to compare long texts takes long, and none of them is a name
-        return ""
-    choices = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=0.5)
-    return f" Did you mean {choices[near[0]]!r}?" if near else ""
+        return None
+    choices = {k.lower(): k for k in known if "/" in k or "/" not in name.strip("./")}
+    near = difflib.get_close_matches(name.lower(), choices, n=1, cutoff=_LEAST_SIMILARITY)
+    longer = [k for k in choices if len(name) > 2 and k.startswith(name.lower())]
+    return choices[(near or longer)[0]] if near or longer else None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from vlm_cli.cli import (
     terminal,
     train,
 )
-from vlm_cli.cli.command import Command
+from vlm_cli.cli.command import Command, Group
+from vlm_cli.cli.completion import mend_scripts
 from vlm_cli.cli.standard_streams import OutputError, flush_streams, open_streams
 from vlm_cli.errors import VLMError, first_line
 from vlm_cli.interrupt import Interrupted, describe_signal, end_at_signals
@@ -40,12 +41,17 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="vlm",
     help="Build, run, train, check and share vision-language models made of any vision encoder, vision tokenizer, "
-    "fusion and language model.",
+    "fusion and language model.\n\n"
+    'Start here: vlm generate "<image:photo.jpg>Describe the image."\n\n'
+    "`vlm COMMAND --help` shows the options of a command, with an example.",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
+
+mend_scripts()
 
 _debug = False
 

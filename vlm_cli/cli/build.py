@@ -10,6 +10,7 @@ import typer
 
 from vlm_cli import models
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_dtypes
 from vlm_cli.cli.options import (
     DTYPES,
     MAX_SEED,
@@ -71,6 +72,7 @@ def build(
         str,
         typer.Option(
             metavar=DTYPES,
+            autocompletion=complete_dtypes,
             help="Dtype of all weights; auto takes that of the language model, or of CHECKPOINT.",
             rich_help_panel=WEIGHTS,
         ),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, tell_placements
@@ -35,7 +36,10 @@ __all__ = ["ChatRequest", "chat", "talk"]
 @flatten_options
 def chat(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", autocompletion=complete_models
+        ),
     ] = DEMO.name,
     turn: TurnOptions = TurnOptions(),
     reading: ReadingOptions = ReadingOptions(),

@@ -1,4 +1,4 @@
-"""The class of every command: headings in its help, old names of its options, and options made from settings."""
+"""The classes of `vlm` and of every command: their help, old names of options, and options made from settings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,77 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_origin
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_parts, offer
 from vlm_cli.flags import Setting
 
-__all__ = ["Command", "accept_old_names", "make_option"]
+__all__ = ["Command", "Group", "accept_old_names", "make_option"]
+
+#: Stands for a hyphen while a help is wrapped, so that no line ends inside `--max-steps`.
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
 
 
-class Command(TyperCommand):
+class _HelpInWholeWords:
+    """Writes a help in which lines end at spaces only, and in which an example can be pasted."""
+
+    def get_help(self, ctx: Any) -> str:
+        formatter = ctx.make_formatter()
+        write_text, write_list = formatter.write_text, formatter.write_dl
+
+        def write_whole(text: str) -> None:
+            paragraphs = text.split("\n\n")
+            if paragraphs[-1].startswith("Example: "):
+                columns = formatter.width - formatter.current_indent - len(" \\")
+                paragraphs[-1] = "\b\n" + _wrap_example(" ".join(paragraphs[-1].split()), columns)
+            write_text("\n\n".join(paragraphs).replace("-", _HYPHEN))
+
+        def write_whole_list(rows: Any, *args: Any, **keywords: Any) -> None:
+            write_list([(a.replace("-", _HYPHEN), b.replace("-", _HYPHEN)) for a, b in rows], *args, **keywords)
+
+        formatter.write_text, formatter.write_dl = write_whole, write_whole_list
+        self.format_help(ctx, formatter)  # type: ignore[attr-defined]
+        text: str = formatter.getvalue().rstrip("\n")
+        return text.replace(_HYPHEN, "-")
+
+
+def _wrap_example(text: str, columns: int) -> str:
+    """Wrap a command between its words; each line but the last ends as the shell wants it.
+
+    >>> print(_wrap_example('Example: vlm chat "a b" --json', 20))
+    Example: vlm chat \\
+        "a b" --json
+    """
+    lines = [""]
+    for word in re.findall(r'(?:"[^"]*"|\S)+', text):
+        joined = f"{lines[-1]} {word}" if lines[-1].strip() else f"{lines[-1]}{word}"
+        if len(joined) > columns and lines[-1].strip():
+            lines.append(f"    {word}")
+        else:
+            lines[-1] = joined
+    return " \\\n".join(lines)
+
+
+class Group(_HelpInWholeWords, TyperGroup):
+    """The command `vlm`, whose help gives the first sentence of each command, whole."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _first_sentence(x.help or "")) for name, x in commands.items() if x is not None])
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence of a help.
+
+    >>> _first_sentence("Answer. Only the new text goes to stdout.")
+    'Answer.'
+    """
+    return re.split(r"(?<=\.)\s", text.strip(), maxsplit=1)[0]
+
+
+class Command(_HelpInWholeWords, TyperCommand):
     """A command whose help groups the options under their headings (`rich_help_panel`).
 
     Ranges name the value as the option does: `--top-k K … [K>=1]`, where Typer would write `x>=1`.
@@ -90,8 +152,10 @@ def make_option(setting: Setting) -> Any:
     keywords: dict[str, Any] = {"help": flag.help, "rich_help_panel": flag.heading, "metavar": flag.metavar}
     if setting.choices:
         kind, keywords["metavar"] = str, "|".join(setting.choices)
+        keywords["autocompletion"] = offer(lambda: setting.choices)
     elif get_origin(kind) is tuple:
         kind, keywords["parser"] = str, _split_names
+        keywords["autocompletion"] = complete_parts  # the only list among the settings is --trainable
     optional = kind | None if setting.default is None else kind
     return Annotated[optional, typer.Option(*names, **keywords)]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_dtypes
 from vlm_cli.cli.options import (
     DTYPES,
     OUTPUT,
@@ -40,7 +41,12 @@ def count_params(
         ),
     ] = 1,
     dtype: Annotated[
-        str, typer.Option(metavar=DTYPES, help="Dtype in which bytes are counted; auto takes that of the weights.")
+        str,
+        typer.Option(
+            metavar=DTYPES,
+            help="Dtype in which bytes are counted; auto takes that of the weights.",
+            autocompletion=complete_dtypes,
+        ),
     ] = "auto",
     exact: ExactOption = False,
     as_json: JsonOption = False,

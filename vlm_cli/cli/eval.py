@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import LoadedModel, ModelRequest, keep_collecting
 from vlm_cli.cli.options import (
     MAX_ROWS,
@@ -140,7 +141,10 @@ class OutputOptions:
 @flatten_options
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", autocompletion=complete_models
+        ),
     ] = DEMO.name,
     questions: EvalOptions = EvalOptions(),
     files: OutputOptions = OutputOptions(),

@@ -9,6 +9,7 @@ import typer
 
 from vlm_cli.checkpoint.export.formats import FORMATS, OLD_NAMES, export_model, find_format
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_models, offer
 from vlm_cli.cli.options import (
     JsonOption,
     MaxShardSizeOption,
@@ -28,12 +29,25 @@ _FORMATS_HELP = "; ".join(f"{name}: {x.summary}" for name, x in FORMATS.items())
 @flatten_options
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory or hub id of a built model, or demo.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Directory or hub id of a built model, or demo.",
+            show_default=False,
+            autocompletion=complete_models,
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.", show_default=False)],
     kind: Annotated[
         str,
-        typer.Option("--format", "-f", metavar="FORMAT", help=f"What to write. {_FORMATS_HELP}.", show_default=False),
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help=f"What to write. {_FORMATS_HELP}.",
+            show_default=False,
+            autocompletion=offer(lambda: {name: x.summary for name, x in FORMATS.items()}),
+        ),
     ],
     source: SourceOptions = SourceOptions(),
     max_shard_size: MaxShardSizeOption = "5GB",

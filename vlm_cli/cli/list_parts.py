@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import offer
 from vlm_cli.cli.options import JsonOption
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.composition import FAMILIES, VisionEncoderOptions
@@ -31,6 +32,7 @@ def list_parts(
         typer.Argument(
             metavar="KIND",
             help=f"List only this kind: {', '.join(KINDS)}.",
+            autocompletion=offer(lambda: KINDS),
         ),
     ] = None,
     word: Annotated[str, typer.Argument(metavar="WORD", help="List only names that contain WORD.")] = "",

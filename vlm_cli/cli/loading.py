@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_models, complete_quantizations
 from vlm_cli.cli.options import RUN, DeviceOptions, SourceOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.quantizations import QUANTIZATIONS
@@ -25,7 +26,7 @@ __all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.",
-                 rich_help_panel=RUN),
+                 rich_help_panel=RUN, autocompletion=complete_models),
 ]  # fmt: skip
 QuantizeOption = Annotated[
     str | None,
@@ -34,6 +35,7 @@ QuantizeOption = Annotated[
         metavar="NAME",
         help="Store weights in fewer bits, which makes answers faster and a little different: int8, on the CPU.",
         rich_help_panel=RUN,
+        autocompletion=complete_quantizations,
     ),
 ]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from vlm_cli.cli import completion
 from vlm_cli.cli.command import accept_old_names, make_option
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.errors import UsageError, first_line
@@ -114,6 +115,7 @@ ModelArgument = Annotated[
         metavar="MODEL",
         help="Directory or hub id of a built model, a family, a composition file, or demo.",
         show_default=False,
+        autocompletion=completion.complete_subjects,
     ),
 ]
 
@@ -124,7 +126,12 @@ class ComposeOptions:
 
     family: Annotated[
         str | None,
-        typer.Option(metavar="FAMILY", help=f"Start from a family: {', '.join(FAMILIES)}.", rich_help_panel=COMPOSE),
+        typer.Option(
+            metavar="FAMILY",
+            help=f"Start from a family: {', '.join(FAMILIES)}.",
+            rich_help_panel=COMPOSE,
+            autocompletion=completion.complete_families,
+        ),
     ] = None
     config: Annotated[
         Path | None,
@@ -141,6 +148,7 @@ class ComposeOptions:
             help="Vision encoder: an OpenCLIP name, with the tag of its weights (ViT-L-14:openai), hf-hub:ORG/NAME, "
             "local-dir:FOLDER, or an OpenCLIP JSON file.",
             rich_help_panel=COMPOSE,
+            autocompletion=completion.complete_encoders,
         ),
     ] = None
     vision_tokenizer: Annotated[
@@ -149,6 +157,7 @@ class ComposeOptions:
             metavar="NAME",
             help="Vision tokenizer: perceiver, qformer, linear, mlp, or a name that an installed package adds.",
             rich_help_panel=COMPOSE,
+            autocompletion=completion.complete_tokenizers,
         ),
     ] = None
     fusion: Annotated[
@@ -158,6 +167,7 @@ class ComposeOptions:
             help="Fusion: cross-attention, llama-cross-attention, language-stream, or a name that an installed "
             "package adds.",
             rich_help_panel=COMPOSE,
+            autocompletion=completion.complete_fusions,
         ),
     ] = None
     language_model: Annotated[
@@ -166,6 +176,7 @@ class ComposeOptions:
             metavar="NAME",
             help="Language model of Transformers: a hub id, a directory, or a GGUF file.",
             rich_help_panel=COMPOSE,
+            autocompletion=completion.complete_language_models,
         ),
     ] = None
     revision: Annotated[
@@ -183,6 +194,7 @@ class ComposeOptions:
             metavar="PART,…",
             help=f"Parts that training changes; all others stay frozen. Any of: {', '.join(PARTS)}.",
             rich_help_panel=COMPOSE,
+            autocompletion=completion.complete_parts,
         ),
     ] = None
     set: Annotated[
@@ -192,6 +204,7 @@ class ComposeOptions:
             help="Change one setting of the composition, such as vision_tokenizer.num_latents=32; may be given several "
             "times.",
             rich_help_panel=COMPOSE,
+            autocompletion=completion.complete_settings,
         ),
     ] = None
     trust_remote_code: Annotated[
@@ -314,12 +327,16 @@ class DeviceOptions:
             help="Device that runs the model: cpu, cuda, cuda:1, mps, or auto for the first of cuda, mps and cpu that "
             "this machine has.",
             rich_help_panel=RUN,
+            autocompletion=completion.complete_devices,
         ),
     ] = "auto"
     dtype: Annotated[
         str,
         typer.Option(
-            metavar=DTYPES, help="Dtype of the weights in memory; auto keeps that of the files.", rich_help_panel=RUN
+            metavar=DTYPES,
+            help="Dtype of the weights in memory; auto keeps that of the files.",
+            rich_help_panel=RUN,
+            autocompletion=completion.complete_dtypes,
         ),
     ] = "auto"
 

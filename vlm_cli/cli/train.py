@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import BackboneOptions, JsonOption, MaxPixelsOption, MediaRootOption, flatten_options
 from vlm_cli.cli.progress import format_duration
@@ -27,7 +28,12 @@ __all__ = ["train"]
 
 ModelOption = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="Directory that `vlm build` wrote, or hub id.",
+        show_default=False,
+        autocompletion=complete_models,
+    ),
 ]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the trained model to the directory OUT.")

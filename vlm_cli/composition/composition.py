@@ -16,7 +16,7 @@ from vlm_cli.composition.families import FAMILIES
 from vlm_cli.composition.files import merge, parse_overrides, split_name
 from vlm_cli.composition.options import MEDIA_TOKEN, PARTS, LanguageModelOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError
-from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, suggest
+from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, nearest, suggest
 from vlm_cli.schema import is_finite, number, show
 
 __all__ = ["MAX_WEIGHT_DECAY", "Choice", "Composition"]
@@ -130,7 +130,8 @@ class _CompositionReader:
         """
         fields = [f.name for f in dataclasses.fields(Composition)]
         self.problems += [
-            f"unknown key {show(key)}.{suggest(str(key), fields)} Known: {', '.join(fields)}."
+            f"unknown key {show(key)}.{suggest(str(key), fields) or self.find_part_of(str(key))} "
+            f"Known: {', '.join(fields)}."
             for key in self.data
             if key not in fields
         ]
@@ -162,6 +163,19 @@ class _CompositionReader:
             weight_decay=weight_decay,
             weight_decay_on=weight_decay_on,
         )
+
+    def find_part_of(self, key: str) -> str:
+        """Return " Did you mean …?" for a setting that lacks its part, such as num_latents; "" if no part has it."""
+        classes: dict[str, Any] = {"vision_encoder": VisionEncoderOptions, "language_model": LanguageModelOptions}
+        for part, registry in (("vision_tokenizer", VISION_TOKENIZERS), ("fusion", FUSIONS)):
+            value = self.data.get(part)
+            chosen = value.get("type") if isinstance(value, Mapping) else value
+            if isinstance(chosen, str) and chosen in registry:
+                classes[part] = registry[chosen].options_class()
+        settings = {part: get_type_hints(options) for part, options in classes.items()}
+        near = nearest(key, [name for names in settings.values() for name in names])
+        meant = [f"{part}.{near}" for part, names in settings.items() if near in names]
+        return f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
 
     def read_settings(self, part: str) -> Any:
         """Read the settings of the vision encoder or the language model. A bare string is the part's name."""

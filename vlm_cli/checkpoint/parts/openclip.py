@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -77,6 +78,8 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
         data = _read_json(openclip_files()[name])
     else:
         guess = suggest(name, [*openclip_files(), *VISION_ENCODERS])
+        if not guess and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            guess = f" If it is a repository of OpenCLIP on the hub, write 'hf-hub:{name}'."
         raise UnknownNameError(
             f"unknown vision encoder {name!r}.{guess} Give a name of OpenCLIP, hf-hub:ORG/NAME, local-dir:FOLDER, or "
             "an OpenCLIP JSON file; or install the package that brings it. Run `vlm list vision-encoders` to see the "
