@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests.support import ROOT
 from tests.support.questions import Write
 from vlm_cli.evaluation.items import GradedAnswer, Item, read_items
 from vlm_cli.evaluation.page import MAX_PIXELS, write_page
@@ -17,7 +19,7 @@ from vlm_cli.evaluation.scores import score
 from vlm_cli.media import MediaLoader
 
 EVIL = "<script>alert('&')</script>\"><img src=http://x onerror=y>\0"
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -28,6 +30,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.cards: list[str] = []
+        self.script = ""
         self.feed(text)
         assert not self.open
 
@@ -44,6 +47,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "article" in self.open:
             self.cards[-1] += data
+        if "script" in self.open:
+            self.script += data
 
 
 def page(answers: list[GradedAnswer], folder: Path) -> Page:
@@ -63,7 +68,8 @@ def test_records_cannot_write_markup(folder: Path, write: Write) -> None:
     record = {"id": EVIL, "kind": EVIL, "prompt": rf"<image:<b\>&.png>{EVIL}", "completion": f" {EVIL} or not"}
     found = page(answers_of(write, record), folder)
     tags = {tag for tag, _ in found.tags}
-    assert not tags & {"script", "link", "iframe", "object", "b"}
+    assert not tags & {"link", "iframe", "object", "b"}
+    assert [tag for tag, _ in found.tags].count("script") == 1  # the page's own
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
     assert found.cards[0].count("<script>alert('&')</script>") == 5  # kind, id, prompt, expected, answer
     assert found.cards[0].count("\N{SYMBOL FOR NULL}") == 5
@@ -76,7 +82,9 @@ def test_nothing_is_fetched(folder: Path, write: Write) -> None:
     links = [value for _, attributes in found.tags for key, value in attributes.items() if key in ("src", "href")]
     assert len(links) == 1 and links[0].startswith("data:image/jpeg;base64,")
     [policy] = [a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    own = base64.b64encode(hashlib.sha256(found.script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{own}'"
+    assert found.script == (ROOT / "vlm_cli/evaluation/page.js").read_text("utf-8")
 
 
 def test_wrong_answers_come_first(folder: Path, write: Write) -> None:
@@ -96,6 +104,25 @@ def test_pictures_stand_where_the_prompt_has_them(folder: Path, write: Write) ->
     assert sizes == [(MAX_PIXELS, MAX_PIXELS // 2), (40, 40)]
     kinds = [tag for tag, a in found.tags if tag == "img" or (tag == "span" and a.get("class") == "text")]
     assert kinds == ["img", "span", "img", "span"]
+
+
+def test_cards_can_be_filtered(folder: Path, write: Write) -> None:
+    """The script compares `data-kind` with the chosen option, and the class with "right"; it searches the text."""
+    records = [{"kind": kind, "prompt": "<image:red.png>", "completion": "x"} for kind in ("b", EVIL, "b")]
+    records.append({"prompt": "<image:red.png>", "completion": "x"})
+    found = page(answers_of(write, *records), folder)
+    options = [a["value"] for tag, a in found.tags if tag == "option"]
+    assert options == ["", "0", "1", "2", "", "wrong", "right"]
+    kinds = [a["data-kind"] for tag, a in found.tags if tag == "article"]
+    assert sorted(map(str, kinds)) == ["0", "1", "1", "2"]
+    assert [tag for tag, _ in found.tags].count("input") == 1
+
+
+def test_pictures_are_made_when_they_are_seen(folder: Path, write: Write) -> None:
+    """A browser leaves the content of a template alone."""
+    found = page(answers_of(write, *[{"prompt": "<image:red.png>", "completion": "x"}] * 3), folder)
+    order = [tag for tag, _ in found.tags if tag in ("template", "img")]
+    assert order == ["template", "img"] * 3
 
 
 def test_a_picture_that_is_gone(folder: Path, write: Write) -> None:

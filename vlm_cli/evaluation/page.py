@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from vlm_cli.errors import MediaError
@@ -20,39 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["write_page"]
 
 MAX_PIXELS = 320  # of the longer side of a picture in the file
-_SHOWN_PIXELS = 128  # height of a picture on the page
 
-_STYLE = f"""
-:root {{ color-scheme: light dark; --line: #8884; --wrong: #c62828; --right: #2e7d32 }}
-@media (prefers-color-scheme: dark) {{ :root {{ --wrong: #ff8a80; --right: #81c784 }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
-td {{ white-space: nowrap }}
-td:first-child {{ white-space: normal; overflow-wrap: anywhere }}
-tfoot td {{ font-weight: bold; border-bottom: 0 }}
-meter {{ width: 10rem }}
-@media (max-width: 40rem) {{ meter {{ display: none }} }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1rem;
-  align-items: start }}
-.card {{ border: 1px solid var(--line); border-left: .3rem solid var(--wrong); border-radius: .4rem; padding: .8rem }}
-.card.right {{ border-left-color: var(--right) }}
-.card header {{ display: flex; justify-content: space-between; gap: 1rem; font-size: .8rem; opacity: .75 }}
-.card p, .card dl {{ margin: .5rem 0 0 }}
-.card, .text {{ overflow-wrap: anywhere }}
-.prompt {{ display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }}
-.prompt .text {{ flex: 1 1 9rem }}
-.text {{ white-space: pre-wrap; unicode-bidi: isolate }}
-.nothing {{ opacity: .6; font-style: italic }}
-img {{ height: {_SHOWN_PIXELS}px; max-width: 100%; object-fit: contain; border-radius: .2rem }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem }}
-dt {{ opacity: .75 }}
-dd {{ margin: 0 }}
-.given {{ color: var(--wrong); font-weight: 600 }}
-.right .given {{ color: var(--right) }}
-summary {{ cursor: pointer; font-size: 1.3rem; font-weight: bold; margin: 2rem 0 1rem }}
-"""
+_FILES = Path(__file__).parent
+_STYLE = (_FILES / "page.css").read_text(encoding="utf-8")
+_SCRIPT = (_FILES / "page.js").read_text(encoding="utf-8")
 
 #: Control characters, which HTML cannot hold, and the symbols that stand for them: ␀ for NUL.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
@@ -81,21 +54,24 @@ def write_page(
         loader: finds images.
     """
     file.write(_head(title))
-    file.write(_facts(facts) + _table(kinds, total))
+    file.write(_facts(facts) + _table(kinds, total) + _filter(list(kinds)))
+    numbers = {kind: number for number, kind in enumerate(kinds)}
     wrong = [a for a in answers if not a.exact]
     right = [a for a in answers if a.exact]
-    _write_section(file, f"Wrong answers ({len(wrong):,})", wrong, loader, is_open=True)
-    _write_section(file, f"Right answers ({len(right):,})", right, loader, is_open=not wrong)
-    file.write("</body>\n</html>\n")
+    _write_section(file, f"Wrong answers ({len(wrong):,})", wrong, numbers, loader, is_open=True)
+    _write_section(file, f"Right answers ({len(right):,})", right, numbers, loader, is_open=not wrong)
+    file.write(f"<script>{_SCRIPT}</script>\n</body>\n</html>\n")
 
 
 def _head(title: str) -> str:
-    # The policy forbids the page to fetch anything, whatever a record says.
+    # The policy forbids the page to fetch anything and to run any other script, whatever a record says.
+    script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode("ascii")
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_text(title)}</title>
 <style>{_STYLE}</style>
@@ -112,9 +88,10 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 def _table(kinds: Mapping[str | None, Score], total: Score) -> str:
     body = "".join(_table_row("(no kind)" if kind is None else kind, score) for kind, score in kinds.items())
+    heads = "".join(f"<th>{name}</th>" for name in ("kind", "items", "exact", "share", "95 % interval", ""))
     return (
-        "<table>\n<thead><tr><th>kind</th><th>items</th><th>exact</th><th>share</th><th>95 % interval</th><th></th>"
-        f"</tr></thead>\n<tbody>\n{body}</tbody>\n<tfoot>\n{_table_row('total', total)}</tfoot>\n</table>\n"
+        f'<div class="wide">\n<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n'
+        f"<tfoot>\n{_table_row('total', total)}</tfoot>\n</table>\n</div>\n"
     )
 
 
@@ -126,25 +103,47 @@ def _table_row(name: str, score: Score) -> str:
     )
 
 
+def _filter(kinds: Sequence[str | None]) -> str:
+    """Return the fields that choose among the cards; the script shows them, because they need it."""
+    options = "".join(
+        f'<option value="{number}">{_text("(no kind)" if kind is None else kind)}</option>'
+        for number, kind in enumerate(kinds)
+    )
+    return (
+        '<div class="filter" role="search">\n'
+        '<input type="search" placeholder="Search questions and answers" aria-label="Search">\n'
+        f'<select aria-label="Kind"><option value="">all kinds</option>{options}</select>\n'
+        '<select aria-label="Right or wrong"><option value="">right and wrong</option><option value="wrong">wrong'
+        '</option><option value="right">right</option></select>\n<output></output>\n</div>\n'
+        "<noscript><p>Pictures, search and filters need JavaScript.</p></noscript>\n"
+    )
+
+
 def _write_section(
-    file: TextIO, title: str, answers: Sequence[GradedAnswer], loader: MediaLoader, *, is_open: bool
+    file: TextIO,
+    title: str,
+    answers: Sequence[GradedAnswer],
+    numbers: Mapping[str | None, int],
+    loader: MediaLoader,
+    *,
+    is_open: bool,
 ) -> None:
     if not answers:
         return
     file.write(f'<details{" open" if is_open else ""}>\n<summary>{title}</summary>\n<div class="cards">\n')
     for answer in answers:
-        file.write(_card(answer, loader))
+        file.write(_card(answer, numbers[answer.item.kind], loader))
     file.write("</div>\n</details>\n")
 
 
-def _card(answer: GradedAnswer, loader: MediaLoader) -> str:
+def _card(answer: GradedAnswer, kind: int, loader: MediaLoader) -> str:
     item, mark = answer.item, "✓ right" if answer.exact else "✗ wrong"
     prompt = "".join(
         _picture(part.source, loader) if isinstance(part, Medium) else f'<span class="text">{_text(part.text)}</span>'
         for part in item.prompt
     )
     return (
-        f'<article class="card{" right" if answer.exact else ""}">\n'
+        f'<article class="card{" right" if answer.exact else ""}" data-kind="{kind}">\n'
         f"<header><span>{mark}</span><span>{_text(item.kind or '')}</span><span>{_text(item.id)}</span></header>\n"
         f'<p class="prompt">{prompt}</p>\n'
         f'<dl><dt>expected</dt><dd class="text">{_text(item.expected.strip())}</dd>\n'
@@ -170,7 +169,9 @@ def _picture(source: str, loader: MediaLoader) -> str:
         image = loader.load(source).image
     except MediaError:  # the file was removed after the question was asked
         return f'<span class="nothing">(cannot be read: {name})</span>'
-    return f'<img src="{_data_uri(image)}" alt="{name}" title="{name}" loading="lazy">'
+    # A browser leaves a template alone, so that pictures cost nothing until the script shows them.
+    picture = f'<img src="{_data_uri(image)}" alt="{name}" title="{name}">'
+    return f'<span class="picture"><template>{picture}</template></span>'
 
 
 def _data_uri(image: Image) -> str:
