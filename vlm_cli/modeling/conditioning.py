@@ -30,6 +30,7 @@ class Conditioning:
         hide_media_logit: whether the logit of `<image>` is set to the lowest number.
         fusion_state: what the fusion's `condition_call` computed for this call; cross-attention: `MediaVisibility`.
         head_input: float[B, T, d], the last input of the language model's head.
+        is_embedded: whether the language model's embedding table has run in this call.
         is_checkpointed: whether the running function runs again in the backward pass.
         prompt: the conditioning of the whole prompt, from which each call's is made; None before the first call.
     """
@@ -41,6 +42,7 @@ class Conditioning:
     hide_media_logit: bool = False
     fusion_state: Any = None
     head_input: Tensor | None = None
+    is_embedded: bool = False
     is_checkpointed: bool = False
     prompt: Conditioning | None = None
 

@@ -33,6 +33,7 @@ from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.contract import Fusion
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.generation import GenerationMixin
+from vlm_cli.modeling.hooks import Hooks, ModelHook
 from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, find_widths
 from vlm_cli.modeling.lm_interface import LanguageModelInterface, is_filled, num_cached
@@ -107,6 +108,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             bias=getattr(self.lang_model.get_output_embeddings(), "bias", None) is not None,
             base_bias=parts.language_model.head_bias,
         )
+        self.hooks = Hooks()
         self.build_fusion(parts, width.layer)
         self.conditioning: Conditioning | None = None
         self._attach_hooks()
@@ -166,9 +168,10 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             module.reset_parameters()
 
     def _attach_hooks(self) -> None:
-        self.lang_model.register_forward_pre_hook(self._enter_language_model, with_kwargs=True)
-        self.lang_model.get_input_embeddings().register_forward_hook(self._embed)
-        self.lang_model.get_output_embeddings().register_forward_hook(self._extend_logits)
+        lm = self.lang_model
+        lm.register_forward_pre_hook(ModelHook(self, "_enter_language_model"), with_kwargs=True)
+        self.hooks.attach(lm, lm.get_input_embeddings(), ModelHook(self, "_embed"))
+        self.hooks.attach(lm, lm.get_output_embeddings(), ModelHook(self, "_extend_logits"))
 
     @cached_property
     def lm_interface(self) -> LanguageModelInterface:
@@ -187,6 +190,24 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         """Return the language model's head, without the rows of added tokens."""
         return self.lang_model.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's head."""
+        self.lang_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Return the input embeddings. Another number of tokens is refused, before anything changes.
+
+        Raises:
+            LanguageModelLimit: for a number of tokens. Added tokens stand beside the language model's tables.
+        """
+        if new_num_tokens is None:
+            return self.get_input_embeddings()
+        raise LanguageModelLimit(
+            "a VLM keeps the language model's tables as they are, and added tokens beside them, so "
+            "resize_token_embeddings cannot change their number. Name new tokens when you build the model: "
+            "--set 'added_tokens=[…]', or Composition.compose(…, {'added_tokens': […]})."
+        )
+
     def get_decoder(self) -> nn.Module:
         """Return the language model's decoder."""
         return self.lang_model.get_decoder()
@@ -202,6 +223,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         """Note what this call reads, and replace ids of added tokens, for which the language model has no embedding."""
         if self.conditioning is None:
             return None
+        if not torch.compiler.is_compiling():
+            self.hooks.follow()
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("a conditioned language model takes input_ids; inputs_embeds would bypass the media.")
@@ -218,6 +241,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         # Some language models use the same table for other things than the ids of the call.
         if conditioning is None or embeddings.shape[:-1] != conditioning.ids.shape:
             return None
+        conditioning.is_embedded = True
         return self.embed_media(self.added_tokens.embed(conditioning.ids, embeddings), conditioning)
 
     def _extend_logits(self, module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
@@ -442,9 +466,14 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         with self._condition(conditioning):
             output = self.lm_interface.call(self.lang_model, conditioning.ids, **kwargs)
             after = self.conditioning  # of the call that has run
+        if after is None or after.head_input is None or not after.is_embedded:
+            raise LanguageModelLimit(
+                "the language model did not run through the embedding table and the head that vlm knows, so it saw no "
+                "media: another library replaced or wrapped the language model as a whole. Let it change parts of it "
+                "(PEFT: target_modules or modules_to_save that name layers, the embedding table or the head)."
+            )
         if output.logits.shape[-1] != self.config.first_added_id + self.added_tokens.num_tokens:
             # The model cuts its head's output down to its own vocabulary (inkling2).
-            assert after is not None and after.head_input is not None
             hidden = after.head_input[:, -output.logits.shape[1] :]
             output.logits = self._with_added_logits(hidden, output.logits, after)
         return output

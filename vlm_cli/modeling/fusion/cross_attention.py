@@ -19,6 +19,7 @@ from vlm_cli.composition import Composition, GatedFusionOptions
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, attend_to_media
+from vlm_cli.modeling.hooks import ModelHook
 from vlm_cli.modeling.language_model import decoder_layers, update_hidden_states
 from vlm_cli.modeling.layers import feed_forward
 from vlm_cli.modeling.lm_interface import is_filled
@@ -191,7 +192,7 @@ class VLMWithCrossAttention(VLM):
         numbers = range(first, len(layers), options.every)
         self.fusion = self._fusion_class(options, dim_layer, self.vision_tokenizer.dim_out, numbers)
         for slot, i in enumerate(numbers):
-            layers[i].register_forward_pre_hook(_BeforeLayer(self, str(i), slot), with_kwargs=True)
+            self.hooks.attach(self.lang_model, layers[i], _BeforeLayer(self, str(i), slot), is_before=True)
 
     def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
         """Return the keys and values of all blocks: float[B, L, 2, h, T_img·n, k]."""
@@ -224,13 +225,14 @@ class VLMWithCrossAttention(VLM):
         return kept | {"media": by_medium[rows, ..., last, :, :].contiguous(), "media_mask": mask[rows, last][:, None]}
 
 
-class _BeforeLayer:
+class _BeforeLayer(ModelHook):
     """A hook that runs one gated cross-attention block before its decoder layer."""
 
     def __init__(self, model: VLMWithCrossAttention, key: str, slot: int) -> None:
-        self.model, self.key, self.slot = model, key, slot
+        super().__init__(model)
+        self.key, self.slot = key, slot
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         conditioning = self.model.conditioning
         if conditioning is None or conditioning.media is None:
             return None
