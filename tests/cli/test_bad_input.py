@@ -272,6 +272,17 @@ def test_language_models_of_the_hub_on_a_machine_without_network(build_fails, na
     build_fails(1, words, "--language-model", name)
 
 
+def test_a_panic_of_a_library_in_rust_is_an_error(fails, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3 makes it: no Exception."""
+
+    def panic(*args: object, **keywords: object) -> None:
+        raise PanicException("range start index 28 out of range")
+
+    monkeypatch.setattr("vlm_cli.checkpoint.directory.read_config", panic)
+    fails(1, "a library cannot handle a file of the model: range start index 28", "count-params", "demo")
+
+
 PATHS = ["/tmp/nowhere", "./nowhere", "~/nowhere", "a/b/c", "org/no where"]
 
 

@@ -22,8 +22,8 @@ TEXTS_OF_OUR_OWN = tuple(
     for name in (
         "checkpoint/parts/outside",
         "data/jsonl",
-        "generation/template_process",
-        "generation/templates",
+        "templates/process",
+        "templates/render",
         "resume",
         "tokenizer",
     )

@@ -353,8 +353,8 @@ def _is_beginning(journal: bytes) -> bool:
 
 def _resumed(job: Job, whole: Whole, folder: Path, ended: Run, app: App | None) -> list[str]:
     """Run an interrupted job again, and say what differs from an uninterrupted run."""
-    if ended.code == 0 or (not job.resume and contents(folder, job.outputs) == whole.contents):
-        return []  # it had ended
+    if ended.code == 0 or contents(folder, job.outputs) == whole.contents:
+        return []  # it had ended, or stood before its last message
     again = run([*job.words, *job.resume], folder, app=app)
     there = contents(folder, job.outputs)
     differ = sorted(name for name in {*there, *whole.contents} if there.get(name) != whole.contents.get(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from examples import tiny_language_model
-from tests.hardening import mutate
+from tests.hardening import interrupting, mutate
 from tests.hardening.attempt import Attempt
 from tests.hardening.mutate import PLANTED_CODE, Mutation
+from tests.support import llava
 from tests.support.disk import run
 from tests.support.gguf_file import write_gguf
 
-__all__ = ["KINDS", "Workshop", "attempts", "make"]
+__all__ = ["KINDS", "SLOW_KINDS", "Workshop", "attempts", "make"]
 
 ANSWER = ["--max-new-tokens", "4", "--temperature", "0"]
 
@@ -216,6 +218,78 @@ def _records(command: str) -> Make:
     return make_attempt
 
 
+def _tower(shop: Workshop, rng: random.Random | None, folder: Path) -> tuple[Mutation, list[list[str]], Path | None]:
+    """A directory of OpenCLIP."""
+    name = "open_clip_config.json" if rng is None else rng.choice(_names(shop.folder / "tower"))
+    copied = _copy(shop.folder / "tower", folder, name)
+    found = _damage_any(rng, shop.folder / "tower" / name, copied / name)
+    words = ["--family", "llava", "--vision-encoder", f"local-dir:{copied}", *shop.language_model, "--quiet"]
+    return found, [["build", str(folder / "out"), *words], *_answer(folder / "out", shop)], None
+
+
+def _published(
+    shop: Workshop, rng: random.Random | None, folder: Path
+) -> tuple[Mutation, list[list[str]], Path | None]:
+    """A checkpoint in the layout of another project."""
+    source = shop.folder / "published"
+    if not source.exists():
+        llava.huggingface(source)
+    name = "config.json" if rng is None else rng.choice([*_names(source), "config.json"])
+    copied = _copy(source, folder, name)
+    found = _damage_any(rng, source / name, copied / name)
+    _plant(copied, found)
+    words = ["build", str(folder / "out"), "--from", str(copied), "--quiet"]
+    return found, [words, *_answer(folder / "out", shop)], None
+
+
+def _interrupted_run(shop: Workshop, folder: Path, words: list[str], text: str) -> Path:
+    """Make the folder of a run that Ctrl-C ended after it had printed a text, once."""
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "images").symlink_to(shop.folder / "images")
+        (folder / "records.jsonl").hardlink_to(shop.folder / "records.jsonl")
+        ended = interrupting.run(words, folder, interrupt=(signal.SIGINT, interrupting.Moment(text=text)))
+        assert ended.code == 130, ended.printed
+    return folder
+
+
+def _checkpoint(
+    shop: Workshop, rng: random.Random | None, folder: Path
+) -> tuple[Mutation, list[list[str]], Path | None]:
+    """The checkpoints of a training run, which another run resumes from."""
+    words = ["train", str(shop.folder / "model"), "-d", "records.jsonl", "-o", "out", "--max-steps", "40", "-b", "1"]
+    words += ["--save-every", "2", "--log-every", "1"]
+    source = _interrupted_run(shop, shop.folder / "interrupted-train", words, "step 3/40  loss")
+    shutil.copytree(source / "out.checkpoints", folder / "out.checkpoints")
+    for name in ("images", "records.jsonl"):
+        (folder / name).symlink_to(source / name)
+    files = sorted(path for path in (folder / "out.checkpoints").rglob("*") if path.is_file())
+    file = next(path for path in files if path.name == "complete.json") if rng is None else rng.choice(files)
+    found = _damage_any(rng, file, file)
+    return Mutation(found.how, found.data, "the run begins with other numbers"), [[*words, "--resume"]], None
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in _DAMAGES)
+
+
+#: How the files of a directory are damaged, by their suffix.
+_DAMAGES: dict[str, Callable[[random.Random, bytes], Mutation]] = {
+    ".json": lambda rng, data: mutate.json_file(rng, data, "only the file says what a value was"),
+    ".safetensors": mutate.safetensors,
+    ".pt": mutate.torch_file,
+    ".jsonl": mutate.lines,
+    ".jinja": lambda rng, data: Mutation("", mutate.spliced(rng, data).data, "a template may say anything"),
+}
+
+
+def _damage_any(rng: random.Random | None, source: Path, out: Path) -> Mutation:
+    """Damage a file of any kind, and write what comes of it."""
+    found = _damaged(rng, _DAMAGES.get(source.suffix, mutate.truncated), source.read_bytes())
+    out.write_bytes(found.data)
+    return Mutation(f"{source.name}: {found.how}", found.data, found.another_answer)
+
+
 KINDS: dict[str, Make] = {
     "image": _image,
     "composition": _composition,
@@ -237,13 +311,17 @@ KINDS: dict[str, Make] = {
 }
 
 
+#: Kinds whose cases take long, or whose whole files do.
+SLOW_KINDS: dict[str, Make] = {"tower": _tower, "published": _published, "checkpoint": _checkpoint}
+
+
 def attempts(shop: Workshop, kind: str, seeds: Sequence[str], folder: Path) -> Iterator[Attempt]:
     """The attempt with whole files, then one for each seed."""
     for number, seed in enumerate([None, *seeds]):
         place = folder / str(number)
         place.mkdir()
         rng = None if seed is None else random.Random(seed)
-        found, commands, result = KINDS[kind](shop, rng, place)
+        found, commands, result = {**KINDS, **SLOW_KINDS}[kind](shop, rng, place)
         yield Attempt(
             name=f"{seed} ({found.how})",
             commands=commands,

@@ -196,6 +196,11 @@ def test_a_tokenizer_that_multiplies_its_input(model: Path) -> None:
         ("special_tokens_map.json", {"bos_token": {"content": "a", "x\x1b": 1}}, "keys are printable"),
         ("tokenizer.json", {"model": {"type": "BPE", "merges": [], "vocab": {"a": 0, "b": 2**31}}}, "ids below"),
         ("tokenizer.json", {"model": {"type": "BPE", "merges": [], "vocab": {"a": -1}}}, "ids below"),
+        (
+            "tokenizer.json",
+            {"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]], "continuing_subword_prefix": "##"}},
+            "does not begin with '##'",
+        ),
     ],
 )
 def test_what_the_tokenizers_library_would_print_or_reserve(model: Path, file: str, change: Any, words: str) -> None:
@@ -204,6 +209,41 @@ def test_what_the_tokenizers_library_would_print_or_reserve(model: Path, file: s
     path.write_text(json.dumps({**data, **change}))
     with pytest.raises(VLMError, match=rf"{file} .*{words}"):
         read_processor(str(model))
+
+
+def change_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("tokenizer_config.json", lambda data: data.pop("pad_token"), "names no pad_token"),
+        ("config.json", lambda data: data.update(media_token_id=3), "gives <image> the id .* and config.json says 3"),
+        (
+            "processor_config.json",
+            lambda data: data["image_processor"]["preprocess"].update(size=48),
+            r"makes images of 48 x 48 pixels, and config.json says \d+ x",
+        ),
+        (
+            "processor_config.json",
+            lambda data: data["image_processor"]["preprocess"].update(nothing=1),
+            "describes no preprocessing that vlm has",
+        ),
+    ],
+)
+def test_files_that_do_not_belong_together(model: Path, file: str, change: Any, words: str) -> None:
+    change_json(model / file, change)
+    with pytest.raises(VLMError, match=words):
+        load(str(model))
+
+
+def test_the_generation_config_is_checked_when_a_model_is_loaded(model: Path) -> None:
+    change_json(model / "generation_config.json", lambda data: data.update(eos_token_id=""))
+    with pytest.raises(VLMError, match="eos_token_id must be"):
+        load(str(model))
 
 
 def test_sizes_that_the_weights_do_not_hold(model: Path) -> None:

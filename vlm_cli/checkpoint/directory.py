@@ -211,8 +211,13 @@ def load(
     Raises:
         CheckpointError: if the directory cannot be read or lacks tensors.
     """
+    from vlm_cli.checkpoint.pairing import check_pair
+    from vlm_cli.checkpoint.schemas import check_generation_config
+
     config = read_config(name, trust_remote_code=trust_remote_code, **keywords)
     processor = read_processor(name, trust_remote_code=trust_remote_code, **keywords)
+    check_pair(config, processor, name)
+    check_generation_config(name, **keywords)
     if getattr(config, "backbones", None):
         from vlm_cli.checkpoint.backbones import BackbonePlaces
 

@@ -442,14 +442,28 @@ def _has_small_ids(vocabulary: Any) -> bool:
     )
 
 
+def _find_model_problems(model: Mapping[str, Any], key: str) -> Iterator[str]:
+    """Find what makes tokenizers reserve too much, or panic: it cuts a prefix off the second half of each merge."""
+    if "vocab" in model:
+        yield from Kind(f"a vocabulary with ids below {_MOST_CHANNELS:,}", _has_small_ids).find_problems(
+            model["vocab"], f"{key}.vocab"
+        )
+    prefix, merges = model.get("continuing_subword_prefix") or "", model.get("merges")
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges if prefix else ():
+        second = merge.partition(" ")[2] if isinstance(merge, str) else merge[-1] if merge else ""
+        if not str(second).startswith(prefix):
+            yield f"{key}.merges holds {show(merge)}, whose second half does not begin with {show(prefix)}."
+            return
+
+
 _PLAIN_KEYS = Kind("a value whose keys are printable", _has_plain_keys)
 _TOKENIZER = mapping(
     {},
     {
         "added_tokens": optional(_PLAIN_KEYS),
-        "model": optional(
-            mapping({}, {"vocab": Kind(f"a vocabulary with ids below {_MOST_CHANNELS:,}", _has_small_ids)})
-        ),
+        "model": optional(Kind("a mapping of keys to values", lambda x: isinstance(x, Mapping), _find_model_problems)),
     },
 )
 _LOSS = Kind("a number", lambda value: type(value) in (int, float))  # a loss may be NaN

@@ -103,6 +103,11 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             console.error(f"{type(error).__name__}: {first_line(error)}. Run `vlm --debug …` to see where.")
             raise typer.Exit(1) from None
+        except BaseException as error:
+            if _debug or type(error).__name__ != "PanicException":  # of a library in Rust, and no Exception
+                raise
+            console.error(f"a library cannot handle a file of the model: {first_line(error)}.")
+            raise typer.Exit(1) from None
 
     return run
 

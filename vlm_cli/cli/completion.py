@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from vlm_cli.composition import FAMILIES, PARTS, LanguageModelOptions
 from vlm_cli.modeling.quantizations import QUANTIZATIONS
 from vlm_cli.models import DEMO
+from vlm_cli.plain_data import read_json
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 
 __all__ = [
@@ -112,10 +112,10 @@ def _folders(incomplete: str, is_wanted: Callable[[str | None], bool]) -> Iterat
     for name in _paths(incomplete, "*"):
         config = Path(name).expanduser() / "config.json"
         try:
-            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except (OSError, ValueError, AttributeError, RecursionError):
+            data = read_json(config) if config.is_file() else None  # a pipe would hold the shell
+        except (OSError, ValueError):
             continue
-        if is_wanted(kind):
+        if isinstance(data, dict) and is_wanted(data.get("model_type")):
             yield name
 
 

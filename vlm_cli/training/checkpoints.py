@@ -24,7 +24,8 @@ from typing import Any
 from torch import Tensor
 
 from vlm_cli.checkpoint.schemas import check_training_manifest
-from vlm_cli.errors import CheckpointError, first_line
+from vlm_cli.checkpoint.torch_files import describe_load_error
+from vlm_cli.errors import CheckpointError, VLMError, explain_reading, first_line
 from vlm_cli.files import flush_to_disk
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
@@ -35,6 +36,7 @@ __all__ = [
     "TrainingCheckpoint",
     "UnloggedLosses",
     "checkpoint_folder",
+    "reading",
     "select_trained",
 ]
 
@@ -192,6 +194,27 @@ class Checkpoints:
             else f"The last complete one is {str(last.path)!r}. Make room, then repeat the command with --resume."
         )
         return f"cannot write the checkpoint of step {step}: {reason}. {kept}"
+
+
+@contextmanager
+def reading(checkpoint: str | Path) -> Iterator[None]:
+    """Turn any error inside the block, which reads the files of a checkpoint, into one that says what to do.
+
+    Raises:
+        CheckpointError: if a file is damaged, or holds code.
+    """
+    try:
+        yield
+    except VLMError:
+        raise
+    except Exception as error:
+        why = explain_reading(error)
+        if why == first_line(error):
+            why = describe_load_error(error)
+        raise CheckpointError(
+            f"the checkpoint {str(checkpoint)!r} cannot be read: {why}. Delete its folder and repeat the command, "
+            "which then resumes from the checkpoint before it."
+        ) from error
 
 
 def select_trained(model: VLM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

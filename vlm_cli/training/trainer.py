@@ -33,7 +33,7 @@ from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
-from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, UnloggedLosses, select_trained
+from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, UnloggedLosses, reading, select_trained
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, row_losses
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
@@ -114,8 +114,9 @@ class VLMTrainer(Trainer):
         """
         if checkpoint is not None:
             self.budget.continue_from(checkpoint.step, checkpoint.seconds)
-            entries = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json")).log_history
-            self.metrics.restore(entries, images=checkpoint.images, seconds=checkpoint.seconds)
+            with reading(checkpoint.path):
+                entries = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json")).log_history
+                self.metrics.restore(entries, images=checkpoint.images, seconds=checkpoint.seconds)
         if checkpoint is not None and self.budget.is_over(checkpoint.step, checkpoint.seconds):
             self._load_from_checkpoint(str(checkpoint.path))
             self.state.global_step = checkpoint.step
@@ -181,7 +182,8 @@ class VLMTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         wanted = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with reading(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
         factor = self._factor(self.lr_scheduler.last_epoch)
         set_learning_rates(self.optimizer, self.lr_scheduler, wanted, factor)
 
@@ -310,6 +312,14 @@ class VLMTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.args.output_dir if self._writing is None else self._writing)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.watch.check()

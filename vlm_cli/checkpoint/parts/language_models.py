@@ -221,6 +221,10 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
         raise LanguageModelError(_cannot_find(options.name, path.exists(), error)) from None
     if "gguf_file" in keywords:
         check_text_config(config.to_dict(), f"the metadata of GGUF file {options.name!r}")
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise LanguageModelError(
+            f"config.json of language model {options.name!r} is not valid: text_config does not belong there."
+        )
     check_causal(config, options.name)
     if trust_remote_code:
         adopt_from_config(config, location, **({} if options.revision is None else {"revision": options.revision}))

@@ -1,0 +1,64 @@
+"""Check that the files of a processor belong to the configuration beside them, before the model reads an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vlm_cli.errors import CheckpointError, explain_reading
+from vlm_cli.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from vlm_cli.modeling.config import VLMConfig
+    from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+
+__all__ = ["check_pair"]
+
+
+def check_pair(config: VLMConfig, processor: VLMProcessor, name: str) -> None:
+    """Check that a processor prepares what a model reads.
+
+    Args:
+        config: of the model.
+        processor: from the same directory.
+        name: directory or hub id.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    if problems := list(_find_problems(config, processor)):
+        raise CheckpointError(
+            f"the files in {name!r} do not belong together: {' '.join(problems)} If you changed one, restore it."
+        )
+
+
+def _find_problems(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
+    tokenizer, images = processor.tokenizer, processor.image_processor
+    if tokenizer.pad_token_id is None:
+        yield "tokenizer_config.json names no pad_token."
+    if processor.media_token_id != config.media_token_id:
+        yield (
+            f"the tokenizer gives <image> the id {processor.media_token_id}, and config.json says "
+            f"{config.media_token_id}."
+        )
+    if (problem := _preprocessing_problem(images)) is not None:
+        yield f"processor_config.json describes no preprocessing that vlm has: {problem}."
+        return
+    vision = config.vision_config
+    for given in (vision.get("preprocess", {}).get("size"), vision.get("vision_cfg", {}).get("image_size")):
+        expected = (given, given) if isinstance(given, int) else tuple(given or ())
+        if expected and expected != images.frame_shape[1:]:
+            yield (
+                f"processor_config.json makes images of {' x '.join(map(str, images.frame_shape[1:]))} pixels, and "
+                f"config.json says {' x '.join(map(str, expected))}."
+            )
+            return
+
+
+def _preprocessing_problem(images: OpenCLIPImageProcessor) -> str | None:
+    """Say why no preprocessing can be made of the settings; None if it can."""
+    try:
+        Preprocessing(images.preprocess_config)
+    except Exception as error:
+        return explain_reading(error)
+    return None
