@@ -29,8 +29,9 @@ from tests.support.hub_server import serving
 from vlm_cli import VLM, VLMProcessor
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.cli.app import main
-from vlm_cli.errors import UntrustedCodeError
+from vlm_cli.errors import CheckpointError, UntrustedCodeError
 from vlm_cli.quiet import silence_libraries
+from vlm_cli.training.checkpoints import reading
 
 #: Runs as `import evil` or as a pickle; leaves a file behind.
 EVIL = """
@@ -323,6 +324,15 @@ def test_no_code_from_a_weight_file(hostile, made, marker, tmp_path, kind, place
     code, printed = vlm([str(word) for word in ["build", tmp_path / "out", *parts]], stdin=b"y\n")
     assert not marker.exists() and code == 1, printed
     assert not [words for words in ADVICE if words in printed] and "Error:" in printed
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle", "legacy"])
+def test_no_code_and_no_advice_from_a_checkpoint_of_a_training_run(tmp_path, marker, kind):
+    """Transformers' Trainer reads optimizer.pt and its like with `torch.load`, and passes its advice on."""
+    write_weights(tmp_path / "optimizer.pt", marker, kind)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .* Delete its folder") as caught, reading(tmp_path):
+        torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert not marker.exists() and not [words for words in ADVICE if words in str(caught.value)]
 
 
 def test_the_pickle_works(tmp_path, marker):

@@ -10,7 +10,6 @@ import pytest
 
 from tests.hardening.attempt import TRACEBACK
 from tests.hardening.interrupting import CAPTURED, CLOSED, NO_READER, Job, Streams, Whole, contents, run
-from tests.hardening.subjects import Workshop
 
 NOWHERE, FULL = "/dev/null", "/dev/full"
 
@@ -77,9 +76,7 @@ def wrong(job: Job, whole: Whole, streams: str, folder: Path) -> list[str]:
 @pytest.mark.attack
 @pytest.mark.parametrize("streams", BROKEN)
 @pytest.mark.parametrize("job", [*WRITERS, *READERS], indirect=True)
-def test_a_command_over_broken_streams(
-    job: Job, whole: Callable[[str], Whole], streams: str, shop: Workshop, tmp_path: Path
-) -> None:
+def test_a_command_over_broken_streams(job: Job, whole: Callable[[str], Whole], streams: str, tmp_path: Path) -> None:
     folder = tmp_path / "place"
     folder.mkdir()
     assert wrong(job, whole(job.name) if job.outputs else Whole({}), streams, folder) == []
