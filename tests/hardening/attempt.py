@@ -8,6 +8,7 @@ another. Streams are terminals for the command, so that what it would write to a
 from __future__ import annotations
 
 import faulthandler
+import functools
 import io
 import multiprocessing
 import os
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from typer.main import get_command
 
 from tests.hardening.mutate import PLANTED_PATHS
 
@@ -151,12 +154,18 @@ class _Terminal(io.TextIOWrapper):
         return True
 
 
-def vlm_in_process(words: Sequence[str]) -> int:
-    """Run `vlm` with the streams that the process has; return the exit code."""
+@functools.cache
+def _command() -> Any:
+    """What Typer makes of `vlm`; the forks of this process share it."""
     from vlm_cli.cli.app import app
 
+    return get_command(app)
+
+
+def vlm_in_process(words: Sequence[str]) -> int:
+    """Run `vlm` with the streams that the process has; return the exit code."""
     try:
-        app(list(words), prog_name="vlm")
+        _command()(list(words), prog_name="vlm")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     return 0
@@ -165,6 +174,7 @@ def vlm_in_process(words: Sequence[str]) -> int:
 def run_all(attempts: Sequence[Attempt], command: Command = vlm_in_process, limits: Limits = LIMITS) -> list[Outcome]:
     """Run all attempts in forks of this process."""
     outcomes: list[Outcome] = []
+    _command()
     while len(outcomes) < len(attempts):
         outcomes += _run_until_death(attempts[len(outcomes) :], command, limits.seconds)
     return outcomes

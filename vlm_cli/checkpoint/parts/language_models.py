@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,11 @@ class LanguageModelSource:
             LanguageModelError: if they cannot be fetched or read, or do not cover the model.
         UntrustedCodeError: if the model needs code that may not run.
         """
-        if "gguf_file" not in self.keywords:
+        is_gguf = "gguf_file" in self.keywords
+        if not is_gguf:
             check_index(self.location, self.keywords)
         try:
-            with self._limited_size():
+            with self._limited_size(), _names_in_gguf_made_once() if is_gguf else nullcontext():
                 loaded: Any = load_language_model(
                     self.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **self.keywords
                 )
@@ -149,11 +151,27 @@ class LanguageModelSource:
                 f"cannot load the weights of language model {self.name!r}: {describe_load_error(error)}.{advice}"
             ) from None
         _check_complete(self.name, info)
-        if "gguf_file" in self.keywords:
+        if is_gguf:
             # Loading turned the weights into plain floats. The quantizer's mark would still forbid saving them.
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
         return model
+
+
+@contextmanager
+def _names_in_gguf_made_once() -> Iterator[None]:
+    """Keep the table of the names that tensors have in GGUF files.
+
+    Transformers makes it anew for each module of a model. For a model of 32 layers, this takes ten seconds and more.
+    """
+    import gguf  # takes a tenth of a second, which commands without such files do not spend
+
+    original = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(original)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = original
 
 
 def _check_complete(name: str, info: Mapping[str, Any]) -> None:
