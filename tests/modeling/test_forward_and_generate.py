@@ -46,15 +46,15 @@ each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 # -- 1: a prompt without media gives the bare language model's logits --------------------------------------------------
 
 
-def test_text_only_is_the_bare_language_model(model):
-    check_text_only(model)
+def test_text_only_is_the_bare_language_model(model_of_each):
+    check_text_only(model_of_each)
 
 
 # -- 2: closed gates, and vision tokens among text, are the bare language model fed the same embeddings ----------------
 
 
-def test_closed_gates_or_spliced_media_are_the_bare_language_model(model):
-    check_against_bare(model)
+def test_closed_gates_or_spliced_media_are_the_bare_language_model(model_of_each):
+    check_against_bare(model_of_each)
 
 
 def test_a_new_model_starts_with_closed_gates():
@@ -66,8 +66,8 @@ def test_a_new_model_starts_with_closed_gates():
 # -- 3: cached decoding equals the full pass; chunked prefill equals whole ---------------------------------------------
 
 
-def test_cached_decoding_equals_the_full_pass(model):
-    check_cached(model)
+def test_cached_decoding_equals_the_full_pass(model_of_each):
+    check_cached(model_of_each)
 
 
 def test_forward_continues_a_cache(model):
