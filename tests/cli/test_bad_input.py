@@ -25,6 +25,7 @@ from transformers import AutoConfig
 
 import vlm_cli.checkpoint.building as building
 import vlm_cli.checkpoint.directory as directory
+from tests.support.grid import first_of, grid
 from vlm_cli import VLM, files, renames
 from vlm_cli.cli.app import main
 from vlm_cli.hub_ids import is_hub_id
@@ -542,8 +543,10 @@ def unchanged(folder):
     assert state() == before
 
 
-@pytest.mark.parametrize("place", ["weights", "tokenizer", "composition", "swap"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@grid(
+    place=["weights", "tokenizer", "composition", "swap"],
+    error=[OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+)
 def test_what_stops_a_build_leaves_nothing(vlm, parts, old, tmp_path, monkeypatch, place, error):
     def stop(*args, **kwargs):
         raise error
@@ -632,7 +635,7 @@ def test_a_signal_in_the_middle_of_a_build(parts, old, tmp_path, monkeypatch, nu
             assert process.wait() == code
 
 
-@pytest.mark.parametrize("limit", [100, 10_000, 100_000])
+@pytest.mark.parametrize("limit", first_of([10_000, 100, 100_000]))
 def test_a_file_that_may_not_grow(parts, old, tmp_path, limit):
     """A limit of the system on file sizes stops real writes at several places, as a full disk does."""
 

@@ -16,6 +16,7 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 
 from tests.support import ROOT
 from tests.support.gguf_file import write_gguf
+from tests.support.grid import first_of
 from vlm_cli import VLM, Composition, create, load, plan
 
 PARITY = ROOT / "tests" / "parity"
@@ -464,7 +465,7 @@ def test_a_gguf_language_model(vlm, parts, photo, tmp_path):
     assert result.exit_code == 1 and "lm.gguf" in result.stderr and not (tmp_path / "cut").exists()
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "qwen3", "mamba", "mpt"])
+@pytest.mark.parametrize("model_type", first_of(["gpt2", "mamba", "opt", "gpt_neox", "qwen3", "mpt"], 2))
 def test_other_types_of_language_models(vlm, parts, example: ModuleType, photo, tmp_path, model_type):
     """From the directory to text, with the type's own default for what is not set."""
     sizes = {
@@ -530,7 +531,7 @@ def test_weights_in_the_layout_of_the_reference(vlm, tower, tmp_path, name):
     assert torch.equal(ours[renamed], theirs[original])
 
 
-@pytest.mark.parametrize("form", ["plain", "wrapped", "distributed", "old"])
+@pytest.mark.parametrize("form", first_of(["distributed", "plain", "wrapped", "old"], 2))
 def test_weights_in_pytorch_files(vlm, tower, tmp_path, form):
     state = load_file(PARITY / "flamingo-llama/weights.safetensors")
     file = tmp_path / "checkpoint.pt"

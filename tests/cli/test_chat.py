@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import vlm_cli.checkpoint.directory as directory
 from tests.support import ROOT
+from tests.support.grid import first_of
 from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
 from vlm_cli.cli.stream import TextStream
@@ -141,7 +142,7 @@ def turns_with(photos):
 # -- the same answers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["open_gates", "loud", "in_order", "templated"])
+@pytest.mark.parametrize("name", first_of(["templated", "in_order", "open_gates", "loud"], 2))
 def test_each_answer_is_that_of_the_whole_conversation(name, request, talk, load, asked, photos):
     path, turns = request.getfixturevalue(name), turns_with(photos)
     model, processor = load(path)

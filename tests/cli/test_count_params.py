@@ -168,6 +168,7 @@ def test_llama_7b_and_flamingo_9b(count, flags):
     assert report["total"]["trainable"] == trained
 
 
+@pytest.mark.matrix
 def test_llama_13b(count, tmp_path):
     llama = language_model_of(tmp_path / "llama-13b", "llama", **LLAMA_13B, **LLAMA_SIZES)
     flags = ("--family", "llava", "--vision-encoder", "ViT-L-14-336:openai", "--language-model", llama)
@@ -177,10 +178,12 @@ def test_llama_13b(count, tmp_path):
     assert found["vision_tokenizer"] == 31_467_520
 
 
+@pytest.mark.matrix
 def test_llava_7b_projection(count, flags):
     assert by_name(count("--family", "llava", *flags, "--vision-tokenizer", "mlp"))["vision_tokenizer"] == 20_979_712
 
 
+@pytest.mark.matrix
 def test_perceiver_with_a_projection(count, flags):
     assert by_name(count("--family", "kosmos", *flags))["vision_tokenizer"] == 67_217_408
 
@@ -193,6 +196,7 @@ def test_perceiver_with_a_projection(count, flags):
         pytest.param(4096, 32, 139_476_994, marks=pytest.mark.matrix),
     ],
 )
+@pytest.mark.matrix
 def test_gated_cross_attention_block(count, tmp_path, dim, heads, block):
     sizes = {"num_hidden_layers": 4, "num_attention_heads": heads, "intermediate_size": 64}
     lm = language_model_of(tmp_path / "lm", "gpt_neox", hidden_size=dim, **sizes)
@@ -213,6 +217,7 @@ def test_q_former(count, tmp_path, encoder, qformer):
     assert by_name(count(*flags))["vision_tokenizer"] == qformer + projection
 
 
+@pytest.mark.matrix
 def test_xgen_mm_perceiver_and_siglip(count, tmp_path):
     sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 32}
     lm = language_model_of(tmp_path / "phi", "phi3", **sizes, pad_token_id=None)
@@ -223,6 +228,7 @@ def test_xgen_mm_perceiver_and_siglip(count, tmp_path):
     assert found["vision_encoder"] == 428_225_600
 
 
+@pytest.mark.matrix
 def test_projection_of_the_tower_is_what_clip_counts_without(count, flags):
     rows = by_name(count("--family", "flamingo", *flags, "--depth", 3))
     assert rows["vision_encoder"] - rows["vision_encoder.visual.proj"] == 303_179_776

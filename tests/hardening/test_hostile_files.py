@@ -12,8 +12,8 @@ from tests.hardening.attempt import Attempt, faults, run_all
 from tests.hardening.subjects import KINDS, SLOW_KINDS, Workshop, attempts
 
 #: Cases of each kind in the fast tests; a case costs 20 to 100 ms, and one of a language model more.
-FEW = {"image": 30, "composition": 25, "weights": 20, "directory": 25, "delta": 10, "eval": 10, "batch": 10}
-FEW_OF_OTHERS = 4
+FEW = {"image": 20, "composition": 15, "weights": 8, "directory": 12, "delta": 5}
+FEW_OF_OTHERS = 3
 #: What is not mended, by the kind of file: a fault that a case of this kind may have, and why.
 NO_MANIFEST = "no manifest says which bytes a directory had, so another number is another model"
 KNOWN: dict[str, dict[str, str]] = {

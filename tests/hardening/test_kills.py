@@ -24,6 +24,7 @@ from tests.hardening.interrupting import (
     on_a_full_disk,
     run,
 )
+from tests.support.grid import first_of
 
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 COMMANDS = ["build", "export", "train", "batch"]
@@ -42,7 +43,7 @@ def kill(job: Job, whole: Whole, number: signal.Signals, seed: str, folder: Path
     return [f"{seed}, {number.name} {moment} of {whole.seconds:.3f} s: {problem}" for problem in found]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", first_of(sorted(COMMANDS, reverse=True)))  # the training first
 def test_a_run_that_is_killed_once(
     name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
 ) -> None:
@@ -107,7 +108,7 @@ def test_runs_that_are_killed_at_a_line(
 # -- full disks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "eval"])
+@pytest.mark.parametrize("name", first_of(["batch", *sorted({*COMMANDS, "eval"} - {"batch"})]))
 def test_a_full_disk(
     name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path
 ) -> None:

@@ -23,7 +23,9 @@ from vlm_cli.modeling.vlm import VLM
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-each_language_model = pytest.mark.parametrize("language_model", tiny.LANGUAGE_MODELS)
+#: Layers of every kind: joined and separate weights, biases, and states instead of attention.
+QUICK = ("llama", "gpt2", "opt-projected", "falcon", "mamba2", "jamba")
+each_language_model = grid(language_model=tiny.LANGUAGE_MODELS, quick={"language_model": QUICK})
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
@@ -108,7 +110,9 @@ def test_int8_linear(shape, dtype):
     assert error.max() < linear.weight.abs().max() * (1 / 254 + 1 / 256)
 
 
-@grid(language_model=tiny.LANGUAGE_MODELS, fusion=["cross-attention", "language-stream"])
+@grid(
+    language_model=tiny.LANGUAGE_MODELS, fusion=["cross-attention", "language-stream"], quick={"language_model": QUICK}
+)
 def test_int8_answers_nearly_the_same(language_model, fusion):
     model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
     inputs = tiny.batch(model, (2, 2))

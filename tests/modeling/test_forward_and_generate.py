@@ -99,16 +99,14 @@ def test_chunked_prefill_equals_whole(model):
     check_chunked_prefill(model)
 
 
-@each_fusion
-@pytest.mark.parametrize(
-    "options",
-    [{"num_beams": 1}, {"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}],
-    ids=lambda options: next(iter(options)),
-)
-def test_ways_to_decode_agree_with_a_loop(fusion, options):
+WAYS = {"num_beams": 1, "use_cache": False, "cache_implementation": "static", "prompt_lookup_num_tokens": 2}
+
+
+@grid(fusion=tiny.FUSIONS, option=WAYS)
+def test_ways_to_decode_agree_with_a_loop(fusion, option):
     model = opened(fusion=fusion)
     row = tiny.row(model, 2)
-    found = model.generate(**row.inputs(), max_new_tokens=6, do_sample=False, **options)
+    found = model.generate(**row.inputs(), max_new_tokens=6, do_sample=False, **{option: WAYS[option]})
     expected = reference.greedy(lambda ids: logits(model, vision_x=row.vision_x, lang_x=ids), row.lang_x, 6, IMAGE)
     assert torch.equal(found, expected)
     other = reference.greedy(lambda ids: logits(model, vision_x=-row.vision_x, lang_x=ids), row.lang_x, 6, IMAGE)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.support import reference, tiny
+from tests.support.grid import grid
 from tests.support.invariants import (
     check_placeholders,
     differs,
@@ -287,8 +288,7 @@ def test_layers_with_several_residual_streams():
     same(run(altup), torch.cat([2 * altup[:1] + 1, altup[1:]]))
 
 
-@pytest.mark.parametrize("layer", [-1, -2])
-@pytest.mark.parametrize("vision", tiny.VISION)
+@grid(vision=tiny.VISION, layer=[-1, -2])
 def test_features_have_the_shape_that_was_foretold(vision, layer):
     tower = tiny.tower(vision)
     config = tiny.config(vision=vision, vision_encoder={"layer": layer}).vision_config

@@ -136,7 +136,11 @@ def test_shots_that_rows_share_are_read_once(model, pool, lengths):
     assert torch.equal(found, model.generate(**other, **NEW)) and cache.reused == shared
 
 
-@grid(language_model=tiny.LANGUAGE_MODELS, fusion=tiny.FUSIONS)
+#: Language models with a cache of each kind.
+CACHES = ("llama", "gpt2", "gemma3_text", "bloom", "mamba", "mamba2", "jamba", "falcon_h1", "zamba2")
+
+
+@grid(language_model=tiny.LANGUAGE_MODELS, fusion=tiny.FUSIONS, quick={"language_model": CACHES})
 def test_every_language_model_answers_the_same(language_model, fusion):
     model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
     inputs = tiny.row(model, 2, 12)

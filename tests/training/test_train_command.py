@@ -249,6 +249,7 @@ def test_ctrl_c_keeps_the_state(train: Vlm, out: Path, monkeypatch: pytest.Monke
     assert losses(out) == pytest.approx(uninterrupted, abs=1e-6)
 
 
+@pytest.mark.matrix
 def test_dropout_resumes_too(build: Any, train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = {
         "type": "qformer",
@@ -276,6 +277,7 @@ def test_dropout_resumes_too(build: Any, train: Vlm, out: Path, monkeypatch: pyt
     assert losses(out) != pytest.approx(curves[0], abs=1e-3)
 
 
+@pytest.mark.matrix
 def test_a_run_that_signals_end_equals_one_without_them_to_the_bit(
     build: Any, train: Vlm, folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,7 +245,7 @@ def test_other_image_size(tmp_path):
     assert load(found).model.vision_encoder.image_size == (2 * SIZE, 2 * SIZE)
 
 
-@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("held", first_of(HELD, 2))
 def test_lavis(tmp_path, held):
     found = lavis(tmp_path, held)
     check(found, 1)
@@ -366,6 +366,7 @@ OPT = {
 
 
 @pytest.mark.parametrize("name", first_of(OPT))
+@pytest.mark.matrix
 def test_published_sizes(name):
     """Sizes of https://huggingface.co/Salesforce/blip2-opt-2.7b and -6.7b; all others are Transformers' defaults."""
     width, dim_ff, depth, num_heads, trainable = OPT[name]

@@ -367,6 +367,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", first_of(PUBLISHED))
+@pytest.mark.matrix
 def test_published_sizes(name):
     changes, tower_name, num_tokens, millions = PUBLISHED[name]
     data = config(

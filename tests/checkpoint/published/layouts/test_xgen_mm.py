@@ -292,6 +292,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+@pytest.mark.matrix
 def test_published_sizes():
     checkpoint = shapes_of(published())
     object.__setattr__(checkpoint, "config", {"text_config": {"initial_tokenizer_len": 32012, "sliding_window": 2047}})
