@@ -115,9 +115,8 @@ def _leaves_the_question(name: str, call: ast.Call) -> bool:
     return asks and "trust_remote_code" not in {keyword.arg for keyword in call.keywords}
 
 
-@pytest.mark.parametrize("path", SOURCES)
-def test_no_module_loads_for_itself(path: str) -> None:
-    assert not violations(path, SOURCES[path].read_text(encoding="utf-8"))
+def test_no_module_loads_for_itself() -> None:
+    assert [x for path, file in SOURCES.items() for x in violations(path, file.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize(
