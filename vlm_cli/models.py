@@ -190,6 +190,7 @@ def load_meta_model(
     from vlm_cli.checkpoint.directory import read_config, read_generation_config
     from vlm_cli.checkpoint.size_limits import limited_size
     from vlm_cli.modeling.config import stored_dtype
+    from vlm_cli.modeling.meta import meta_device
     from vlm_cli.modeling.vlm import VLM
 
     if isinstance(chosen, Composition):
@@ -199,7 +200,7 @@ def load_meta_model(
     hub = hub_arguments(revision)
     config = read_config(chosen, trust_remote_code=trust_remote_code, **hub)
     try:
-        with limited_size(repr(chosen)), torch.device("meta"):
+        with limited_size(repr(chosen)), meta_device():
             model = VLM(config)
     except (CheckpointError, PluginError):
         raise

@@ -27,6 +27,7 @@ from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import decoder_layers, find_widths
+from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
@@ -60,7 +61,7 @@ class Blueprint:
     def meta_model(self) -> VLM:
         """The model on the meta device, where tensors have shapes and no bytes."""
         try:
-            with limited_size("the composition"), torch.device("meta"):
+            with limited_size("the composition"), meta_device():
                 return VLM(self.config)
         except VLMError:
             raise

@@ -5,16 +5,18 @@ N images, C H W pixels, v patches, d channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_cli.errors import VisionEncoderError
+from vlm_cli.modeling.meta import meta_device
 from vlm_cli.registry import VISION_ENCODERS
 
-__all__ = ["build_tower", "find_image_size", "find_tower_shape", "patch_features", "set_image_size", "truncate_layers"]
+__all__ = ["build_tower", "find_image_size", "find_tower_shape", "measure_features", "patch_features", "set_image_size"]
+__all__ += ["truncate_layers"]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
@@ -178,10 +180,34 @@ def find_tower_shape(
         ValueError: if the tower's features are not float[1, v, d].
         VisionEncoderError: as in `build_tower` and `patch_features`.
     """
-    with torch.device("meta"), torch.no_grad():
+    with meta_device():
         tower = build_tower(vision_config).eval()
+    return measure_features(tower, layer, class_token=class_token, norm=norm)
+
+
+def measure_features(
+    tower: nn.Module, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+) -> tuple[int, int]:
+    """Return (v patches, d channels) of the features of a tower on the meta device; the tower loses layers.
+
+    Args:
+        tower: as for `patch_features`.
+        layer, class_token, norm: as for `patch_features`.
+
+    Raises:
+        ValueError: if the tower's features are not float[1, v, d].
+        VisionEncoderError: as in `patch_features`.
+    """
+    if (stack := _stack(tower)) is not None and -layer <= len(layers := getattr(*stack)) and _are_alike(layers):
+        setattr(*stack, layers[:-layer])
+    with meta_device(), torch.no_grad():
         pixels = torch.empty(1, 3, *find_image_size(tower))
         features = patch_features(tower, pixels, layer, class_token=class_token, norm=norm)
     if features.ndim != 3 or len(features) != 1:
         raise ValueError(f"patch_features gives {tuple(features.shape)} for one image, expected (1, v, d)")
     return features.shape[1], features.shape[2]
+
+
+def _are_alike(layers: Iterable[nn.Module]) -> bool:
+    """Say whether layers have weights of the same shapes, so that the features after any two have one shape."""
+    return len({tuple((name, x.shape) for name, x in layer.named_parameters()) for layer in layers}) <= 1

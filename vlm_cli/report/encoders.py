@@ -206,16 +206,14 @@ def measure_encoder(config: Mapping[str, Any]) -> EncoderFacts:
     Args:
         config: the argument of `vlm_cli.modeling.towers.build_tower`.
     """
-    import torch
+    from vlm_cli.modeling.meta import meta_device
+    from vlm_cli.modeling.towers import build_tower, find_image_size, measure_features
 
-    from vlm_cli.modeling.towers import build_tower, find_image_size, patch_features
-
-    with torch.device("meta"), torch.no_grad():
+    with meta_device():
         tower = build_tower(config).eval()
-        size = find_image_size(tower)
-        _, patches, channels = patch_features(tower, torch.empty(1, 3, *size)).shape
     parameters = sum(p.numel() for p in tower.parameters())
-    return EncoderFacts(image_size=size, patches=patches, channels=channels, parameters=parameters)
+    patches, channels = measure_features(tower)
+    return EncoderFacts(image_size=find_image_size(tower), patches=patches, channels=channels, parameters=parameters)
 
 
 # -- stored facts -----------------------------------------------------------------------------------------------------

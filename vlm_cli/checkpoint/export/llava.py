@@ -18,6 +18,7 @@ from vlm_cli.checkpoint.export.llava_agreement import compare_logits, compare_pi
 from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.templates.pictures import PLAIN, take_pictures
@@ -139,7 +140,7 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
 
     check_llava(model.config)
     config = _config(model)
-    with torch.device("meta"):
+    with meta_device():
         theirs = LlavaForConditionalGeneration(config)
     theirs.load_state_dict(_state(model), assign=True)
     theirs.generation_config = copy.deepcopy(model.generation_config)

@@ -28,6 +28,7 @@ from vlm_cli.errors import CompositionError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import check_causal
+from vlm_cli.modeling.meta import SkipsFilling
 from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
@@ -268,6 +269,7 @@ def _build_empty(
         found.blaming_config(),
         torch.random.fork_rng(devices=[]),
         init_empty_weights(include_buffers=False),
+        SkipsFilling(),
     ):
         torch.manual_seed(seed)
         model = VLM(config, vision_encoder=visual, lang_model=lang_model)

@@ -14,6 +14,7 @@ from vlm_cli.doctor.check import check_whole
 from vlm_cli.doctor.compare import compare, is_same
 from vlm_cli.doctor.finding import Decided, Measured
 from vlm_cli.doctor.subject import Inputs, WholeModel
+from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.trust import load_pretrained
 
@@ -109,7 +110,7 @@ def _load(model: VLM, folder: Path) -> tuple[VLM, dict[str, set[str]]]:
 def _problem(model: VLM, loaded: dict[str, Tensor], report: dict[str, set[str]]) -> str:
     """Return the first difference between the tensors of two models; "" for none."""
     tensors = model.state_dict()
-    with torch.device("meta"):
+    with meta_device():
         bare = type(model.lang_model)(copy.deepcopy(model.lang_model.config))
     problems = [f"{key}: {sorted(map(str, x))[0]}" for key, x in report.items() if x]
     problems += [f"{name} changed" for name, x in tensors.items() if not is_same(x, loaded[name])]

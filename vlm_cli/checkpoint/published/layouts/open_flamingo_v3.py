@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
@@ -27,6 +26,7 @@ from vlm_cli.checkpoint.published.targets import Rule, Target, TargetsOf, make_t
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.meta import meta_device
 from vlm_cli.trust import make_language_model
 
 __all__ = ["OpenFlamingoV3", "check_bias", "has_bias", "make_added_row_rules"]
@@ -145,7 +145,7 @@ def _has_own_bias(config: VLMConfig) -> bool:
     """Say whether the language model's own head has a bias (Phi, GPT-J)."""
     if config.text_config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return False
-    with torch.device("meta"):
+    with meta_device():
         head = make_language_model(config.text_config).get_output_embeddings()
     return getattr(head, "bias", None) is not None
 
