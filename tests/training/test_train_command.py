@@ -28,8 +28,13 @@ from tests.support.command import start
 from tests.support.grid import first_of
 from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, losses, metrics, write
 from vlm_cli import load
+from vlm_cli.checkpoint.directory import save
 from vlm_cli.training import output as output_module
+from vlm_cli.training.checkpoints import TrainingCheckpoint
 from vlm_cli.training.dataset import Collator, load_dataset
+from vlm_cli.training.identity import continue_history
+from vlm_cli.training.run import load_trainable
+from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
 
 Vlm = Callable[..., Result]
@@ -377,14 +382,48 @@ def test_checkpoints_of_earlier_versions_resume(train: Vlm, folder: Path, out: P
 
 
 @pytest.mark.usefixtures("unfinished")
-def test_what_may_change_is_changed(train: Vlm, out: Path) -> None:
-    output(
-        train(
-            "--max-steps", 8, "--resume", "--lr", 1e-5, "--schedule", "constant", "--save-every", 3, "--warmup-steps", 0
-        )
-    )
+def test_what_may_change_is_changed_and_told(train: Vlm, out: Path) -> None:
+    changed = ("--lr", 1e-5, "--schedule", "constant", "--warmup-steps", 0)
+    result = train("--max-steps", 8, "--resume", *changed, "--save-every", 3)
+    output(result)
+    words = "from step 2 on, the run has --learning-rate 1e-05 (was 0.003), --schedule constant (was cosine), "
+    assert words in result.stderr
+    [change] = json.loads((out / "training_args.json").read_text())["changes"]
+    assert change["step"] == 2 and change["--learning-rate"] == [3e-3, 1e-5]
+    assert set(change) == {"step", "--learning-rate", "--schedule", "--warmup-steps", "--max-steps"}
     entries = {entry["step"]: entry for entry in metrics(out)}
     assert [entries[step]["learning_rate"] for step in range(3, 9)] == [1e-5] * 6
+
+
+def test_a_run_that_is_resumed_as_it_was_has_no_changes(out: Path) -> None:
+    history = continue_history(None, TrainingSettings(max_steps=5))
+    history.changes.append({"step": 1, "--bf16": [False, True]})
+    out.mkdir()
+    (out / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {"RunHistory": history.state()}}))
+    kept = TrainingCheckpoint(out, 2, 1.0, 4, {})
+    assert continue_history(kept, TrainingSettings(max_steps=5)).changes == history.changes
+    assert continue_history(kept, TrainingSettings(max_steps=6)).changes[1:] == [{"step": 2, "--max-steps": [5, 6]}]
+
+
+def test_records_are_never_left_out_in_silence(train: Vlm, folder: Path) -> None:
+    message = error(train("--data", folder / "other.jsonl"), 2)
+    assert "--data is given 2 times and takes one value" in message and "cat A B > ALL" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_frozen_weights_stay_in_half_precision_with_bf16(cross_attention: Path, out: Path, dtype: torch.dtype) -> None:
+    model, processor = load(str(cross_attention))
+    model.to(dtype).config.dtype = dtype
+    save(model, processor, out, name="half")
+    job = Job(model=str(out), data=out, output=out)
+    kept, _, stored = load_trainable(job, TrainingSettings(bf16=True))
+    assert stored == dtype and kept.lang_model.get_input_embeddings().weight.dtype == dtype
+    assert all(p.dtype == torch.float32 for p in kept.parameters() if p.requires_grad)
+    batch = processor(text="<image>A", images=Image.new("RGB", (8, 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        kept.train()(**batch, use_cache=False).logits.float().sum().backward()
+    other, _, _ = load_trainable(job, TrainingSettings())
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
 
 
 # -- what goes wrong ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_origin
 
@@ -106,12 +107,32 @@ class Command(_HelpInWholeWords, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace old names of options by the new ones, and tell the user about each."""
-        rest = super().parse_args(ctx, _replace_old_names(args, getattr(self.callback, "old_names", {})))
+        args = _replace_old_names(args, getattr(self.callback, "old_names", {}))
+        given = list(args)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:  # the shell completes a word
+            self._check_repeats(ctx, given)
         for parameter in self.get_params(ctx):
             value = ctx.params.get(parameter.name)
             if isinstance(value, float) and not math.isfinite(value):  # a range alone lets NaN through
                 ctx.fail(f"Invalid value for '{parameter.opts[0]}': {value} is no finite number.")
         return rest
+
+    def _check_repeats(self, ctx: Any, args: list[str]) -> None:
+        """Tell of options that are given twice and take one value: the last counts, and a file is never left out."""
+        _, _, order = self.make_parser(ctx).parse_args(args)
+        for parameter, count in Counter(order).items():
+            if count < 2 or parameter.param_type_name != "option" or parameter.multiple or parameter.is_flag:
+                continue
+            name, value = parameter.opts[0], ctx.params.get(parameter.name)
+            if name in _INPUTS:
+                join = " To use several files of records, join them: cat A B > ALL" if "data" in name else ""
+                ctx.fail(f"{name} is given {count} times and takes one value; the last is {str(value)!r}.{join}")
+            console.notify(f"Note: {name} is given {count} times; the last counts, {value!r}.")
+
+
+#: Options that name what a command reads.
+_INPUTS = ("--data", "--eval-data", "--prompt-file", "--media-root")
 
 
 def accept_old_names(command: Callable[..., Any], old_names: Mapping[str, str]) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_cli.composition import PARTS
 from vlm_cli.modeling.conditioning import Conditioning
@@ -40,7 +41,7 @@ class TrainableParts(PreTrainedModel):
     def trained_prefixes(self) -> list[str]:
         """Return what the tensor names of each part with a trainable parameter begin with."""
         modules = self.part_modules().items()
-        return [self.PART_PREFIXES[part] for part, x in modules if any(p.requires_grad for p in x.parameters())]
+        return [self.PART_PREFIXES[part] for part, x in modules if not _is_frozen(x)]
 
     def set_trainable(self, parts: Iterable[str]) -> None:
         """Train these parts and freeze the others.
@@ -56,7 +57,19 @@ class TrainableParts(PreTrainedModel):
             raise ValueError(f"unknown parts {sorted(unknown)}. Known: {', '.join(PARTS)}.")
         for name, module in self.part_modules().items():
             module.requires_grad_(name in parts)
-        self.vision_encoder.train(self.training)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training mode. A part that is frozen stays as in evaluation: it drops nothing out."""
+        super().train(mode)
+        for part, module in self.part_modules().items():
+            # The blocks of the fusion have no dropout, and they checkpoint activations only in training mode.
+            if mode and part != "fusion" and _is_frozen(module):
+                module.eval()
+                for layer in module.modules():
+                    # So that it checkpoints its activations; `_checkpoint` evaluates it nevertheless.
+                    layer.training = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+        return self
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Group the trainable parameters for an optimizer: with and without the composition's weight decay."""
@@ -76,6 +89,7 @@ class TrainableParts(PreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         super()._set_gradient_checkpointing(enable, partial(self._checkpoint, gradient_checkpointing_func), **kwargs)
+        self.train(self.training)
 
     def _checkpoint(
         self, recompute: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
@@ -85,6 +99,7 @@ class TrainableParts(PreTrainedModel):
         With remote code, and with Transformers before 5.23, a layer's hooks run again together with the layer. The
         block that such a hook runs is then inside a checkpoint already, and is not checkpointed a second time.
         """
+        function = _evaluating_frozen(function)
         conditioning = self.conditioning
         if conditioning is not None and conditioning.is_checkpointed:
             return function(*args, **kwargs)
@@ -95,3 +110,31 @@ class TrainableParts(PreTrainedModel):
                 return function(*args, **kwargs)
 
         return recompute(run, *args, **kwargs)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Tell whether no parameter of a module trains."""
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def _evaluating_frozen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a frozen layer of Transformers run as in evaluation, although it checkpoints only in training mode.
+
+    Args:
+        function: what the layer wants to run again: its `forward` or `__call__`, with itself as the first argument or
+            bound to it.
+    """
+    inner = function.func if isinstance(function, partial) else function
+    has_layer = isinstance(function, partial) and function.args
+    layer = function.args[0] if has_layer else getattr(inner, "__self__", None)
+    if not isinstance(layer, GradientCheckpointingLayer) or not _is_frozen(layer):
+        return function
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before, layer.training = layer.training, False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            layer.training = before
+
+    return run

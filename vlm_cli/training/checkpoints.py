@@ -17,11 +17,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from vlm_cli.checkpoint.schemas import check_training_manifest
 from vlm_cli.checkpoint.torch_files import describe_load_error
@@ -33,6 +35,7 @@ from vlm_cli.plain_data import read_json
 __all__ = [
     "COMPLETE_FILE",
     "Checkpoints",
+    "RunHistory",
     "TrainingCheckpoint",
     "UnloggedLosses",
     "checkpoint_folder",
@@ -62,6 +65,23 @@ class UnloggedLosses:
     total: float
 
 
+@dataclass
+class RunHistory(TrainerCallback, ExportableState):
+    """The settings by which a run learns, and how they changed when it was resumed; each checkpoint holds them.
+
+    Attributes:
+        settings: options of this command.
+        changes: for each resume with other settings, `step` and option -> [was, is].
+    """
+
+    settings: dict[str, Any]
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Return what Transformers writes to `trainer_state.json`."""
+        return {"args": {}, "attributes": {"settings": self.settings, "changes": self.changes}}
+
+
 @dataclass(frozen=True)
 class TrainingCheckpoint:
     """A complete checkpoint of a run.
@@ -81,6 +101,15 @@ class TrainingCheckpoint:
     images: int
     run: dict[str, Any]
     unlogged: UnloggedLosses | None = None
+
+    @property
+    def history(self) -> RunHistory:
+        """The settings of the command that wrote it; none if an earlier version of vlm wrote it."""
+        try:
+            kept = read_json(self.path / "trainer_state.json")["stateful_callbacks"][RunHistory.__name__]["attributes"]
+            return RunHistory(dict(kept["settings"]), [dict(change) for change in kept["changes"]])
+        except (OSError, ValueError, KeyError, TypeError):
+            return RunHistory({})
 
     @classmethod
     def read(cls, path: Path) -> TrainingCheckpoint | None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.resume import settings_diff
-from vlm_cli.training.checkpoints import TrainingCheckpoint
+from vlm_cli.training.checkpoints import RunHistory, TrainingCheckpoint
 from vlm_cli.training.dataset import RecordDataset
 from vlm_cli.training.settings import Job, TrainingSettings
 
-__all__ = ["check_same_run", "identify_run"]
+__all__ = ["check_same_run", "continue_history", "identify_run"]
 
 
 def identify_run(
@@ -45,6 +46,40 @@ def check_same_run(checkpoint: TrainingCheckpoint, run: Mapping[str, Any]) -> No
             f"{str(checkpoint.path)!r} belongs to another run, so that --resume cannot continue it:\n{differences}\n"
             "Give the same values again, or start a new run with --overwrite."
         )
+
+
+def continue_history(checkpoint: TrainingCheckpoint | None, settings: TrainingSettings) -> RunHistory:
+    """Describe the settings that may change when a run is resumed, and note what has changed so far.
+
+    Args:
+        checkpoint: where the run continues; None for a new run.
+        settings: of this command.
+    """
+    now = json.loads(json.dumps({_option(name): getattr(settings, name) for name in _MAY_CHANGE}))
+    if checkpoint is None:
+        return RunHistory(now)
+    earlier = checkpoint.history
+    was = earlier.settings
+    differ = {name: [was[name], now[name]] for name in now if name in was and was[name] != now[name]}
+    return RunHistory(now, [*earlier.changes, *([{"step": checkpoint.step, **differ}] if differ else [])])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+#: Settings by which a model learns and that a resumed run may change: to go on longer, or after a loss of nan.
+_MAY_CHANGE = (
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "epochs",
+    "max_steps",
+    "max_minutes",
+)
 
 
 def _hash_weights(model: VLM) -> str:

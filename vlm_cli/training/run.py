@@ -14,9 +14,9 @@ from vlm_cli.files import reserved_directory
 from vlm_cli.interrupt import Interrupted, at_signal
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
-from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, checkpoint_folder
+from vlm_cli.training.checkpoints import Checkpoints, RunHistory, TrainingCheckpoint, checkpoint_folder
 from vlm_cli.training.dataset import RecordDataset, load_dataset
-from vlm_cli.training.identity import check_same_run, identify_run
+from vlm_cli.training.identity import check_same_run, continue_history, identify_run
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.metrics import METRICS_FILE
 from vlm_cli.training.outcome import RunOutcome, TrainingResult
@@ -71,8 +71,11 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
     parts = model.config.composition.trainable
     if not parts:
         raise UsageError("nothing trains: the composition names no trainable part. Add --trainable PART,PART.")
-    if not (settings.bf16 and stored == torch.bfloat16):
+    if not (settings.bf16 and stored in (torch.bfloat16, torch.float16)):
         model.float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):  # on the CPU, it takes no half weights for float32 inputs
+            module.float()
     model.set_trainable(parts)
     for name in parts:
         # In half precision, the weights would lose small updates.
@@ -117,6 +120,8 @@ class _Run:
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
         if checkpoint is not None:
             self.processes.main_first(lambda: check_same_run(checkpoint, run))
+        history = continue_history(checkpoint, self.settings)
+        self._tell_changes(checkpoint, history)
         self.processes.main_only(lambda: self._make_folder(is_new=checkpoint is None))
         num_trained = _count_trained(model)  # now, since FSDP leaves each process a share of the model
         trainer = VLMTrainer(
@@ -126,6 +131,7 @@ class _Run:
             eval_set,
             self.checkpoints,
             run=run,
+            history=history,
             report=self.listener.progress,
             notify=self.listener.notify,
             use_cpu=self.use_cpu,
@@ -134,7 +140,7 @@ class _Run:
         self._announce(model, train_set, eval_set)
         outcome = trainer.run_from(checkpoint)
         result = self._make_result(outcome, train_set, num_trained, checkpoint)
-        return self.processes.main_only(lambda: self._finish(outcome, result, model, processor, stored))
+        return self.processes.main_only(lambda: self._finish(outcome, result, model, processor, stored, history))
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -195,6 +201,14 @@ class _Run:
         except OSError as error:
             raise CheckpointError(f"cannot write {str(self.checkpoints.folder)!r}: {error.strerror}.") from None
 
+    def _tell_changes(self, checkpoint: TrainingCheckpoint | None, history: RunHistory) -> None:
+        """Tell the user which settings change now; `training_args.json` will hold them."""
+        if checkpoint is None or len(history.changes) == len(checkpoint.history.changes):
+            return
+        changed = {name: x for name, x in history.changes[-1].items() if name != "step"}
+        words = ", ".join(f"{name} {now} (was {was})" for name, (was, now) in changed.items())
+        self.listener.notify(f"Note: from step {checkpoint.step} on, the run has {words}.")
+
     def _announce(self, model: VLM, data: RecordDataset, eval_set: RecordDataset | None) -> None:
         """Tell the user what trains, on what, and for how long."""
         steps, minutes = self.settings.total_steps(len(data), self.processes.count), self.settings.max_minutes
@@ -229,7 +243,13 @@ class _Run:
         )
 
     def _finish(
-        self, outcome: RunOutcome, result: TrainingResult, model: VLM, processor: VLMProcessor, stored: torch.dtype
+        self,
+        outcome: RunOutcome,
+        result: TrainingResult,
+        model: VLM,
+        processor: VLMProcessor,
+        stored: torch.dtype,
+        history: RunHistory,
     ) -> TrainingResult:
         """Write the output in the main process, and remove the checkpoints unless the user keeps them."""
         self.listener.step(f"writing {self.job.output}")
@@ -240,6 +260,7 @@ class _Run:
         model.to("cpu", dtype).eval()
         model.config.dtype = model.config.text_config.dtype = dtype
         run = describe_run(self.job, self.settings, result, num_processes=self.processes.count, use_cpu=self.use_cpu)
+        run["changes"] = history.changes
         write_output(self.job, model, processor, outcome.metrics, result, run)
         if not self.job.keep_checkpoints:
             self.checkpoints.remove()

@@ -33,7 +33,14 @@ from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
-from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint, UnloggedLosses, reading, select_trained
+from vlm_cli.training.checkpoints import (
+    Checkpoints,
+    RunHistory,
+    TrainingCheckpoint,
+    UnloggedLosses,
+    reading,
+    select_trained,
+)
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, row_losses
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
@@ -56,6 +63,7 @@ class VLMTrainer(Trainer):
         eval_set: the records for the held-out loss; None measures none.
         checkpoints: where the state is kept.
         run: what must be the same when the run is resumed; each checkpoint stores it.
+        history: what may change when the run is resumed; each checkpoint stores it.
         report: is called with each report.
         notify: is called with messages for the user.
         use_cpu: train on the CPU, whatever accelerators the machine has.
@@ -76,12 +84,14 @@ class VLMTrainer(Trainer):
         checkpoints: Checkpoints,
         *,
         run: dict[str, Any],
+        history: RunHistory,
         report: Callable[[StepReport], None],
         notify: Callable[[str], None],
         use_cpu: bool,
     ) -> None:
         self.settings, self.train_set, self.eval_set = settings, train_set, eval_set
         self.checkpoints, self.run, self.report, self.notify = checkpoints, run, report, notify
+        self.history = history
         # A vision tower's pooling and projection do not contribute to its patch features, so they get no gradient.
         finds_unused = "vision_encoder" in model.config.composition.trainable
         arguments = make_arguments(
@@ -99,6 +109,7 @@ class VLMTrainer(Trainer):
                 data_collator=Collator(model.config.pad_token_id or 0),
                 train_dataset=train_set,
                 eval_dataset=eval_set,
+                callbacks=[history],
             )
         self.metrics = MetricsLog(checkpoints.folder / METRICS_FILE, writes=self.is_world_process_zero())
         self.remove_callback(PrinterCallback)
@@ -156,6 +167,8 @@ class VLMTrainer(Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
+        # A checkpoint of an earlier version has no history.
+        self.state.stateful_callbacks[RunHistory.__name__] = self.history.state()
         self.state.compute_steps(self.args, max_steps)  # a resumed state has the intervals of the earlier command
         return result
 
