@@ -151,10 +151,17 @@ def test_a_picture_that_a_prompt_only_names_is_told(write: Write) -> None:
 
 def test_damaged_picture(write: Write, folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:-30])
-    data = write([GOOD, {**GOOD, "prompt": "<image:cut.png>"}])
-    code, _, stderr = evaluate("stream", "-d", data, *SHORT, "-o", "cut.jsonl")
+    failed_row = {**GOOD, "prompt": "<image:cut.png>"}
+    data = write([GOOD, failed_row])
+    code, stdout, stderr = evaluate("stream", "-d", data, *SHORT, "-o", "cut.jsonl")
     assert code == 1 and "line 2 of" in stderr and "'cut.png' is damaged or cut short" in stderr
-    assert not Path("cut.jsonl").exists()
+    assert "Error: 1 of 2 items have no answer, and are not counted:" in stderr
+    alone = evaluate("stream", "-d", write([GOOD]), *SHORT)[1]
+    assert stdout == alone != ""  # it takes no other answer with it
+    answered, failed = map(json.loads, Path("cut.jsonl").read_text().splitlines())
+    assert "answer" in answered and failed["error"] == "'cut.png' is damaged or cut short. Fetch or save it again."
+    code, stdout, _ = evaluate("stream", "-d", write([failed_row, failed_row]), *SHORT)
+    assert (code, stdout) == (1, "")
 
 
 def test_overwrite(write: Write) -> None:

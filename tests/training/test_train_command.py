@@ -540,6 +540,25 @@ def test_a_damaged_picture_stops_the_run(train: Vlm, folder: Path) -> None:
         assert "line 1 of 'cut.jsonl': 'cut.png' is damaged or cut short" in message
 
 
+def test_a_damaged_picture_takes_no_step_before_it(train: Vlm, folder: Path, out: Path) -> None:
+    """The run stops, and goes on when the picture is mended, as if it had never stopped."""
+    (folder / "mended.png").write_bytes((folder / "red.png").read_bytes())
+    write(folder / "mended.jsonl", [{"text": f"<image:{name}.png>x"} for name in ("red", "red", "mended")])
+    flags = ("--epochs", 2, "--batch-size", 1)
+    whole = losses_of(train, out, *flags)
+    (folder / "mended.png").write_bytes((folder / "red.png").read_bytes()[:-30])
+    message = error(train(*flags, "--overwrite", data="mended.jsonl"))
+    [kept] = checkpoints(out)
+    assert f"{kept}' keeps the run at step {kept.split('-')[1]}. Mend the image, and repeat" in message
+    (folder / "mended.png").write_bytes((folder / "red.png").read_bytes())
+    assert losses_of(train, out, *flags, "--resume") == whole
+
+
+def losses_of(train: Vlm, out: Path, *flags: Any) -> dict[int, float]:
+    output(train(*flags, "--overwrite", data="mended.jsonl"))
+    return losses(out)
+
+
 def test_an_existing_output_is_kept(train: Vlm, out: Path) -> None:
     out.mkdir()
     (out / "mine.txt").write_text("x")

@@ -24,7 +24,7 @@ from vlm_cli.cli.options import (
 )
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions
-from vlm_cli.errors import UsageError
+from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def evaluate(
             report.write(files)
         finally:  # the scores are printed even if the disk is full
             report.print(as_json)
+    report.check_failed()
 
 
 def _make_report(model: str, questions: EvalOptions, request: ModelRequest) -> Report:
@@ -232,6 +233,18 @@ class Report:
         total = ["total", *_cells(self.found.total)]
         console.print_table(["kind", "items", "exact", "share", "95 % interval"], [*rows, total], total=True)
 
+    def check_failed(self) -> None:
+        """Say, after the scores, which items have no answer.
+
+        Raises:
+            DataError: if there are any.
+        """
+        from vlm_cli.evaluation.run import describe_failed
+
+        failed, answered = self.found.failed, len(self.found.answers)
+        if failed:
+            raise DataError(describe_failed(failed, len(failed) + answered, str(self.questions.data)))
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything, with counts, shares from 0 to 1, and seconds."""
         from vlm_cli.evaluation.scores import RULE
@@ -253,6 +266,7 @@ class Report:
             "total": _numbers(found.total),
             "kinds": [{"kind": kind, **_numbers(score)} for kind, score in found.kinds.items()],
             "answers": [answer.to_dict() for answer in found.answers],
+            **({"failed": [item.to_dict() for item in found.failed]} if found.failed else {}),
         }
 
     def write(self, files: OutputOptions) -> None:
@@ -268,7 +282,7 @@ class Report:
         with replacing_files(files.paths, overwrite=files.overwrite) as opened:
             for path, file in zip(files.paths, opened, strict=True):
                 if path == files.output:
-                    file.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in found.answers)
+                    file.writelines(json.dumps(x.to_dict(), ensure_ascii=False) + "\n" for x in found.in_order())
                     continue
                 title = f"{Path(self.name).name} on {self.questions.data}"
                 loader = self.records.loader()

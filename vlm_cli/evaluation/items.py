@@ -34,6 +34,18 @@ class Item(Row):
     prompt: tuple[Text | Medium, ...]
     expected: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the line of an item without an answer in the file of answers. `error` shows no content of a file."""
+        assert self.error is not None
+        prompt = format(self.prompt)
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "prompt": prompt,
+            "expected": self.expected,
+            "error": self.error.public,
+        }
+
 
 @dataclass(frozen=True)
 class GradedAnswer:

@@ -13,7 +13,9 @@ from vlm_cli.evaluation.scores import Score, score
 from vlm_cli.generation.answers import Counts, RowAnswerer
 from vlm_cli.media import MediaLoader
 
-__all__ = ["Evaluation", "answer_items", "evaluate_items", "sort_items"]
+__all__ = ["Evaluation", "answer_items", "describe_failed", "evaluate_items", "sort_items"]
+
+MOST_DETAILS = 10  # items without an answer that a message names
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Evaluation:
 
     Attributes:
         answers: in the order of the items.
+        failed: items without an answer, whose pictures cannot be read, for instance; no score counts them.
         kinds: the score of each kind.
         total: the score of all items.
         counts: what the engine did.
@@ -29,10 +32,16 @@ class Evaluation:
     """
 
     answers: list[GradedAnswer]
+    failed: list[Item]
     kinds: dict[str | None, Score]
     total: Score
     counts: Counts
     seconds: float
+
+    def in_order(self) -> list[GradedAnswer | Item]:
+        """Return the answers, and the items without an answer, in the order of their lines."""
+        both: list[GradedAnswer | Item] = [*self.answers, *self.failed]
+        return sorted(both, key=lambda x: x.line if isinstance(x, Item) else x.item.line)
 
     @property
     def num_cut(self) -> int:
@@ -58,12 +67,13 @@ def evaluate_items(
         report: receives the number of items that are done.
 
     Raises:
-        DataError: if an image cannot be decoded, or memory does not suffice for one item alone.
+        DataError: if no item can be answered.
     """
     started = time.monotonic()
     answers = answer_items(answerer, items, loader, name=name, report=report)
+    failed = [item for item in items if item.error is not None]
     kinds, total = score((answer.item.kind, answer.exact) for answer in answers)
-    return Evaluation(answers, kinds, total, answerer.counts, time.monotonic() - started)
+    return Evaluation(answers, failed, kinds, total, answerer.counts, time.monotonic() - started)
 
 
 def answer_items(
@@ -74,14 +84,31 @@ def answer_items(
     name: str = "the records",
     report: Callable[[int], None] = lambda done: None,
 ) -> list[GradedAnswer]:
-    """Return the answer to each item, in the order of the items; arguments and errors are those of `evaluate_items`."""
+    """Return the answers, in the order of the items; arguments and errors are those of `evaluate_items`.
+
+    An item that cannot be answered gets an `error`, and takes no other item's answer with it.
+    """
     rows: Iterator[Item] = iter(sort_items(items))
     with closing(answerer.answer(rows, loader)) as answered:
-        for done, item in enumerate(answered, start=1):
-            if item.error is not None:
-                raise DataError(f"line {item.line} of {name!r}: {item.error}")
+        for done, _ in enumerate(answered, start=1):
             report(done)
-    return [_grade(item) for item in items]
+    answers = [_grade(item) for item in items if item.error is None]
+    if not answers:
+        raise DataError(describe_failed(items, len(items), name))
+    return answers
+
+
+def describe_failed(failed: Sequence[Item], total: int, name: str) -> str:
+    """Say which items have no answer, and why; one line for each of the first few.
+
+    Args:
+        failed: the items, each with its error.
+        total: number of all items.
+        name: of the file of the items.
+    """
+    lines = [f"  line {item.line} of {name!r}: {item.error}" for item in failed[:MOST_DETAILS]]
+    more = [f"  and {len(failed) - MOST_DETAILS:,} more"] if len(failed) > MOST_DETAILS else []
+    return "\n".join([f"{len(failed):,} of {total:,} items have no answer, and are not counted:", *lines, *more])
 
 
 def sort_items(items: Sequence[Item]) -> list[Item]:

@@ -29,6 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import nested_gather
 
+from vlm_cli.errors import DataError
 from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
@@ -241,7 +242,24 @@ class VLMTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Return the batches of the next step; a damaged image is an error here."""
         self._step_records = []
-        return super().get_batch_samples(map(check_batch, epoch_iterator), num_batches, device)
+        try:
+            return super().get_batch_samples(map(check_batch, epoch_iterator), num_batches, device)
+        except DataError as error:
+            raise DataError(f"{error} {self._keep_steps()}".rstrip()) from None
+
+    def _keep_steps(self) -> str:
+        """Write a checkpoint of the steps before a damaged image, and say where it is.
+
+        Several processes would have to agree on it, so they keep the last checkpoint that they wrote.
+        """
+        last, step = self.checkpoints.last(), self.state.global_step
+        if self.args.world_size == 1 and step > (0 if last is None else last.step):
+            self._save_checkpoint(self.model, trial=None)
+            last = self.checkpoints.last()
+        if last is None:
+            return ""
+        kept = f"{str(last.path)!r} keeps the run at step {last.step}."
+        return f"{kept} Mend the image, and repeat the command with --resume."
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
