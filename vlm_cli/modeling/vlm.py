@@ -430,6 +430,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
                 position_ids = None
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -lang_x.shape[1] :]
+        if use_cache is None and self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
+            use_cache = False  # a layer that runs a second time would add to the cache again
         kwargs |= {
             "attention_mask": attention_mask,
             "use_cache": use_cache,
