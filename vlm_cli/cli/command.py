@@ -121,7 +121,8 @@ class Command(_HelpInWholeWords, TyperCommand):
     def _check_repeats(self, ctx: Any, args: list[str]) -> None:
         """Tell of options that are given twice and take one value: the last counts, and a file is never left out."""
         _, _, order = self.make_parser(ctx).parse_args(args)
-        for parameter, count in Counter(order).items():
+        counts: Counter[Any] = Counter(order)
+        for parameter, count in counts.items():
             if count < 2 or parameter.param_type_name != "option" or parameter.multiple or parameter.is_flag:
                 continue
             name, value = parameter.opts[0], ctx.params.get(parameter.name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -59,7 +59,7 @@ class TrainableParts(PreTrainedModel):
             module.requires_grad_(name in parts)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> TrainableParts:
         """Switch to training mode. A part that is frozen stays as in evaluation: it drops nothing out."""
         super().train(mode)
         for part, module in self.part_modules().items():
@@ -124,9 +124,10 @@ def _evaluating_frozen(function: Callable[..., Any]) -> Callable[..., Any]:
         function: what the layer wants to run again: its `forward` or `__call__`, with itself as the first argument or
             bound to it.
     """
-    inner = function.func if isinstance(function, partial) else function
-    has_layer = isinstance(function, partial) and function.args
-    layer = function.args[0] if has_layer else getattr(inner, "__self__", None)
+    if isinstance(function, partial):
+        layer = function.args[0] if function.args else getattr(function.func, "__self__", None)
+    else:
+        layer = getattr(function, "__self__", None)
     if not isinstance(layer, GradientCheckpointingLayer) or not _is_frozen(layer):
         return function
 

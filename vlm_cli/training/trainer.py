@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -169,7 +169,8 @@ class VLMTrainer(Trainer):
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._init_training_state(max_steps, *args, **kwargs)
         # A checkpoint of an earlier version has no history.
-        self.state.stateful_callbacks[RunHistory.__name__] = self.history.state()
+        kept: Any = self.state.stateful_callbacks
+        kept[RunHistory.__name__] = self.history.state()
         self.state.compute_steps(self.args, max_steps)  # a resumed state has the intervals of the earlier command
         return result
 
@@ -254,7 +255,7 @@ class VLMTrainer(Trainer):
         """
         last, step = self.checkpoints.last(), self.state.global_step
         if self.args.world_size == 1 and step > (0 if last is None else last.step):
-            self._save_checkpoint(self.model, trial=None)
+            self._save_checkpoint(cast(nn.Module, self.model), trial=None)
             last = self.checkpoints.last()
         if last is None:
             return ""
