@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.support import disk
 from vlm_cli.checkpoint.directory import load, read_config, read_generation_config, read_processor
 from vlm_cli.checkpoint.parts.language_models import find_language_model
 from vlm_cli.checkpoint.parts.openclip import find_openclip_tower
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.composition import LanguageModelOptions, VisionEncoderOptions, read_file
 from vlm_cli.composition.composition import Composition
 from vlm_cli.errors import VLMError
@@ -209,6 +212,24 @@ def test_what_the_tokenizers_library_would_print_or_reserve(model: Path, file: s
     path.write_text(json.dumps({**data, **change}))
     with pytest.raises(VLMError, match=rf"{file} .*{words}"):
         read_processor(str(model))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("num_hidden_layers", 3 * 10**9, "10,000"),
+        ("layers", float("inf"), "10,000"),
+        ("hidden_size", 10**9, "10,000,000"),
+    ],
+)
+def test_a_published_configuration_has_limits(tmp_path: Path, key: str, value: float, most: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(save({"a": torch.zeros(1)}))
+    for config in ({key: value}, {"vision_config": {key: value}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(VLMError, match=f"{key} must be at most {most}, but is"):
+            PublishedCheckpoint.open(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {key: 2}, "vision_feature_layer": -2}))
+    assert PublishedCheckpoint.open(str(tmp_path)).config
 
 
 def change_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -192,6 +192,32 @@ def check_text_config_file(name: str, place: str, **keywords: Any) -> None:
         check_text_config(data, f"config.json of language model {name!r}")
 
 
+_COUNT_OF_LAYERS = re.compile(r"(^|_)(layers?|depth|blocks)$")
+_COUNT_OF_CHANNELS = re.compile(r"(size|dim|width|heads|latents|queries)$|^n_embd$")
+
+
+def check_sizes(data: Mapping[str, Any], where: str) -> None:
+    """Check that no count of layers or channels in a configuration of another project is beyond all models.
+
+    Args:
+        data: the configuration; it may hold others.
+        where: how the message names the file.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    waiting: list[tuple[str, Any]] = [("", data)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{place}.{key}".lstrip("."), x) for key, x in value.items()]
+        name = place.rpartition(".")[2]
+        most = _MOST_LAYERS if _COUNT_OF_LAYERS.search(name) else _MOST_CHANNELS
+        is_count = most == _MOST_LAYERS or _COUNT_OF_CHANNELS.search(name)
+        if is_count and isinstance(value, (int, float)) and value > most:
+            raise CheckpointError(f"{where} is not valid: {place} must be at most {most:,}, but is {show(value)}.")
+
+
 def _find_text_problems(data: Mapping[str, Any], key: str) -> Iterator[str]:
     prefix = f"{key}." if key else ""
     yield from text(most=100).find_problems(data.get("model_type"), f"{prefix}model_type")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm_cli.checkpoint.inside import check_folder, read_index
+from vlm_cli.checkpoint.schemas import check_sizes
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
@@ -229,7 +230,11 @@ def _damaged(file: Path, error: Exception) -> CheckpointError:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    return _read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    config = _read_json(file)
+    check_sizes(config, repr(str(file)))
+    return config
 
 
 def _read_json(file: Path) -> dict[str, Any]:
