@@ -243,3 +243,22 @@ def test_a_saved_processor_is_the_same(processor, tmp_path):
 def test_json_of_a_processor_is_plain(processor):
     processor.image_processor.transform(RED)  # a cached transform is not data
     assert json.loads(processor.image_processor.to_json_string())["preprocess"]["size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [("<s> $A </s>", ["<s>"]), ("$A </s>", []), ("<s> $A", ["<s>"]), ("<s> <s> $A </s> </s>", ["<s>", "<s>"])],
+)
+def test_a_prompt_has_no_token_that_ends_it(processor, template, start):
+    """Some tokenizers end each text with their end token; an answer would begin after the end."""
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    plain = tokenizer("aa").input_ids
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    begin = tokenizer.convert_tokens_to_ids(start)
+    assert processor.encode([Text("aa")]) == [*begin, *plain]
+    assert processor(text="aa")["input_ids"].tolist() == [[*begin, *plain]]
+    assert processor.encode([]) == begin
+    whole = tokenizer("aa").input_ids
+    assert (whole == [*begin, *plain]) == ("</s>" not in template)  # the twin

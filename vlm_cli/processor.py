@@ -194,7 +194,8 @@ class VLMProcessor(ProcessorMixin):
         Args:
             parts: in reading order.
             parse_special_tokens: read text that spells a special token as the token.
-            add_special_tokens: add the tokens with which the tokenizer starts and ends a text, such as `<s>`.
+            add_special_tokens: add the tokens with which the tokenizer starts a text, such as `<s>`. Those with which
+                some tokenizers end a text never stand in a prompt, which the model continues.
 
         Raises:
             PromptError: if a text is not valid Unicode.
@@ -212,11 +213,21 @@ class VLMProcessor(ProcessorMixin):
         ids = self.tokenizer(
             text, split_special_tokens=not parse_special_tokens, add_special_tokens=add_special_tokens
         )["input_ids"]
+        if add_special_tokens:
+            ids = ids[: len(ids) - self._num_end_tokens()]
         keep = iter(is_real)
         media = self.media_token_id
         result = [i for i in ids if i != media or next(keep)]
         assert next(keep, None) is None, "the tokenizer lost a media token"
         return result
+
+    def _num_end_tokens(self) -> int:
+        """Count the tokens that the tokenizer puts behind each text."""
+        if not self.tokenizer.num_special_tokens_to_add():
+            return 0
+        plain, whole = (self.tokenizer("a", add_special_tokens=x)["input_ids"] for x in (False, True))
+        ends = (i + len(plain) for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return len(whole) - next(ends, len(whole))
 
     def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """Turn token ids into text; see the tokenizer's `decode`. Bytes that are no character become U+FFFD."""

@@ -22,8 +22,8 @@ from tests.support.grid import first_of
 from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
 from vlm_cli.cli.stream import TextStream
-from vlm_cli.generation.conversation import ChatFormat, Conversation
 from vlm_cli.prompt import Medium, Text, interleave
+from vlm_cli.writing.conversation import ChatFormat, Conversation
 
 TEMPLATE = """\
 {%- for message in messages -%}

@@ -24,6 +24,7 @@ LAYERS = (
     ("modeling",),
     ("decoding", "tokenizer"),
     ("processor",),
+    ("writing",),
     ("report",),
     ("checkpoint",),
     ("models",),

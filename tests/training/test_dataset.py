@@ -21,6 +21,7 @@ from vlm_cli.prompt import interleave
 from vlm_cli.training.dataset import IGNORED, Collator, RecordDataset, check_batch, load_dataset, row_losses
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
 from vlm_cli.training.order import StreamSampler
+from vlm_cli.writing.writer import PromptWriter
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +126,12 @@ def test_a_begin_token_comes_once(folder: Path, model: Any) -> None:
     class WithBegin:
         media_token_id = model[1].media_token_id
 
-        def encode(self, parts: Any) -> list[int]:
+        def encode(self, parts: Any, **keywords: Any) -> list[int]:
             return [1, *model[1].encode(parts)]
 
     turns = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     (record,) = read_records(write(folder / "b.jsonl", [{"prompt": "<image:red.png>", "turns": turns}])).good
-    tokens, _, _ = RecordEncoder(WithBegin(), 9).encode(record)
+    tokens, _, _ = RecordEncoder(PromptWriter(WithBegin()), 9).encode(record)  # type: ignore[arg-type]
     assert tokens[0] == 1 and tokens.count(1) == 1 and tokens.count(9) == 2
 
 

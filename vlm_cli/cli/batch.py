@@ -25,7 +25,7 @@ from vlm_cli.cli.options import (
     flatten_options,
 )
 from vlm_cli.cli.progress import ProgressLine
-from vlm_cli.cli.prompts import ReadingOptions
+from vlm_cli.cli.prompts import ChatTemplateOption, ReadingOptions
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.cli.standard_streams import read_stdin_lines
 from vlm_cli.errors import DataError, UsageError
@@ -177,6 +177,7 @@ def batch(
     ],
     batching: BatchOptions = BatchOptions(),
     reading: ReadingOptions = ReadingOptions(),
+    chat_template: ChatTemplateOption = False,
     model: ModelOption = DEMO.name,
     devices: DeviceOptions = DeviceOptions(),
     quantize: QuantizeOption = None,
@@ -199,7 +200,8 @@ def batch(
     sampling.keywords(search)  # refuses what contradicts itself
     batching.check(source_file)
     request = ModelRequest.of(model, devices, source, quantize=quantize)
-    answer_file(BatchJob(request, source_file, batching, reading, sampling, search), as_json=as_json, stats=stats)
+    job = BatchJob(request, source_file, batching, reading, chat_template, sampling, search)
+    answer_file(job, as_json=as_json, stats=stats)
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ class BatchJob:
     file: PromptFile
     options: BatchOptions
     reading: ReadingOptions
+    chat_template: bool
     sampling: SamplingOptions
     search: SearchOptions
 
@@ -222,6 +225,8 @@ class BatchJob:
             "--dtype": self.request.devices.dtype,
             "--quantize": self.request.quantize,
             "--special-tokens": self.reading.special_tokens,
+            # An unfinished run of an earlier version has no such setting, and no template.
+            **({"--chat-template": True} if self.chat_template else {}),
             **{f"--{name.replace('_', '-')}": x for name, x in values.items()},
         }
 
@@ -366,9 +371,10 @@ def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: 
     keep_collecting()
     console.notify(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
     keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
-    plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops)
+    writer = loaded.writer(chat_template=job.chat_template, special_tokens=job.reading.special_tokens)
+    plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops, writer)
     loader = job.reading.loader(job.file.folder, job.request.source.allow_hosts)
-    reader = RowReader(plan, loader, job.reading.special_tokens)
+    reader = RowReader(plan, loader)
     started = time.monotonic()
     details = notes = 0  # messages that stderr shows in full
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:

@@ -23,6 +23,7 @@ from vlm_cli.cli.options import (
     flatten_options,
 )
 from vlm_cli.cli.progress import ProgressLine
+from vlm_cli.cli.prompts import ChatTemplateOption, SpecialTokensOption
 from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
@@ -67,6 +68,8 @@ class EvalOptions:
     ] = None
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
+    chat_template: ChatTemplateOption = False
+    special_tokens: SpecialTokensOption = False
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -197,7 +200,8 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
     if any(item.media for item in items):
         console.notify(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
     keywords = SamplingOptions(max_new_tokens=questions.max_new_tokens).keywords()
-    plan = GenerationPlan(loaded.model, loaded.processor, keywords)
+    writer = loaded.writer(chat_template=questions.chat_template, special_tokens=questions.special_tokens)
+    plan = GenerationPlan(loaded.model, loaded.processor, keywords, writer=writer)
     encode_items(items, records, plan)
     keep_collecting()
     with ProgressLine(len(items)) as progress:
@@ -259,6 +263,8 @@ class Report:
             "batch_size": self.questions.batch_size,
             "max_new_tokens": self.questions.max_new_tokens,
             "limit": self.questions.limit,
+            "chat_template": self.questions.chat_template,
+            "special_tokens": self.questions.special_tokens,
             "rule": RULE,
             "seconds": round(found.seconds, 3),
             "items_per_second": round(len(found.answers) / found.seconds, 1),

@@ -13,7 +13,13 @@ from vlm_cli.cli.batch import BatchJob, BatchOptions, PromptFile, answer_file
 from vlm_cli.cli.chat import ChatRequest, talk
 from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
 from vlm_cli.cli.options import HIDDEN, RUN, DeviceOptions, PrintOptions, SourceOptions, flatten_options
-from vlm_cli.cli.prompts import PromptOptions, ReadingOptions, load_images, tell_placements
+from vlm_cli.cli.prompts import (
+    ChatTemplateOption,
+    PromptOptions,
+    ReadingOptions,
+    load_images,
+    tell_placements,
+)
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.models import DEMO
@@ -74,6 +80,7 @@ class PromptJob:
     words: Interleaved
     images: list[LoadedImage]
     reading: ReadingOptions
+    chat_template: bool
     sampling: SamplingOptions
     search: SearchOptions
     compile: bool
@@ -84,6 +91,7 @@ class PromptJob:
 def generate(
     prompts: PromptOptions = PromptOptions(),
     reading: ReadingOptions = ReadingOptions(),
+    chat_template: ChatTemplateOption = False,
     model: ModelOption = DEMO.name,
     devices: DeviceOptions = DeviceOptions(),
     quantize: QuantizeOption = None,
@@ -116,7 +124,7 @@ def generate(
     several = {"--num-beams": search.num_beams > 1, "--num-return-sequences": search.num_return_sequences > 1}
     aliases.check(
         batching,
-        for_chat=_typed(single | several),
+        for_chat=_typed(single | several | {"--chat-template": chat_template}),
         for_batch=[*prompts.given, *_typed(single | {"--no-stream": printing.no_stream})],
     )
     sampling.keywords(search)  # refuses what contradicts itself
@@ -124,7 +132,7 @@ def generate(
     if aliases.batch is not None:
         file = PromptFile(aliases.batch)
         batching.check(file)
-        job = BatchJob(request(), file, batching, reading, sampling, search)
+        job = BatchJob(request(), file, batching, reading, chat_template, sampling, search)
         answer_file(job, as_json=printing.as_json, stats=printing.stats)
     elif aliases.chat:
         chat = ChatRequest(prompts, reading, sampling, printing, source.allow_hosts)
@@ -135,23 +143,27 @@ def generate(
         wanted = request(compile=compile)
         images = load_images(words, reading.loader(prompts.folder, source.allow_hosts))
         if dry_run:
-            _show_layout(wanted, words, reading.special_tokens, printing.as_json)
+            _show_layout(wanted, words, printing.as_json, reading.special_tokens, chat_template)
             return
         # Beams and several answers are known only at the end.
         streams = printing.streams and search == SearchOptions()
-        _answer_prompt(wanted, PromptJob(words, images, reading, sampling, search, compile, streams), printing)
+        job = PromptJob(words, images, reading, chat_template, sampling, search, compile, streams)
+        _answer_prompt(wanted, job, printing)
 
 
 def _typed(flags: dict[str, bool]) -> list[str]:
     return [flag for flag, is_given in flags.items() if is_given]
 
 
-def _show_layout(request: ModelRequest, words: Interleaved, parse_special_tokens: bool, as_json: bool) -> None:
+def _show_layout(
+    request: ModelRequest, words: Interleaved, as_json: bool, special_tokens: bool, chat_template: bool
+) -> None:
     """Print the tokens and positions of a prompt; no weights are loaded."""
     from vlm_cli.cli.inspect import print_layout
     from vlm_cli.models import load_meta_model, read_processor_of
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.layout import lay_out
+    from vlm_cli.writing.writer import PromptWriter
 
     silence_libraries()
     directory, source = request.directory, request.source
@@ -159,7 +171,8 @@ def _show_layout(request: ModelRequest, words: Interleaved, parse_special_tokens
         directory, trust_remote_code=source.trust_remote_code, revision=source.revision
     )  # fmt: skip
     processor = read_processor_of(directory, source.revision, trust_remote_code=source.trust_remote_code)
-    print_layout(lay_out(model, processor, words.parts, parse_special_tokens=parse_special_tokens), as_json)
+    writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
+    print_layout(lay_out(model, processor, words.parts, writer), as_json)
 
 
 def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions) -> None:
@@ -184,12 +197,12 @@ def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
     from vlm_cli.generation.single import generate_once
 
     sampling = job.sampling
-    plan = GenerationPlan(loaded.model, loaded.processor, sampling.keywords(job.search), sampling.stop or ())
+    writer = loaded.writer(chat_template=job.chat_template, special_tokens=job.reading.special_tokens)
+    plan = GenerationPlan(loaded.model, loaded.processor, sampling.keywords(job.search), sampling.stop or (), writer)
     return generate_once(
         plan,
         job.words.parts,
         [image.image for image in job.images],
-        parse_special_tokens=job.reading.special_tokens,
         seed=sampling.seed,
         compile=job.compile,
         streamer=TextStream(plan.decode, console.write_answer, plan.stops) if job.streams else None,

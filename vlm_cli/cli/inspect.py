@@ -43,6 +43,9 @@ def inspect(
         bool,
         typer.Option("--special-tokens", help="Read words of --prompt such as <|endofchunk|> as special tokens."),
     ] = False,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Write --prompt as a user's turn in the tokenizer's chat template.")
+    ] = False,
     exact: ExactOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,8 +70,11 @@ def inspect(
     if processor is None and (parts is not None or isinstance(chosen, str)):
         processor = read_processor_of(chosen, revision, trust_remote_code=compose.trust_remote_code)
     if parts is not None:
+        from vlm_cli.writing.writer import PromptWriter
+
         assert processor is not None
-        print_layout(lay_out(vlm, processor, parts.parts, parse_special_tokens=special_tokens), as_json)
+        writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
+        print_layout(lay_out(vlm, processor, parts.parts, writer), as_json)
         return
     gates = read_gate_values(chosen, vlm, revision)
     report = describe(vlm, None if processor is None else processor.tokenizer, dtype=dtype, gate_values=gates)

@@ -20,6 +20,7 @@ from vlm_cli.models import DEMO, resolve_built_model
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
+    from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep_collecting"]
 
@@ -59,6 +60,19 @@ class LoadedModel:
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
+
+    def writer(self, *, chat_template: bool, special_tokens: bool) -> PromptWriter:
+        """Make what turns prompts into tokens, and tell the user of a chat template that is not used.
+
+        Raises:
+            UsageError: if the tokenizer has no chat template to write with.
+        """
+        from vlm_cli.writing.writer import PromptWriter
+
+        writer = PromptWriter(self.processor, chat_template=chat_template, parse_special_tokens=special_tokens)
+        if writer.note:
+            console.notify(writer.note)
+        return writer
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,35 @@ if TYPE_CHECKING:
     from vlm_cli.media import LoadedImage, MediaLoader
     from vlm_cli.processor import VLMProcessor
 
-__all__ = ["PromptOptions", "ReadingOptions", "TurnOptions", "load_images", "tell_placements"]
+__all__ = [
+    "ChatTemplateOption",
+    "PromptOptions",
+    "ReadingOptions",
+    "SpecialTokensOption",
+    "TurnOptions",
+    "load_images",
+    "tell_placements",
+]
 
 PROMPT = "Prompt"  # heading of these options in --help
+
+ChatTemplateOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat-template",
+        help="Write each prompt as a user's turn in the tokenizer's chat template, as `vlm chat` does.",
+        rich_help_panel=PROMPT,
+    ),
+]
+SpecialTokensOption = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens",
+        help="Read the spelling of a special token in a prompt, such as <|endofchunk|>, as that token; without "
+        "this option it is plain text.",
+        rich_help_panel=PROMPT,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -35,15 +61,7 @@ class ReadingOptions:
     ] = False
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
-    special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--special-tokens",
-            help="Read the spelling of a special token in a prompt, such as <|endofchunk|>, as that token; without "
-            "this option it is plain text.",
-            rich_help_panel=PROMPT,
-        ),
-    ] = False
+    special_tokens: SpecialTokensOption = False
 
     def loader(self, folder: Path | None, allow_hosts: tuple[str, ...]) -> MediaLoader:
         """Make the loader of the images.

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from vlm_cli.errors import ContextError
-from vlm_cli.generation.conversation import ChatFormat, Conversation
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.writing.conversation import ChatFormat, Conversation
 
 if TYPE_CHECKING:
     from PIL.Image import Image

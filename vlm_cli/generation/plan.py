@@ -12,6 +12,7 @@ from vlm_cli.generation.stopping import StopStrings, cut_at_stop
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.writing.writer import PromptWriter
 
 if TYPE_CHECKING:
     from transformers import StoppingCriteriaList
@@ -55,15 +56,22 @@ class GenerationPlan:
         processor: its processor.
         keywords: arguments of `VLM.generate`; `max_new_tokens` must be among them.
         stops: texts that end an answer.
+        writer: turns prompts into tokens; None for prompts as they stand.
 
     Attributes:
         budget: how many positions and media the model can take.
     """
 
     def __init__(
-        self, model: VLM, processor: VLMProcessor, keywords: Mapping[str, Any], stops: Sequence[str] = ()
+        self,
+        model: VLM,
+        processor: VLMProcessor,
+        keywords: Mapping[str, Any],
+        stops: Sequence[str] = (),
+        writer: PromptWriter | None = None,
     ) -> None:
         self.model, self.processor, self.stops = model, processor, list(stops)
+        self.writer = writer or PromptWriter(processor)
         self.keywords = dict(keywords)
         self.max_new_tokens: int = self.keywords["max_new_tokens"]
         self.budget = ContextBudget.of(model)

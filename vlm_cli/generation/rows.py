@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
 from vlm_cli.data.meant import check_picture_keys, find_mentions
 from vlm_cli.data.records import get_images
-from vlm_cli.errors import PromptError, VLMError
+from vlm_cli.errors import LanguageModelError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.prompt import Medium, Text, interleave
 
@@ -59,11 +59,9 @@ class Row:
     def is_done(self) -> bool:
         return self.answers is not None or self.error is not None
 
-    def encode(
-        self, plan: GenerationPlan, parts: Sequence[Text | Medium], *, parse_special_tokens: bool = False
-    ) -> None:
+    def encode(self, plan: GenerationPlan, parts: Sequence[Text | Medium]) -> None:
         """Turn the prompt into tokens, sources and sizes of media."""
-        self.ids = plan.processor.encode(parts, parse_special_tokens=parse_special_tokens)
+        self.ids = plan.writer.encode(parts)
         self.sources = [part.source for part in parts if isinstance(part, Medium)]
         self.media = plan.media_sizes(parts)
 
@@ -109,19 +107,17 @@ class RowReader:
     Args:
         plan: how the model answers.
         loader: finds images.
-        parse_special_tokens: read the spelling of a special token in a prompt as that token.
     """
 
     plan: GenerationPlan
     loader: MediaLoader
-    parse_special_tokens: bool = False
 
     def read(self, line: Line) -> FileRow:
         """Read a line; a row that cannot be answered has an `error`."""
         row = FileRow(line=line.number, source_line=line)
         try:
             self._fill(row)
-        except (RecordError, PromptError) as error:
+        except (RecordError, PromptError, LanguageModelError) as error:
             row.error = error.with_traceback(None)
         return row
 
@@ -138,5 +134,5 @@ class RowReader:
         if Medium("-") in parts:
             raise RecordError("the image '-' means standard input, which the rows of a file cannot share. Give a file.")
         row.mentions = find_mentions(parts, self.loader)
-        row.encode(self.plan, parts, parse_special_tokens=self.parse_special_tokens)
+        row.encode(self.plan, parts)
         row.reserve(self.plan)

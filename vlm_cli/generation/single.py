@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import BatchFeature
 
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
+from vlm_cli.modeling.batching import pad_left
 from vlm_cli.prompt import Medium, Text
 
 if TYPE_CHECKING:
@@ -48,7 +50,6 @@ def generate_once(
     parts: Sequence[Text | Medium],
     images: Sequence[Image],
     *,
-    parse_special_tokens: bool = False,
     seed: int | None = None,
     compile: bool = False,
     streamer: BaseStreamer | None = None,
@@ -60,7 +61,6 @@ def generate_once(
         plan: how the model answers.
         parts: the prompt, in reading order.
         images: one for each medium of the prompt.
-        parse_special_tokens: read the spelling of a special token in the prompt as that token.
         seed: of the random numbers; None leaves them as they are.
         compile: compile first what the model was prepared for; see `modeling.acceleration`.
         streamer: receives tokens as the model writes them.
@@ -70,10 +70,12 @@ def generate_once(
         PromptError: if the prompt alone has too many positions or images for the model.
     """
     plan.budget.check_media(len(images))
-    inputs = plan.processor(
-        images=[list(images)], text=[list(parts)], parse_special_tokens=parse_special_tokens
-    ).to(plan.model.device)  # fmt: skip
-    num_tokens = inputs["input_ids"].shape[1]
+    ids, mask = pad_left([plan.writer.encode(parts)], 0)
+    inputs = BatchFeature({"input_ids": ids, "attention_mask": mask})
+    if images:
+        inputs.update(plan.processor.image_processor.preprocess([[[image] for image in images]]))
+    inputs = inputs.to(plan.model.device)
+    num_tokens = ids.shape[1]
     positions = plan.budget.positions(num_tokens, plan.media_sizes(parts))
     room = plan.room(positions, notify)
     keywords = plan.keywords | {"max_new_tokens": room}

@@ -10,6 +10,7 @@ from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["PromptLayout", "Span", "lay_out"]
 
@@ -70,8 +71,7 @@ def lay_out(
     model: VLM,
     processor: VLMProcessor,
     parts: Sequence[Text | Medium],
-    *,
-    parse_special_tokens: bool = False,
+    writer: PromptWriter | None = None,
 ) -> PromptLayout:
     """Return the layout of a prompt of still images.
 
@@ -79,9 +79,9 @@ def lay_out(
         model: on any device; shapes are enough.
         processor: the model's processor.
         parts: the prompt.
-        parse_special_tokens: whether words such as <|endofchunk|> become special tokens.
+        writer: turns the prompt into tokens; None for the prompt as it stands.
     """
-    ids = processor.encode(parts, parse_special_tokens=parse_special_tokens)
+    ids = (writer or PromptWriter(processor)).encode(parts)
     budget = ContextBudget.of(model)
     spans: list[Span] = []
     sources = iter([part.source for part in parts if isinstance(part, Medium)])

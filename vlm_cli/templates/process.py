@@ -1,12 +1,13 @@
 """Render a chat template in a process of its own, which `vlm_cli.templates.render` starts and may end.
 
-The process imports Jinja and the standard library only. It reads one JSON object on stdin, with `template`, `context`
-and limits, and writes one JSON object on stdout: `text`, or `error` in words.
+The process imports Jinja and the standard library only. Each line that it reads on stdin is a JSON object with
+`template`, `context` and limits, and for each it writes one on stdout: `text`, or `error` in words.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from datetime import datetime
 from typing import Any, NoReturn
@@ -15,28 +16,33 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Render what stdin asks for, within the limits that the request sets."""
-    request = json.loads(sys.stdin.buffer.read())
+    """Render what each line of stdin asks for, within the limits that the line sets."""
+    for line in sys.stdin.buffer:
+        sys.stdout.buffer.write(json.dumps(_answer(json.loads(line))).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(request: dict[str, Any]) -> dict[str, str]:
     _limit(request["seconds"], request["bytes"])
     try:
         text = _render(request["template"], request["context"], request["characters"])
-        answer = {"text": text}
+        return {"text": text}
     except RecursionError:
-        answer = {"error": "it calls itself too often"}
+        return {"error": "it calls itself too often"}
     except MemoryError:
-        answer = {"error": f"it needs more than {request['bytes'] >> 20:,} MB of memory"}
+        return {"error": f"it needs more than {request['bytes'] >> 20:,} MB of memory"}
     except Exception as error:  # a template is a program, and may raise anything
-        answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
-    sys.stdout.buffer.write(json.dumps(answer).encode())
-    sys.stdout.buffer.flush()
+        return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def _limit(seconds: int, size: int) -> None:
-    """Let the system end the process when it has used so many seconds of a processor or bytes of memory."""
+    """Let the system end the process when it uses so many more seconds of a processor, or so many bytes of memory."""
     try:
         import resource
     except ImportError:  # Windows: the parent still measures the time
         return
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    seconds += math.ceil(usage.ru_utime + usage.ru_stime)
     for limit, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, size)):
         _, hard = resource.getrlimit(limit)
         try:

@@ -3,14 +3,17 @@
 A chat template is a program that comes with a model. Jinja's sandbox keeps it from files and from Python, but not from
 endless loops or from texts of gigabytes, and Python cannot interrupt one long operation such as `10 ** 10 ** 9`. So the
 template runs in a process of its own: the system limits the memory of that process, and vlm ends it after some seconds.
-The process starts in about 0.1 seconds, since it imports neither torch nor Transformers.
+The process starts in about 0.1 seconds, since it imports neither torch nor Transformers, and it stays for the prompts
+that follow: a file has thousands of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,13 +29,20 @@ CHARACTERS = 1_000_000  # that a template may write beyond four times what it re
 _START = "import sys; sys.path[:] = {path!r}; from vlm_cli.templates.process import main; main()"
 
 
-def render_template(template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any]) -> str:
-    """Write a conversation as text, up to where the model's answer begins.
+def render_template(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, Any],
+    *,
+    opens_answer: bool = True,
+) -> str:
+    """Write a conversation as text.
 
     Args:
         template: a Jinja program.
         messages: mappings with `role` and `content`.
         special_tokens: names and texts of the tokenizer's special tokens, such as `bos_token`.
+        opens_answer: go on to where the model's answer begins.
 
     Raises:
         LanguageModelError: if the template fails, or exceeds its limits.
@@ -41,7 +51,7 @@ def render_template(template: str, messages: Sequence[Mapping[str, Any]], specia
         "messages": list(messages),
         "tools": None,
         "documents": None,
-        "add_generation_prompt": True,
+        "add_generation_prompt": opens_answer,
         **{name: _plain(token) for name, token in special_tokens.items()},
     }
     request = {
@@ -51,7 +61,7 @@ def render_template(template: str, messages: Sequence[Mapping[str, Any]], specia
         "bytes": MEMORY,
         "characters": CHARACTERS + 4 * len(json.dumps(context)),
     }
-    answer = _run(json.dumps(request).encode())
+    answer = _process.run(json.dumps(request).encode())
     if "text" not in answer:
         raise LanguageModelError(f"the tokenizer's chat template cannot write this conversation: {answer['error']}.")
     text: str = answer["text"]
@@ -63,18 +73,52 @@ def _plain(value: Any) -> Any:
     return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else str(value)
 
 
-def _run(request: bytes) -> dict[str, Any]:
-    """Run the process, and return what it answers; an error in words if it does not."""
-    command = [sys.executable, "-c", _START.format(path=sys.path)]
-    try:
-        # Of a group of its own, so that Ctrl-C on the terminal reaches only this process.
-        done = subprocess.run(
-            command, input=request, capture_output=True, timeout=SECONDS, start_new_session=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"it takes more than {SECONDS} seconds"}
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
-    except ValueError:
-        return {"error": f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MB of memory"}
+class _TemplateProcess:
+    """The process that renders templates. It starts at the first one, and ends with this process."""
+
+    def __init__(self) -> None:
+        self.running: subprocess.Popen[bytes] | None = None
+        self.lock = threading.Lock()
+
+    def run(self, request: bytes) -> dict[str, Any]:
+        """Let the process answer a request; an error in words if it does not, and the next request starts another."""
+        with self.lock:
+            lines: list[bytes] = []
+            reader = threading.Thread(target=lambda: lines.append(self._ask(request)), daemon=True)
+            reader.start()
+            reader.join(SECONDS)
+            if reader.is_alive():
+                self._end()
+                return {"error": f"it takes more than {SECONDS} seconds"}
+            try:
+                answer: dict[str, Any] = json.loads(lines[0])
+                return answer
+            except (IndexError, ValueError):
+                self._end()
+                return {"error": f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MB of memory"}
+
+    def _ask(self, request: bytes) -> bytes:
+        if self.running is None:
+            command = [sys.executable, "-c", _START.format(path=sys.path)]
+            # Of a group of its own, so that Ctrl-C on the terminal reaches only this process.
+            self.running = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        assert self.running.stdin is not None and self.running.stdout is not None
+        with contextlib.suppress(OSError):  # the process has ended: it answers nothing
+            self.running.stdin.write(request + b"\n")
+            self.running.stdin.flush()
+        return self.running.stdout.readline()
+
+    def _end(self) -> None:
+        if self.running is not None:
+            self.running.kill()
+            self.running.wait()
+            self.running = None
+
+
+_process = _TemplateProcess()

@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm_cli.data.records import Problem, raise_problems, read_records
-from vlm_cli.errors import DataError, MediaError
+from vlm_cli.errors import DataError, MediaError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
+from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["IGNORED", "Collator", "RecordDataset", "check_batch", "load_dataset", "row_losses"]
 
@@ -109,6 +111,7 @@ def load_dataset(
     processor: VLMProcessor,
     media_root: Path | None = None,
     max_pixels: int | None = None,
+    writer: PromptWriter | None = None,
 ) -> RecordDataset:
     """Read a file of records, check each record, and encode its text.
 
@@ -118,12 +121,17 @@ def load_dataset(
         processor: of the model.
         media_root: the folder that holds every image; None allows each path.
         max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
+        writer: turns prompts into tokens; None for prompts as they stand.
 
     Raises:
         DataError: listing every line that cannot be used.
     """
     records = read_records(path, media_root, max_pixels)
-    encoder = RecordEncoder(processor, find_end_token(model, processor))
+    encoder = RecordEncoder(
+        writer or PromptWriter(processor),
+        find_end_token(model, processor),
+        stop_token_ids(model.generation_config, processor.tokenizer, model.config),
+    )
     budget = ContextBudget.of(model)
     images = processor.image_processor
     dataset = RecordDataset(
@@ -138,7 +146,11 @@ def load_dataset(
     is_target: list[np.ndarray] = []
     problems: list[Problem] = []
     for record in records.good:
-        encoded = encoder.encode(record)
+        try:
+            encoded = encoder.encode(record)
+        except VLMError as error:
+            problems.append(Problem(record.line, str(error)))
+            continue
         if problem := budget.problem(len(encoded.ids), [MediumSize() for _ in record.sources]):
             problems.append(Problem(record.line, problem))
             continue

@@ -24,7 +24,10 @@ def identify_run(
 
     Checkpoints store the description, so that its keys must stay as they are.
     """
+    # Checkpoints of earlier versions have no such keys.
+    written = {"--chat-template": settings.chat_template, "--special-tokens": settings.special_tokens}
     return {
+        **{option: True for option, is_given in written.items() if is_given},
         "MODEL": f"{job.model} ({_hash_weights(model)})",
         "--data": f"{len(data)} records ({data.sha256[:12]})",
         "--batch-size × --gradient-accumulation × processes": settings.step_size(num_processes),

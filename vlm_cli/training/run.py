@@ -24,6 +24,7 @@ from vlm_cli.training.output import describe_run, write_output
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
+from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["load_trainable", "train_model"]
 
@@ -178,7 +179,14 @@ class _Run:
     def _read_data(self, model: VLM, processor: VLMProcessor) -> tuple[RecordDataset, RecordDataset | None]:
         files = [self.job.data, self.job.eval_data]
         limits = self.job.media_root, self.job.max_pixels
-        sets = [None if path is None else load_dataset(path, model, processor, *limits) for path in files]
+        writer = PromptWriter(
+            processor,
+            chat_template=self.settings.chat_template,
+            parse_special_tokens=self.settings.special_tokens,
+        )
+        if writer.note:
+            self.listener.notify(writer.note)
+        sets = [None if path is None else load_dataset(path, model, processor, *limits, writer) for path in files]
         for path, data in zip(files, sets, strict=True):
             for note in [] if data is None else data.notes:
                 self.listener.notify(note)

@@ -106,6 +106,22 @@ class TrainingSettings:
             most=256,
         ),
     ] = None
+    chat_template: Annotated[
+        bool,
+        Flag(
+            help="Write each prompt as a user's turn in the tokenizer's chat template, and each completion as the "
+            "answer to it.",
+            heading=DATA,
+        ),
+    ] = False
+    special_tokens: Annotated[
+        bool,
+        Flag(
+            help="Read the spelling of a special token in a record, such as <|endofchunk|>, as that token; without "
+            "this option it is plain text.",
+            heading=DATA,
+        ),
+    ] = False
     trainable: Annotated[
         tuple[str, ...] | None,
         Flag(

@@ -82,8 +82,13 @@ class ChatFormat:
             self.template, self.tokenizer.special_tokens_map
         )
 
-    def render(self, messages: Sequence[Message], markers: Markers) -> str:
-        """Write all messages as one text with markers, up to where the model's answer begins.
+    def render(self, messages: Sequence[Message], markers: Markers, *, opens_answer: bool = True) -> str:
+        """Write all messages as one text with markers.
+
+        Args:
+            messages: in their order.
+            markers: that stand in the text.
+            opens_answer: go on to where the model's answer begins; the last message is then the user's.
 
         Raises:
             LanguageModelError: if the template cannot write these messages, or leaves an image out.
@@ -93,7 +98,8 @@ class ChatFormat:
             breaks = [k > 0 and message.role == "user" for k, message in enumerate(messages)]
             return "".join("\n" * b + self.insert_markers(m, markers) for b, m in zip(breaks, messages, strict=True))
         texts = [self.insert_markers(message, markers) for message in messages]
-        found = self._apply_template([(m.role, text) for m, text in zip(messages, texts, strict=True)])
+        pairs = [(m.role, text) for m, text in zip(messages, texts, strict=True)]
+        found = self._apply_template(pairs, opens_answer=opens_answer)
         if (written := found.count(markers.image)) != (given := sum(text.count(markers.image) for text in texts)):
             raise LanguageModelError(
                 f"the tokenizer's chat template writes {written} of the conversation's {given} images. Start another "
@@ -124,13 +130,14 @@ class ChatFormat:
             add_special_tokens=is_start and self.template is None,  # a template writes its own
         )
 
-    def _apply_template(self, messages: Sequence[tuple[str, str]]) -> str:
+    def _apply_template(self, messages: Sequence[tuple[str, str]], *, opens_answer: bool = True) -> str:
         conversation = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._takes_parts else text}
             for role, text in messages
         ]
         assert self.template is not None
-        return render_template(self.template, conversation, self.tokenizer.special_tokens_map)
+        tokens = self.tokenizer.special_tokens_map
+        return render_template(self.template, conversation, tokens, opens_answer=opens_answer)
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,19 @@ class Conversation:
         new = rendered[len(self.rendered) :] if continues else rendered
         ids = self.format.encode(new, markers, is_start=not continues)
         return Conversation(self.format, messages, (*(self.ids if continues else ()), *ids), rendered, markers)
+
+    def close(self, text: str) -> list[int]:
+        """Return the tokens that the template writes behind an answer, before it would go on to the next turn.
+
+        Args:
+            text: the answer, to a conversation whose last turn has none yet.
+        """
+        message = Message("assistant", (Text(text),))
+        rendered = self.format.render((*self.messages, message), self.markers, opens_answer=False)
+        before = self.rendered + self.format.insert_markers(message, self.markers)
+        if not rendered.startswith(before) or len(rendered) == len(before):
+            return []
+        return self.format.encode(rendered[len(before) :], self.markers, is_start=False)
 
     def answer(self, ids: Sequence[int], text: str, decode: Callable[[list[int]], str]) -> Conversation:
         """Add an answer of the model.

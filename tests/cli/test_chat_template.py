@@ -1,0 +1,103 @@
+"""One way to write a prompt: with the chat template, every command asks a model what `vlm chat` asks it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import time
+
+import pytest
+
+import vlm_cli.checkpoint.directory as directory
+from vlm_cli.errors import LanguageModelError
+from vlm_cli.templates.render import render_template
+from vlm_cli.training.dataset import IGNORED, load_dataset
+from vlm_cli.writing.writer import PromptWriter
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "load", functools.cache(directory.load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def templated(open_gates):
+    out = shutil.copytree(open_gates, open_gates.parent / "with-chat-template")
+    (out / "chat_template.jinja").write_text(TEMPLATE)
+    return out
+
+
+def answers(vlm, model, photo, folder, prompt, *flags):
+    """What generate, batch and eval answer to a prompt."""
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": prompt, "completion": "x"}) + "\n")
+    flags = ("-n", 6, *flags)
+    found = [vlm("generate", "-m", model, prompt, "--json", *flags), vlm("generate", "-m", model, prompt, *flags)]
+    found.append(vlm("batch", folder / "rows.jsonl", "-m", model, "-o", folder / "out.jsonl", "--overwrite", *flags))
+    found.append(vlm("eval", model, "--data", folder / "rows.jsonl", "--json", *flags))
+    assert [result.exit_code for result in found] == [0] * 4, [result.stderr for result in found]
+    batch = json.loads((folder / "out.jsonl").read_text())["text"]
+    graded = json.loads(found[3].stdout)["answers"][0]["answer"]
+    return {json.loads(found[0].stdout)["text"], found[1].stdout.removesuffix("\n"), batch, graded}
+
+
+def test_every_command_asks_what_a_chat_asks(vlm, templated, photo, tmp_path):
+    prompt = f"See <image:{photo}>?"
+    (said,) = vlm("chat", templated, "--json", "-n", 6, input=prompt + "\n").stdout.splitlines()
+    assert answers(vlm, templated, photo, tmp_path, prompt, "--chat-template") == {json.loads(said)["text"]}
+    spelled = f"<s>user: {prompt}</s>\n<s>assistant: "
+    assert answers(vlm, templated, photo, tmp_path, spelled, "--special-tokens") == {json.loads(said)["text"]}
+    twin = vlm("generate", "-m", templated, prompt, "--json", "-n", 6)
+    assert json.loads(twin.stdout)["text"] != json.loads(said)["text"]
+
+
+def test_training_learns_what_a_chat_asks(templated, photo, tmp_path):
+    turns = [{"prompt": "One?", "completion": " 1."}, {"prompt": "And two?", "completion": " 2."}]
+    lines = [{"prompt": f"<image:{photo}>Which?", "completion": " A cat."}, {"prompt": "", "turns": turns}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model, processor = directory.load(str(templated), dtype="auto", device="cpu", trust_remote_code=False)
+    found = load_dataset(data, model, processor, writer=PromptWriter(processor, chat_template=True))
+    tokenizer = processor.tokenizer
+    said = [
+        [("user", "\N{OBJECT REPLACEMENT CHARACTER}Which?"), ("assistant", "A cat.")],
+        [("user", "One?"), ("assistant", "1."), ("user", "And two?"), ("assistant", "2.")],
+    ]
+    for item, messages in zip((found[0], found[1]), said, strict=True):
+        whole = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages], tokenize=False)
+        text = tokenizer.decode(item["ids"].tolist())
+        assert text.replace("<image>", "\N{OBJECT REPLACEMENT CHARACTER}") == whole.removesuffix("\n")
+    ids = tokenizer(whole.removesuffix("\n"), add_special_tokens=False).input_ids
+    assert found[1]["ids"].tolist() == ids  # the tokens of the whole, as the template's own users encode it
+    learned = [int(i) for i in found[1]["labels"] if i != IGNORED]
+    assert tokenizer.decode(learned) == "1.</s>2.</s>"
+
+
+def test_a_model_without_a_template_refuses_the_flag(vlm, open_gates, photo):
+    result = vlm("generate", "-m", open_gates, "What?", "--chat-template")
+    assert result.exit_code == 2 and "has no chat template. Leave out --chat-template." in result.stderr
+
+
+def test_a_template_that_is_not_used_is_told(vlm, templated, open_gates):
+    note = "the tokenizer has a chat template, which `vlm chat` uses"
+    assert note in vlm("generate", "-m", templated, "What?", "-n", 1).stderr
+    assert note not in vlm("generate", "-m", templated, "What?", "-n", 1, "--chat-template").stderr
+    assert note not in vlm("generate", "-m", open_gates, "What?", "-n", 1).stderr
+
+
+def test_thousands_of_prompts_are_written_by_one_process():
+    started = time.monotonic()
+    for i in range(60):
+        text = render_template(TEMPLATE, [{"role": "user", "content": f"{i}"}], {})
+        assert text == f"<s>user: {i}</s>\n<s>assistant: "
+    assert time.monotonic() - started < 5
+    with pytest.raises(LanguageModelError, match="TemplateSyntaxError"):
+        render_template("{% if %}", [], {})
+    assert render_template("{{ messages[0].role }}", [{"role": "user"}], {}, opens_answer=False) == "user"

@@ -1,0 +1,1 @@
+"""Write prompts and conversations as tokens, with the chat template of a model or without."""
