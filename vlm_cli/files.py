@@ -66,6 +66,8 @@ def check_directory(out: Path, *, overwrite: bool) -> None:
         OutputExistsError: if `out` exists and may not be replaced.
         CheckpointError: if the folder that is to hold it does not exist.
     """
+    if str(out) == "-":
+        raise OutputExistsError("- means standard output, which cannot hold a directory. Choose a name.")
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise OutputExistsError(f"{str(out)!r} is the working directory or holds it. Choose another name.")
     if not out.absolute().parent.is_dir():

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COMPOSITION_BYTES", "JSON_BYTES", "parse_json", "parse_yaml", "read_json", "read_text"]
+from vlm_cli.text import decode_text
+
+__all__ = [
+    "COMPOSITION_BYTES",
+    "JSON_BYTES",
+    "finite",
+    "is_finite",
+    "parse_json",
+    "parse_yaml",
+    "read_json",
+    "read_text",
+]
 
 JSON_BYTES = 64 << 20  # a configuration has some kB, the index of a large model some MB
 COMPOSITION_BYTES = 100_000  # a composition has about 1,000
@@ -35,9 +47,9 @@ def read_text(path: Path, *, most_bytes: int = JSON_BYTES) -> str:
     if len(data) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes:,} bytes")
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1:,} is not UTF-8 text") from None
+        return decode_text(data)
+    except ValueError as error:
+        raise ValueError(f"it is {error}") from None
 
 
 def read_json(path: Path, *, most_bytes: int = JSON_BYTES) -> Any:
@@ -65,6 +77,28 @@ def parse_json(text: str) -> Any:
         raise ValueError(_TOO_LONG) from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+
+
+def finite(data: Any) -> Any:
+    """Return plain data with null for each number that JSON cannot write: NaN and infinity.
+
+    >>> finite({"loss": [1.5, float("nan")]})
+    {'loss': [1.5, None]}
+    """
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: finite(x) for key, x in data.items()}
+    return [finite(x) for x in data] if isinstance(data, (list, tuple)) else data
+
+
+def is_finite(data: Any) -> bool:
+    """Tell whether JSON can write every number in plain data."""
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_yaml(text: str) -> Any:

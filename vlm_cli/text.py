@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 
-__all__ = ["decode_text", "picture_format"]
+__all__ = ["PICTURE_HEAD", "clean_text", "decode_text", "picture_format"]
 
 #: Byte order marks of other encodings; that of UTF-32 begins with that of UTF-16.
 _MARKS = {
@@ -37,25 +37,31 @@ def decode_text(raw: bytes) -> str:
     'one\ntwo'
 
     Raises:
-        ValueError: if the bytes are no UTF-8 text; the message says what they are, or which byte is none.
+        ValueError: if the bytes are no UTF-8 text; the message says what they are ("not UTF-8 text: byte 3 is …").
     """
     if other := next((name for mark, name in _MARKS.items() if raw.startswith(mark)), None):
         raise ValueError(_convert(other))
     if picture := picture_format(raw):
-        raise ValueError(f"it is a picture ({picture}), not text")
+        raise ValueError(f"a picture ({picture}), not text. Pictures belong in --image FILE or <image:FILE>")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"it is not UTF-8 text: byte {error.start + 1:,} is {raw[error.start]:#04x}. Save it as UTF-8"
+            f"not UTF-8 text: byte {error.start + 1:,} is {raw[error.start]:#04x}. Save it as UTF-8"
         ) from None
-    if len(raw) > 1 and "\0" in text[:2]:
+    head = raw[:32]
+    if len(head) >= 4 and not all(any(head[i::2]) for i in (0, 1)):  # letters of ASCII, each with a byte of zero
         raise ValueError(_convert("UTF-16"))
+    return clean_text(text)
+
+
+def clean_text(text: str) -> str:
+    """Remove a byte order mark, and end each line with a line feed."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _convert(encoding: str) -> str:
-    return f"it is {encoding} text. Save it as UTF-8, or convert it: iconv -f {encoding} -t UTF-8 FILE"
+    return f"not UTF-8 text but {encoding}. Save it as UTF-8, or convert it: iconv -f {encoding} -t UTF-8 FILE"
 
 
 def picture_format(head: bytes) -> str | None:

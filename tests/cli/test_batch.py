@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -699,3 +700,50 @@ def test_rows_do_not_tell_what_files_hold(workers, answer, folder):
     # The user sees more.
     assert "line 1: 'passwd' is not an image that Pillow can read: it begins with b'root:x:0:0:r'" in result.stderr
     assert "line 2: cannot find 'salarie.png': there is no" in result.stderr and "'salaries.png'" in result.stderr
+
+
+# -- pipes and numbers -------------------------------------------------------------------------------------------------
+
+
+def test_answers_go_to_stdout(vlm, open_gates, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "The cat", "id": 1}, {"prompt": "", "id": 2}, {"prompt": "The dog", "id": "naïve"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("-m", open_gates, "-n", 4)
+    assert vlm("batch", "rows.jsonl", "-o", "out.jsonl", *words).exit_code == 1
+    printed = vlm("batch", "rows.jsonl", "-o", "-", *words)
+    assert printed.exit_code == 1 and printed.stdout == (tmp_path / "out.jsonl").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+    for flag, says in (("--json", "both write to stdout"), ("--overwrite", "has nothing to replace")):
+        refused = vlm("batch", "rows.jsonl", "-o", "-", *words, flag)
+        assert refused.exit_code == 2 and says in refused.stderr and not refused.stdout
+
+
+def test_a_pipe_is_read_once(vlm, open_gates, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(photo.parent)
+    row = json.dumps({"prompt": f"<image:{photo.name}>The cat"}).encode()
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(
+        target=(tmp_path / "pipe").write_bytes, args=[b"\xef\xbb\xbf" + row + b"\r\n"], daemon=True
+    ).start()
+    piped = vlm("batch", tmp_path / "pipe", "-o", "-", "-m", open_gates, "-n", 4)
+    assert piped.exit_code == 0, piped.stderr
+    assert (
+        json.loads(piped.stdout)["text"]
+        == json.loads(vlm("batch", "-", "-o", "-", "-m", open_gates, "-n", 4, input=row).stdout)["text"]
+    )
+
+
+def test_numbers_that_json_cannot_write_are_refused(vlm, open_gates, tmp_path):
+    rows = '{"prompt": "a", "n": 1e400, "id": 1}\n{"prompt": "a", "n": [NaN], "id": 2}\n{"prompt": "a"}\n'
+    result = vlm("batch", "-", "-o", tmp_path / "out.jsonl", "-m", open_gates, "-n", 1, input=rows)
+    assert result.exit_code == 1
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    first, second, third = (
+        json.loads(line, parse_constant=refuse) for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    )
+    assert first["id"] == 1 and first["error"] == second["error"].replace("line 2", "line 1")
+    assert '"n" holds a number that JSON cannot write' in first["error"] and "error" not in third

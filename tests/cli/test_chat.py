@@ -22,6 +22,7 @@ from tests.support.grid import first_of
 from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
 from vlm_cli.cli.stream import TextStream
+from vlm_cli.interrupt import Interrupted
 from vlm_cli.prompt import Medium, Text, interleave
 from vlm_cli.writing.conversation import ChatFormat, Conversation
 
@@ -388,8 +389,30 @@ def test_a_terminal_is_left_by_its_keys(typed, talk):
     left = typed("The cat", "", "The dog", EOFError())
     assert (left.exit_code, left.stdout) == (0, texts)
     assert typed(EOFError()).exit_code == 0
-    broken = typed("The cat", "The dog", KeyboardInterrupt())
+    broken = typed("The cat", "The dog", KeyboardInterrupt(), KeyboardInterrupt())
     assert (broken.exit_code, broken.stdout) == (130, texts)
+    assert typed(Interrupted(number=signal.SIGTERM)).exit_code == 143
+
+
+def test_ctrl_c_clears_the_line(typed, talk):
+    texts = "".join(x["text"] + "\n" for x in talk("The cat", "The dog"))
+    found = typed(KeyboardInterrupt(), "The cat", KeyboardInterrupt(), "The dog", KeyboardInterrupt(), EOFError())
+    assert (found.exit_code, found.stdout) == (0, texts)
+    assert found.stderr.count("Ctrl-D ends the chat, and so does a second Ctrl-C.") == 3
+
+
+def test_a_chat_begins_with_what_to_type(typed, vlm, open_gates):
+    hint = "Type a turn and press Enter; <image:FILE> in it shows an image. Ctrl-D ends the chat.\n"
+    assert hint not in vlm("chat", open_gates, "-n", 1, input="The cat\n").stderr
+    assert hint in typed(EOFError()).stderr
+
+
+def test_an_answer_that_the_limit_cuts_says_so(typed, vlm, open_gates):
+    note = "Note: the answer was cut at 6 tokens; --max-new-tokens N allows more.\n"
+    assert typed("The cat", EOFError()).stderr.count(note) == 1
+    assert vlm("generate", "-m", open_gates, "The cat", "-n", 6).stderr.count(note) == 1
+    whole = json.loads(vlm("generate", "-m", open_gates, "The cat", "-n", 6, "--json").stdout)["text"]
+    assert note not in vlm("generate", "-m", open_gates, "The cat", "-n", 6, "--stop", whole[:2]).stderr
 
 
 def test_a_turn_with_a_mistake_is_forgotten(typed, talk):

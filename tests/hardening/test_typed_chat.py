@@ -91,6 +91,9 @@ SIGNALS = [(signal.SIGINT, 130, "Interrupted."), (signal.SIGTERM, 143, "Terminat
 def test_a_signal_while_a_user_types(chat: Terminal, typed: str, number: int, code: int, words: str) -> None:
     chat.type(typed)
     chat.wait_for(typed)
+    if number == signal.SIGINT:  # the first one clears the line
+        chat.type("\x03")
+        chat.wait_for("a second Ctrl-C.")
     # Python's line editor misses a signal between its prompt and its first wait for a key, until the next key.
     time.sleep(0.2)
     os.kill(chat.pid, number)
@@ -98,8 +101,19 @@ def test_a_signal_while_a_user_types(chat: Terminal, typed: str, number: int, co
 
 
 def test_the_key_itself(chat: Terminal) -> None:
+    chat.type("half a line\x03")
+    chat.wait_for("Ctrl-D ends the chat, and so does a second Ctrl-C.")
+    time.sleep(0.2)
     chat.type("\x03")
     assert chat.end() == 130 and "Interrupted." in chat.text
+
+
+def test_ctrl_c_clears_the_line_and_ctrl_d_ends_the_chat(chat: Terminal) -> None:
+    chat.type("half a line\x03")
+    chat.wait_for("a second Ctrl-C.")
+    time.sleep(0.2)
+    chat.type("\x04")
+    assert chat.end() == 0
 
 
 def test_the_terminal_is_left_as_it_was(chat: Terminal) -> None:
@@ -119,6 +133,9 @@ def test_ctrl_c_ends_an_answer_and_a_second_one_the_chat(chat: Terminal) -> None
     answer = chat.text
     while len(re.findall(r"^.{0,12}> ", chat.text, re.MULTILINE)) < 2:
         assert chat.read(), (answer, chat.text)
+    chat.type("\x03")
+    chat.wait_for("a second Ctrl-C.")
+    time.sleep(0.2)
     chat.type("\x03")
     assert chat.end() == 130 and not TRACEBACK.search(chat.text), chat.text
 

@@ -524,10 +524,10 @@ def test_bad_options(
 def test_bad_records_are_listed_before_anything_is_written(train: Vlm, folder: Path, out: Path) -> None:
     good = {"prompt": "<image:red.png>", "completion": "x"}
     long = {"prompt": "<image:red.png>", "completion": "word " * 3000}
-    write(folder / "bad.jsonl", [good, {"text": "no image"}, long, {"text": "<image:none.png>x"}, good])
+    write(folder / "bad.jsonl", [good, {"text": ""}, long, {"text": "<image:none.png>x"}, good])
     message = error(train(data="bad.jsonl"))
     assert "Error: 3 of the 5 records in " in message
-    for words in ("line 2: has no image", "line 3: takes ", "line 4: cannot find 'none.png'"):
+    for words in ('line 2: "text" is empty', "line 3: takes ", "line 4: cannot find 'none.png'"):
         assert words in message
     assert not out.with_name("out.checkpoints").exists()
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -27,7 +26,7 @@ from vlm_cli.cli.options import (
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.prompts import ChatTemplateOption, ReadingOptions
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
-from vlm_cli.cli.standard_streams import read_stdin_lines
+from vlm_cli.data.inputs import base_folder, describe_input, is_pipe, is_stdin, read_lines
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.interrupt import Interrupted, at_signal, deferred_signals
 from vlm_cli.models import DEMO
@@ -54,7 +53,8 @@ class BatchOptions:
             "--output",
             "-o",
             metavar="FILE",
-            help="Write answers to FILE (JSONL). An interrupted run resumes from FILE.partial. Required.",
+            help="Write answers to FILE (JSONL), or to stdout if FILE is -. An interrupted run resumes from "
+            "FILE.partial. Required.",
             rich_help_panel=BATCH,
         ),
     ] = None
@@ -89,6 +89,11 @@ class BatchOptions:
     ] = False
 
     @property
+    def prints(self) -> bool:
+        """Whether the answers go to stdout."""
+        return self.output is not None and str(self.output) == "-"
+
+    @property
     def given(self) -> list[str]:
         """The options that the user gave."""
         return [f"--{name.replace('_', '-')}" for name, x in asdict(self).items() if x != getattr(BatchOptions(), name)]
@@ -101,7 +106,9 @@ class BatchOptions:
         """
         if self.output is None:
             raise UsageError(f"no output file is named: vlm batch {file.name} --output OUT.jsonl")
-        if file.name != "-" and Path(file.name).resolve() == self.output.resolve():
+        if self.prints and self.overwrite:
+            raise UsageError("--output - writes to stdout, where --overwrite has nothing to replace. Leave it out.")
+        if not (self.prints or is_stdin(file.path)) and file.path.resolve() == self.output.resolve():
             raise UsageError(f"the input and --output are the same file, {file.name!r}. Choose another name.")
         self.rows_at_once()
 
@@ -136,6 +143,10 @@ class PromptFile:
 
     name: str
 
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
     def lines(self) -> Iterator[bytes]:
         """Read the lines, one at a time.
 
@@ -143,25 +154,19 @@ class PromptFile:
             DataError: if the file cannot be read.
             UsageError: if standard input is a terminal.
         """
-        from vlm_cli.data.jsonl import read_lines
-
-        if self.name != "-":
-            return read_lines(Path(self.name))
-        if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError("- reads prompts from standard input, but nothing is piped in. Add `< FILE.jsonl`.")
-        return read_stdin_lines()
+        return read_lines(self.path)
 
     def count(self) -> int | None:
-        """Count the prompts; None for standard input, which can be read only once."""
-        return None if self.name == "-" else sum(1 for raw in self.lines() if raw.strip())
+        """Count the prompts; None for a pipe, which can be read only once."""
+        return None if is_pipe(self.path) else sum(1 for raw in self.lines() if raw.strip())
 
     @property
     def folder(self) -> Path:
         """Where relative image paths start."""
-        return Path() if self.name == "-" else Path(self.name).absolute().parent
+        return base_folder(self.path)
 
     def __str__(self) -> str:
-        return "standard input" if self.name == "-" else repr(self.name)
+        return describe_input(self.path)
 
 
 @flatten_options
@@ -300,11 +305,14 @@ def answer_file(job: BatchJob, *, as_json: bool, stats: bool) -> None:
         VLMError: if the input or the output cannot be used. The answers that exist are kept.
         Exit: with code 1 if a prompt could not be answered.
     """
+    if job.options.prints and as_json:
+        raise UsageError("--output - and --json both write to stdout. Leave one of them out.")
     result = _answer_file(job)
     console.notify(result.summary())
     if result.failed:
         console.notify(f'{result.failed:,} of {result.rows:,} rows could not be answered; their lines have an "error".')
-    console.notify(f"Wrote {job.options.output}")
+    if not job.options.prints:
+        console.notify(f"Wrote {job.options.output}")
     if as_json:
         files = {"model": job.request.name, "batch": job.file.name, "output": str(job.options.output)}
         console.print_json(files | result.to_dict())
@@ -320,12 +328,16 @@ def _answer_file(job: BatchJob) -> BatchResult:
 
     assert job.options.output is not None
     total, lines = job.file.count(), number_lines(job.file.lines())
-    journal = Journal.open(job.options.output, job.settings(), overwrite=job.options.overwrite)
+    journal: Journal | PrintedAnswers = (
+        PrintedAnswers()
+        if job.options.prints
+        else Journal.open(job.options.output, job.settings(), overwrite=job.options.overwrite)
+    )
     try:
         with at_signal(lambda: _leave(job, journal)):
             journal.skip(lines, str(job.file))
             if journal.answered:
-                console.notify(f"Resuming after {journal.answered:,} rows, which are answered in {journal.path}.")
+                console.notify(f"Resuming after {journal.answered:,} rows, which are answered in {journal.name}.")
             result = _answer_rest(job, journal, lines, total)
         if not journal.answered:
             raise DataError(
@@ -335,7 +347,7 @@ def _answer_file(job: BatchJob) -> BatchResult:
         with deferred_signals() as received:
             journal.finish()
         if received.number is not None:
-            raise Interrupted(f"All rows are answered, and {journal.out} is written.", received.number)
+            raise Interrupted(f"All rows are answered, and {job.options.output} is written.", received.number)
     except Interrupted:
         raise
     except BaseException:
@@ -345,16 +357,48 @@ def _answer_file(job: BatchJob) -> BatchResult:
     return result
 
 
-def _leave(job: BatchJob, journal: Journal) -> str:
+@dataclass
+class PrintedAnswers:
+    """Answers on stdout, in place of a journal: no later run resumes this one.
+
+    Attributes:
+        answered: rows that are printed.
+        failed: those of them with an error.
+        name: where the answers are.
+    """
+
+    answered: int = 0
+    failed: int = 0
+    name: str = "stdout"
+
+    def skip(self, lines: Iterator[Line], name: str) -> None:
+        """Skip no line: nothing is answered yet."""
+
+    def add(self, line: Line, answer: Mapping[str, Any]) -> None:
+        """Print an answer."""
+        console.print_json(answer, indent=None)
+        self.answered += 1
+        self.failed += "error" in answer
+
+    def finish(self) -> None:
+        """Do nothing: all answers are printed."""
+
+    def close(self, *, remove: bool = False) -> None:
+        """Do nothing: stdout stays open."""
+
+
+def _leave(job: BatchJob, journal: Journal | PrintedAnswers) -> str:
     """Close the journal of a run that ends early, and say what it keeps; remove it if it keeps no answer."""
     journal.close(remove=not journal.answered)
-    if not journal.answered:
+    if not journal.answered or job.options.prints:
         return ""
     again = "the same command without --overwrite" if job.options.overwrite else "the same command"
-    return f"{journal.path} keeps {journal.answered:,} answers; run {again} to resume."
+    return f"{journal.name} keeps {journal.answered:,} answers; run {again} to resume."
 
 
-def _answer_rest(job: BatchJob, journal: Journal, lines: Iterator[Line], total: int | None) -> BatchResult:
+def _answer_rest(
+    job: BatchJob, journal: Journal | PrintedAnswers, lines: Iterator[Line], total: int | None
+) -> BatchResult:
     """Answer the lines that are left; without any, no model is loaded."""
     earlier = journal.answered
     first = next(lines, None)

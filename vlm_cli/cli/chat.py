@@ -18,12 +18,13 @@ from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, tell_placements
 from vlm_cli.cli.sampling import SamplingOptions
-from vlm_cli.cli.standard_streams import read_stdin_lines
 from vlm_cli.cli.terminal import is_terminal, write
+from vlm_cli.data.inputs import read_stdin_lines
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
 from vlm_cli.interrupt import deferred_signals, raising_signals
 from vlm_cli.models import DEMO
 from vlm_cli.prompt import Interleaved, Medium, interleave
+from vlm_cli.text import decode_text
 
 if TYPE_CHECKING:
     from vlm_cli.cli.loading import LoadedModel
@@ -51,8 +52,9 @@ def chat(
 ) -> None:
     """Hold a conversation about images with a model.
 
-    On a terminal, type a turn and press Enter; <image:FILE> in a turn shows an image. Ctrl-C ends an answer, Ctrl-D
-    the chat. In a pipe, each line of stdin is a turn. --prompt, --prompt-file and --image bring the first turn.
+    On a terminal, type a turn and press Enter; <image:FILE> in a turn shows an image. Ctrl-C ends an answer or clears
+    the line, Ctrl-D ends the chat. In a pipe, each line of stdin is a turn. --prompt, --prompt-file and --image bring
+    the first turn.
 
     The model sees the whole conversation, and computes only what is new in each turn. The tokenizer's chat template
     formats the turns. Without a template, each answer follows its
@@ -89,7 +91,7 @@ class ChatRequest:
         Raises:
             UsageError: naming the flags.
         """
-        if "-" in self.first.texts.values():
+        if self.first.takes_stdin:
             raise UsageError("a chat reads its turns from stdin, the first one too. Leave out the prompt -.")
         self.sampling.keywords()
 
@@ -114,6 +116,8 @@ def talk(request: ChatRequest, wanted: ModelRequest) -> None:
     wanted.warn_of_photographs()
     keep_collecting()
     session = ChatSession(request, _start(request, loaded), is_typed=is_terminal(sys.stdin))
+    if session.is_typed:
+        console.notify("Type a turn and press Enter; <image:FILE> in it shows an image. Ctrl-D ends the chat.")
     if first is not None:
         session.answer(first)
     for text in _typed_turns() if session.is_typed else _piped_turns():
@@ -204,6 +208,7 @@ class ChatSession:
             console.print_json(found.to_dict(), indent=None)
         else:
             console.print_answer("" if printing.streams else found.answer.text)
+        self.request.sampling.tell_cut([found.answer])
         if printing.stats:
             console.notify(
                 f"{found.prompt_positions} positions, {found.reused_positions} of them read before, "
@@ -217,9 +222,13 @@ _read_line = input
 
 
 def _typed_turns() -> Iterator[str]:
-    """Yield lines that the user types, until Ctrl-D; skip those without text."""
+    """Yield lines that the user types, until Ctrl-D; skip those without text.
+
+    Ctrl-C clears the line. A second one, with no line between the two, ends the chat.
+    """
     with suppress(ImportError):  # gives arrow keys and a history, on systems that have it
         import readline  # noqa: F401
+    has_cleared = False  # whether Ctrl-C was the last key
     while True:
         # `input` writes its prompt to stdout, among the answers if these go to a file.
         if not is_terminal(sys.stdout):
@@ -230,6 +239,14 @@ def _typed_turns() -> Iterator[str]:
         except EOFError:
             console.notify("")
             return
+        except KeyboardInterrupt as error:
+            if has_cleared or getattr(error, "number", signal.SIGINT) != signal.SIGINT:
+                raise
+            has_cleared = True
+            console.notify("")
+            console.notify("Ctrl-D ends the chat, and so does a second Ctrl-C.")
+            continue
+        has_cleared = False
         if text.strip():
             yield text
 
@@ -238,12 +255,12 @@ def _piped_turns() -> Iterator[str]:
     """Yield lines of stdin; skip those without text.
 
     Raises:
-        PromptError: for a line that is not UTF-8 text.
+        PromptError: for a line that is no UTF-8 text.
     """
     for number, raw in enumerate(read_stdin_lines(), start=1):
         try:
-            text = raw.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"line {number} of stdin is not UTF-8 text: {error}.") from None
+            text = decode_text(raw).rstrip("\n")
+        except ValueError as error:
+            raise PromptError(f"line {number} of stdin is {error}.") from None
         if text.strip():
             yield text

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_cli.cli import terminal
+from vlm_cli.plain_data import finite
 from vlm_cli.printable import escape_controls, escape_json_controls
 from vlm_cli.report.tables import OPTIONAL_HEADS, human_bytes, parameter_heads, parameter_rows
 
@@ -80,7 +81,9 @@ def print_answer(text: str) -> None:
 
 def print_json(data: Any, *, indent: int | None = 2) -> None:
     """Print data as JSON on stdout, on one line if `indent` is None."""
-    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    # JSON is UTF-8. Where stdout has another encoding, escapes of ASCII characters are the same in both.
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    text = json.dumps(finite(data), indent=indent, ensure_ascii=not is_utf8, allow_nan=False)
     if terminal.is_terminal(sys.stdout):
         text = escape_json_controls(text)  # JSON itself escapes only C0
     terminal.write(text, keep="\n")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -25,6 +26,7 @@ from vlm_cli.cli.options import (
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.prompts import ChatTemplateOption, SpecialTokensOption
 from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions
+from vlm_cli.data.inputs import is_stdin
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
 
@@ -52,7 +54,8 @@ class EvalOptions:
             "--data",
             "-d",
             metavar="FILE",
-            help="Records with questions and right answers (JSONL); image paths start at the folder of FILE. Required.",
+            help="Records with questions and right answers (JSONL), or - for stdin; image paths start at the folder of "
+            "FILE. Required.",
             rich_help_panel=QUESTIONS,
         ),
     ] = None
@@ -104,14 +107,18 @@ class OutputOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write a web page of pictures and answers to FILE, wrong answers first.",
+            help="Write a web page of pictures and answers to FILE, or to stdout if FILE is -, wrong answers first.",
             rich_help_panel=FILES,
         ),
     ] = None
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write the answers to FILE (JSONL).", rich_help_panel=FILES
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the answers to FILE (JSONL), or to stdout if FILE is -.",
+            rich_help_panel=FILES,
         ),
     ] = None
     overwrite: Annotated[
@@ -120,8 +127,14 @@ class OutputOptions:
 
     @property
     def paths(self) -> list[Path]:
-        """The files that the user asked for."""
-        return [path for path in (self.output, self.html) if path is not None]
+        """The files that the user asked for, without stdout."""
+        return [path for path in (self.output, self.html) if path is not None and str(path) != "-"]
+
+    @property
+    def prints(self) -> str | None:
+        """The option whose result goes to stdout; None for none."""
+        given = {"--output": self.output, "--html": self.html}
+        return next((flag for flag, path in given.items() if path is not None and str(path) == "-"), None)
 
     def reserved(self, data: Path) -> AbstractContextManager[None]:
         """Refuse files that may not be written, and keep other processes from writing them during the block.
@@ -131,7 +144,7 @@ class OutputOptions:
         """
         from vlm_cli.files import reserved_files
 
-        taken = {data.resolve(): "--data"}
+        taken = {} if is_stdin(data) else {data.resolve(): "--data"}
         for flag, path in (("--html", self.html), ("--output", self.output)):
             if path is None:
                 continue
@@ -167,12 +180,14 @@ def evaluate(
     """
     if questions.data is None:
         raise UsageError(f"no questions are given: vlm eval {model} --data FILE.jsonl")
+    if files.prints and as_json:
+        raise UsageError(f"{files.prints} - and --json both write to stdout. Leave one of them out.")
     with files.reserved(questions.data):
         report = _make_report(model, questions, ModelRequest.of(model, devices, source))
         try:
             report.write(files)
         finally:  # the scores are printed even if the disk is full
-            report.print(as_json)
+            report.print(as_json, to_stderr=files.prints is not None)
     report.check_failed()
 
 
@@ -226,8 +241,18 @@ class Report:
     records: Records
     found: Evaluation
 
-    def print(self, as_json: bool) -> None:
-        """Print the scores on stdout: a table, or everything as JSON."""
+    def print(self, as_json: bool, *, to_stderr: bool = False) -> None:
+        """Print the scores on stdout: a table, or everything as JSON.
+
+        Args:
+            as_json: print JSON.
+            to_stderr: print one line for each kind on stderr, since stdout holds the answers.
+        """
+        if to_stderr:
+            for kind, score in self.found.kinds.items():
+                console.notify(f"{_kind_name(kind)}: {score.exact:,} of {score.items:,} exact")
+            console.notify(f"total: {self.found.total.exact:,} of {self.found.total.items:,} exact")
+            return
         if as_json:
             console.print_json(self.to_dict())
             return
@@ -281,20 +306,31 @@ class Report:
         Raises:
             VLMError: if a file cannot be written.
         """
-        from vlm_cli.evaluation.page import write_page
         from vlm_cli.files import replacing_files
 
-        found = self.found
         with replacing_files(files.paths, overwrite=files.overwrite) as opened:
             for path, file in zip(files.paths, opened, strict=True):
                 if path == files.output:
-                    file.writelines(json.dumps(x.to_dict(), ensure_ascii=False) + "\n" for x in found.in_order())
-                    continue
-                title = f"{Path(self.name).name} on {self.questions.data}"
-                loader = self.records.loader()
-                write_page(file, title, self._facts(), found.kinds, found.total, found.answers, loader)
+                    answers = (x.to_dict() for x in self.found.in_order())
+                    file.writelines(json.dumps(x, ensure_ascii=False, allow_nan=False) + "\n" for x in answers)
+                else:
+                    self._write_page(file)
         for path in files.paths:
             console.notify(f"Wrote {path}")
+        if files.prints == "--output":
+            for answer in self.found.in_order():
+                console.print_json(answer.to_dict(), indent=None)
+        elif files.prints == "--html":
+            page = io.StringIO()
+            self._write_page(page)
+            console.print_lines(page.getvalue())
+
+    def _write_page(self, file: TextIO) -> None:
+        from vlm_cli.evaluation.page import write_page
+
+        found, loader = self.found, self.records.loader()
+        title = f"{Path(self.name).name} on {self.questions.data}"
+        write_page(file, title, self._facts(), found.kinds, found.total, found.answers, loader)
 
     def _facts(self) -> dict[str, str]:
         """Return what the page says of how the answers were made."""

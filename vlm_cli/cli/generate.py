@@ -17,6 +17,7 @@ from vlm_cli.cli.prompts import (
     ChatTemplateOption,
     PromptOptions,
     ReadingOptions,
+    check_piped_picture,
     load_images,
     tell_placements,
 )
@@ -140,6 +141,7 @@ def generate(
         talk(chat, request())
     else:
         words = prompts.interleave()
+        check_piped_picture(words)
         wanted = request(compile=compile)
         images = load_images(words, reading.loader(prompts.folder, source.allow_hosts))
         if dry_run:
@@ -147,8 +149,8 @@ def generate(
             return
         # Beams and several answers are known only at the end.
         streams = printing.streams and search == SearchOptions()
-        job = PromptJob(words, images, reading, chat_template, sampling, search, compile, streams)
-        _answer_prompt(wanted, job, printing)
+        asked = PromptJob(words, images, reading, chat_template, sampling, search, compile, streams)
+        _answer_prompt(wanted, asked, printing)
 
 
 def _typed(flags: dict[str, bool]) -> list[str]:
@@ -178,6 +180,7 @@ def _show_layout(
 def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions) -> None:
     """Answer a prompt, and print the answer."""
     loaded = request.load()
+    check_piped_picture(job.words)  # a slow program may have written it only now
     tell_placements(job.images, loaded.processor)
     if job.images:
         request.warn_of_photographs()
@@ -187,6 +190,7 @@ def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions
         console.print_json(prompt | _to_dict(found, job.images, job.sampling.seed, loaded.seconds))
     else:
         console.print_answer("" if job.streams else "\n".join(answer.text for answer in found.answers))
+    job.sampling.tell_cut(found.answers)
     if printing.stats:
         console.notify(_statistics(found, loaded))
 

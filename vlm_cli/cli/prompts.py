@@ -12,9 +12,11 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.options import MaxPixelsOption, MediaRootOption
-from vlm_cli.cli.standard_streams import read_stdin
+from vlm_cli.cli.standard_streams import find_piped_picture
+from vlm_cli.data.inputs import base_folder, is_stdin, read_bytes
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, interleave
+from vlm_cli.text import clean_text, decode_text
 
 if TYPE_CHECKING:
     from vlm_cli.media import LoadedImage, MediaLoader
@@ -26,6 +28,7 @@ __all__ = [
     "ReadingOptions",
     "SpecialTokensOption",
     "TurnOptions",
+    "check_piped_picture",
     "load_images",
     "tell_placements",
 ]
@@ -126,7 +129,12 @@ class TurnOptions:
     @property
     def folder(self) -> Path | None:
         """Where relative image paths in the prompt start; None for the current folder."""
-        return None if self.prompt_file is None else self.prompt_file.absolute().parent
+        return None if self.prompt_file is None else base_folder(self.prompt_file)
+
+    @property
+    def takes_stdin(self) -> bool:
+        """Whether the user says that stdin brings the prompt."""
+        return "-" in self.texts.values() or (self.prompt_file is not None and is_stdin(self.prompt_file))
 
     def interleave(self) -> Interleaved:
         """Read the prompt, and split it into texts and images.
@@ -149,22 +157,34 @@ class TurnOptions:
             names = [*self.texts, "--prompt-file"]
             choices = f"{', '.join(names[:-1])} and {names[-1]}"
             raise UsageError(f"the prompt is given more than once. Choose one of {choices}.")
-        if self.prompt_file is not None:
-            try:
-                return self.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise PromptError(f"cannot read the prompt file {str(self.prompt_file)!r}: {error}.") from None
         text = next((x for x in self.texts.values() if x is not None), None)
         if text is not None and text != "-":
-            return text
-        if "-" in images:
+            return clean_text(text)
+        path = Path("-") if self.prompt_file is None else self.prompt_file
+        if is_stdin(path) and "-" in images:
             raise UsageError("stdin can be the prompt or an image, not both. Give one of them as a file.")
-        if sys.stdin is None or (text is None and sys.stdin.isatty()):
+        if is_stdin(path) and (sys.stdin is None or (not self.takes_stdin and sys.stdin.isatty())):
             raise UsageError('no prompt is given: vlm generate "<image:photo.jpg>A photo of"')
         try:
-            return read_stdin().decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"the prompt on stdin is not UTF-8 text: {error}.") from None
+            return decode_text(read_bytes(path)).removesuffix("\n")
+        except OSError as error:
+            raise PromptError(f"cannot read the prompt file {str(path)!r}: {error.strerror}.") from None
+        except ValueError as error:
+            where = "the prompt on stdin" if is_stdin(path) else f"the prompt file {str(path)!r}"
+            raise PromptError(f"{where} is {error}.") from None
+
+
+def check_piped_picture(words: Interleaved) -> None:
+    """Refuse a picture on stdin that the prompt does not show.
+
+    Raises:
+        UsageError: naming the format of the picture.
+    """
+    if Medium("-") not in words.parts and (found := find_piped_picture()) is not None:
+        raise UsageError(
+            f"stdin holds a picture ({found}), and the prompt does not show it. Add --image -, or write <image:-> "
+            "where it belongs."
+        )
 
 
 @dataclass(frozen=True)

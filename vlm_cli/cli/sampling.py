@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlm_cli.cli import console
 from vlm_cli.cli.options import MAX_SEED
 from vlm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from vlm_cli.generation.plan import Answer
 
 __all__ = ["MAX_NEW_TOKENS", "SamplingOptions", "SearchOptions"]
 
@@ -119,6 +124,13 @@ class SamplingOptions:
             rich_help_panel=SAMPLING,
         ),
     ] = None
+
+    def tell_cut(self, answers: Sequence[Answer]) -> None:
+        """Tell the user of answers that `--max-new-tokens` has cut."""
+        cut = sum(x.finish_reason == "length" and x.new_tokens == self.max_new_tokens for x in answers)
+        if cut:
+            what = "the answer was" if len(answers) == 1 else f"{cut} of {len(answers)} answers were"
+            console.notify(f"Note: {what} cut at {self.max_new_tokens} tokens; --max-new-tokens N allows more.")
 
     def keywords(self, search: SearchOptions = SearchOptions()) -> dict[str, Any]:
         """Return the arguments of `generate`; each flag takes effect or is refused.

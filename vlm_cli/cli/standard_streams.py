@@ -2,7 +2,7 @@
 
     stdout   carries data. The first write that fails raises an error, and the command ends with exit code 1.
     stderr   carries messages. If nobody can get them, the command goes on without them.
-    stdin    brings prompts. A read that fails is an error for the user.
+    stdin    brings prompts (`vlm_cli.data.inputs` reads it). A read that fails is an error for the user.
 
 A stream that was closed gets its number back, since the next file that the process opens would take this number, and
 receive what libraries print.
@@ -10,19 +10,20 @@ receive what libraries print.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import select
+import stat
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from vlm_cli.errors import DataError
+from vlm_cli.text import PICTURE_HEAD, picture_format
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["OutputError", "flush_streams", "open_streams", "read_stdin", "read_stdin_lines"]
+__all__ = ["OutputError", "find_piped_picture", "flush_streams", "open_streams"]
 
 
 class OutputError(OSError):
@@ -115,24 +116,29 @@ def flush_streams() -> None:
             stream.flush()
 
 
-def read_stdin() -> bytes:
-    """Read standard input to its end. The caller has checked that it is open.
+def find_piped_picture() -> str | None:
+    """Name the format of a picture that waits on standard input, without taking a byte of it; None if there is none.
 
-    Raises:
-        DataError: if it cannot be read.
+    Only Linux can look into a pipe.
     """
-    return b"".join(read_stdin_lines())
-
-
-def read_stdin_lines() -> Iterator[bytes]:
-    """Yield the lines of standard input; none if it is closed.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
-    if sys.stdin is None:
-        return
     try:
-        yield from sys.stdin.buffer
-    except OSError as error:
-        raise DataError(f"cannot read standard input: {error.strerror or error}. Give a file or a pipe.") from None
+        handle = sys.stdin.fileno()
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISREG(mode):
+            return picture_format(os.pread(handle, PICTURE_HEAD, os.lseek(handle, 0, os.SEEK_CUR)))
+        return picture_format(_peek(handle)) if stat.S_ISFIFO(mode) else None
+    except (AttributeError, OSError, ValueError):  # a stream that is closed, or none of the system's
+        return None
+
+
+def _peek(pipe: int) -> bytes:
+    """Return the first bytes that wait in a pipe; they stay there."""
+    tee = ctypes.CDLL(None, use_errno=True).tee
+    there, here = os.pipe()
+    try:
+        nonblocking = 2
+        length = tee(pipe, here, PICTURE_HEAD, nonblocking)
+        return os.read(there, length) if length > 0 else b""
+    finally:
+        os.close(there)
+        os.close(here)

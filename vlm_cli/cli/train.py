@@ -40,7 +40,13 @@ OutputOption = Annotated[
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", "-d", metavar="FILE", help="Learn the records in FILE (JSONL).", rich_help_panel=DATA),
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="FILE",
+        help="Learn the records in FILE (JSONL), or in stdin if FILE is -.",
+        rich_help_panel=DATA,
+    ),
 ]
 EvalDataOption = Annotated[
     Path | None,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from vlm_cli.errors import DataError, VLMError
+from vlm_cli.errors import VLMError
 from vlm_cli.registry import suggest
+from vlm_cli.text import decode_text
 
-__all__ = ["Line", "RecordError", "describe_type", "get_field", "number_lines", "parse_object", "read_lines"]
+__all__ = ["Line", "RecordError", "describe_type", "get_field", "number_lines", "parse_object"]
 
 _MISSING = object()
 
@@ -28,25 +28,6 @@ class Line:
     raw: bytes
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file.
-
-    Raises:
-        DataError: if the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            yield from file
-    except IsADirectoryError:
-        raise DataError(f"{str(path)!r} is a directory. Give the JSONL file in it.") from None
-    except FileNotFoundError:
-        folder = path.absolute().parent
-        near = [x.name for x in folder.iterdir() if x.is_file()] if folder.is_dir() else []
-        raise DataError(f"cannot find the records {str(path)!r}.{suggest(path.name, near)}") from None
-    except OSError as error:
-        raise DataError(f"cannot read the records {str(path)!r}: {error.strerror}.") from None
-
-
 def number_lines(raw_lines: Iterable[bytes]) -> Iterator[Line]:
     """Number the lines from 1, and leave out the blank ones."""
     return (Line(number, raw) for number, raw in enumerate(raw_lines, start=1) if raw.strip())
@@ -59,9 +40,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         RecordError: if the line is not UTF-8, not JSON, or no object.
     """
     try:
-        data = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise RecordError(f"not UTF-8 text: byte {error.start + 1} is {raw[error.start]:#04x}.") from None
+        text = decode_text(raw)
+    except ValueError as error:
+        raise RecordError(f"{error}.") from None
+    try:
+        data = json.loads(text)
     except json.JSONDecodeError as error:
         raise RecordError(f"not JSON: {error.msg} at character {error.colno}.") from None
     except ValueError as error:  # a number with more digits than Python reads

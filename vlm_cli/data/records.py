@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.data.jsonl import RecordError, describe_type, get_field, parse_object, read_lines
+from vlm_cli.data.inputs import base_folder, describe_input, read_lines
+from vlm_cli.data.jsonl import RecordError, describe_type, get_field, parse_object
 from vlm_cli.data.meant import check_picture_keys, find_mentions, mention_note
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader, short_name
@@ -92,12 +93,12 @@ class Records:
             return []
         (line, name), more = self.mentions[0], len({line for line, _ in self.mentions}) - 1
         others = f" {more:,} more {'record does' if more == 1 else 'records do'} the same." if more else ""
-        return [mention_note(name, f"line {line} of {str(self.path)!r}") + others]
+        return [mention_note(name, f"line {line} of {describe_input(self.path)}") + others]
 
     @property
     def folder(self) -> Path:
         """The folder where relative paths start."""
-        return self.path.absolute().parent
+        return base_folder(self.path)
 
     def loader(self) -> MediaLoader:
         """Make a loader of the images, which fetches nothing."""
@@ -135,7 +136,7 @@ def read_records(path: Path, media_root: Path | None = None, max_pixels: int | N
             records.good.append(record)
     if not records.good and not records.problems:
         raise DataError(
-            f"{str(path)!r} holds no records. Write one JSON object per line: "
+            f"{describe_input(path)} holds no records. Write one JSON object per line: "
             '{"prompt": "<image:a.png>Caption:", "completion": " A cat."}'
         )
     records.sha256 = digest.hexdigest()
@@ -157,9 +158,9 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
         return
     total = len(records.good) + len(records.problems)
     head = (
-        f"{len(problems)} of the {total} records in {str(records.path)!r} cannot be used:"
+        f"{len(problems)} of the {total} records in {describe_input(records.path)} cannot be used:"
         if total > 1
-        else f"the only record in {str(records.path)!r} cannot be used:"
+        else f"the only record in {describe_input(records.path)} cannot be used:"
     )
     lines = [f"  line {p.line}: {p.message}" for p in problems[:MOST_SHOWN]]
     if len(problems) > MOST_SHOWN:

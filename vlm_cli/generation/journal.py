@@ -87,6 +87,11 @@ class Journal:
         """The journal itself: `OUT.partial`."""
         return partial_of(self.out)
 
+    @property
+    def name(self) -> str:
+        """Where the answers are, for messages."""
+        return str(self.path)
+
     def _begin(self, settings: Mapping[str, Any], overwrite: bool) -> None:
         self.file.seek(0)
         head = self.file.readline()
@@ -162,7 +167,7 @@ class Journal:
 
     def _write(self, data: Mapping[str, Any], before: bytes = b"") -> None:
         # UTF-8 has no half characters (\ud800 to \udfff), so they are written as JSON escapes.
-        text = json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
         try:
             self.file.write(before + text + b"\n")
             self.file.flush()

@@ -17,6 +17,7 @@ from vlm_cli.data.meant import check_picture_keys, find_mentions
 from vlm_cli.data.records import get_images
 from vlm_cli.errors import LanguageModelError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
+from vlm_cli.plain_data import is_finite
 from vlm_cli.prompt import Medium, Text, interleave
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ class RowReader:
 
     def _fill(self, row: FileRow) -> None:
         data = parse_object(row.source_line.raw)
-        row.data = {key: x for key, x in data.items() if key != "error"}
+        row.data = {key: x for key, x in data.items() if key != "error" and is_finite(x)}
+        if lost := [key for key in data if key not in row.data and key != "error"]:
+            raise RecordError(f'"{lost[0]}" holds a number that JSON cannot write, such as NaN or 1e400.')
         prompt, images = get_field(data, "prompt", str, "text"), get_images(data)
         if taken := [key for key in ANSWER_KEYS if key in data]:
             raise RecordError(

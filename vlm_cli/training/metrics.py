@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.errors import CheckpointError
+from vlm_cli.plain_data import finite
 
 __all__ = ["METRICS_FILE", "MetricsLog"]
 
@@ -78,4 +79,4 @@ class MetricsLog:
 
 
 def _format_entry(entry: Mapping[str, Any]) -> str:
-    return json.dumps({key: entry[key] for key in _KEYS if key in entry}) + "\n"
+    return json.dumps(finite({key: entry[key] for key in _KEYS if key in entry}), allow_nan=False) + "\n"

@@ -9,6 +9,7 @@ import torch
 
 from vlm_cli.checkpoint.directory import load, read_config
 from vlm_cli.composition import Composition
+from vlm_cli.data.inputs import is_pipe
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import reserved_directory
 from vlm_cli.interrupt import Interrupted, at_signal
@@ -100,6 +101,7 @@ class _Run:
         self.checkpoints = Checkpoints(checkpoint_folder(job.output))
 
     def execute(self) -> TrainingResult | None:
+        self._check_inputs()
         with ExitStack() as locks:
             # The lock of the output keeps its checkpoints, too; with several processes, the main one holds it.
             self.processes.main_only(lambda: locks.enter_context(self._reserve()))
@@ -148,6 +150,18 @@ class _Run:
     def _reserve(self) -> AbstractContextManager[bool]:
         """Keep other processes from writing the output and its checkpoints."""
         return reserved_directory(self.job.output, overwrite=self.job.overwrite)
+
+    def _check_inputs(self) -> None:
+        """Refuse to read one stream of records twice.
+
+        Raises:
+            UsageError: naming the options.
+        """
+        piped = [path for path in (self.job.data, self.job.eval_data) if path is not None and is_pipe(path)]
+        if len(piped) == 2 and piped[0] == piped[1]:
+            raise UsageError("--data and --eval-data are the same pipe, which can be read only once. Give two files.")
+        if piped and self.processes.count > 1:
+            raise UsageError(f"{self.processes.count} processes cannot share the pipe {str(piped[0])!r}. Give a file.")
 
     def _prepare(self) -> TrainingCheckpoint | None:
         """Check the model and the checkpoints of earlier runs, and return the checkpoint from which the run continues.
