@@ -170,8 +170,8 @@ class TurnOptions:
         except OSError as error:
             raise PromptError(f"cannot read the prompt file {str(path)!r}: {error.strerror}.") from None
         except ValueError as error:
-            where = "the prompt on stdin" if is_stdin(path) else f"the prompt file {str(path)!r}"
-            raise PromptError(f"{where} is {error}.") from None
+            where = "the prompt on stdin is" if is_stdin(path) else f"cannot read the prompt file {str(path)!r}: it is"
+            raise PromptError(f"{where} {error}.") from None
 
 
 def check_piped_picture(words: Interleaved) -> None:
