@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 
-__all__ = ["escape_controls", "escape_json_controls", "markdown_code", "markdown_text"]
+__all__ = ["count_of", "escape_controls", "escape_json_controls", "markdown_code", "markdown_text"]
 
 #: Characters on which a terminal acts: the controls C0, DEL and C1, the separators of lines and paragraphs, and the
 #: format characters of Unicode that reorder, hide or annotate the text around them.
@@ -17,6 +17,15 @@ _CONTROL_IN_JSON = re.compile(f"(?!\n)[{CONTROLS}]")  # line ends between values
 #: Characters that mean nothing in Markdown. A dot does: GitHub makes a link of www.example.org.
 _PLAIN = re.compile(r"(?i)(?<=www)\.|[^\w .-]")
 _PLAIN_CODE = re.compile(r"[\w ./:@+,=()-]+")
+
+
+def count_of(number: int, noun: str) -> str:
+    """Write a number of things.
+
+    >>> count_of(1, "new token"), count_of(2000, "row")
+    ('1 new token', '2,000 rows')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def escape_controls(text: str, keep: str = "") -> str:

@@ -39,7 +39,7 @@ Frames = Sequence[Image]  # of one medium
 
 
 class TokenBreak:
-    """An empty part of a prompt. No token reaches across it: `encode` reads the texts on its two sides separately."""
+    """An empty part of a prompt; no token reaches across it."""
 
 
 class OpenCLIPImageProcessor(BaseImageProcessor):

@@ -408,7 +408,7 @@ def test_a_chat_begins_with_what_to_type(typed, vlm, open_gates):
 
 
 def test_an_answer_that_the_limit_cuts_says_so(typed, vlm, open_gates):
-    note = "Note: the answer was cut at 6 tokens; --max-new-tokens N allows more.\n"
+    note = "Note: the answer was cut at 6 tokens, before a stop token; --max-new-tokens allows more.\n"
     assert typed("The cat", EOFError()).stderr.count(note) == 1
     assert vlm("generate", "-m", open_gates, "The cat", "-n", 6).stderr.count(note) == 1
     whole = json.loads(vlm("generate", "-m", open_gates, "The cat", "-n", 6, "--json").stdout)["text"]

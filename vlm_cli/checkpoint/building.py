@@ -29,6 +29,7 @@ from vlm_cli.files import replacing_directory, reserved_directory
 from vlm_cli.modeling.config import stored_dtype
 from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.parameters import ParameterReport, count_parameters
 
@@ -72,8 +73,8 @@ class IncompleteWeightsError(CheckpointError):
     def __init__(self, source: str, keys: KeyReport, layout: Layout | None = None, notes: tuple[str, ...] = ()) -> None:
         self.keys, self.layout, self.notes = keys, layout, notes
         super().__init__(
-            f"{source!r} does not fit the composition: {len(keys.missing)} tensors that train, or would stay random, "
-            f"are missing, and {len(keys.mismatched)} have another shape. Nothing was written."
+            f"{source!r} does not fit the composition: {count_of(len(keys.missing), 'tensor')} that train, or would "
+            f"stay random, are missing, and {len(keys.mismatched)} have another shape. Nothing was written."
         )
 
 

@@ -71,6 +71,7 @@ def options(
 ) -> None:
     global _debug
     _debug = debug
+    console.be_quiet(False)  # until the command's own option says otherwise
 
 
 def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:

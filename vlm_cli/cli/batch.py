@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,17 +19,19 @@ from vlm_cli.cli.options import (
     MAX_WORKERS,
     DeviceOptions,
     JsonOption,
+    QuietOption,
     SourceOptions,
     StatsOption,
     flatten_options,
 )
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.prompts import ChatTemplateOption, ReadingOptions
-from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
+from vlm_cli.cli.sampling import SamplingOptions, SearchOptions, cut_note
 from vlm_cli.data.inputs import base_folder, describe_input, is_pipe, is_stdin, read_lines
-from vlm_cli.errors import DataError, UsageError
+from vlm_cli.errors import DataError, UsageError, VLMError
 from vlm_cli.interrupt import Interrupted, at_signal, deferred_signals
 from vlm_cli.models import DEMO
+from vlm_cli.printable import count_of
 from vlm_cli.schema import show
 
 if TYPE_CHECKING:
@@ -191,6 +193,7 @@ def batch(
     search: SearchOptions = SearchOptions(),
     as_json: JsonOption = False,
     stats: StatsOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Answer every prompt of a file.
 
@@ -283,8 +286,8 @@ class BatchResult:
         data = self.to_dict()
         earlier = f" ({self.earlier:,} of them earlier)" if self.earlier else ""
         return (
-            f"{self.rows:,} rows{earlier}, {self.failed:,} failed, {data['rows_per_second']:.1f} rows/s, "
-            f"{data['tokens_per_second']:.1f} tokens/s, {data['images_encoded']:,} images encoded of "
+            f"{count_of(self.rows, 'row')}{earlier}, {self.failed:,} failed, {data['rows_per_second']:.1f} rows/s, "
+            f"{data['tokens_per_second']:.1f} tokens/s, {count_of(data['images_encoded'], 'image')} encoded of "
             f"{data['images']:,} used"
         )
 
@@ -292,9 +295,9 @@ class BatchResult:
         if self.counts is None:
             return "no row was left to answer"
         return (
-            f"{self.counts.new_tokens:,} new tokens in {self.seconds:.2f} s, {self.counts.seconds:.2f} s of them in "
-            f"the model, {self.batch_size} rows at once in the end, load {self.load_seconds:.2f} s, "
-            f"peak memory {console.human_bytes(self.peak_memory)}"
+            f"{count_of(self.counts.new_tokens, 'new token')} in {self.seconds:.2f} s, {self.counts.seconds:.2f} s of "
+            f"them in the model, {count_of(self.batch_size, 'row')} at once in the end, "
+            f"load {self.load_seconds:.2f} s, peak memory {console.human_bytes(self.peak_memory)}"
         )
 
 
@@ -308,9 +311,12 @@ def answer_file(job: BatchJob, *, as_json: bool, stats: bool) -> None:
     if job.options.prints and as_json:
         raise UsageError("--output - and --json both write to stdout. Leave one of them out.")
     result = _answer_file(job)
-    console.notify(result.summary())
+    console.note(result.summary())
     if result.failed:
-        console.notify(f'{result.failed:,} of {result.rows:,} rows could not be answered; their lines have an "error".')
+        console.notify(
+            f"{result.failed:,} of {count_of(result.rows, 'row')} could not be answered; "
+            + ('their lines have an "error".' if result.failed > 1 else 'its line has an "error".')
+        )
     if not job.options.prints:
         console.notify(f"Wrote {job.options.output}")
     if as_json:
@@ -337,7 +343,7 @@ def _answer_file(job: BatchJob) -> BatchResult:
         with at_signal(lambda: _leave(job, journal)):
             journal.skip(lines, str(job.file))
             if journal.answered:
-                console.notify(f"Resuming after {journal.answered:,} rows, which are answered in {journal.name}.")
+                console.note(f"Resuming after {count_of(journal.answered, 'row')}, answered in {journal.name}.")
             result = _answer_rest(job, journal, lines, total)
         if not journal.answered:
             raise DataError(
@@ -393,7 +399,7 @@ def _leave(job: BatchJob, journal: Journal | PrintedAnswers) -> str:
     if not journal.answered or job.options.prints:
         return ""
     again = "the same command without --overwrite" if job.options.overwrite else "the same command"
-    return f"{journal.name} keeps {journal.answered:,} answers; run {again} to resume."
+    return f"{journal.name} keeps {count_of(journal.answered, 'answer')}; run {again} to resume."
 
 
 def _answer_rest(
@@ -411,9 +417,8 @@ def _answer_rest(
     from vlm_cli.generation.rows import RowReader
 
     loaded = job.request.load()
-    job.request.warn_of_photographs()
     keep_collecting()
-    console.notify(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
+    console.note(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
     keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
     writer = loaded.writer(chat_template=job.chat_template, special_tokens=job.reading.special_tokens)
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops, writer)
@@ -421,6 +426,8 @@ def _answer_rest(
     reader = RowReader(plan, loader)
     started = time.monotonic()
     details = notes = 0  # messages that stderr shows in full
+    cut: list[int] = []  # tokens of the answer to each row that --max-new-tokens or the context cut
+    is_unjudged = job.request.is_demo  # whether a picture is to show that these are photographs
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:
         size = BatchSize(job.options.rows_at_once())
         answerer = RowAnswerer(plan, size, seed=job.sampling.seed, notify=progress.notify)
@@ -434,7 +441,15 @@ def _answer_rest(
                 if row.mentions and notes < MOST_DETAILS:
                     notes += 1
                     progress.notify(mention_note(row.mentions[0], f"line {row.line}"))
+                if is_unjudged and row.sources:
+                    is_unjudged = False
+                    with suppress(VLMError):
+                        job.request.warn_of_photographs([loader.load(row.sources[0])])
+                cut_here = [x.new_tokens for x in row.answers or () if x.finish_reason == "length"]
+                cut += [max(cut_here)] if cut_here else []
                 progress.show(journal.answered)
+    if cut:
+        console.note(cut_note(len(cut), answerer.counts.rows, max(cut), job.sampling.max_new_tokens))
     return BatchResult(
         journal.answered,
         journal.failed,

@@ -27,6 +27,7 @@ from vlm_cli.cli.options import (
 )
 from vlm_cli.errors import UsageError
 from vlm_cli.files import check_directory
+from vlm_cli.printable import count_of
 
 if TYPE_CHECKING:
     from vlm_cli.checkpoint.building import BuildResult, IncompleteWeightsError
@@ -170,7 +171,7 @@ def _print_key_report(report: KeyReport) -> None:
         ("of another shape", shapes),
     ):
         shown = f": {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names and title != "loaded" else ""
-        console.notify(f"  {len(names)} tensors {title}{shown}")
+        console.notify(f"  {count_of(len(names), 'tensor')} {title}{shown}")
 
 
 def _print_result(result: BuildResult, as_json: bool, exact: bool) -> None:

@@ -23,6 +23,7 @@ from vlm_cli.data.inputs import read_stdin_lines
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
 from vlm_cli.interrupt import deferred_signals, raising_signals
 from vlm_cli.models import DEMO
+from vlm_cli.printable import count_of
 from vlm_cli.prompt import Interleaved, Medium, interleave
 from vlm_cli.text import decode_text
 
@@ -113,11 +114,10 @@ def talk(request: ChatRequest, wanted: ModelRequest) -> None:
     """
     first = _first_turn(request)  # read before the model is
     loaded = wanted.load()
-    wanted.warn_of_photographs()
     keep_collecting()
-    session = ChatSession(request, _start(request, loaded), is_typed=is_terminal(sys.stdin))
+    session = ChatSession(request, wanted, _start(request, loaded), is_typed=is_terminal(sys.stdin))
     if session.is_typed:
-        console.notify("Type a turn and press Enter; <image:FILE> in it shows an image. Ctrl-D ends the chat.")
+        console.note("Type a turn and press Enter; <image:FILE> in it shows an image. Ctrl-D ends the chat.")
     if first is not None:
         session.answer(first)
     for text in _typed_turns() if session.is_typed else _piped_turns():
@@ -159,6 +159,8 @@ def _start(request: ChatRequest, loaded: LoadedModel) -> Chat:
     if request.sampling.seed is not None:
         set_seed(request.sampling.seed)
     plan = GenerationPlan(loaded.model, loaded.processor, request.sampling.keywords(), request.sampling.stop or ())
+    if loaded.processor.chat_program is not None:
+        console.note("Template: the tokenizer's chat template")
     return Chat(plan, parse_special_tokens=request.reading.special_tokens)
 
 
@@ -168,11 +170,13 @@ class ChatSession:
 
     Attributes:
         request: what the user wants.
+        wanted: the model that the user asked for.
         chat: the conversation.
         is_typed: whether the user types the turns on a terminal.
     """
 
     request: ChatRequest
+    wanted: ModelRequest
     chat: Chat
     is_typed: bool
 
@@ -180,7 +184,7 @@ class ChatSession:
         """Read a turn; the first one takes the images of the command line."""
         words = interleave(text, () if self.chat.turns else tuple(self.request.first.image or ()))
         if words.images_prepended:
-            console.notify("Note: the turn has no <image> placeholder, so the images come first.")
+            console.note("Note: the turn has no <image> placeholder, so the images come first.")
         return _turn(words, self.request, None)
 
     def answer(self, turn: Turn) -> None:
@@ -193,6 +197,7 @@ class ChatSession:
 
         plan, printing = self.chat.plan, self.request.printing
         tell_placements(turn.images, plan.processor)
+        self.wanted.warn_of_photographs(turn.images)
         streamer = TextStream(plan.decode, console.write_answer, plan.stops) if printing.streams else None
         # On a terminal, Ctrl-C ends the answer; in a pipe, it ends the command, as SIGTERM always does.
         ends_answer = deferred_signals(numbers=(signal.SIGINT,)) if self.is_typed else nullcontext(lambda: False)
@@ -201,7 +206,7 @@ class ChatSession:
                 turn.words.parts,
                 [image.image for image in turn.images],
                 streamer=streamer,
-                notify=console.notify,
+                notify=console.note,
                 is_interrupted=is_interrupted,
             )
         if printing.as_json:
@@ -211,8 +216,8 @@ class ChatSession:
         self.request.sampling.tell_cut([found.answer])
         if printing.stats:
             console.notify(
-                f"{found.prompt_positions} positions, {found.reused_positions} of them read before, "
-                f"{found.answer.new_tokens} new tokens in {found.seconds:.2f} s, "
+                f"{count_of(found.prompt_positions, 'position')}, {found.reused_positions:,} of them read before, "
+                f"{count_of(found.answer.new_tokens, 'new token')} in {found.seconds:.2f} s, "
                 f"peak memory {console.human_bytes(console.peak_memory(plan.model.device))}"
             )
 

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "announced_steps",
+    "be_quiet",
     "error",
     "human_bytes",
+    "is_quiet",
+    "note",
     "notify",
     "peak_memory",
     "print_answer",
@@ -51,6 +54,28 @@ __all__ = [
 def notify(message: str) -> None:
     """Print one line for the user on stderr."""
     terminal.write(message, to_stderr=True)
+
+
+#: Whether `note` prints nothing; each command sets it anew.
+_quiet = False
+
+
+def be_quiet(quiet: bool = True) -> bool:
+    """Let `note` print nothing, or again something; return the argument, as Typer wants it of an option's callback."""
+    global _quiet
+    _quiet = quiet
+    return quiet
+
+
+def is_quiet() -> bool:
+    """Tell whether the user wants neither notes nor progress."""
+    return _quiet
+
+
+def note(message: str) -> None:
+    """Print one line on stderr that the user can do without, unless they gave --quiet."""
+    if not _quiet:
+        notify(message)
 
 
 def error(message: str) -> None:

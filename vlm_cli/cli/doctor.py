@@ -16,6 +16,7 @@ from vlm_cli.cli.options import (
     DeviceOptions,
     JsonOption,
     ModelArgument,
+    QuietOption,
     flatten_options,
 )
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
@@ -63,6 +64,7 @@ def doctor(
         bool,
         typer.Option("--verbose", "-v", help="Print for each check what it proves, its numbers, reason and seconds."),
     ] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check what must hold for every model. The checks use the model's own weights, dtype and device.
@@ -78,7 +80,7 @@ def doctor(
     vlm, tokenizer = _model(chosen, compose, devices, places, seed)
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
-    console.notify(f"Model {name} on {vlm.device}, {dtype}")
+    console.note(f"Model {name} on {vlm.device}, {dtype}")
     names = QUICK if quick else tuple(CHECKS)
     findings = []
     announce = (lambda text: None) if as_json else _announce
@@ -112,7 +114,7 @@ def doctor(
 
 def _announce(text: str) -> None:
     """Show on a terminal which check runs, on a line that the next text or the check's result replaces."""
-    if is_terminal(sys.stderr):
+    if is_terminal(sys.stderr) and not console.is_quiet():
         overwrite_line(f"  {text} …" if text else "", end="\r")
 
 
@@ -183,7 +185,7 @@ def _model(
         return model, processor.tokenizer
     blueprint = plan(chosen, trust_remote_code=compose.trust_remote_code, need_tokenizer=False)
     _check_memory(blueprint, dtype)
-    console.notify("The weights are random. To check trained weights, give the directory that `vlm build` wrote.")
+    console.note("The weights are random. To check trained weights, give the directory that `vlm build` wrote.")
     return create(blueprint, random_weights=True, dtype=dtype, seed=seed).to(device), blueprint.tokenizer
 
 

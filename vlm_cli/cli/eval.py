@@ -20,15 +20,17 @@ from vlm_cli.cli.options import (
     JsonOption,
     MaxPixelsOption,
     MediaRootOption,
+    QuietOption,
     SourceOptions,
     flatten_options,
 )
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.prompts import ChatTemplateOption, SpecialTokensOption
-from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions
+from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions, cut_note
 from vlm_cli.data.inputs import is_stdin
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
+from vlm_cli.printable import count_of
 
 if TYPE_CHECKING:
     from vlm_cli.data.records import Records
@@ -166,6 +168,7 @@ def evaluate(
     files: OutputOptions = OutputOptions(),
     devices: DeviceOptions = DeviceOptions(),
     source: SourceOptions = SourceOptions(),
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a model questions and count the right answers. The records hold the answers, and a kind for each question.
@@ -197,9 +200,9 @@ def _make_report(model: str, questions: EvalOptions, request: ModelRequest) -> R
 
     assert questions.data is not None
     items, records = read_items(questions.data, questions.limit, questions.media_root, questions.max_pixels)
-    console.notify(f"{len(items):,} items from {questions.data}")
+    console.note(f"{count_of(len(items), 'item')} from {questions.data}")
     for note in records.notes:
-        console.notify(note)
+        console.note(note)
     loaded = request.load()
     return Report(model, loaded, questions, records, _evaluate(loaded, questions, items, records))
 
@@ -213,7 +216,7 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
     from vlm_cli.generation.plan import GenerationPlan
 
     if any(item.media for item in items):
-        console.notify(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
+        console.note(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
     keywords = SamplingOptions(max_new_tokens=questions.max_new_tokens).keywords()
     writer = loaded.writer(chat_template=questions.chat_template, special_tokens=questions.special_tokens)
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, writer=writer)
@@ -224,10 +227,8 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
         loader = records.loader()
         found = evaluate_items(answerer, items, loader, name=str(questions.data), report=progress.show)
     if found.num_cut:
-        console.notify(
-            f"Note: {found.num_cut:,} of {len(items):,} answers were cut at {questions.max_new_tokens} tokens, before "
-            "a stop token; --max-new-tokens allows more."
-        )
+        most = questions.max_new_tokens
+        console.note(cut_note(found.num_cut, len(items), most, most))
     return found
 
 

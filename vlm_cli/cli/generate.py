@@ -24,6 +24,7 @@ from vlm_cli.cli.prompts import (
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.models import DEMO
+from vlm_cli.printable import count_of
 from vlm_cli.prompt import Interleaved, format
 
 if TYPE_CHECKING:
@@ -182,8 +183,7 @@ def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions
     loaded = request.load()
     check_piped_picture(job.words)  # a slow program may have written it only now
     tell_placements(job.images, loaded.processor)
-    if job.images:
-        request.warn_of_photographs()
+    request.warn_of_photographs(job.images)
     found = _generate(loaded, job)
     if printing.as_json:
         prompt = {"model": request.name, "prompt": format(job.words.parts)}
@@ -210,7 +210,7 @@ def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
         seed=sampling.seed,
         compile=job.compile,
         streamer=TextStream(plan.decode, console.write_answer, plan.stops) if job.streams else None,
-        notify=console.notify,
+        notify=console.note,
     )
 
 
@@ -232,7 +232,8 @@ def _to_dict(found: Generation, images: list[LoadedImage], seed: int | None, loa
 def _statistics(found: Generation, loaded: LoadedModel) -> str:
     compiled = f"compilation {found.compile_seconds:.2f} s, " if found.compile_seconds else ""
     return (
-        f"{found.prompt_tokens} prompt tokens ({found.prompt_positions} positions), {found.new_tokens} new tokens in "
+        f"{count_of(found.prompt_tokens, 'prompt token')} ({count_of(found.prompt_positions, 'position')}), "
+        f"{count_of(found.new_tokens, 'new token')} in "
         f"{found.seconds:.2f} s ({found.new_tokens / found.seconds:.1f} tokens/s), load {loaded.seconds:.2f} s, "
         f"{compiled}peak memory {console.human_bytes(console.peak_memory(loaded.model.device))}"
     )

@@ -10,6 +10,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.options import ComposeOptions, ExactOption, JsonOption, ModelArgument, flatten_options
 from vlm_cli.errors import PromptError
 from vlm_cli.models import resolve
+from vlm_cli.printable import count_of
 from vlm_cli.report.tables import human_count
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ def print_layout(layout: PromptLayout, as_json: bool) -> None:
     ]
     console.print_table(("Span", "Tokens", "Positions", "Where", "Sees media"), rows)
     left = "" if layout.left is None else f", {layout.left} of {layout.context} left"
-    console.print_line(f"{len(layout.ids)} tokens at {layout.positions} positions of the language model{left}")
+    console.print_line(
+        f"{count_of(len(layout.ids), 'token')} at {count_of(layout.positions, 'position')} of the language model{left}"
+    )
 
 
 def _print(report: ModelDescription, exact: bool) -> None:

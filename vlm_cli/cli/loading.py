@@ -18,6 +18,9 @@ from vlm_cli.modeling.quantizations import QUANTIZATIONS
 from vlm_cli.models import DEMO, resolve_built_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlm_cli.media import LoadedImage
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
     from vlm_cli.writing.writer import PromptWriter
@@ -39,6 +42,9 @@ QuantizeOption = Annotated[
         autocompletion=complete_quantizations,
     ),
 ]
+
+
+_SCENE = (64, 64)  # pixels of every scene that the demo was trained on
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class LoadedModel:
 
         writer = PromptWriter(self.processor, chat_template=chat_template, parse_special_tokens=special_tokens)
         if writer.note:
-            console.notify(writer.note)
+            console.note(writer.note)
         return writer
 
 
@@ -142,15 +148,19 @@ class ModelRequest:
         accelerate(model, quantize=self.quantize, compile=self.compile)
         loaded = LoadedModel(model, processor, device, time.monotonic() - started)
         how = ", ".join([loaded.dtype, *([self.quantize] if self.quantize else [])])
-        console.notify(f"Model {self.name} on {device}, {how}")
+        console.note(f"Model {self.name} on {device}, {how}")
         if left_out:
-            console.notify(f"Note: generation_config.json sets {', '.join(left_out)}, which vlm does not use.")
+            console.note(f"Note: generation_config.json sets {', '.join(left_out)}, which vlm does not use.")
         return loaded
 
-    def warn_of_photographs(self) -> None:
-        """Tell users of the demo what the demo cannot do."""
-        if self.directory == str(DEMO):
-            console.notify("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
+    @property
+    def is_demo(self) -> bool:
+        return self.directory == str(DEMO)
+
+    def warn_of_photographs(self, images: Sequence[LoadedImage]) -> None:
+        """Tell users of the demo what it cannot do, if an image has another size than the scenes that it knows."""
+        if self.is_demo and any((image.width, image.height) != _SCENE for image in images):
+            console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")
 
     def digest(self) -> str:
         """Return a text that changes when the model changes.

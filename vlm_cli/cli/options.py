@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from vlm_cli.cli import completion
+from vlm_cli.cli import completion, console
 from vlm_cli.cli.command import accept_old_names, make_option
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.errors import UsageError, first_line
@@ -72,7 +72,14 @@ ExactOption = Annotated[
     ),
 ]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print neither notes nor progress on stderr.",
+        rich_help_panel=OUTPUT,
+        callback=console.be_quiet,
+    ),
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT, if vlm wrote it.", rich_help_panel=OUTPUT)
@@ -234,6 +241,7 @@ class PrintOptions:
     ] = False
     as_json: JsonOption = False
     stats: StatsOption = False
+    quiet: QuietOption = False
 
     @property
     def streams(self) -> bool:

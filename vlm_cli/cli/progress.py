@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from vlm_cli.cli import console, terminal
+from vlm_cli.printable import count_of
 
 __all__ = ["ProgressLine", "format_duration"]
 
@@ -17,7 +18,7 @@ PIPE_SECONDS = 10.0  # between two lines where stderr is a file or a pipe
 class ProgressLine:
     """Show how many items are done, how many per second, and the time left.
 
-    A terminal shows one line that changes. A file or a pipe gets a line every ten seconds.
+    A terminal shows one line that changes. A file or a pipe gets a line every ten seconds. --quiet leaves both out.
 
     Args:
         total: number of items; None if nobody knows it yet.
@@ -41,6 +42,8 @@ class ProgressLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if console.is_quiet():
+            return
         if error is None and self.has_summary:
             self._print(self._summary(time.monotonic() - self.started))
             if self.is_terminal:
@@ -51,7 +54,7 @@ class ProgressLine:
     def show(self, done: int) -> None:
         """Show that `done` items are done, including those of an earlier run."""
         now = time.monotonic()
-        if done == self.total or now - self.shown < self.interval:
+        if console.is_quiet() or done == self.total or now - self.shown < self.interval:
             return
         self.shown = now
         rate = (done - self.done_before) / (now - self.started)
@@ -68,7 +71,8 @@ class ProgressLine:
 
     def _summary(self, seconds: float) -> str:
         total = self.total or 0
-        return f"  {total:,} {self.noun} in {format_duration(seconds)}, {total / seconds:.1f} {self.noun}/s"
+        done = count_of(total, self.noun.removesuffix("s"))
+        return f"  {done} in {format_duration(seconds)}, {total / seconds:.1f} {self.noun}/s"
 
     def _end_line(self) -> None:
         if self.is_terminal and self.shown != self.started:

@@ -149,7 +149,7 @@ class TurnOptions:
             images = [str(Path(x).absolute()) if Path(x).exists() else x for x in images]
         found = interleave(self._text(images), images)
         if found.images_prepended:
-            console.notify("Note: the prompt has no <image> placeholder, so the images come first.")
+            console.note("Note: the prompt has no <image> placeholder, so the images come first.")
         return found
 
     def _text(self, images: list[str]) -> str:
@@ -217,11 +217,11 @@ def load_images(parts: Interleaved, loader: MediaLoader) -> list[LoadedImage]:
     from vlm_cli.media import short_name
 
     for name in find_mentions(parts.parts, loader):
-        console.notify(mention_note(name))
+        console.note(mention_note(name))
     images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
     for image in images:
         size = f"{image.width}x{image.height}"
-        console.notify(f"Image {short_name(image.source)} ({', '.join([size, *image.notes])})")
+        console.note(f"Image {short_name(image.source)} ({', '.join([size, *image.notes])})")
     return images
 
 
@@ -232,4 +232,4 @@ def tell_placements(images: Sequence[LoadedImage], processor: VLMProcessor) -> N
     for image in images:
         placement = processor.image_processor.place(image.width, image.height)
         if placement.image != placement.seen:
-            console.notify(f"Image {short_name(image.source)}: {placement.describe()}")
+            console.note(f"Image {short_name(image.source)}: {placement.describe()}")

@@ -11,11 +11,12 @@ import typer
 from vlm_cli.cli import console
 from vlm_cli.cli.options import MAX_SEED
 from vlm_cli.errors import UsageError
+from vlm_cli.printable import count_of
 
 if TYPE_CHECKING:
     from vlm_cli.generation.plan import Answer
 
-__all__ = ["MAX_NEW_TOKENS", "SamplingOptions", "SearchOptions"]
+__all__ = ["MAX_NEW_TOKENS", "SamplingOptions", "SearchOptions", "cut_note"]
 
 SAMPLING = "Sampling"  # heading of these options in --help
 
@@ -24,6 +25,24 @@ MAX_NEW_TOKENS = 1_000_000  # the longest answer
 MAX_TEMPERATURE = 1_000.0
 MAX_TOP_K = 1_000_000  # tokens; no vocabulary has more
 MAX_REPETITION_PENALTY = 100.0
+
+
+def cut_note(cut: int, answers: int, longest: int, most: int) -> str:
+    """Say that answers were cut before they ended.
+
+    >>> cut_note(1, 1, 64, 64)
+    'Note: the answer was cut at 64 tokens, before a stop token; --max-new-tokens allows more.'
+
+    Args:
+        cut: how many answers were cut.
+        answers: how many there are.
+        longest: tokens of the longest of those that were cut.
+        most: tokens that --max-new-tokens allows.
+    """
+    which = "the answer was" if answers == 1 else f"{cut:,} of {answers:,} answers {'was' if cut == 1 else 'were'}"
+    if longest < most:
+        return f"Note: {which} cut at {count_of(longest, 'token')}, where the context of the model ends."
+    return f"Note: {which} cut at {count_of(most, 'token')}, before a stop token; --max-new-tokens allows more."
 
 
 @dataclass(frozen=True)
@@ -126,11 +145,9 @@ class SamplingOptions:
     ] = None
 
     def tell_cut(self, answers: Sequence[Answer]) -> None:
-        """Tell the user of answers that `--max-new-tokens` has cut."""
-        cut = sum(x.finish_reason == "length" and x.new_tokens == self.max_new_tokens for x in answers)
-        if cut:
-            what = "the answer was" if len(answers) == 1 else f"{cut} of {len(answers)} answers were"
-            console.notify(f"Note: {what} cut at {self.max_new_tokens} tokens; --max-new-tokens N allows more.")
+        """Tell the user of answers that `--max-new-tokens` or the context of the model has cut."""
+        if cut := [answer.new_tokens for answer in answers if answer.finish_reason == "length"]:
+            console.note(cut_note(len(cut), len(answers), max(cut), self.max_new_tokens))
 
     def keywords(self, search: SearchOptions = SearchOptions()) -> dict[str, Any]:
         """Return the arguments of `generate`; each flag takes effect or is refused.

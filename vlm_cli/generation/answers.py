@@ -26,6 +26,7 @@ from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.budget import MediumSize
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
+from vlm_cli.printable import count_of
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
@@ -179,10 +180,9 @@ class RowAnswerer:
             torch.cuda.empty_cache()
         if len(rows) == 1:
             row = rows[0]
-            row.error = VLMError(
-                f"memory does not suffice for this row alone ({row.positions} positions, {len(row.images)} images, "
-                f"{row.room} new tokens)."
-            )
+            sizes = ((row.positions, "position"), (len(row.images), "image"), (row.room, "new token"))
+            needed = ", ".join(count_of(number, noun) for number, noun in sizes)
+            row.error = VLMError(f"memory does not suffice for this row alone ({needed}).")
             return
         self.size.halve(len(rows))
         self.notify(f"Note: memory does not suffice for {len(rows)} rows at once; continuing with {self.size.rows}.")

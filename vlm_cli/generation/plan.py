@@ -11,6 +11,7 @@ from vlm_cli.decoding import decode_after
 from vlm_cli.generation.stopping import StopStrings, cut_at_stop
 from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.modeling.stop_tokens import stop_token_ids
+from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.writing.writer import PromptWriter
 
@@ -93,7 +94,9 @@ class GenerationPlan:
         """
         room = self.budget.room(positions, self.max_new_tokens)
         if room < self.max_new_tokens:
-            notify(f"Note: the context of {self.budget.context} positions leaves room for {room} new tokens.")
+            notify(
+                f"Note: the context of {self.budget.context} positions leaves room for {count_of(room, 'new token')}."
+            )
         return room
 
     def stopping_criteria(self) -> StoppingCriteriaList:

@@ -46,7 +46,9 @@ class PromptWriter:
 
     @property
     def note(self) -> str | None:
-        """What the user should know of a chat template that is not used; None if there is nothing to know."""
-        if self.format is not None or self.parse_special_tokens or ChatFormat(self.processor).template is None:
+        """What the user should know of the chat template, used or not; None if there is nothing to know."""
+        if self.format is not None:
+            return "Template: the tokenizer's chat template"
+        if self.parse_special_tokens or ChatFormat(self.processor).template is None:
             return None
         return "Note: the tokenizer has a chat template, which `vlm chat` uses. --chat-template uses it here, too."

@@ -27,6 +27,7 @@ from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
 from vlm_cli.hub_ids import check_hub_id, is_hub_id
 from vlm_cli.modeling.language_model import check_causal
+from vlm_cli.printable import count_of
 from vlm_cli.registry import suggest
 from vlm_cli.trust import load_config, load_generation_config, load_language_model, load_tokenizer
 
@@ -183,7 +184,8 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
     nonsense = "a model with random parts would answer nonsense"
     if missing := sorted(info["missing_keys"]):
         raise LanguageModelError(
-            f"the weights of language model {name!r} lack {len(missing)} tensors, e.g. {missing[0]!r}; {nonsense}."
+            f"the weights of language model {name!r} lack {count_of(len(missing), 'tensor')}, e.g. {missing[0]!r}; "
+            f"{nonsense}."
         )
     if mismatched := sorted(info["mismatched_keys"]):
         tensor, given, wanted = mismatched[0]

@@ -18,6 +18,7 @@ from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
 from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.plain_data import read_json
+from vlm_cli.printable import count_of
 from vlm_cli.registry import VISION_ENCODERS, suggest
 
 if TYPE_CHECKING:
@@ -222,12 +223,14 @@ def _fill(visual: nn.Module, state: dict[str, Any], path: Path) -> None:
     wanted = visual.state_dict()
     shapes = [k for k, x in state.items() if k in wanted and x.shape != wanted[k].shape]
     for names, what in (
-        (wanted.keys() - state.keys(), "lack {} tensors of the vision tower"),
-        (state.keys() - wanted.keys(), "hold {} tensors that the vision tower does not have"),
-        (shapes, "give {} tensors of the vision tower another shape"),
+        (wanted.keys() - state.keys(), "lack {} of the vision tower"),
+        (state.keys() - wanted.keys(), "hold {} that the vision tower does not have"),
+        (shapes, "give {} of the vision tower another shape"),
     ):
         if names:
-            raise VisionEncoderError(f"the weights {str(path)!r} {what.format(len(names))}, e.g. {min(names)!r}.")
+            raise VisionEncoderError(
+                f"the weights {str(path)!r} {what.format(count_of(len(names), 'tensor'))}, e.g. {min(names)!r}."
+            )
     visual.load_state_dict(state)
 
 
@@ -251,7 +254,7 @@ def _load_with_openclip(tower: Tower, path: Path) -> nn.Module:
     absent = [k for k in getattr(missing, "missing_keys", []) if k.startswith("visual.")]
     if absent:
         raise VisionEncoderError(
-            f"the weights {str(path)!r} lack {len(absent)} tensors of the vision tower, e.g. {absent[0]!r}."
+            f"the weights {str(path)!r} lack {count_of(len(absent), 'tensor')} of the vision tower, e.g. {absent[0]!r}."
         )
     # Interpolates position embeddings that were loaded at the tower's own size.
     return set_image_size(model.visual).float()
