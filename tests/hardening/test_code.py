@@ -406,7 +406,8 @@ def test_no_code_in_a_process(hostile, made, marker, tmp_path, command, name):
     model = hostile("vlm", change)
     done = process(words_of(command, model, made, tmp_path / "out"), tmp_path)
     assert not marker.exists() and done.returncode == 1 and not done.stdout
-    assert words in done.stderr and done.stderr.count("\n") == 1
+    assert words in done.stderr and done.stderr.count("Error:") == 1 and "Traceback" not in done.stderr
+    assert "[y/N]" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("run", [process_copy, pytest.param(process, marks=pytest.mark.attack)])
