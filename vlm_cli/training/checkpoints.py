@@ -216,6 +216,8 @@ class Checkpoints:
 
     def _explain(self, step: int, error: BaseException) -> str:
         reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        if "inline_container" in reason:  # of torch's writer of archives, which compares positions and loses the cause
+            reason = "a file could not be written to its end, as on a full disk"
         last = self.last()
         kept = (
             "The run has no earlier checkpoint."
