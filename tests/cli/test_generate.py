@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import copy
 import functools
+import io
 import json
+import os
 import re
 import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -17,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM, load
+from vlm_cli.cli import console, prompts
+from vlm_cli.cli.standard_streams import find_piped_picture
 from vlm_cli.cli.stream import TextStream
 from vlm_cli.decoding import decode_after
 from vlm_cli.generation.stopping import cut_at_stop
@@ -424,3 +429,56 @@ def test_dtype_and_device(generate, monkeypatch):
     result = generate("--dtype", "bfloat16", "--device", "cpu")
     assert result.exit_code == 0 and "on cpu, bfloat16" in result.stderr
     assert "on cpu, float32" in generate("--device", "cpu").stderr
+
+
+# -- where a prompt comes from -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [b"The cat\n", b"The cat\r\n", b"\xef\xbb\xbfThe cat\n"])
+def test_a_prompt_is_the_same_wherever_it_comes_from(vlm, open_gates, tmp_path, raw):
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    words = ("generate", "-m", open_gates, "-n", 4, "--json")
+    found = [
+        vlm(*words, "-f", tmp_path / "prompt.txt"),
+        vlm(*words, "-f", "-", input=raw),
+        vlm(*words, "-", input=raw),
+        vlm(*words, raw.decode().rstrip("\n")),
+        vlm(*words, "-p", "The cat"),
+    ]
+    assert [result.exit_code for result in found] == [0] * len(found)
+    assert len({(x["text"], x["prompt_tokens"]) for x in (json.loads(result.stdout) for result in found)}) == 1
+
+
+def test_a_picture_on_stdin_that_is_not_shown_is_refused(vlm, open_gates, photo, monkeypatch):
+    monkeypatch.setattr(prompts, "find_piped_picture", lambda: "PNG")
+    refused = vlm("generate", "-m", open_gates, "The cat", "-n", 1)
+    assert refused.exit_code == 2 and not refused.stdout
+    assert "stdin holds a picture (PNG), and the prompt does not show it. Add --image -" in refused.stderr
+    shown = vlm("generate", "-m", open_gates, "The cat", "-i", "-", "-n", 1, input=photo.read_bytes())
+    assert shown.exit_code == 0, shown.stderr
+    given = vlm("generate", "-m", open_gates, "-", input=photo.read_bytes())
+    assert given.exit_code == 2 and "the prompt on stdin is a picture (PNG), not text" in given.stderr
+
+
+def test_a_picture_that_waits_on_stdin_stays_there(photo, monkeypatch):
+    data = photo.read_bytes()
+    with photo.open("rb") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert (find_piped_picture(), file.tell()) == ("PNG", 0)
+    there, here = os.pipe()
+    with os.fdopen(there, "rb") as read, os.fdopen(here, "wb") as write:
+        monkeypatch.setattr(sys, "stdin", read)
+        assert find_piped_picture() is None  # nothing waits, and nothing is waited for
+        write.write(data[:1000])
+        write.flush()
+        assert find_piped_picture() == ("PNG" if sys.platform == "linux" else None)
+        assert os.read(there, 1000) == data[:1000]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii", "utf-16"])
+def test_json_is_utf_8_whatever_the_locale(encoding, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace"))
+    console.print_json({"name": "naïve 😀", "loss": float("inf")})
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue().decode("utf-8")) == {"name": "naïve 😀", "loss": None}

@@ -238,3 +238,17 @@ def test_help_states_the_rule() -> None:
     code, printed = vlm(["eval", "--help"])
     words = " ".join(printed.split())
     assert code == 0 and "equals the completion exactly, apart from whitespace at both ends" in words
+
+
+def test_answers_go_to_stdout(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write([GOOD, {**GOOD, "kind": "other"}])
+    code, _, _ = evaluate("stream", "-d", data, "-o", "printed.jsonl", "--html", "printed.html")
+    assert code == 0
+    for flag, name in (("-o", "printed.jsonl"), ("--html", "printed.html")):
+        code, stdout, stderr = evaluate("stream", "-d", data, flag, "-")
+        expected = (folder / name).read_text()
+        if flag == "-o":
+            assert stdout == expected
+        assert code == 0 and len(stdout.splitlines()) == len(expected.splitlines()) and "total: " in stderr
+        assert not (folder / "-").exists()
+    assert evaluate("stream", "-d", data, "-o", "-", "--json")[0] == 2

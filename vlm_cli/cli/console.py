@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -106,7 +107,9 @@ def print_answer(text: str) -> None:
 
 def print_json(data: Any, *, indent: int | None = 2) -> None:
     """Print data as JSON on stdout, on one line if `indent` is None."""
-    # JSON is UTF-8. Where stdout has another encoding, escapes of ASCII characters are the same in both.
+    if isinstance(sys.stdout, io.TextIOWrapper) and not terminal.is_terminal(sys.stdout):
+        sys.stdout.reconfigure(encoding="utf-8")  # JSON is UTF-8, whatever the locale
+    # A terminal of another encoding shows escapes.
     is_utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
     text = json.dumps(finite(data), indent=indent, ensure_ascii=not is_utf8, allow_nan=False)
     if terminal.is_terminal(sys.stdout):

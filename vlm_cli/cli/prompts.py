@@ -159,7 +159,7 @@ class TurnOptions:
             raise UsageError(f"the prompt is given more than once. Choose one of {choices}.")
         text = next((x for x in self.texts.values() if x is not None), None)
         if text is not None and text != "-":
-            return clean_text(text)
+            return clean_text(text.removesuffix("\r"))  # "$(cat FILE)" drops only the line feed at the end
         path = Path("-") if self.prompt_file is None else self.prompt_file
         if is_stdin(path) and "-" in images:
             raise UsageError("stdin can be the prompt or an image, not both. Give one of them as a file.")
