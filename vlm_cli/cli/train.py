@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -136,20 +137,21 @@ def train(
 
 
 def _run(job: Job, settings: TrainingSettings) -> TrainingResult | None:
-    from vlm_cli.quiet import silence_libraries
-    from vlm_cli.training.run import train_model
-
-    silence_libraries()
-    keep_collecting()
     terminal = _Terminal()
     try:
+        terminal.step("starting")  # the libraries take seconds to load
+        from vlm_cli.quiet import silence_libraries
+        from vlm_cli.training.run import train_model
+
+        silence_libraries()
+        keep_collecting()
         return train_model(job, settings, terminal)
     finally:
         terminal.leave_line()
 
 
 class _Terminal(Listener):
-    """Shows a run on stderr: messages on lines of their own, and the progress on one line that it overwrites."""
+    """Shows a run on stderr: messages and losses on lines that stay, and the last step on one that it overwrites."""
 
     def __init__(self) -> None:
         self.shown = False  # whether the cursor stands behind the progress line
@@ -166,17 +168,20 @@ class _Terminal(Listener):
         console.notify(message)
 
     def progress(self, report: StepReport) -> None:
-        line = _format_report(report)
-        if not is_terminal(sys.stderr) or report.loss is None:
-            self.notify(line)
-            return
-        overwrite_line(line)
-        self.shown = True
+        self.notify(_format_report(report))
+
+    def step_done(self, step: int, total: int | None, seconds_left: float) -> None:
+        """Show the number of the step until the next message; only a terminal can take the line back."""
+        if is_terminal(sys.stderr):
+            left = f", {_format_left(seconds_left)} left" if math.isfinite(seconds_left) else ""
+            of = "" if total is None else f"/{total}"
+            overwrite_line(f"  step {step}{of} done{left}" if step else "  the first step …")
+            self.shown = True
 
     def leave_line(self) -> None:
-        """Keep the progress line on the screen, and go to the next line."""
+        """Take the progress line back, so that the next message stands in its place."""
         if self.shown:
-            console.notify("")
+            overwrite_line("", end="\r")
             self.shown = False
 
 
@@ -184,16 +189,28 @@ def _format_report(report: StepReport) -> str:
     """Write a report as one line.
 
     >>> from vlm_cli.training.outcome import StepReport
-    >>> _format_report(StepReport(20, 100, 1.5, None, 41.0, 95.0))
-    'step 20/100  loss 1.5000  41.0 images/s  1 min 35 s left'
+    >>> _format_report(StepReport(20, 100, 1.5, None, 41.0, 95.0, 0.4, 9.5e-05, 1.25))
+    'step 20/100  loss 1.5000  epoch 0.4  lr 9.5e-05  grad 1.2  41 images/s  1:35 left'
     """
     total = "" if report.total_steps is None else f"/{report.total_steps}"
     if report.loss is None:
         return f"step {report.step}{total}  eval loss {report.eval_loss:.4f}"
-    return (
-        f"step {report.step}{total}  loss {report.loss:.4f}  {report.images_per_second:.1f} images/s  "
-        f"{format_duration(report.seconds_left)} left"
-    )
+    numbers = (("epoch", report.epoch, ".3g"), ("lr", report.learning_rate, ".2g"), ("grad", report.grad_norm, ".2g"))
+    known = [f"{name} {value:{how}}" for name, value, how in numbers if value is not None]
+    speed = f"{report.images_per_second:.{0 if report.images_per_second >= 10 else 1}f} images/s"
+    words = [f"step {report.step}{total}", f"loss {report.loss:.4f}", *known, speed]
+    return "  ".join([*words, f"{_format_left(report.seconds_left)} left"])
+
+
+def _format_left(seconds: float) -> str:
+    """Write a duration in few characters.
+
+    >>> _format_left(95), _format_left(3725)
+    ('1:35', '1:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _print_result(result: TrainingResult) -> None:

@@ -21,3 +21,12 @@ class Listener:
 
     def progress(self, report: StepReport) -> None:
         """Hear how far the run has come."""
+
+    def step_done(self, step: int, total: int | None, seconds_left: float) -> None:
+        """Hear that a step is done; with step 0, that the first begins.
+
+        Args:
+            step: number of steps that are done.
+            total: of the run; None if only minutes limit it.
+            seconds_left: until the end of the run.
+        """

@@ -24,6 +24,9 @@ class StepReport:
     eval_loss: float | None
     images_per_second: float
     seconds_left: float
+    epoch: float | None = None  # passes over the records
+    learning_rate: float | None = None
+    grad_norm: float | None = None  # before it was scaled down
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ class _Run:
             run=run,
             history=history,
             report=self.listener.progress,
+            step_done=self.listener.step_done,
             notify=self.listener.notify,
             use_cpu=self.use_cpu,
         )

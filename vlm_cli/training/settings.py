@@ -221,7 +221,7 @@ class TrainingSettings:
     max_minutes: Annotated[
         float | None,
         Flag(
-            help="Stop after X minutes of training. The schedule of the learning rate ends at that time.",
+            help="Stop after X minutes, held-out losses included. The schedule of the learning rate ends at that time.",
             heading=LENGTH,
             metavar="X",
             above=0,

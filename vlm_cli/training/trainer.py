@@ -12,6 +12,7 @@ Transformers and Accelerate handle devices, processes, precision and sharding. T
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -66,6 +67,7 @@ class VLMTrainer(Trainer):
         run: what must be the same when the run is resumed; each checkpoint stores it.
         history: what may change when the run is resumed; each checkpoint stores it.
         report: is called with each report.
+        step_done: is called after each step; see `Listener`.
         notify: is called with messages for the user.
         use_cpu: train on the CPU, whatever accelerators the machine has.
     """
@@ -87,18 +89,24 @@ class VLMTrainer(Trainer):
         run: dict[str, Any],
         history: RunHistory,
         report: Callable[[StepReport], None],
+        step_done: Callable[[int, int | None, float], None],
         notify: Callable[[str], None],
         use_cpu: bool,
     ) -> None:
         self.settings, self.train_set, self.eval_set = settings, train_set, eval_set
         self.checkpoints, self.run, self.report, self.notify = checkpoints, run, report, notify
-        self.history = history
+        self.history, self.step_done = history, step_done
         # A vision tower's pooling and projection do not contribute to its patch features, so they get no gradient.
         finds_unused = "vision_encoder" in model.config.composition.trainable
         arguments = make_arguments(
             settings, checkpoints.folder, use_cpu=use_cpu, has_eval=eval_set is not None, finds_unused=finds_unused
         )
-        self.budget = RunBudget(settings.total_steps(len(train_set), arguments.world_size), settings.max_minutes)
+        self.budget = RunBudget(
+            settings.total_steps(len(train_set), arguments.world_size),
+            settings.max_minutes,
+            pause_every=settings.save_every,
+            eval_steps=0 if eval_set is None else len(eval_set) / settings.step_size(arguments.world_size),
+        )
         arguments.max_steps = self.budget.steps
         self.watch = FiniteWatch(train_set, checkpoints)
         self._step_records: list[int] = []
@@ -152,6 +160,7 @@ class VLMTrainer(Trainer):
             evaluates = self.eval_set is not None
             self.add_callback(EndInTime(self.budget, is_interrupted=received, evaluates=evaluates))
             self.add_callback(_RestoreLosses(self, checkpoint))
+            self.add_callback(_TellSteps(self.budget, self.step_done))
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
             except RuntimeError:
@@ -301,6 +310,10 @@ class VLMTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure the held-out loss: the mean over all learned tokens of the held-out records."""
+        with self.budget.pause("eval"):
+            return self._evaluate()
+
+    def _evaluate(self) -> dict[str, float]:
         self.watch.check()
         model: Any = self.model_wrapped if self.is_sharded else self.model
         model.eval()
@@ -336,6 +349,9 @@ class VLMTrainer(Trainer):
                 logs.get("eval_loss"),
                 self.metrics.images_per_second,
                 budget.seconds_left(step),
+                epoch,
+                logs.get("learning_rate"),
+                logs.get("grad_norm"),
             )
         )
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
@@ -357,7 +373,7 @@ class VLMTrainer(Trainer):
         self.watch.check()
         step = self.state.global_step
         unlogged = self._unlogged_losses()
-        with self.checkpoints.writing(step) as partial:
+        with self.budget.pause("checkpoint"), self.checkpoints.writing(step) as partial:
             self._writing = partial
             try:
                 super()._save_checkpoint(model, trial)
@@ -396,6 +412,19 @@ class VLMTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         trained = select_trained(model, model.state_dict() if state_dict is None else state_dict)
         safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors")
+
+
+class _TellSteps(TrainerCallback):
+    """Tell after each step how far the run is."""
+
+    def __init__(self, budget: RunBudget, tell: Callable[[int, int | None, float], None]) -> None:
+        self.budget, self.tell = budget, tell
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tell(state.global_step, self.budget.max_steps, math.inf)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tell(state.global_step, self.budget.max_steps, self.budget.seconds_left(state.global_step))
 
 
 class _RestoreLosses(TrainerCallback):
