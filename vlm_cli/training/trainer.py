@@ -311,9 +311,9 @@ class VLMTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure the held-out loss: the mean over all learned tokens of the held-out records."""
         with self.budget.pause("eval"):
-            return self._evaluate()
+            return self._measure_held_out()
 
-    def _evaluate(self) -> dict[str, float]:
+    def _measure_held_out(self) -> dict[str, float]:
         self.watch.check()
         model: Any = self.model_wrapped if self.is_sharded else self.model
         model.eval()
