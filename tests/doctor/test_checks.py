@@ -16,6 +16,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.compatibility.language_models import tiny_vlm
 from tests.support import tiny
+from tests.support.grid import first_of, grid
 from vlm_cli import load
 from vlm_cli.doctor import CHECKS, QUICK, Finding, check_invariants
 from vlm_cli.modeling import generation
@@ -37,8 +38,9 @@ def find(model: VLM, name: str) -> Finding:
     return next(iter(check_invariants(model, [name])))
 
 
-@both_fusions
-@pytest.mark.parametrize("language_model", ["llama", "llama-tied", "gpt2"])
+@grid(
+    fusion=[CROSS, STREAM], language_model=["llama", "llama-tied", "gpt2"], quick={"language_model": ["llama", "gpt2"]}
+)
 def test_every_check_holds(fusion, language_model):
     model = tiny.build(fusion=fusion, language_model=language_model)
     findings = list(check_invariants(model))
@@ -375,7 +377,15 @@ def writes_a_tensor_twice(model, patch):
     change_saved(model, patch, lambda tensors: tensors | {"twice": tensors["lang_model.lm_head.weight"].clone()})
 
 
-@pytest.mark.parametrize("broken", BREAKS, ids=str)
+def in_turns() -> list[Any]:
+    """The fast tests break each check in each of its ways with one fusion: the two take turns."""
+    ways = list(dict.fromkeys(b.function for b in BREAKS))
+    quick = {way: [b for b in BREAKS if b.function is way] for way in ways}
+    chosen = [found[i % len(found)] for i, found in enumerate(quick.values())]
+    return [pytest.param(b, id=str(b), marks=() if b in chosen else pytest.mark.matrix) for b in BREAKS]
+
+
+@pytest.mark.parametrize("broken", in_turns())
 def test_a_check_notices_what_it_is_for(broken, monkeypatch):
     model = tiny.build(fusion=broken.fusion, language_model=broken.language_model)
     broken.function(model, monkeypatch)
@@ -453,7 +463,7 @@ def test_what_cannot_be_computed_is_null(monkeypatch):
     assert set(told.values()) == {(None, "ZeroDivisionError: division by zero")}
 
 
-@both_fusions
+@pytest.mark.parametrize("fusion", first_of([CROSS, STREAM]))
 def test_numbers_that_are_none_fail(fusion, monkeypatch):
     model = tiny.build(fusion=fusion)
     wrap(monkeypatch, model.vision_tokenizer, "forward", lambda x: x * torch.nan)
@@ -463,7 +473,7 @@ def test_numbers_that_are_none_fail(fusion, monkeypatch):
         assert finding.verdict == "fails" and finding.to_dict()["difference"] is None, finding
 
 
-@both_fusions
+@pytest.mark.parametrize("fusion", first_of([CROSS, STREAM]))
 def test_weights_that_give_no_numbers_are_no_limit(fusion):
     model = tiny.build(fusion=fusion)
     name, broken = next((name, p) for name, p in model.named_parameters() if name.endswith("up_proj.weight"))

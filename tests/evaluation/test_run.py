@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.grid import first_of
 from tests.support.questions import PROMPTS, Write
 from vlm_cli import VLM
 from vlm_cli.checkpoint.directory import load
@@ -47,7 +48,7 @@ def texts(answers: list[GradedAnswer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-@pytest.mark.parametrize("fusion", ["stream", "attention"])
+@pytest.mark.parametrize("fusion", first_of(["stream", "attention"]))
 def test_batches_answer_as_one_at_a_time(fusion: str, ask: Ask) -> None:
     done: list[int] = []
     items, alone, _ = ask(fusion, 1, report=done.append)

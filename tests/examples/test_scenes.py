@@ -346,6 +346,7 @@ def wording(prompt):
     return frame, re.sub(rf"\b(?:an? )?(?:(?:{asked})s? ?)+", "…", words)
 
 
+@pytest.mark.matrix
 def test_questions_are_worded_as_first_turns_are():
     """What is asked is a prompt without turns before it, so each way to ask must come first now and then."""
     learned = {wording(x.record["turns"][0]["prompt"]) for x in Series().items(1200) if "turns" in x.record}
@@ -368,6 +369,7 @@ def test_later_turns_are_set_off_by_a_space():
 # -- the parts of the model -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_each_word_is_one_token():
     tokenizer = language.make_tokenizer()
     assert tokenizer.pad_token is None and 400 < len(tokenizer) <= tiny_language_model.MAX_VOCAB

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, dynamic_module_utils, pipeline
 import vlm_cli
 from tests.support import ROOT, disk
 from tests.support.command import Ended, run_in_copy, vlm
+from tests.support.grid import grid
 from tests.support.hub_server import serving
 from vlm_cli import VLM, VLMProcessor
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
@@ -301,8 +302,7 @@ def write_weights(file: Path, marker: Path, kind: str) -> None:
 ADVICE = ("weights_only", "allow_pickle", "trust the source", "trusted source", "pickle.load", "file an issue")
 
 
-@pytest.mark.parametrize("kind", ["zip", "pickle", "legacy", "script", "npz"])
-@pytest.mark.parametrize("place", ["encoder", "weights", "language model", "local-dir"])
+@grid(kind=["zip", "pickle", "legacy", "script", "npz"], place=["encoder", "weights", "language model", "local-dir"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_no_code_from_a_weight_file(hostile, made, marker, tmp_path, kind, place):
     lm, tower = hostile("lm", lambda folder: None), hostile("tower", lambda folder: None)

@@ -25,7 +25,7 @@ from benchmarks.compatibility.towers import (
     towers,
 )
 from tests.support import tiny
-from tests.support.grid import grid
+from tests.support.grid import first_of, grid
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.modeling.towers import build_tower, find_image_size, find_tower_shape, patch_features
@@ -136,7 +136,7 @@ def test_frames_in_another_order_and_blind_towers_are_noticed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:QuickGELU mismatch")  # no matter for pixels
-@pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "MobileCLIP2-S0"])
+@pytest.mark.parametrize("name", first_of(["ViT-B-16-SigLIP", "RN50", "MobileCLIP2-S0"]))
 def test_preprocessing_is_what_openclip_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory, "download_pretrained", lambda *args, **kwargs: "none")
     for tag in (None, *open_clip.list_pretrained_tags_by_model(name)):

@@ -82,7 +82,7 @@ def error(result: Result, code: int = 1) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "language_stream"])
+@pytest.mark.parametrize("fusion", first_of(["cross_attention", "language_stream"]))
 def test_a_run_lowers_the_loss_and_writes_a_model(
     train: Vlm, vlm: Vlm, folder: Path, out: Path, fusion: str, request: pytest.FixtureRequest, monkeypatch: Any
 ) -> None:
@@ -157,6 +157,7 @@ def test_the_held_out_loss_is_the_mean_over_learned_tokens(train: Vlm, folder: P
         assert values[3] == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 
+@pytest.mark.matrix
 def test_accumulated_batches_are_one_batch(train: Vlm, out: Path) -> None:
     curves = []
     for settings in (("--batch-size", 8), ("--batch-size", 2, "--gradient-accumulation", 4)):
@@ -176,6 +177,7 @@ def test_cheaper_arithmetic_learns_the_same(train: Vlm, out: Path, options: list
     assert curves[0] == pytest.approx(curves[1], rel=0.02 if "--bf16" in options else 1e-5)
 
 
+@pytest.mark.matrix
 def test_half_precision_models_learn_in_float32(build: Any, train: Vlm, out: Path) -> None:
     path = build(CROSS_ATTENTION, dtype=torch.bfloat16)
     output(train("--max-steps", 6, "--bf16", "--lr", 1e-4, model=path))
@@ -456,7 +458,7 @@ def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("module", [safetensors.torch, torch])
+@pytest.mark.parametrize("module", first_of([safetensors.torch, torch]))
 def test_a_disk_that_fills_leaves_the_last_checkpoint(
     train: Vlm, out: Path, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +481,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint(
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.matrix
 def test_a_disk_that_fills_at_the_end(train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(output_module, "draw_losses", full_disk)

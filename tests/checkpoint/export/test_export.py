@@ -56,7 +56,7 @@ def exported(folder: Path, model: str, kind: str, out: Path) -> dict:
 # -- the language model alone ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["flamingo", "llava"])
+@pytest.mark.parametrize("model", first_of(["llava", "flamingo"]))
 @torch.no_grad()
 def test_the_language_model_is_the_one_that_was_published(folder, tmp_path, model):
     report = exported(folder, model, "language-model", tmp_path / "out")
@@ -199,6 +199,7 @@ def test_llava_gives_the_same_logits(folder, tmp_path, model_type):
         assert (mine - back).abs().max() > 1e-4
 
 
+@pytest.mark.matrix
 def test_llava_generates_what_the_model_generates(folder, tmp_path):
     exported(folder, "llava", "llava", tmp_path / "out")
     # Of the tower's size, so that nothing is resized; without a word, <image> would come first on some.

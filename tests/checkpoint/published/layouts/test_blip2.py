@@ -204,7 +204,7 @@ def tower_files(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("num_media", [1, 2])
+@pytest.mark.parametrize("num_media", first_of([2, 1]))
 def test_huggingface(tmp_path, num_media):
     found = huggingface(tmp_path)
     check(found, num_media, is_told=num_media == 2)
@@ -217,12 +217,13 @@ def test_huggingface(tmp_path, num_media):
     assert torch.equal(imported.model.added_tokens.head.weight[0], rows[IMAGE])  # tied
 
 
-@pytest.mark.parametrize("vocab_size", [VOCABULARY, VOCABULARY + 8])
+@pytest.mark.parametrize("vocab_size", first_of([VOCABULARY, VOCABULARY + 8]))
 def test_huggingface_before_media_tokens(tmp_path, vocab_size):
     """Older files have no id for `<image>`, and some have no row for it."""
     check(huggingface(tmp_path, config(None, vocab_size)), 1)
 
 
+@pytest.mark.matrix
 def test_bias_of_keys_changes_nothing(tmp_path):
     """timm has no bias of keys, and a file that holds one gives equal logits."""
     found = huggingface(tmp_path)
@@ -238,6 +239,7 @@ def test_bias_of_keys_changes_nothing(tmp_path):
     check(replace(found, logits=case(tmp_path, theirs).logits))
 
 
+@pytest.mark.matrix
 def test_other_image_size(tmp_path):
     """The models tuned on COCO read images of 364 pixels instead of 224."""
     found = huggingface(tmp_path, config(image_size=2 * SIZE))
@@ -245,7 +247,7 @@ def test_other_image_size(tmp_path):
     assert load(found).model.vision_encoder.image_size == (2 * SIZE, 2 * SIZE)
 
 
-@pytest.mark.parametrize("held", first_of(HELD, 2))
+@pytest.mark.parametrize("held", first_of(HELD))
 def test_lavis(tmp_path, held):
     found = lavis(tmp_path, held)
     check(found, 1)
@@ -276,6 +278,7 @@ def test_lavis_over_another_width_is_named(tmp_path):
     assert report.mismatched == {"opt_proj.weight": ([32, DIM], [48, DIM]), "opt_proj.bias": ([32], [48])}
 
 
+@pytest.mark.matrix
 def test_lavis_text_branch(tmp_path):
     """A file may hold the Q-Former's layers for text, which a VLM does not need."""
     text = "Qformer.bert.encoder.layer.0"
@@ -290,7 +293,7 @@ def test_lavis_text_branch(tmp_path):
     check(lavis(tmp_path, "whole", **more), 1, is_told=True)
 
 
-@pytest.mark.parametrize("wrong", ["vision_encoder.class_token=false", "vision_encoder.norm=false"])
+@pytest.mark.parametrize("wrong", first_of(["vision_encoder.class_token=false", "vision_encoder.norm=false"]))
 def test_reading_the_tower_otherwise_is_noticed(tmp_path, wrong):
     found = huggingface(tmp_path)
     difference = float((logits_of(load(found)) - logits_of(load(replace(found, options=options(wrong))))).abs().max())

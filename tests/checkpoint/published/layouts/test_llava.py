@@ -331,6 +331,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 @grid(size=SIZES, layout=["Hugging Face", "original"])
+@pytest.mark.matrix
 def test_published_sizes(size, layout):
     """Sizes of https://huggingface.co/liuhaotian/llava-v1.5-7b and -13b; llava-hf's tables have 64 more rows."""
     projector, total = SIZES[size]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MptConfig
 
+from tests.support.grid import first_of, grid
 from tests.support.parity import Parity, check_greedy, check_text, check_vision, largest_difference, tell_of
 from tests.support.published import VOCABULARY, write_tokenizer
 from tests.support.tiny import stir
@@ -73,8 +74,7 @@ def load(source: str, options: CompositionRequest) -> Imported:
     return import_checkpoint(PublishedCheckpoint.open(source), composition_over=options.compose_over)
 
 
-@pytest.mark.parametrize("wrapper", ["", "module"])
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@grid(version=["v1", "v2"], wrapper=["", "module"])
 def test_published_files(parity, parts, tmp_path, version, wrapper):
     imported = load(save(tmp_path / "checkpoint.pt", written(version, parity.weights), wrapper), parts)
     report, model = imported.report, imported.model
@@ -89,7 +89,7 @@ def test_published_files(parity, parts, tmp_path, version, wrapper):
     tell_of(imported, "flamingo")
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", first_of(["v2", "v1"]))
 def test_whole_models(parity, parts, tmp_path, version):
     """A file with the frozen parts and the head fills everything, so all columns equal the reference's."""
     source = save(tmp_path / "checkpoint.pt", written(version, parity.weights, whole=True), "module")

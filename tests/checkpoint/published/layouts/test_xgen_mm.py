@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from tests.support import reference
+from tests.support.grid import first_of
 from tests.support.published import (
     SIZE,
     VOCABULARY,
@@ -166,7 +167,7 @@ def test_published_directory(tmp_path, parts):
     assert imported.model.config.text_config.sliding_window == 200
 
 
-@pytest.mark.parametrize("prefix", ["", "vlm."])
+@pytest.mark.parametrize("prefix", first_of(["", "vlm."]))
 def test_file_of_training(tmp_path, parts, prefix):
     check(case := raw(tmp_path, parts, parts.tensors(prefix)))
     assert worst(case, parts) <= 1e-4
@@ -211,6 +212,7 @@ def test_a_pad_token_of_ours(tmp_path, parts):
 # -- traps -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_the_bias_of_the_head_was_trained(tmp_path, parts):
     case = xgen_mm(tmp_path, parts)
     assert worst(case, parts, has_bias=False) > 0.5  # a reference without it is another model
@@ -223,6 +225,7 @@ def test_the_bias_of_the_head_was_trained(tmp_path, parts):
         load(replace(case, options=CompositionRequest(overrides=["language_model.head_bias=false"])))
 
 
+@pytest.mark.matrix
 def test_heads_are_96_wide(tmp_path, parts):
     case = xgen_mm(tmp_path, parts)
     wide = ["vision_tokenizer.num_heads=3", "vision_tokenizer.head_dim=64"]
