@@ -383,7 +383,7 @@ def test_keys_come_before_values(tmp_path):
     assert worst(case, model, *prompt(model)) > 1e-3
 
 
-@pytest.mark.parametrize("head", first_of([True, False], ids=["head", "no head"]))
+@pytest.mark.parametrize("head", first_of([True, False]), ids=["head", "no head"])
 def test_older_files(tmp_path, head):
     """Files of older releases hold GPT-2's masks, and a file may leave out the tied head."""
     case = flamingo(tmp_path, "gpt2")
