@@ -71,16 +71,18 @@ class Preprocessing:
 
     Args:
         settings: OpenCLIP's `PreprocessCfg` as a dictionary: `size` in pixels (one side, or height and width), `mean`,
-            `std`, `interpolation`, `resize_mode` and `fill_color`; and `crop`, which is `round` or `down`.
+            `std`, `interpolation`, `resize_mode` and `fill_color`; `crop`, which is `round` or `down`; and
+            `shortest_edge`, the pixels of the shorter side before the middle is cut out of it, if not those of `size`.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         from open_clip.transform import PreprocessCfg
 
-        own = {key: x for key, x in settings.items() if key != "crop"}
+        own = {key: x for key, x in settings.items() if key not in ("crop", "shortest_edge")}
         self.config = config = PreprocessCfg(**own)
         size = config.size if isinstance(config.size, (tuple, list)) else (config.size, config.size)
         self.height, self.width = size
+        self.edge: int = settings.get("shortest_edge", min(size))
         self.crops_down = settings.get("crop") == CROP_DOWN["crop"]
 
     def place(self, width: int, height: int) -> Placement:
@@ -102,7 +104,7 @@ class Preprocessing:
             return f"squashed to {seen}"
         if self.config.resize_mode == "longest":
             return f"longer side to {max(self.width, self.height)} pixels, with bars to {seen}"
-        return f"shorter side to {min(self.width, self.height)} pixels, centre crop {seen}"
+        return f"shorter side to {self.edge} pixels, centre crop {seen}"
 
     def __call__(self, image: Image) -> Tensor:
         """Turn one image into float[C, H, W].
@@ -145,8 +147,8 @@ class Preprocessing:
             return self.width, self.height
         if mode == "shortest" and self.width == self.height:
             short, long = sorted((width, height))
-            other = int(self.width * long / short)
-            return (self.width, other) if width <= height else (other, self.width)
+            other = int(self.edge * long / short)
+            return (self.edge, other) if width <= height else (other, self.edge)
         across, down = width / self.width, height / self.height
         ratio = max(across, down) if mode == "longest" else min(across, down)
         return max(1, round(width / ratio)), max(1, round(height / ratio))

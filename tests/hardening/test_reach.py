@@ -144,7 +144,7 @@ JOINS = {
     "remote_code.py:write_code": "the name of a module that the user trusts",
     "checkpoint.py:_indexed_files": "`read_index` has checked it",
     "xgen_mm.py:_has_media_token": "constants",
-    "clip.py:read_preprocessing": "constants",
+    "preprocessing.py:_read_files": "constants",
     "schemas.py:_read": "constants",
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 from tests.support.published import SIZE, VOCABULARY, Case, write_tokenizer
 from tests.support.tiny import stir
@@ -14,8 +14,8 @@ from tests.support.tiny import stir
 IMAGE = VOCABULARY
 
 
-def config(*, is_tied: bool = False, **changes: object) -> LlavaConfig:
-    vision = CLIPVisionConfig(
+def config(*, is_tied: bool = False, vision: PreTrainedConfig | None = None, **changes: object) -> LlavaConfig:
+    vision = vision or CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=3,
@@ -52,7 +52,8 @@ def huggingface(folder: Path, **changes: object) -> Case:
     @torch.no_grad()
     def logits(lang_x: Tensor, vision_x: Tensor) -> Tensor:
         pixels = vision_x[0, :, 0]
-        per_image = 5 if changes.get("vision_feature_select_strategy") == "full" else 4
+        has_class_token = isinstance(theirs.config.vision_config, CLIPVisionConfig)
+        per_image = 5 if has_class_token and changes.get("vision_feature_select_strategy") == "full" else 4
         counts = torch.where(lang_x[0] == IMAGE, per_image, 1)
         ids = lang_x[0].repeat_interleave(counts)[None]
         return theirs(input_ids=ids, pixel_values=pixels).logits[0, counts.cumsum(0) - 1, :VOCABULARY]

@@ -68,6 +68,7 @@ _PREPROCESS = mapping(
         "resize_mode": text(most=20),
         "fill_color": _COLOUR,
         "crop": choice("round", "down"),
+        "shortest_edge": _PIXELS,
     },
 )
 _VISION_SIZES = {

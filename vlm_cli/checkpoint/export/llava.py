@@ -232,7 +232,7 @@ def _processor(model: VLM, processor: VLMProcessor, config: Any) -> Any:
     square = {"height": side, "width": side}
     squashes = given.get("resize_mode") == "squash"
     images = CLIPImageProcessor(
-        size=square if squashes else {"shortest_edge": side},
+        size=square if squashes else {"shortest_edge": given.get("shortest_edge", side)},
         crop_size=square,
         do_center_crop=not squashes,
         resample=PILImageResampling(processor.image_processor.preprocessing.filter),

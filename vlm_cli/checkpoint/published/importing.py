@@ -32,6 +32,7 @@ from vlm_cli.modeling.meta import SkipsFilling
 from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.plain_data import read_json
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.trust import check_settings, make_config
 
@@ -203,13 +204,24 @@ def _find_parts(found: RecognisedCheckpoint, composition: Composition, trust_rem
         source = find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
     else:
         source = _find_own_language_model(found, description.text_config, trust_remote_code)
+    tokenizer = source.tokenizer(composition.language_model.tokenizer or description.tokenizer)
+    if tokenizer.chat_template is None and composition.language_model.tokenizer is None:
+        tokenizer.chat_template = _read_template(found.checkpoint.folder)
     return _Parts(
         tower=tower,
         tower_config=tower_config,
         language_model=source,
         loads_language_model=description.text_config is None and not description.holds_language_model,
-        tokenizer=source.tokenizer(composition.language_model.tokenizer or description.tokenizer),
+        tokenizer=tokenizer,
     )
+
+
+def _read_template(folder: Path) -> str | None:
+    """Read the chat template of a checkpoint's processor, which may stand in a file of its own; None without one."""
+    for file in (folder / "chat_template.json", folder / "processor_config.json"):
+        if file.is_file() and isinstance(found := read_json(file).get("chat_template"), str):
+            return found
+    return None
 
 
 def _find_own_language_model(

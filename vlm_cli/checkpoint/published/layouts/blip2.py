@@ -13,26 +13,60 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig
+
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.layouts.parts import read_qformer_options
+from vlm_cli.checkpoint.published.settings import Settings, check_settings_of
 from vlm_cli.checkpoint.published.tables import Table, table_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import Target, TargetsOf, make_targets_of
 from vlm_cli.checkpoint.published.towers.eva import EVA_OPTIONAL, make_eva_rules, read_eva_tower
 from vlm_cli.composition import MEDIA_TOKEN
-from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 
 __all__ = ["HuggingFaceBLIP2", "LavisBLIP2"]
 
 _TOWER = "vision_model."
 _ADDED = r"added_tokens\.(?:embedding|head)\.\w+"
-#: (part, setting, the only value that vlm can build).
-_FIXED = (
-    ("vision_config", "hidden_act", "gelu"),
-    ("vision_config", "qkv_bias", True),
-    ("qformer_config", "hidden_act", "gelu"),
-)
+#: Part of the configuration -> what becomes of its settings. Shapes tell most sizes.
+_SETTINGS = {
+    "": Settings(
+        config=Blip2Config,
+        read={"vision_config", "qformer_config", "text_config", "num_query_tokens", "image_token_index"},
+        without_effect={
+            *("image_text_hidden_size", "initializer_factor", "initializer_range", "tie_word_embeddings"),
+            "image_token_id",
+        },
+        fixed={"use_decoder_only_language_model": (True,)},
+    ),
+    "vision_config": Settings(
+        config=Blip2VisionConfig,
+        read={
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "image_size",
+            "patch_size",
+        },
+        without_effect={"attention_dropout", "initializer_range"},
+        fixed={"hidden_act": ("gelu",), "qkv_bias": (True,), "layer_norm_eps": (1e-6, 1e-5)},
+    ),
+    "qformer_config": Settings(
+        config=Blip2QFormerConfig,
+        read={
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "encoder_hidden_size"),
+            "cross_attention_frequency",
+        },
+        without_effect={
+            *("vocab_size", "max_position_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+            *("initializer_range", "pad_token_id", "position_embedding_type", "classifier_dropout"),
+        },
+        fixed={"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,), "use_qformer_text_input": (False,)},
+    ),
+}
+_EPSILON = "The checkpoint has layer_norm_eps=1e-05 in vision_config, and timm's tower 1e-06: features differ."
 _ORDER = (
     "BLIP-2 reads the image before the token that begins a text (</s>). vlm writes that token first, so answers may "
     "differ from those of BLIP-2's own code."
@@ -53,9 +87,8 @@ class HuggingFaceBLIP2:
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         """Read sizes from shapes and `config.json`: the checkpoint holds all parts."""
         config = checkpoint.config
-        for part, name, fixed in _FIXED:
-            if (given := config.get(part, {}).get(name, fixed)) != fixed:
-                raise CheckpointError(f"{checkpoint.name!r} has {part}.{name}={given!r}; vlm builds only {fixed!r}.")
+        for part, settings in _SETTINGS.items():
+            check_settings_of(checkpoint.name, part, config.get(part, {}) if part else config, settings)
         vision, vision_config = read_eva_tower(
             checkpoint, _TOWER, config.get("vision_config", {}).get("num_attention_heads", 16), checkpoint.folder
         )
@@ -73,7 +106,7 @@ class HuggingFaceBLIP2:
             vision_config=vision_config,
             first_added_id=media_id,
             optional_pattern=EVA_OPTIONAL if media_id is not None else f"{EVA_OPTIONAL}|{_ADDED}",
-            notes=(_ORDER,),
+            notes=(_ORDER, *([_EPSILON] if config.get("vision_config", {}).get("layer_norm_eps") == 1e-5 else [])),
         )
 
 

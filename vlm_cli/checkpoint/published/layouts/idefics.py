@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import IdeficsConfig
+from transformers.models.idefics.configuration_idefics import IdeficsPerceiverConfig, IdeficsVisionConfig
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.preprocessing import read_preprocessing
+from vlm_cli.checkpoint.published.settings import Settings, check_settings_of
 from vlm_cli.checkpoint.published.shapes import count_layers
 from vlm_cli.checkpoint.published.tables import added_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import (
@@ -31,7 +35,6 @@ from vlm_cli.checkpoint.published.towers.clip import (
     convert_clip_config,
     make_clip_rules,
     name_clip_tower,
-    read_preprocessing,
 )
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
@@ -66,6 +69,10 @@ class HuggingFaceIDEFICS:
 
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         """Read sizes from `config.json`: the checkpoint holds all parts."""
+        for part, settings in _SETTINGS.items():
+            check_settings_of(
+                checkpoint.name, part, checkpoint.config.get(part) or {} if part else checkpoint.config, settings
+            )
         config = {**_DEFAULTS, **checkpoint.config}
         vision = {**_VISION_DEFAULTS, **config.get("vision_config", {})}
         vision["hidden_size"] = vision["embed_dim"]
@@ -149,6 +156,31 @@ _VISION_DEFAULTS: Mapping[str, Any] = {
     "image_size": 224,
     "patch_size": 14,
     "hidden_act": "gelu",
+}
+
+
+#: Part of the configuration -> what becomes of its settings. Names and shapes tell what is not read.
+_SETTINGS = {
+    "": Settings(
+        config=IdeficsConfig,
+        read={*_DEFAULTS, *_LLAMA_SETTINGS, "vision_config", "perceiver_config"},
+        without_effect={
+            *("additional_vocab_size", "dropout", "alpha_initializer", "alphas_initializer_range", "alpha_type"),
+            *("qk_layer_norms", "use_cache", "freeze_text_layers", "freeze_text_module_exceptions", "freeze_lm_head"),
+            *("freeze_vision_layers", "freeze_vision_module_exceptions"),
+        },
+    ),
+    "vision_config": Settings(
+        config=IdeficsVisionConfig,
+        read={*_VISION_DEFAULTS, "layer_norm_eps"},
+        without_effect={"attention_dropout", "initializer_range", "initializer_factor"},
+        fixed={"num_channels": (3,)},
+    ),
+    "perceiver_config": Settings(
+        config=IdeficsPerceiverConfig,
+        read={"resampler_n_latents", "resampler_depth", "resampler_n_heads", "resampler_head_dim", "use_resampler"},
+        without_effect={"qk_layer_norms_perceiver"},
+    ),
 }
 
 

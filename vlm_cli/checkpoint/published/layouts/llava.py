@@ -10,21 +10,36 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import LlavaConfig
+
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.preprocessing import PADS_TO_SQUARES, pads_to_squares, read_preprocessing
+from vlm_cli.checkpoint.published.settings import Settings, check_settings_of
+from vlm_cli.checkpoint.published.shapes import find_shape
 from vlm_cli.checkpoint.published.tables import table_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import Rule, TargetsOf, make_targets_of
 from vlm_cli.checkpoint.published.towers.clip import (
     CLIP_OPTIONAL,
+    CLIP_SETTINGS,
     CLIP_TOWERS,
     convert_clip_config,
     make_clip_rules,
     name_clip_tower,
     read_clip_shapes,
 )
+from vlm_cli.checkpoint.published.towers.siglip import (
+    SIGLIP_OPTIONAL,
+    SIGLIP_PIXELS,
+    SIGLIP_SETTINGS,
+    convert_siglip_config,
+    make_siglip_rules,
+    name_siglip_tower,
+)
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.schema import show
 
 __all__ = ["HuggingFaceLLaVA", "OriginalLLaVA"]
 
@@ -48,9 +63,16 @@ class HuggingFaceLLaVA:
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         """Read sizes from `config.json`: the checkpoint holds all parts, and its tokenizer has `<image>`."""
         config = checkpoint.config
+        check_settings_of(checkpoint.name, "", config, _LLAVA)
         vision, text = config["vision_config"], dict(config["text_config"])
-        vision = {**_CLIP_LARGE, **vision}
         text.setdefault("model_type", "llama")
+        if (kind := vision.get("model_type", "clip_vision_model")) not in _TOWERS:
+            raise CheckpointError(
+                f"{checkpoint.name!r} has a vision encoder of type {kind!r}; vlm reads {' and '.join(_TOWERS)}."
+            )
+        check_settings_of(checkpoint.name, "vision_config", vision, _TOWERS[kind])
+        is_clip = kind == "clip_vision_model"
+        vision = {**(_CLIP_LARGE if is_clip else _SIGLIP_BASE), **vision}
         layer = config.get("vision_feature_layer", -2)
         strategy = config.get("vision_feature_select_strategy", "default")
         if not isinstance(layer, int) or strategy not in ("default", "full"):
@@ -58,9 +80,16 @@ class HuggingFaceLLaVA:
                 f"{checkpoint.name!r} takes features of layers {layer!r} by strategy {strategy!r}; vlm takes features "
                 "of a single layer, with or without its class token."
             )
+        if not is_clip and strategy == "default":
+            raise CheckpointError(
+                f"{checkpoint.name!r} has vision_feature_select_strategy='default', which drops the first patch of a "
+                "SigLIP, as if it were a class token; vlm takes all patches."
+            )
+        prefix = rf"{_MODEL}vision_tower\.(?:vision_model\.)?"
+        make_rules = make_clip_rules if is_clip else make_siglip_rules
         media_id = config.get("image_token_index", config.get("image_token_id", 32000))
         rules: list[Rule] = [
-            *make_clip_rules(rf"{_MODEL}vision_tower\.(?:vision_model\.)?", vision["hidden_size"]),
+            *make_rules(prefix, vision["hidden_size"]),
             (rf"{_MODEL}multi_modal_projector\.linear_1\.(\w+)", r"vision_tokenizer.proj.0.\1"),
             (rf"{_MODEL}multi_modal_projector\.linear_2\.(\w+)", r"vision_tokenizer.proj.2.\1"),
         ]
@@ -68,10 +97,10 @@ class HuggingFaceLLaVA:
             composition={
                 "family": "llava",
                 "vision_encoder": {
-                    "name": name_clip_tower(vision),
+                    "name": name_clip_tower(vision) if is_clip else name_siglip_tower(vision),
                     "layer": layer if layer < 0 else layer - vision["num_hidden_layers"] - 1,
                     "norm": False,
-                    "class_token": strategy == "full",
+                    "class_token": is_clip and strategy == "full",
                 },
                 "vision_tokenizer": {"type": "mlp", "bias": config.get("multimodal_projector_bias", True)},
                 "fusion": "language-stream",
@@ -81,10 +110,37 @@ class HuggingFaceLLaVA:
             },
             targets_for=lambda ours: make_targets_of([*rules, *_make_language_model_rules(checkpoint, ours)]),
             text_config=text,
-            vision_config=convert_clip_config(vision, checkpoint.folder),
+            vision_config=_convert_tower(checkpoint, vision, prefix, is_clip),
             first_added_id=media_id,
-            optional_pattern=_OPTIONAL,
+            optional_pattern=_OPTIONAL if is_clip else rf"{SIGLIP_OPTIONAL}|vision_encoder\.visual\.trunk\.norm\.\w+",
+            notes=(PADS_TO_SQUARES,) if pads_to_squares(checkpoint.folder) else (),
         )
+
+
+def _convert_tower(
+    checkpoint: PublishedCheckpoint, vision: Mapping[str, Any], prefix: str, is_clip: bool
+) -> dict[str, Any]:
+    """Turn the configuration of a CLIP or a SigLIP into OpenCLIP's.
+
+    Raises:
+        CheckpointError: for a setting that OpenCLIP's tower does not have.
+    """
+    if is_clip:
+        return convert_clip_config(vision, checkpoint.folder)
+    preprocess = read_preprocessing(checkpoint.folder, vision["image_size"], resize_mode="squash", like=SIGLIP_PIXELS)
+    has_head = find_shape(checkpoint, rf"{prefix}head\.probe") is not None
+    return {**convert_siglip_config(vision, has_head=has_head), "preprocess": preprocess}
+
+
+_LLAVA = Settings(
+    config=LlavaConfig,
+    read={
+        *("vision_config", "text_config", "image_token_index", "image_token_id", "vision_feature_select_strategy"),
+        *("vision_feature_layer", "multimodal_projector_bias"),
+    },
+    without_effect={"image_seq_length", "tie_word_embeddings", "ignore_index", "pad_token_id"},
+    fixed={"projector_hidden_act": ("gelu",)},
+)
 
 
 _HF_EMBEDDING = rf"{_MODEL}language_model\.(?:model\.)?embed_tokens\.weight"
@@ -105,6 +161,17 @@ def _make_language_model_rules(checkpoint: PublishedCheckpoint, config: VLMConfi
     ]
 
 
+#: Type of a vision encoder -> what becomes of its settings.
+_TOWERS = {"clip_vision_model": CLIP_SETTINGS, "siglip_vision_model": SIGLIP_SETTINGS}
+
+#: Defaults of `vision_config` for a SigLIP (`SiglipVisionConfig`).
+_SIGLIP_BASE: Mapping[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
 #: Defaults of `vision_config`: CLIP ViT-L/14 at 336 pixels.
 _CLIP_LARGE: Mapping[str, Any] = {
     "hidden_size": 1024,
@@ -148,6 +215,7 @@ class OriginalLLaVA:
                 f"{checkpoint.name!r} cuts images into tiles, as LLaVA-1.6 does; vlm gives each image to the vision "
                 "encoder as a whole. Give a checkpoint of LLaVA-1.5."
             )
+        _check_original(checkpoint)
         features = _read_feature_settings(checkpoint)
         vision, tower, notes = _find_tower(checkpoint)
         holds_lm = "model.norm.weight" in checkpoint.tensors
@@ -160,10 +228,7 @@ class OriginalLLaVA:
                 "--language-model."
             )
         if config.get("image_aspect_ratio") == "pad":
-            notes.append(
-                "The model was trained on images padded to squares, and OpenCLIP's tower crops the middle. Pad images "
-                "that are far from square."
-            )
+            notes.append(PADS_TO_SQUARES)
         return CheckpointDescription(
             composition={
                 "family": "llava",
@@ -180,6 +245,29 @@ class OriginalLLaVA:
             optional_pattern=rf"{_OPTIONAL}|added_tokens\..*",
             notes=tuple(notes),
         )
+
+
+#: LLaVA's settings that decide how images are projected and where they stand -> what vlm builds.
+_ORIGINAL = {
+    "mm_projector_type": ("linear", "mlp2x_gelu"),
+    "mm_use_im_start_end": (False,),
+    "mm_patch_merge_type": ("flat",),
+    "image_aspect_ratio": ("square", "pad", None),
+    "mm_resampler_type": (None,),
+}
+
+
+def _check_original(checkpoint: PublishedCheckpoint) -> None:
+    """Refuse settings that vlm cannot build.
+
+    Raises:
+        CheckpointError: naming the setting.
+    """
+    for name, possible in _ORIGINAL.items():
+        if (given := checkpoint.config.get(name, possible[0])) not in possible:
+            raise CheckpointError(
+                f"{checkpoint.name!r} has {name}={show(given)}; vlm builds only {' or '.join(map(show, possible))}."
+            )
 
 
 def _read_feature_settings(checkpoint: PublishedCheckpoint) -> dict[str, Any]:

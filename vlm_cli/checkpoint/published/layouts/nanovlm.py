@@ -20,6 +20,7 @@ from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_OPTIONAL, convert_
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.schema import show
 
 __all__ = ["NanoVLM"]
 
@@ -76,6 +77,18 @@ class NanoVLM:
         )
 
 
+#: Settings that are read, that shapes tell, or that change no output of a trained model.
+_KNOWN = {
+    *("vit_hidden_dim", "vit_inter_dim", "vit_patch_size", "vit_img_size", "vit_n_heads", "vit_dropout"),
+    *("vit_n_blocks", "vit_ln_eps", "vit_cls_flag", "vit_model_type", "lm_hidden_dim", "lm_inter_dim", "lm_rms_eps"),
+    *("lm_re_base", "lm_max_position_embeddings", "lm_base_vocab_size", "lm_vocab_size", "lm_n_heads"),
+    *("lm_n_kv_heads", "lm_dropout", "lm_n_blocks", "lm_attn_scaling", "lm_max_length", "lm_use_tokens"),
+    *("lm_tie_weights", "lm_model_type", "lm_tokenizer", "lm_chat_template", "lm_eos_token_id"),
+    *("mp_pixel_shuffle_factor", "mp_image_token_length", "vlm_extra_tokens", "vlm_load_backbone_weights"),
+    *("vlm_checkpoint_path", "vlm_tokenizer"),
+}
+
+
 def _is_tiled(config: Mapping[str, Any]) -> bool:
     """Say whether the model was trained on tiles of images."""
     return "max_img_size" in config
@@ -118,6 +131,9 @@ def _check_config(checkpoint: PublishedCheckpoint) -> None:
         CheckpointError: names the setting.
     """
     config = checkpoint.config
+    for name, value in config.items():
+        if name.startswith(("vit_", "lm_", "mp_", "vlm_")) and name not in _KNOWN:
+            raise CheckpointError(f"{checkpoint.name!r} has {name}={show(value)}, a setting that vlm does not know.")
     if config.get("vit_cls_flag"):
         raise CheckpointError(
             f"{checkpoint.name!r} reads one class token of an image (vit_cls_flag); vlm reads patches."

@@ -11,22 +11,23 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from vlm_cli.checkpoint.parts.openclip import complete_preprocessing
+from transformers import CLIPVisionConfig
+
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
+from vlm_cli.checkpoint.published.preprocessing import read_preprocessing
+from vlm_cli.checkpoint.published.settings import Settings
 from vlm_cli.checkpoint.published.shapes import count_layers, find_shape
 from vlm_cli.checkpoint.published.targets import Rule, Target, stack_rows
 from vlm_cli.errors import CheckpointError
-from vlm_cli.plain_data import read_json
-from vlm_cli.preprocessing import CROP_DOWN
 
 __all__ = [
     "CLIP_OPTIONAL",
+    "CLIP_SETTINGS",
     "CLIP_TOWERS",
     "convert_clip_config",
     "make_clip_rules",
     "name_clip_tower",
     "read_clip_shapes",
-    "read_preprocessing",
 ]
 
 #: Hub id of a CLIP, as Transformers loads it -> OpenCLIP's name and tag of its vision encoder.
@@ -43,6 +44,17 @@ CLIP_TOWERS = {
 CLIP_OPTIONAL = r"vision_encoder\.visual\.proj"
 
 _OURS = "vision_encoder.visual."
+
+#: What becomes of the settings in a `vision_config`.
+CLIP_SETTINGS = Settings(
+    config=CLIPVisionConfig,
+    read={
+        *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
+        *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
+    },
+    without_effect={"attention_dropout", "initializer_range", "initializer_factor"},
+    fixed={"num_channels": (3,)},
+)
 
 
 def make_clip_rules(prefix: str, width: int) -> list[Rule]:
@@ -145,46 +157,11 @@ def convert_clip_config(config: Mapping[str, Any], folder: Path) -> dict[str, An
         "patch_size": config["patch_size"],
         "mlp_ratio": config["intermediate_size"] / width,
     }
+    if (epsilon := config.get("layer_norm_eps", 1e-5)) != 1e-5:  # OpenCLIP's own
+        vision_cfg["norm_kwargs"] = {"eps": epsilon}
     return {
         "embed_dim": config.get("projection_dim") or width,
         "vision_cfg": vision_cfg,
         "quick_gelu": activation == "quick_gelu",
         "preprocess": read_preprocessing(folder, config["image_size"]),
     }
-
-
-#: PIL's number of a resampling filter -> OpenCLIP's word.
-_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-
-
-def read_preprocessing(folder: Path | None, image_size: int, *, resize_mode: str = "shortest") -> dict[str, Any]:
-    """Turn Transformers' `preprocessor_config.json` into OpenCLIP's description of how images are prepared.
-
-    Args:
-        folder: where the file may be; without a file, images are prepared as for CLIP. None for no folder.
-        image_size: pixels.
-        resize_mode: OpenCLIP's word for how images are resized, if the file does not say it.
-
-    Raises:
-        CheckpointError: for a filter that OpenCLIP does not have.
-    """
-    given: dict[str, Any] = {"size": image_size, "resize_mode": resize_mode}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if folder is None or not (file := folder / name).is_file():
-            continue
-        data = read_json(file)
-        data = data.get("image_processor", data)
-        for openclip, transformers in (("mean", "image_mean"), ("std", "image_std")):
-            if transformers in data:
-                given[openclip] = tuple(data[transformers])
-        if "resample" in data:
-            if data["resample"] not in _INTERPOLATIONS:
-                raise CheckpointError(
-                    f"{name} resizes images with filter {data['resample']}; OpenCLIP has "
-                    f"{', '.join(f'{number} ({word})' for number, word in _INTERPOLATIONS.items())}."
-                )
-            given["interpolation"] = _INTERPOLATIONS[data["resample"]]
-        if isinstance(data.get("size"), Mapping):
-            given["resize_mode"] = "shortest" if "shortest_edge" in data["size"] else "squash"
-    whole = complete_preprocessing(given)
-    return whole | CROP_DOWN if whole["resize_mode"] == "shortest" else whole

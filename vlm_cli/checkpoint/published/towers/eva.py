@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
+from vlm_cli.checkpoint.published.preprocessing import read_preprocessing
 from vlm_cli.checkpoint.published.shapes import count_layers
 from vlm_cli.checkpoint.published.targets import Rule, Target
-from vlm_cli.checkpoint.published.towers.clip import read_preprocessing
 from vlm_cli.errors import CheckpointError
 
 __all__ = ["EVA_OPTIONAL", "EVA_TOWERS", "EvaTower", "make_eva_rules", "read_eva_tower"]

@@ -11,13 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import SiglipVisionConfig
 
 from vlm_cli.checkpoint.parts.openclip import complete_preprocessing
+from vlm_cli.checkpoint.published.settings import Settings
 from vlm_cli.checkpoint.published.targets import Rule, Target, stack_rows
 from vlm_cli.errors import CheckpointError
 
 __all__ = [
     "SIGLIP_OPTIONAL",
+    "SIGLIP_PIXELS",
+    "SIGLIP_SETTINGS",
     "SIGLIP_TOWERS",
     "convert_siglip_config",
     "make_siglip_rules",
@@ -37,6 +41,21 @@ SIGLIP_TOWERS: dict[tuple[int, int, int, int], str] = {
 }
 
 _OURS = "vision_encoder.visual.trunk."
+
+#: What becomes of the settings in a `vision_config`.
+SIGLIP_SETTINGS = Settings(
+    config=SiglipVisionConfig,
+    read={
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_act"),
+        "layer_norm_eps",
+    },
+    # The tensors tell whether there is a pooling head, and the width of the feed-forward.
+    without_effect={"attention_dropout", "vision_use_head", "intermediate_size"},
+    fixed={"num_channels": (3,)},
+)
+
+#: How SigLIP's images are prepared where no file says it: OpenCLIP's words.
+SIGLIP_PIXELS: Mapping[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
 
 
 def make_siglip_rules(prefix: str, width: int) -> list[Rule]:
@@ -123,7 +142,7 @@ def convert_siglip_config(
     if activation == "gelu_pytorch_tanh":
         # timm builds the first SigLIP's towers with the exact GELU, whose outputs differ by up to 5e-4 in one layer.
         vision_cfg["act_kwargs"] = {"approximate": "tanh"}
-    own = {"size": config["image_size"], "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+    own = {"size": config["image_size"], **SIGLIP_PIXELS}
     return {
         "embed_dim": width,
         "vision_cfg": vision_cfg,
