@@ -116,11 +116,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Whole:
-    """What an uninterrupted run writes, by name, and how long it takes."""
+    """What an uninterrupted run writes, by name, how long it takes, and what it prints."""
 
     contents: dict[str, Any]
     names: set[str] = field(default_factory=set)
     seconds: float = 0.0
+    printed: str = ""
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def uninterrupted(job: Job, folder: Path) -> Whole:
     """Run a job to its end."""
     ended = run(job.words, folder)
     assert ended.code == 0, ended.printed
-    return Whole(contents(folder, job.outputs), names(folder), ended.seconds)
+    return Whole(contents(folder, job.outputs), names(folder), ended.seconds, ended.printed)
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------

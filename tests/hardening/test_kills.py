@@ -99,6 +99,7 @@ def test_runs_that_are_killed_at_a_line(
 ) -> None:
     wrong: list[str] = []
     for i, text in enumerate(TEXTS[name]):
+        assert text in whole(name).printed
         # SIGINT at each line, since it lets a step of the training end; the others at some lines.
         for number in {signal.SIGINT, SIGNALS[(i + hardening_seed) % 3]}:
             wrong += kill(jobs[name], whole(name), number, f"{name} {hardening_seed} {text}", tmp_path, text)
