@@ -53,6 +53,21 @@ def logits(model, processor):
     return model(**processor(text=["The <image> cat", "hi"], images=[[photo], []])).logits
 
 
+def test_a_delta_of_a_trained_model_keeps_the_record_of_its_run(folder, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(folder / "flamingo", trained)
+    result = {"steps": 1500, "records": 20, "loss": 0.25, "eval_loss": None}
+    files = {"training_args.json": json.dumps({"result": result}), "metrics.jsonl": "{}\n", "loss.png": "a plot"}
+    for name, text in files.items():
+        (trained / name).write_text(text)
+    assert run("export", trained, tmp_path / "delta", "--format", "delta").exit_code == 0
+    assert {name: (tmp_path / "delta" / name).read_text() for name in files} == files
+    card = (tmp_path / "delta/README.md").read_text()
+    assert "1,500 steps on 20 records.\nLoss per token: 0.2500;" in card and "untrained" not in card
+    assert "untrained until you train" in (folder / "flamingo-delta/README.md").read_text()  # the twin
+    assert not (folder / "flamingo-delta/training_args.json").exists()
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for file in folder.glob("delta*.safetensors"):

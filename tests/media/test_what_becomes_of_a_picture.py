@@ -182,3 +182,42 @@ def test_the_check_of_headers_has_the_same_limits(tmp_path):
         (tmp_path / "a").write_bytes(data)
         with (tmp_path / "a").open("rb") as file:
             assert decode.check_header(file) == is_image
+
+
+# -- names that look the same ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "given"),
+    [
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("cafe\u0301.png", "caf\u00e9.png"),
+        ("Screenshot 9.41\u202fAM.png", "Screenshot 9.41 AM.png"),
+        ("a\u00a0folder/e\u0301.png", "a folder/\u00e9.png"),
+    ],
+)
+def test_a_name_that_looks_the_same_is_taken_and_told(tmp_path, on_disk, given):
+    file = tmp_path / on_disk
+    file.parent.mkdir(exist_ok=True)
+    PICTURE.save(file)
+    for loader in (MediaLoader(tmp_path), MediaLoader(tmp_path, media_root=tmp_path)):
+        found = loader.load(given)
+        assert found.notes == (f"its file is called {file.name!a}",) and found.image.size == PICTURE.size
+        assert loader.load(on_disk).notes == ()
+
+
+def test_of_two_names_that_look_the_same_none_is_taken(tmp_path):
+    for name in ("a\u202fb.png", "a\u00a0b.png"):
+        PICTURE.save(tmp_path / name)
+    with pytest.raises(MediaError, match=r"cannot find 'a b\.png'"):
+        MediaLoader(tmp_path).load("a b.png")
+    PICTURE.save(tmp_path / "a b.png")
+    assert MediaLoader(tmp_path).load("a b.png").notes == ()
+
+
+def test_a_name_that_looks_the_same_does_not_lead_out_of_the_root(tmp_path):
+    (tmp_path / "in").mkdir()
+    PICTURE.save(tmp_path / "secret.png")
+    (tmp_path / "in" / "a\u202fb.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(MediaError, match="leads out of the media root"):
+        MediaLoader(tmp_path / "in", media_root=tmp_path / "in").load("a b.png")

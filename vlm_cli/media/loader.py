@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from vlm_cli.errors import MediaError
 from vlm_cli.media.decode import decode_image
-from vlm_cli.media.sources import find_file, quote_source, read_source, read_stdin
+from vlm_cli.media.sources import find_file, find_lookalike, is_uri, quote_source, read_source, read_stdin
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +70,15 @@ class MediaLoader:
             hint = " A pipe can be read only once." if source == "-" else ""
             raise MediaError(f"{quote_source(source)} is empty (0 bytes); an image was expected.{hint}")
         found = decode_image(data, quote_source(source), self.max_pixels)
-        return LoadedImage(found.image, source, found.width, found.height, found.notes)
+        notes = [*found.notes, *self._lookalike_note(source)]
+        return LoadedImage(found.image, source, found.width, found.height, tuple(notes))
+
+    def _lookalike_note(self, source: str) -> list[str]:
+        """Say under which name an image was found, if that only looks like the name in the prompt."""
+        if is_uri(source):
+            return []
+        found = find_lookalike(Path(self.base_dir or "", os.path.expanduser(source)))
+        return [] if found is None else [f"its file is called {found.name!a}"]
 
     def find(self, source: str) -> Path:
         """Return the path of a source that is a path.

@@ -15,13 +15,23 @@ import os
 import re
 import stat
 import sys
+import unicodedata
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
 from vlm_cli.errors import MediaError
 
-__all__ = ["MAX_BYTES", "find_file", "quote_source", "read_source", "read_stdin", "short_name"]
+__all__ = [
+    "MAX_BYTES",
+    "find_file",
+    "find_lookalike",
+    "is_uri",
+    "quote_source",
+    "read_source",
+    "read_stdin",
+    "short_name",
+]
 
 MAX_BYTES = 256 * 2**20  # bytes of one encoded image
 
@@ -49,8 +59,7 @@ def read_source(
     Raises:
         MediaError: if the source cannot be found or read, or is too large.
     """
-    found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]+(?=://)", source, re.IGNORECASE)
-    scheme = found[0].lower() if found else "path"
+    scheme = _scheme(source)
     if scheme == "data":
         return _read_data_uri(source)
     if scheme in ("http", "https"):
@@ -71,6 +80,17 @@ def read_source(
     return _read_file(find_file(path, source, base_dir=base_dir, media_root=media_root), source)
 
 
+def _scheme(source: str) -> str:
+    """Return the scheme of a URI, in small letters, or `path`."""
+    found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]+(?=://)", source, re.IGNORECASE)
+    return found[0].lower() if found else "path"
+
+
+def is_uri(source: str) -> bool:
+    """Tell whether a source is a URI or standard input, and not a plain path."""
+    return source == "-" or _scheme(source) != "path"
+
+
 def find_file(path: str, source: str, *, base_dir: Path | None, media_root: Path | None) -> Path:
     """Return where a path leads; with a media root, after a check that this is inside of it, links resolved.
 
@@ -84,6 +104,7 @@ def find_file(path: str, source: str, *, base_dir: Path | None, media_root: Path
         MediaError: if the path leads out of the media root. The message does not say whether the file exists.
     """
     file = Path(base_dir or "", os.path.expanduser(path))
+    file = find_lookalike(file) or file
     if media_root is None:
         return file
     try:
@@ -96,6 +117,40 @@ def find_file(path: str, source: str, *, base_dir: Path | None, media_root: Path
             "there. Move the image into it, or give another --media-root."
         )
     return real
+
+
+def find_lookalike(file: Path) -> Path | None:
+    """Return the only file whose path looks the same, if the file itself does not exist.
+
+    The two may write an accented letter as one character or as two (NFC and NFD), and a space as another kind of space:
+    macOS puts a narrow one into the names of screenshots.
+
+    >>> from tempfile import mkdtemp
+    >>> folder = Path(mkdtemp())
+    >>> (folder / "a\u202fb.png").touch()
+    >>> find_lookalike(folder / "a b.png").name
+    'a\u202fb.png'
+    """
+    try:
+        if os.path.lexists(file):
+            return None
+        missing = next(p for p in [*reversed(file.absolute().parents), file.absolute()] if not os.path.lexists(p))
+        rest = file.absolute().parts[len(missing.parts) - 1 :]
+        found = missing.parent
+        for name in rest:
+            alike = [x for x in os.listdir(found) if _look(x) == _look(name)]
+            if len(alike) != 1:
+                return None
+            found = found / alike[0]
+    except (OSError, ValueError, StopIteration):
+        return None
+    return found
+
+
+def _look(name: str) -> str:
+    """Return what a name looks like: composed characters, and plain spaces for all kinds of spaces."""
+    composed = unicodedata.normalize("NFC", name)
+    return "".join(" " if unicodedata.category(c) == "Zs" else c for c in composed)
 
 
 def read_stdin(stream: BinaryIO | None = None) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.run_record import RUN_FILE
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.files import replacing_directory
 from vlm_cli.modeling.vlm import VLM
@@ -54,7 +55,7 @@ def write_output(
             save(model, processor, partial, name=out.name, story=story)
             shutil.copy(metrics.path, partial / METRICS_FILE)
             draw_losses(metrics.entries, partial / "loss.png", title=f"{out.name}: loss per token")
-            (partial / "training_args.json").write_text(json.dumps(run, indent=2) + "\n")
+            (partial / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
     except VLMError as error:
         raise CheckpointError(
             f"{error} The trained weights are in {str(metrics.path.parent)!r}: correct the cause, then repeat the "

@@ -30,11 +30,13 @@ class ExportSettings:
 
     Attributes:
         name: name of the directory.
+        source: directory of the model; no directory if the model is on the hub.
         max_shard_size: largest size of one weight file, such as "5GB".
         trust_remote_code: whether the language model's own code may run.
     """
 
     name: str
+    source: Path
     max_shard_size: str = "5GB"
     trust_remote_code: bool = False
 
@@ -82,12 +84,16 @@ def _write_language_model(model: VLM, processor: VLMProcessor, out: Path, settin
 
 def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
     from vlm_cli.checkpoint.directory import save_delta
+    from vlm_cli.checkpoint.run_record import copy_run_record, read_story
+    from vlm_cli.report.card import UNTRAINED
 
+    copy_run_record(settings.source, out)
     return save_delta(
         model,
         processor,
         out,
         name=settings.name,
+        story=read_story(settings.source, model) or UNTRAINED,
         max_shard_size=settings.max_shard_size,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -196,7 +202,12 @@ def export_model(
         VLMError: if the model cannot be written so, or the outputs differ.
     """
     chosen = find_format(name)
-    settings = ExportSettings(name=out.name, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
+    settings = ExportSettings(
+        name=out.name,
+        source=Path(location),
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+    )
     with reserved_directory(out, overwrite=overwrite):
         places = {"backbones": backbones, "allow_hosts": allow_hosts}
         model, processor = _load(chosen, location, source or location, trust_remote_code, places, progress, **hub)
