@@ -72,9 +72,10 @@ class IncompleteWeightsError(CheckpointError):
 
     def __init__(self, source: str, keys: KeyReport, layout: Layout | None = None, notes: tuple[str, ...] = ()) -> None:
         self.keys, self.layout, self.notes = keys, layout, notes
+        surplus = f" {len(keys.surplus)} have no place in the model, e.g. {keys.surplus[0]!r}." if keys.surplus else ""
         super().__init__(
             f"{source!r} does not fit the composition: {count_of(len(keys.missing), 'tensor')} that train, or would "
-            f"stay random, are missing, and {len(keys.mismatched)} have another shape. Nothing was written."
+            f"stay random, are missing, and {len(keys.mismatched)} have another shape.{surplus} Nothing was written."
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.inside import check_folder, check_index
+from vlm_cli.checkpoint.parts.gguf_tensors import count_gguf_elements
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
 from vlm_cli.checkpoint.schemas import (
     check_generation_config,
@@ -22,6 +25,7 @@ from vlm_cli.checkpoint.schemas import (
     check_tokenizer,
 )
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
+from vlm_cli.checkpoint.surplus import find_surplus
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
@@ -152,11 +156,53 @@ class LanguageModelSource:
                 f"cannot load the weights of language model {self.name!r}: {describe_load_error(error)}.{advice}"
             ) from None
         _check_complete(self.name, info)
+        self._check_uses_all(model, info)
         if is_gguf:
             # Loading turned the weights into plain floats. The quantizer's mark would still forbid saving them.
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
         return model
+
+
+    def _check_uses_all(self, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+        """Check that the model uses every tensor that its files hold.
+
+        Raises:
+            LanguageModelError: if the configuration builds a model with fewer tensors.
+        """
+        if (file := self.keywords.get("gguf_file")) is not None:
+            surplus = _find_gguf_surplus(Path(self.location) / file, model)
+        else:
+            surplus = find_surplus(info["unexpected_keys"], model.config, model.state_dict())
+        if surplus:
+            layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
+            raise LanguageModelError(
+                f"the files of language model {self.name!r} hold {len(surplus)} tensors that a model of its "
+                f"configuration does not have, e.g. {surplus[0]!r}; it would answer as another model. The configuration "
+                f"says {layers} layers: does it belong to these weights? Fetch both again."
+            )
+
+
+def _find_gguf_surplus(path: Path, model: PreTrainedModel) -> list[str]:
+    """Return the names of tensors in a GGUF file for which a loaded model has no place.
+
+    Transformers drops such tensors without a word. Where no tensor is missing and all shapes fit, a file that holds
+    more numbers than the model holds such tensors. The blocks that the model lacks come first.
+    """
+    try:
+        held = count_gguf_elements(path)
+    except (OSError, ValueError, struct.error) as error:
+        raise LanguageModelError(f"cannot read the names of tensors in {str(path)!r}: {error}.") from None
+    # Rotary frequencies follow from the configuration, and a tied head may be stored beside the embedding.
+    text = model.config.get_text_config(decoder=True)
+    is_tied = getattr(text, "tie_word_embeddings", False)
+    held = {k: n for k, n in held.items() if not k.startswith("rope_") and not (is_tied and k == "output.weight")}
+    places = {id(x): x.numel() for x in model.state_dict(keep_vars=True).values()}
+    if sum(held.values()) <= sum(places.values()):
+        return []
+    blocks = {name: re.match(r"blk\.(\d+)\.", name) for name in held}
+    beyond = sorted(name for name, block in blocks.items() if block and int(block[1]) >= text.num_hidden_layers)
+    return beyond or sorted(held)
 
 
 @contextmanager

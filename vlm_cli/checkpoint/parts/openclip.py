@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_cli.checkpoint.inside import check_folder
 from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
 from vlm_cli.checkpoint.schemas import check_openclip_config
+from vlm_cli.checkpoint.surplus import is_computed
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
@@ -250,14 +251,30 @@ def _load_with_openclip(tower: Tower, path: Path) -> nn.Module:
     model_config["text_cfg"] = _SMALL_TEXT if of_transformers else text
     custom = tower.model_config.get("custom_text") or of_transformers
     model = (CustomTextCLIP if custom else CLIP)(**model_config)
-    missing = load_checkpoint(model, str(path), strict=False)
-    absent = [k for k in getattr(missing, "missing_keys", []) if k.startswith("visual.")]
-    if absent:
+    found = load_checkpoint(model, str(path), strict=False)
+    surplus = [k for k in getattr(found, "unexpected_keys", []) if not is_computed(k)]
+    for names, what in (
+        (getattr(found, "missing_keys", []), "lack {} of the vision tower"),
+        (surplus, "hold {} that the vision tower does not have"),
+    ):
+        if names := [k for k in names if k.startswith("visual.")]:
+            found_names = what.format(count_of(len(names), "tensor"))
+            raise VisionEncoderError(f"the weights {str(path)!r} {found_names}, e.g. {names[0]!r}.")
+    if path.suffix == ".npz" and (held := _count_npz_blocks(path)) > (used := len(model.visual.trunk.blocks)):
         raise VisionEncoderError(
-            f"the weights {str(path)!r} lack {count_of(len(absent), 'tensor')} of the vision tower, e.g. {absent[0]!r}."
+            f"the weights {str(path)!r} hold {held} blocks, and the configuration of the vision tower says {used}."
         )
     # Interpolates position embeddings that were loaded at the tower's own size.
     return set_image_size(model.visual).float()
+
+
+def _count_npz_blocks(path: Path) -> int:
+    """Count the blocks of the image tower in a file of big_vision, of which OpenCLIP reads as many as it has."""
+    import numpy as np
+
+    one = re.compile(r"(?:params/)?img/Transformer/encoderblock(?:_\d+)?/LayerNorm_0/scale")
+    with np.load(path) as held:
+        return sum(len(x) if (x := held[name]).ndim == 2 else 1 for name in held.files if one.fullmatch(name))
 
 
 _SMALL_TEXT = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}

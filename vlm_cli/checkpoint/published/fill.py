@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.targets import Target, TargetsOf
+from vlm_cli.checkpoint.surplus import is_computed
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["FillPlan", "KeyReport", "plan_fill"]
+
+
+_PARTS = tuple(VLM.PART_PREFIXES.values())
 
 
 @dataclass
@@ -33,6 +37,8 @@ class KeyReport:
             does not need them.
         missing: names of the model that the checkpoint must fill, and does not.
         unused: names of the checkpoint that the model does not have.
+        surplus: those of `unused` that belong to a part of the model: the weights are of a larger model, for instance
+            with more layers. Names that the layout does not know are not counted.
         mismatched: name of the checkpoint -> its shape, and the different shape that the model needs.
     """
 
@@ -40,12 +46,13 @@ class KeyReport:
     absent: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the checkpoint fills something, and everything that it must fill."""
-        return bool(self.loaded) and not self.missing and not self.mismatched
+        """Whether the checkpoint fills something, everything that it must fill, and has a place for all of it."""
+        return bool(self.loaded) and not self.missing and not self.mismatched and not self.surplus
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -125,6 +132,8 @@ def plan_fill(
             parameter = state.get(target.target)
             if parameter is None:
                 report.unused.append(name)
+                if target.target.startswith(_PARTS) and not is_computed(name):
+                    report.surplus.append(name)
                 break
             _check_dtype(checkpoint, name, info, parameter)
             wanted = tuple(target.region(torch.empty_like(parameter, device="meta")).shape)
