@@ -48,10 +48,15 @@ __all__ = [
     "UntrustedCodeError",
     "UsageError",
     "VLMError",
+    "VLMWarning",
     "VisionEncoderError",
     "explain_reading",
     "first_line",
 ]
+
+
+class VLMWarning(UserWarning):
+    """Something that a user should know although nothing failed. Commands print it as a line that begins with Note."""
 
 
 class VLMError(Exception):

@@ -137,6 +137,7 @@ def load(
     revision: str | None = None,
     backbones: Mapping[str, str] | None = None,
     allow_hosts: Collection[str] = (),
+    verify: bool = False,
     **keywords: Any,
 ) -> tuple[VLM, VLMProcessor]:
     """Load a model, in evaluation mode, and its processor.
@@ -151,12 +152,13 @@ def load(
         revision: branch, tag or commit of a hub id.
         backbones: for a delta directory, part -> where its pretrained weights are now, if they moved.
         allow_hosts: for a delta directory, hosts that its backbones may come from beside the hub.
+        verify: whether to compare the hashes of all weight files with the manifest of the directory.
         keywords: `token`, `cache_dir`, `local_files_only`, … of Transformers' `from_pretrained`.
 
     Raises:
         UnknownNameError: if there is no such model.
         CompositionError: if the name is a family or a composition file, which has no weights.
-        CheckpointError: if the files cannot be read or lack tensors.
+        CheckpointError: if the files cannot be read, lack tensors, or are not the weights that were written.
     """
     from vlm_cli.checkpoint import directory
 
@@ -167,13 +169,18 @@ def load(
         trust_remote_code=trust_remote_code,
         backbones=backbones,
         allow_hosts=allow_hosts,
+        verify=verify,
         **hub_arguments(revision),
         **keywords,
     )
 
 
 def load_meta_model(
-    chosen: Composition | str, *, trust_remote_code: bool = False, revision: str | None = None
+    chosen: Composition | str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    verify: bool = False,
 ) -> tuple[VLM, torch.dtype, VLMProcessor | None]:
     """Make a model on the meta device, where tensors have shapes and no bytes.
 
@@ -189,6 +196,7 @@ def load_meta_model(
     from vlm_cli.checkpoint.create import plan
     from vlm_cli.checkpoint.directory import read_config, read_generation_config
     from vlm_cli.checkpoint.size_limits import limited_size
+    from vlm_cli.checkpoint.whole import check_fetched_files
     from vlm_cli.modeling.config import stored_dtype
     from vlm_cli.modeling.meta import meta_device
     from vlm_cli.modeling.vlm import VLM
@@ -198,7 +206,8 @@ def load_meta_model(
         dtype = stored_dtype(blueprint.config.get_text_config()) or torch.float32
         return blueprint.meta_model, dtype, blueprint.processor if blueprint.tokenizer else None
     hub = hub_arguments(revision)
-    config = read_config(chosen, trust_remote_code=trust_remote_code, **hub)
+    config = read_config(chosen, trust_remote_code=trust_remote_code, verify=verify, **hub)
+    check_fetched_files(chosen, hub, verify=verify)
     try:
         with limited_size(repr(chosen)), meta_device():
             model = VLM(config)

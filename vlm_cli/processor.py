@@ -26,6 +26,7 @@ from transformers import (
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.decoding import HALF, decode
 from vlm_cli.errors import PromptError
+from vlm_cli.manifest import recording
 from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
@@ -131,6 +132,14 @@ class VLMProcessor(ProcessorMixin):
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
         check_code(pretrained_model_name_or_path, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Write the files of the processor into a directory, and their records into its manifest, if it has one.
+
+        See `ProcessorMixin.save_pretrained`.
+        """
+        with recording(save_directory, only_known=True):
+            return super().save_pretrained(save_directory, **kwargs)
 
     @property
     def media_token_id(self) -> int:

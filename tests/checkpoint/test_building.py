@@ -75,3 +75,16 @@ def test_weights_that_do_not_cover_the_model(parts: Composition, tmp_path: Path)
     assert caught.value.keys.unused == ["fusion.nothing"] and not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--random-weights loads none"):
         vlm_cli.build(parts, tmp_path / "out", delta=True, random_weights=True)
+
+
+def test_weights_that_the_model_has_no_place_for(parts: Composition, tmp_path: Path) -> None:
+    vlm_cli.build(parts, tmp_path / "whole")
+    state = load_file(tmp_path / "whole/model.safetensors")
+    harmless = ("optimizer.step", "lang_model.model.layers.0.self_attn.rotary_emb.inv_freq")
+    save_file({**state, **{name: torch.ones(1) for name in harmless}}, tmp_path / "w.safetensors")
+    result = vlm_cli.build(parts, weights=tmp_path / "w.safetensors")
+    assert result.keys is not None and set(result.keys.unused) == set(harmless) and not result.keys.surplus
+    more = "lang_model.model.layers.9.mlp.up_proj.weight"
+    save_file({**state, more: torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(IncompleteWeightsError, match=rf"1 have no place in the model, e\.g\. '{more}'"):
+        vlm_cli.build(parts, weights=tmp_path / "w.safetensors")

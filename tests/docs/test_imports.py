@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "interrupt", "quiet", "text", "version"),
     ("hub_ids", "locks", "network", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
-    ("composition", "data", "flags", "preprocessing"),
+    ("composition", "data", "flags", "manifest", "preprocessing"),
     ("templates",),
     ("modeling",),
     ("decoding", "tokenizer"),
@@ -44,7 +44,7 @@ FORBIDDEN["vlm_cli/evaluation"] += ["vlm_cli.training"]
 
 #: What is imported before a command runs, and what it may not import outside of functions: `vlm --help` must be quick.
 LIGHT = ("composition", "data", "errors", "files", "flags", "media/loader", "models", "prompt", "registry", "resume")
-LIGHT += ("hub_ids", "locks", "plain_data", "renames", "schema", "training/listener", "training/settings")
+LIGHT += ("hub_ids", "locks", "manifest", "plain_data", "renames", "schema", "training/listener", "training/settings")
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 
 

@@ -6,6 +6,7 @@ model.safetensors        all tensors; a delta directory has delta.safetensors in
 generation_config.json   how answers end and are sampled
 tokenizer, processor     files of Transformers
 README.md                the model card
+vlm_manifest.json        sizes and hashes of the files that are loaded, see vlm_cli/manifest.py
 *.py                     code of the language model, if it has its own
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vlm_cli.checkpoint.inside import check_folder, check_index, read_index
+from vlm_cli.checkpoint.whole import check_fetched_files, check_files
 from vlm_cli.errors import (
     CheckpointError,
     CompositionError,
@@ -26,6 +28,7 @@ from vlm_cli.errors import (
     explain_reading,
     first_line,
 )
+from vlm_cli.manifest import recording
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
 from vlm_cli.report.parameters import ParameterReport
@@ -83,9 +86,10 @@ def save(
             users.
     """
     folder = _make_folder(out)
-    _write_code(model, folder)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    _write_companions(model, processor, folder, model_card(model, name or folder.name, story, parameters))
+    with recording(folder):
+        _write_code(model, folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _write_companions(model, processor, folder, model_card(model, name or folder.name, story, parameters))
 
 
 def save_delta(
@@ -118,16 +122,17 @@ def save_delta(
     from vlm_cli.checkpoint.delta import write_delta
 
     folder = _make_folder(out)
-    _write_code(model, folder)
-    facts = write_delta(
-        model,
-        folder,
-        unchanged=unchanged,
-        trust_remote_code=trust_remote_code,
-        max_shard_size=max_shard_size,
-        progress=progress,
-    )
-    _write_companions(model, processor, folder, model_card(model, name or folder.name, story, parameters))
+    with recording(folder):
+        _write_code(model, folder)
+        facts = write_delta(
+            model,
+            folder,
+            unchanged=unchanged,
+            trust_remote_code=trust_remote_code,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+        _write_companions(model, processor, folder, model_card(model, name or folder.name, story, parameters))
     return facts
 
 
@@ -193,6 +198,7 @@ def load(
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
     allow_hosts: Collection[str] = (),
+    verify: bool = False,
     **keywords: Any,
 ) -> tuple[VLM, VLMProcessor]:
     """Load the model of a directory or hub id, in evaluation mode, and its processor.
@@ -206,15 +212,33 @@ def load(
         trust_remote_code: whether the language model's own code from the directory may run.
         backbones: for a delta directory, part -> where its pretrained weights are now, if they moved.
         allow_hosts: for a delta directory, hosts that its backbones may come from beside the hub.
+        verify: whether to compare the hashes of all weight files with the manifest of the directory.
         keywords: `revision`, `token`, `local_files_only`, … of Transformers' `from_pretrained`.
 
     Raises:
-        CheckpointError: if the directory cannot be read or lacks tensors.
+        CheckpointError: if the directory cannot be read, lacks tensors, or does not hold the weights that it was
+            written with.
     """
+    config = read_config(name, trust_remote_code=trust_remote_code, verify=verify, **keywords)
+    model, processor = _load(name, config, dtype, device, trust_remote_code, backbones, allow_hosts, keywords)
+    check_fetched_files(name, keywords, verify=verify)
+    return model, processor
+
+
+def _load(
+    name: str,
+    config: VLMConfig,
+    dtype: torch.dtype | str,
+    device: str,
+    trust_remote_code: bool,
+    backbones: Mapping[str, str] | None,
+    allow_hosts: Collection[str],
+    keywords: Mapping[str, Any],
+) -> tuple[VLM, VLMProcessor]:
+    """Load the model that a configuration describes, and its processor; the arguments are those of `load`."""
     from vlm_cli.checkpoint.pairing import check_pair
     from vlm_cli.checkpoint.schemas import check_generation_config
 
-    config = read_config(name, trust_remote_code=trust_remote_code, **keywords)
     processor = read_processor(name, trust_remote_code=trust_remote_code, **keywords)
     check_pair(config, processor, name)
     check_generation_config(name, **keywords)
@@ -309,12 +333,12 @@ def _load_delta(
 # -- reading single files ----------------------------------------------------------------------------------------------
 
 
-def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) -> VLMConfig:
-    """Read the configuration of a model from a directory or hub id.
+def read_config(name: str, *, trust_remote_code: bool = False, verify: bool = False, **keywords: Any) -> VLMConfig:
+    """Read the configuration of a model from a directory or hub id. The files of a directory are compared first.
 
     Raises:
-        CheckpointError: if there is none, if it is not that of a VLM, or if the model needs a package that is not
-            installed.
+        CheckpointError: if there is none, if it is not that of a VLM, if the model needs a package that is not
+            installed, or if a weight file is another one than the manifest of the directory says.
         UntrustedCodeError: if a file of the model asks for code that may not run.
     """
     from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
@@ -323,6 +347,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, **keywords: Any) 
     from vlm_cli.trust import check_code
 
     check_folder(Path(name))
+    check_files(Path(name), verify=verify)
     check_is_mapping(name, "config.json", **keywords)
     try:
         check_code(name, trust_remote_code=trust_remote_code, **keywords)

@@ -287,8 +287,10 @@ def _text_kind(name: str, value: Any, defaults: Mapping[str, Any]) -> Kind:
         return _REQUIRED[name]
     if name.endswith(("_eps", "epsilon")) and type(default) is float:
         return optional(number(0, 1, above=True))
-    if name == "rope_theta":
-        return optional(number(0, 1e15, above=True))
+    if name.endswith(("_eps", "epsilon")) and type(value) in (int, float):
+        return number(0, 1)
+    if name in _ROPE_BASES:
+        return optional(either(_BASE, list_of(_BASE)))
     if name.endswith("_layers") and type(default) is int:
         return optional(either(whole(0, _MOST_LAYERS), list_of(ANYTHING)))
     if name.endswith(("token_id", "token_ids")):
@@ -318,6 +320,14 @@ def _text_kind(name: str, value: Any, defaults: Mapping[str, Any]) -> Kind:
     return ANYTHING
 
 
+#: Names of the base of rotary position embeddings; a list has one base for each layer.
+_ROPE_BASES = ("rope_theta", "global_rope_theta", "local_rope_theta", "rope_local_base_freq", "rotary_emb_base")
+_BASE = number(0, 1e15, above=True)
+#: Numbers of a mapping of rotary position embeddings that divide or scale.
+_ROPE_SCALES = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+_ROPE_SCALES += ("original_max_position_embeddings", "short_factor", "long_factor")
+
+
 def _find_rope_problems(data: Mapping[str, Any], key: str) -> Iterator[str]:
     """Check the settings of rotary position embeddings; some models have one such mapping for each kind of layer."""
     numbers = number(-1e15, 1e15)
@@ -328,7 +338,11 @@ def _find_rope_problems(data: Mapping[str, Any], key: str) -> Iterator[str]:
 
             yield from choice("default", "mrope", *sorted(ROPE_INIT_FUNCTIONS)).find_problems(value, place)
         elif name == "rope_theta":
-            yield from number(0, 1e15, above=True).find_problems(value, place)
+            yield from _BASE.find_problems(value, place)
+        elif name in _ROPE_SCALES and value is not None:
+            yield from either(_BASE, list_of(_BASE)).find_problems(value, place)
+        elif name == "partial_rotary_factor" and value is not None:
+            yield from number(0, 1, above=True).find_problems(value, place)
         elif isinstance(value, Mapping):
             yield from _find_rope_problems(value, place)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -1,10 +1,10 @@
-"""Tensors of weight files that a model does not use: whether they are harmless, or the configuration is another model's.
+"""Tensors of weight files that a model does not use: harmless ones, and those that show a wrong configuration.
 
 A configuration that states fewer layers than its files hold builds a smaller model, which answers something else. So
 files may hold more than the model only where the surplus is known:
 
     model.layers.0.self_attn.rotary_emb.inv_freq   computed from the configuration, and stored by older releases
-    model.layers.61.mlp.up_proj.weight             a layer that only predicts further tokens, which the configuration names
+    model.layers.61.mlp.up_proj.weight             a layer that predicts further tokens, which the configuration counts
     vision_tower.…, v_head.…                       another part, where a language model was taken out of a larger model
 """
 
@@ -26,7 +26,7 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(visual|vision_\w+|image_\w+|multi_modal_projector|mm_\w+|audio_\w+|embed_vision|embed_audio|talker"
     r"|token2wav|code2wav|mtp\w*|v_head|score|classifier|pooler|cls\.seq_relationship)\."
 )
-#: Settings that say how many layers, after the others, predict further tokens. Transformers does not build these layers.
+#: Settings that count the layers, after the others, that predict further tokens. Transformers does not build them.
 _PREDICTING_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 
 

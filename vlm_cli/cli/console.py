@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from textwrap import wrap
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_cli.cli import terminal
+from vlm_cli.errors import VLMWarning
 from vlm_cli.plain_data import finite
 from vlm_cli.printable import escape_controls, escape_json_controls
 from vlm_cli.report.tables import OPTIONAL_HEADS, human_bytes, parameter_heads, parameter_rows
@@ -47,6 +49,7 @@ __all__ = [
     "print_table",
     "shortens_numbers",
     "styled",
+    "warnings_as_notes",
     "wrapped",
     "write_answer",
 ]
@@ -262,6 +265,25 @@ def peak_memory(device: torch.device) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return host + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print each `VLMWarning` of the block once, as a note on stderr. Other warnings appear as before."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", VLMWarning)
+        show = warnings.showwarning
+
+        def print_note(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+            if not issubclass(category, VLMWarning):
+                show(message, category, *args, **kwargs)
+            elif str(message) not in told:
+                told.add(str(message))
+                notify(f"Note: {message}")
+
+        warnings.showwarning = print_note
+        yield
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.manifest import compare_files, sign_files
 from vlm_cli.cli.options import (
     MAX_SEED,
     BackboneOptions,
@@ -64,6 +66,14 @@ def doctor(
         bool,
         typer.Option("--verbose", "-v", help="Print for each check what it proves, its numbers, reason and seconds."),
     ] = False,
+    sign: Annotated[
+        bool,
+        typer.Option(
+            "--sign",
+            help="Write the manifest of the directory MODEL anew, after you edited its files on purpose, and run no "
+            "checks.",
+        ),
+    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,8 +85,13 @@ def doctor(
     Example: vlm doctor my-flamingo --dtype bfloat16
     """
     chosen = resolve(model, compose.request)
+    if sign:
+        sign_files(chosen, as_json)
+        return
     from vlm_cli.doctor import CHECKS, QUICK, check_invariants
 
+    if isinstance(chosen, str):
+        compare_files(chosen)
     vlm, tokenizer = _model(chosen, compose, devices, places, seed)
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
@@ -180,6 +195,7 @@ def _model(
             trust_remote_code=compose.trust_remote_code,
             backbones=places.backbones,
             allow_hosts=places.allow_hosts,
+            verify=not Path(chosen).is_dir(),  # compared already
             **hub_arguments(compose.revision),
         )
         return model, processor.tokenizer

@@ -80,6 +80,7 @@ def export(
             trust_remote_code=source.trust_remote_code,
             backbones=source.backbones,
             allow_hosts=source.allow_hosts,
+            verify=source.verify,
             overwrite=overwrite,
             progress=announce,
             **source.hub,

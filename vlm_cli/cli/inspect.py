@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.options import ComposeOptions, ExactOption, JsonOption, ModelArgument, flatten_options
+from vlm_cli.cli.options import (
+    ComposeOptions,
+    ExactOption,
+    JsonOption,
+    ModelArgument,
+    VerifyOption,
+    flatten_options,
+)
 from vlm_cli.errors import PromptError
 from vlm_cli.models import resolve
 from vlm_cli.printable import count_of
@@ -48,6 +55,7 @@ def inspect(
         bool, typer.Option("--chat-template", help="Write --prompt as a user's turn in the tokenizer's chat template.")
     ] = False,
     exact: ExactOption = False,
+    verify: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's parts, shapes, tokens and gates. Of the weights, vlm reads only the gates.
@@ -67,7 +75,9 @@ def inspect(
 
     revision = compose.revision
     silence_libraries()
-    vlm, dtype, processor = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=revision)
+    vlm, dtype, processor = load_meta_model(
+        chosen, trust_remote_code=compose.trust_remote_code, revision=revision, verify=verify
+    )
     if processor is None and (parts is not None or isinstance(chosen, str)):
         processor = read_processor_of(chosen, revision, trust_remote_code=compose.trust_remote_code)
     if parts is not None:

@@ -14,6 +14,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.completion import complete_models, complete_quantizations
 from vlm_cli.cli.options import RUN, DeviceOptions, SourceOptions
 from vlm_cli.errors import UsageError
+from vlm_cli.manifest import MANIFEST_FILE
 from vlm_cli.modeling.quantizations import QUANTIZATIONS
 from vlm_cli.models import DEMO, resolve_built_model
 
@@ -171,8 +172,9 @@ class ModelRequest:
 
         folder = Path(self.directory)
         if folder.is_dir():
-            stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-            facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats if name != "README.md"]
+            without = ("README.md", MANIFEST_FILE)
+            paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in without)
+            facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
             return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         from vlm_cli.checkpoint.directory import read_config
 

@@ -45,6 +45,7 @@ __all__ = [
     "QuietOption",
     "SourceOptions",
     "StatsOption",
+    "VerifyOption",
     "check_shard_size",
     "flatten_options",
     "resolve_dtype",
@@ -95,6 +96,15 @@ MaxShardSizeOption = Annotated[
 StatsOption = Annotated[
     bool,
     typer.Option("--stats", help="Print tokens, seconds and peak memory on stderr.", rich_help_panel=OUTPUT),
+]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Compare the hashes of all weight files with the model's manifest before use. Without this option, vlm "
+        "compares their sizes.",
+        rich_help_panel=RUN,
+    ),
 ]
 MediaRootOption = Annotated[
     Path | None,
@@ -317,6 +327,13 @@ class SourceOptions(BackboneOptions):
             rich_help_panel=RUN,
         ),
     ] = False
+
+    verify: VerifyOption = False
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """What the user says of the model's files, as arguments of `vlm_cli.load`; nothing without an option."""
+        return {**super().places, **({"verify": True} if self.verify else {})}
 
     @property
     def hub(self) -> dict[str, Any]:

@@ -13,7 +13,14 @@ import typer
 from vlm_cli.cli import console
 from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import keep_collecting
-from vlm_cli.cli.options import BackboneOptions, JsonOption, MaxPixelsOption, MediaRootOption, flatten_options
+from vlm_cli.cli.options import (
+    BackboneOptions,
+    JsonOption,
+    MaxPixelsOption,
+    MediaRootOption,
+    VerifyOption,
+    flatten_options,
+)
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
 from vlm_cli.errors import UsageError
@@ -99,6 +106,7 @@ def train(
     overwrite: OverwriteOption = False,
     keep_checkpoints: KeepCheckpointsOption = False,
     trust_remote_code: TrustOption = False,
+    verify: VerifyOption = False,
     places: BackboneOptions = BackboneOptions(),
     as_json: JsonOption = False,
 ) -> None:
@@ -125,6 +133,7 @@ def train(
         max_pixels=max_pixels,
         backbones=places.backbones,
         allow_hosts=places.allow_hosts,
+        verify=verify,
     )
     result = _run(job, settings)
     if result is None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vlm_cli.errors import LanguageModelLimit
+from vlm_cli.manifest import recording, write_now
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.conditioning import Conditioning, count_media
 from vlm_cli.modeling.config import VLMConfig
@@ -153,6 +154,22 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         # Loading replaces the parameters that the constructor froze.
         model.set_trainable(model.config.composition.trainable)
         return result
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the model's configuration and weights into a directory, with a manifest of these files.
+
+        See `PreTrainedModel.save_pretrained`.
+        """
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        with recording(save_directory):
+            super().save_pretrained(save_directory, **kwargs)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # `save_pretrained(…, push_to_hub=True)` uploads before it returns.
+        write_now(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -62,6 +62,7 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
         trust_remote_code=job.trust_remote_code,
         backbones=job.backbones,
         allow_hosts=job.allow_hosts,
+        verify=job.verify,
     )
     stored = model.dtype
     composition = model.config.composition.to_dict()

@@ -44,6 +44,7 @@ class Job:
         max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
+        verify: compare the hashes of the model's weight files with its manifest.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Job:
     max_pixels: int | None = None
     backbones: Mapping[str, str] | None = None
     allow_hosts: tuple[str, ...] = ()
+    verify: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

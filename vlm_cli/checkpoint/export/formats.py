@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_cli.errors import UnknownNameError
 from vlm_cli.files import EXPORT_FILE, replacing_directory, reserved_directory
+from vlm_cli.manifest import recording
 from vlm_cli.registry import suggest
 from vlm_cli.version import __version__
 
@@ -176,6 +177,7 @@ def export_model(
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
     allow_hosts: Collection[str] = (),
+    verify: bool = False,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
     **hub: Any,
@@ -191,6 +193,7 @@ def export_model(
         trust_remote_code: whether the language model's own code may run.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
+        verify: whether to compare the hashes of all weight files with the manifest of the directory.
         overwrite: whether to replace a directory that vlm wrote.
         progress: called with the name of each step before it begins.
         hub: `revision`, … of Transformers' `from_pretrained`.
@@ -209,11 +212,12 @@ def export_model(
         trust_remote_code=trust_remote_code,
     )
     with reserved_directory(out, overwrite=overwrite):
-        places = {"backbones": backbones, "allow_hosts": allow_hosts}
+        places = {"backbones": backbones, "allow_hosts": allow_hosts, "verify": verify}
         model, processor = _load(chosen, location, source or location, trust_remote_code, places, progress, **hub)
         with replacing_directory(out, overwrite=overwrite) as partial:
             progress(f"exporting {name}")
-            facts = chosen.write(model, processor, partial, settings)
+            with recording(partial):
+                facts = chosen.write(model, processor, partial, settings)
             if not chosen.is_vlm:
                 manifest = {"format": name, "model": source or location, "vlm_cli": __version__, **facts}
                 (partial / EXPORT_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -27,6 +27,7 @@ from vlm_cli.checkpoint.schemas import (
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.checkpoint.surplus import find_surplus
 from vlm_cli.checkpoint.torch_files import describe_load_error
+from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
 from vlm_cli.hub_ids import check_hub_id, is_hub_id
@@ -163,7 +164,6 @@ class LanguageModelSource:
             model.config.__dict__.pop("quantization_config", None)
         return model
 
-
     def _check_uses_all(self, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
         """Check that the model uses every tensor that its files hold.
 
@@ -178,8 +178,9 @@ class LanguageModelSource:
             layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
             raise LanguageModelError(
                 f"the files of language model {self.name!r} hold {len(surplus)} tensors that a model of its "
-                f"configuration does not have, e.g. {surplus[0]!r}; it would answer as another model. The configuration "
-                f"says {layers} layers: does it belong to these weights? Fetch both again."
+                f"configuration does not have, e.g. {surplus[0]!r}. Without them it answers as another model. The "
+                f"configuration says {layers} layers: does it belong to these weights? Fetch both again. If the "
+                "tensors are meant to be left out, load and save the model once with Transformers."
             )
 
 
@@ -265,6 +266,7 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
     elif path.exists():
         location = str(path)
         check_folder(path)
+        check_files(path)
         if not (path / "config.json").is_file():
             raise LanguageModelError(
                 f"{options.name!r} is no language model: it has no config.json. Give a directory that "

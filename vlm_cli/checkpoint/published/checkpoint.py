@@ -14,6 +14,7 @@ from torch import Tensor
 from vlm_cli.checkpoint.inside import check_folder, read_index
 from vlm_cli.checkpoint.schemas import check_sizes
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
+from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.plain_data import read_json
@@ -68,6 +69,7 @@ class PublishedCheckpoint:
             path = _fetch(name, revision, token)
         if path.is_dir():
             check_folder(path)
+            check_files(path)
         files = [path] if path.is_file() else _weight_files(path, name)
         folder = path.parent if path.is_file() else path
         tensors: dict[str, TensorInfo] = {}
