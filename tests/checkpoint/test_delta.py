@@ -22,6 +22,7 @@ from vlm_cli.checkpoint.backbones import hash_tensors
 from vlm_cli.checkpoint.delta import write_delta
 from vlm_cli.checkpoint.directory import save_delta
 from vlm_cli.errors import CheckpointError, UsageError
+from vlm_cli.manifest import sign
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +285,7 @@ def test_a_delta_that_does_not_cover_the_model(own, change):
     else:
         state["vision_tokenizer.latents"] = torch.zeros(1)
     save_file(state, file)
+    sign(file.parent)
     with pytest.raises(CheckpointError, match=r"does not cover the model: .*vision_tokenizer"):
         vlm_cli.load(own.delta)
     file.unlink()

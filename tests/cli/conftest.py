@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.support import ROOT
 from tests.support.disk import TOWER
 from tests.support.screens import Screens, Terminal
+from vlm_cli.manifest import sign
 
 SMALL_PERCEIVER = ("depth=1", "num_heads=2", "head_dim=8", "num_latents=6", "ff_mult=2")
 SMALL_CROSS_ATTENTION = ("num_heads=2", "head_dim=8", "ff_mult=2")
@@ -115,6 +116,7 @@ def open_gates(flamingo: Path) -> Path:
         elif name.startswith("fusion") and tensor.ndim == 2:
             tensor *= 20
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    sign(out)
     return out
 
 

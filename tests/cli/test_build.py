@@ -73,6 +73,7 @@ def test_the_files_of_a_directory(flamingo):
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "vlm_manifest.json",
     }
     modes = {path.name: path.stat().st_mode & 0o777 for path in flamingo.iterdir()}
     assert set(modes.values()) == {modes["config.json"]}, "some files are not for those who may read the others"

@@ -23,6 +23,7 @@ from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
 from vlm_cli.cli.stream import TextStream
 from vlm_cli.interrupt import Interrupted
+from vlm_cli.manifest import sign
 from vlm_cli.prompt import Medium, Text, interleave
 from vlm_cli.writing.conversation import ChatFormat, Conversation
 
@@ -77,6 +78,7 @@ def loud(kosmos):
         if tensor.ndim == 2 and (name.startswith("vision_tokenizer") or ".layers." in name):
             tensor *= 10
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    sign(out)
     return out
 
 

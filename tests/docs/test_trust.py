@@ -68,7 +68,10 @@ HOMES: dict[str, tuple[str, ...]] = {
 HOMES |= {
     name: (
         TRUST,
-        *(f"vlm_cli/checkpoint/{file}.py" for file in ("backbones", "delta", "directory", "inside", "schemas")),
+        *(
+            f"vlm_cli/checkpoint/{file}.py"
+            for file in ("backbones", "delta", "directory", "inside", "schemas", "whole")
+        ),
     )
     for name in ("cached_file",)
 }

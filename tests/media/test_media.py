@@ -338,6 +338,7 @@ FORMATS = [
     ("PNG", {}),
     ("JPEG", {}),
     ("JPEG", {"progressive": True}),
+    ("JPEG", {"restart_marker_rows": 1}),
     ("GIF", {}),
     ("WEBP", {"lossless": True}),
     ("BMP", {}),
@@ -367,6 +368,19 @@ def test_jpeg2000_without_its_last_tiles():
     for cut in cuts:
         assert "its last tiles are missing" in refusal(data_uri(cut))
         assert Image.open(io.BytesIO(cut)).convert("RGB")  # the twin: Pillow takes it
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{"restart_marker_blocks": 3}, {"restart_marker_rows": 1, "progressive": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_file_without_some_of_its_restart_intervals(mode, options):
+    """A decoder that finds no restart marker takes any bytes for it, and leaves the rest gray."""
+    data = encode(noise(40).convert(mode), "JPEG", **options)
+    whole = pixels(load_image(data_uri(data)))
+    assert pixels(load_image(data_uri(data[:-2]))) == whole  # only the end marker is missing
+    last = max(data.rfind(bytes([0xFF, marker])) for marker in range(0xD0, 0xD8))
+    for end in (last, last + 2):
+        assert "cut short" in refusal(data_uri(data[:end]))
 
 
 def test_cut_files_would_be_half_gray(monkeypatch):

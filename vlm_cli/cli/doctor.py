@@ -91,7 +91,7 @@ def doctor(
     from vlm_cli.doctor import CHECKS, QUICK, check_invariants
 
     if isinstance(chosen, str):
-        compare_files(chosen)
+        compare_files(chosen, verbose)
     vlm, tokenizer = _model(chosen, compose, devices, places, seed)
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")

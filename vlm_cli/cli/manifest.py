@@ -12,8 +12,12 @@ from vlm_cli.manifest import MANIFEST_FILE
 __all__ = ["compare_files", "sign_files"]
 
 
-def compare_files(location: str) -> None:
-    """Compare the files of a directory with its manifest, hashes of weights included, and say on stderr what was found.
+def compare_files(location: str, verbose: bool) -> None:
+    """Compare the files of a directory with its manifest, hashes of weights included.
+
+    Args:
+        location: the directory; the files of a hub id are compared after they are fetched.
+        verbose: whether to say on stderr how many files were compared.
 
     Raises:
         CheckpointError: if a weight file is another one.
@@ -21,11 +25,11 @@ def compare_files(location: str) -> None:
     from vlm_cli.checkpoint.whole import check_files
 
     if not Path(location).is_dir():
-        return  # the files of a hub id are compared after they are fetched
+        return
     report = check_files(Path(location), verify=True)
-    if report is None:
+    if verbose and report is None:
         console.notify(f"Files: no {MANIFEST_FILE} says what was written. To write one: vlm doctor DIR --sign")
-    elif not report.edited:
+    elif verbose and report is not None and not report.edited:
         console.notify(f"Files: {report.hashed} files have the hashes that they were written with.")
 
 

@@ -5,8 +5,9 @@ Source: ITU-T T.81, annex B (markers and segments) and annex G (progressive scan
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ MOST_PROGRESSIVE = 2  # times as many pixels may a progressive file have: the de
 
 _END = b"\xff\xd9"
 _FILLERS = (0x00, 0x0F, 0x33, 0x55, 0x6C, 0xAA, 0xC3, 0xF0)  # bytes of coded data; bits at every distance
-_SCAN, _FRAMES = 0xDA, (0xC0, 0xC1, 0xC2)
+_SCAN, _INTERVAL, _FRAMES, _RESTARTS = 0xDA, 0xDD, (0xC0, 0xC1, 0xC2), range(0xD0, 0xD8)
 
 
 def scale_jpeg(image: Any, limit: int) -> bool:
@@ -56,7 +57,7 @@ def close_jpeg(data: bytes) -> bytes | None:
     and only if, nothing is missing.
     """
     data = data.rstrip(b"\xff")  # the first half of the end marker
-    if not _has_all_scans(data):
+    if not (_has_all_scans(data) and _has_all_restarts(data)):
         return None
     closed = data + _END
     try:
@@ -95,14 +96,53 @@ def _has_all_scans(data: bytes) -> bool:
     return bool(components) and all(len(whole.get(name, ())) == 64 for name in components)
 
 
+def _has_all_restarts(data: bytes) -> bool:
+    """Tell whether each scan has as many restart markers as its picture needs.
+
+    A decoder that misses a restart marker takes any bytes for it, and leaves the rest of the picture gray.
+    """
+    interval, needed, found = 0, 0, 0
+    size, sampling = (0, 0), {}
+    for marker, body in _segments(data):
+        if marker in _RESTARTS:
+            found += 1
+        elif marker == _INTERVAL:
+            (interval,) = struct.unpack_from(">H", body)
+        elif marker in _FRAMES:
+            size = struct.unpack_from(">HH", body, 1)
+            sampling = {body[6 + 3 * k]: divmod(body[7 + 3 * k], 16) for k in range(body[5])}
+        elif marker == _SCAN:
+            if found < needed:
+                return False
+            names = [body[1 + 2 * k] for k in range(body[0])]
+            units = _count_units(size, sampling, names)
+            needed, found = (math.ceil(units / interval) - 1 if interval else 0), 0
+    return found >= needed
+
+
+def _count_units(size: tuple[int, ...], sampling: Mapping[int, tuple[int, int]], names: Sequence[int]) -> int:
+    """Count the units of a scan: of one component its blocks, of several the groups of blocks that belong together."""
+    height, width = size
+    across, down = (max(x[k] for x in sampling.values()) for k in (0, 1))
+    if len(names) > 1:
+        return math.ceil(width / (8 * across)) * math.ceil(height / (8 * down))
+    one_across, one_down = sampling[names[0]]
+    columns, rows = math.ceil(width * one_across / across), math.ceil(height * one_down / down)
+    return math.ceil(columns / 8) * math.ceil(rows / 8)
+
+
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield marker and body of each segment, up to the end of the data."""
     at = 2
-    while (at := data.find(b"\xff", at)) != -1 and at + 4 <= len(data):
+    while (at := data.find(b"\xff", at)) != -1 and at + 2 <= len(data):
         marker = data[at + 1]
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # coded data, padding, and markers without a body
+            if marker in _RESTARTS:
+                yield marker, b""
             at += 1 if marker == 0xFF else 2
             continue
+        if at + 4 > len(data):
+            return
         (length,) = struct.unpack_from(">H", data, at + 2)
         yield marker, data[at + 4 : at + 2 + length]
         at += 2 + length
