@@ -324,8 +324,17 @@ def _text_kind(name: str, value: Any, defaults: Mapping[str, Any]) -> Kind:
 _ROPE_BASES = ("rope_theta", "global_rope_theta", "local_rope_theta", "rope_local_base_freq", "rotary_emb_base")
 _BASE = number(0, 1e15, above=True)
 #: Numbers of a mapping of rotary position embeddings that divide or scale.
-_ROPE_SCALES = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-_ROPE_SCALES += ("original_max_position_embeddings", "short_factor", "long_factor")
+_ROPE_SCALES = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "original_max_position_embeddings",
+    "short_factor",
+    "long_factor",
+)
 
 
 def _find_rope_problems(data: Mapping[str, Any], key: str) -> Iterator[str]:
