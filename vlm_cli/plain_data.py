@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,17 @@ _TOO_LONG = "it holds a number or date that cannot be read"
 
 
 def read_text(path: Path, *, most_bytes: int = JSON_BYTES) -> str:
-    """Read a text file of limited size.
+    """Read a text file of limited size, or standard input if the path is `-`.
 
     Raises:
         OSError: if it cannot be read.
         ValueError: if it is larger, or no UTF-8 text.
     """
-    with path.open("rb") as file:
-        data = file.read(most_bytes + 1)
+    if str(path) == "-":
+        data = b"" if sys.stdin is None else sys.stdin.buffer.read(most_bytes + 1)
+    else:
+        with path.open("rb") as file:
+            data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes:,} bytes")
     try:

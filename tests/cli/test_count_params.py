@@ -260,3 +260,11 @@ def test_counting_allocates_no_weight(count, llama, monkeypatch):
     monkeypatch.setattr(torch.nn.Parameter, "__new__", spy)
     count("--family", "flamingo", "--vision-encoder", "ViT-L-14:openai", "--language-model", llama)
     assert len(made) > 500 and {x.device.type for x in made} == {"meta"}
+
+
+def test_a_composition_comes_from_stdin(vlm, parts):
+    """`-` means stdin, as in every other place that reads a file."""
+    words = ("count-params", *parts.flamingo, "--json")
+    piped = vlm(*words, "--config", "-", input=b"\xef\xbb\xbffusion:\r\n  every: 2\r\n")
+    assert piped.exit_code == 0, piped.stderr
+    assert piped.stdout == vlm(*words, "--set", "fusion.every=2").stdout != vlm(*words).stdout

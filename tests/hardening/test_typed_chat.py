@@ -48,6 +48,14 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C, once the line editor waits for a key.
+
+        Python's line editor misses a signal between its prompt and its first wait for a key, until the next key.
+        """
+        time.sleep(0.5)
+        self.type("\x03")
+
     def modes(self) -> list[object]:
         return termios.tcgetattr(self.screen)
 
@@ -92,24 +100,24 @@ def test_a_signal_while_a_user_types(chat: Terminal, typed: str, number: int, co
     chat.type(typed)
     chat.wait_for(typed)
     if number == signal.SIGINT:  # the first one clears the line
-        chat.type("\x03")
+        chat.interrupt()
         chat.wait_for("a second Ctrl-C.")
-    # Python's line editor misses a signal between its prompt and its first wait for a key, until the next key.
-    time.sleep(0.2)
+    time.sleep(0.5)
     os.kill(chat.pid, number)
     assert chat.end() == code and words in chat.text and not TRACEBACK.search(chat.text), chat.text
 
 
 def test_the_key_itself(chat: Terminal) -> None:
-    chat.type("half a line\x03")
+    chat.type("half a line")
+    chat.interrupt()
     chat.wait_for("Ctrl-D ends the chat, and so does a second Ctrl-C.")
-    time.sleep(0.2)
-    chat.type("\x03")
+    chat.interrupt()
     assert chat.end() == 130 and "Interrupted." in chat.text
 
 
 def test_ctrl_c_clears_the_line_and_ctrl_d_ends_the_chat(chat: Terminal) -> None:
-    chat.type("half a line\x03")
+    chat.type("half a line")
+    chat.interrupt()
     chat.wait_for("a second Ctrl-C.")
     time.sleep(0.2)
     chat.type("\x04")
@@ -133,10 +141,9 @@ def test_ctrl_c_ends_an_answer_and_a_second_one_the_chat(chat: Terminal) -> None
     answer = chat.text
     while len(re.findall(r"^.{0,12}> ", chat.text, re.MULTILINE)) < 2:
         assert chat.read(), (answer, chat.text)
-    chat.type("\x03")
+    chat.interrupt()
     chat.wait_for("a second Ctrl-C.")
-    time.sleep(0.2)
-    chat.type("\x03")
+    chat.interrupt()
     assert chat.end() == 130 and not TRACEBACK.search(chat.text), chat.text
 
 

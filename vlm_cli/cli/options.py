@@ -154,7 +154,7 @@ class ComposeOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Composition file (YAML or JSON); its settings replace those of the family.",
+            help="Composition file (YAML or JSON), or - for stdin; its settings replace those of the family.",
             rich_help_panel=COMPOSE,
         ),
     ] = None
