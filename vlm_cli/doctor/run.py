@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 import vlm_cli.doctor.checks  # noqa: F401  (registers them)
 from vlm_cli.doctor.check import CHECKS
 from vlm_cli.doctor.finding import Finding
+from vlm_cli.doctor.float32 import judge_in_both
 from vlm_cli.doctor.gates import opened_gates
-from vlm_cli.doctor.judge import judge
 from vlm_cli.doctor.subject import BareLanguageModel, WholeModel, find_special_ids
 from vlm_cli.interrupt import at_signal
 from vlm_cli.modeling.vlm import VLM
@@ -58,7 +58,7 @@ def check_invariants(
                 progress(CHECKS[name].proves_for(model))
                 started = time.monotonic()
                 with _quiet_transformers(), opened_gates(model):
-                    finding = judge(CHECKS[name], subject, bare)
+                    finding = judge_in_both(CHECKS[name], subject, bare)
                 yield replace(finding, seconds=round(time.monotonic() - started, 3))
 
 
