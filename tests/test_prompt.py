@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.texts import any_text
 from vlm_cli.errors import PromptError
 from vlm_cli.prompt import Interleaved, Medium, Slot, Text, escape, format, interleave, parse
 
@@ -185,7 +186,7 @@ def test_parse_loses_nothing(prompt):
         assert format(parts) == prompt
 
 
-@given(st.text())
+@given(any_text)
 def test_parse_reads_any_text(prompt):
     assert outcome(parse, prompt) == outcome(reference_parse, prompt)
 

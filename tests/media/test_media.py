@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
+from tests.support.texts import any_text
 from vlm_cli import network
 from vlm_cli.errors import MediaError
 from vlm_cli.media import LoadedImage, MediaLoader, decode, short_name, sources
@@ -526,7 +527,7 @@ def test_short_name(source, name):
     assert short_name(source) == name
 
 
-@given(st.text())
+@given(any_text)
 def test_short_name_is_one_short_line(source):
     assert all(c.isprintable() for c in short_name(source)) and len(short_name(source)) <= 10 * 100
 
