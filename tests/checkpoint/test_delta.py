@@ -289,7 +289,7 @@ def test_a_delta_that_does_not_cover_the_model(own, change):
     with pytest.raises(CheckpointError, match=r"does not cover the model: .*vision_tokenizer"):
         vlm_cli.load(own.delta)
     file.unlink()
-    with pytest.raises(CheckpointError, match="delta.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"delta\.safetensors is missing"):
         vlm_cli.load(own.delta)
 
 

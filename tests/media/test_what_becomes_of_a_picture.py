@@ -150,7 +150,9 @@ def test_a_kind_that_pillow_does_not_read_is_called_so(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}], ids=str)
-@pytest.mark.parametrize("image", [PICTURE, PICTURE.convert("L"), Image.new("RGB", (40, 32), "gray")], ids=str)
+@pytest.mark.parametrize(
+    "image", [PICTURE, PICTURE.convert("L"), Image.new("RGB", (40, 32), "gray")], ids=["photo", "grey", "one colour"]
+)
 def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(image, options):
     data = encode(image, "JPEG", **options)
     whole = decode_image(data, "'a'").image.tobytes()
