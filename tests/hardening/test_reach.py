@@ -23,6 +23,7 @@ from vlm_cli.checkpoint.parts.openclip import published_address
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.schemas import check_tokenizer
 from vlm_cli.errors import CheckpointError, VisionEncoderError
+from vlm_cli.manifest import MANIFEST_FILE
 from vlm_cli.modeling.towers import build_tower
 
 OUTSIDE = ["/etc/passwd", "../secret", "a/../../secret", "a\\..\\..\\secret", "C:\\secret", "", "a\0b", None, 7]
@@ -57,6 +58,7 @@ def shard(folder: Path, name: object, stem: str = "model") -> None:
     names = load_file(folder / f"{stem}.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
     (folder / f"{stem}.safetensors").unlink()
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)  # it would name the missing file first
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -141,11 +143,13 @@ JOINS = {
     "language_model.py:edit": "names of a tokenizer's files, which vlm has just written",
     "language_model.py:_forget_tokens": "the same",
     "language_models.py:_limited_size": "the file that the user named",
+    "language_models.py:_check_uses_all": "the same",
     "remote_code.py:write_code": "the name of a module that the user trusts",
     "checkpoint.py:_indexed_files": "`read_index` has checked it",
     "xgen_mm.py:_has_media_token": "constants",
     "preprocessing.py:_read_files": "constants",
     "schemas.py:_read": "constants",
+    "run_record.py:copy_run_record": "constants",
 }
 
 
