@@ -13,7 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 __all__ = ["quiet_libraries", "silence_libraries"]
 
-_LOGGERS = ("", "open_clip", "torch.utils.cpp_extension")  # "" is the root logger, to which OpenCLIP writes
+#: The root logger "", to which OpenCLIP writes, and loggers with a level of their own. `_pytree` warns of torchao's
+#: classes, where Transformers imports torchao.
+_LOGGERS = ("", "open_clip", "torch.utils.cpp_extension", "torch.utils._pytree")
 
 #: Advice of `torch.load` about files that it then refuses: to report them to torch's authors, or to run their code.
 _TORCH_ADVICE = "Detected pickle protocol|'torch.load' received a zip file"

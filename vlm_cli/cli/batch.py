@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.loading import ModelOption, ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import (
     MAX_ROWS,
@@ -51,43 +52,39 @@ class BatchOptions:
 
     output: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            BATCH,
+            "Write answers to FILE (JSONL), or to stdout if FILE is -. An interrupted run resumes from "
+            "FILE.partial. Required.",
             "--output",
             "-o",
             metavar="FILE",
-            help="Write answers to FILE (JSONL), or to stdout if FILE is -. An interrupted run resumes from "
-            "FILE.partial. Required.",
-            rich_help_panel=BATCH,
         ),
     ] = None
     batch_size: Annotated[
         str,
-        typer.Option(
+        option(
+            BATCH,
+            "Answer N prompts at once; auto finds the fastest number that fits into memory.",
             "--batch-size",
             "-b",
             metavar="N",
-            help="Answer N prompts at once; auto finds the fastest number that fits into memory.",
-            rich_help_panel=BATCH,
         ),
     ] = "auto"
     workers: Annotated[
         int | None,
-        typer.Option(
+        option(
+            BATCH,
+            "Decode images in N processes; 0 uses the main process. The default is the number "
+            "of cores less 1, at most 4.",
             min=0,
             max=MAX_WORKERS,
             metavar="N",
-            help="Decode images in N processes; 0 uses the main process. The default is the number "
-            "of cores less 1, at most 4.",
-            rich_help_panel=BATCH,
         ),
     ] = None
     overwrite: Annotated[
         bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace the output file, and discard what an interrupted run left.",
-            rich_help_panel=BATCH,
-        ),
+        option(BATCH, "Replace the output file, and discard what an interrupted run left.", "--overwrite"),
     ] = False
 
     @property

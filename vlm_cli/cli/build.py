@@ -10,6 +10,7 @@ import typer
 
 from vlm_cli import models
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_dtypes
 from vlm_cli.cli.options import (
     DTYPES,
@@ -44,61 +45,52 @@ def build(
     compose: ComposeOptions = ComposeOptions(),
     source: Annotated[
         str | None,
-        typer.Option(
+        option(
+            WEIGHTS,
+            "Import a published VLM: its weight file, directory or hub id. Its composition is read from it; the "
+            "composition flags change it.",
             "--from",
             metavar="CHECKPOINT",
-            help="Import a published VLM: its weight file, directory or hub id. Its composition is read from it; the "
-            "composition flags change it.",
-            rich_help_panel=WEIGHTS,
         ),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            WEIGHTS,
+            "Load trained weights over the composition: a .safetensors file, or a .pt file that holds only tensors.",
             metavar="FILE",
-            help="Load trained weights over the composition: a .safetensors file, or a .pt file that holds only "
-            "tensors.",
-            rich_help_panel=WEIGHTS,
         ),
     ] = None,
     random_weights: Annotated[
         bool,
-        typer.Option(
-            "--random-weights",
-            help="Give all parts random weights. Nothing is downloaded.",
-            rich_help_panel=WEIGHTS,
-        ),
+        option(WEIGHTS, "Give all parts random weights. Nothing is downloaded.", "--random-weights"),
     ] = False,
     dtype: Annotated[
         str,
-        typer.Option(
+        option(
+            WEIGHTS,
+            "Dtype of all weights; auto takes that of the language model, or of CHECKPOINT.",
             metavar=DTYPES,
             autocompletion=complete_dtypes,
-            help="Dtype of all weights; auto takes that of the language model, or of CHECKPOINT.",
-            rich_help_panel=WEIGHTS,
         ),
     ] = "auto",
     seed: Annotated[
         int,
-        typer.Option(
-            metavar="N", min=0, max=MAX_SEED, help="Seed for weights that start at random.", rich_help_panel=WEIGHTS
-        ),
+        option(WEIGHTS, "Seed for weights that start at random.", metavar="N", min=0, max=MAX_SEED),
     ] = 0,
     delta: Annotated[
         bool,
-        typer.Option(
+        option(
+            OUTPUT,
+            "Write a small directory: leave out the tensors of pretrained parts, and note where these parts are.",
             "--delta",
-            help="Write a small directory: leave out the tensors of pretrained parts, and note where these parts are.",
-            rich_help_panel=OUTPUT,
         ),
     ] = False,
     max_shard_size: MaxShardSizeOption = "5GB",
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Check that the parts fit and count parameters. Write nothing.", rich_help_panel=OUTPUT
-        ),
+        option(OUTPUT, "Check that the parts fit and count parameters. Write nothing.", "--dry-run"),
     ] = False,
     exact: ExactOption = False,
     quiet: QuietOption = False,

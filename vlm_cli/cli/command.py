@@ -15,7 +15,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.completion import complete_parts, offer
 from vlm_cli.flags import Setting
 
-__all__ = ["Command", "Group", "accept_old_names", "make_option"]
+__all__ = ["Command", "Group", "accept_old_names", "make_option", "option"]
 
 #: Stands for a hyphen while a help is wrapped, so that no line ends inside `--max-steps`.
 _HYPHEN = "\N{NON-BREAKING HYPHEN}"
@@ -160,6 +160,18 @@ def _replace_old_names(args: list[str], old_names: Mapping[str, str]) -> list[st
             console.notify(f"Note: {name} is now called {old_names[name]}.")
             replaced[i] = old_names[name] + equals + value
     return replaced
+
+
+def option(heading: str, help: str, *names: str, **settings: Any) -> Any:
+    """Describe an option for Typer.
+
+    Args:
+        heading: of the help, under which the option stands.
+        help: what the value sets.
+        names: the option's names, if they are not the parameter's name with dashes.
+        settings: other arguments of `typer.Option`.
+    """
+    return typer.Option(*names, help=help, rich_help_panel=heading, **settings)
 
 
 def make_option(setting: Setting) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_dtypes
 from vlm_cli.cli.options import (
     DTYPES,
@@ -50,12 +51,8 @@ def count_params(
     ] = "auto",
     exact: ExactOption = False,
     as_json: JsonOption = False,
-    as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print comma-separated values.", rich_help_panel=OUTPUT)
-    ] = False,
-    as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print a Markdown table.", rich_help_panel=OUTPUT)
-    ] = False,
+    as_csv: Annotated[bool, option(OUTPUT, "Print comma-separated values.", "--csv")] = False,
+    as_markdown: Annotated[bool, option(OUTPUT, "Print a Markdown table.", "--markdown")] = False,
 ) -> None:
     """Count the parameters of each part. No weight is downloaded or loaded.
 

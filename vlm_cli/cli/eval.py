@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import LoadedModel, ModelRequest, keep_collecting
 from vlm_cli.cli.options import (
@@ -52,24 +53,18 @@ class EvalOptions:
 
     data: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            QUESTIONS,
+            "Records with questions and right answers (JSONL), or - for stdin; image paths start at the folder of "
+            "FILE. Required.",
             "--data",
             "-d",
             metavar="FILE",
-            help="Records with questions and right answers (JSONL), or - for stdin; image paths start at the folder of "
-            "FILE. Required.",
-            rich_help_panel=QUESTIONS,
         ),
     ] = None
     limit: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            max=MAX_RECORDS,
-            metavar="N",
-            help="Ask only the first N records; the default is all.",
-            rich_help_panel=QUESTIONS,
-        ),
+        option(QUESTIONS, "Ask only the first N records; the default is all.", min=1, max=MAX_RECORDS, metavar="N"),
     ] = None
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
@@ -77,26 +72,26 @@ class EvalOptions:
     special_tokens: SpecialTokensOption = False
     max_new_tokens: Annotated[
         int,
-        typer.Option(
+        option(
+            QUESTIONS,
+            "Cut an answer after N new tokens.",
             "--max-new-tokens",
             "-n",
             min=1,
             max=MAX_NEW_TOKENS,
             metavar="N",
-            help="Cut an answer after N new tokens.",
-            rich_help_panel=QUESTIONS,
         ),
     ] = 32
     batch_size: Annotated[
         int,
-        typer.Option(
+        option(
+            QUESTIONS,
+            "Answer N records at once; fewer if memory does not suffice.",
             "--batch-size",
             "-b",
             min=1,
             max=MAX_ROWS,
             metavar="N",
-            help="Answer N records at once; fewer if memory does not suffice.",
-            rich_help_panel=QUESTIONS,
         ),
     ] = 32
 
@@ -107,25 +102,19 @@ class OutputOptions:
 
     html: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            FILES,
+            "Write a web page of pictures and answers to FILE, or to stdout if FILE is -, wrong answers first.",
             metavar="FILE",
-            help="Write a web page of pictures and answers to FILE, or to stdout if FILE is -, wrong answers first.",
-            rich_help_panel=FILES,
         ),
     ] = None
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write the answers to FILE (JSONL), or to stdout if FILE is -.",
-            rich_help_panel=FILES,
+        option(
+            FILES, "Write the answers to FILE (JSONL), or to stdout if FILE is -.", "--output", "-o", metavar="FILE"
         ),
     ] = None
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace output files that exist.", rich_help_panel=FILES)
-    ] = False
+    overwrite: Annotated[bool, option(FILES, "Replace output files that exist.", "--overwrite")] = False
 
     @property
     def paths(self) -> list[Path]:

@@ -11,6 +11,7 @@ import typer
 from vlm_cli.cli import console
 from vlm_cli.cli.batch import BatchJob, BatchOptions, PromptFile, answer_file
 from vlm_cli.cli.chat import ChatRequest, talk
+from vlm_cli.cli.command import option
 from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
 from vlm_cli.cli.options import HIDDEN, RUN, DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import (
@@ -42,14 +43,14 @@ class AliasOptions:
 
     batch: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Same as `vlm batch FILE`; takes the options --output, --batch-size, --workers and --overwrite of "
+        option(
+            ALIASES,
+            "Same as `vlm batch FILE`; takes the options --output, --batch-size, --workers and --overwrite of "
             "that command.",
-            rich_help_panel=ALIASES,
+            metavar="FILE",
         ),
     ] = None
-    chat: Annotated[bool, typer.Option("--chat", help="Same as `vlm chat`.", rich_help_panel=ALIASES)] = False
+    chat: Annotated[bool, option(ALIASES, "Same as `vlm chat`.", "--chat")] = False
 
     def check(self, batching: BatchOptions, for_chat: list[str], for_batch: list[str]) -> None:
         """Refuse flags that the other command does not have.
@@ -99,11 +100,11 @@ def generate(
     quantize: QuantizeOption = None,
     compile: Annotated[
         bool,
-        typer.Option(
-            "--compile",
-            help="Compile the step that writes a token. This takes about a minute, and pays off for answers of "
+        option(
+            RUN,
+            "Compile the step that writes a token. This takes about a minute, and pays off for answers of "
             "thousands of tokens.",
-            rich_help_panel=RUN,
+            "--compile",
         ),
     ] = False,
     source: SourceOptions = SourceOptions(),

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_models, complete_quantizations
 from vlm_cli.cli.options import RUN, DeviceOptions, SourceOptions
 from vlm_cli.errors import UsageError
@@ -30,16 +29,22 @@ __all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep
 
 ModelOption = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="MODEL", help="Directory that `vlm build` wrote, or hub id.",
-                 rich_help_panel=RUN, autocompletion=complete_models),
-]  # fmt: skip
+    option(
+        RUN,
+        "Directory that `vlm build` wrote, or hub id.",
+        "--model",
+        "-m",
+        metavar="MODEL",
+        autocompletion=complete_models,
+    ),
+]
 QuantizeOption = Annotated[
     str | None,
-    typer.Option(
+    option(
+        RUN,
+        "Store weights in fewer bits, which makes answers faster and a little different: int8, on the CPU.",
         "--quantize",
         metavar="NAME",
-        help="Store weights in fewer bits, which makes answers faster and a little different: int8, on the CPU.",
-        rich_help_panel=RUN,
         autocompletion=complete_quantizations,
     ),
 ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from vlm_cli.cli import completion, console
-from vlm_cli.cli.command import accept_old_names, make_option
+from vlm_cli.cli.command import accept_old_names, make_option, option
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
@@ -61,41 +61,23 @@ MAX_ROWS = 65_536  # rows of a batch
 MAX_WORKERS = 256  # processes that decode images
 DTYPES = "auto|float32|bfloat16|float16"
 
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=OUTPUT)
-]
+JsonOption = Annotated[bool, option(OUTPUT, "Print the result as one JSON object.", "--json")]
 ExactOption = Annotated[
     bool,
-    typer.Option(
-        "--exact",
-        help="Write whole numbers on a terminal, not 428.3 M; a pipe always gets them.",
-        rich_help_panel=OUTPUT,
-    ),
+    option(OUTPUT, "Write whole numbers on a terminal, not 428.3 M; a pipe always gets them.", "--exact"),
 ]
 QuietOption = Annotated[
     bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        help="Print neither notes nor progress on stderr.",
-        rich_help_panel=OUTPUT,
-        callback=console.be_quiet,
-    ),
+    option(OUTPUT, "Print neither notes nor progress on stderr.", "--quiet", "-q", callback=console.be_quiet),
 ]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT, if vlm wrote it.", rich_help_panel=OUTPUT)
-]
+OverwriteOption = Annotated[bool, option(OUTPUT, "Replace OUT, if vlm wrote it.", "--overwrite")]
 MaxShardSizeOption = Annotated[
     str,
-    typer.Option(
-        metavar="SIZE",
-        help="Largest size of one weight file, in MB or GB, such as 500MB.",
-        rich_help_panel=OUTPUT,
-    ),
+    option(OUTPUT, "Largest size of one weight file, in MB or GB, such as 500MB.", metavar="SIZE"),
 ]
 StatsOption = Annotated[
     bool,
-    typer.Option("--stats", help="Print tokens, seconds and peak memory on stderr.", rich_help_panel=OUTPUT),
+    option(OUTPUT, "Print tokens, seconds and peak memory on stderr.", "--stats"),
 ]
 VerifyOption = Annotated[
     bool,
@@ -108,22 +90,22 @@ VerifyOption = Annotated[
 ]
 MediaRootOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Read images only from the folder DIR: a path or link that leads out of it is an error. Without this "
+    option(
+        "Prompt",
+        "Read images only from the folder DIR: a path or link that leads out of it is an error. Without this "
         "option, image paths may lead anywhere.",
-        rich_help_panel="Prompt",
+        metavar="DIR",
     ),
 ]
 MaxPixelsOption = Annotated[
     int | None,
-    typer.Option(
+    option(
+        "Prompt",
+        "Decode at most N pixels of one image; the default is 89,478,485. A larger JPEG file is read at a smaller "
+        "size, and any other larger image is an error.",
         metavar="N",
         min=1,
         max=MAX_PIXELS_OF_ALL,
-        help="Decode at most N pixels of one image; the default is 89,478,485. A larger JPEG file is read at a smaller "
-        "size, and any other larger image is an error.",
-        rich_help_panel="Prompt",
     ),
 ]
 ModelArgument = Annotated[
@@ -143,94 +125,90 @@ class ComposeOptions:
 
     family: Annotated[
         str | None,
-        typer.Option(
+        option(
+            COMPOSE,
+            f"Start from a family: {', '.join(FAMILIES)}.",
             metavar="FAMILY",
-            help=f"Start from a family: {', '.join(FAMILIES)}.",
-            rich_help_panel=COMPOSE,
             autocompletion=completion.complete_families,
         ),
     ] = None
     config: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            COMPOSE,
+            "Composition file (YAML or JSON), or - for stdin; its settings replace those of the family.",
             metavar="FILE",
-            help="Composition file (YAML or JSON), or - for stdin; its settings replace those of the family.",
-            rich_help_panel=COMPOSE,
         ),
     ] = None
     vision_encoder: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME[:TAG]",
-            help="Vision encoder: an OpenCLIP name, with the tag of its weights (ViT-L-14:openai), hf-hub:ORG/NAME, "
+        option(
+            COMPOSE,
+            "Vision encoder: an OpenCLIP name, with the tag of its weights (ViT-L-14:openai), hf-hub:ORG/NAME, "
             "local-dir:FOLDER, or an OpenCLIP JSON file.",
-            rich_help_panel=COMPOSE,
+            metavar="NAME[:TAG]",
             autocompletion=completion.complete_encoders,
         ),
     ] = None
     vision_tokenizer: Annotated[
         str | None,
-        typer.Option(
+        option(
+            COMPOSE,
+            "Vision tokenizer: perceiver, qformer, linear, mlp, or a name that an installed package adds.",
             metavar="NAME",
-            help="Vision tokenizer: perceiver, qformer, linear, mlp, or a name that an installed package adds.",
-            rich_help_panel=COMPOSE,
             autocompletion=completion.complete_tokenizers,
         ),
     ] = None
     fusion: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Fusion: cross-attention, llama-cross-attention, language-stream, or a name that an installed "
+        option(
+            COMPOSE,
+            "Fusion: cross-attention, llama-cross-attention, language-stream, or a name that an installed "
             "package adds.",
-            rich_help_panel=COMPOSE,
+            metavar="NAME",
             autocompletion=completion.complete_fusions,
         ),
     ] = None
     language_model: Annotated[
         str | None,
-        typer.Option(
+        option(
+            COMPOSE,
+            "Language model of Transformers: a hub id, a directory, or a GGUF file.",
             metavar="NAME",
-            help="Language model of Transformers: a hub id, a directory, or a GGUF file.",
-            rich_help_panel=COMPOSE,
             autocompletion=completion.complete_language_models,
         ),
     ] = None
     revision: Annotated[
         str | None,
-        typer.Option(
-            metavar="REVISION",
-            help="Branch, tag or commit on the hub: of MODEL or CHECKPOINT if that is a hub id, otherwise of the "
+        option(
+            COMPOSE,
+            "Branch, tag or commit on the hub: of MODEL or CHECKPOINT if that is a hub id, otherwise of the "
             "language model.",
-            rich_help_panel=COMPOSE,
+            metavar="REVISION",
         ),
     ] = None
     trainable: Annotated[
         str | None,
-        typer.Option(
+        option(
+            COMPOSE,
+            f"Parts that training changes; all others stay frozen. Any of: {', '.join(PARTS)}.",
             metavar="PART,…",
-            help=f"Parts that training changes; all others stay frozen. Any of: {', '.join(PARTS)}.",
-            rich_help_panel=COMPOSE,
             autocompletion=completion.complete_parts,
         ),
     ] = None
     set: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Change one setting of the composition, such as vision_tokenizer.num_latents=32; may be given several "
+        option(
+            COMPOSE,
+            "Change one setting of the composition, such as vision_tokenizer.num_latents=32; may be given several "
             "times.",
-            rich_help_panel=COMPOSE,
+            metavar="NAME=VALUE",
             autocompletion=completion.complete_settings,
         ),
     ] = None
     trust_remote_code: Annotated[
         bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code that comes with the language model.",
-            rich_help_panel=COMPOSE,
-        ),
+        option(COMPOSE, "Run Python code that comes with the language model.", "--trust-remote-code"),
     ] = False
 
     @property
@@ -265,20 +243,20 @@ class BackboneOptions:
 
     backbone: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PART=PATH",
-            help="For a delta directory: read the pretrained weights of PART (vision_encoder or language_model) from "
+        option(
+            RUN,
+            "For a delta directory: read the pretrained weights of PART (vision_encoder or language_model) from "
             "PATH; may be given several times.",
-            rich_help_panel=RUN,
+            metavar="PART=PATH",
         ),
     ] = None
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="HOST",
-            help="Let a delta directory's backbones come from HOST, and let HOST have an address of an internal "
+        option(
+            RUN,
+            "Let a delta directory's backbones come from HOST, and let HOST have an address of an internal "
             "network; may be given several times.",
-            rich_help_panel=RUN,
+            metavar="HOST",
         ),
     ] = None
 
@@ -315,17 +293,11 @@ class SourceOptions(BackboneOptions):
 
     revision: Annotated[
         str | None,
-        typer.Option(
-            metavar="REVISION", help="Branch, tag or commit of the model, if it is a hub id.", rich_help_panel=RUN
-        ),
+        option(RUN, "Branch, tag or commit of the model, if it is a hub id.", metavar="REVISION"),
     ] = None
     trust_remote_code: Annotated[
         bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code that comes with the language model.",
-            rich_help_panel=RUN,
-        ),
+        option(RUN, "Run Python code that comes with the language model.", "--trust-remote-code"),
     ] = False
 
     verify: VerifyOption = False
@@ -347,20 +319,20 @@ class DeviceOptions:
 
     device: Annotated[
         str,
-        typer.Option(
-            metavar="DEVICE",
-            help="Device that runs the model: cpu, cuda, cuda:1, mps, or auto for the first of cuda, mps and cpu that "
+        option(
+            RUN,
+            "Device that runs the model: cpu, cuda, cuda:1, mps, or auto for the first of cuda, mps and cpu that "
             "this machine has.",
-            rich_help_panel=RUN,
+            metavar="DEVICE",
             autocompletion=completion.complete_devices,
         ),
     ] = "auto"
     dtype: Annotated[
         str,
-        typer.Option(
+        option(
+            RUN,
+            "Dtype of the weights in memory; auto keeps that of the files.",
             metavar=DTYPES,
-            help="Dtype of the weights in memory; auto keeps that of the files.",
-            rich_help_panel=RUN,
             autocompletion=completion.complete_dtypes,
         ),
     ] = "auto"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.options import MaxPixelsOption, MediaRootOption
 from vlm_cli.cli.standard_streams import find_piped_picture
 from vlm_cli.data.inputs import base_folder, is_stdin, read_bytes
@@ -37,19 +38,19 @@ PROMPT = "Prompt"  # heading of these options in --help
 
 ChatTemplateOption = Annotated[
     bool,
-    typer.Option(
+    option(
+        PROMPT,
+        "Write each prompt as a user's turn in the tokenizer's chat template, as `vlm chat` does.",
         "--chat-template",
-        help="Write each prompt as a user's turn in the tokenizer's chat template, as `vlm chat` does.",
-        rich_help_panel=PROMPT,
     ),
 ]
 SpecialTokensOption = Annotated[
     bool,
-    typer.Option(
-        "--special-tokens",
-        help="Read the spelling of a special token in a prompt, such as <|endofchunk|>, as that token; without "
+    option(
+        PROMPT,
+        "Read the spelling of a special token in a prompt, such as <|endofchunk|>, as that token; without "
         "this option it is plain text.",
-        rich_help_panel=PROMPT,
+        "--special-tokens",
     ),
 ]
 
@@ -60,7 +61,7 @@ class ReadingOptions:
 
     allow_urls: Annotated[
         bool,
-        typer.Option("--allow-urls", help="Download images whose source is an http(s):// URL.", rich_help_panel=PROMPT),
+        option(PROMPT, "Download images whose source is an http(s):// URL.", "--allow-urls"),
     ] = False
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
@@ -90,24 +91,22 @@ class TurnOptions:
 
     prompt_option: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Text of the prompt.", rich_help_panel=PROMPT),
+        option(PROMPT, "Text of the prompt.", "--prompt", "-p", metavar="TEXT"),
     ] = None
     prompt_file: Annotated[
         Path | None,
-        typer.Option(
-            "--prompt-file", "-f", metavar="FILE", help="Read the prompt from FILE; image paths in it start at the "
-            "folder of FILE.", rich_help_panel=PROMPT,
-        ),
+        option(PROMPT, "Read the prompt from FILE; image paths in it start at the "
+            "folder of FILE.", "--prompt-file", "-f", metavar="FILE"),
     ] = None  # fmt: skip
     image: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            PROMPT,
+            "Image for the next <image> in the prompt: a path, - for stdin, a data: URI or a URL. Repeat the "
+            "option for several images.",
             "--image",
             "-i",
             metavar="FILE",
-            help="Image for the next <image> in the prompt: a path, - for stdin, a data: URI or a URL. Repeat the "
-            "option for several images.",
-            rich_help_panel=PROMPT,
         ),
     ] = None
 

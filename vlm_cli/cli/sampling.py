@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.options import MAX_SEED
 from vlm_cli.errors import UsageError
 from vlm_cli.printable import count_of
@@ -51,19 +50,11 @@ class SearchOptions:
 
     num_beams: Annotated[
         int,
-        typer.Option(
-            min=1,
-            max=MAX_SEQUENCES,
-            metavar="N",
-            help="Search with N beams; 1 is no beam search.",
-            rich_help_panel=SAMPLING,
-        ),
+        option(SAMPLING, "Search with N beams; 1 is no beam search.", min=1, max=MAX_SEQUENCES, metavar="N"),
     ] = 1
     num_return_sequences: Annotated[
         int,
-        typer.Option(
-            min=1, max=MAX_SEQUENCES, metavar="N", help="Write N answers to each prompt.", rich_help_panel=SAMPLING
-        ),
+        option(SAMPLING, "Write N answers to each prompt.", min=1, max=MAX_SEQUENCES, metavar="N"),
     ] = 1
 
 
@@ -73,75 +64,59 @@ class SamplingOptions:
 
     max_new_tokens: Annotated[
         int,
-        typer.Option(
+        option(
+            SAMPLING,
+            "Stop an answer after N new tokens.",
             "--max-new-tokens",
             "--max-tokens",
             "-n",
             min=1,
             max=MAX_NEW_TOKENS,
             metavar="N",
-            help="Stop an answer after N new tokens.",
-            rich_help_panel=SAMPLING,
         ),
     ] = 64
     temperature: Annotated[
         float | None,
-        typer.Option(
+        option(
+            SAMPLING,
+            "Randomness: 0 takes the most likely token each time (the default); 1 samples from the model's own "
+            "probabilities; more than 1 favours unlikely tokens.",
             min=0.0,
             max=MAX_TEMPERATURE,
             metavar="X",
-            help="Randomness: 0 takes the most likely token each time (the default); 1 samples from the model's own "
-            "probabilities; more than 1 favours unlikely tokens.",
-            rich_help_panel=SAMPLING,
         ),
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(
+        option(
+            SAMPLING,
+            "Sample only from the most likely tokens that together have probability P.",
             min=0.0,
             max=1.0,
             metavar="P",
-            help="Sample only from the most likely tokens that together have probability P.",
-            rich_help_panel=SAMPLING,
         ),
     ] = None
     top_k: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            max=MAX_TOP_K,
-            metavar="K",
-            help="Sample only from the K most likely tokens.",
-            rich_help_panel=SAMPLING,
-        ),
+        option(SAMPLING, "Sample only from the K most likely tokens.", min=1, max=MAX_TOP_K, metavar="K"),
     ] = None
     repetition_penalty: Annotated[
         float,
-        typer.Option(
+        option(
+            SAMPLING,
+            "Values above 1 make tokens that occurred before less likely.",
             min=0.01,
             max=MAX_REPETITION_PENALTY,
             metavar="X",
-            help="Values above 1 make tokens that occurred before less likely.",
-            rich_help_panel=SAMPLING,
         ),
     ] = 1.0
     stop: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="End an answer before TEXT. Repeat the option for several texts.",
-            rich_help_panel=SAMPLING,
-        ),
+        option(SAMPLING, "End an answer before TEXT. Repeat the option for several texts.", metavar="TEXT"),
     ] = None
     seed: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            max=MAX_SEED,
-            metavar="N",
-            help="Seed for sampling: the same seed gives the same answers.",
-            rich_help_panel=SAMPLING,
-        ),
+        option(SAMPLING, "Seed for sampling: the same seed gives the same answers.", min=0, max=MAX_SEED, metavar="N"),
     ] = None
 
     def tell_cut(self, answers: Sequence[Answer]) -> None:

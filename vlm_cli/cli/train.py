@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import (
@@ -48,47 +49,27 @@ OutputOption = Annotated[
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option(
-        "--data",
-        "-d",
-        metavar="FILE",
-        help="Learn the records in FILE (JSONL), or in stdin if FILE is -.",
-        rich_help_panel=DATA,
-    ),
+    option(DATA, "Learn the records in FILE (JSONL), or in stdin if FILE is -.", "--data", "-d", metavar="FILE"),
 ]
 EvalDataOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Measure the loss on the records in FILE (JSONL) at each checkpoint.",
-        rich_help_panel=DATA,
-    ),
+    option(DATA, "Measure the loss on the records in FILE (JSONL) at each checkpoint.", metavar="FILE"),
 ]
 ResumeOption = Annotated[
     bool,
-    typer.Option(
-        "--resume", help="Continue an interrupted run from its last complete checkpoint.", rich_help_panel=RUN
-    ),
+    option(RUN, "Continue an interrupted run from its last complete checkpoint.", "--resume"),
 ]
 OverwriteOption = Annotated[
     bool,
-    typer.Option(
-        "--overwrite",
-        help="Replace OUT if vlm wrote it, and delete the checkpoints of an unfinished run.",
-        rich_help_panel=RUN,
-    ),
+    option(RUN, "Replace OUT if vlm wrote it, and delete the checkpoints of an unfinished run.", "--overwrite"),
 ]
 KeepCheckpointsOption = Annotated[
     bool,
-    typer.Option("--keep-checkpoints", help="Keep OUT.checkpoints after the run has ended.", rich_help_panel=RUN),
+    option(RUN, "Keep OUT.checkpoints after the run has ended.", "--keep-checkpoints"),
 ]
 TrustOption = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run the language model's own code from the directory of MODEL.",
-        rich_help_panel=RUN,
-    ),
+    option(RUN, "Run the language model's own code from the directory of MODEL.", "--trust-remote-code"),
 ]
 
 
