@@ -49,6 +49,6 @@ class PromptWriter:
         """What the user should know of the chat template, used or not; None if there is nothing to know."""
         if self.format is not None:
             return "Template: the tokenizer's chat template"
-        if self.parse_special_tokens or ChatFormat(self.processor).template is None:
+        if self.parse_special_tokens or self.processor.chat_program is None:
             return None
         return "Note: the tokenizer has a chat template, which `vlm chat` uses. --chat-template uses it here, too."
