@@ -245,6 +245,13 @@ def change_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("file", "change", "words"),
     [
         ("tokenizer_config.json", lambda data: data.pop("pad_token"), "names no pad_token"),
+        (
+            "tokenizer.json",
+            lambda data: [
+                token.update(special=True) for token in data["added_tokens"] if token["content"] == "<image>"
+            ],
+            "<image> must not be special",
+        ),
         ("config.json", lambda data: data.update(media_token_id=3), "gives <image> the id .* and config.json says 3"),
         (
             "processor_config.json",

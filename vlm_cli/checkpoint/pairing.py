@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlm_cli.errors import CheckpointError, explain_reading
 from vlm_cli.preprocessing import Preprocessing
+from vlm_cli.prompt import Text
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.config import VLMConfig
@@ -41,6 +42,8 @@ def _find_problems(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
             f"the tokenizer gives <image> the id {processor.media_token_id}, and config.json says "
             f"{config.media_token_id}."
         )
+    elif not _reads_media(processor):
+        yield "the tokenizer does not read <image> as one token of its own; <image> must not be special."
     if (problem := _preprocessing_problem(images)) is not None:
         yield f"processor_config.json describes no preprocessing that vlm has: {problem}."
         return
@@ -53,6 +56,14 @@ def _find_problems(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
                 f"config.json says {' x '.join(map(str, expected))}."
             )
             return
+
+
+def _reads_media(processor: VLMProcessor) -> bool:
+    """Say whether an image between two words becomes one media token."""
+    try:
+        return processor.encode([Text("a "), None, Text(" b")]).count(processor.media_token_id) == 1
+    except AssertionError:  # it lost the token
+        return False
 
 
 def _preprocessing_problem(images: OpenCLIPImageProcessor) -> str | None:
