@@ -77,7 +77,7 @@ def test_a_built_directory(checked, family, request):
     assert all(check["difference"] <= check["allowed"] for check in data["checks"])
 
 
-@pytest.mark.parametrize("family", ["flamingo", "kosmos"])
+@pytest.mark.parametrize("family", first_of(["flamingo", "kosmos"]))
 def test_a_composition_is_drawn_at_random(vlm, parts, family):
     result = vlm("doctor", *getattr(parts, family), "--quick")
     assert result.exit_code == 0
@@ -90,6 +90,7 @@ def test_a_composition_file(checked, flamingo):
 
 
 @pytest.mark.parametrize("family", first_of(["flamingo", "kosmos"]))
+@pytest.mark.matrix
 def test_in_bfloat16(checked, family, request):
     data = checked(request.getfixturevalue(family), "--dtype", "bfloat16")
     assert data["dtype"] == "bfloat16" and set(verdicts(data).values()) == {"holds"}

@@ -76,8 +76,7 @@ def video_model(tokenizer: str, fusion: str = "cross-attention") -> VLM:
     return opened(fusion=fusion, tokenizer=TOKENIZERS_WITH_FRAMES[tokenizer])
 
 
-@each_fusion
-@pytest.mark.parametrize("tokenizer", TOKENIZERS_WITH_FRAMES)
+@grid(tokenizer=TOKENIZERS_WITH_FRAMES, fusion=tiny.FUSIONS)
 def test_padding_frames_never_leak(tokenizer, fusion):
     model = video_model(tokenizer, fusion)
     rows = [tiny.row(model, n, 7 + n, frames=frames, seed=n) for n, frames in ((1, 2), (2, 3), (0, 1), (2, 1))]
