@@ -434,10 +434,10 @@ def test_dtype_and_device(generate, monkeypatch):
 # -- where a prompt comes from -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("raw", [b"The cat\n", b"The cat\r\n", b"\xef\xbb\xbfThe cat\n"])
-def test_a_prompt_is_the_same_wherever_it_comes_from(vlm, open_gates, tmp_path, raw):
+def test_a_prompt_is_the_same_wherever_it_comes_from(vlm, open_gates, tmp_path):
+    raw = b"\xef\xbb\xbfThe cat\r\n"
     (tmp_path / "prompt.txt").write_bytes(raw)
-    words = ("generate", "-m", open_gates, "-n", 4, "--json")
+    words = ("generate", "-m", open_gates, "-n", 1, "--json")
     found = [
         vlm(*words, "-f", tmp_path / "prompt.txt"),
         vlm(*words, "-f", "-", input=raw),
