@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +57,7 @@ def continue_history(checkpoint: TrainingCheckpoint | None, settings: TrainingSe
         checkpoint: where the run continues; None for a new run.
         settings: of this command.
     """
-    now = json.loads(json.dumps({_option(name): getattr(settings, name) for name in _MAY_CHANGE}))
+    now = {_option(name): getattr(settings, name) for name in _MAY_CHANGE}
     if checkpoint is None:
         return RunHistory(now)
     earlier = checkpoint.history

@@ -33,6 +33,7 @@ from vlm_cli.modeling.towers import find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
+from vlm_cli.preprocessing import CROP_DOWN
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.trust import check_settings, make_config
 
@@ -200,6 +201,8 @@ def _find_parts(found: RecognisedCheckpoint, composition: Composition, trust_rem
     tower = None if description.vision_config is not None else find_tower(composition.vision_encoder)
     tower_config = description.vision_config if tower is None else tower.config
     assert tower_config is not None
+    if tower is not None and description.crops_down and tower_config["preprocess"].get("resize_mode") == "shortest":
+        tower_config = {**tower_config, "preprocess": tower_config["preprocess"] | CROP_DOWN}
     if description.text_config is None:
         source = find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
     else:

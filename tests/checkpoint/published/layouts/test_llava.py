@@ -226,6 +226,7 @@ def test_a_projector_file(tmp_path, theirs):
     projector = {k: x.half() for k, x in original_names(rounded.state_dict()).items() if "mm_projector" in k}
     torch.save({k: x.float() for k, x in projector.items()}, file)
     found = load(Case(source=file, logits=case.logits, options=flags, made_by=case.made_by))
+    assert found.model.config.vision_config["preprocess"]["crop"] == "down"  # LLaVA's code has Transformers' processor
     lang_x, vision_x = prompt(found.model)
     text = (lang_x[0] != IMAGE).nonzero().flatten()
     with torch.no_grad():

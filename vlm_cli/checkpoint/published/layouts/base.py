@@ -32,6 +32,7 @@ class CheckpointDescription:
             only the configuration and the tokenizer are read from there.
         vision_config: OpenCLIP's configuration (`embed_dim`, `vision_cfg`, `quick_gelu`, `preprocess`) of a vision
             encoder whose weights the checkpoint holds; None if they come from `composition["vision_encoder"]`.
+        crops_down: whether images were cropped as Transformers crops them, if the vision encoder comes from OpenCLIP.
         tokenizer: directory or hub id of the tokenizer; None for the checkpoint's or the language model's own.
         first_added_id: id of the first token with a row in `added_tokens`; None for the id after the tokenizer's last.
         initialize_like: added token -> a text. The token's embedding starts as that of the text's first token, if the
@@ -45,6 +46,7 @@ class CheckpointDescription:
     text_config: Mapping[str, Any] | None = None
     holds_language_model: bool = False
     vision_config: Mapping[str, Any] | None = None
+    crops_down: bool = False
     tokenizer: str | None = None
     first_added_id: int | None = None
     initialize_like: Mapping[str, str] | None = None

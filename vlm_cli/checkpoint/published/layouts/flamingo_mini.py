@@ -119,6 +119,7 @@ class FlamingoMini:
             targets_for=lambda ours: _make_targets(checkpoint, ours, 0 if vision is None else vision["hidden_size"]),
             holds_language_model=any(re.match(rf"{_LAYER}lm_block\.", name) for name in checkpoint.tensors),
             vision_config=None if vision is None else convert_clip_config(vision, checkpoint.folder),
+            crops_down=True,
             initialize_like={MEDIA_TOKEN: "<"},
             optional_pattern=CLIP_OPTIONAL,
             notes=_NOTES,

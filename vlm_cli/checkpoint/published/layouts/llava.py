@@ -242,6 +242,7 @@ class OriginalLLaVA:
             targets_for=lambda ours: _make_original_targets(checkpoint, ours, features),
             text_config=text if holds_lm else None,
             vision_config=vision,
+            crops_down=True,
             optional_pattern=rf"{_OPTIONAL}|added_tokens\..*",
             notes=tuple(notes),
         )
