@@ -22,7 +22,6 @@ TEXTS_OF_OUR_OWN = tuple(
     for name in (
         "checkpoint/parts/outside",
         "data/jsonl",
-        "training/identity",
         "templates/process",
         "templates/render",
         "resume",
