@@ -12,8 +12,8 @@ from tests.hardening.attempt import Attempt, faults, run_all
 from tests.hardening.subjects import KINDS, SLOW_KINDS, Workshop, attempts
 
 #: Cases of each kind in the fast tests; a case costs 20 to 100 ms, and one of a language model more.
-FEW = {"image": 20, "composition": 15, "weights": 8, "directory": 12, "delta": 5}
-FEW_OF_OTHERS = 3
+FEW = {"image": 12, "composition": 10, "weights": 6, "directory": 8, "delta": 4}
+FEW_OF_OTHERS = 2
 MANY = 300  # in the long tests
 
 
