@@ -576,7 +576,7 @@ def test_a_missing_trainable_tensor_is_an_error(vlm, parts, trained, openclip_fo
     state = {name: x for name, x in trained.items() if name != "vision_tokenizer.latents"}
     result = build_over(vlm, parts, tmp_path, state, "--vision-encoder", f"local-dir:{openclip_folder}")
     assert result.exit_code == 1
-    assert "1 tensors missing: vision_tokenizer.latents" in result.stderr
+    assert "1 tensor missing: vision_tokenizer.latents" in result.stderr
     assert "Nothing was written" in result.stderr and not (tmp_path / "out").exists()
 
 
@@ -589,14 +589,14 @@ def test_another_shape_is_an_error(vlm, parts, trained, openclip_folder, tmp_pat
     state = trained | {"vision_tokenizer.latents": torch.zeros(5, 48)}
     result = build_over(vlm, parts, tmp_path, state, "--vision-encoder", f"local-dir:{openclip_folder}")
     assert result.exit_code == 1
-    assert "1 tensors of another shape: vision_tokenizer.latents: file [5, 48], model [6, 48]" in result.stderr
+    assert "1 tensor of another shape: vision_tokenizer.latents: file [5, 48], model [6, 48]" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_used_is_said(vlm, parts, trained, openclip_folder, tmp_path):
     state = trained | {"optimizer.step": torch.zeros(1)}
     result = build_over(vlm, parts, tmp_path, state, "--vision-encoder", f"local-dir:{openclip_folder}")
-    assert result.exit_code == 0 and "1 tensors not used: optimizer.step" in result.stderr
+    assert result.exit_code == 0 and "1 tensor not used: optimizer.step" in result.stderr
 
 
 def test_dry_run_tries_the_weights(vlm, parts, trained, openclip_folder, tmp_path):
