@@ -6,6 +6,7 @@ Each name loads on first use, so that importing the package is cheap.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlm_cli.auto_classes import find_on_demand
 from vlm_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -56,3 +57,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+find_on_demand()

@@ -16,7 +16,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 #: from lower layers; names that share a layer do not import each other. docs/architecture.md draws the same order.
 LAYERS = (
     ("printable",),
-    ("errors", "interrupt", "quiet", "text", "version"),
+    ("auto_classes", "errors", "interrupt", "quiet", "text", "version"),
     ("hub_ids", "locks", "network", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags", "manifest", "preprocessing"),

@@ -18,6 +18,7 @@ import torch
 from vlm_cli.checkpoint.create import Blueprint, create, plan
 from vlm_cli.checkpoint.delta import PREFIXES
 from vlm_cli.checkpoint.directory import save, save_delta
+from vlm_cli.checkpoint.parts.vision_encoders import describe_random_tower
 from vlm_cli.checkpoint.published.fill import KeyReport
 from vlm_cli.checkpoint.published.importing import CompositionOver, import_checkpoint
 from vlm_cli.checkpoint.published.layouts.base import Layout
@@ -154,11 +155,8 @@ def build(
     parameters = count_parameters(model, dtype=count_as)
     if output is not None:
         output.write(model, blueprint.processor, parameters, keys, progress)
-    if output is not None and blueprint.tower.weights is None and file is None and not random_weights:
-        notes += (
-            f"vision encoder {composition.vision_encoder.name!r} names no pretrained weights, so its weights are "
-            "random. Give a tag, as in ViT-B-32:laion2b_s34b_b79k.",
-        )
+    if file is None and not random_weights and (note := describe_random_tower(composition.vision_encoder)):
+        notes += (note,)
     return BuildResult(
         model=model,
         processor=blueprint.processor,

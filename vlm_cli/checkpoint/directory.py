@@ -347,6 +347,11 @@ def read_config(name: str, *, trust_remote_code: bool = False, verify: bool = Fa
     from vlm_cli.trust import check_code
 
     check_folder(Path(name))
+    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").exists():
+        raise CheckpointError(
+            f"{name!r} holds a PEFT adapter and no model. Load the model that it was trained on with vlm_cli.load, add "
+            "the adapter with peft.PeftModel.from_pretrained, and write what merge_and_unload() returns: vlm_cli.save."
+        )
     check_files(Path(name), verify=verify)
     check_is_mapping(name, "config.json", **keywords)
     try:

@@ -11,6 +11,7 @@ import typer
 from vlm_cli.cli import console
 from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_dtypes
+from vlm_cli.cli.loading import notify_of_random_tower
 from vlm_cli.cli.options import (
     DTYPES,
     OUTPUT,
@@ -69,6 +70,7 @@ def count_params(
     silence_libraries()
     vlm, stored, _ = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
     dtype_of_weights = stored if isinstance(wanted, str) else wanted
+    notify_of_random_tower(chosen)
     report = count_parameters(vlm, depth=depth, dtype=dtype_of_weights)
     size = count_delta_bytes(vlm, dtype_of_weights)
     if as_json:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.loading import notify_of_random_tower
 from vlm_cli.cli.options import (
     ComposeOptions,
     ExactOption,
@@ -78,6 +79,7 @@ def inspect(
     vlm, dtype, processor = load_meta_model(
         chosen, trust_remote_code=compose.trust_remote_code, revision=revision, verify=verify
     )
+    notify_of_random_tower(chosen)
     if processor is None and (parts is not None or isinstance(chosen, str)):
         processor = read_processor_of(chosen, revision, trust_remote_code=compose.trust_remote_code)
     if parts is not None:

@@ -12,6 +12,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_models, complete_quantizations
 from vlm_cli.cli.options import RUN, DeviceOptions, SourceOptions
+from vlm_cli.composition import Composition
 from vlm_cli.errors import UsageError
 from vlm_cli.manifest import MANIFEST_FILE
 from vlm_cli.modeling.quantizations import QUANTIZATIONS
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vlm_cli.processor import VLMProcessor
     from vlm_cli.writing.writer import PromptWriter
 
-__all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep_collecting"]
+__all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep_collecting", "notify_of_random_tower"]
 
 ModelOption = Annotated[
     str,
@@ -185,6 +186,15 @@ class ModelRequest:
 
         config = read_config(self.directory, trust_remote_code=self.source.trust_remote_code, **self.source.hub)
         return str(getattr(config, "_commit_hash", None))
+
+
+def notify_of_random_tower(chosen: Composition | str) -> None:
+    """Say on stderr that a composition's vision encoder will be random, as its name brings no weights."""
+    if isinstance(chosen, Composition):
+        from vlm_cli.checkpoint.parts.vision_encoders import describe_random_tower
+
+        if note := describe_random_tower(chosen.vision_encoder):
+            console.notify(f"Note: {note}")
 
 
 def keep_collecting() -> None:

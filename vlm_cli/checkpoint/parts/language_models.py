@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ class LanguageModelSource:
             why = explain_reading(error)
             if why.startswith("Couldn't instantiate the backend tokenizer"):
                 why = "there is no tokenizer.json, nor a file it could be made of"
+            if (missing := _find_missing_packages(location)) and "gguf_file" not in keywords:
+                why = f"it has a tokenizer.model and no tokenizer.json, and needs: pip install {' '.join(missing)}"
             raise LanguageModelError(
                 f"{other or self.name!r} has no tokenizer that can be read ({why}). {advice}"
             ) from None
@@ -220,6 +223,30 @@ def _names_in_gguf_made_once() -> Iterator[None]:
         yield
     finally:
         gguf.get_tensor_name_map = original
+
+
+def _find_missing_packages(location: str) -> list[str]:
+    """List the packages that read a directory's tokenizer.model and are not installed; empty if none is needed."""
+    folder = Path(location)
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return []
+    needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
+    is_tiktoken = not _is_sentencepiece(folder / "tokenizer.model")
+    wanted = ["tiktoken"] if is_tiktoken else ["sentencepiece", "google.protobuf"]
+    return [needed[name] for name in wanted if not _is_installed(name)]
+
+
+def _is_sentencepiece(file: Path) -> bool:
+    """Say whether a tokenizer.model is SentencePiece's protocol buffer, and not tiktoken's lines of text."""
+    with file.open("rb") as opened:
+        return opened.read(1) == b"\n"  # the tag of the first piece
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is not installed
+        return False
 
 
 def _check_complete(name: str, info: Mapping[str, Any]) -> None:

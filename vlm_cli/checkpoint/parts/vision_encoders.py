@@ -17,7 +17,7 @@ from vlm_cli.registry import VISION_ENCODERS
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["find_tower", "list_towers", "load_tower"]
+__all__ = ["describe_random_tower", "find_tower", "list_towers", "load_tower"]
 
 
 def list_towers() -> dict[str, str]:
@@ -41,6 +41,18 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
             "Uninstall that package."
         )
     return find_outside_tower(options)
+
+
+def describe_random_tower(options: VisionEncoderOptions) -> str | None:
+    """Say that a name brings no pretrained weights, so that the vision encoder is random; None if it brings some."""
+    name = options.name
+    if options.pretrained is not None or name.startswith("hf-hub:") or find_tower(options).weights is not None:
+        return None
+    pixels = ", and images are prepared with CLIP's mean and std" if "siglip" in name.lower() else ""
+    return (
+        f"vision encoder {name!r} names no pretrained weights, so its weights are random{pixels}. Give a tag, as in "
+        "ViT-B-32:laion2b_s34b_b79k."
+    )
 
 
 def load_tower(tower: Tower) -> nn.Module:
