@@ -135,8 +135,9 @@ class VLMTrainer(Trainer):
         if checkpoint is not None:
             self.budget.continue_from(checkpoint.step, checkpoint.seconds)
             with reading(checkpoint.path):
-                entries = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json")).log_history
-                self.metrics.restore(entries, images=checkpoint.images, seconds=checkpoint.seconds)
+                state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+                self.metrics.restore(state.log_history, images=checkpoint.images, seconds=checkpoint.seconds)
+                os.path.isdir(state.best_model_checkpoint or "")  # as Transformers asks later, where nobody explains it
         if checkpoint is not None and self.budget.is_over(checkpoint.step, checkpoint.seconds):
             self._load_from_checkpoint(str(checkpoint.path))
             self.state.global_step = checkpoint.step
