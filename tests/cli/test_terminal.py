@@ -115,7 +115,7 @@ def test_progress_bars_move_the_cursor_and_no_more(open_screens: Screens) -> Non
 SOURCES = sorted((ROOT / "vlm_cli").rglob("*.py"))
 
 #: What a module may do with the streams besides writing.
-QUIET = ("isatty", "flush", "fileno", "close")
+QUIET = ("isatty", "flush", "fileno", "close", "reconfigure")
 
 
 def bare_writes(source: str) -> Iterator[str]:
@@ -135,7 +135,13 @@ def bare_writes(source: str) -> Iterator[str]:
             parent = parents[node]
             if isinstance(parent, ast.Attribute) and parent.attr in QUIET:
                 continue
-            if isinstance(parent, ast.Call) and ast.unparse(parent.func).split(".")[-1] in ("is_terminal", "unguarded"):
+            if isinstance(parent, ast.Call) and ast.unparse(parent.func).split(".")[-1] in (
+                "is_terminal",
+                "unguarded",
+                "isinstance",
+            ):
+                continue
+            if ast.unparse(parent).startswith("getattr(sys.stdout, 'encoding'"):
                 continue
             if isinstance(parent, (ast.Tuple, ast.Compare)):  # `for stream in (sys.stdout, sys.stderr): stream.flush()`
                 continue

@@ -162,13 +162,13 @@ def test_a_configuration_of_other_weights(vlm, copy, tmp_path):
 def test_a_missing_tensor(vlm, copy, tmp_path):
     rewrite(copy, lambda tensors: {k: x for k, x in tensors.items() if "linear_2.bias" not in k})
     result = build(vlm, copy, tmp_path)
-    assert result.exit_code == 1 and "1 tensors missing: vision_tokenizer.proj.2.bias" in result.stderr
+    assert result.exit_code == 1 and "1 tensor missing: vision_tokenizer.proj.2.bias" in result.stderr
 
 
 def test_a_tensor_too_many_is_told(vlm, copy, tmp_path):
     rewrite(copy, lambda tensors: {**tensors, "model.image_newline": torch.zeros(4)})
     result = vlm("build", str(tmp_path / "out"), "--from", str(copy), "--quiet", "--json")
-    assert result.exit_code == 0 and "1 tensors not used: model.image_newline" in result.stderr
+    assert result.exit_code == 0 and "1 tensor not used: model.image_newline" in result.stderr
     assert json.loads(result.stdout)["keys"]["unused"] == ["model.image_newline"]
 
 
