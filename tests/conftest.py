@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 import pytest
 
 from tests.support import ROOT, seed_torch
+from tests.support.grid import leave_to_long_tests
 
 # `benchmarks` and `examples` are not packaged. The checkout comes last, so that the tests see the installed package.
 sys.path.append(str(ROOT))
@@ -37,6 +38,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
         not arg.startswith("-") and os.path.exists(arg.partition("::")[0]) for arg in config.invocation_params.args
     )
     return 0 if names_files else min(8, os.cpu_count() or 1)  # a worker takes 1 GB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to the long tests what the marker `sample` does not choose, unless the user names a case."""
+    if not any("[" in arg for arg in config.args):
+        leave_to_long_tests(items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

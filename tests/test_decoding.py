@@ -108,6 +108,7 @@ def streamed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Seq
     return "".join(pieces)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_tokens_have_one_text(kind: str) -> None:
     tokenizer, draw = tokenizer_of(kind), random.Random(kind)

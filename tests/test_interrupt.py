@@ -125,6 +125,7 @@ def run(number: int, place: str, install: str = "end_at_signals()") -> subproces
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "Interrupted."), (signal.SIGTERM, "Terminated.")])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_ends_the_process_wherever_it_arrives(number: int, word: str, place: str) -> None:

@@ -70,6 +70,7 @@ def test_each_limit_has_its_reason() -> None:
         assert re.search(rf"^- {re.escape(reason)}: .*`{name}`", TEXT, re.MULTILINE), name
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3", "jamba", "qwen3_5"])
 def test_tiny_models_are_tiny(model_type: str) -> None:
     """Sizes come from field names, of which a new type may have others."""
@@ -86,6 +87,7 @@ def test_readme_totals() -> None:
         assert f"| {len(model_types())} causal types |" in readme
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("model_type", sorted(NO_LEFT_PADDING))
 def test_padding_at_the_left_is_refused(model_type: str) -> None:
     model = tiny_vlm(model_type, "cross-attention")
@@ -99,6 +101,7 @@ def test_padding_at_the_left_is_refused(model_type: str) -> None:
         assert model(lang_x=ids, attention_mask=mask.flip(1)).logits.isfinite().all()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("model_type", ["jamba", "mamba", "zamba"])
 def test_chunked_prefill_is_refused(model_type: str) -> None:
     model = tiny_vlm(model_type, "cross-attention")

@@ -43,6 +43,7 @@ def test_a_quick_run_writes_its_results(question: Question, tmp_path: Path, monk
     assert Report.from_dict(data) == report
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("value", "limit", "sense", "verdict"),
     [

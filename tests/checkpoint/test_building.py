@@ -55,6 +55,7 @@ def test_a_delta_loads_no_part_twice(parts: Composition, tmp_path: Path, monkeyp
     assert len(loads) == 2 and files(tmp_path / "fast") == files(tmp_path / "compared")
 
 
+@pytest.mark.matrix
 def test_a_delta_keeps_what_a_weight_file_brought(parts: Composition, tmp_path: Path) -> None:
     whole = vlm_cli.build(parts, tmp_path / "whole", seed=3)
     state = {name: x.clone() for name, x in load_file(tmp_path / "whole/model.safetensors").items()}

@@ -95,6 +95,7 @@ def test_loading_gives_each_tensor_its_own(state, tmp_path):
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("change", ["missing", "mismatched", "empty"])
 def test_a_model_is_unchanged_if_the_file_does_not_fit(state, tmp_path, change):
     if change == "missing":

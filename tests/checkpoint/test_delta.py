@@ -54,6 +54,7 @@ def logits(model, processor):
     return model(**processor(text=["The <image> cat", "hi"], images=[[photo], []])).logits
 
 
+@pytest.mark.matrix
 def test_a_delta_of_a_trained_model_keeps_the_record_of_its_run(folder, tmp_path):
     trained = tmp_path / "trained"
     shutil.copytree(folder / "flamingo", trained)
@@ -146,6 +147,7 @@ def test_build_writes_a_delta(folder, tmp_path):
     assert result.exit_code == 2 and "--random-weights loads none" in result.stderr
 
 
+@pytest.mark.matrix
 def test_what_was_trained_of_a_pretrained_part_is_kept(folder, tmp_path):
     """One layer, and the embedding that the head is tied to."""
     model, processor = vlm_cli.load(str(folder / "flamingo"))
@@ -165,6 +167,7 @@ def test_what_was_trained_of_a_pretrained_part_is_kept(folder, tmp_path):
     assert not torch.equal(logits(*delta), logits(*vlm_cli.load(str(folder / "flamingo"))))
 
 
+@pytest.mark.matrix
 def test_a_part_without_pretrained_weights_is_kept(folder, tmp_path):
     (tmp_path / "tower.json").write_text(json.dumps(disk.TOWER))
     parts = disk.composition(str(tmp_path / "tower.json"), str(folder / "lm"), "mlp", "language-stream")
@@ -197,6 +200,7 @@ def test_a_delta_needs_its_pretrained_parts(folder, tmp_path):
     assert "gone/lm" in result.stderr and not (tmp_path / "delta").exists()
 
 
+@pytest.mark.matrix
 def test_a_gguf_backbone(folder, tmp_path):
     write_gguf(folder / "lm", tmp_path / "lm.gguf")
     named = f"local-dir:{folder / 'tower'}", str(tmp_path / "lm.gguf")
@@ -209,6 +213,7 @@ def test_a_gguf_backbone(folder, tmp_path):
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_commands_take_a_delta(folder, tmp_path):
     reports = [json.loads(run("inspect", folder / name, "--json").stdout) for name in ("flamingo", "flamingo-delta")]
     assert reports[0] == reports[1] and all(reports[1]["gates"].values())
@@ -274,6 +279,7 @@ def test_another_backbone_is_noticed(own, part):
         vlm_cli.load(own.delta)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
 def test_a_delta_that_does_not_cover_the_model(own, change):
     file = Path(own.delta) / "delta.safetensors"

@@ -65,6 +65,7 @@ def test_a_directory_as_it_was_written_loads_in_silence(folder: Path) -> None:
         read_config(str(folder), verify=True)  # a directory of an earlier version has no manifest
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "composition.yaml"])
 def test_an_edited_file_is_told(folder: Path, name: str) -> None:
     (folder / name).write_text((folder / name).read_text() + "\n")

@@ -84,6 +84,7 @@ def an_image(tmp_path, kind):
     return path
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -354,6 +355,7 @@ def spoil(folder: Path, how: str) -> None:
         config.write_text(json.dumps(data | own))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -378,6 +380,7 @@ def test_broken_language_models(build_fails, language_model, how, words):
     assert "offline" not in message
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
@@ -395,6 +398,7 @@ def test_types_that_cannot_stand_here(build_fails, tmp_path, model_type, words):
     build_fails(1, words, "--language-model", tmp_path / "lm")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "nowhere.gguf"])
 def test_paths_to_nothing(build_fails, name):
     build_fails(1, "there is no", "--language-model", name)
@@ -429,6 +433,7 @@ def test_code_inside_of_a_pytorch_file_is_not_run(build_fails, tmp_path, flag):
     assert (tmp_path / "hacked").exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -485,6 +490,7 @@ def damage(folder: Path, how: str) -> None:
         save_file(state, weights, metadata={"format": "pt"})
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -544,6 +550,7 @@ def unchanged(folder):
     assert state() == before
 
 
+@pytest.mark.sample(2)
 @grid(
     place=["weights", "tokenizer", "composition", "swap"],
     error=[OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],

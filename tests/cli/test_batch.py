@@ -156,6 +156,7 @@ def test_the_demo_answers_as_one_by_one(vlm, answer, folder):
     assert written[3]["text"] == " a small yellow cross above a large red heart."
 
 
+@pytest.mark.matrix
 def test_a_row_whose_answer_the_context_ends(vlm, answer, open_gates, folder):
     rows = [{"prompt": " cat" * n} for n in (3, 2040, 5, 2039, 2040)]
     _, written = answer(rows, "--batch-size", 5, tokens=20)
@@ -413,6 +414,7 @@ def unfinished(vlm, open_gates, folder, monkeypatch):
     return [*words, "-o", folder / "out.jsonl"], partial_of(folder / "out.jsonl"), (folder / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.matrix
 def test_a_run_goes_on_wherever_it_was_cut(vlm, unfinished, folder):
     words, partial, wanted = unfinished
     whole = partial.read_bytes()
@@ -516,6 +518,7 @@ def test_overwrite_starts_anew_and_replaces_only_at_the_end(vlm, unfinished, fol
     assert out.read_bytes() == wanted
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("text", ["notes of mine\n", '{"vlm_batch": 1, "settings": 3}\n', '{"vlm_batch": 1, {\n'])
 def test_a_file_of_another_is_no_unfinished_run(vlm, unfinished, text):
     words, partial, _ = unfinished
@@ -583,6 +586,7 @@ def test_a_killed_process_loses_and_repeats_no_row(vlm, long_run, folder):
     assert out.read_bytes() == (folder / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.matrix
 def test_ctrl_c_keeps_the_answers_and_ends_the_workers(vlm, long_run, folder, monkeypatch):
     show = ProgressLine.show
 

@@ -306,6 +306,7 @@ def test_a_local_openclip_folder_brings_weights_and_preprocessing(vlm, parts, cl
     assert {key: found[key] for key in PREPROCESS} == PREPROCESS and found["size"] == 32
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("suffix", ["safetensors", "pt", "wrapped.pt"])
 def test_vision_weights_by_file(vlm, parts, clip, tmp_path, suffix):
     file = tmp_path / f"weights.{suffix}"
@@ -333,6 +334,7 @@ def test_another_image_size_resizes_the_position_embeddings_as_openclip_does(vlm
     assert processor(text="<image>", images=[Image.new("RGB", (9, 9))])["pixel_values"].shape[-1] == 48
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -394,6 +396,7 @@ def with_image(tokenizer):
 VOCABULARY = 466  # tokens of the tiny language model
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("change", "rows", "added", "first", "media", "pad"),
     [
@@ -517,6 +520,7 @@ def tower(parts, tmp_path):
     return ["--vision-encoder", str(path)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["flamingo-llama", "kosmos-llama", "blip-opt", "llava-llama"])
 def test_weights_in_the_layout_of_the_reference(vlm, tower, tmp_path, name):
     file = PARITY / name / "weights.safetensors"

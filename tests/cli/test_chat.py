@@ -186,6 +186,7 @@ def test_the_demo_knows_what_was_said(vlm, talk, asked):
 # -- what is read ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["open_gates", "loud", "templated"])
 def test_what_was_read_is_not_read_again(name, request, talk, asked, photos):
     found = talk(*turns_with(photos), model=request.getfixturevalue(name))
@@ -472,6 +473,7 @@ def test_what_does_not_go_with_a_chat_is_refused(vlm, open_gates, flags, problem
     assert result.exit_code == 2 and problem in result.stderr and not result.stdout
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("turns", "code", "problem"),
     [

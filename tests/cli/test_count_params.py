@@ -58,6 +58,7 @@ def test_tied_weights_count_once(count, parts, language_model):
     assert untied - tied == config["vocab_size"] * config["hidden_size"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("depth", [2, 3, 5])
 def test_rows_below_a_part_add_up_to_it(count, flamingo, depth):
     rows = count(flamingo, "--depth", depth)["parts"]

@@ -54,6 +54,7 @@ def test_the_demo(vlm):
     assert result.stderr == "Model demo on cpu, bfloat16\n"
 
 
+@pytest.mark.matrix
 def test_details(vlm):
     result = vlm("doctor", "--quick", "--verbose")
     assert result.exit_code == 0
@@ -96,6 +97,7 @@ def test_in_bfloat16(checked, family, request):
     assert data["dtype"] == "bfloat16" and set(verdicts(data).values()) == {"holds"}
 
 
+@pytest.mark.matrix
 def test_the_seed_draws_other_prompts(checked, flamingo):
     first, other = (checked(flamingo, "--quick", "--seed", seed)["checks"] for seed in (0, 1))
     assert [check["twin"] for check in first] != [check["twin"] for check in other]

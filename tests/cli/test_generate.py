@@ -162,6 +162,7 @@ GREEDY = {
 SAMPLE = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("flags", "changed"),
     [
@@ -195,6 +196,7 @@ def test_flags_beat_the_generation_config_of_the_model(vlm, open_gates, tmp_path
     assert vlm("generate", "-m", own, *flags).stdout == vlm("generate", "-m", open_gates, *flags).stdout
 
 
+@pytest.mark.matrix
 def test_a_seed_makes_samples_repeatable(generate):
     flags = ("--temperature", 3, "-n", 16)
     first = generate(*flags, "--seed", 1).stdout
@@ -434,6 +436,7 @@ def test_dtype_and_device(generate, monkeypatch):
 # -- where a prompt comes from -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 def test_a_prompt_is_the_same_wherever_it_comes_from(vlm, open_gates, tmp_path):
     raw = b"\xef\xbb\xbfThe cat\r\n"
     (tmp_path / "prompt.txt").write_bytes(raw)

@@ -63,6 +63,7 @@ def full_cache(no_table: None) -> None:
     store_facts(dict.fromkeys(open_clip.list_models(), FACTS))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_holds_all_its_names(vlm, kind, full_cache):
     result = vlm("list", kind)
@@ -230,6 +231,7 @@ def test_what_was_measured_before_an_interruption_is_kept(vlm, monkeypatch, no_t
     assert done and "RN50x64" not in done and done < {x for x in open_clip.list_models() if "rn" in x.lower()}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[1]", '{"RN50": {}}', '{"RN50": {"image_size": 3}}', '{"RN50": {"image_size": [1e999, 1]}}', "\udcff"],

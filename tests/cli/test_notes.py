@@ -51,6 +51,7 @@ def test_a_batch(vlm: Any, prompts: Path, tmp_path: Path) -> None:
     assert "1 row, 0 failed, " in result.stderr and "1 image encoded of 1 used" in result.stderr
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", first_of(["batch", "generate", "chat", "doctor"]))
 def test_quiet(vlm: Any, prompts: Path, tmp_path: Path, command: str) -> None:
     prompt = f"<image:{PHOTOGRAPH}>Describe the image."

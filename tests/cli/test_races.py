@@ -55,6 +55,7 @@ def words(parts: Any, flamingo: Path, tmp_path: Path, out: Path) -> Callable[[st
     return lambda command: [str(word) for word in lines[command]]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", COMMANDS[:-1])  # the journal of a batch has a lock of its own
 def test_the_second_command_is_refused_before_it_loads_a_model(vlm, words, out, monkeypatch, command):
     def load(*args: Any, **kwargs: Any) -> None:
@@ -72,6 +73,7 @@ def test_the_second_command_is_refused_before_it_loads_a_model(vlm, words, out, 
     assert os.listdir(out.parent) == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_appears_at_the_last_moment_stays(vlm, words, out, monkeypatch, command):
     def appear(name: str) -> None:

@@ -37,6 +37,7 @@ def shown(open_gates: Path, environment: dict[str, str], request: pytest.Fixture
     return commands_on_a_terminal(commands, environment | {"COLUMNS": "80", "TERM": "xterm"}, request.param)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["exact", "short", "list", "inspect", "doctor"])
 def test_lines_fit_the_terminal_and_no_library_speaks(name: str, shown: dict[str, str]) -> None:
     lines = lines_of(shown[name])

@@ -64,6 +64,7 @@ def check_streams(command: str, streams: str, folder: Path) -> None:
         assert message == words
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("command", "streams"),
     first_rows(
@@ -143,6 +144,7 @@ with open("mine", "w") as file:
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("is_guarded", [True, False])
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_no_stream_ends_up_in_another_file(tmp_path, closed, is_guarded):

@@ -75,6 +75,7 @@ def test_completion_is_shown(shell, environment, shell_name):
     assert "vlm" in result.stdout.lower() and "_complete" in result.stdout.lower()
 
 
+@pytest.mark.matrix
 def test_completion_is_installed_and_completes(environment):
     vlm = Path(sys.executable).with_name("vlm")
     environment = environment | {"SHELL": "/bin/bash", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}

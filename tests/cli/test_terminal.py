@@ -235,6 +235,7 @@ def shown(
     return commands_on_a_terminal(commands, environment, request.param)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name",
     ["stream", "answer", "json", "chat", "template", "model-type", "tensor", "image", "out", "flag", "name"],

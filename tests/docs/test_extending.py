@@ -38,6 +38,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.matrix
 def test_outside_parts_compose_and_run(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_language_model.make(packages / "tiny-lm")
     assert EXTENDING.count(">>>") > 10

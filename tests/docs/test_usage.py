@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("step", steps(PAGE), ids=lambda step: step.line[:60])
 def test_session(folder: Path, step: Step) -> None:
     code, printed = run(step.line)
@@ -58,7 +59,7 @@ def test_commands() -> None:
 def test_flags_exist() -> None:
     ours = re.sub(rf"^{re.escape(LONG)}.*$", "", PAGE, flags=re.MULTILINE)
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
-    assert mentioned <= set().union(*flags().values()) | {"--help", "--debug"}
+    assert mentioned <= set().union(*flags().values()) | {"--help", "--debug", "--install-completion"}
 
 
 def test_export_formats() -> None:

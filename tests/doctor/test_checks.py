@@ -59,6 +59,7 @@ def demo() -> VLM:
     return load(str(DEMO))[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_check_holds_on_the_demo(demo, name):
     assert find(demo, name).verdict == "holds"
@@ -385,6 +386,7 @@ def in_turns() -> list[Any]:
     return [pytest.param(b, id=str(b), marks=() if b in chosen else pytest.mark.matrix) for b in BREAKS]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("broken", in_turns())
 def test_a_check_notices_what_it_is_for(broken, monkeypatch):
     model = tiny.build(fusion=broken.fusion, language_model=broken.language_model)
@@ -399,6 +401,7 @@ def test_every_check_is_broken_with_both_fusions():
     assert {(b.check, b.fusion) for b in BREAKS} == {(name, fusion) for name in CHECKS for fusion in (CROSS, STREAM)}
 
 
+@pytest.mark.sample(2)
 @both_fusions
 @pytest.mark.parametrize("name", ["media", "cached", "padded", "chunked-prefill"])
 def test_a_check_that_sees_no_media_fails(fusion, name, monkeypatch):
@@ -542,6 +545,7 @@ def test_the_model_is_afterwards_as_it_was(used):
     assert_as_it_was(used, before)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_also_when_a_check_raises(used, error, monkeypatch):
     before = state(used)

@@ -48,6 +48,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.matrix
 def test_answers_are_those_of_generate(records: list[dict[str, Any]], write: Write, folder: Path) -> None:
     data = write(records)
     code, stdout, stderr = evaluate("stream", "--data", data, *SHORT, "--output", "o.jsonl", "--html", "o.html")

@@ -120,6 +120,7 @@ def test_similar_items_stand_together() -> None:
     assert [items.index(x) for x in sort_items(items)] == [2, 4, 1, 3, 0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("ids", "text", "reason"),
     [

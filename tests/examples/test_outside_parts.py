@@ -71,6 +71,7 @@ def encoder(**settings: Any) -> Any:
     return VISION_ENCODERS["conv-patches"].options_class()(name="conv-patches", **settings)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "check",
     [
@@ -90,10 +91,12 @@ def test_what_holds_for_our_parts_holds_here(model: VLM, check: Callable[[VLM], 
     check(model)
 
 
+@pytest.mark.sample(2)
 def test_a_saved_model_is_loaded_as_it_was(model: VLM, tmp_path: Path) -> None:
     invariants.check_saved(model, tmp_path)
 
 
+@pytest.mark.sample(2)
 def test_padding_frames_never_leak(model: VLM) -> None:
     rows = [tiny.row(model, n, 7 + n, frames=frames, seed=n) for n, frames in ((1, 2), (2, 3), (0, 1))]
     batch = tiny.collate(rows, garbage=1e4)

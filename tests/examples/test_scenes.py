@@ -227,6 +227,7 @@ def answer(scene, question):
     return ANSWERS[found](scene, *re.fullmatch(found, question).groups())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
 def test_answers_are_right(kind, split):
@@ -290,6 +291,7 @@ def digest(hash_seed):
     ).stdout
 
 
+@pytest.mark.matrix
 def test_a_seed_decides_everything():
     assert digest(1) == digest(2)
     assert Series(seed=3).item(7) == Series(seed=3).item(7)
@@ -297,6 +299,7 @@ def test_a_seed_decides_everything():
     assert Series(seed=3).item(7).scenes != Series(seed=3).item(8).scenes
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("split, form", [("train", "turns"), ("train", "single"), ("held-out", "single")])
 def test_records_are_read_as_they_were_written(tmp_path, split, form):
     path = write(tmp_path, Series(split=split, form=form), 40)

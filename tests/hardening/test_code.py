@@ -186,6 +186,7 @@ def in_a_pipeline(name: str) -> object:
     return pipeline("image-text-to-text", model=name)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", VLM_FILES)
 def test_no_code_from_a_directory(hostile, made, marker, tmp_path, name, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
@@ -201,6 +202,7 @@ def test_no_code_from_a_directory(hostile, made, marker, tmp_path, name, monkeyp
         assert not marker.exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_code_in_any_command(hostile, made, marker, tmp_path, command):
     change, words = VLM_FILES["tokenizer"]
@@ -210,6 +212,7 @@ def test_no_code_in_any_command(hostile, made, marker, tmp_path, command):
     assert words in printed and "add --trust-remote-code" in printed and "[y/N]" not in printed
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", ["generate", "batch, rows on stdin", "inspect", "train", "eval", "export"])
 def test_the_commands_work_without_the_change(hostile, made, tmp_path, command):
     model = hostile("vlm", lambda folder: None)
@@ -256,6 +259,7 @@ LM_FILES: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LM_FILES)
 def test_no_code_from_a_language_model(hostile, made, marker, tmp_path, name):
     change, words = LM_FILES[name]
@@ -302,6 +306,7 @@ def write_weights(file: Path, marker: Path, kind: str) -> None:
 ADVICE = ("weights_only", "allow_pickle", "trust the source", "trusted source", "pickle.load", "file an issue")
 
 
+@pytest.mark.sample(2)
 @grid(kind=["zip", "pickle", "legacy", "script", "npz"], place=["encoder", "weights", "language model", "local-dir"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_no_code_from_a_weight_file(hostile, made, marker, tmp_path, kind, place):

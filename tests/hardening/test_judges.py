@@ -131,6 +131,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run_all([Attempt("whole", [["words"]], tmp_path_factory.mktemp("whole"))], answers)[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("command", "found"),
     [
@@ -189,6 +190,7 @@ def test_a_case_after_a_death_runs(whole: Outcome, tmp_path: Path) -> None:
     assert ends == ["done", "status -11", "done", "status -11", "done"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", [mutate.image, mutate.json_file, mutate.yaml_file, mutate.safetensors, mutate.lines])
 def test_a_seed_names_a_case_for_ever(how: Callable[[random.Random, bytes], mutate.Mutation]) -> None:
     header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'

@@ -188,6 +188,7 @@ def leaves_files() -> None:
     Path("out").write_text("done")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("app", "number", "found"),
     [

@@ -106,6 +106,7 @@ def test_the_links_of_the_hubs_cache(tmp_path):
         check_folder(snapshot)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["/dev/zero", "../lm/model.safetensors", "pipe"])
 def test_no_loader_follows_an_index_that_leads_out(own, name):
     for folder, stem in ((own.whole, "model"), (own.lm, "model"), (own.delta, "delta")):

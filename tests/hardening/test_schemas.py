@@ -93,6 +93,7 @@ def reader(folder: Path, file: str, read: Callable[[str], Any]) -> Callable[[Any
     return run
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("file", "read", "least"),
     [
@@ -162,6 +163,7 @@ def test_each_key_of_a_training_manifest(tmp_path: Path) -> None:
     assert refused > 30
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "{", "[" * 100_000, "1" * 5000, "\xff"])
 @pytest.mark.parametrize("file", ["config.json", "processor_config.json", "generation_config.json"])
 def test_files_that_are_no_mapping(model: Path, file: str, text: str) -> None:
@@ -241,6 +243,7 @@ def change_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file.write_text(json.dumps(data))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [

@@ -19,6 +19,7 @@ MESSAGES = [
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "extra": ["<a>", "<b>"]}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("template", "words"),
     [

@@ -57,6 +57,7 @@ def test_attention_is_that_of_sdpa(heads, length, mask):
     assert not torch.allclose(other, expected, atol=1e-3)
 
 
+@pytest.mark.sample(2)
 @each_language_model
 def test_attention_changes_no_answer(language_model, monkeypatch):
     model = tiny.open_gates(tiny.build(language_model=language_model))
@@ -110,6 +111,7 @@ def test_int8_linear(shape, dtype):
     assert error.max() < linear.weight.abs().max() * (1 / 254 + 1 / 256)
 
 
+@pytest.mark.sample(2)
 @grid(
     language_model=tiny.LANGUAGE_MODELS, fusion=["cross-attention", "language-stream"], quick={"language_model": QUICK}
 )
@@ -182,6 +184,7 @@ def compiled_equals_plain(model: VLM, counts: tuple[int, ...], backend: str = "i
     assert (plain - plain_other).abs().max() > 1e-3
 
 
+@pytest.mark.matrix
 @needs_compiler
 def test_compiled_step_answers_the_same():
     """Torch traces the step and runs the graph as it is. `-m matrix` compiles to C++, half a minute for each model."""

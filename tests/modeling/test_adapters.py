@@ -43,6 +43,7 @@ def adapt(model: VLM, **settings: Any) -> Any:
     return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, **settings)).eval()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("where", ADAPTERS)
 def test_an_adapter_that_starts_as_the_identity_changes_nothing(model: VLM, where: str) -> None:
     inputs = tiny.batch(model)
@@ -52,6 +53,7 @@ def test_an_adapter_that_starts_as_the_identity_changes_nothing(model: VLM, wher
     assert adapted.generate(**one, max_new_tokens=3).equal(model.generate(**one, max_new_tokens=3))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("where", ["table", "head", "tokens", "saved table and head"])
 def test_a_trained_adapter_gives_what_the_changed_weights_give(model: VLM, where: str) -> None:
     inputs = tiny.batch(model)

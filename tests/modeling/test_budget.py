@@ -15,6 +15,7 @@ from vlm_cli.modeling.budget import ContextBudget, MediumSize
 from vlm_cli.prompt import Text
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fusion", tiny.FUSIONS)
 @pytest.mark.parametrize("tokenizer", ["perceiver", "linear", {"type": "linear", "frames": "mean"}], ids=str)
 @pytest.mark.parametrize("frames", [(1,), (1, 2), (3, 1, 2)], ids=str)

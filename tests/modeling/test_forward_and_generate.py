@@ -46,6 +46,7 @@ each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 # -- 1: a prompt without media gives the bare language model's logits --------------------------------------------------
 
 
+@pytest.mark.sample(2)
 def test_text_only_is_the_bare_language_model(model_of_each):
     check_text_only(model_of_each)
 
@@ -53,6 +54,7 @@ def test_text_only_is_the_bare_language_model(model_of_each):
 # -- 2: closed gates, and vision tokens among text, are the bare language model fed the same embeddings ----------------
 
 
+@pytest.mark.sample(2)
 def test_closed_gates_or_spliced_media_are_the_bare_language_model(model_of_each):
     check_against_bare(model_of_each)
 
@@ -66,14 +68,17 @@ def test_a_new_model_starts_with_closed_gates():
 # -- 3: cached decoding equals the full pass; chunked prefill equals whole ---------------------------------------------
 
 
+@pytest.mark.sample(2)
 def test_cached_decoding_equals_the_full_pass(model_of_each):
     check_cached(model_of_each)
 
 
+@pytest.mark.sample(2)
 def test_forward_continues_a_cache(model):
     check_continued_cache(model)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("language_model", ["gpt2", "llama", "bloom", "mamba2", "falcon_h1"])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_a_second_turn_may_bring_its_own_image(language_model, with_mask):
@@ -93,6 +98,7 @@ def test_a_second_turn_may_bring_its_own_image(language_model, with_mask):
     assert differs(second_turn(tiny.Row(other.vision_x, row.lang_x)), expected)
 
 
+@pytest.mark.sample(2)
 def test_chunked_prefill_equals_whole(model):
     if reason := NO_CHUNKED_GENERATE.get(language_model_name(model)):
         pytest.skip(reason)
@@ -102,6 +108,7 @@ def test_chunked_prefill_equals_whole(model):
 WAYS = {"num_beams": 1, "use_cache": False, "cache_implementation": "static", "prompt_lookup_num_tokens": 2}
 
 
+@pytest.mark.sample(2)
 @grid(fusion=tiny.FUSIONS, option=WAYS)
 def test_ways_to_decode_agree_with_a_loop(fusion, option):
     model = opened(fusion=fusion)
@@ -116,10 +123,12 @@ def test_ways_to_decode_agree_with_a_loop(fusion, option):
 # -- 4: a row does not depend on its batch mates, nor on padding -------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 def test_a_row_does_not_depend_on_its_batch(model):
     check_rows(model)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_media_that_no_mask_hides_are_noticed(fusion):
     """The twin of the padding above."""
@@ -134,6 +143,7 @@ def test_media_that_no_mask_hides_are_noticed(fusion):
 # -- 5: decoding a batch agrees with one row at a time -----------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @grid(fusion=tiny.FUSIONS, language_model=["gpt2", "llama", "mpt", "mamba2", "falcon_h1"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generating_a_batch_agrees_with_one_row_at_a_time(fusion, language_model, num_beams):
@@ -148,6 +158,7 @@ def test_generating_a_batch_agrees_with_one_row_at_a_time(fusion, language_model
     assert not torch.equal(model.generate(**batch, do_sample=False, **options)[:, -4:], alone)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_sampling_returns_several_sequences(fusion):
     model = opened(fusion=fusion)
@@ -160,6 +171,7 @@ def test_sampling_returns_several_sequences(fusion):
     assert not torch.equal(sequences[0], sequences[1])
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_the_prompt_comes_back_as_it_was_given(fusion):
     model = opened(fusion=fusion)
@@ -168,6 +180,7 @@ def test_the_prompt_comes_back_as_it_was_given(fusion):
     assert torch.equal(output.sequences[:, :-3], row.lang_x)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_a_streamer_receives_the_new_tokens(fusion):
     class Collector(BaseStreamer):
@@ -187,6 +200,7 @@ def test_a_streamer_receives_the_new_tokens(fusion):
     assert torch.cat(tokens).tolist() == sequence[-5:].tolist() and end == -1
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_stop_strings_and_stop_tokens_end_a_row(fusion):
     model = opened(fusion=fusion)
@@ -205,6 +219,7 @@ def test_stop_strings_and_stop_tokens_end_a_row(fusion):
     assert model.generate(**row.inputs(), **options).shape[1] == row.lang_x.shape[1] + 6
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_the_media_token_is_never_generated(fusion):
     model = opened(fusion=fusion, language_model="llama")
@@ -230,6 +245,7 @@ def test_the_fusion_chooses_the_class():
     ]
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_names_of_transformers_and_short_shapes_mean_the_same(fusion):
     model = opened(fusion=fusion)
@@ -241,6 +257,7 @@ def test_names_of_transformers_and_short_shapes_mean_the_same(fusion):
     assert torch.equal(found, model.generate(**row.inputs(), max_new_tokens=3, do_sample=False))
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_loss_is_the_cross_entropy_of_the_next_token(fusion):
     model = opened(fusion=fusion)
@@ -257,6 +274,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token(fusion):
     assert differs(model(**batch, labels=labels.roll(1, dims=1)).loss, output.loss)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_the_last_logits_can_be_had_alone(fusion):
     model = opened(fusion=fusion)
@@ -307,6 +325,7 @@ def test_inputs_that_do_not_fit_are_refused(fusion, inputs, message):
             call(**inputs)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_whole_numbers_serve_as_a_mask(fusion):
     model = opened(fusion=fusion, tokenizer="qformer")
@@ -326,6 +345,7 @@ def door(model: VLM, batch: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
         yield inputs
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options", first_of([{"num_beams": 3}, {}, {"use_cache": False}]), ids=["beams", "greedy", "no cache"]
 )
@@ -343,6 +363,7 @@ def test_the_language_model_generates_by_itself(model, options):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_one_block_serves_several_calls(fusion):
     model = opened(fusion=fusion)
@@ -366,6 +387,7 @@ def test_other_rows_than_those_of_the_prompt_are_refused():
         model.lang_model(inputs["input_ids"][:1])
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_conditioning_ends_with_its_block(fusion):
     model = opened(fusion=fusion)

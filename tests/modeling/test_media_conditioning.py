@@ -37,10 +37,12 @@ each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 # -- 9: the k-th image lands at the k-th placeholder -------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 def test_each_image_is_first_seen_at_its_placeholder(model):
     check_placeholders(model)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_swapping_two_images_swaps_two_rows(fusion):
     model = opened(fusion=fusion)
@@ -52,6 +54,7 @@ def test_swapping_two_images_swaps_two_rows(fusion):
     assert differs(one, other)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_generated_tokens_follow_the_order_of_images(fusion):
     model = opened(fusion=fusion)
@@ -76,6 +79,7 @@ def video_model(tokenizer: str, fusion: str = "cross-attention") -> VLM:
     return opened(fusion=fusion, tokenizer=TOKENIZERS_WITH_FRAMES[tokenizer])
 
 
+@pytest.mark.sample(2)
 @grid(tokenizer=TOKENIZERS_WITH_FRAMES, fusion=tiny.FUSIONS)
 def test_padding_frames_never_leak(tokenizer, fusion):
     model = video_model(tokenizer, fusion)
@@ -89,6 +93,7 @@ def test_padding_frames_never_leak(tokenizer, fusion):
     assert differs(logits(model, **batch)[0], together[0])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS_WITH_FRAMES)
 def test_tokens_of_ragged_videos_match_a_loop(tokenizer):
     model = video_model(tokenizer)
@@ -146,6 +151,7 @@ def test_the_mean_of_frames_has_the_tokens_of_one():
     )
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_a_video_is_one_medium_in_generation(fusion):
     model = video_model("linear", fusion)
@@ -162,6 +168,7 @@ def attending(**settings: Any) -> VLM:
     return opened(fusion={"type": "cross-attention"} | settings)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("attend", ["last", "all"])
 @pytest.mark.parametrize(("feed_forward_before_media", "activation"), [(True, "squared_relu"), (False, "gelu")])
 def test_cross_attention_matches_a_loop(attend, feed_forward_before_media, activation):
@@ -191,6 +198,7 @@ def test_cross_attention_matches_a_loop(attend, feed_forward_before_media, activ
             assert differs(ours(mask), expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("settings", "numbers"), [({}, ["0", "1"]), ({"every": 2}, ["1"]), ({"every": 2, "first": 0}, ["0"])]
 )
@@ -287,6 +295,7 @@ def test_layers_with_several_residual_streams():
     same(run(altup), torch.cat([2 * altup[:1] + 1, altup[1:]]))
 
 
+@pytest.mark.sample(2)
 @grid(vision=tiny.VISION, layer=[-1, -2])
 def test_features_have_the_shape_that_was_foretold(vision, layer):
     tower = tiny.tower(vision)
@@ -298,6 +307,7 @@ def test_features_have_the_shape_that_was_foretold(vision, layer):
     assert differs(features[0], features[1])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.filterwarnings("ignore::UserWarning:timm")  # of how it resizes Swin's tables
 @pytest.mark.parametrize("vision", ["vit", "siglip", "eva02", "swin", "convnext"])
 def test_towers_are_built_at_the_size_that_is_asked_for(vision):

@@ -65,6 +65,7 @@ def with_answer(inputs: dict[str, Tensor], answer: Tensor, more: list[int]) -> d
     return inputs | {"lang_x": torch.cat([answer, torch.tensor([more])], dim=1)}
 
 
+@pytest.mark.sample(2)
 def test_turns_of_a_chat_are_read_once(model, pool):
     counter, cache = Counter(model), PromptCache()
     inputs = prompt(model, [0], texts=[3, 4], pool=pool)
@@ -81,6 +82,7 @@ def test_turns_of_a_chat_are_read_once(model, pool):
     assert cache.reused == found.shape[1] + 2 * (per_medium - 1) - new - 3
 
 
+@pytest.mark.sample(2)
 def test_what_changed_is_read_again(model, pool):
     cache = PromptCache()
     before = prompt(model, [0, 1], texts=[3, 4, 2], pool=pool)
@@ -95,6 +97,7 @@ def test_what_changed_is_read_again(model, pool):
         assert torch.equal(found, model.generate(**inputs, **NEW))
 
 
+@pytest.mark.sample(2)
 def test_a_cache_that_believed_the_text_alone_would_be_wrong(model, pool, monkeypatch):
     """The twin of the test above: with the images not compared, another answer comes out."""
     monkeypatch.setattr("vlm_cli.modeling.prompt_cache.torch.equal", lambda a, b: True)
@@ -109,6 +112,7 @@ def test_a_cache_that_believed_the_text_alone_would_be_wrong(model, pool, monkey
     assert wrong == 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 5, 3)])
 def test_shots_that_rows_share_are_read_once(model, pool, lengths):
     counter, cache = Counter(model), PromptCache()
@@ -140,6 +144,7 @@ def test_shots_that_rows_share_are_read_once(model, pool, lengths):
 CACHES = ("llama", "gpt2", "gemma3_text", "bloom", "mamba", "mamba2", "jamba", "falcon_h1", "zamba2")
 
 
+@pytest.mark.sample(2)
 @grid(language_model=tiny.LANGUAGE_MODELS, fusion=tiny.FUSIONS, quick={"language_model": CACHES})
 def test_every_language_model_answers_the_same(language_model, fusion):
     model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
@@ -154,6 +159,7 @@ def test_every_language_model_answers_the_same(language_model, fusion):
     assert bool(cache.reused) == (language_model not in NOT_KEPT)
 
 
+@pytest.mark.sample(2)
 def test_interrupted_answers_leave_a_cache_that_is_right(model, pool):
     class Stop(Exception):
         pass
@@ -179,6 +185,7 @@ def test_interrupted_answers_leave_a_cache_that_is_right(model, pool):
     assert cache.reused
 
 
+@pytest.mark.sample(2)
 def test_refusals(model, pool):
     inputs = prompt(model, [0], texts=[1, 1], pool=pool)
     with pytest.raises(ValueError, match="num_beams must be 1"):

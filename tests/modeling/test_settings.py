@@ -61,6 +61,7 @@ def model(request: pytest.FixtureRequest) -> VLM:
     return opened(**COMPOSITIONS[request.param])
 
 
+@pytest.mark.sample(2)
 def test_invariants_hold(model):
     invariants.check_text_only(model)
     invariants.check_against_bare(model)
@@ -86,6 +87,7 @@ def layer_output(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", [None, True, False])
 @pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("vision", ["vit", "siglip"])
@@ -225,6 +227,7 @@ class Outside(nn.Module):
 # -- perceiver -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("activation", ["gelu", "relu", "squared_relu"])
 @torch.no_grad()
 def test_activations_of_the_perceiver(activation):
@@ -303,6 +306,7 @@ def test_projections_without_bias(part, options):
     assert [n for n in names[0] if not n.endswith("bias")] == names[1] and len(names[0]) == 2 * len(names[1])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("vision", "settings", "message"),
     [
@@ -368,6 +372,7 @@ IDEFICS_BLOCK = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 @torch.no_grad()
@@ -428,6 +433,7 @@ def biased(language_model: str = "llama", fusion: str = "cross-attention") -> VL
     return VLM(config, vision_encoder=encoder, lang_model=lm).eval()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("language_model", ["llama", "llama-tied", "gpt2"])
 @pytest.mark.parametrize("fusion", ["cross-attention", "language-stream"])
 def test_a_bias_of_the_head_is_added_to_the_language_models_own_logits(fusion, language_model):

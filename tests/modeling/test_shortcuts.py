@@ -71,6 +71,7 @@ def test_distinct_believes_no_sum(monkeypatch):
     assert len(few) == 2 and which.tolist() == [0, 1]
 
 
+@pytest.mark.sample(2)
 @each_fusion
 @pytest.mark.parametrize("tokenizer", [*tiny.TOKENIZERS, {"type": "perceiver", "max_num_media": 4}], ids=str)
 def test_equal_images_and_padding_are_encoded_once(fusion, tokenizer, monkeypatch):
@@ -116,6 +117,7 @@ def test_equal_images_train_as_different_ones(monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_encoded_media_may_be_given(fusion):
     model = tiny.open_gates(tiny.build(fusion=fusion))
@@ -173,6 +175,7 @@ def test_readers_are_used_where_they_save_half():
     assert Readers.build(torch.tensor([[3]]), 3) is None  # decoding
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fusion", CROSS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 3}])
 def test_what_is_generated_reads_the_last_medium_alone(fusion, options, monkeypatch):

@@ -69,6 +69,7 @@ def test_a_wrong_declaration_fails_the_tower(monkeypatch: pytest.MonkeyPatch) ->
 # -- towers without their weights ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @grid(kind=tiny.VISION, layer=[-1, -2])
 def test_materialized_towers_run(kind: str, layer: int) -> None:
     config = copy.deepcopy(tiny.VISION[kind])

@@ -40,6 +40,7 @@ each_fusion = pytest.mark.parametrize("fusion", tiny.FUSIONS)
 # -- 6: save, load, copy -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 def test_saved_and_loaded_models_are_equal(model, tmp_path):
     check_saved(model, tmp_path)
 
@@ -48,6 +49,7 @@ def test_a_model_in_memory_is_rebuilt_from_its_tensors():
     check_state(opened())
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_hooks_follow_a_copy(fusion):
     model = opened(fusion=fusion)
@@ -64,6 +66,7 @@ def test_hooks_follow_a_copy(fusion):
 # -- 7: exactly the declared parameters train --------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 def test_exactly_the_declared_parameters_train(model):
     check_trainable(model)
 
@@ -76,6 +79,7 @@ def test_closed_gates_train_first():
     assert not any(grad.any() for name, grad in found.items() if name.startswith("vision_tokenizer"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "also", first_of([("language_model",), ()]), ids=["trained language model", "frozen language model"]
 )
@@ -181,6 +185,7 @@ def test_tied_weights_are_counted_and_saved_once(language_model, tmp_path):
 # -- added tokens ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_added_tokens_have_their_own_logits(fusion):
     model = opened(fusion=fusion, language_model="llama")
@@ -190,6 +195,7 @@ def test_added_tokens_have_their_own_logits(fusion):
         same(logits(model, lang_x=ids)[..., VOCABULARY:], model.added_tokens.head(hidden))
 
 
+@pytest.mark.sample(2)
 @each_fusion
 def test_added_tokens_take_the_place_of_padded_rows(fusion):
     config = tiny.config(fusion=fusion)
@@ -203,6 +209,7 @@ def test_added_tokens_take_the_place_of_padded_rows(fusion):
     assert model.generate(lang_x=ids, vision_x=torch.randn(1, 3, 32, 32), max_new_tokens=5).max() < VOCABULARY - 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("language_model", ["llama", "gemma3_text", "opt-projected"])
 def test_added_tokens_start_at_the_mean(language_model):
     model = tiny.build(language_model=language_model)
@@ -220,6 +227,7 @@ def test_added_tokens_start_at_the_mean(language_model):
 # -- numbers of half the width -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @grid(tokenizer=tiny.TOKENIZERS, fusion=tiny.FUSIONS, language_model=["llama", "opt", "falcon_h1"])
 def test_bfloat16_runs(fusion, language_model, tokenizer):
     model = opened(fusion=fusion, language_model=language_model, tokenizer=tokenizer)

@@ -31,6 +31,26 @@ def grid(*, quick: Mapping[str, Collection[Any]] | None = None, **axes: Collecti
     )
 
 
+def leave_to_long_tests(items: Iterable[pytest.Item]) -> None:
+    """Give the marker `matrix` to cases of a test that its marker `sample(N)` does not choose.
+
+    The fast tests run N cases of such a test, spread evenly from the first to the last.
+    """
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        is_long = item.get_closest_marker("matrix") or item.get_closest_marker("attack")
+        if item.get_closest_marker("sample") and not is_long:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in cases.values():
+        marker = group[0].get_closest_marker("sample")
+        assert marker is not None
+        [count] = marker.args
+        chosen = {round(i * (len(group) - 1) / max(count - 1, 1)) for i in range(count)}
+        for i, item in enumerate(group):
+            if i not in chosen:
+                item.add_marker(pytest.mark.matrix)
+
+
 def first_of(values: Iterable[Any], count: int = 1) -> list[Any]:
     """Values to parametrize a test with. It runs on the first ones; on the others it has the marker `matrix`."""
     return first_rows(((value,) for value in values), count)

@@ -53,6 +53,7 @@ def learned(data: RecordDataset, model: tuple[Any, Any], index: int = 0) -> list
     return [model[1].tokenizer.decode(run) for run in runs if run]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("line", "texts"),
     [

@@ -108,6 +108,7 @@ def test_the_plot_shows_both_losses(tmp_path: Path) -> None:
     assert {(0x1F, 0x5F, 0xA8), (0xD9, 0x62, 0x2B)} <= colours
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 0.0}], [{"step": 1, "loss": 2.0}] * 2])
 def test_a_short_run_has_a_plot(tmp_path: Path, history: list[dict[str, Any]]) -> None:
     draw_losses(history, tmp_path / "loss.png", title="x")

@@ -22,6 +22,7 @@ def options() -> dict[str, Any]:
     return {parameter.name: parameter for parameter in command.params}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_each_setting_is_an_option(setting: Setting) -> None:
     option = options()[setting.name]

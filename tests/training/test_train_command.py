@@ -189,6 +189,7 @@ def test_half_precision_models_learn_in_float32(build: Any, train: Vlm, out: Pat
     assert load(str(out))[0].dtype == torch.float16
 
 
+@pytest.mark.matrix
 def test_a_run_ends_in_time(train: Vlm, out: Path) -> None:
     output(train("--max-minutes", 0.01, "--schedule", "linear"))
     last = metrics(out)[-1]
@@ -199,6 +200,7 @@ def test_a_run_ends_in_time(train: Vlm, out: Path) -> None:
 # -- resuming ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_a_killed_run_resumes_as_if_nothing_had_happened(
     train: Vlm, folder: Path, cross_attention: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +242,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> 
     monkeypatch.setattr(VLMTrainer, "compute_loss", press)
 
 
+@pytest.mark.matrix
 def test_ctrl_c_keeps_the_state(train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output(train("--max-steps", 6))
     uninterrupted = losses(out)
@@ -337,6 +340,7 @@ def unfinished(train: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
         error(train("--max-steps", 5), 130)
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("unfinished")
 def test_an_unfinished_run_is_not_forgotten_by_mistake(train: Vlm, out: Path) -> None:
     message = error(train("--max-steps", 5), 2)
@@ -345,6 +349,7 @@ def test_an_unfinished_run_is_not_forgotten_by_mistake(train: Vlm, out: Path) ->
     assert list(losses(out)) == [1, 2, 3] and checkpoints(out) == ["checkpoint-3"]
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("unfinished")
 def test_another_run_is_not_resumed(train: Vlm, language_stream: Path) -> None:
     message = error(train("--max-steps", 5, "--resume", "--seed", 7, "--batch-size", 4), 2)
@@ -352,6 +357,7 @@ def test_another_run_is_not_resumed(train: Vlm, language_stream: Path) -> None:
     assert "MODEL: was" in error(train("--max-steps", 5, "--resume", model=language_stream), 2)
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("unfinished")
 def test_checkpoints_of_earlier_versions_resume(train: Vlm, folder: Path, out: Path, cross_attention: Path) -> None:
     """A checkpoint has the files and the manifest that the first version wrote, which read nothing else."""
@@ -383,6 +389,7 @@ def test_checkpoints_of_earlier_versions_resume(train: Vlm, folder: Path, out: P
     assert list(losses(out)) == [1, 2, 3]
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("unfinished")
 def test_what_may_change_is_changed_and_told(train: Vlm, out: Path) -> None:
     changed = ("--lr", 1e-5, "--schedule", "constant", "--warmup-steps", 0)
@@ -543,6 +550,7 @@ def test_a_damaged_picture_stops_the_run(train: Vlm, folder: Path) -> None:
         assert "line 1 of 'cut.jsonl': 'cut.png' is damaged or cut short" in message
 
 
+@pytest.mark.matrix
 def test_a_damaged_picture_takes_no_step_before_it(train: Vlm, folder: Path, out: Path) -> None:
     """The run stops, and goes on when the picture is mended, as if it had never stopped."""
     (folder / "mended.png").write_bytes((folder / "red.png").read_bytes())

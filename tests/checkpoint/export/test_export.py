@@ -280,6 +280,7 @@ def test_a_processor_that_differs_is_not_written(folder, tmp_path, monkeypatch, 
     assert result.exit_code == 1 and words in result.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("parts", "problem"),
     [
@@ -316,6 +317,7 @@ def test_a_refusal_comes_before_weights_are_read(folder, tmp_path):
 # -- where it is written -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_what_was_exported_may_be_replaced_and_nothing_else(folder, tmp_path):
     out = tmp_path / "out"
     exported(folder, "llava", "language-model", out)
@@ -351,6 +353,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, kind):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.matrix
 def test_the_old_name_of_a_format_still_works(folder, tmp_path):
     result = run("export", folder / "llava", tmp_path / "out", "--format", "vision-program", "--json")
     assert result.exit_code == 0, result.output

@@ -109,6 +109,7 @@ def test_quantized_weights(vlm, copy, tmp_path, dtype, words):
     assert result.exit_code == 1 and words in result.stderr and "Give weights that are not" in result.stderr
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "changes",
     [

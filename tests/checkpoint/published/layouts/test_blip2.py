@@ -258,6 +258,7 @@ def test_lavis(tmp_path, held):
     assert any("does not hold the vision encoder" in note for note in imported.notes) == (held == "trained")
 
 
+@pytest.mark.matrix
 @torch.no_grad()
 def test_built_directory(vlm, tmp_path):
     """A written directory loads as the same model, with its shortened tower."""
@@ -321,6 +322,7 @@ def test_media_come_before_the_first_token(tmp_path):
     assert any("before the token that begins" in note for note in imported.notes)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("vision", "words"),
     [

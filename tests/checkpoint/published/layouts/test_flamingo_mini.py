@@ -351,6 +351,7 @@ def test_frames_of_a_video(tmp_path):
         assert worst(case, model, lang_x, vision_x) > 1e-4
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "setting",
     first_of(
@@ -437,6 +438,7 @@ def test_only_what_trained(tmp_path):
     check(case)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -455,6 +457,7 @@ def test_numbers_that_do_not_fit(tmp_path, changes, message):
         load(case)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("clip", "name", "quick_gelu"),
     [

@@ -94,6 +94,7 @@ def huggingface(folder: Path, *, num_added: int = 2, **changes: Any) -> Case:
     return Case(source=folder, logits=logits, made_by="Transformers' IdeficsForVisionText2Text")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "changes",
     first_of(
@@ -128,6 +129,7 @@ def test_text_between_and_before_media(tmp_path):
     torch.testing.assert_close(ours, found.logits(lang_x, vision_x), atol=1e-4, rtol=0)
 
 
+@pytest.mark.matrix
 @torch.no_grad()
 def test_built_directory(vlm, tmp_path):
     """A written directory loads as the same model."""
@@ -196,6 +198,7 @@ def test_blocks_elsewhere_have_no_weights(tmp_path):
     assert {name.split(".")[2] for name in imported.report.unused} == {"0", "1"}  # IDEFICS counts its blocks 0, 1, …
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

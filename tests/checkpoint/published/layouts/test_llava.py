@@ -40,6 +40,7 @@ from vlm_cli.errors import CheckpointError, CompositionError
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"vision_feature_layer": -1}, {"vision_feature_layer": 1}, {"vision_feature_select_strategy": "full"}],

@@ -208,11 +208,13 @@ CONFIGS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nanovlm(tmp_path, name):
     check(nanovlm(tmp_path, CONFIGS[name]), is_told=name == "v0.1")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kept", ["decoder.head.weight", "decoder.token_embedding.weight", None])
 def test_tied_tables_under_either_name(tmp_path, kept):
     case = nanovlm(tmp_path, with_tokens())
@@ -308,6 +310,7 @@ def test_the_exact_gelu_is_another_model(tmp_path):
     assert worst(case, model) > 1e-3
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "setting", ["vision_encoder.norm=false", "vision_encoder.layer=-2", "vision_tokenizer.frames=mean"]
 )
@@ -401,6 +404,7 @@ def test_published_sizes(name):
     assert sum(p.numel() for p in model.parameters()) - published == data["lm_hidden_dim"] * (2 - has_row)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

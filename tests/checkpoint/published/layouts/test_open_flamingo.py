@@ -246,6 +246,7 @@ def test_the_command(vlm, parity, parts, tmp_path):
 # -- published sizes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("layers", "table", "width", "depth", "every", "rows", "known", "trained"),
     [

@@ -56,6 +56,7 @@ def load(tensors: dict[str, Tensor], folder, flags: CompositionRequest) -> Impor
     )
 
 
+@pytest.mark.sample(2)
 def test_whole_files(parity, tmp_path):
     """The file fills everything; the named backbones have no weights."""
     source = PublishedCheckpoint.open(str(parity.folder / "weights.safetensors"))
@@ -70,6 +71,7 @@ def test_whole_files(parity, tmp_path):
     tell_of(imported, parity.config["family"])
 
 
+@pytest.mark.sample(2)
 def test_trained_tensors_alone(parity, tmp_path):
     tensors = {k: x for k, x in parity.weights.items() if re.match(TRAINED[parity.folder.name], k)}
     _, weights = parity.tower(tmp_path)
@@ -86,6 +88,7 @@ def test_trained_tensors_alone(parity, tmp_path):
     check_greedy(case)
 
 
+@pytest.mark.sample(2)
 def test_a_changed_weight_is_noticed(parity, tmp_path):
     name, x = next(
         (name, x)
@@ -96,6 +99,7 @@ def test_a_changed_weight_is_noticed(parity, tmp_path):
     assert largest_difference(parity.case(imported.model)) > 1e-3
 
 
+@pytest.mark.sample(2)
 def test_a_language_model_that_is_nowhere(parity, tmp_path):
     """A file with only some of a language model's layers does not hold that model."""
     tensors = {k: x for k, x in parity.weights.items() if not re.search(r"layers\.3\.(?!gated)", k)}

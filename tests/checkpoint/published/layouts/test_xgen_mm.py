@@ -157,6 +157,7 @@ def worst(case: Case, parts: Parts, **settings: Any) -> float:
     return float((ours[:, : expected.shape[1]] - expected).abs().max())
 
 
+@pytest.mark.matrix
 def test_published_directory(tmp_path, parts):
     case = xgen_mm(tmp_path, parts)
     check(case, is_told=True)
