@@ -53,7 +53,8 @@ def test_a_crop_of_transformers_starts_where_transformers_starts():
     assert differs == [3, 7, 11, 15]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+# "squash" makes nothing larger than what the encoder sees.
+@pytest.mark.parametrize("way", [way for way in WAYS if way["resize_mode"] != "squash"], ids=str)
 @pytest.mark.parametrize("size", first_of([(900, 20), (20, 900)]))
 def test_the_seen_part_of_a_large_result_is_made_alone(monkeypatch, way, size):
     settings, image = {"size": 32, **way}, noise(size)

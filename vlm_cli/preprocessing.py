@@ -11,6 +11,7 @@ C H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,18 +121,15 @@ class Preprocessing:
         """Resize an image, and cut out what the encoder sees, as RGB."""
         from PIL import Image as PIL
 
-        placement, filter = self.place(*image.size), self.filter
+        placement = self.place(*image.size)
         (width, height), (left, top) = placement.resized, placement.start
         right, bottom = left + self.width, top + self.height
         if width * height > MAX_RESIZED:
-            x, y = image.width / width, image.height / height
-            seen = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
-            box = seen[0] * x, seen[1] * y, seen[2] * x, seen[3] * y
-            image = image.resize((seen[2] - seen[0], seen[3] - seen[1]), filter, box)
-            left, top, (width, height) = min(left, 0), min(top, 0), image.size
+            image, (left, top) = self._resize_seen(image, placement)
+            width, height = image.size
             right, bottom = left + self.width, top + self.height
         elif image.size != placement.resized:
-            image = image.resize(placement.resized, filter)
+            image = image.resize(placement.resized, self.filter)
         image = image.convert("RGB")
         if (left, top, right, bottom) == (0, 0, width, height):
             return image
@@ -139,6 +137,31 @@ class Preprocessing:
         ground = PIL.new("RGB", placement.seen, (fill, fill, fill) if isinstance(fill, int) else tuple(fill))
         ground.paste(image, (-left, -top))
         return ground
+
+    def _resize_seen(self, image: Image, placement: Placement) -> tuple[Image, tuple[int, int]]:
+        """Make the part of the resized image that the encoder sees, and say where what it sees begins in that part.
+
+        The part has a margin: Pillow's filters read up to 3 pixels to each side, of the smaller of the two images,
+        and nothing outside of the box that they are given. Rows first, then columns, as Pillow resizes a whole image;
+        given a box, it may begin with the columns, and rounds other numbers.
+        """
+        sides: list[tuple[int, int, float]] = []  # from, to in the resized image; pixels of `image` for each
+        for size, resized, seen, start in zip(
+            placement.image, placement.resized, placement.seen, placement.start, strict=True
+        ):
+            step = size / resized
+            margin = math.ceil(3 * max(1.0, 1 / step)) + 1
+            sides.append((max(0, start - margin), min(resized, start + seen + margin), step))
+        (left, right, x), (top, bottom, y) = sides
+        first, last = math.floor(top * y), min(math.ceil(bottom * y), image.height)
+        rows = image.resize(
+            (right - left, last - first), self.filter, (left * x, first, min(right * x, image.width), last)
+        )
+        box = 0, top * y - first, rows.width, min(bottom * y, image.height) - first
+        return rows.resize((rows.width, bottom - top), self.filter, box), (
+            placement.start[0] - left,
+            placement.start[1] - top,
+        )
 
     def _resize(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) to which an image is resized; no side is shorter than 1 pixel."""
