@@ -28,6 +28,7 @@ from vlm_cli.errors import (
     explain_reading,
 )
 from vlm_cli.hub_ids import check_hub_id
+from vlm_cli.offline import use_cache_without_network
 from vlm_cli.registry import suggest
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def resolve(model: str | None, request: CompositionRequest | None = None) -> Com
         )
     if not path.is_dir():
         check_hub_id(model, "a directory that `vlm build` wrote")
+        use_cache_without_network()
     elif request.revision is not None:
         raise UsageError(f"--revision is for hub ids, and {model!r} is a directory. Leave it out.")
     if request.flags:

@@ -17,7 +17,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 LAYERS = (
     ("printable",),
     ("auto_classes", "errors", "interrupt", "quiet", "text", "version"),
-    ("hub_ids", "locks", "network", "plain_data", "renames", "schema"),
+    ("hub_ids", "locks", "network", "offline", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags", "manifest", "preprocessing"),
     ("templates",),

@@ -34,6 +34,7 @@ from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.offline import use_cache_without_network
 
 __all__ = [
     "Backbone",
@@ -269,6 +270,7 @@ def locate_tower(config: VLMConfig, backbone: Backbone | None, hosts: frozenset[
         resolve_inside(Path(backbone.revision), backbone.file, named_by="config.json")
         assert backbone.file is not None
         # A commit that is in the cache is taken from there, without asking the hub.
+        use_cache_without_network()
         path = hf_hub_download(backbone.location, backbone.file, revision=backbone.revision)
         return replace(tower, weights=WeightsFile(Path(path)))
     if backbone.kind == "url":

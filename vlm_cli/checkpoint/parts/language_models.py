@@ -33,6 +33,7 @@ from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
 from vlm_cli.hub_ids import check_hub_id, is_hub_id
 from vlm_cli.modeling.language_model import check_causal
+from vlm_cli.offline import use_cache_without_network
 from vlm_cli.printable import count_of
 from vlm_cli.registry import suggest
 from vlm_cli.trust import load_config, load_generation_config, load_language_model, load_tokenizer
@@ -69,6 +70,7 @@ class LanguageModelSource:
             location = str(here) if here.exists() else other
             if not here.exists():
                 check_hub_id(other, _SAVED, error=LanguageModelError)
+                use_cache_without_network()
             check_folder(here)
             keywords = {"trust_remote_code": self.keywords.get("trust_remote_code", False)}
         advice = "Give one: --set language_model.tokenizer=DIRECTORY_OR_HUB_ID"
@@ -299,9 +301,10 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
                 f"{options.name!r} is no language model: it has no config.json. Give a directory that "
                 "`save_pretrained` wrote, a GGUF file, or a hub id."
             )
-    elif not is_hub_id(options.name):
-        near = suggest(options.name, _nearby())
+    else:
+        near = "" if is_hub_id(options.name) else suggest(options.name, _nearby())
         check_hub_id(options.name, f"{_SAVED}, a GGUF file", near=near, error=LanguageModelError)
+        use_cache_without_network()
     if options.revision is not None:
         keywords["revision"] = options.revision
     if "gguf_file" not in keywords:

@@ -19,6 +19,7 @@ from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
 from vlm_cli.hub_ids import is_hub_id
+from vlm_cli.offline import use_cache_without_network
 from vlm_cli.plain_data import read_json
 from vlm_cli.printable import count_of
 from vlm_cli.registry import VISION_ENCODERS, suggest
@@ -310,6 +311,7 @@ def weights_in(folder: Path) -> Path | None:
 def _hub_file(repository: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    use_cache_without_network()
     try:
         return Path(hf_hub_download(repository, name))
     except Exception as error:
@@ -331,6 +333,8 @@ def _download(record: dict[str, Any]) -> Path:
 
     source = record.get("hf_hub") or record.get("url") or "?"
     try:
+        if "hf_hub" in record:
+            use_cache_without_network()
         if set(record) == {"hf_hub"}:
             return Path(download_pretrained_from_hf(record["hf_hub"].rstrip("/")))
         return Path(download_pretrained(record))

@@ -17,6 +17,7 @@ from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
+from vlm_cli.offline import use_cache_without_network
 from vlm_cli.plain_data import read_json
 
 __all__ = ["PublishedCheckpoint", "TensorInfo"]
@@ -259,6 +260,7 @@ def _fetch(name: str, revision: str | None, token: str | None) -> Path:
 
     if name.count("/") != 1 or not is_hub_id(name):
         raise CheckpointError(f"there is no file or directory {name!r}. Give a path, or a hub id (ORG/NAME).")
+    use_cache_without_network()
     try:
         folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=_PLAIN_PATTERNS))
         if not any(folder.rglob("*.safetensors")):
