@@ -75,6 +75,7 @@ def test_every_second_round_goes_the_other_way() -> None:
     assert costs == {"a": [4, 9], "b": [5, 8], "c": [6, 7]}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("together", [True, False])
 def test_ours_over_the_peers(together: bool) -> None:
     def absent() -> None:

@@ -136,6 +136,7 @@ def test_a_hash_sees_names_dtypes_shapes_and_bytes():
     hash_tensors([("a", torch.tensor(1.0, dtype=torch.bfloat16)), ("empty", torch.zeros(0))])
 
 
+@pytest.mark.matrix
 def test_build_writes_a_delta(folder, tmp_path):
     flags = ["--config", folder / "flamingo/composition.yaml", "--seed", 3]
     assert run("build", tmp_path / "full", *flags, "--quiet").exit_code == 0

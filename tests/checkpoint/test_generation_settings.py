@@ -69,6 +69,7 @@ def add_settings(folder: Path, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
+@pytest.mark.matrix
 def test_a_dry_run_tells_what_the_build_does(parts: vlm_cli.Composition, tmp_path: Path, vlm: Any) -> None:
     dry, built = vlm_cli.build(parts), vlm_cli.build(parts, tmp_path / "out")
     assert dry.notes == built.notes[: len(dry.notes)] and len(dry.notes) == 2

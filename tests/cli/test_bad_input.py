@@ -623,6 +623,7 @@ def start(*arguments: object, prepare: Callable[[], object] = lambda: None) -> P
         os._exit(99)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("number", "code"), first_rows([(signal.SIGINT, 130), (signal.SIGTERM, 143)]))
 def test_a_signal_in_the_middle_of_a_build(parts, old, tmp_path, monkeypatch, number, code):
     original = building.save
@@ -643,6 +644,7 @@ def test_a_signal_in_the_middle_of_a_build(parts, old, tmp_path, monkeypatch, nu
             assert process.wait() == code
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("limit", first_of([10_000, 100, 100_000]))
 def test_a_file_that_may_not_grow(parts, old, tmp_path, limit):
     """A limit of the system on file sizes stops real writes at several places, as a full disk does."""

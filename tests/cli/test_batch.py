@@ -197,6 +197,7 @@ def test_an_answer_does_not_wait_for_the_end_of_the_input(answer, monkeypatch):
     assert max(ahead) <= answers.LOOKAHEAD_BATCHES * 2 and len(read) == 100
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("model", first_of(["kosmos", "open_gates"]))
 def test_without_left_padding_only_equal_lengths_go_together(request, vlm, answer, asked, folder, monkeypatch, model):
     model = request.getfixturevalue(model)

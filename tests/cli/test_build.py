@@ -452,6 +452,7 @@ def test_stop_tokens_of_the_language_model_are_kept(vlm, parts, language_model, 
     assert shown["tokens"]["stop"] == [1, 7, VOCABULARY]
 
 
+@pytest.mark.matrix
 def test_a_gguf_language_model(vlm, parts, photo, tmp_path):
     write_gguf(parts.language_model, tmp_path / "lm.gguf")
     flags = [*parts.flamingo, "--language-model", tmp_path / "lm.gguf"]
@@ -536,6 +537,7 @@ def test_weights_in_the_layout_of_the_reference(vlm, tower, tmp_path, name):
     assert torch.equal(ours[renamed], theirs[original])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", first_of(["distributed", "plain", "wrapped", "old"], 2))
 def test_weights_in_pytorch_files(vlm, tower, tmp_path, form):
     state = load_file(PARITY / "flamingo-llama/weights.safetensors")

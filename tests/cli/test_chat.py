@@ -145,6 +145,7 @@ def turns_with(photos):
 # -- the same answers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", first_of(["templated", "in_order", "open_gates", "loud"]))
 def test_each_answer_is_that_of_the_whole_conversation(name, request, talk, load, asked, photos):
     path, turns = request.getfixturevalue(name), turns_with(photos)

@@ -90,6 +90,7 @@ def test_a_composition_file(checked, flamingo):
     assert set(verdicts(checked(flamingo / "composition.yaml", "--quick")).values()) == {"holds"}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", first_of(["flamingo", "kosmos"]))
 @pytest.mark.matrix
 def test_in_bfloat16(checked, family, request):

@@ -41,6 +41,7 @@ def test_an_answer_that_is_cut(vlm: Any) -> None:
     assert result.stderr.splitlines()[-1] == CUT
 
 
+@pytest.mark.matrix
 def test_a_batch(vlm: Any, prompts: Path, tmp_path: Path) -> None:
     result = vlm("batch", prompts, "-o", tmp_path / "out.jsonl", "-n", 2)
     assert ABOUT_PHOTOGRAPHS in result.stderr

@@ -66,7 +66,6 @@ def check_step(step: Step, line: str, *, shows_it: bool = True) -> None:
     assert bool(code) == step.shown.startswith("Error:")
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("step", steps(README), ids=lambda step: step.line[:60])
 def test_session(folder: Path, step: Step) -> None:
     """A hundred steps of training take five seconds. Two do here, after which the answer is another."""

@@ -31,7 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield path
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("step", steps(PAGE), ids=lambda step: step.line[:60])
 def test_session(folder: Path, step: Step) -> None:
     code, printed = run(step.line)

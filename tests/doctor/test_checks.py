@@ -466,6 +466,7 @@ def test_what_cannot_be_computed_is_null(monkeypatch):
     assert set(told.values()) == {(None, "ZeroDivisionError: division by zero")}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fusion", first_of([CROSS, STREAM]))
 def test_numbers_that_are_none_fail(fusion, monkeypatch):
     model = tiny.build(fusion=fusion)
@@ -476,6 +477,7 @@ def test_numbers_that_are_none_fail(fusion, monkeypatch):
         assert finding.verdict == "fails" and finding.to_dict()["difference"] is None, finding
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fusion", first_of([CROSS, STREAM]))
 def test_weights_that_give_no_numbers_are_no_limit(fusion):
     model = tiny.build(fusion=fusion)

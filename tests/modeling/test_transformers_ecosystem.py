@@ -188,6 +188,7 @@ MAPS = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("where", first_of(reversed(MAPS)))
 def test_device_map(model, tmp_path, where):
     whole, processor = vlm_cli.load(model)

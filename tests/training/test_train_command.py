@@ -166,6 +166,7 @@ def test_accumulated_batches_are_one_batch(train: Vlm, out: Path) -> None:
     assert curves[0] == pytest.approx(curves[1], abs=2e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "options", first_of([["--bf16", "--gradient-checkpointing"], ["--bf16"], ["--gradient-checkpointing"]])
 )
@@ -465,6 +466,7 @@ def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("module", first_of([safetensors.torch, torch]))
 def test_a_disk_that_fills_leaves_the_last_checkpoint(
     train: Vlm, out: Path, module: Any, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def exported(folder: Path, model: str, kind: str, out: Path) -> dict:
 # -- the language model alone ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("model", first_of(["llava", "flamingo"]))
 @torch.no_grad()
 def test_the_language_model_is_the_one_that_was_published(folder, tmp_path, model):

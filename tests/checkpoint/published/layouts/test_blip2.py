@@ -247,6 +247,7 @@ def test_other_image_size(tmp_path):
     assert load(found).model.vision_encoder.image_size == (2 * SIZE, 2 * SIZE)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("held", first_of(HELD))
 def test_lavis(tmp_path, held):
     found = lavis(tmp_path, held)

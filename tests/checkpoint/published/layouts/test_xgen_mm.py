@@ -168,6 +168,7 @@ def test_published_directory(tmp_path, parts):
     assert imported.model.config.text_config.sliding_window == 200
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("prefix", first_of(["", "vlm."]))
 def test_file_of_training(tmp_path, parts, prefix):
     check(case := raw(tmp_path, parts, parts.tensors(prefix)))
