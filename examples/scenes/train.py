@@ -192,6 +192,7 @@ def open_gates(folder: Path, value: float = GATE) -> int:
     """Set all gates of a model's directory to a value; return how many there are."""
     from safetensors.torch import load_file, save_file
 
+    from vlm_cli.manifest import sign
     from vlm_cli.modeling.fusion.gates import is_gate
 
     path = folder / "model.safetensors"
@@ -200,6 +201,7 @@ def open_gates(folder: Path, value: float = GATE) -> int:
     for name in gates:
         tensors[name].fill_(value)
     save_file(tensors, path, metadata={"format": "pt"})
+    sign(folder)  # the manifest holds the hash of the closed gates
     return len(gates)
 
 

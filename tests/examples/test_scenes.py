@@ -37,6 +37,7 @@ from tests.support import ROOT
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.data.records import read_records
+from vlm_cli.manifest import compare_files, sign
 from vlm_cli.prompt import Medium, Text, parse
 
 SPLITS = ("train", "held-out")
@@ -425,7 +426,9 @@ def test_open_gates(tmp_path):
 
     tensors = {"fusion.0.attn_gate": torch.zeros(1), "fusion.0.ff_gate": torch.zeros(1), "weight": torch.zeros(2)}
     save_file(tensors, tmp_path / "model.safetensors")
+    sign(tmp_path)
     assert open_gates(tmp_path, 0.5) == 2
+    compare_files(tmp_path, verify=True)  # raises for weights that are not those of the manifest
     opened = load_file(tmp_path / "model.safetensors")
     assert {name: x.tolist() for name, x in opened.items()} == {
         "fusion.0.attn_gate": [0.5],
