@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_the_tokenizer_knows_none_of_our_tokens(folder, tmp_path):
     assert back.get_vocab() == bare.get_vocab() and back.special_tokens_map == bare.special_tokens_map
     settings = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (settings.eos_token_id, settings.pad_token_id) == (bare.eos_token_id, None)
+
+
+@pytest.mark.parametrize("kind", ["language-model", "llava"])
+def test_sampling_settings_of_a_greedy_model_do_not_stop_an_export(folder, tmp_path, kind):
+    """Transformers reads a directory with `top_k` and no `do_sample`, and refuses to write one."""
+    shutil.copytree(folder / "llava", tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "top_k": 5}))
+    exported(tmp_path, "model", kind, tmp_path / "out")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").top_k is None
 
 
 # -- the vision side ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from vlm_cli.checkpoint.parts.remote_code import write_code
 from vlm_cli.errors import CheckpointError
+from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
@@ -31,7 +31,7 @@ def export_language_model(
     """
     lm, first = model.lang_model, model.config.first_added_id
     write_code(lm, out)
-    settings = copy.deepcopy(model.generation_config)
+    settings, _ = inherit_settings(model.generation_config)
     stops = [i for i in stop_token_ids(settings) if i < first]
     settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     settings.pad_token_id = None if (settings.pad_token_id or 0) >= first else settings.pad_token_id

@@ -18,6 +18,7 @@ from vlm_cli.checkpoint.export.llava_agreement import compare_logits, compare_pi
 from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
@@ -143,7 +144,7 @@ def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_si
     with meta_device():
         theirs = LlavaForConditionalGeneration(config)
     theirs.load_state_dict(_state(model), assign=True)
-    theirs.generation_config = copy.deepcopy(model.generation_config)
+    theirs.generation_config, _ = inherit_settings(model.generation_config)
     # A VLM never writes the image token; forbid it here, too.
     suppressed = theirs.generation_config.suppress_tokens or []
     theirs.generation_config.suppress_tokens = [*suppressed, model.config.media_token_id]
