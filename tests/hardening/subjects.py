@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -115,9 +115,13 @@ def _answer(model: Path, shop: Workshop) -> list[list[str]]:
 
 def _image(shop: Workshop, rng: random.Random | None, folder: Path) -> tuple[Mutation, list[list[str]], Path | None]:
     kind = "png" if rng is None else rng.choice(["png", "png", "jpg", "jpg", "gif", "webp", "bmp", "tiff"])
-    found = _damaged(rng, mutate.image, (shop.folder / f"images/a.{kind}").read_bytes())
+    data = (shop.folder / f"images/a.{kind}").read_bytes()
+    found = _damaged(rng, mutate.image, data)
     path = folder / f"a.{kind}"
     path.write_bytes(found.data)
+    if kind == "jpg" and found.data in (data[:-1], data[:-2]):
+        # All pixels are there, and they are not quite those of the PNG, which the whole files show.
+        found = replace(found, another_answer="the picture lacks nothing but its end marker")
     words = ["generate", "-m", str(shop.folder / "model"), "<image>What?", "-i", str(path), *ANSWER]
     return Mutation(f"{kind}: {found.how}", found.data, found.another_answer), [words], None
 
