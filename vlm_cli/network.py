@@ -308,29 +308,29 @@ class _GuardedTLSConnection(HTTPSConnection, _GuardedConnection):
     """The same with TLS: `http.client` checks the certificate against the host's name."""
 
 
-class _HTTPHandler(request.HTTPHandler):
+class _GuardedHandler(request.AbstractHTTPHandler):
+    """Opens addresses over guarded connections."""
+
+    connection: type[_GuardedConnection]
+
     def __init__(self, guard: _Guard) -> None:
         super().__init__()
         self.guard = guard
 
-    def http_open(self, req: request.Request) -> HTTPResponse:
+    def _open(self, req: request.Request) -> HTTPResponse:
         return self.do_open(cast("Any", self._connect), req)
 
-    def _connect(self, host: str, **keywords: Any) -> HTTPConnection:
-        connection = _GuardedConnection(host, **keywords)
+    def _connect(self, host: str, **keywords: Any) -> _GuardedConnection:
+        connection = self.connection(host, **keywords)
         connection.set_guard(self.guard)
         return connection
 
 
-class _HTTPSHandler(request.HTTPSHandler):
-    def __init__(self, guard: _Guard) -> None:
-        super().__init__()
-        self.guard = guard
+class _HTTPHandler(_GuardedHandler, request.HTTPHandler):
+    connection = _GuardedConnection
+    http_open = _GuardedHandler._open
 
-    def https_open(self, req: request.Request) -> HTTPResponse:
-        return self.do_open(cast("Any", self._connect), req)
 
-    def _connect(self, host: str, **keywords: Any) -> HTTPSConnection:
-        connection = _GuardedTLSConnection(host, **keywords)
-        connection.set_guard(self.guard)
-        return connection
+class _HTTPSHandler(_GuardedHandler, request.HTTPSHandler):
+    connection = _GuardedTLSConnection
+    https_open = _GuardedHandler._open

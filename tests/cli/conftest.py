@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,10 +22,19 @@ from safetensors.torch import load_file, save_file
 from tests.support import ROOT
 from tests.support.disk import TOWER
 from tests.support.screens import Screens, Terminal
+from vlm_cli.checkpoint import directory
 from vlm_cli.manifest import sign
 
 SMALL_PERCEIVER = ("depth=1", "num_heads=2", "head_dim=8", "num_latents=6", "ff_mult=2")
 SMALL_CROSS_ATTENTION = ("num_heads=2", "head_dim=8", "ff_mult=2")
+
+
+@pytest.fixture(scope="module")
+def loaded_once() -> Iterator[None]:
+    """Commands of a module share what they load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "load", functools.cache(directory.load))
+        yield
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
 import os
@@ -31,6 +30,8 @@ from vlm_cli.generation.journal import Journal, partial_of
 from vlm_cli.media import MediaLoader
 from vlm_cli.models import DEMO
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 ANSWER = ("text", "new_tokens", "finish_reason")
 PROMPTS = [
     {"prompt": "<image:0.png>The cat", "id": 1},
@@ -41,14 +42,6 @@ PROMPTS = [
     {"prompt": "a photo of the cat", "images": ["1.png"]},
     {"prompt": "<image:2.png><image:2.png>The dog and the cat and the mat"},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Commands of this module share what they load."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory, "load", functools.cache(directory.load))
-        yield
 
 
 @pytest.fixture

@@ -27,18 +27,12 @@ from vlm_cli.manifest import sign
 from vlm_cli.prompt import Medium, Text, interleave
 from vlm_cli.writing.conversation import ChatFormat, Conversation
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 TEMPLATE = """\
 {%- for message in messages -%}
 <s>{{ message.role }}: {{ message.content | trim }}</s>
 {% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Commands of this module share what they load."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory, "load", functools.cache(directory.load))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import time
@@ -15,17 +14,12 @@ from vlm_cli.templates.render import render_template
 from vlm_cli.training.dataset import IGNORED, load_dataset
 from vlm_cli.writing.writer import PromptWriter
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory, "load", functools.cache(directory.load))
-        yield
 
 
 @pytest.fixture(scope="module")
