@@ -130,7 +130,7 @@ def compare_files(folder: Path, *, verify: bool = False, may_lack: bool = False)
                 continue
             problem = "is missing"
         elif (size := path.stat().st_size) != record.bytes:
-            problem = f"has {size:,} bytes, and had {record.bytes:,}"
+            problem = f"has {size:,} bytes instead of {record.bytes:,}"
         elif is_weights and size > _SMALL and not verify:
             unread += 1
             continue

@@ -93,7 +93,7 @@ def test_a_command_tells_it_once(folder: Path, vlm: Callable[..., Any]) -> None:
     ("damage", "words"),
     [
         (change, "has another SHA-256 hash"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"has 5,695,647 bytes, and had 5,695,648"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"has 5,695,647 bytes instead of 5,695,648"),
         (Path.unlink, "is missing"),
     ],
 )

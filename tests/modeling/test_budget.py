@@ -56,7 +56,7 @@ def test_a_prompt_that_is_too_long_is_refused(language_model):
         budget.room(128, 4)
     assert budget.problem(128, []) is None
     assert budget.problem(130, [MediumSize()]) == (
-        "takes 130 positions (1 of them for 1 images), but the language model has 128. Shorten it."
+        "takes 130 positions (1 of them for 1 image), but the language model has 128. Shorten it."
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlm_cli.errors import PromptError
 from vlm_cli.modeling.language_model import context_length
+from vlm_cli.printable import count_of
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
@@ -90,7 +91,9 @@ class ContextBudget:
         """Say why the vision tokenizer cannot take so many media in one prompt; None if it can."""
         if self.max_num_media is None or num_media <= self.max_num_media:
             return None
-        return f"has {num_media} images, but the vision tokenizer was made for at most {self.max_num_media}."
+        return (
+            f"has {count_of(num_media, 'image')}, but the vision tokenizer was made for at most {self.max_num_media}."
+        )
 
     def check_media(self, num_media: int) -> None:
         """Refuse a prompt with more media than the vision tokenizer takes.
@@ -116,6 +119,6 @@ class ContextBudget:
             return None
         of_media = positions - num_tokens + len(media)
         return (
-            f"takes {positions} positions ({of_media} of them for {len(media)} images), but the language model has "
-            f"{self.context}. Shorten it."
+            f"takes {positions} positions ({of_media} of them for {count_of(len(media), 'image')}), but the language "
+            f"model has {self.context}. Shorten it."
         )
