@@ -266,6 +266,11 @@ def change_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
             lambda data: data["image_processor"]["preprocess"].update(nothing=1),
             "describes no preprocessing that vlm has",
         ),
+        (
+            "config.json",
+            lambda data: data.update(first_added_id=data["first_added_id"] - 1),
+            "gives .* the id .*, and with the first_added_id of config.json it is",
+        ),
     ],
 )
 def test_files_that_do_not_belong_together(model: Path, file: str, change: Any, words: str) -> None:

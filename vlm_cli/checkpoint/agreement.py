@@ -41,7 +41,7 @@ def _find_problems(
 ) -> Iterator[str]:
     """Find disagreements, each as a clause."""
     first, added = config.first_added_id, config.added_tokens
-    ids = {**{token: i for i, token in enumerate(added, first)}, MEDIA_TOKEN: config.media_token_id}
+    ids = {**config.added_ids, MEDIA_TOKEN: config.media_token_id}
     for source, expected in (("the tokenizer in memory", wanted), ("config.json", ids)):
         for token, i in expected.items():
             if found.get(token) != i:

@@ -42,6 +42,11 @@ def _find_problems(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
             f"the tokenizer gives <image> the id {processor.media_token_id}, and config.json says "
             f"{config.media_token_id}."
         )
+    elif wrong := [t for t, i in config.added_ids.items() if tokenizer.convert_tokens_to_ids(t) != i]:
+        yield (
+            f"the tokenizer gives {wrong[0]!r} the id {tokenizer.convert_tokens_to_ids(wrong[0])}, and with the "
+            f"first_added_id of config.json it is {config.added_ids[wrong[0]]}."
+        )
     elif not _reads_media(processor):
         yield "the tokenizer does not read <image> as one token of its own; <image> must not be special."
     if (problem := _preprocessing_problem(images)) is not None:

@@ -69,3 +69,8 @@ class VLMConfig(PreTrainedConfig):
     def image_token_id(self) -> int:
         """`media_token_id` under Transformers' name."""
         return self.media_token_id
+
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """Added token -> id. The ids follow each other from `first_added_id`."""
+        return {token: self.first_added_id + i for i, token in enumerate(self.added_tokens)}

@@ -243,7 +243,7 @@ def _describe_tokens(model: VLM, tokenizer: PreTrainedTokenizerBase | None) -> T
     if tokenizer is not None:
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     return TokenDescription(
-        added={token: config.first_added_id + i for i, token in enumerate(config.added_tokens)},
+        added=config.added_ids,
         media=config.media_token_id,
         pad=config.pad_token_id,
         stop=list(stop_token_ids(model.generation_config)) or None,
