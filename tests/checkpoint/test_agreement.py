@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from vlm_cli.checkpoint.building import BuildResult
 from vlm_cli.checkpoint.export.formats import export_model
 from vlm_cli.doctor import check_invariants
 from vlm_cli.errors import CheckpointError, LanguageModelError
+from vlm_cli.modeling import VLMConfig
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Text
 from vlm_cli.tokenizer import add_tokens
@@ -133,7 +132,7 @@ def test_a_model_is_read_back_before_it_counts_as_written(
     directory.save(built.model, built.processor, tmp_path / "out")
 
 
-CONFIG = SimpleNamespace(first_added_id=2, added_tokens=["<end>", "<image>"], media_token_id=3)
+CONFIG = VLMConfig(first_added_id=2, added_tokens=["<end>", "<image>"], media_token_id=3)
 IDS = {"a": 0, "b": 1, "<end>": 2, "<image>": 3}
 ROWS = {"added_tokens.embedding.weight": 2, "lang_model.embed.weight": 5}
 
@@ -150,7 +149,6 @@ ROWS = {"added_tokens.embedding.weight": 2, "lang_model.embed.weight": 5}
     ],
 )
 def test_files_that_do_not_agree(ids: dict[str, int], rows: dict[str, int], problem: str) -> None:
-    config: Any = CONFIG
-    check_agreement(config, IDS, IDS, ROWS)
+    check_agreement(CONFIG, IDS, IDS, ROWS)
     with pytest.raises(CheckpointError, match=problem):
-        check_agreement(config, ids, IDS, rows)
+        check_agreement(CONFIG, ids, IDS, rows)
