@@ -19,7 +19,7 @@ from vlm_cli.checkpoint.building import BuildResult
 from vlm_cli.checkpoint.export.formats import export_model
 from vlm_cli.doctor import check_invariants
 from vlm_cli.errors import CheckpointError, LanguageModelError
-from vlm_cli.modeling import VLMConfig
+from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Text
 from vlm_cli.tokenizer import add_tokens
