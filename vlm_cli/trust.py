@@ -14,6 +14,7 @@ that no other module calls one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ __all__ = [
     "load_tokenizer",
     "make_config",
     "make_language_model",
+    "match_weights",
 ]
 
 #: Arguments of `from_pretrained` that say where a file is.
@@ -269,6 +271,26 @@ def load_language_model(location: str | Path, *, trust_remote_code: bool = False
         return AutoModelForCausalLM.from_pretrained(
             location, trust_remote_code=trust_remote_code, weights_only=True, **keywords
         )
+
+
+def match_weights(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return which weights a model would miss, refuse and leave out, as Transformers' loading reports it.
+
+    Args:
+        model: a language model; it stays as it is.
+        state: name -> tensor on the meta device.
+    """
+    loaded: Any = type(model).from_pretrained(
+        None,
+        config=copy.deepcopy(model.config),
+        state_dict=dict(state),
+        device_map="meta",
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    info: Mapping[str, Any] = loaded[1]
+    return info
 
 
 def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **keywords: Any) -> Tokenizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import vlm_cli
 from tests.support import disk
+from vlm_cli.checkpoint import building
 from vlm_cli.checkpoint.building import IncompleteWeightsError
+from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource
 from vlm_cli.composition import Composition
-from vlm_cli.errors import OutputExistsError, UsageError
+from vlm_cli.errors import OutputExistsError, UsageError, VLMError
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,42 @@ def test_a_delta_keeps_what_a_weight_file_brought(parts: Composition, tmp_path: 
     held = load_file(tmp_path / "delta/delta.safetensors")
     assert changed in held and not any(x.startswith("vision_encoder") for x in held)
     assert not torch.equal(held[changed], whole.model.state_dict()[changed])
+
+
+def _damaged(state: dict[str, torch.Tensor], damage: str, layer: str) -> dict[str, torch.Tensor]:
+    """Add the tensor of one more layer, take one tensor away, or give one another shape."""
+    name = next(name for name in state if layer in name)
+    if damage == "more":
+        return {**state, name.replace(layer, layer.replace("1", "8")): state[name].clone()}
+    rest = {key: x for key, x in state.items() if key != name}
+    return rest if damage == "fewer" else {**rest, name: torch.cat([state[name], state[name]])}
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("damage", ["more", "fewer", "shape", "cut"])
+@pytest.mark.parametrize("part", ["lm", "tower"])
+def test_a_dry_run_refuses_what_the_build_refuses(
+    part: str, damage: str, tmp_path: Path, parts: Composition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, tower = Path(parts.language_model.name), Path(parts.vision_encoder.name.removeprefix("local-dir:"))
+    source, name = (lm, "model.safetensors") if part == "lm" else (tower, "open_clip_model.safetensors")
+    folder = shutil.copytree(source, tmp_path / part)
+    over = {"language_model": str(folder)} if part == "lm" else {"vision_encoder": f"local-dir:{folder}"}
+    blueprint = plan(Composition.from_dict(parts.to_dict() | over))
+    blueprint.check_weights()
+    if damage == "cut":
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
+    else:
+        layer = ".layers.1." if part == "lm" else ".resblocks.1."
+        save_file(_damaged(load_file(folder / name), damage, layer), folder / name, {"format": "pt"})
+    with pytest.raises(VLMError) as of_names:
+        blueprint.check_weights()
+    with pytest.raises(VLMError) as of_loading:
+        create(blueprint)
+    assert str(of_names.value) == str(of_loading.value) and type(of_names.value) is type(of_loading.value)
+    monkeypatch.setattr(building, "plan", lambda composition, **_: blueprint)
+    with pytest.raises(VLMError, match=re.escape(str(of_names.value))):
+        vlm_cli.build(parts)
 
 
 def test_weights_that_do_not_cover_the_model(parts: Composition, tmp_path: Path) -> None:

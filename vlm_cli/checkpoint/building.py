@@ -141,7 +141,7 @@ def build(
     progress("checking the composition")
     blueprint = plan(composition, trust_remote_code=trust_remote_code)
     if not random_weights:
-        blueprint.language_model.check_files()
+        blueprint.check_weights()
     _, notes = inherit_checked(blueprint.language_model.generation_config(), blueprint.language_model.name)
     if file is not None:
         open_weights(file)  # a file that cannot be read fails before anything is downloaded

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.tower import Tower
-from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
+from vlm_cli.checkpoint.parts.vision_encoders import check_tower_weights, find_tower, load_tower
 from vlm_cli.checkpoint.size_limits import check_memory, limited_size
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, explain_reading
@@ -70,6 +70,17 @@ class Blueprint:
                 f"no model can be made of vision encoder {self.config.composition.vision_encoder.name!r} and language "
                 f"model {self.language_model.name!r}: {explain_reading(error)}. Check their configurations."
             ) from error
+
+    def check_weights(self) -> None:
+        """Check that the pretrained parts on this machine fit their configurations, by names and shapes.
+
+        A dry run and a build both ask here, so that the one accepts no more than the other.
+
+        Raises:
+            VLMError: if a file cannot be read, lacks a tensor, or holds one for which the part has no place.
+        """
+        self.language_model.check_files(self.meta_model.lang_model)
+        check_tower_weights(self.tower)
 
     @property
     def processor(self) -> VLMProcessor:

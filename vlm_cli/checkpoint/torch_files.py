@@ -1,4 +1,4 @@
-"""Read PyTorch's files of tensors (.pt, .pth, .bin), and say why one was refused. Code in a file is never run."""
+"""Read files of tensors (.safetensors, .pt, .pth, .bin), and say why one was refused. Code in a file is never run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_cli.errors import first_line
 
-__all__ = ["describe_load_error", "read_torch_file"]
+__all__ = ["describe_load_error", "read_shapes", "read_torch_file"]
 
 
 def read_torch_file(path: Path) -> Any:
@@ -23,6 +23,26 @@ def read_torch_file(path: Path) -> Any:
 
     # torch before 1.6 did not write zip files, and only zip files can be mapped into memory.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def read_shapes(path: Path) -> dict[str, Any]:
+    """Read the tensors of a .safetensors or PyTorch file onto the meta device: their names and shapes, not their bytes.
+
+    Raises:
+        Exception: as of `read_torch_file`.
+    """
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    state: dict[str, Any] = torch.load(
+        path, map_location="meta", weights_only=True, mmap=True if zipfile.is_zipfile(path) else None
+    )
+    return state
 
 
 def describe_load_error(error: BaseException) -> str:

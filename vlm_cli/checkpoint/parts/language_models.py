@@ -8,7 +8,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from vlm_cli.checkpoint.inside import check_folder, check_index
+from vlm_cli.checkpoint.inside import check_folder, check_index, read_index
 from vlm_cli.checkpoint.parts.gguf_tensors import count_gguf_elements
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
+from vlm_cli.checkpoint.parts.tokenizer_packages import explain_missing_packages
 from vlm_cli.checkpoint.schemas import (
     check_generation_config,
     check_text_config,
@@ -27,7 +27,7 @@ from vlm_cli.checkpoint.schemas import (
 )
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.checkpoint.surplus import find_surplus
-from vlm_cli.checkpoint.torch_files import describe_load_error
+from vlm_cli.checkpoint.torch_files import describe_load_error, read_shapes
 from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
@@ -36,7 +36,7 @@ from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.offline import use_cache_without_network
 from vlm_cli.printable import count_of
 from vlm_cli.registry import suggest
-from vlm_cli.trust import load_config, load_generation_config, load_language_model, load_tokenizer
+from vlm_cli.trust import load_config, load_generation_config, load_language_model, load_tokenizer, match_weights
 
 __all__ = ["LanguageModelSource", "find_language_model"]
 
@@ -62,7 +62,7 @@ class LanguageModelSource:
 
         Raises:
             LanguageModelError: if there is no tokenizer.
-        UntrustedCodeError: if the tokenizer needs code that may not run.
+            UntrustedCodeError: if the tokenizer needs code that may not run.
         """
         location, keywords = self.location, self.keywords
         if other is not None:
@@ -84,8 +84,8 @@ class LanguageModelSource:
             why = explain_reading(error)
             if why.startswith("Couldn't instantiate the backend tokenizer"):
                 why = "there is no tokenizer.json, nor a file it could be made of"
-            if (missing := _find_missing_packages(location)) and "gguf_file" not in keywords:
-                why = f"it has a tokenizer.model and no tokenizer.json, and needs: pip install {' '.join(missing)}"
+            if "gguf_file" not in keywords:
+                why = explain_missing_packages(location, keywords.get("revision")) or why
             raise LanguageModelError(
                 f"{other or self.name!r} has no tokenizer that can be read ({why}). {advice}"
             ) from None
@@ -114,13 +114,22 @@ class LanguageModelSource:
                 ) from None
         return GenerationConfig.from_model_config(self.config)
 
-    def check_files(self) -> None:
-        """Check that a directory has the weight files that it names, before anything is loaded.
+    def check_files(self, model: PreTrainedModel) -> None:
+        """Check that the files in a directory cover a model and hold no tensor beyond it, before they are loaded.
+
+        Only names and shapes are read. A hub id is checked when its files are here, and a quantized model by its
+        quantizer, when it is loaded.
+
+        Args:
+            model: of this configuration, on the meta device.
 
         Raises:
-            VLMError: if it has none, or its index names another place.
+            VLMError: if weights are missing, cannot be read or do not fit, or their index names another place.
         """
-        if "gguf_file" in self.keywords or not Path(self.location).is_dir():
+        if "gguf_file" in self.keywords:
+            self._check_uses_all(model, {})
+            return
+        if not (folder := Path(self.location)).is_dir():
             return
         check_index(self.location, self.keywords)
         if not weight_files(self.location):
@@ -128,6 +137,20 @@ class LanguageModelSource:
                 f"cannot load the weights of language model {self.name!r}: there is no file named model.safetensors in "
                 "its directory. Fetch it again, or add --random-weights."
             )
+        if getattr(self.config, "quantization_config", None) is not None or (folder / "adapter_config.json").exists():
+            return
+        state: dict[str, Any] = {}
+        try:
+            for file in _files_to_load(folder):
+                state |= read_shapes(file)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise self._unreadable(error) from None
+        if state:
+            info = match_weights(model, state)
+            _check_complete(self.name, info)
+            self._check_uses_all(model, info)
 
     def _limited_size(self) -> AbstractContextManager[None]:
         """Refuse a configuration that asks for more numbers than the weight files hold; quantized files hold more."""
@@ -141,7 +164,7 @@ class LanguageModelSource:
 
         Raises:
             LanguageModelError: if they cannot be fetched or read, or do not cover the model.
-        UntrustedCodeError: if the model needs code that may not run.
+            UntrustedCodeError: if the model needs code that may not run.
         """
         is_gguf = "gguf_file" in self.keywords
         if not is_gguf:
@@ -157,10 +180,7 @@ class LanguageModelSource:
         except CheckpointError as error:
             raise LanguageModelError(str(error)) from None
         except Exception as error:
-            advice = "" if Path(self.location).exists() else f" {_ADVICE}"
-            raise LanguageModelError(
-                f"cannot load the weights of language model {self.name!r}: {describe_load_error(error)}.{advice}"
-            ) from None
+            raise self._unreadable(error) from None
         _check_complete(self.name, info)
         self._check_uses_all(model, info)
         if is_gguf:
@@ -168,6 +188,13 @@ class LanguageModelSource:
             model.hf_quantizer = None
             model.config.__dict__.pop("quantization_config", None)
         return model
+
+    def _unreadable(self, error: Exception) -> LanguageModelError:
+        """Make the error for weights that cannot be fetched or read."""
+        advice = "" if Path(self.location).exists() else f" {_ADVICE}"
+        return LanguageModelError(
+            f"cannot load the weights of language model {self.name!r}: {describe_load_error(error)}.{advice}"
+        )
 
     def _check_uses_all(self, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
         """Check that the model uses every tensor that its files hold.
@@ -227,28 +254,14 @@ def _names_in_gguf_made_once() -> Iterator[None]:
         gguf.get_tensor_name_map = original
 
 
-def _find_missing_packages(location: str) -> list[str]:
-    """List the packages that read a directory's tokenizer.model and are not installed; empty if none is needed."""
-    folder = Path(location)
-    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
-        return []
-    needed = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
-    is_tiktoken = not _is_sentencepiece(folder / "tokenizer.model")
-    wanted = ["tiktoken"] if is_tiktoken else ["sentencepiece", "google.protobuf"]
-    return [needed[name] for name in wanted if not _is_installed(name)]
-
-
-def _is_sentencepiece(file: Path) -> bool:
-    """Say whether a tokenizer.model is SentencePiece's protocol buffer, and not tiktoken's lines of text."""
-    with file.open("rb") as opened:
-        return opened.read(1) == b"\n"  # the tag of the first piece
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is not installed
-        return False
+def _files_to_load(folder: Path) -> list[Path]:
+    """List the weight files that Transformers loads from a directory: whole or in shards, safetensors first."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return [folder / file for file in sorted(set(read_index(index).values()))]
+    return []
 
 
 def _check_complete(name: str, info: Mapping[str, Any]) -> None:
@@ -283,7 +296,7 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
 
     Raises:
         LanguageModelError: if there is no such model, or if it does not write text from left to right.
-        UntrustedCodeError: if its configuration asks for code that may not run.
+            UntrustedCodeError: if its configuration asks for code that may not run.
     """
     path = Path(options.name).expanduser()
     keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}

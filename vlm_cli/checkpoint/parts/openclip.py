@@ -15,7 +15,7 @@ from vlm_cli.checkpoint.inside import check_folder
 from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
 from vlm_cli.checkpoint.schemas import check_openclip_config
 from vlm_cli.checkpoint.surplus import is_computed
-from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
+from vlm_cli.checkpoint.torch_files import describe_load_error, read_shapes, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
 from vlm_cli.hub_ids import is_hub_id
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "check_openclip_weights",
     "complete_preprocessing",
     "fetch_weights",
     "find_openclip_tower",
@@ -170,18 +171,42 @@ def load_openclip_tower(tower: Tower) -> nn.Module:
     return truncate_layers(loaded, tower.config.get("depth"))
 
 
+def check_openclip_weights(tower: Tower) -> None:
+    """Check that a weight file on this machine covers a tower and fits it, by names and shapes.
+
+    A file with other names than OpenCLIP's is checked when it is loaded.
+
+    Raises:
+        VisionEncoderError: if it cannot be read or does not fit.
+    """
+    from vlm_cli.modeling.meta import meta_device
+
+    if isinstance(tower.weights, WeightsFile):
+        whole = replace(tower, config={key: x for key, x in tower.config.items() if key != "depth"})
+        with meta_device():
+            _fill_whole(whole, tower.weights.path, only_shapes=True)
+
+
 def _load_whole(tower: Tower, path: Path) -> nn.Module:
     """Make a tower with all of its layers and their weights."""
-    from vlm_cli.modeling.towers import build_tower, set_image_size
-
     try:
-        state = _visual_state(path)
-        if not state:
-            return _load_with_openclip(tower, path)
+        return _fill_whole(tower, path) or _load_with_openclip(tower, path)
     except (CheckpointError, VisionEncoderError):
         raise
     except Exception as error:
-        raise VisionEncoderError(f"cannot load the weights {str(path)!r}: {describe_load_error(error)}.") from None
+        raise _unreadable(path, error) from None
+
+
+def _fill_whole(tower: Tower, path: Path, *, only_shapes: bool = False) -> nn.Module | None:
+    """Make a tower of a file with OpenCLIP's names, with all of its layers; None if the file has other names."""
+    from vlm_cli.modeling.towers import build_tower, set_image_size
+
+    try:
+        state = _visual_state(path, only_shapes)
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    if not state:
+        return None
     vision_cfg = tower.config["vision_cfg"]
     if "timm_model_name" not in vision_cfg:
         visual: Any = build_tower(tower.config)
@@ -190,24 +215,30 @@ def _load_whole(tower: Tower, path: Path) -> nn.Module:
     # timm resizes a tower that is loaded, not a file.
     visual = build_tower({**tower.config, "vision_cfg": tower.model_config["vision_cfg"]})
     _fill(visual, state, path)
+    if only_shapes:
+        return visual
     size = vision_cfg.get("image_size", visual.image_size)
     visual.image_size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     return set_image_size(visual)
 
 
-def _visual_state(path: Path) -> dict[str, Any]:
+def _unreadable(path: Path, error: Exception) -> VisionEncoderError:
+    return VisionEncoderError(f"cannot load the weights {str(path)!r}: {describe_load_error(error)}.")
+
+
+def _visual_state(path: Path, only_shapes: bool) -> dict[str, Any]:
     """Read the tensors of the image tower under OpenCLIP's names; none if the file names them differently."""
-    if path.suffix == ".safetensors":
+    if path.suffix in (".npz", ".npy"):
+        return {}
+    if path.suffix == ".safetensors" and not only_shapes:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
             return {k: file.get_tensor(k) for k in file.keys() if k.startswith("visual.")}
-    if path.suffix in (".npz", ".npy"):
-        return {}
-    state = read_torch_file(path)
+    state = read_shapes(path) if only_shapes else read_torch_file(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     # Data-parallel training puts "module." before each name.
-    state = {str(k).removeprefix("module."): x for k, x in state.items()}
+    state = {str(k).removeprefix("module."): x for k, x in state.items()} if path.suffix != ".safetensors" else state
     return {k: x for k, x in state.items() if k.startswith("visual.")}
 
 

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlm_cli.checkpoint.parts.openclip import find_openclip_tower, load_openclip_tower, openclip_files
+from vlm_cli.checkpoint.parts.openclip import (
+    check_openclip_weights,
+    find_openclip_tower,
+    load_openclip_tower,
+    openclip_files,
+)
 from vlm_cli.checkpoint.parts.outside import find_outside_tower, load_outside_tower
 from vlm_cli.checkpoint.parts.tower import Tower
 from vlm_cli.composition import VisionEncoderOptions
@@ -17,7 +22,7 @@ from vlm_cli.registry import VISION_ENCODERS
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["describe_random_tower", "find_tower", "list_towers", "load_tower"]
+__all__ = ["check_tower_weights", "describe_random_tower", "find_tower", "list_towers", "load_tower"]
 
 
 def list_towers() -> dict[str, str]:
@@ -53,6 +58,16 @@ def describe_random_tower(options: VisionEncoderOptions) -> str | None:
         f"vision encoder {name!r} names no pretrained weights, so its weights are random{pixels}. Give a tag, as in "
         "ViT-B-32:laion2b_s34b_b79k."
     )
+
+
+def check_tower_weights(tower: Tower) -> None:
+    """Check what can be known of a tower's weight file before it is loaded, if it is on this machine.
+
+    Raises:
+        VisionEncoderError: if the file cannot be read or does not fit.
+    """
+    if not tower.is_outside:
+        check_openclip_weights(tower)
 
 
 def load_tower(tower: Tower) -> nn.Module:
