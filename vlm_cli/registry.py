@@ -21,6 +21,7 @@ from vlm_cli.errors import PluginError, UnknownNameError, first_line
 
 __all__ = [
     "FUSIONS",
+    "TILINGS",
     "VISION_ENCODERS",
     "VISION_TOKENIZERS",
     "Part",
@@ -254,6 +255,7 @@ VISION_TOKENIZERS = Registry(
     "vision tokenizer", "vlm_cli.vision_tokenizers", methods=("num_tokens", "token_mask"), settings=("dim_out",)
 )
 FUSIONS = Registry("fusion", "vlm_cli.fusions", methods=("media_width", "project_media"))
+TILINGS = Registry("tiling", "vlm_cli.tilings", settings=("picture_text",))
 
 _TOKENIZERS = "vlm_cli.modeling.vision_tokenizers"
 for _part in (
@@ -305,3 +307,31 @@ for _part in (
     ),
 ):
     FUSIONS.add(_part)
+
+for _part in (
+    RegisteredPart(
+        "none",
+        "vlm_cli.tiling.none:plan",
+        "vlm_cli.composition:TilingOptions",
+        "each picture is one view",
+    ),
+    RegisteredPart(
+        "grid",
+        "vlm_cli.tiling.grid:plan",
+        "vlm_cli.composition:GridOptions",
+        "the grid of tiles whose shape is nearest to the picture's, and the whole picture (InternVL)",
+    ),
+    RegisteredPart(
+        "anyres",
+        "vlm_cli.tiling.anyres:plan",
+        "vlm_cli.composition:AnyresOptions",
+        "one of several canvases with bars, cut into tiles, and the whole picture (LLaVA-NeXT)",
+    ),
+    RegisteredPart(
+        "split",
+        "vlm_cli.tiling.split:plan",
+        "vlm_cli.composition:SplitOptions",
+        "the picture resized to whole tiles, and the whole picture (Idefics3, SmolVLM, nanoVLM)",
+    ),
+):
+    TILINGS.add(_part)

@@ -18,7 +18,7 @@ import vlm_cli
 from tests.support import ROOT
 from tests.support.markdown import blocks, table
 from vlm_cli import composition
-from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
+from vlm_cli.registry import FUSIONS, TILINGS, VISION_TOKENIZERS
 
 COMPOSITION = (ROOT / "docs" / "composition.md").read_text(encoding="utf-8")
 SOURCES = sorted((ROOT / "vlm_cli").rglob("*.py"))
@@ -51,6 +51,7 @@ def sections() -> dict[str, type]:
     """The dataclass that each section describes."""
     parts = {f"vision_tokenizer: {name}": VISION_TOKENIZERS[name] for name in VISION_TOKENIZERS}
     parts |= {f"fusion: {name}": FUSIONS[name] for name in FUSIONS}
+    parts |= {f"tiling: {name}": TILINGS[name] for name in TILINGS}
     ours = {title: part.options_class() for title, part in parts.items() if part.target.startswith("vlm_cli.")}
     return {
         "Top level": composition.Composition,
@@ -69,6 +70,7 @@ def test_settings_are_documented(title: str) -> None:
     for f in fields:
         if told[f.name] or f.default not in ("", dataclasses.MISSING):
             default = list(f.default) if isinstance(f.default, tuple) else f.default
+            default = default.type if isinstance(default, composition.Choice) else default
             assert yaml.safe_load(told[f.name]) == default, f.name
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("hub_ids", "locks", "network", "offline", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags", "manifest", "preprocessing"),
-    ("templates",),
+    ("templates", "tiling"),
     ("modeling",),
     ("decoding", "tokenizer"),
     ("processor",),
@@ -44,7 +44,8 @@ FORBIDDEN["vlm_cli/evaluation"] += ["vlm_cli.training"]
 
 #: What is imported before a command runs, and what it may not import outside of functions: `vlm --help` must be quick.
 LIGHT = ("composition", "data", "errors", "files", "flags", "media/loader", "models", "prompt", "registry", "resume")
-LIGHT += ("hub_ids", "locks", "manifest", "plain_data", "renames", "schema", "training/listener", "training/settings")
+LIGHT += ("hub_ids", "locks", "manifest", "plain_data", "renames", "schema", "tiling")
+LIGHT += ("training/listener", "training/settings")
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 
 

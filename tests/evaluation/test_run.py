@@ -21,8 +21,8 @@ from vlm_cli.generation.answers import RowAnswerer
 from vlm_cli.generation.batch_size import BatchSize
 from vlm_cli.generation.plan import GenerationPlan
 from vlm_cli.media import MediaLoader
-from vlm_cli.modeling.budget import MediumSize
 from vlm_cli.prompt import Medium
+from vlm_cli.tiling import MediumSize
 
 RECORDS = [{"kind": kind, "prompt": prompt, "completion": " x"} for kind, prompt in PROMPTS]
 

@@ -11,8 +11,9 @@ from tests.support import tiny
 from vlm_cli.errors import DataError, PromptError
 from vlm_cli.evaluation.items import Item, encode_items
 from vlm_cli.generation.plan import GenerationPlan
-from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.prompt import Text
+from vlm_cli.tiling import MediumSize
 
 
 @pytest.mark.sample(2)

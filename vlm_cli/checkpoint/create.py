@@ -23,7 +23,7 @@ from vlm_cli.checkpoint.parts.vision_encoders import check_tower_weights, find_t
 from vlm_cli.checkpoint.size_limits import check_memory, limited_size
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, explain_reading
-from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import decoder_layers, find_widths
@@ -34,6 +34,7 @@ from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.quiet import quiet_libraries
+from vlm_cli.tiling import MediumSize
 from vlm_cli.tokenizer import add_tokens
 
 __all__ = ["Blueprint", "cast", "configure", "create", "find_missing_parts", "generation_config", "plan"]

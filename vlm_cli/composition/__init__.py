@@ -21,6 +21,7 @@ from vlm_cli.composition.options import (
     VisionEncoderOptions,
 )
 from vlm_cli.composition.request import CompositionRequest
+from vlm_cli.composition.tiling import AnyresOptions, GridOptions, SplitOptions, TilingOptions, limit_tiles
 
 __all__ = [
     "END_OF_CHUNK",
@@ -29,11 +30,13 @@ __all__ = [
     "PARTS",
     "UNSUITABLE_LANGUAGE_MODELS",
     "Activation",
+    "AnyresOptions",
     "Choice",
     "Composition",
     "CompositionRequest",
     "CrossAttentionOptions",
     "GatedFusionOptions",
+    "GridOptions",
     "LanguageModelOptions",
     "LanguageStreamOptions",
     "LinearOptions",
@@ -41,8 +44,11 @@ __all__ = [
     "MLPOptions",
     "PerceiverOptions",
     "QFormerOptions",
+    "SplitOptions",
+    "TilingOptions",
     "VisionEncoderOptions",
     "keep_trained_settings",
+    "limit_tiles",
     "merge",
     "parse_override",
     "read_file",

@@ -15,14 +15,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from vlm_cli.composition.families import FAMILIES
 from vlm_cli.composition.files import merge, parse_overrides, split_name
 from vlm_cli.composition.options import MEDIA_TOKEN, PARTS, LanguageModelOptions, VisionEncoderOptions
+from vlm_cli.composition.tiling import TilingOptions
 from vlm_cli.errors import CompositionError
-from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, nearest, suggest
+from vlm_cli.registry import FUSIONS, TILINGS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, nearest, suggest
 from vlm_cli.schema import is_finite, number, show
 
 __all__ = ["MAX_WEIGHT_DECAY", "Choice", "Composition"]
 
 MAX_WEIGHT_DECAY = 1_000.0
 _MOST_NAMES = 1_000  # of added tokens
+_MOST_VALUES = 1_000  # of a setting that is a list
+
+#: Annotation of a setting that is a list -> what it must be, in words.
+_LISTS = {tuple[tuple[int, ...], ...]: "a list of lists of whole numbers, such as [[336, 672], [672, 336]]"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,16 @@ class Choice:
     options: Any
 
     def to_dict(self) -> dict[str, Any]:
-        return {"type": self.type, **dataclasses.asdict(self.options)}
+        settings = dataclasses.asdict(self.options).items()
+        return {"type": self.type, **{k: _with_lists(x) if isinstance(x, tuple) else x for k, x in settings}}
+
+
+def _with_lists(values: tuple[Any, ...]) -> list[Any]:
+    """Write tuples as files hold them."""
+    return [_with_lists(x) if isinstance(x, tuple) else x for x in values]
+
+
+_UNTILED = Choice(type="none", options=TilingOptions())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,7 @@ class Composition:
     trainable: tuple[str, ...] = ("vision_tokenizer", "fusion", "added_tokens")
     weight_decay: float = 0.0
     weight_decay_on: tuple[str, ...] = PARTS
+    tiling: Choice = _UNTILED  # how the image processor cuts a picture into views
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Composition:
@@ -95,11 +110,14 @@ class Composition:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the composition as plain data, which `from_dict` reads back."""
+        # Directories of earlier versions have no tiling; what they hold stays equal.
+        tiling = {} if self.tiling == _UNTILED else {"tiling": self.tiling.to_dict()}
         return {
             "family": self.family,
             "vision_encoder": dataclasses.asdict(self.vision_encoder),
             "vision_tokenizer": self.vision_tokenizer.to_dict(),
             "fusion": self.fusion.to_dict(),
+            **tiling,
             "language_model": dataclasses.asdict(self.language_model),
             "added_tokens": list(self.added_tokens),
             "trainable": list(self.trainable),
@@ -143,6 +161,7 @@ class _CompositionReader:
                 self.problems.append(f"no {name.replace('_', ' ')} is named. Add --{flag}, or {name}.name.")
         vision_tokenizer = self.read_choice("vision_tokenizer", VISION_TOKENIZERS)
         fusion = self.read_choice("fusion", FUSIONS)
+        tiling = self.read_choice("tiling", TILINGS) if self.data.get("tiling") is not None else _UNTILED
         added_tokens = self.read_names("added_tokens", (MEDIA_TOKEN,))
         if MEDIA_TOKEN not in added_tokens:
             self.problems.append(f"added_tokens must hold {MEDIA_TOKEN!r}, got {show(added_tokens)}.")
@@ -162,12 +181,13 @@ class _CompositionReader:
             trainable=trainable,
             weight_decay=weight_decay,
             weight_decay_on=weight_decay_on,
+            tiling=tiling,
         )
 
     def find_part_of(self, key: str) -> str:
         """Return " Did you mean …?" for a setting that lacks its part, such as num_latents; "" if no part has it."""
         classes: dict[str, Any] = {"vision_encoder": VisionEncoderOptions, "language_model": LanguageModelOptions}
-        for part, registry in (("vision_tokenizer", VISION_TOKENIZERS), ("fusion", FUSIONS)):
+        for part, registry in (("vision_tokenizer", VISION_TOKENIZERS), ("fusion", FUSIONS), ("tiling", TILINGS)):
             value = self.data.get(part)
             chosen = value.get("type") if isinstance(value, Mapping) else value
             if isinstance(chosen, str) and chosen in registry:
@@ -294,6 +314,10 @@ def _type_problem(hint: Any, value: Any) -> str | None:
         return f"{problem} or null" if problem else None
     if get_origin(hint) is Literal:
         return None if value in get_args(hint) else " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:  # of any length, whose values are all of one kind
+        inner, is_list = get_args(hint)[0], isinstance(value, (list, tuple))
+        fits = is_list and len(value) <= _MOST_VALUES and all(_type_problem(inner, x) is None for x in value)
+        return None if fits else _LISTS.get(hint, "a list")
     # A bool is an int in Python, but `depth: true` is a mistake.
     accepts = (int, float) if hint is float else hint
     fits = isinstance(value, accepts) and (hint is bool or not isinstance(value, bool))

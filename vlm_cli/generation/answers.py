@@ -23,10 +23,10 @@ from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
 from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.batching import pad_left, stack_media
-from vlm_cli.modeling.budget import MediumSize
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.printable import count_of
+from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_cli.decoding import decode_after
 from vlm_cli.generation.stopping import StopStrings, cut_at_stop
-from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.tiling import MediumSize
 from vlm_cli.writing.writer import PromptWriter
 
 if TYPE_CHECKING:

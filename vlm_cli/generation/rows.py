@@ -23,7 +23,7 @@ from vlm_cli.prompt import Medium, Text, interleave
 if TYPE_CHECKING:
     from vlm_cli.generation.encoded_image import ImageSlot
     from vlm_cli.generation.plan import Answer, GenerationPlan
-    from vlm_cli.modeling.budget import MediumSize
+    from vlm_cli.tiling import MediumSize
 
 __all__ = ["FileRow", "Row", "RowReader"]
 

@@ -12,15 +12,9 @@ from vlm_cli.printable import count_of
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.tiling import MediumSize
 
-__all__ = ["ContextBudget", "MediumSize"]
-
-
-@dataclass(frozen=True)
-class MediumSize:
-    """What decides how many positions one medium takes; the default is a still image."""
-
-    num_frames: int = 1
+__all__ = ["ContextBudget"]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.tiling import MediumSize
 from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["PromptLayout", "Span", "lay_out"]

@@ -20,10 +20,11 @@ from vlm_cli.data.records import Problem, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.batching import pad_left, stack_media
-from vlm_cli.modeling.budget import ContextBudget, MediumSize
+from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.tiling import MediumSize
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
 from vlm_cli.writing.writer import PromptWriter
 

@@ -1,0 +1,65 @@
+"""The tiling `grid`: a picture is squashed to a canvas of whole tiles, as far from its shape as that makes it.
+
+Source: InternVL 1.5, section 3.3 (https://arxiv.org/abs/2404.16821); Aya Vision (https://arxiv.org/abs/2505.08751).
+Transformers' `GotOcr2ImageProcessor` and `Cohere2VisionImageProcessor` choose the same grids.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from vlm_cli.composition.tiling import TILE_LIMIT
+from vlm_cli.tiling.views import Pixels, Views
+
+if TYPE_CHECKING:
+    from vlm_cli.composition import GridOptions
+
+__all__ = ["list_grids", "plan"]
+
+
+def plan(options: GridOptions, tile: Pixels, width: int, height: int) -> Views:
+    """Choose the grid of a picture, and say how the picture is cut."""
+    grids = list_grids(options.min_tiles, options.max_tiles or TILE_LIMIT)
+    choose = _nearest_in_shape if options.choose == "shape" else _least_enlarged
+    columns, rows = choose(grids, tile, width, height)
+    return Views(
+        picture=(width, height),
+        tile=tile,
+        rows=rows,
+        columns=columns,
+        steps=((columns * tile[0], rows * tile[1]),),
+        thumbnail=options.thumbnail if rows * columns > 1 else "none",
+    )
+
+
+@lru_cache(maxsize=16)
+def list_grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
+    """List all (columns, rows) of so many tiles: those of fewer tiles first, and of these the narrower ones.
+
+    >>> list_grids(2, 4)
+    ((1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1))
+    """
+    found = [(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1) if c * r >= least]
+    return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
+
+
+def _nearest_in_shape(grids: tuple[tuple[int, int], ...], tile: Pixels, width: int, height: int) -> tuple[int, int]:
+    """Return the grid whose columns over rows are nearest to width over height.
+
+    Of several with the same shape (1x1, 2x2, 3x3), the largest that has less than twice the picture's pixels; if none
+    has, the smallest.
+    """
+    shape, pixels = width / height, width * height
+    distances = [abs(shape - columns / rows) for columns, rows in grids]
+    least = min(distances)
+    nearest = [grid for grid, distance in zip(grids, distances, strict=True) if distance == least]
+    fitting = [g for g in nearest[1:] if pixels > 0.5 * tile[0] * tile[1] * g[0] * g[1]]
+    return fitting[-1] if fitting else nearest[0]
+
+
+def _least_enlarged(grids: tuple[tuple[int, int], ...], tile: Pixels, width: int, height: int) -> tuple[int, int]:
+    """Return the grid that enlarges the picture least; if every grid makes it smaller, the one that does so least."""
+    scales = [min(columns * tile[0] / width, rows * tile[1] / height) for columns, rows in grids]
+    enlarging = [scale for scale in scales if scale >= 1]
+    return grids[scales.index(min(enlarging) if enlarging else max(scales))]
