@@ -20,6 +20,7 @@ from typing import Any
 from vlm_cli.errors import PluginError, UnknownNameError, first_line
 
 __all__ = [
+    "ENCODER_TYPES",
     "FUSIONS",
     "TILINGS",
     "VISION_ENCODERS",
@@ -27,6 +28,7 @@ __all__ = [
     "Part",
     "RegisteredPart",
     "Registry",
+    "encoder_type",
     "nearest",
     "suggest",
 ]
@@ -242,6 +244,25 @@ class Registry:
 def _package(point: EntryPoint) -> str:
     """Return the name of the package that an entry point belongs to."""
     return point.dist.name if point.dist is not None else point.value
+
+
+#: Types of vision encoders that vlm brings beside OpenCLIP's towers. The names of such encoders begin with the type.
+ENCODER_TYPES = {
+    part.name: part
+    for part in (
+        RegisteredPart(
+            "hf",
+            "vlm_cli.modeling.encoders.hf:build_hf_encoder",
+            "vlm_cli.composition:VisionEncoderOptions",
+            "a vision model of Transformers, or the vision half of a larger model: hf:ORG/NAME, hf:DIRECTORY",
+        ),
+    )
+}
+
+
+def encoder_type(name: str) -> RegisteredPart:
+    """Return the part that `type` in a `vision_config` names: one that vlm brings, or one of another package."""
+    return ENCODER_TYPES[name] if name in ENCODER_TYPES else VISION_ENCODERS[name]
 
 
 #: Vision encoders of other packages only: OpenCLIP's names are valid without an entry.

@@ -18,12 +18,22 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.hub import cached_file
 
@@ -35,8 +45,10 @@ __all__ = [
     "CodeRequest",
     "check_code",
     "check_settings",
+    "find_vision_class",
     "load_config",
     "load_generation_config",
+    "load_image_processor",
     "load_language_model",
     "load_pretrained",
     "load_tokenizer",
@@ -239,6 +251,24 @@ def make_config(model_type: str, **settings: Any) -> PreTrainedConfig:
     return config
 
 
+def find_vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return Transformers' class for the vision models of a configuration; None if it has none. No code is loaded.
+
+    Some vision halves of larger models have a class that no `Auto…` class lists. It stands beside the configuration.
+    """
+    kind = type(config)
+    if not kind.__module__.startswith("transformers."):
+        return None
+    found = MODEL_MAPPING.get(kind, None)
+    classes = list(found) if isinstance(found, (list, tuple)) else [found]
+    module = import_module(kind.__module__.replace(".configuration_", ".modeling_"))
+    beside = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
+    classes += [
+        x for x in beside if x.config_class is kind and "For" not in x.__name__ and "PreTrained" not in x.__name__
+    ]
+    return next((x for x in classes if x is not None and x.main_input_name == "pixel_values"), None)
+
+
 def make_language_model(config: PreTrainedConfig) -> Any:
     """Make a causal language model with random weights, of a class that is known by now.
 
@@ -307,6 +337,21 @@ def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **k
     with _explaining(location, [_TOKENIZER, _CONFIG], keywords):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **keywords)
     return tokenizer
+
+
+def load_image_processor(location: str | Path, **keywords: Any) -> Any:
+    """Load how a vision model's images are prepared, with PIL. No code is loaded for it.
+
+    Args:
+        location: directory or hub id.
+        keywords: `revision` of Transformers' `from_pretrained`.
+
+    Raises:
+        OSError: if there is no such file.
+        UntrustedCodeError: if it needs code.
+    """
+    with _explaining(location, _PLAIN_FILES, keywords):
+        return AutoImageProcessor.from_pretrained(location, backend="pil", trust_remote_code=False, **keywords)
 
 
 def load_generation_config(location: str | Path, **keywords: Any) -> GenerationConfig:

@@ -259,7 +259,7 @@ def locate_tower(config: VLMConfig, backbone: Backbone | None, hosts: frozenset[
     """
     from huggingface_hub import hf_hub_download
 
-    settings = {key: x for key, x in config.vision_config.items() if key not in ("num_patches", "dim")}
+    settings = {key: x for key, x in config.vision_config.items() if key not in ("num_patches", "dim", "grid")}
     if backbone is None:
         return Tower(settings, {})
     tower = Tower(settings, backbone.model_config or {})

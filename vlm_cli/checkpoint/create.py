@@ -29,7 +29,7 @@ from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import decoder_layers, find_widths
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.stop_tokens import stop_token_ids
-from vlm_cli.modeling.towers import find_tower_shape
+from vlm_cli.modeling.towers import find_grid, find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
@@ -139,9 +139,13 @@ def configure(
     else:
         added, first = add_tokens(tokenizer, composition.added_tokens, rows, first_added_id)
         media_id, pad_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN), tokenizer.pad_token_id
+    features: dict[str, Any] = {"num_patches": shape[0], "dim": shape[1]}
+    class_token = composition.vision_encoder.feature_arguments["class_token"]
+    if (grid := find_grid(tower_config, shape[0], class_token)) is not None:
+        features["grid"] = [*grid]
     return VLMConfig(
         text_config=text_config,
-        vision_config={**tower_config, "num_patches": shape[0], "dim": shape[1]},
+        vision_config={**tower_config, **features},
         composition=composition,
         added_tokens=added,
         first_added_id=first,

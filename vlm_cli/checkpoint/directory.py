@@ -29,7 +29,7 @@ from vlm_cli.errors import (
     first_line,
 )
 from vlm_cli.manifest import recording
-from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
+from vlm_cli.registry import ENCODER_TYPES, FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
 from vlm_cli.report.parameters import ParameterReport
 from vlm_cli.schema import show
@@ -391,8 +391,9 @@ def _check_parts(name: str, data: Mapping[str, Any]) -> None:
         CheckpointError: if packages that the model was built with are not installed.
     """
     composition = data.get("composition") or {}
+    encoder = (data.get("vision_config") or {}).get("type")
     types = {
-        VISION_ENCODERS: (data.get("vision_config") or {}).get("type"),
+        VISION_ENCODERS: None if encoder in ENCODER_TYPES else encoder,
         VISION_TOKENIZERS: (composition.get("vision_tokenizer") or {}).get("type"),
         FUSIONS: (composition.get("fusion") or {}).get("type"),
     }

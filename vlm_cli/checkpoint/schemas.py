@@ -109,6 +109,8 @@ _VISION_CONFIG = mapping(
         "quick_gelu": truth(),
         "depth": optional(whole(1, 1_000)),
         "type": text(most=200),
+        "grid": list_of(whole(1, 16_384), least=2, most=2),
+        "config": mapping({"model_type": text(most=100)}),
     },
 )
 _OPENCLIP_MODEL = mapping(
@@ -419,6 +421,10 @@ def check_vlm_config(data: Mapping[str, Any], name: str) -> None:
         check(vision, mapping({"embed_dim": whole(1, 1_000_000)}), f"vision_config in {where}")
         if problem := _patches_problem(vision["vision_cfg"]):
             raise CheckpointError(f"{where} is not valid: {problem}")
+    if vision.get("type") == "hf":
+        check(vision, mapping({"config": mapping({"model_type": text(most=100)})}), f"vision_config in {where}")
+        check_text_config(vision["config"], where, "vision_config.config", CheckpointError)
+        check_sizes(vision["config"], where)
 
 
 def _check_type_is_known(text_config: Mapping[str, Any], where: str) -> None:

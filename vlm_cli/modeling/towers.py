@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vlm_cli.errors import VisionEncoderError
+from vlm_cli.modeling.encoders.structure import infer_grid
 from vlm_cli.modeling.meta import meta_device
-from vlm_cli.registry import VISION_ENCODERS
+from vlm_cli.registry import encoder_type
 
-__all__ = ["build_tower", "find_image_size", "find_tower_shape", "measure_features", "patch_features", "set_image_size"]
-__all__ += ["truncate_layers"]
+__all__ = ["build_tower", "find_grid", "find_image_size", "find_tower_shape", "measure_features", "patch_features"]
+__all__ += ["set_image_size", "truncate_layers"]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
@@ -33,13 +34,15 @@ def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
 
     Args:
         vision_config: either `embed_dim`, `vision_cfg` and `quick_gelu` as in OpenCLIP's model configurations, and
-            `depth` to keep fewer layers; or `type`, a name of `VISION_ENCODERS`, with what its `configure` returned.
+            `depth` to keep fewer layers; or `type`, a name of `ENCODER_TYPES` with what its builder reads, or a name of
+            `VISION_ENCODERS` with what its `configure` returned.
 
     Raises:
         VisionEncoderError: if the tower does not have `depth` layers.
     """
     if "type" in vision_config:
-        return VISION_ENCODERS[vision_config["type"]].load()(vision_config)
+        encoder: nn.Module = encoder_type(vision_config["type"]).load()(vision_config)
+        return encoder
     trunk = vision_config["vision_cfg"].get("timm_model_name")
     if trunk is not None and (not isinstance(trunk, str) or ":" in trunk or "/" in trunk):
         raise VisionEncoderError(
@@ -84,6 +87,8 @@ def truncate_layers(tower: nn.Module, depth: int | None) -> nn.Module:
 
 def _stack(tower: Any) -> tuple[nn.Module, str] | None:
     """Return the module that holds a vision transformer's layers and the layers' name in it; None for other towers."""
+    if hasattr(tower, "patch_features"):
+        return None
     if hasattr(getattr(tower, "transformer", None), "resblocks"):
         return tower.transformer, "resblocks"
     trunk: Any = getattr(tower, "trunk", None)
@@ -132,6 +137,8 @@ def patch_features(
         VisionEncoderError: if `class_token` or `norm` is given and the tower has no class token or no such norm.
     """
     if (own := getattr(tower, "patch_features", None)) is not None:
+        if getattr(tower, "has_feature_settings", False):
+            return own(pixels, layer, class_token=class_token, norm=norm)
         if class_token or norm is not None:
             raise VisionEncoderError("class_token and norm are settings of OpenCLIP's towers; leave them out.")
         return own(pixels, layer)
@@ -165,6 +172,21 @@ def find_image_size(tower: nn.Module) -> tuple[int, int]:
     """Return the (H, W) pixels that a tower reads."""
     size = tower.image_size
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+
+
+def find_grid(vision_config: Mapping[str, Any], num_patches: int, class_token: bool = False) -> tuple[int, int] | None:
+    """Return the (rows, columns) in which the patches of a tower's features stand; None if they form no grid.
+
+    Args:
+        vision_config: as for `build_tower`.
+        num_patches: v, with the class token if the features begin with it.
+        class_token: whether they do.
+    """
+    if "grid" in vision_config:
+        rows, columns = vision_config["grid"]
+        return rows, columns
+    size = vision_config["vision_cfg"].get("image_size", 224)
+    return infer_grid(num_patches - class_token, tuple(size) if isinstance(size, (list, tuple)) else (size, size))
 
 
 def find_tower_shape(

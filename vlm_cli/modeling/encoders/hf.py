@@ -1,0 +1,188 @@
+"""Vision models of Transformers as vision encoders.
+
+N images, C H W pixels, T tokens, v patches, d channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm_cli.errors import VisionEncoderError
+from vlm_cli.modeling.encoders.structure import Stop, Structure, first_tensor, read_structure, stop_at
+from vlm_cli.modeling.meta import meta_device
+from vlm_cli.plain_data import parse_json
+from vlm_cli.trust import find_vision_class, make_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["build_hf_encoder", "encoder_class", "find_structure", "read_size", "truncate_hf_encoder"]
+
+
+class _ReadsPatches:
+    """What vlm adds to a vision model of Transformers: the features of patches by layer.
+
+    The class of an encoder has the model's class as its other base, so that tensors keep their published names.
+    """
+
+    vision_config: Mapping[str, Any]
+    has_feature_settings = True  # patch_features takes class_token and norm
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The (H, W) pixels that the encoder reads."""
+        return read_size(self.vision_config)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What the model's tokens are."""
+        return find_structure(self.vision_config)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The (rows, columns) of the patches of the last layer."""
+        return self.structure.grid
+
+    def patch_features(
+        self, pixels: Tensor, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+    ) -> Tensor:
+        """float[N, C, H, W] -> float[N, v, d]; see `vlm_cli.modeling.towers.patch_features`."""
+        found = self.structure
+        model: Any = self
+        if class_token and not found.has_class_token:
+            raise VisionEncoderError("the vision encoder has no class token; leave out class_token.")
+        if norm is not None and found.norm is None:
+            raise VisionEncoderError("the vision encoder has no last norm of its patches; leave out norm.")
+        applies = found.norm is not None and (layer == -1 if norm is None else norm)
+        if layer == -1 and applies == found.is_normed:
+            features = _run(model, pixels)
+        else:
+            features = self._layer_output(pixels, layer)
+            features = model.get_submodule(found.norm)(features) if applies else features
+        return _take_patches(features, found, class_token)
+
+    def _layer_output(self, pixels: Tensor, layer: int) -> Tensor:
+        """Return what a layer gives; the layers after it do not run."""
+        found, model = self.structure, self
+        assert isinstance(model, nn.Module)
+        if found.layers is None:
+            raise VisionEncoderError("the layers of the vision encoder cannot be told apart; leave out layer.")
+        if -layer > found.depth:
+            raise VisionEncoderError(
+                f"the vision encoder has {found.depth} layers, so layer is at least {-found.depth}."
+            )
+        layers: Any = model.get_submodule(found.layers)
+        try:
+            with stop_at(layers[layer]):
+                _run(model, pixels)
+        except Stop as stop:
+            return stop.value
+        raise AssertionError("the layer did not run")
+
+
+def _run(model: Any, pixels: Tensor) -> Tensor:
+    """Run a vision model, and return its last features."""
+    output = model(pixel_values=pixels, return_dict=True)
+    found = getattr(output, "last_hidden_state", None)
+    return first_tensor(output) if found is None else found
+
+
+def _take_patches(features: Tensor, found: Structure, class_token: bool) -> Tensor:
+    """Return float[N, v, d] of a map or of tokens."""
+    if features.ndim == 4:
+        tokens = features if found.channels_last or not found.is_map else features.permute(0, 2, 3, 1)
+        return tokens.flatten(1, 2)
+    patches = features[:, found.before : features.shape[1] - found.after]
+    return torch.cat([features[:, :1], patches], dim=1) if class_token else patches
+
+
+def build_hf_encoder(vision_config: Mapping[str, Any]) -> nn.Module:
+    """Build a vision model of Transformers with random weights.
+
+    Args:
+        vision_config: `config`, the configuration of the vision model in Transformers' words, with `model_type`, and
+            `vision_cfg` with `image_size`.
+
+    Raises:
+        VisionEncoderError: if Transformers has no vision model of this type.
+    """
+    config, model = _find_model(vision_config["config"])
+    encoder: Any = encoder_class(model)(config)
+    encoder.vision_config = vision_config
+    return truncate_hf_encoder(encoder, vision_config.get("depth"))
+
+
+def truncate_hf_encoder(encoder: Any, depth: int | None) -> nn.Module:
+    """Keep the first `depth` layers of an encoder, in place; None keeps all.
+
+    Raises:
+        VisionEncoderError: if it has fewer layers, or they are not alike.
+    """
+    found = find_structure({**encoder.vision_config, "depth": None}) if depth is not None else None
+    if found is None or depth is None:
+        model: nn.Module = encoder
+        return model
+    if found.layers is None or found.is_map:
+        raise VisionEncoderError("the vision encoder is no single stack of layers that could be cut; leave out depth.")
+    if depth > found.depth:
+        raise VisionEncoderError(f"the vision encoder has {found.depth} layers, so depth can be at most {found.depth}.")
+    owner, _, name = found.layers.rpartition(".")
+    setattr(encoder.get_submodule(owner), name, encoder.get_submodule(found.layers)[:depth])
+    encoder.__dict__.pop("structure", None)
+    return encoder
+
+
+def _find_model(settings: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
+    """Return the configuration and the class of a vision model.
+
+    Raises:
+        VisionEncoderError: if Transformers has no vision model of this type.
+    """
+    own = dict(settings)
+    config = make_config(own.pop("model_type"), **own)
+    if (model := find_vision_class(config)) is None:
+        raise VisionEncoderError(f"Transformers has no vision model of type {settings['model_type']!r}.")
+    return config, model
+
+
+@cache
+def encoder_class(model: Any) -> type[Any]:
+    """Return the class of encoders whose model has a class of Transformers."""
+    return type(model.__name__, (_ReadsPatches, model), {"__module__": __name__})
+
+
+def read_size(vision_config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the (H, W) pixels that a configuration states."""
+    size = vision_config["vision_cfg"]["image_size"]
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def find_structure(vision_config: Mapping[str, Any]) -> Structure:
+    """Find out what the tokens of a vision model of Transformers are.
+
+    Raises:
+        VisionEncoderError: if they cannot be told apart.
+    """
+    key = [vision_config["config"], read_size(vision_config), vision_config.get("depth")]
+    return _find_structure(json.dumps(key, sort_keys=True))
+
+
+@cache
+def _find_structure(key: str) -> Structure:
+    settings, size, depth = parse_json(key)
+    kind = settings["model_type"]
+    with meta_device(), torch.no_grad():
+        whole = {"config": settings, "vision_cfg": {"image_size": size}, "depth": depth}
+        model: Any = build_hf_encoder(whole).eval()
+        config = model.config
+        pixels = torch.empty(1, getattr(config, "num_channels", 3), *size)
+        try:
+            return read_structure(model, lambda: _run(model, pixels), tuple(size))
+        except VisionEncoderError as error:
+            raise VisionEncoderError(f"a vision model of type {kind!r} cannot be a vision encoder: {error}.") from None
