@@ -39,7 +39,7 @@ def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(UnknownNameError) as caught:
         VISION_TOKENIZERS["percever"]
     message = str(caught.value)
-    assert "unknown vision tokenizer 'percever'. Did you mean 'perceiver'? Known: linear, mlp" in message
+    assert "unknown vision tokenizer 'percever'. Did you mean 'perceiver'? Known: c-abstractor, linear, mlp" in message
     assert "vlm list vision-tokenizers" in message
 
 

@@ -304,6 +304,12 @@ for _part in (
         "vlm_cli.composition:MLPOptions",
         "two linear maps with a GELU between, for each patch (LLaVA-1.5)",
     ),
+    RegisteredPart(
+        "c-abstractor",
+        f"{_TOKENIZERS}.c_abstractor:CAbstractor",
+        "vlm_cli.composition:CAbstractorOptions",
+        "convolutions around a pooling to fewer patches, for each frame (Honeybee)",
+    ),
 ):
     VISION_TOKENIZERS.add(_part)
 

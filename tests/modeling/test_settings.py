@@ -310,16 +310,20 @@ def test_projections_without_bias(part, options):
 @pytest.mark.parametrize(
     ("vision", "settings", "message"),
     [
-        ("vit", {"vision_tokenizer": {"pixel_shuffle": 3}}, "needs a square of patches whose side is a multiple of 3"),
+        (
+            "vit",
+            {"vision_tokenizer": {"pixel_shuffle": 3}},
+            "rows and columns of patches that are multiples of 3, and there are 2 x 2",
+        ),
         (
             "vit",
             {"vision_tokenizer": {"pixel_shuffle": 2}, "vision_encoder": {"class_token": True}},
-            "the vision encoder gives 5 features. Choose another image_size, or leave out class_token",
+            "gives 5 features, of which 2 x 2 are patches. Leave out vision_encoder.class_token",
         ),
         ("vit", {"vision_tokenizer": {"pixel_shuffle": 0}}, "pixel_shuffle must be at least 1"),
     ],
 )
-def test_pixel_shuffle_needs_a_square(vision, settings, message, tmp_path):
+def test_pixel_shuffle_needs_a_grid(vision, settings, message, tmp_path):
     assert planned(tmp_path, vision, "linear", vision_tokenizer={"pixel_shuffle": 2}).meta_model
     with pytest.raises(CompositionError, match=message):
         planned(tmp_path, vision, "linear", **settings)

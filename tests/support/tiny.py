@@ -234,7 +234,7 @@ Settings = str | dict[str, Any]  # a name of `TOKENIZERS` or `FUSIONS`, or a typ
 
 
 def _settings(known: dict[str, dict[str, Any]], chosen: Settings) -> dict[str, Any]:
-    return known[chosen] if isinstance(chosen, str) else known[chosen["type"]] | chosen
+    return known[chosen] if isinstance(chosen, str) else known.get(chosen["type"], {}) | chosen
 
 
 def config(

@@ -49,7 +49,6 @@ def _with_lists(values: tuple[Any, ...]) -> list[Any]:
 
 _UNTILED = Choice(type="none", options=TilingOptions())
 
-
 @dataclass(frozen=True, kw_only=True)
 class Composition:
     """One choice for each of the four parts, the added tokens, and what trains.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from math import isqrt
 from typing import Any, Literal
 
 from vlm_cli.errors import CompositionError
@@ -17,6 +18,7 @@ __all__ = [
     "MEDIA_TOKEN",
     "PARTS",
     "Activation",
+    "CAbstractorOptions",
     "CrossAttentionOptions",
     "GatedFusionOptions",
     "LanguageModelOptions",
@@ -24,6 +26,7 @@ __all__ = [
     "LinearOptions",
     "LlamaCrossAttentionOptions",
     "MLPOptions",
+    "MapActivation",
     "PerceiverOptions",
     "QFormerOptions",
     "VisionEncoderOptions",
@@ -38,6 +41,12 @@ PARTS = ("vision_encoder", "vision_tokenizer", "fusion", "added_tokens", "langua
 #: The activation between the two linear maps of a feed-forward.
 Activation = Literal["gelu", "relu", "squared_relu"]
 
+#: The activation between the linear maps of an `mlp`; `swiglu` halves the channels.
+MapActivation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu"]
+
+#: Marks a setting that descriptions leave out while it has its default.
+_RARE = {"rare": True}
+
 
 #: The most that a setting may be. A larger number is a mistake, or an attempt to fill the memory.
 _MOST = {
@@ -48,6 +57,8 @@ _MOST = {
     "num_queries": 65_536,
     "ff_mult": 1_024,
     "pixel_shuffle": 64,
+    "pool": 1_024,
+    "map_depth": 64,
     "image_size": 16_384,
     "every": 10_000,
     "first": 10_000,
@@ -89,6 +100,7 @@ class PerceiverOptions:
     qk_norm: bool = False  # LayerNorm over the head channels of queries and keys (IDEFICS)
     max_num_frames: int | None = None  # length of the frame embeddings; None: no frame embeddings
     max_num_media: int | None = None  # length of the media-time embeddings; None: no media-time embeddings
+    frames: Literal["together", "apart"] = field(default="together", metadata=_RARE)  # num_latents for each (xGen-MM)
     dim_out: int | None = None  # output channels; None: the width that the fusion asks for
 
     def __post_init__(self) -> None:
@@ -107,6 +119,7 @@ class QFormerOptions:
     dim_ff: int = 3072  # hidden channels of the feed-forward
     cross_attention_every: int = 2  # layers
     dropout: float = 0.1
+    frames: Literal["together", "apart"] = field(default="together", metadata=_RARE)  # apart: num_queries for each
     dim_out: int | None = None  # output channels; None: the width that the fusion asks for
 
     def __post_init__(self) -> None:
@@ -122,20 +135,81 @@ class QFormerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions:
-    """Settings of a linear projection."""
+    """Settings of a linear projection, in the order in which they apply.
+
+    Of one frame's grid of patches: `pixel_shuffle` or `pool`, the map, `pool` if it comes after, `scale`.
+    """
 
     frames: Literal["concatenate", "mean"] = "concatenate"  # a video gives F·v tokens, or v tokens averaged over F
     bias: bool = True  # of the projection; nanoVLM: False
     pixel_shuffle: int = 1  # s×s neighbouring patches become one token of s² times the channels (nanoVLM)
+    shuffle_order: Literal["patches", "channels"] = field(default="patches", metadata=_RARE)  # channels: Mistral 3
+    pad: bool = field(default=False, metadata=_RARE)  # zeros fill the grid to a multiple of pixel_shuffle (Ovis2)
+    pool: int = field(default=1, metadata=_RARE)  # p×p neighbours become one token (Gemma 3: 4)
+    pool_by: Literal["average", "bilinear"] = field(default="average", metadata=_RARE)  # bilinear: LLaVA-OneVision
+    pool_at: Literal["before", "after"] = field(default="before", metadata=_RARE)  # after the map: Perception-LM
+    norm: Literal["layer", "rms", "gemma"] | None = field(default=None, metadata=_RARE)  # gemma: RMSNorm by 1 + weight
+    norm_at: Literal["patches", "before", "after"] = field(default="before", metadata=_RARE)  # of the map
+    norm_eps: float = field(default=1e-5, metadata=_RARE)
+    scale: float = field(default=1.0, metadata=_RARE)  # factor of the tokens; PaliGemma: 1/√dim_out
     dim_out: int | None = None  # output channels; None: the width that the fusion asks for
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "pixel_shuffle", "dim_out")
+        _check_sizes(self, "pixel_shuffle", "pool", "dim_out", *self._own_sizes())
+        problems = []
+        if self.pixel_shuffle > 1 and self.pool > 1 and self.pool_at == "before":
+            problems.append(
+                f"pool={self.pool} and pixel_shuffle={self.pixel_shuffle} both merge patches before the map. Set one "
+                "of them to 1, or pool_at to after."
+            )
+        if self.pad and self.pixel_shuffle == 1:
+            problems.append("pad fills the grid for pixel_shuffle, which is 1. Set pixel_shuffle, or leave pad out.")
+        if not 0 < self.norm_eps <= 1:
+            problems.append(f"norm_eps must be positive and at most 1, got {show(self.norm_eps)}.")
+        if not 0 < abs(self.scale) <= 1e6:
+            problems.append(f"scale must be a number other than 0, at most 1,000,000, got {show(self.scale)}.")
+        if problems:
+            raise CompositionError(problems)
+
+    def _own_sizes(self) -> tuple[str, ...]:
+        """Settings of a subclass that must be at least 1."""
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPOptions(LinearOptions):
-    """Settings of a two-layer projection; its hidden layer is as wide as its output."""
+    """Settings of a projection of several linear maps; the default is LLaVA-1.5's two, as wide as the output."""
+
+    map_depth: int = field(default=2, metadata=_RARE)  # linear maps (Prismatic: 3)
+    activation: MapActivation = field(default="gelu", metadata=_RARE)  # between two maps; swiglu: Aya Vision
+    dim_hidden: int | None = field(default=None, metadata=_RARE)  # channels after the first map; None: dim_out
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.map_depth < 2:
+            raise CompositionError("map_depth must be at least 2. For a single map, choose the type linear.")
+
+    def _own_sizes(self) -> tuple[str, ...]:
+        return ("map_depth", "dim_hidden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAbstractorOptions:
+    """Sizes of a C-abstractor; the defaults are Honeybee's."""
+
+    num_queries: int = 144  # vision tokens of a frame; the square of a whole number
+    depth: int = 3  # blocks of convolutions before the pooling, and as many after it
+    dim: int = 1024  # channels of the convolutions
+    map_depth: int = 2  # linear maps after the convolutions
+    dim_out: int | None = None  # output channels; None: the width that the fusion asks for
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "num_queries", "depth", "dim", "map_depth", "dim_out")
+        if isqrt(self.num_queries) ** 2 != self.num_queries:
+            raise CompositionError(
+                f"num_queries must be the square of a whole number, such as {isqrt(self.num_queries) ** 2 or 1}, got "
+                f"{self.num_queries}."
+            )
 
 
 # -- fusions -----------------------------------------------------------------------------------------------------------

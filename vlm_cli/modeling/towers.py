@@ -185,8 +185,16 @@ def find_grid(vision_config: Mapping[str, Any], num_patches: int, class_token: b
     if "grid" in vision_config:
         rows, columns = vision_config["grid"]
         return rows, columns
-    size = vision_config["vision_cfg"].get("image_size", 224)
-    return infer_grid(num_patches - class_token, tuple(size) if isinstance(size, (list, tuple)) else (size, size))
+    size, patch = (vision_config["vision_cfg"].get(key, default) for key, default in _OPENCLIP_SIZES.items())
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    if isinstance(patch, (list, tuple)):
+        grid = height // patch[0], width // patch[1]
+        return grid if grid[0] * grid[1] == num_patches - class_token else None
+    return infer_grid(num_patches - class_token, (height, width))
+
+
+#: OpenCLIP's defaults.
+_OPENCLIP_SIZES = {"image_size": 224, "patch_size": 16}
 
 
 def find_tower_shape(

@@ -43,7 +43,8 @@ from vlm_cli.modeling.towers import build_tower
 from vlm_cli.modeling.trainable_parts import TrainableParts
 from vlm_cli.modeling.vision import encode_media
 from vlm_cli.modeling.vision_encoder import VisionEncoder
-from vlm_cli.registry import FUSIONS, VISION_TOKENIZERS
+from vlm_cli.modeling.vision_tokenizers.making import make_vision_tokenizer
+from vlm_cli.registry import FUSIONS
 from vlm_cli.trust import HUB_ARGUMENTS, check_code, load_pretrained, make_language_model
 
 __all__ = ["VLM"]
@@ -94,13 +95,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         )
         self.lang_model = lang_model or make_language_model(config.text_config)
         width = find_widths(self.lang_model)
-        dim_out = parts.vision_tokenizer.options.dim_out
-        self.vision_tokenizer = VISION_TOKENIZERS[parts.vision_tokenizer.type].load()(
-            parts.vision_tokenizer.options,
-            dim_in=config.vision_config["dim"],
-            num_patches=config.vision_config["num_patches"],
-            dim_out=self.media_width(width.embedding) if dim_out is None else dim_out,
-        )
+        self.vision_tokenizer = make_vision_tokenizer(config, self.media_width(width.embedding))
         self.added_tokens = AddedTokens(
             len(config.added_tokens),
             config.first_added_id,

@@ -111,7 +111,7 @@ class ModelDescription:
     Attributes:
         family: the preset that the composition began with.
         parameters, bytes: of the whole model.
-        vision_tokenizer, fusion: type and options.
+        vision_tokenizer, fusion: type and options, without rare ones that have their defaults.
         before_layers: decoder layers that have a block of the fusion before them.
         shapes: name -> dimensions, along the data flow.
         positions_per_image: positions of the language model that one image takes.
@@ -184,8 +184,8 @@ def describe(
         parameters=report.total.parameters,
         bytes=report.total.bytes,
         vision_encoder=_describe_vision_encoder(model),
-        vision_tokenizer=composition.vision_tokenizer.to_dict(),
-        fusion=composition.fusion.to_dict(),
+        vision_tokenizer=composition.vision_tokenizer.to_brief_dict(),
+        fusion=composition.fusion.to_brief_dict(),
         before_layers=model.block_layers,
         language_model=_describe_language_model(model),
         shapes=_shapes(model),

@@ -1,42 +1,19 @@
 """Projections of each patch: linear (LLaVA, https://arxiv.org/abs/2304.08485) and MLP (LLaVA-1.5,
-https://arxiv.org/abs/2310.03744).
+https://arxiv.org/abs/2310.03744), with what later models do before and after the map.
 
 B batch, T_img media, F frames, v patches, n tokens, d channels.
 """
 
 from __future__ import annotations
 
-from math import isqrt
-
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from vlm_cli.composition import LinearOptions
-from vlm_cli.errors import CompositionError
+from vlm_cli.composition import LinearOptions, MLPOptions
+from vlm_cli.modeling.layers import linear_maps, make_norm
+from vlm_cli.modeling.vision_tokenizers.grid import Grid, merge_sizes, pixel_shuffle, pool, whole_grid
 
 __all__ = ["LinearProjection", "MLPProjection", "pixel_shuffle"]
-
-
-def pixel_shuffle(features: Tensor, s: int) -> Tensor:
-    """Make one patch of each square of s×s neighbours; v is a square, row after row.
-
-    The channels of a square's patches follow each other, row after row too (nanoVLM, `ModalityProjector`). With s = 2,
-
-        0  1  2  3
-        4  5  6  7      gives   [0 1 4 5] [2 3 6 7] [8 9 12 13] [10 11 14 15]
-        8  9 10 11
-        12 13 14 15
-
-    Args:
-        features: float[*, v, d].
-        s: divides the side of the square.
-
-    Returns:
-        float[*, v/s², s²·d].
-    """
-    side = isqrt(features.shape[-2])
-    return rearrange(features, "... (h a w b) d -> ... (h w) (a b d)", h=side // s, a=s, b=s)
 
 
 class LinearProjection(nn.Module):
@@ -45,34 +22,59 @@ class LinearProjection(nn.Module):
     Args:
         options: settings.
         dim_in: channels of the features.
-        num_patches: patches of one frame.
+        num_patches: features of one frame.
         dim_out: channels of the tokens; None keeps `dim_in`.
+        grid: rows and columns of patches; None for a square.
 
     Raises:
-        CompositionError: if `pixel_shuffle` does not divide a square of patches.
+        CompositionError: if `pixel_shuffle` or `pool` does not fit the grid of patches.
     """
 
     #: A medium's tokens depend on nothing else in its row.
     encodes_media_independently = True
 
-    def __init__(self, options: LinearOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
+    def __init__(
+        self,
+        options: LinearOptions,
+        dim_in: int,
+        num_patches: int,
+        dim_out: int | None = None,
+        grid: Grid | None = None,
+    ) -> None:
         super().__init__()
-        self.frames = options.frames
-        self.pixel_shuffle = s = options.pixel_shuffle
-        side = isqrt(num_patches)
-        if s > 1 and (side**2 != num_patches or side % s):
-            raise CompositionError(
-                f"vision_tokenizer.pixel_shuffle={s} does not fit: it needs a square of patches whose side is a "
-                f"multiple of {s}, and the vision encoder gives {num_patches} features. Choose another image_size, or "
-                "leave out class_token."
-            )
-        self.num_patches = num_patches // s**2  # as they are projected
+        self.options = options
+        self.frames, self.pixel_shuffle = options.frames, options.pixel_shuffle
+        self.grid = self._find_grid(num_patches, grid)  # of the patches
+        self.mapped_grid, self.token_grid = self._find_merged_grids()
+        self.num_patches = num_patches if self.token_grid is None else self.token_grid[0] * self.token_grid[1]
         self.dim_out = dim_in if dim_out is None else dim_out
-        self.proj = self.build(s**2 * dim_in, self.dim_out, options.bias)
+        dim_mapped = options.pixel_shuffle**2 * dim_in
+        width = {"patches": dim_in, "before": dim_mapped, "after": self.dim_out}[options.norm_at]
+        self.norm = make_norm(options.norm, width, options.norm_eps)
+        self.proj = self.build(dim_mapped, self.dim_out, options)
+
+    def _find_grid(self, num_patches: int, grid: Grid | None) -> Grid | None:
+        """Return the grid of patches; None if nothing merges neighbours and the features are no known grid."""
+        for setting in ("pixel_shuffle", "pool"):
+            if getattr(self.options, setting) > 1:
+                return whole_grid(setting, num_patches, grid)
+        return grid if grid is not None and grid[0] * grid[1] == num_patches else None
+
+    def _find_merged_grids(self) -> tuple[Grid | None, Grid | None]:
+        """Return the grids of one frame at the map and after it; None if the features are no known grid."""
+        options, grid = self.options, self.grid
+        if grid is None:
+            return None, None
+        pooled = {"factor": options.pool, "rounds_up": options.pool_by == "bilinear"}
+        if options.pixel_shuffle > 1:
+            grid = merge_sizes("pixel_shuffle", options.pixel_shuffle, grid, rounds_up=options.pad)
+        elif options.pool_at == "before":
+            grid = merge_sizes("pool", grid=grid, **pooled)
+        return grid, grid if options.pool_at == "before" else merge_sizes("pool", grid=grid, **pooled)
 
     @staticmethod
-    def build(dim_in: int, dim_out: int, bias: bool) -> nn.Module:
-        return nn.Linear(dim_in, dim_out, bias=bias)
+    def build(dim_in: int, dim_out: int, options: LinearOptions) -> nn.Module:
+        return nn.Linear(dim_in, dim_out, bias=options.bias)
 
     def num_tokens(self, num_frames: int = 1) -> int:
         """Count the vision tokens of a medium of so many frames."""
@@ -86,20 +88,49 @@ class LinearProjection(nn.Module):
 
     def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out]."""
-        if self.pixel_shuffle > 1:
-            features = pixel_shuffle(features, self.pixel_shuffle)
+        options = self.options
+        merged = self.merge(self.norm(features) if options.norm_at == "patches" else features)
         if self.frames == "concatenate":
-            return self.proj(features.flatten(2, 3))
-        if frame_mask is None:
-            return self.proj(features.mean(2))
-        is_valid = frame_mask[..., None, None]  # [B, T_img, F, 1, 1]
-        total = torch.where(is_valid, features, 0).sum(2)  # [B, T_img, v, dim_in]
-        return self.proj(total / is_valid.sum(2).clamp(min=1))
+            return self.map(merged).flatten(2, 3)
+        return self.map(_mean_over_frames(merged, frame_mask))
+
+    def merge(self, features: Tensor) -> Tensor:
+        """Merge neighbouring patches before the map: float[*, v, dim_in] -> float[*, v', s²·dim_in]."""
+        options = self.options
+        if options.pixel_shuffle > 1:
+            return pixel_shuffle(features, options.pixel_shuffle, self.grid, options.shuffle_order)
+        if options.pool > 1 and options.pool_at == "before":
+            assert self.grid is not None  # checked when it was made
+            return pool(features, options.pool, self.grid, options.pool_by)
+        return features
+
+    def map(self, merged: Tensor) -> Tensor:
+        """Map the merged patches: float[*, v', s²·dim_in] -> float[*, tokens of one frame, dim_out]."""
+        options = self.options
+        tokens = self.proj(self.norm(merged) if options.norm_at == "before" else merged)
+        if options.norm_at == "after":
+            tokens = self.norm(tokens)
+        if options.pool > 1 and options.pool_at == "after":
+            assert self.mapped_grid is not None
+            tokens = pool(tokens, options.pool, self.mapped_grid, options.pool_by)
+        return tokens if options.scale == 1 else tokens * options.scale
+
+
+def _mean_over_frames(features: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """float[B, T_img, F, v, d], bool[B, T_img, F] -> float[B, T_img, v, d], of the frames that are not padding."""
+    if frame_mask is None:
+        return features.mean(2)
+    is_valid = frame_mask[..., None, None]  # [B, T_img, F, 1, 1]
+    total = torch.where(is_valid, features, 0).sum(2)  # [B, T_img, v, d]
+    return total / is_valid.sum(2).clamp(min=1)
 
 
 class MLPProjection(LinearProjection):
-    """Map each patch through two linear layers with a GELU between."""
+    """Map each patch through linear layers with an activation between; by default two with a GELU."""
 
     @staticmethod
-    def build(dim_in: int, dim_out: int, bias: bool) -> nn.Module:
-        return nn.Sequential(nn.Linear(dim_in, dim_out, bias=bias), nn.GELU(), nn.Linear(dim_out, dim_out, bias=bias))
+    def build(dim_in: int, dim_out: int, options: LinearOptions) -> nn.Module:
+        assert isinstance(options, MLPOptions)
+        hidden = dim_out if options.dim_hidden is None else options.dim_hidden
+        dims = [dim_in, hidden, *[dim_out] * (options.map_depth - 1)]
+        return linear_maps(dims, options.activation, bias=options.bias)

@@ -44,7 +44,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Let a fixed number of learned latents read all patches and frames of a medium.
+    """Let a fixed number of learned latents read all patches and frames of a medium, or those of each frame.
 
     Args:
         options: sizes.
@@ -56,6 +56,7 @@ class PerceiverResampler(nn.Module):
     def __init__(self, options: PerceiverOptions, dim_in: int, num_patches: int, dim_out: int | None = None) -> None:
         super().__init__()
         self.dim_out = dim_in if dim_out is None else dim_out
+        self.frames = options.frames
         self.max_num_frames, self.max_num_media = options.max_num_frames, options.max_num_media
         self.latents = nn.Parameter(torch.empty(options.num_latents, dim_in))
         frames, media = options.max_num_frames, options.max_num_media
@@ -86,11 +87,13 @@ class PerceiverResampler(nn.Module):
         return self.media_time_embs is None
 
     def num_tokens(self, num_frames: int = 1) -> int:
-        """Count the vision tokens of a medium, whatever its number of frames."""
-        return self.latents.shape[0]
+        """Count the vision tokens of a medium of so many frames."""
+        return self.latents.shape[0] * (num_frames if self.frames == "apart" else 1)
 
     def token_mask(self, frame_mask: Tensor) -> Tensor:
-        """Mark all tokens of a medium with a valid frame: bool[B, T_img, F] -> bool[B, T_img, n]."""
+        """Mark the tokens of valid frames, or of media with a valid frame: bool[B, T_img, F] -> bool[B, T_img, n]."""
+        if self.frames == "apart":
+            return frame_mask.repeat_interleave(self.num_tokens(), dim=-1)
         return frame_mask.any(-1, keepdim=True).expand(-1, -1, self.num_tokens())
 
     def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
@@ -105,17 +108,19 @@ class PerceiverResampler(nn.Module):
                 raise ValueError(f"got {count} {kind}, but the resampler was made for at most {most}.")
         if self.frame_embs is not None:
             features = features + self.frame_embs[:F, None]
-        media = rearrange(features, "B T F v d -> B T (F v) d")
         if self.media_time_embs is not None:
-            media = media + self.media_time_embs[:T]
-        media = media.flatten(0, 1)  # [B·T, F·v, d]
-        latents = self.latents.to(media.dtype).expand(B * T, -1, -1)
-        mask = None if frame_mask is None else self._attention_mask(frame_mask, v)
+            features = features + self.media_time_embs[:T, None]
+        is_apart = self.frames == "apart"
+        # [B·T, F·v, d]; apart [B·T·F, v, d], where `token_mask` leaves out the tokens of padding
+        media = rearrange(features, "B T F v d -> (B T F) v d" if is_apart else "B T F v d -> (B T) (F v) d")
+        latents = self.latents.to(media.dtype).expand(len(media), -1, -1)
+        mask = None if frame_mask is None or is_apart else self._attention_mask(frame_mask, v)
         for layer in self.layers:
             attention, ff = cast(nn.ModuleList, layer)
             latents = latents + attention(media, latents, mask)
             latents = latents + ff(latents)
-        latents = self.norm(latents).unflatten(0, (B, T))
+        latents = self.norm(latents)
+        latents = latents.view(B, T, -1, latents.shape[-1])  # [B, T, n, d]
         return latents if self.projection is None else self.projection(latents)
 
     def _attention_mask(self, frame_mask: Tensor, num_patches: int) -> Tensor:

@@ -14,7 +14,7 @@ __all__ = ["QFormer"]
 
 
 class QFormer(nn.Module):
-    """Let learned queries read all patches and frames of a medium, in a BERT with cross-attention.
+    """Let learned queries read all patches and frames of a medium, or those of each frame, in a BERT.
 
     Args:
         options: sizes.
@@ -30,6 +30,7 @@ class QFormer(nn.Module):
         super().__init__()
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+        self.frames = options.frames
         self.dim_out = options.dim if dim_out is None else dim_out
         self.qformer = Blip2QFormerModel(
             Blip2QFormerConfig(
@@ -52,25 +53,29 @@ class QFormer(nn.Module):
         nn.init.normal_(self.query_tokens, std=0.02)
 
     def num_tokens(self, num_frames: int = 1) -> int:
-        """Count the vision tokens of a medium, whatever its number of frames."""
-        return self.query_tokens.shape[1]
+        """Count the vision tokens of a medium of so many frames."""
+        return self.query_tokens.shape[1] * (num_frames if self.frames == "apart" else 1)
 
     def token_mask(self, frame_mask: Tensor) -> Tensor:
-        """Mark all tokens of a medium with a valid frame: bool[B, T_img, F] -> bool[B, T_img, n]."""
+        """Mark the tokens of valid frames, or of media with a valid frame: bool[B, T_img, F] -> bool[B, T_img, n]."""
+        if self.frames == "apart":
+            return frame_mask.repeat_interleave(self.num_tokens(), dim=-1)
         return frame_mask.any(-1, keepdim=True).expand(-1, -1, self.num_tokens())
 
     def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out]."""
         B, T, _, v, _ = features.shape
-        patches = features.flatten(2, 3).flatten(0, 1)  # [B·T, F·v, dim_in]
+        is_apart = self.frames == "apart"
+        # [B·T, F·v, dim_in]; apart [B·T·F, v, dim_in], where `token_mask` leaves out the tokens of padding
+        patches = features.flatten(0, 2) if is_apart else features.flatten(2, 3).flatten(0, 1)
         mask = None
-        if frame_mask is not None:
+        if frame_mask is not None and not is_apart:
             # A medium of padding sees all of its padding, since a softmax over no key is NaN.
             seen = frame_mask | ~frame_mask.any(-1, keepdim=True)
             mask = seen.flatten(0, 1).repeat_interleave(v, dim=-1).long()
-        queries = self.query_tokens.to(patches.dtype).expand(B * T, -1, -1)
+        queries = self.query_tokens.to(patches.dtype).expand(len(patches), -1, -1)
         tokens = self.qformer(
             query_embeds=queries, encoder_hidden_states=patches, encoder_attention_mask=mask
         ).last_hidden_state
-        tokens = tokens.unflatten(0, (B, T))
+        tokens = tokens.reshape(B, T, -1, tokens.shape[-1])  # [B, T, n, dim]
         return tokens if self.proj is None else self.proj(tokens)
