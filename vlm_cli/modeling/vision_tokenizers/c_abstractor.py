@@ -13,7 +13,7 @@ from functools import partial
 from math import isqrt
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
 

@@ -6,6 +6,8 @@ B batch, T_img media, F frames, v patches, n tokens, d channels.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -65,12 +67,12 @@ class LinearProjection(nn.Module):
         options, grid = self.options, self.grid
         if grid is None:
             return None, None
-        pooled = {"factor": options.pool, "rounds_up": options.pool_by == "bilinear"}
+        pooled = partial(merge_sizes, "pool", options.pool, rounds_up=options.pool_by == "bilinear")
         if options.pixel_shuffle > 1:
             grid = merge_sizes("pixel_shuffle", options.pixel_shuffle, grid, rounds_up=options.pad)
         elif options.pool_at == "before":
-            grid = merge_sizes("pool", grid=grid, **pooled)
-        return grid, grid if options.pool_at == "before" else merge_sizes("pool", grid=grid, **pooled)
+            grid = pooled(grid)
+        return grid, grid if options.pool_at == "before" else pooled(grid)
 
     @staticmethod
     def build(dim_in: int, dim_out: int, options: LinearOptions) -> nn.Module:
