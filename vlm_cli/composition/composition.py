@@ -41,6 +41,12 @@ class Choice:
         settings = dataclasses.asdict(self.options).items()
         return {"type": self.type, **{k: _with_lists(x) if isinstance(x, tuple) else x for k, x in settings}}
 
+    def to_brief_dict(self) -> dict[str, Any]:
+        """Return the part as plain data, without the rare settings that have their defaults."""
+        rare = [f for f in dataclasses.fields(self.options) if "rare" in f.metadata]
+        left_out = {f.name for f in rare if getattr(self.options, f.name) == f.default}
+        return {key: x for key, x in self.to_dict().items() if key not in left_out}
+
 
 def _with_lists(values: tuple[Any, ...]) -> list[Any]:
     """Write tuples as files hold them."""
@@ -48,6 +54,7 @@ def _with_lists(values: tuple[Any, ...]) -> list[Any]:
 
 
 _UNTILED = Choice(type="none", options=TilingOptions())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
