@@ -18,8 +18,8 @@ from tests.support import tiny
 from tests.support.invariants import check_rows, check_state, differs, opened, same
 from vlm_cli.composition import CAbstractorOptions, LinearOptions, MLPOptions, PerceiverOptions, QFormerOptions
 from vlm_cli.errors import CompositionError
-from vlm_cli.modeling.vision_tokenizers.c_abstractor import CAbstractor
 from vlm_cli.modeling.towers import find_grid
+from vlm_cli.modeling.vision_tokenizers.c_abstractor import CAbstractor
 from vlm_cli.modeling.vision_tokenizers.grid import pixel_shuffle, pool
 from vlm_cli.modeling.vision_tokenizers.linear import LinearProjection, MLPProjection
 from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler

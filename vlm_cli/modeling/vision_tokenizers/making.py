@@ -28,7 +28,5 @@ def make_vision_tokenizer(config: VLMConfig, media_width: int | None) -> Any:
         "dim_out": media_width if options.dim_out is None else options.dim_out,
     }
     if "grid" in inspect.signature(tokenizer).parameters:  # a tokenizer of another package may do without
-        sizes["grid"] = find_grid(
-            vision, vision["num_patches"], parts.vision_encoder.feature_arguments["class_token"]
-        )
+        sizes["grid"] = find_grid(vision, vision["num_patches"], parts.vision_encoder.feature_arguments["class_token"])
     return tokenizer(options, **sizes)
