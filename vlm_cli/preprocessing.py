@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vlm_cli.media.decode import is_opaque, on_white
+from vlm_cli.tiling import Views, cut
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,10 +114,29 @@ class Preprocessing:
 
         As in OpenCLIP, an image that is not RGB is resized as it is, and converted then.
         """
-        from torchvision.transforms.functional import normalize, to_tensor
+        from torchvision.transforms.functional import to_tensor
 
-        pixels = self.cut(image if is_opaque(image) else on_white(image))
-        return normalize(to_tensor(pixels), _three(self.config.mean), _three(self.config.std))
+        return self._normalize(to_tensor(self.cut(image if is_opaque(image) else on_white(image))))
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        from torchvision.transforms.functional import normalize
+
+        return normalize(pixels, _three(self.config.mean), _three(self.config.std))
+
+    def cut_into_views(self, image: Image, views: Views) -> Tensor:
+        """Turn one picture into its views, float[F, C, H, W]."""
+        from torchvision.transforms.functional import resize, to_tensor
+
+        if not views.steps:
+            return self(image)[None]
+        found = cut((image if is_opaque(image) else on_white(image)).convert("RGB"), views, self.filter)
+        pixels = [to_tensor(tile) for tile in found.tiles]
+        if found.thumbnail is not None:
+            whole = to_tensor(found.thumbnail)
+            if views.thumbnail_of == "exact canvas":  # nanoVLM resizes numbers, and not 8-bit pixels
+                whole = resize(to_tensor(found.canvas), [self.height, self.width], antialias=True)
+            pixels = [whole, *pixels] if views.thumbnail == "first" else [*pixels, whole]
+        return torch.stack([self._normalize(x) for x in pixels])
 
     def cut(self, image: Image) -> Image:
         """Resize an image, and cut out what the encoder sees, as RGB."""

@@ -23,15 +23,17 @@ from transformers import (
     ProcessorMixin,
 )
 
-from vlm_cli.composition import MEDIA_TOKEN
+from vlm_cli.composition import MEDIA_TOKEN, UNTILED, Choice, limit_tiles, read_tiling
 from vlm_cli.decoding import HALF, decode
-from vlm_cli.errors import PromptError
+from vlm_cli.errors import CompositionError, PromptError
 from vlm_cli.manifest import recording
 from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.preprocessing import Placement, Preprocessing
 from vlm_cli.prompt import Medium, Text, parse
+from vlm_cli.tiling import MediumSize, Views, check_tiling, plan
+from vlm_cli.tiling.texts import list_texts
 from vlm_cli.trust import check_code
 
 __all__ = ["OpenCLIPImageProcessor", "TokenBreak", "VLMProcessor"]
@@ -44,24 +46,96 @@ class TokenBreak:
 
 
 class OpenCLIPImageProcessor(BaseImageProcessor):
-    """Preprocess images as in the training of an OpenCLIP tower.
+    """Preprocess images as in the training of an OpenCLIP tower, and cut pictures into views.
 
     Args:
         preprocess: settings of `Preprocessing`: size in pixels, mean, std, interpolation, resize mode, crop.
+        tiling: the section `tiling` of the composition, as plain data; None for `none`.
+
+    Raises:
+        CompositionError: if the tiling is not valid.
     """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, preprocess: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, preprocess: dict[str, Any] | None = None, tiling: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.preprocess_config = preprocess or {}
+        self._tiling = read_tiling(tiling)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `preprocessor_config.json` holds."""
         data = super().to_dict()
         data["preprocess"] = data.pop("preprocess_config")
         data.pop("_transform", None)
+        data.pop("_tiling", None)
+        if self._tiling != UNTILED:
+            data["tiling"] = self._tiling.to_dict()
         return data
+
+    @property
+    def tiling(self) -> Choice:
+        """How pictures are cut into views."""
+        return self._tiling
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a picture may become several views."""
+        return self._tiling.type != "none"
+
+    def limit_tiles(self, max_tiles: int) -> None:
+        """Cut each picture into at most so many tiles from now on.
+
+        Raises:
+            CompositionError: if pictures are not cut into tiles, or the model knows no text for so many.
+        """
+        limited = Choice(type=self._tiling.type, options=limit_tiles(self._tiling.options, max_tiles))
+        check_tiling(limited, self.tile)
+        known = list_texts(self._tiling, self.tile)
+        if new := [text for text in list_texts(limited, self.tile) if text not in known]:
+            raise CompositionError(
+                f"max_tiles is {max_tiles}, but the model knows the texts of at most {self._tiling.options.max_tiles} "
+                f"tiles: {new[0]!r} is not among them. Allow no more."
+            )
+        self._tiling = limited
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The size of a view, (width, height) in pixels."""
+        return self.frame_shape[2], self.frame_shape[1]
+
+    def plan(self, width: int, height: int) -> Views:
+        """Say how a picture of this size is cut.
+
+        Raises:
+            MediaError: if the picture is too thin.
+        """
+        return plan(self._tiling, self.tile, width, height)
+
+    def measure(self, width: int, height: int) -> MediumSize:
+        """Say how many views a picture of this size has, and in which rows and columns its tiles stand.
+
+        Raises:
+            MediaError: if the picture is too thin.
+        """
+        return self.plan(width, height).size if self.cuts else MediumSize()
+
+    def cut(self, image: Image, width: int | None = None, height: int | None = None) -> Tensor:
+        """Turn one picture into its views, float[F, C, H, W].
+
+        Args:
+            image: the picture.
+            width: pixels of the picture's file, if it was read at a smaller size; None for those of `image`.
+            height: the same.
+
+        Raises:
+            MediaError: if the picture is too thin.
+        """
+        if not self.cuts:
+            return self.transform(image)[None]
+        return self.preprocessing.cut_into_views(image, self.plan(width or image.width, height or image.height))
 
     def transform(self, image: Image) -> Tensor:
         """Turn one frame into float[C, H, W]."""
@@ -89,16 +163,34 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         """Turn rows of media into one tensor.
 
         Args:
-            images: for each row its media, for each medium its frames.
+            images: for each row its media, for each medium its frames. A medium of one frame is a picture, which may be
+                cut into views; the frames of a clip are one view each.
             kwargs: ignored.
 
         Returns:
             `pixel_values` float[B, T_img, F, C, H, W], zero at padding, and `vision_mask` bool[B, T_img, F], false at
-            padding.
+            padding. If pictures are cut, also `vision_grid` int[B, T_img, 4]: rows and columns of tiles, and the
+            picture's height and width in pixels; zeros for a medium that is not cut.
+
+        Raises:
+            MediaError: if a picture is too thin to be cut.
         """
-        media = [[torch.stack([self.transform(frame) for frame in medium]) for medium in row] for row in images]
+        media = [[self._views(medium) for medium in row] for row in images]
         pixels, mask = stack_media(media, shape=self.frame_shape)
-        return BatchFeature({"pixel_values": pixels, "vision_mask": mask})
+        if not self.cuts:
+            return BatchFeature({"pixel_values": pixels, "vision_mask": mask})
+        grid = torch.zeros(*mask.shape[:2], 4, dtype=torch.long)
+        for b, row in enumerate(images):
+            for t, medium in enumerate(row):
+                if len(medium) == 1:
+                    grid[b, t] = torch.tensor(self.measure(*medium[0].size).grid)
+        return BatchFeature({"pixel_values": pixels, "vision_mask": mask, "vision_grid": grid})
+
+    def _views(self, frames: Frames) -> Tensor:
+        """Return the views of a medium, float[F, C, H, W]."""
+        if len(frames) == 1:
+            return self.cut(frames[0])
+        return torch.stack([self.transform(frame) for frame in frames])
 
     __call__ = preprocess  # type: ignore[assignment]  # images with several frames
 
@@ -172,7 +264,8 @@ class VLMProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask`, int[B, T_txt], padded at the left, and if there are media `pixel_values`
-            float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F].
+            float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F], with `vision_grid` as `preprocess` of the
+            image processor returns it.
 
         Raises:
             PromptError: if placeholders and media do not match.

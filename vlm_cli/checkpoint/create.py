@@ -34,7 +34,7 @@ from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.quiet import quiet_libraries
-from vlm_cli.tiling import MediumSize
+from vlm_cli.tiling import MediumSize, check_tiling
 from vlm_cli.tokenizer import add_tokens
 
 __all__ = ["Blueprint", "cast", "configure", "create", "find_missing_parts", "generation_config", "plan"]
@@ -85,7 +85,11 @@ class Blueprint:
 
     @property
     def processor(self) -> VLMProcessor:
-        return VLMProcessor(OpenCLIPImageProcessor(self.tower.config["preprocess"]), self.tokenizer)
+        return VLMProcessor(self.image_processor, self.tokenizer)
+
+    @property
+    def image_processor(self) -> OpenCLIPImageProcessor:
+        return OpenCLIPImageProcessor(self.tower.config["preprocess"], self.config.composition.tiling.to_dict())
 
 
 def plan(composition: Composition, *, trust_remote_code: bool = False, need_tokenizer: bool = True) -> Blueprint:
@@ -231,6 +235,10 @@ def _check_fit(blueprint: Blueprint) -> None:
         )
     if problem := model.fusion_problem():
         problems.append(CompositionError(problem))
+    try:
+        check_tiling(model.config.composition.tiling, blueprint.image_processor.tile)
+    except CompositionError as error:
+        problems.append(error)
     budget = ContextBudget.of(model)
     positions = budget.positions(1, [MediumSize()])
     left = budget.left(positions)

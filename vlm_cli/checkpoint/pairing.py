@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vlm_cli.errors import CheckpointError, explain_reading
+from vlm_cli.errors import CheckpointError, CompositionError, explain_reading
 from vlm_cli.preprocessing import Preprocessing
 from vlm_cli.prompt import Text
+from vlm_cli.tiling import check_tiling
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.config import VLMConfig
@@ -61,6 +62,19 @@ def _find_problems(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
                 f"config.json says {' x '.join(map(str, expected))}."
             )
             return
+    if images.tiling != config.composition.tiling:
+        yield "processor_config.json and config.json have different settings under tiling."
+    elif (problem := _tiling_problem(images)) is not None:
+        yield problem
+
+
+def _tiling_problem(images: OpenCLIPImageProcessor) -> str | None:
+    """Say why the tiling does not fit the vision encoder; None if it does."""
+    try:
+        check_tiling(images.tiling, images.tile)
+    except CompositionError as error:
+        return str(error)
+    return None
 
 
 def _reads_media(processor: VLMProcessor) -> bool:

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.checkpoint.inside import check_named_files
-from vlm_cli.errors import CheckpointError, LanguageModelError, VisionEncoderError, VLMError, explain_reading
+from vlm_cli.composition import read_tiling
+from vlm_cli.errors import (
+    CheckpointError,
+    CompositionError,
+    LanguageModelError,
+    VisionEncoderError,
+    VLMError,
+    explain_reading,
+)
 from vlm_cli.plain_data import read_json
 from vlm_cli.schema import (
     ANYTHING,
@@ -462,7 +470,20 @@ _GENERATION_CONFIG = mapping(
         **dict.fromkeys(("do_sample", "use_cache", "output_attentions", "output_hidden_states"), optional(truth())),
     },
 )
-_IMAGE_PROCESSOR = mapping({"preprocess": _PREPROCESS}, {"image_processor_type": text(most=200)})
+
+
+def _find_tiling_problems(data: Any, key: str) -> Iterator[str]:
+    """Find what keeps the section `tiling` of an image processor from being one."""
+    try:
+        read_tiling(data)
+    except CompositionError as error:
+        yield from (f"{key.removesuffix('tiling')}{problem}" for problem in error.problems)
+
+
+_TILING = Kind("a mapping of keys to values", lambda x: isinstance(x, Mapping), _find_tiling_problems)
+_IMAGE_PROCESSOR = mapping(
+    {"preprocess": _PREPROCESS}, {"image_processor_type": text(most=200), "tiling": optional(_TILING)}
+)
 _TOKENIZER_CONFIG = mapping(
     {},
     {

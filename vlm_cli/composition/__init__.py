@@ -1,6 +1,6 @@
 """Compositions: which parts make up a model, their settings, what trains, and how a user writes it all down."""
 
-from vlm_cli.composition.composition import Choice, Composition
+from vlm_cli.composition.composition import UNTILED, Choice, Composition, read_tiling
 from vlm_cli.composition.families import FAMILIES
 from vlm_cli.composition.files import keep_trained_settings, merge, parse_override, read_file, split_name
 from vlm_cli.composition.language_model_types import UNSUITABLE_LANGUAGE_MODELS
@@ -31,6 +31,7 @@ __all__ = [
     "MEDIA_TOKEN",
     "PARTS",
     "UNSUITABLE_LANGUAGE_MODELS",
+    "UNTILED",
     "Activation",
     "AnyresOptions",
     "CAbstractorOptions",
@@ -56,5 +57,6 @@ __all__ = [
     "merge",
     "parse_override",
     "read_file",
+    "read_tiling",
     "split_name",
 ]

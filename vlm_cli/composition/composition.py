@@ -20,7 +20,7 @@ from vlm_cli.errors import CompositionError
 from vlm_cli.registry import FUSIONS, TILINGS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, nearest, suggest
 from vlm_cli.schema import is_finite, number, show
 
-__all__ = ["MAX_WEIGHT_DECAY", "Choice", "Composition"]
+__all__ = ["MAX_WEIGHT_DECAY", "UNTILED", "Choice", "Composition", "read_tiling"]
 
 MAX_WEIGHT_DECAY = 1_000.0
 _MOST_NAMES = 1_000  # of added tokens
@@ -53,7 +53,21 @@ def _with_lists(values: tuple[Any, ...]) -> list[Any]:
     return [_with_lists(x) if isinstance(x, tuple) else x for x in values]
 
 
-_UNTILED = Choice(type="none", options=TilingOptions())
+#: The tiling of a composition that names none.
+UNTILED = Choice(type="none", options=TilingOptions())
+
+
+def read_tiling(data: Any) -> Choice:
+    """Read the section `tiling` alone, as the file of an image processor holds it; None is `none`.
+
+    Raises:
+        CompositionError: with all problems.
+    """
+    reader = _CompositionReader({"tiling": data})
+    tiling = UNTILED if data is None else reader.read_choice("tiling", TILINGS)
+    if reader.problems:
+        raise CompositionError(reader.problems)
+    return tiling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +89,7 @@ class Composition:
     trainable: tuple[str, ...] = ("vision_tokenizer", "fusion", "added_tokens")
     weight_decay: float = 0.0
     weight_decay_on: tuple[str, ...] = PARTS
-    tiling: Choice = _UNTILED  # how the image processor cuts a picture into views
+    tiling: Choice = UNTILED  # how the image processor cuts a picture into views
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Composition:
@@ -117,7 +131,7 @@ class Composition:
     def to_dict(self) -> dict[str, Any]:
         """Return the composition as plain data, which `from_dict` reads back."""
         # Directories of earlier versions have no tiling; what they hold stays equal.
-        tiling = {} if self.tiling == _UNTILED else {"tiling": self.tiling.to_dict()}
+        tiling = {} if self.tiling == UNTILED else {"tiling": self.tiling.to_dict()}
         return {
             "family": self.family,
             "vision_encoder": dataclasses.asdict(self.vision_encoder),
@@ -167,7 +181,7 @@ class _CompositionReader:
                 self.problems.append(f"no {name.replace('_', ' ')} is named. Add --{flag}, or {name}.name.")
         vision_tokenizer = self.read_choice("vision_tokenizer", VISION_TOKENIZERS)
         fusion = self.read_choice("fusion", FUSIONS)
-        tiling = self.read_choice("tiling", TILINGS) if self.data.get("tiling") is not None else _UNTILED
+        tiling = self.read_choice("tiling", TILINGS) if self.data.get("tiling") is not None else UNTILED
         added_tokens = self.read_names("added_tokens", (MEDIA_TOKEN,))
         if MEDIA_TOKEN not in added_tokens:
             self.problems.append(f"added_tokens must hold {MEDIA_TOKEN!r}, got {show(added_tokens)}.")

@@ -5,8 +5,9 @@ picture of this size, from its size alone. Plain Python and Pillow; nothing here
 """
 
 from vlm_cli.tiling.check import check_tiling
+from vlm_cli.tiling.cutting import cut
 from vlm_cli.tiling.plan import plan
 from vlm_cli.tiling.size import MediumSize
 from vlm_cli.tiling.views import Views
 
-__all__ = ["MediumSize", "Views", "check_tiling", "plan"]
+__all__ = ["MediumSize", "Views", "check_tiling", "cut", "plan"]

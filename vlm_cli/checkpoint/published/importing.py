@@ -108,7 +108,8 @@ def import_checkpoint(
         has_weights=lambda name: name.startswith(parts.loaded_prefixes),
         is_optional=description.is_optional,
     )
-    processor = VLMProcessor(OpenCLIPImageProcessor(parts.tower_config["preprocess"]), parts.tokenizer)
+    images = OpenCLIPImageProcessor(parts.tower_config["preprocess"], config.composition.tiling.to_dict())
+    processor = VLMProcessor(images, parts.tokenizer)
     generation, more = inherit_checked(parts.language_model.generation_config(), parts.language_model.name)
     if plan.report.is_complete:
         model.lang_model.generation_config = generation

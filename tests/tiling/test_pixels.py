@@ -1,0 +1,174 @@
+"""The views of real photographs, compared with Transformers' own image processors, in their Pillow backend."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from tests.support import ROOT
+from vlm_cli.composition import UNTILED
+from vlm_cli.errors import CompositionError, MediaError
+from vlm_cli.processor import OpenCLIPImageProcessor
+
+#: Boxes of real photographs, by their shape: wide, tall, square, panoramas, and one smaller than a tile.
+PHOTOGRAPHS = {
+    "3:2": ("cat", (0, 0, 400, 266)),
+    "1:1": ("astronaut", (0, 0, 384, 384)),
+    "2:3": ("astronaut", (64, 0, 320, 384)),
+    "4:1": ("rocket", (0, 80, 400, 180)),
+    "1:4": ("coffee", (200, 0, 267, 267)),
+    "16:9": ("coffee", (0, 20, 399, 244)),
+    "9:16": ("rocket", (120, 1, 270, 266)),
+    "tiny": ("cat", (150, 90, 181, 116)),
+}
+MEAN, STD = [0.48, 0.45, 0.40], [0.26, 0.25, 0.27]
+PINPOINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]
+
+
+@cache
+def photograph(shape: str) -> Image.Image:
+    name, box = PHOTOGRAPHS[shape]
+    return Image.open(ROOT / "examples" / "images" / f"{name}.jpg").convert("RGB").crop(box)
+
+
+def ours(tiling: dict[str, Any], tile: int = 48, **changes: Any) -> OpenCLIPImageProcessor:
+    settings = {"size": tile, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"} | changes
+    return OpenCLIPImageProcessor(settings, tiling)
+
+
+def theirs(kind: type, image: Image.Image, **settings: Any) -> Tensor:
+    """The views that Transformers' image processor makes of one picture."""
+    processor = kind(image_mean=MEAN, image_std=STD, **settings)
+    pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+    return pixels.reshape(-1, *pixels.shape[-3:])
+
+
+def check(processor: OpenCLIPImageProcessor, image: Image.Image, expected: Tensor) -> None:
+    found = processor.preprocess([[[image]]])
+    assert found["pixel_values"].shape[2:] == expected.shape
+    torch.testing.assert_close(found["pixel_values"][0, 0], expected, atol=2e-6, rtol=0)
+    size = processor.measure(*image.size)
+    assert size.num_frames == len(expected) and found["vision_mask"].sum() == len(expected)
+    assert found["vision_grid"][0, 0].tolist() == list(size.grid)
+    assert size.grid[2:] == ((0, 0) if len(expected) == 1 else image.size[::-1])
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize("most", [12, 4])
+def test_grid_makes_the_pixels_of_internvl(shape: str, most: int) -> None:
+    settings = {"size": {"height": 48, "width": 48}, "crop_to_patches": True, "max_patches": most}
+    image = photograph(shape)
+    check(ours({"type": "grid", "max_tiles": most}), image, theirs(GotOcr2ImageProcessorPil, image, **settings))
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize("kind", [LlavaNextImageProcessorPil, LlavaOnevisionImageProcessorPil])
+def test_anyres_makes_the_pixels_of_llava_next(shape: str, kind: type) -> None:
+    square = {"height": 48, "width": 48}
+    settings = {"size": square, "crop_size": square, "image_grid_pinpoints": PINPOINTS}
+    image = photograph(shape)
+    check(ours({"type": "anyres", "pinpoints": PINPOINTS}), image, theirs(kind, image, **settings))
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize("kind", [Idefics3ImageProcessorPil, SmolVLMImageProcessorPil])
+@pytest.mark.parametrize("edge", [192, 130])
+def test_split_makes_the_pixels_of_idefics3(shape: str, kind: type, edge: int) -> None:
+    settings = {"size": {"longest_edge": edge}, "max_image_size": {"longest_edge": 48}}
+    processor = ours({"type": "split", "longest_edge": edge}, interpolation="lanczos")
+    image = photograph(shape)
+    check(processor, image, theirs(kind, image, **settings))
+
+
+def nanovlm(image: Image.Image, tile: int, edge: int, *, enlarge: bool) -> Tensor:
+    """The views that nanoVLM makes: https://github.com/huggingface/nanoVLM, data/custom_transforms.py, at 4e0c096."""
+    longer, shorter = max(image.size), min(image.size)
+    across = edge if enlarge else min(edge, -(-longer // tile) * tile)
+    down = next(n * tile for n in range(1, 99) if n * tile >= shorter * (across / longer))
+    size = [down, across] if image.width >= image.height else [across, down]
+    resized = functional.resize(image, size, interpolation=functional.InterpolationMode.BICUBIC)
+    canvas = functional.to_tensor(resized)
+    rows, columns = size[0] // tile, size[1] // tile
+    tiles = [canvas[:, r * tile :, c * tile :][:, :tile, :tile] for r in range(rows) for c in range(columns)]
+    return torch.stack(tiles if len(tiles) == 1 else [functional.resize(canvas, [tile, tile]), *tiles])
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize("enlarge", [True, False])
+def test_split_makes_the_pixels_of_nanovlm(shape: str, enlarge: bool) -> None:
+    image = photograph(shape)
+    tiling = {"type": "split", "rules": "nanovlm", "thumbnail": "first", "longest_edge": 192, "enlarge": enlarge}
+    check(ours(tiling, mean=[0.0] * 3, std=[1.0] * 3), image, nanovlm(image, 48, 192, enlarge=enlarge))
+
+
+def test_another_filter_or_order_makes_other_pixels() -> None:
+    image = photograph("3:2")
+    settings = {"size": {"height": 48, "width": 48}, "crop_to_patches": True}
+    expected = theirs(GotOcr2ImageProcessorPil, image, **settings)
+    for wrong in (ours({"type": "grid", "thumbnail": "first"}), ours({"type": "grid"}, interpolation="bilinear")):
+        with pytest.raises(AssertionError, match="not close"):
+            check(wrong, image, expected)
+
+
+def test_thumbnail_stands_where_the_tiling_says() -> None:
+    image = photograph("4:1")
+    first, last, none = (ours({"type": "grid", "thumbnail": x}).cut(image) for x in ("first", "last", "none"))
+    assert torch.equal(first[1:], none) and torch.equal(last[:-1], none) and torch.equal(first[0], last[-1])
+
+
+def test_views_of_a_batch_are_padded_at_the_end() -> None:
+    pictures = [[[photograph("4:1")], [photograph("tiny")]], [[photograph("1:1")] * 3]]
+    found = ours({"type": "grid", "max_tiles": 6}).preprocess(pictures)
+    assert found["vision_mask"].sum(-1).tolist() == [[5, 1], [3, 0]]
+    assert found["vision_grid"].tolist() == [[[1, 4, 100, 400], [0] * 4], [[0] * 4, [0] * 4]]  # a clip is not cut
+    assert not found["pixel_values"][~found["vision_mask"]].any()
+
+
+def test_a_large_photograph_that_was_read_smaller_keeps_its_plan() -> None:
+    image, processor = photograph("3:2"), ours({"type": "anyres", "pinpoints": PINPOINTS})
+    small = image.resize((200, 133))
+    assert processor.cut(small, 400, 266).shape == processor.cut(image).shape
+    assert (processor.cut(small, 400, 266) - processor.cut(image)).abs().mean() < 0.1
+
+
+def test_most_tiles_can_be_changed_at_run_time() -> None:
+    processor = ours({"type": "grid"})
+    processor.limit_tiles(2)
+    assert processor.cut(photograph("4:1")).shape[0] == 3
+    announced = ours({"type": "grid", "max_tiles": 4, "tile_text": "<{number}>{image}"})
+    announced.limit_tiles(2)
+    with pytest.raises(CompositionError, match="the model knows the texts of at most 4 tiles: '<5>' is not among"):
+        ours({"type": "grid", "max_tiles": 4, "tile_text": "<{number}>{image}"}).limit_tiles(6)
+    with pytest.raises(CompositionError, match="the model's is none"):
+        OpenCLIPImageProcessor({"size": 48}).limit_tiles(2)
+
+
+def test_settings_survive_a_file() -> None:
+    processor = ours({"type": "anyres", "pinpoints": PINPOINTS, "shrink_beyond": 9})
+    data = processor.to_dict()
+    assert OpenCLIPImageProcessor(data["preprocess"], data["tiling"]).tiling == processor.tiling
+    plain = OpenCLIPImageProcessor({"size": 48})
+    assert "tiling" not in plain.to_dict() and plain.tiling == UNTILED
+    assert "vision_grid" not in plain.preprocess([[[photograph("tiny")]]])
+
+
+def test_hostile_sizes_are_refused() -> None:
+    with pytest.raises(CompositionError, match="65,536 pixels each"):
+        ours({"type": "anyres", "pinpoints": [[48, 10**9]]})
+    with pytest.raises(CompositionError, match="no canvas has at most 1,024 tiles"):
+        ours({"type": "anyres", "pinpoints": [[48 * 100, 48 * 100]]}).measure(100, 100)
+    with pytest.raises(CompositionError, match=r"vlm cuts at most 134,217,728\. Allow fewer tiles: --max-tiles 32\."):
+        ours({"type": "grid", "max_tiles": 1000, "min_tiles": 900}, tile=2048).measure(300, 200)
+    with pytest.raises(MediaError, match="too thin"):
+        ours({"type": "anyres", "pinpoints": PINPOINTS}).cut(Image.new("RGB", (65000, 1)))
