@@ -29,6 +29,7 @@ from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.towers import build_tower, find_tower_shape, truncate_layers
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.tiling.texts import list_texts
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -262,6 +263,7 @@ def config(
     )
     depth = {key: x for key, x in parts.vision_encoder.openclip_settings.items() if key == "depth"}
     num_patches, dim = _tower_shape(vision, **depth, **parts.vision_encoder.feature_arguments)
+    texts = list_texts(parts.tiling, (SIZE, SIZE))
     return VLMConfig(
         text_config=language_model_config(language_model),
         vision_config=VISION[vision] | depth | {"num_patches": num_patches, "dim": dim},
@@ -270,7 +272,13 @@ def config(
         first_added_id=VOCABULARY,
         media_token_id=VOCABULARY + parts.added_tokens.index(MEDIA_TOKEN),
         pad_token_id=PAD,
+        tiling_texts={text: spell(text) for text in texts} or None,
     )
+
+
+def spell(text: str) -> list[int]:
+    """The ids of a text around views, one for each character."""
+    return [1 + ord(c) % (VOCABULARY - 1) for c in text]
 
 
 @cache

@@ -21,6 +21,7 @@ from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_l
 from vlm_cli.checkpoint.parts.tower import Tower
 from vlm_cli.checkpoint.parts.vision_encoders import check_tower_weights, find_tower, load_tower
 from vlm_cli.checkpoint.size_limits import check_memory, limited_size
+from vlm_cli.checkpoint.tiling_texts import tokenize_texts
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, explain_reading
 from vlm_cli.modeling.budget import ContextBudget
@@ -156,6 +157,7 @@ def configure(
         media_token_id=media_id,
         pad_token_id=pad_id,
         eos_token_id=_stop_tokens(text_config, tokenizer, added),
+        tiling_texts=tokenize_texts(composition.tiling, tower_config["preprocess"], tokenizer),
         architectures=["VLM"],
     )
 

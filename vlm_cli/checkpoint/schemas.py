@@ -394,6 +394,7 @@ _VLM_CONFIG = mapping(
         "eos_token_id": optional(_IDS),
         "dtype": optional(_DTYPE),
         "backbones": optional(mapping_of(ANYTHING)),
+        "tiling_texts": optional(mapping_of(list_of(_ID))),
     },
 )
 

@@ -48,7 +48,7 @@ class ContextBudget:
             num_tokens: tokens of the prompt, with one `<image>` for each medium.
             media: the size of each medium.
         """
-        return num_tokens + sum(self.model.num_positions(medium.num_frames) - 1 for medium in media)
+        return num_tokens + sum(self.model.positions_of(medium) - 1 for medium in media)
 
     def positions_together(self, rows: Sequence[tuple[int, int]]) -> int:
         """Count the positions of each row of a batch, after padding.

@@ -31,6 +31,7 @@ class VLMConfig(PreTrainedConfig):
         added_tokens: tokens that the language model does not have, in the order of their ids.
         first_added_id: id of the first added token.
         media_token_id: id of `<image>`.
+        tiling_texts: ids of each text that the composition's tiling puts around or between views; None without any.
     """
 
     model_type = "vlm"
@@ -43,6 +44,7 @@ class VLMConfig(PreTrainedConfig):
     added_tokens: Any = None
     first_added_id: Any = None
     media_token_id: Any = None
+    tiling_texts: Any = None
     pad_token_id: int | None = None
     eos_token_id: list[int] | None = None
     # The language model ties its own weights; VLM ties no others.
@@ -63,6 +65,8 @@ class VLMConfig(PreTrainedConfig):
         data = super().to_dict()
         if isinstance(self.composition, Composition):
             data["composition"] = self.composition.to_dict()
+        if data.get("tiling_texts") is None:
+            data.pop("tiling_texts", None)  # a model without such texts has the file that it always had
         return data
 
     @property

@@ -55,6 +55,7 @@ class GenerationMixin(transformers.GenerationMixin):
         lang_x: Tensor | None = None,
         attention_mask: Tensor | None = None,
         vision_mask: Tensor | None = None,
+        vision_grid: Tensor | None = None,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         vision_tokens: Tensor | None = None,
@@ -73,7 +74,8 @@ class GenerationMixin(transformers.GenerationMixin):
             vision_x: float[B, T_img, F, C, H, W].
             lang_x: int[B, T_txt], with one media token for each medium.
             attention_mask: int[B, T_txt], 0 at padding; None hides each padding token.
-            vision_mask: bool[B, T_img, F], false at padding media and frames; None for no padding.
+            vision_mask: bool[B, T_img, F], false at padding media and views; None for no padding.
+            vision_grid: int[B, T_img, 4], as for `VLM.encode_vision`.
             input_ids: another name of `lang_x`.
             pixel_values: another name of `vision_x`.
             vision_tokens: float[B, T_img, n, d], what `encode_vision` returned, instead of `vision_x`.
@@ -94,11 +96,11 @@ class GenerationMixin(transformers.GenerationMixin):
         lang_x, vision_x = resolve_names(
             "generate", lang_x=(lang_x, input_ids, inputs), vision_x=(vision_x, pixel_values)
         )
-        media, media_mask = self._resolve_media(vision_x, vision_mask, vision_tokens, media_mask)
+        media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
         check_media(lang_x, media_mask, self.config.media_token_id)
         if attention_mask is None and self.config.pad_token_id is not None:
             attention_mask = (lang_x != self.config.pad_token_id).long()
-        ids, mask, expanded = self._expand_checked(lang_x, attention_mask, media_mask)
+        ids, mask, expanded = self._expand_checked(lang_x, attention_mask, media_mask, vision_grid)
         if generation_config is None:
             kwargs.setdefault("use_cache", True)  # MPT's own configuration switches it off
         wants_details = kwargs.get("return_dict_in_generate")

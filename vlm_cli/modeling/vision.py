@@ -1,6 +1,7 @@
-"""From pixels to vision tokens: equal frames and equal media are encoded once, padding is not encoded.
+"""From pixels to vision tokens: equal views and equal media are encoded once, padding is not encoded.
 
-B batch, T_img media per row, F frames per medium, C H W pixels, v patches, n vision tokens per medium, d channels.
+B batch, T_img media per row, F views per medium (frames of a clip, or tiles of a picture), C H W pixels, v patches, n
+vision tokens per medium, d channels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_cli.modeling.arrangement import Arrangement
 from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 
@@ -21,8 +23,10 @@ def encode_media(
     tokenizer: Any,
     vision_x: Tensor,
     vision_mask: Tensor | None = None,
+    vision_grid: Tensor | None = None,
     *,
     independently: bool,
+    arrangement: Arrangement | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the vision tokens of media.
 
@@ -30,14 +34,16 @@ def encode_media(
         encoder: reads frames.
         tokenizer: the vision tokenizer; makes tokens of features.
         vision_x: float[B, T_img, F, C, H, W]; F may be left out where it is 1, and so may T_img and F.
-        vision_mask: bool[B, T_img, F], true for frames that are not padding; None for all.
+        vision_mask: bool[B, T_img, F], true for views that are not padding; None for all.
+        vision_grid: int[B, T_img, 4], the tiles of each medium and its size in pixels; None for media without tiles.
         independently: whether the tokenizer encodes each medium independently of the others in its row.
+        arrangement: puts the tokens of a picture's tiles in order; None leaves them view after view.
 
     Returns:
         float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
 
     Raises:
-        ValueError: if there are no media, or if `vision_x` or `vision_mask` has another shape.
+        ValueError: if there are no media, or if `vision_x`, `vision_mask` or `vision_grid` has another shape.
     """
     if not vision_x.numel():
         raise ValueError("vision_x holds no media; leave vision_x out for prompts without media.")
@@ -45,6 +51,10 @@ def encode_media(
     if vision_mask is not None and vision_mask.shape != vision_x.shape[:3]:
         raise ValueError(
             f"vision_mask must be (B, T_img, F) = {tuple(vision_x.shape[:3])}, got {tuple(vision_mask.shape)}."
+        )
+    if vision_grid is not None and vision_grid.shape != (*vision_x.shape[:2], 4):
+        raise ValueError(
+            f"vision_grid must be (B, T_img, 4) = {(*vision_x.shape[:2], 4)}, got {tuple(vision_grid.shape)}."
         )
     vision_x = vision_x.to(next(encoder.parameters()).dtype)
     frame_mask = None if vision_mask is None else vision_mask.bool()
@@ -54,7 +64,8 @@ def encode_media(
         tokens = _encode_once(encoder, tokenizer, vision_x, frame_mask, independently)
     if frame_mask is None:
         frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
-    return tokens, tokenizer.token_mask(frame_mask)
+    mask = tokenizer.token_mask(frame_mask)
+    return (tokens, mask) if arrangement is None else arrangement(tokens, mask, vision_grid)
 
 
 def _with_six_dimensions(vision_x: Tensor, image_size: tuple[int, int]) -> Tensor:

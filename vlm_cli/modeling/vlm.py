@@ -26,9 +26,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from vlm_cli.composition import AnyresOptions
 from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.manifest import recording, write_now
 from vlm_cli.modeling.added_tokens import AddedTokens
+from vlm_cli.modeling.announcement import make_announcement
+from vlm_cli.modeling.arrangement import Arrangement, make_arrangement
 from vlm_cli.modeling.conditioning import Conditioning, count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.contract import Fusion
@@ -45,6 +48,7 @@ from vlm_cli.modeling.vision import encode_media
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vision_tokenizers.making import make_vision_tokenizer
 from vlm_cli.registry import FUSIONS
+from vlm_cli.tiling import MediumSize
 from vlm_cli.trust import HUB_ARGUMENTS, check_code, load_pretrained, make_language_model
 
 __all__ = ["VLM"]
@@ -96,6 +100,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         self.lang_model = lang_model or make_language_model(config.text_config)
         width = find_widths(self.lang_model)
         self.vision_tokenizer = make_vision_tokenizer(config, self.media_width(width.embedding))
+        if isinstance(parts.tiling.options, AnyresOptions):
+            self.vision_tokenizer.arrangement = make_arrangement(parts.tiling.options, self.vision_tokenizer)
         self.added_tokens = AddedTokens(
             len(config.added_tokens),
             config.first_added_id,
@@ -107,6 +113,9 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         self.hooks = Hooks()
         self.build_fusion(parts, width.layer)
         self.conditioning: Conditioning | None = None
+        self.announcement = make_announcement(
+            config, self.vision_encoder.image_size[::-1], self.num_vision_tokens, splices_media=self.splices_media
+        )
         self._attach_hooks()
         self._is_stateful = self.lang_model._is_stateful
         self._can_compile_fullgraph = self.lang_model._can_compile_fullgraph
@@ -281,30 +290,68 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
     # -- media ----------------------------------------------------------------------------------------------------
 
     @property
+    def arrangement(self) -> Arrangement | None:
+        """What puts the vision tokens of a picture's tiles in order; None leaves them view after view."""
+        found: Arrangement | None = getattr(self.vision_tokenizer, "arrangement", None)
+        return found
+
+    def num_vision_tokens(self, size: MediumSize) -> int:
+        """Count the vision tokens of a medium."""
+        if self.arrangement is not None:
+            return self.arrangement.num_tokens(size)
+        return self.vision_tokenizer.num_tokens(size.num_frames)
+
+    def positions_of(self, size: MediumSize) -> int:
+        """Count the positions of the language model that a medium takes, those of the text around its views included.
+
+        `num_positions` is what the fusion says of a medium whose views follow each other.
+        """
+        if self.announcement is not None:
+            return len(self.announcement.ids(size))
+        if self.splices_media and self.arrangement is not None:
+            return self.arrangement.num_tokens(size)
+        return self.num_positions(size.num_frames)
+
+    @property
     def encodes_media_independently(self) -> bool:
         """Whether the vision tokens of a medium depend on nothing else in its row, so that they can be kept."""
         return encodes_media_independently(self.vision_tokenizer)
 
-    def encode_vision(self, vision_x: Tensor, vision_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_vision(
+        self, vision_x: Tensor, vision_mask: Tensor | None = None, vision_grid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute the vision tokens of media.
 
         Args:
-            vision_x: float[B, T_img, F, C, H, W]; F may be left out where it is 1, and so may T_img and F.
-            vision_mask: bool[B, T_img, F], true for frames that are not padding; None for no padding.
+            vision_x: float[B, T_img, F, C, H, W]; F may be left out where it is 1, and so may T_img and F. The F views
+                of a medium are the frames of a clip, or the tiles of a picture.
+            vision_mask: bool[B, T_img, F], true for views that are not padding; None for no padding.
+            vision_grid: int[B, T_img, 4], the rows and columns of tiles of each picture, and the height and width in
+                pixels that it was given with; zeros for a medium without tiles. None for media without tiles.
 
         Returns:
             float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
 
         Raises:
-            ValueError: if there are no media, or if `vision_x` or `vision_mask` has another shape.
+            ValueError: if there are no media, or if `vision_x`, `vision_mask` or `vision_grid` has another shape.
         """
-        independently = self.encodes_media_independently
         return encode_media(
-            self.vision_encoder, self.vision_tokenizer, vision_x, vision_mask, independently=independently
+            self.vision_encoder,
+            self.vision_tokenizer,
+            vision_x,
+            vision_mask,
+            vision_grid,
+            independently=self.encodes_media_independently,
+            arrangement=self.arrangement,
         )
 
     def _resolve_media(
-        self, vision_x: Tensor | None, vision_mask: Tensor | None, tokens: Tensor | None, media_mask: Tensor | None
+        self,
+        vision_x: Tensor | None,
+        vision_mask: Tensor | None,
+        vision_grid: Tensor | None,
+        tokens: Tensor | None,
+        media_mask: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the media as `project_media` does, and bool[B, T_img, n]; None and None without media.
 
@@ -314,7 +361,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         if vision_x is not None:
             if tokens is not None:
                 raise ValueError("vision_x and vision_tokens are the same media. Give one of them.")
-            tokens, media_mask = self.encode_vision(vision_x, vision_mask)
+            tokens, media_mask = self.encode_vision(vision_x, vision_mask, vision_grid)
         if tokens is None:
             if media_mask is not None:
                 raise ValueError("media_mask is given without vision_tokens.")
@@ -324,14 +371,25 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         return self.project_media(tokens, media_mask), media_mask
 
     def _expand_checked(
-        self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor | None
+        self,
+        lang_x: Tensor,
+        attention_mask: Tensor | None,
+        media_mask: Tensor | None,
+        vision_grid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, ExpandedPrompt | None]:
         """Expand a prompt, and check that the language model can read its padding.
 
         Raises:
             LanguageModelLimit: if rows are padded at the left and the language model cannot read them together.
+            ValueError: if `vision_grid` and the vision tokens do not match.
         """
-        expanded = None if media_mask is None else self.expand_prompt(lang_x, attention_mask, media_mask)
+        expanded = None
+        if media_mask is not None and self.announcement is not None:
+            expanded = self.announcement.expand(
+                lang_x, attention_mask, media_mask, vision_grid, self.config.pad_token_id or 0
+            )
+        elif media_mask is not None:
+            expanded = self.expand_prompt(lang_x, attention_mask, media_mask)
         if expanded is not None:
             lang_x, attention_mask = expanded.ids, expanded.attention_mask
         kind = self.lang_model.config.model_type
@@ -351,6 +409,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         vision_tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         media_mask: Tensor | None = None,
+        vision_grid: Tensor | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Condition the language model on a prompt, so that you can call its own `forward` or `generate`.
 
@@ -362,15 +421,16 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             vision_tokens: float[B, T_img, n, d], what `encode_vision` returned.
             attention_mask: int[B, T_txt].
             media_mask: bool[B, T_img, n]; None for no padding.
+            vision_grid: int[B, T_img, 4], as for `encode_vision`.
 
         Yields:
             `input_ids` and `attention_mask` for the language model. Its logits exclude `<image>` before they are
             normalised; `VLM.generate` excludes it afterwards. The scores of beams therefore differ by the probability
             of `<image>`.
         """
-        media, media_mask = self._resolve_media(None, None, vision_tokens, media_mask)
+        media, media_mask = self._resolve_media(None, None, None, vision_tokens, media_mask)
         check_media(lang_x, media_mask, self.config.media_token_id)
-        ids, mask, _ = self._expand_checked(lang_x, attention_mask, media_mask)
+        ids, mask, _ = self._expand_checked(lang_x, attention_mask, media_mask, vision_grid)
         counts = count_media(ids, self.config.media_token_id)
         with self._condition(Conditioning(ids, media, media_mask, counts, hide_media_logit=True)):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
@@ -392,6 +452,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         media_counts: Tensor | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        vision_grid: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
@@ -403,7 +464,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             labels: int[B, T_txt], -100 where there is no loss; `forward` shifts them.
             past_key_values: cache of the language model.
             use_cache: return a cache.
-            vision_mask: bool[B, T_img, F], false at padding media and frames; None for no padding.
+            vision_mask: bool[B, T_img, F], false at padding media and views; None for no padding.
             input_ids: another name of `lang_x`, used by Transformers.
             pixel_values: another name of `vision_x`, used by Transformers.
             vision_tokens: float[B, T_img, n, d], what `encode_vision` returned, instead of `vision_x`.
@@ -413,6 +474,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
                 the row. `forward` then expands nothing: `lang_x` has one id for each position of the language model.
             position_ids: int[B, T] for the language model.
             logits_to_keep: number of last positions to compute logits for; 0 for all.
+            vision_grid: int[B, T_img, 4], as for `encode_vision`; together with `vision_tokens`, too.
             kwargs: for the language model.
 
         Returns:
@@ -429,14 +491,14 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             kwargs[self.lm_interface.cache_name] = past_key_values
         self._check_chunk(lang_x, kwargs.get(self.lm_interface.cache_name))
         if media is None:
-            media, media_mask = self._resolve_media(vision_x, vision_mask, vision_tokens, media_mask)
+            media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
         expanded = None
         if media_counts is None:
             check_media(lang_x, media_mask, self.config.media_token_id)
             if attention_mask is None and media_mask is not None and past_key_values is not None:
                 # Expansion may pad the new positions; the mask must then cover the old positions too.
                 attention_mask = lang_x.new_ones(len(lang_x), num_cached(past_key_values) + lang_x.shape[1])
-            lang_x, attention_mask, expanded = self._expand_checked(lang_x, attention_mask, media_mask)
+            lang_x, attention_mask, expanded = self._expand_checked(lang_x, attention_mask, media_mask, vision_grid)
             media_counts = count_media(lang_x, self.config.media_token_id)
             if expanded is not None:
                 position_ids = None

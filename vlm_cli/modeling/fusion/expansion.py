@@ -1,17 +1,19 @@
 """Vision tokens among the text tokens (Kosmos-1, https://arxiv.org/abs/2302.14045; BLIP-2; LLaVA).
 
-One `<image>` of a prompt stands for its medium, which takes one position of the language model per vision token.
+One `<image>` of a prompt stands for its medium, which takes one position of the language model per vision token, and
+one for each token of the text that announces its views.
 B batch, T_txt tokens of the prompt, T_img media, n vision tokens per medium, L positions of the language model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["ExpandedPrompt", "expand_media_tokens", "pack_valid_tokens", "scatter_media"]
+__all__ = ["ExpandedPrompt", "expand_media_tokens", "insert_media_ids", "pack_valid_tokens", "scatter_media"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class ExpandedPrompt:
 
     Attributes:
         ids: int[B, L], media tokens repeated, rows padded at the left.
-        attention_mask: int[B, L], 0 at padding.
+        attention_mask: int[B, L], 0 at padding; with a cache int[B, cached positions + L].
         last: int[B, T_txt], the last position of each token of the prompt.
     """
 
@@ -48,14 +50,53 @@ def expand_media_tokens(
 
     Args:
         lang_x: int[B, T_txt].
-        attention_mask: int[B, T_txt], 0 at padding; None for all ones.
+        attention_mask: int[B, T_txt], 0 at padding, or with a cache int[B, cached positions + T_txt]; None for all
+            ones.
         is_media: bool[B, T_txt], true at media tokens.
         num_tokens: int[B, T_img], vision tokens of each medium.
         pad_id: id for the positions before a row.
     """
-    mask = torch.ones_like(lang_x) if attention_mask is None else attention_mask
     medium = (is_media.cumsum(-1) - 1).clamp(0, num_tokens.shape[1] - 1)  # [B, T_txt], from 0
     counts = torch.where(is_media, num_tokens.gather(1, medium), 1)  # [B, T_txt], positions of each token
+    return _expand(lang_x, attention_mask, counts, pad_id)[0]
+
+
+def insert_media_ids(
+    lang_x: Tensor, attention_mask: Tensor | None, is_media: Tensor, media_ids: Sequence[Sequence[int]], pad_id: int
+) -> ExpandedPrompt:
+    """Replace each media token by the ids of its medium, which are media tokens and the text that announces views.
+
+    With `I` for `<image>`, and a medium of two views with the ids `[ I I , I I ]`, the row `a I b` becomes
+
+        ids     a [ I I , I I ] b        last   0 7 8
+
+    Args:
+        lang_x: int[B, T_txt].
+        attention_mask: int[B, T_txt], 0 at padding, or with a cache int[B, cached positions + T_txt]; None for all
+            ones.
+        is_media: bool[B, T_txt], true at media tokens.
+        media_ids: of each medium, row after row.
+        pad_id: id for the positions before a row.
+    """
+    lengths = torch.tensor([len(ids) for ids in media_ids], device=lang_x.device)
+    counts = torch.ones_like(lang_x).masked_scatter(is_media, lengths)  # [B, T_txt], positions of each token
+    starts = torch.zeros_like(lang_x).masked_scatter(is_media, lengths.cumsum(0) - lengths)
+    expanded, token = _expand(lang_x, attention_mask, counts, pad_id)
+    flat = torch.tensor([i for ids in media_ids for i in ids], device=lang_x.device)  # ids of all media
+    position = torch.arange(token.shape[1], device=lang_x.device)
+    offset = position - (expanded.last - counts + 1).gather(1, token)  # [B, L], from 0 in each token
+    within = (starts.gather(1, token) + offset).clamp(0, len(flat) - 1)
+    replaced = is_media.gather(1, token) & (offset >= 0)
+    return replace(expanded, ids=torch.where(replaced, flat[within], expanded.ids))
+
+
+def _expand(
+    lang_x: Tensor, attention_mask: Tensor | None, counts: Tensor, pad_id: int
+) -> tuple[ExpandedPrompt, Tensor]:
+    """Repeat each token `counts` times, int[B, T_txt]; return int[B, L], the token at each position, too."""
+    mask = torch.ones_like(lang_x) if attention_mask is None else attention_mask
+    # With a cache, the mask also covers the positions before `lang_x`.
+    before, mask = mask.split([mask.shape[1] - lang_x.shape[1], lang_x.shape[1]], dim=1)
     ends = counts.cumsum(-1)  # [B, T_txt], position after each token
     length = int(ends[:, -1].max())  # L
     ends = ends + (length - ends[:, -1:])  # all rows end at L
@@ -64,7 +105,8 @@ def expand_media_tokens(
     token = torch.searchsorted(ends, position, right=True)  # [B, L], the token at each position
     is_valid = position >= start
     ids = torch.where(is_valid, lang_x.gather(1, token), pad_id)
-    return ExpandedPrompt(ids=ids, attention_mask=mask.gather(1, token) * is_valid, last=ends - 1)
+    mask = torch.cat([before, mask.gather(1, token) * is_valid], dim=1)
+    return ExpandedPrompt(ids=ids, attention_mask=mask, last=ends - 1), token
 
 
 def pack_valid_tokens(vision_tokens: Tensor, media_mask: Tensor) -> Tensor:

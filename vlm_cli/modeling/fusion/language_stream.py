@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor, nn
 
 from vlm_cli.composition import Composition
@@ -39,14 +36,7 @@ class VLMWithLanguageStream(VLM):
 
     def expand_prompt(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> ExpandedPrompt | None:
         is_media = lang_x == self.config.media_token_id
-        pad_id = self.config.pad_token_id or 0
-        mask, before = attention_mask, None
-        if attention_mask is not None:  # with a cache, the mask also covers the positions before `lang_x`
-            before, mask = attention_mask.split([attention_mask.shape[1] - lang_x.shape[1], lang_x.shape[1]], dim=1)
-        expansion = expand_media_tokens(lang_x, mask, is_media, media_mask.sum(-1), pad_id)
-        if before is None:
-            return expansion
-        return replace(expansion, attention_mask=torch.cat([before, expansion.attention_mask], dim=1))
+        return expand_media_tokens(lang_x, attention_mask, is_media, media_mask.sum(-1), self.config.pad_token_id or 0)
 
     def embed_media(self, embeddings: Tensor, conditioning: Conditioning) -> Tensor:
         """Put the vision tokens at the positions of `<image>`."""
