@@ -25,7 +25,7 @@ from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
-from vlm_cli.generation.images import ImageCache, Preprocessor
+from vlm_cli.generation.images import ImageCache, Pixels, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of
 from vlm_cli.media import MediaLoader
 from vlm_cli.models import DEMO
@@ -264,7 +264,7 @@ def test_a_gallery_is_bounded_and_knows_equal_pixels():
     a, b = cache.find("a")[0], cache.find("b")[0]
     pixels = torch.rand(3, 4, 4).numpy()
     for slot in (a, b):
-        cache.fill(slot, pixels.copy())
+        cache.fill(slot, Pixels(pixels.copy()))
     assert a.image is b.image
     assert cache.find("a") == (a, False)
     cache.find("c")

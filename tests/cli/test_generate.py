@@ -101,7 +101,7 @@ def test_stream_block_and_json_give_the_same_text(generate, flags):
 def test_stdout_has_new_text_and_nothing_else(generate, photo):
     result = generate("--stats")
     assert "The cat" not in result.stdout and "<image>" not in result.stdout
-    assert f"Image {photo} (40x30)" in result.stderr
+    assert f"Image {photo} (40x30 → " in result.stderr
     assert re.search(
         r"\d+ prompt tokens \(\d+ positions\), 8 new tokens in [\d.]+ s \([\d.]+ tokens/s\), load [\d.]+ s, "
         r"peak memory [\d.]+ [MG]B",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.support import ROOT
 from tests.support.grid import first_of
@@ -50,6 +51,43 @@ def test_a_batch(vlm: Any, prompts: Path, tmp_path: Path) -> None:
     result = vlm("batch", prompts, "-o", tmp_path / "one.jsonl")
     assert ABOUT_PHOTOGRAPHS not in result.stderr and "cut at" not in result.stderr
     assert "1 row, 0 failed, " in result.stderr and "1 image encoded of 1 used" in result.stderr
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Records over pictures of which something must be told, with a text that has a tag."""
+    frames = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue")]
+    for name in ("a.gif", "b.gif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "cafe\u0301.png")
+    prompts = ["<image:a.gif>What?", "<image:b.gif>A <images>?", "<image:caf\u00e9.png>An <img>?", "<image:a.gif>Why?"]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps({"prompt": x, "completion": " A"}) + "\n" for x in prompts))
+    return path
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("command", ["batch", "eval", "train"])
+def test_notes_of_pictures_are_told_once_with_a_count(
+    vlm: Any, pictures: Path, tmp_path: Path, command: str, quiet: bool
+) -> None:
+    out = tmp_path / "out"
+    words: dict[str, list[Any]] = {
+        "batch": [pictures, "-o", out, "-n", 1],
+        "eval": ["--data", pictures, "--max-new-tokens", 1],
+        "train": ["demo", "--data", pictures, "-o", out, "--max-steps", 2, "--batch-size", 2],
+    }
+    result = vlm(command, *words[command], *(["--quiet"] if quiet else []))
+    assert result.exit_code == 0
+    told = [line for line in result.stderr.splitlines() if not line.startswith(f"Wrote {out}")]
+    if quiet:
+        assert told == []
+        return
+    counted = [line for line in told if line.endswith(": first frame of an animation")]
+    assert len(counted) == 1 and counted[0].startswith("2 images, such as ")
+    assert "Image caf\u00e9.png: its file is called 'cafe\\u0301.png'" in told
+    assert len([line for line in told if "<images>, which is read as text" in line and "1 more line does" in line]) == 1
 
 
 @pytest.mark.sample(2)

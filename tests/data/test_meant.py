@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlm_cli.data.jsonl import RecordError
-from vlm_cli.data.meant import check_picture_keys, find_mentions
+from vlm_cli.data.meant import check_picture_keys, find_mentions, mention_note, mention_notes
 from vlm_cli.errors import PromptError
 from vlm_cli.media import MediaLoader
 from vlm_cli.prompt import Medium, Text, parse
@@ -63,6 +63,30 @@ def test_other_keys_are_left_alone(more: dict[str, Any]) -> None:
 def test_words_that_name_pictures_are_found(folder: Path, prompt: str, found: list[str]) -> None:
     parts = [part for part in parse(prompt) if isinstance(part, (Text, Medium))]
     assert find_mentions(parts, MediaLoader(folder)) == found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("<IMAGE> Describe it", ["<IMAGE>"]),
+        ("<img/>, <picture> and <img/>", ["<img/>", "<picture>"]),
+        ("<image >a<images>", ["<image >", "<images>"]),
+        (r"the tag \<image>, <imagery>, <b> and <image", []),
+        ("<image:red.png>What is it?", []),
+    ],
+)
+def test_tags_that_are_no_placeholders_are_found(folder: Path, prompt: str, found: list[str]) -> None:
+    parts = parse(prompt)
+    assert find_mentions(parts, MediaLoader(folder)) == found
+    assert all(f"Note: the prompt has {tag}, which is read as text." in mention_note(tag) for tag in found)
+
+
+def test_each_kind_of_mention_is_told_once() -> None:
+    mentions = [(2, "a.png"), (3, "<IMAGE>"), (5, "<img>"), (5, "<IMAGE>"), (7, "<img>")]
+    of_file, of_tag = mention_notes(mentions, "line {} of 'x'")
+    assert of_file.startswith("Note: line 2 of 'x' names the picture file 'a.png'") and "more" not in of_file
+    assert of_tag.startswith("Note: line 3 of 'x' has <IMAGE>,") and of_tag.endswith(" 2 more lines do the same.")
+    assert mention_notes([], "line {}") == []
 
 
 def test_a_prompt_that_is_a_file_name_is_refused(folder: Path) -> None:

@@ -17,6 +17,7 @@ from vlm_cli import load
 from vlm_cli.composition import END_OF_CHUNK
 from vlm_cli.data.records import read_records
 from vlm_cli.errors import DataError
+from vlm_cli.media.notes import NoteTally
 from vlm_cli.prompt import interleave
 from vlm_cli.training.dataset import IGNORED, Collator, RecordDataset, check_batch, load_dataset, row_losses
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
@@ -213,7 +214,7 @@ def test_a_damaged_image_is_named(folder: Path, model: Any, workers: int) -> Non
     data = dataset(folder, model, {"text": "<image:damaged.png>x"})
     loader = DataLoader(data, batch_size=1, collate_fn=Collator(0), num_workers=workers)
     with pytest.raises(DataError, match=r"line 1 of 'some.jsonl': 'damaged.png' is damaged"):
-        check_batch(next(iter(loader)))
+        check_batch(next(iter(loader)), NoteTally())
 
 
 def stream(num_records: int, num_drawn: int, **settings: Any) -> list[int]:

@@ -407,7 +407,7 @@ def _answer_rest(
     first = next(lines, None)
     if first is None:
         return BatchResult(journal.answered, journal.failed, earlier)
-    from vlm_cli.data.meant import mention_note
+    from vlm_cli.data.meant import mention_notes
     from vlm_cli.generation.answers import RowAnswerer
     from vlm_cli.generation.batch_size import BatchSize
     from vlm_cli.generation.plan import GenerationPlan
@@ -422,7 +422,8 @@ def _answer_rest(
     loader = job.reading.loader(job.file.folder, job.request.source.allow_hosts)
     reader = RowReader(plan, loader)
     started = time.monotonic()
-    details = notes = 0  # messages that stderr shows in full
+    details = 0  # messages that stderr shows in full
+    mentions: list[tuple[int, str]] = []
     cut: list[int] = []  # tokens of the answer to each row that --max-new-tokens or the context cut
     is_unjudged = job.request.is_demo  # whether a picture is to show that these are photographs
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:
@@ -435,9 +436,7 @@ def _answer_rest(
                 if row.error is not None and str(row.error) != row.error.public and details < MOST_DETAILS:
                     details += 1
                     progress.notify(f"  line {row.line}: {row.error}")
-                if row.mentions and notes < MOST_DETAILS:
-                    notes += 1
-                    progress.notify(mention_note(row.mentions[0], f"line {row.line}"))
+                mentions += [(row.line, name) for name in row.mentions]
                 if is_unjudged and row.sources:
                     is_unjudged = False
                     with suppress(VLMError):
@@ -445,6 +444,8 @@ def _answer_rest(
                 cut_here = [x.new_tokens for x in row.answers or () if x.finish_reason == "length"]
                 cut += [max(cut_here)] if cut_here else []
                 progress.show(journal.answered)
+    for note in [*mention_notes(mentions, "line {}"), *answerer.picture_notes.lines()]:
+        console.note(note)
     if cut:
         console.note(cut_note(len(cut), answerer.counts.rows, max(cut), job.sampling.max_new_tokens))
     return BatchResult(

@@ -16,7 +16,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
-from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, tell_placements
+from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, tell_images
 from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.cli.terminal import is_terminal, write
 from vlm_cli.data.inputs import read_stdin_lines
@@ -196,7 +196,7 @@ class ChatSession:
         from vlm_cli.cli.stream import TextStream
 
         plan, printing = self.chat.plan, self.request.printing
-        tell_placements(turn.images, plan.processor)
+        tell_images(turn.images, plan.processor)
         self.wanted.warn_of_photographs(turn.images)
         streamer = TextStream(plan.decode, console.write_answer, plan.stops) if printing.streams else None
         # On a terminal, Ctrl-C ends the answer; in a pipe, it ends the command, as SIGTERM always does.

@@ -215,6 +215,8 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
         answerer = RowAnswerer(plan, BatchSize(questions.batch_size), notify=progress.notify)
         loader = records.loader()
         found = evaluate_items(answerer, items, loader, name=str(questions.data), report=progress.show)
+    for note in answerer.picture_notes.lines():
+        console.note(note)
     if found.num_cut:
         most = questions.max_new_tokens
         console.note(cut_note(found.num_cut, len(items), most, most))

@@ -20,7 +20,7 @@ from vlm_cli.cli.prompts import (
     ReadingOptions,
     check_piped_picture,
     load_images,
-    tell_placements,
+    tell_images,
 )
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
 from vlm_cli.errors import UsageError
@@ -147,7 +147,7 @@ def generate(
         wanted = request(compile=compile)
         images = load_images(words, reading.loader(prompts.folder, source.allow_hosts))
         if dry_run:
-            _show_layout(wanted, words, printing.as_json, reading.special_tokens, chat_template)
+            _show_layout(wanted, words, images, printing.as_json, reading.special_tokens, chat_template)
             return
         # Beams and several answers are known only at the end.
         streams = printing.streams and search == SearchOptions()
@@ -160,7 +160,12 @@ def _typed(flags: dict[str, bool]) -> list[str]:
 
 
 def _show_layout(
-    request: ModelRequest, words: Interleaved, as_json: bool, special_tokens: bool, chat_template: bool
+    request: ModelRequest,
+    words: Interleaved,
+    images: list[LoadedImage],
+    as_json: bool,
+    special_tokens: bool,
+    chat_template: bool,
 ) -> None:
     """Print the tokens and positions of a prompt; no weights are loaded."""
     from vlm_cli.cli.inspect import print_layout
@@ -175,6 +180,7 @@ def _show_layout(
         directory, trust_remote_code=source.trust_remote_code, revision=source.revision
     )  # fmt: skip
     processor = read_processor_of(directory, source.revision, trust_remote_code=source.trust_remote_code)
+    tell_images(images, processor)
     writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
     print_layout(lay_out(model, processor, words.parts, writer), as_json)
 
@@ -183,7 +189,7 @@ def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions
     """Answer a prompt, and print the answer."""
     loaded = request.load()
     check_piped_picture(job.words)  # a slow program may have written it only now
-    tell_placements(job.images, loaded.processor)
+    tell_images(job.images, loaded.processor)
     request.warn_of_photographs(job.images)
     found = _generate(loaded, job)
     if printing.as_json:

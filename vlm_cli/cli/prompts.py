@@ -31,7 +31,7 @@ __all__ = [
     "TurnOptions",
     "check_piped_picture",
     "load_images",
-    "tell_placements",
+    "tell_images",
 ]
 
 PROMPT = "Prompt"  # heading of these options in --help
@@ -213,22 +213,20 @@ def load_images(parts: Interleaved, loader: MediaLoader) -> list[LoadedImage]:
         MediaError: for an image that cannot be read.
     """
     from vlm_cli.data.meant import find_mentions, mention_note
-    from vlm_cli.media import short_name
 
     for name in find_mentions(parts.parts, loader):
         console.note(mention_note(name))
-    images = [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
-    for image in images:
-        size = f"{image.width}x{image.height}"
-        console.note(f"Image {short_name(image.source)} ({', '.join([size, *image.notes])})")
-    return images
+    return [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
 
 
-def tell_placements(images: Sequence[LoadedImage], processor: VLMProcessor) -> None:
-    """Tell on stderr what preprocessing does to each image: its size, and what the model does not see of it."""
+def tell_images(images: Sequence[LoadedImage], processor: VLMProcessor) -> None:
+    """Tell on stderr what becomes of each image: its sizes, what the model does not see of it, and how it was decoded.
+
+    One line for each: `Image cat.gif (500x375 → 224x224, centre crop, 25 % unseen, first frame of an animation)`.
+    """
     from vlm_cli.media import short_name
 
     for image in images:
         placement = processor.image_processor.place(image.width, image.height)
-        if placement.image != placement.seen:
-            console.note(f"Image {short_name(image.source)}: {placement.describe()}")
+        size = f"{image.width}x{image.height}" if placement.image == placement.seen else placement.describe()
+        console.note(f"Image {short_name(image.source)} ({', '.join([size, *image.notes])})")

@@ -19,6 +19,7 @@ from vlm_cli.cli.options import (
     JsonOption,
     MaxPixelsOption,
     MediaRootOption,
+    QuietOption,
     VerifyOption,
     flatten_options,
 )
@@ -89,6 +90,7 @@ def train(
     trust_remote_code: TrustOption = False,
     verify: VerifyOption = False,
     places: BackboneOptions = BackboneOptions(),
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model on records of images and text. The directory OUT appears when training is done.
@@ -151,18 +153,18 @@ class _Terminal(Listener):
         self.leave_line()
         self.running_step.close()
         if name:
-            self.running_step.enter_context(console.announced_steps())(name)
+            self.running_step.enter_context(console.announced_steps(console.is_quiet()))(name)
 
     def notify(self, message: str) -> None:
         self.leave_line()
-        console.notify(message)
+        console.note(message)
 
     def progress(self, report: StepReport) -> None:
         self.notify(_format_report(report))
 
     def step_done(self, step: int, total: int | None, seconds_left: float) -> None:
         """Show the number of the step until the next message; only a terminal can take the line back."""
-        if is_terminal(sys.stderr):
+        if is_terminal(sys.stderr) and not console.is_quiet():
             left = f", {_format_left(seconds_left)} left" if math.isfinite(seconds_left) else ""
             of = "" if total is None else f"/{total}"
             overwrite_line(f"  step {step}{of} done{left}" if step else "  the first step …")

@@ -1,4 +1,4 @@
-"""Find pictures that a user plainly means, where vlm reads none: under another key, or as words of a text."""
+"""Find pictures that a user plainly means, where vlm reads none: under another key, or as words or tags of a text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.errors import MediaError, PromptError
 from vlm_cli.media import MediaLoader
-from vlm_cli.prompt import Medium, Slot, Text
+from vlm_cli.prompt import Medium, Slot, Text, parse
 from vlm_cli.prompt import format as format_prompt
 
-__all__ = ["check_picture_keys", "find_mentions", "mention_note"]
+__all__ = ["check_picture_keys", "find_mentions", "mention_note", "mention_notes"]
 
 #: Keys that name pictures in the data sets of other projects, without "images", which is right.
 _PICTURE_KEY = re.compile(
@@ -22,6 +22,8 @@ _PICTURE_KEY = re.compile(
     re.IGNORECASE,
 )
 _PICTURE_NAME = re.compile(r"(?i).\.(png|jpe?g|jfif|gif|bmp|webp|tiff?|heic|heif|avif|jp2|jxl|ppm|pgm)$")
+#: A tag that looks like a placeholder, and is none.
+_TAG = re.compile(r"<[ \t]*(?i:images?|img|pictures?|photos?|videos?|audio)[ \t]*/?>")
 _AROUND = "\"'`“”‘’«»()[]{}<>,;:!?*"  # characters that may stand around a file name in a sentence
 _MOST_WORDS = 100  # of one text, for each of which the system looks for a file
 
@@ -64,7 +66,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def find_mentions(parts: Sequence[Text | Medium | Slot], loader: MediaLoader) -> list[str]:
-    """Return the words of a prompt that name existing picture files which the prompt does not show.
+    """Return the words of a prompt that name existing picture files which it does not show, and tags like `<IMAGE>`.
 
     Raises:
         PromptError: if the prompt is nothing but the name of a picture file.
@@ -76,15 +78,42 @@ def find_mentions(parts: Sequence[Text | Medium | Slot], loader: MediaLoader) ->
             f'write "{format_prompt([Medium(name)])}Describe the image."'
         )
     words = (word for part in parts if isinstance(part, Text) for word in _file_names(part.text))
-    return [word for word in dict.fromkeys(words) if word not in shown and _is_picture(word, loader)]
+    named = [word for word in dict.fromkeys(words) if word not in shown and _is_picture(word, loader)]
+    tags = (tag[0] for part in parts if isinstance(part, Text) for tag in _TAG.finditer(part.text))
+    # A text that spells a placeholder is an escaped one.
+    return named + [tag for tag in dict.fromkeys(tags) if isinstance(parse(tag)[0], Text)]
+
+
+def mention_notes(mentions: Sequence[tuple[int, str]], where: str) -> list[str]:
+    """Return one note for each kind of what lines mention, with the number of lines.
+
+    Args:
+        mentions: what `find_mentions` found, each with the number of its line.
+        where: what messages call a line, with {} for its number.
+    """
+    notes = []
+    for kind in (False, True):
+        of_kind = [(line, name) for line, name in mentions if _is_tag(name) is kind]
+        if not of_kind:
+            continue
+        (line, name), more = of_kind[0], len({line for line, _ in of_kind}) - 1
+        others = f" {more:,} more {'line does' if more == 1 else 'lines do'} the same." if more else ""
+        notes.append(mention_note(name, where.format(line)) + others)
+    return notes
 
 
 def mention_note(name: str, where: str = "the prompt") -> str:
-    """Return the note for a picture file that a text names."""
+    """Return the note for a picture file, or a tag, that a text names."""
+    if _is_tag(name):
+        return f"Note: {where} has {name}, which is read as text. To show an image, write <image> or <image:FILE>."
     return (
         f"Note: {where} names the picture file {name!r}, which is read as text. To show it, write "
         f"{format_prompt([Medium(name)])}."
     )
+
+
+def _is_tag(name: str) -> bool:
+    return _TAG.fullmatch(name) is not None
 
 
 def _file_names(text: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlm_cli.data.inputs import base_folder, describe_input, read_lines
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field, parse_object
-from vlm_cli.data.meant import check_picture_keys, find_mentions, mention_note
+from vlm_cli.data.meant import check_picture_keys, find_mentions, mention_notes
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader, short_name
 from vlm_cli.media.decode import check_header
@@ -74,7 +74,7 @@ class Records:
         problems: one problem for each line that cannot be used.
         sha256: hash of the file.
         media_root: the folder that holds every image; None allows each path.
-        mentions: picture files that texts name without showing them, each with the number of its line.
+        mentions: picture files and tags that texts name without showing a picture, each with the number of its line.
         max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
     """
 
@@ -89,11 +89,8 @@ class Records:
     @property
     def notes(self) -> list[str]:
         """What the user should know about records that can be used."""
-        if not self.mentions:
-            return []
-        (line, name), more = self.mentions[0], len({line for line, _ in self.mentions}) - 1
-        others = f" {more:,} more {'record does' if more == 1 else 'records do'} the same." if more else ""
-        return [mention_note(name, f"line {line} of {describe_input(self.path)}") + others]
+        name = describe_input(self.path).replace("{", "{{").replace("}", "}}")
+        return mention_notes(self.mentions, f"line {{}} of {name}")
 
     @property
     def folder(self) -> Path:

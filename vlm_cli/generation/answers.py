@@ -22,6 +22,7 @@ from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
 from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
 from vlm_cli.media import MediaLoader
+from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
@@ -79,6 +80,7 @@ class RowAnswerer:
 
     Attributes:
         counts: what was done so far.
+        picture_notes: what became of the pictures so far.
         max_images: images that waiting rows may hold together, roughly.
     """
 
@@ -94,6 +96,7 @@ class RowAnswerer:
         kind = self.model.lang_model.config.model_type
         self.size = BatchSize(1) if kind in ONE_AT_A_TIME else size
         self.counts = Counts()
+        self.picture_notes = NoteTally()
         keywords = plan.keywords
         self.num_answers: int = keywords["num_return_sequences"]
         self.cost = RowCost(self.model, max(keywords["num_beams"], self.num_answers))
@@ -117,7 +120,9 @@ class RowAnswerer:
         """
         preprocessor = Preprocessor(self.plan.processor.image_processor.transform, loader)
         waiting: deque[AnyRow] = deque()
-        with closing(with_images(rows, ImageCache(self.max_images), preprocessor, workers)) as ready:
+        with closing(
+            with_images(rows, ImageCache(self.max_images), preprocessor, workers, self.picture_notes)
+        ) as ready:
             while True:
                 self._fill(waiting, ready)
                 if not waiting:

@@ -27,6 +27,7 @@ from vlm_cli.generation.encoded_image import EncodedImage, ImageSlot
 from vlm_cli.generation.rows import Row
 from vlm_cli.interrupt import ignore_interrupt
 from vlm_cli.media import MediaLoader
+from vlm_cli.media.notes import NoteTally
 from vlm_cli.media.sources import quote_source
 
 if TYPE_CHECKING:
@@ -62,20 +63,33 @@ class ImageCache:
             self._recent.popitem(last=False)
         return slot, known is None
 
-    def fill(self, slot: ImageSlot, found: np.ndarray | MediaError) -> None:
-        """Fill a slot with pixels, float[C, H, W], or with the reason why there are none."""
+    def fill(self, slot: ImageSlot, found: Pixels | MediaError) -> None:
+        """Fill a slot with pixels, or with the reason why there are none."""
         if isinstance(found, MediaError):
             slot.error = found
             return
-        digest = hashlib.sha256(found.data).digest()
+        digest = hashlib.sha256(found.values.data).digest()
         image = self._images.get(digest)
         if image is None:
-            image = self._images[digest] = EncodedImage(torch.from_numpy(found))
+            image = self._images[digest] = EncodedImage(torch.from_numpy(found.values))
         slot.image = image
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """A preprocessed image.
+
+    Attributes:
+        values: float[C, H, W].
+        notes: what became of the image when it was decoded.
+    """
+
+    values: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
-class Preprocessor(Dataset[list[np.ndarray | MediaError]]):
+class Preprocessor(Dataset[list[Pixels | MediaError]]):
     """Turns sources into pixels. Worker processes hold a copy of it, and no model.
 
     Args:
@@ -86,7 +100,7 @@ class Preprocessor(Dataset[list[np.ndarray | MediaError]]):
     transform: Callable[[Image], Tensor]
     loader: MediaLoader
 
-    def __getitem__(self, sources: Sequence[str]) -> list[np.ndarray | MediaError]:
+    def __getitem__(self, sources: Sequence[str]) -> list[Pixels | MediaError]:
         """Return the pixels of each source, or the reason why there are none.
 
         A worker that raised would show the user its traceback. Pixels are arrays, because each tensor that a process
@@ -94,9 +108,10 @@ class Preprocessor(Dataset[list[np.ndarray | MediaError]]):
         """
         return [self._load(source) for source in sources]
 
-    def _load(self, source: str) -> np.ndarray | MediaError:
+    def _load(self, source: str) -> Pixels | MediaError:
         try:
-            return np.ascontiguousarray(self.transform(self.loader.load(source).image).numpy())
+            loaded = self.loader.load(source)
+            return Pixels(np.ascontiguousarray(self.transform(loaded.image).numpy()), loaded.notes)
         except MediaError as error:
             # A new error, because this one holds the frames that decoded the image.
             return MediaError(str(error), public=error.public)
@@ -106,7 +121,7 @@ class Preprocessor(Dataset[list[np.ndarray | MediaError]]):
 
 
 def with_images(
-    rows: Iterator[AnyRow], cache: ImageCache, preprocessor: Preprocessor, workers: int
+    rows: Iterator[AnyRow], cache: ImageCache, preprocessor: Preprocessor, workers: int, notes: NoteTally
 ) -> Generator[AnyRow]:
     """Yield rows in their order, with filled slots; a row with a bad image gets an `error`.
 
@@ -115,8 +130,9 @@ def with_images(
         cache: slots of the sources that rows showed before.
         preprocessor: decodes the other sources.
         workers: processes that decode; 0 decodes in this process.
+        notes: counts what becomes of the images.
     """
-    pending: deque[tuple[AnyRow, list[ImageSlot]]] = deque()
+    pending: deque[tuple[AnyRow, list[tuple[str, ImageSlot]]]] = deque()
 
     def missing_sources() -> Iterator[list[str]]:
         for row in rows:
@@ -125,7 +141,7 @@ def with_images(
                 slot, is_new = cache.find(source)
                 row.images.append(slot)
                 missing += [(source, slot)] if is_new else []
-            pending.append((row, [slot for _, slot in missing]))
+            pending.append((row, missing))
             yield [source for source, _ in missing]
 
     with warnings.catch_warnings():
@@ -140,14 +156,16 @@ def with_images(
             worker_init_fn=ignore_interrupt if workers else None,
         )
     for found in loader:
-        row, slots = pending.popleft()
-        for slot, pixels in zip(slots, found, strict=True):
+        row, missing_here = pending.popleft()
+        for (source, slot), pixels in zip(missing_here, found, strict=True):
             cache.fill(slot, pixels)
+            if isinstance(pixels, Pixels):
+                notes.add(source, pixels.notes)
         if row.error is None and (errors := [x.error for x in row.images if x.error is not None]):
             row.error = errors[0]
         yield row
 
 
-def _unchanged(found: list[np.ndarray | MediaError]) -> list[np.ndarray | MediaError]:
+def _unchanged(found: list[Pixels | MediaError]) -> list[Pixels | MediaError]:
     """Return what a worker made; the DataLoader would turn it into tensors."""
     return found

@@ -84,7 +84,7 @@ class FileRow(Row):
     Attributes:
         source_line: the line as it stands in the file.
         data: the keys of the line, without an error that an earlier run may have left.
-        mentions: picture files that the prompt names without showing them.
+        mentions: picture files and tags that the prompt names without showing a picture.
     """
 
     source_line: Line

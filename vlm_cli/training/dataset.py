@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from vlm_cli.data.records import Problem, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, VLMError
 from vlm_cli.media import MediaLoader
+from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.stop_tokens import stop_token_ids
@@ -79,11 +80,12 @@ class RecordDataset(Dataset[dict[str, Any]]):
         labels = ids.masked_fill(torch.from_numpy(~self.is_target[span]), IGNORED)
         item = {"index": int(index), "ids": ids, "labels": labels}
         try:
-            images = [self.loader.load(source).image for source in self.sources[index]]
+            images = [self.loader.load(source) for source in self.sources[index]]
         except MediaError as error:
             # The item carries the message, because an error in a worker process reaches the user as a traceback.
             return item | {"error": f"line {self.lines[index]} of {self.name!r}: {error}"}
-        return item | {"pixels": [self.transform(image) for image in images]}
+        notes = [(image.source, image.notes) for image in images if image.notes]
+        return item | {"pixels": [self.transform(image.image) for image in images], "notes": notes}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -183,7 +185,8 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; if a record has an image, `pixel_values`
-            float[B, T_img, 1, C, H, W] and `vision_mask` bool[B, T_img, 1]; and `records`, the indices of the records.
+            float[B, T_img, 1, C, H, W] and `vision_mask` bool[B, T_img, 1]; `records`, the indices of the records; and
+            `notes`, what became of images when they were decoded.
             If an image is damaged, the batch is `error` alone: the message.
         """
         for item in items:
@@ -196,6 +199,7 @@ class Collator:
             "attention_mask": attention_mask,
             "labels": labels,
             "records": [item["index"] for item in items],
+            "notes": [note for item in items for note in item.get("notes", ())],
         }
         if any(item["pixels"] for item in items):
             media = [[pixels[None] for pixels in item["pixels"]] for item in items]  # of one frame each
@@ -203,14 +207,16 @@ class Collator:
         return batch
 
 
-def check_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a batch unchanged.
+def check_batch(batch: dict[str, Any], notes: NoteTally) -> dict[str, Any]:
+    """Return a batch without its notes, which are counted.
 
     Raises:
         DataError: if an image of the batch could not be decoded.
     """
     if "error" in batch:
         raise DataError(batch["error"])
+    for source, of_source in batch.pop("notes", ()):
+        notes.add(source, of_source)
     return batch
 
 

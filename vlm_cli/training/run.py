@@ -144,6 +144,8 @@ class _Run:
         self.listener.step("")
         self._announce(model, train_set, eval_set)
         outcome = trainer.run_from(checkpoint)
+        for note in trainer.picture_notes.lines():
+            self.listener.notify(note)
         result = self._make_result(outcome, train_set, num_trained, checkpoint)
         return self.processes.main_only(lambda: self._finish(outcome, result, model, processor, stored, history))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from transformers.trainer_pt_utils import nested_gather
 
 from vlm_cli.errors import DataError
 from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
+from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
@@ -95,6 +96,7 @@ class VLMTrainer(Trainer):
     ) -> None:
         self.settings, self.train_set, self.eval_set = settings, train_set, eval_set
         self.checkpoints, self.run, self.report, self.notify = checkpoints, run, report, notify
+        self.picture_notes = NoteTally()
         self.history, self.step_done = history, step_done
         # A vision tower's pooling and projection do not contribute to its patch features, so they get no gradient.
         finds_unused = "vision_encoder" in model.config.composition.trainable
@@ -254,9 +256,12 @@ class VLMTrainer(Trainer):
         """Return the batches of the next step; a damaged image is an error here."""
         self._step_records = []
         try:
-            return super().get_batch_samples(map(check_batch, epoch_iterator), num_batches, device)
+            return super().get_batch_samples(self._checked(epoch_iterator), num_batches, device)
         except DataError as error:
             raise DataError(f"{error} {self._keep_steps()}".rstrip()) from None
+
+    def _checked(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return (check_batch(batch, self.picture_notes) for batch in batches)
 
     def _keep_steps(self) -> str:
         """Write a checkpoint of the steps before a damaged image, and say where it is.
@@ -319,7 +324,7 @@ class VLMTrainer(Trainer):
         model: Any = self.model_wrapped if self.is_sharded else self.model
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        for batch in map(check_batch, self.get_eval_dataloader()):
+        for batch in self._checked(self.get_eval_dataloader()):
             inputs = self._prepare_inputs(batch)
             inputs.pop("records")
             labels = inputs.pop("labels")
