@@ -53,12 +53,14 @@ def decode(
     return str(decoder.decode([token for run in _byte_runs(tokens) for token in run]))
 
 
-def decode_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text that `ids` add to the text of the ids before them, without special tokens."""
+def decode_after(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int], *, skip_special_tokens: bool = True
+) -> str:
+    """Return the text that `ids` add to the text of the ids before them, by default without special tokens."""
     size = CONTEXT
-    while not (start := decode(tokenizer, before[-size:], skip_special_tokens=True)) and size < len(before):
+    while not (start := decode(tokenizer, before[-size:], skip_special_tokens)) and size < len(before):
         size *= 2  # only special tokens stand there
-    whole = decode(tokenizer, [*before[-size:], *ids], skip_special_tokens=True)
+    whole = decode(tokenizer, [*before[-size:], *ids], skip_special_tokens)
     # `start` may end with half a character, which `ids` complete.
     return whole[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False))) :]
 

@@ -28,6 +28,7 @@ from vlm_cli.errors import (
     explain_reading,
 )
 from vlm_cli.hub_ids import check_hub_id
+from vlm_cli.lookalike import find_named
 from vlm_cli.offline import use_cache_without_network
 from vlm_cli.registry import suggest
 
@@ -82,7 +83,7 @@ def resolve(model: str | None, request: CompositionRequest | None = None) -> Com
     request = request or CompositionRequest()
     if model is None:
         return compose(request) if request.flags else str(DEMO)
-    path = Path(model).expanduser()
+    path = find_named(model)
     if model == DEMO.name and not path.is_dir():
         path = DEMO
     if model in FAMILIES and not path.is_dir():

@@ -17,7 +17,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "v
 LAYERS = (
     ("printable",),
     ("auto_classes", "errors", "interrupt", "quiet", "text", "version"),
-    ("hub_ids", "locks", "network", "offline", "plain_data", "renames", "schema"),
+    ("hub_ids", "locks", "lookalike", "network", "offline", "plain_data", "renames", "schema"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags", "manifest"),
     ("tiling",),
@@ -45,7 +45,7 @@ FORBIDDEN["vlm_cli/evaluation"] += ["vlm_cli.training"]
 
 #: What is imported before a command runs, and what it may not import outside of functions: `vlm --help` must be quick.
 LIGHT = ("composition", "data", "errors", "files", "flags", "media/loader", "models", "prompt", "registry", "resume")
-LIGHT += ("hub_ids", "locks", "manifest", "plain_data", "renames", "schema", "tiling")
+LIGHT += ("hub_ids", "locks", "lookalike", "manifest", "plain_data", "renames", "schema", "tiling")
 LIGHT += ("training/listener", "training/settings")
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 

@@ -33,6 +33,7 @@ from vlm_cli.checkpoint.parts.tower import OutsideWeights, PublishedWeights, Tow
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
+from vlm_cli.lookalike import find_named
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.offline import use_cache_without_network
 
@@ -101,7 +102,7 @@ class Backbone:
 
     def relocated(self, path: str) -> Backbone:
         """Return the same backbone in another file or directory."""
-        return replace(self, kind="path", location=str(Path(path).expanduser()), revision=None)
+        return replace(self, kind="path", location=str(find_named(path)), revision=None)
 
 
 @dataclass(frozen=True)

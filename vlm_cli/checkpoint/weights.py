@@ -9,6 +9,7 @@ from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.fill import FillPlan, KeyReport, plan_fill
 from vlm_cli.checkpoint.published.layouts.own import own_targets_of
 from vlm_cli.errors import CheckpointError
+from vlm_cli.lookalike import find_named
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["load_weights", "open_weights", "plan_weights"]
@@ -20,6 +21,7 @@ def open_weights(path: Path) -> PublishedCheckpoint:
     Raises:
         CheckpointError: if it cannot be read. Code inside a file is never run.
     """
+    path = find_named(path)
     if not path.is_file():
         raise CheckpointError(f"there is no weight file {str(path)!r}.")
     return PublishedCheckpoint.open(str(path))

@@ -19,6 +19,7 @@ from vlm_cli.cli.command import accept_old_names, make_option, option
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
+from vlm_cli.lookalike import find_named
 from vlm_cli.models import hub_arguments
 from vlm_cli.registry import suggest
 from vlm_cli.schema import show
@@ -88,6 +89,12 @@ VerifyOption = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+
+
+def _find_folder(path: Path | None) -> Path | None:
+    return None if path is None else find_named(path)
+
+
 MediaRootOption = Annotated[
     Path | None,
     option(
@@ -95,6 +102,7 @@ MediaRootOption = Annotated[
         "Read images only from the folder DIR: a path or link that leads out of it is an error. Without this "
         "option, image paths may lead anywhere.",
         metavar="DIR",
+        callback=_find_folder,
     ),
 ]
 MaxPixelsOption = Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_cli.errors import CompositionError
+from vlm_cli.lookalike import find_named
 from vlm_cli.plain_data import COMPOSITION_BYTES, parse_json, parse_yaml, read_text
 from vlm_cli.schema import show
 
@@ -119,6 +120,7 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         CompositionError: if the file cannot be read, or does not hold a mapping.
     """
+    path = find_named(path)
     try:
         text = read_text(path, most_bytes=COMPOSITION_BYTES)
         data = parse_json(text) if path.suffix == ".json" else parse_yaml(text)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_cli.errors import DataError, UsageError
+from vlm_cli.lookalike import find_lookalike, find_named
 from vlm_cli.registry import suggest
 
 __all__ = ["base_folder", "describe_input", "is_pipe", "is_stdin", "read_bytes", "read_lines", "read_stdin_lines"]
@@ -30,7 +31,7 @@ def is_pipe(path: Path) -> bool:
 
 def base_folder(path: Path) -> Path:
     """Return the folder where relative paths in an input start."""
-    return Path() if is_pipe(path) else path.absolute().parent
+    return Path() if is_pipe(path) else (find_lookalike(path) or path).absolute().parent
 
 
 def describe_input(path: Path) -> str:
@@ -50,6 +51,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
             raise UsageError("- reads lines from standard input, but nothing is piped in. Add `< FILE.jsonl`.")
         yield from read_stdin_lines()
         return
+    path = find_named(path)
     try:
         with path.open("rb") as file:
             yield from file
@@ -70,7 +72,7 @@ def read_bytes(path: Path) -> bytes:
         OSError: if a file cannot be read.
         DataError: if standard input cannot be read.
     """
-    return b"".join(read_stdin_lines()) if is_stdin(path) else path.read_bytes()
+    return b"".join(read_stdin_lines()) if is_stdin(path) else find_named(path).read_bytes()
 
 
 def read_stdin_lines() -> Iterator[bytes]:

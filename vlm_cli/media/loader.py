@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from vlm_cli.errors import MediaError
+from vlm_cli.lookalike import find_lookalike
 from vlm_cli.media.decode import decode_image
-from vlm_cli.media.sources import find_file, find_lookalike, is_uri, quote_source, read_source, read_stdin
+from vlm_cli.media.sources import find_file, is_uri, quote_source, read_source, read_stdin
 
 if TYPE_CHECKING:
     from PIL.Image import Image

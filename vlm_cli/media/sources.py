@@ -15,17 +15,16 @@ import os
 import re
 import stat
 import sys
-import unicodedata
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
 from vlm_cli.errors import MediaError
+from vlm_cli.lookalike import find_lookalike
 
 __all__ = [
     "MAX_BYTES",
     "find_file",
-    "find_lookalike",
     "is_uri",
     "quote_source",
     "read_source",
@@ -117,40 +116,6 @@ def find_file(path: str, source: str, *, base_dir: Path | None, media_root: Path
             "there. Move the image into it, or give another --media-root."
         )
     return real
-
-
-def find_lookalike(file: Path) -> Path | None:
-    """Return the only file whose path looks the same, if the file itself does not exist.
-
-    The two may write an accented letter as one character or as two (NFC and NFD), and a space as another kind of space:
-    macOS puts a narrow one into the names of screenshots.
-
-    >>> from tempfile import mkdtemp
-    >>> folder = Path(mkdtemp())
-    >>> (folder / "a\u202fb.png").touch()
-    >>> find_lookalike(folder / "a b.png").name
-    'a\u202fb.png'
-    """
-    try:
-        if os.path.lexists(file):
-            return None
-        missing = next(p for p in [*reversed(file.absolute().parents), file.absolute()] if not os.path.lexists(p))
-        rest = file.absolute().parts[len(missing.parts) - 1 :]
-        found = missing.parent
-        for name in rest:
-            alike = [x for x in os.listdir(found) if _look(x) == _look(name)]
-            if len(alike) != 1:
-                return None
-            found = found / alike[0]
-    except (OSError, ValueError, StopIteration):
-        return None
-    return found
-
-
-def _look(name: str) -> str:
-    """Return what a name looks like: composed characters, and plain spaces for all kinds of spaces."""
-    composed = unicodedata.normalize("NFC", name)
-    return "".join(" " if unicodedata.category(c) == "Zs" else c for c in composed)
 
 
 def read_stdin(stream: BinaryIO | None = None) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vlm_cli.decoding import decode_after
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
@@ -86,11 +87,14 @@ def lay_out(
     budget = ContextBudget.of(model)
     spans: list[Span] = []
     sources = iter([part.source for part in parts if isinstance(part, Medium)])
-    number = start = 0
+    number = start = read = 0
     for run, is_media in _runs(ids, processor.media_token_id):
         number += is_media
         end = start + budget.positions(len(run), [MediumSize()] * is_media)
-        content = next(sources) if is_media else processor.tokenizer.decode(run)
+        before = ids[:read]
+        read += len(run)
+        text = decode_after(processor.tokenizer, before, run, skip_special_tokens=False)
+        content = next(sources) if is_media else text
         spans.append(Span("medium" if is_media else "text", content, len(run), start, end, model.media_seen(number)))
         start = end
     return PromptLayout(spans, ids, start, budget.context)

@@ -32,6 +32,7 @@ from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, UntrustedCodeError, explain_reading, first_line
 from vlm_cli.hub_ids import check_hub_id, is_hub_id
+from vlm_cli.lookalike import find_named
 from vlm_cli.modeling.language_model import check_causal
 from vlm_cli.offline import use_cache_without_network
 from vlm_cli.printable import count_of
@@ -66,7 +67,7 @@ class LanguageModelSource:
         """
         location, keywords = self.location, self.keywords
         if other is not None:
-            here = Path(other).expanduser()
+            here = find_named(other)
             location = str(here) if here.exists() else other
             if not here.exists():
                 check_hub_id(other, _SAVED, error=LanguageModelError)
@@ -298,7 +299,7 @@ def find_language_model(options: LanguageModelOptions, *, trust_remote_code: boo
         LanguageModelError: if there is no such model, or if it does not write text from left to right.
             UntrustedCodeError: if its configuration asks for code that may not run.
     """
-    path = Path(options.name).expanduser()
+    path = find_named(options.name)
     keywords: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     location = options.name
     if path.suffix.lower() == ".gguf":

@@ -19,6 +19,7 @@ from vlm_cli.checkpoint.torch_files import describe_load_error, read_shapes, rea
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
 from vlm_cli.hub_ids import is_hub_id
+from vlm_cli.lookalike import find_named
 from vlm_cli.offline import use_cache_without_network
 from vlm_cli.plain_data import read_json
 from vlm_cli.printable import count_of
@@ -67,7 +68,7 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
         data = _read_json(_hub_file(repository, "open_clip_config.json"))
         weights = PublishedWeights({"hf_hub": repository + "/"})
     elif name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:")).expanduser()
+        folder = find_named(name.removeprefix("local-dir:"))
         if not folder.is_dir():
             raise VisionEncoderError(
                 f"there is no directory {str(folder)!r}. Give local-dir:FOLDER with a folder that holds "
@@ -78,7 +79,7 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
         path = weights_in(folder)
         weights = None if path is None else WeightsFile(path)
     elif name.endswith(".json"):
-        data = _read_json(Path(name).expanduser())
+        data = _read_json(find_named(name))
     elif name in openclip_files():
         data = _read_json(openclip_files()[name])
     else:
@@ -95,8 +96,8 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
         raise VisionEncoderError(f"{name!r} is not an OpenCLIP configuration: it lacks embed_dim or vision_cfg.")
     check_openclip_config(data, name)
     tag: dict[str, Any] = {}
-    if options.pretrained is not None and Path(options.pretrained).expanduser().is_file():
-        weights = WeightsFile(Path(options.pretrained).expanduser())
+    if options.pretrained is not None and (file := find_named(options.pretrained)).is_file():
+        weights = WeightsFile(file)
     elif options.pretrained is not None:
         tag = _find_tag(name, options.pretrained)
         weights = PublishedWeights(tag)

@@ -17,6 +17,7 @@ from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
+from vlm_cli.lookalike import find_named
 from vlm_cli.offline import use_cache_without_network
 from vlm_cli.plain_data import read_json
 
@@ -65,7 +66,7 @@ class PublishedCheckpoint:
         Raises:
             CheckpointError: if there is no such checkpoint, or a file is damaged. Code inside a file is never run.
         """
-        path = Path(name).expanduser()
+        path = find_named(name)
         if not name or not path.exists():  # Path("") is the working directory
             path = _fetch(name, revision, token)
         if path.is_dir():

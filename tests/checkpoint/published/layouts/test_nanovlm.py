@@ -291,6 +291,15 @@ def test_images_are_prepared_as_there(tmp_path):
     assert torch.equal(processor.image_processor.transform(image), there(image))
 
 
+def test_the_chat_template_is_the_configuration_s(tmp_path):
+    case = nanovlm(tmp_path, {**config(), "lm_chat_template": "{{ messages[0]['content'] }}!"})
+    tokenizer = load(case).processor.tokenizer
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1!"
+    rewrite_config(tmp_path, lm_chat_template=["w1"])
+    with pytest.raises(CheckpointError, match=r"lm_chat_template=\['w1'\], which is no text"):
+        load(case)
+
+
 def worst(case: Case, model: VLM) -> float:
     lang_x, vision_x = prompt(model)
     text = (lang_x[0] != model.config.media_token_id).nonzero().flatten()

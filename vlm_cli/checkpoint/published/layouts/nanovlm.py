@@ -72,6 +72,7 @@ class NanoVLM:
             text_config=_convert_text_config(config, base),
             vision_config=vision_config,
             tokenizer=config.get("lm_tokenizer"),
+            chat_template=config.get("lm_chat_template"),
             optional_pattern=SIGLIP_OPTIONAL if has_rows else rf"{SIGLIP_OPTIONAL}|added_tokens\..*",
             notes=_list_notes(config),
         )
@@ -134,6 +135,8 @@ def _check_config(checkpoint: PublishedCheckpoint) -> None:
     for name, value in config.items():
         if name.startswith(("vit_", "lm_", "mp_", "vlm_")) and name not in _KNOWN:
             raise CheckpointError(f"{checkpoint.name!r} has {name}={show(value)}, a setting that vlm does not know.")
+    if not isinstance(template := config.get("lm_chat_template"), (str, type(None))):
+        raise CheckpointError(f"{checkpoint.name!r} has lm_chat_template={show(template)}, which is no text.")
     if config.get("vit_cls_flag"):
         raise CheckpointError(
             f"{checkpoint.name!r} reads one class token of an image (vit_cls_flag); vlm reads patches."
