@@ -35,7 +35,12 @@ CASES = {
     r"\\\\<image>": [Text(r"\\"), Slot()],
     r"\<image:a>": [Text("<image:a>")],
     r"\<video:a> \\\<IMG:": [Text(r"<video:a> \<IMG:")],
-    "<imageset:a> <video> <videos>: <i mg:a>": [Text("<imageset:a> <video> <videos>: <i mg:a>")],
+    "<imageset:a> <videos>: <i mg:a> <VIDEO>": [Text("<imageset:a> <videos>: <i mg:a> <VIDEO>")],
+    # A clip; what stands after `?` is a part of its source.
+    "<video>": [Slot(kind="video")],
+    r"\<video> \\<video><image>": [Text("<video> \\"), Slot(kind="video"), Slot()],
+    "a <video:b.mp4?frames=8&start=2> c": [Text("a "), Medium("b.mp4?frames=8&start=2", "video"), Text(" c")],
+    r"<video:a\>b.mp4><image:a>": [Medium("a>b.mp4", "video"), Medium("a")],
     r"\<image: never closed": [Text("<image: never closed")],
     r"\\<image:a>": [Text("\\"), Medium("a")],
     # In a path the same holds before '>'.
@@ -58,11 +63,12 @@ ERRORS = {
     "one <image:>": ["<image:> at character 5 names no file", "<image:FILE>", r"\<image:>"],
     r"\\<image:": ["at character 3", "not closed"],
     # Another name for a placeholder would be read as text in silence.
-    "see <video:a.mp4>": [
-        "<video:…> at character 5 is no placeholder",
-        "still images only",
-        r"\<video: for the literal",
+    "see <Video:a.mp4>": [
+        "<Video:…> at character 5 is no placeholder. Write <video:FILE>",
+        r"\<Video: for the literal",
     ],
+    "see <video:abc": ["'<video:abc'", "Write <video:FILE>", r"\<video:"],
+    "one <video:>": ["<video:> at character 5 names no file", "<video:FILE>", "a bare <video>", r"\<video:>"],
     "<Image:a.png>": ["<Image:…> at character 1 is no placeholder. Write <image:FILE>"],
     r"a\nb \\< img :x>": ["< img :…> at character 8"],
     "<image:" + "x" * 500: ["xxx…'"],
@@ -70,11 +76,13 @@ ERRORS = {
 
 # Every piece that means something to the grammar, and some that must not.
 PIECES = ["<image>", "<image:", "<image", "<", "image", ":", ">", "\\", "\\\\", "\n", "\r", "\0", " ", "a"]
-NEAR = ["<IMAGE:", "<video:", "< img\t:"]
-PIECES += ["<images>", "<IMAGE>", "\u2028", "é", "猫", "\ud800", "-", *NEAR]
+OPENERS = ["<image>", "<image:", "<video>", "<video:"]
+NEAR = ["<IMAGE:", "<videos:", "< img\t:"]
+PIECES += [*OPENERS[2:], "<images>", "<IMAGE>", "\u2028", "é", "猫", "\ud800", "-", *NEAR]
 texts = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 sources = texts.map(lambda s: s.replace("\n", "").replace("\r", "")).filter(bool)
-media = st.one_of(st.builds(Slot), st.builds(Medium, sources))
+kinds = st.sampled_from(["image", "video"])
+media = st.one_of(st.builds(Slot, kind=kinds), st.builds(Medium, sources, kinds))
 
 
 @st.composite
@@ -105,21 +113,22 @@ def reference_parse(prompt: str) -> list[Text | Medium | Slot]:
             text += "\\" * (slashes // 2) + near
             i += slashes + len(near)
             continue
-        if not rest.startswith(("<image>", "<image:")):
+        if not rest.startswith(tuple(OPENERS)):
             step = max(slashes, 1)
             text += prompt[i : i + step]
             i += step
             continue
         text += "\\" * (slashes // 2)
         i += slashes + len("<image>")
+        kind = rest[1:6]
         if slashes % 2 == 1:
             text += rest[:7]
             continue
         if text:
             parts.append(Text(text))
             text = ""
-        if rest.startswith("<image>"):
-            parts.append(Slot())
+        if rest[6] == ">":
+            parts.append(Slot(kind=kind))
             continue
         source = ""
         while True:
@@ -136,7 +145,7 @@ def reference_parse(prompt: str) -> list[Text | Medium | Slot]:
             source += prompt[i - 1]
         if not source:
             raise PromptError("empty")
-        parts.append(Medium(source))
+        parts.append(Medium(source, kind))
     return parts + ([Text(text)] if text else [])
 
 
@@ -166,7 +175,7 @@ def test_parse_matches_reference_on_all_short_prompts():
     prompts = [
         "".join(pieces)
         for length in range(6)
-        for pieces in itertools.product(["\\", "<image", ">", ":", "a", "\n"], repeat=length)
+        for pieces in itertools.product(["\\", "<image", "<video", ">", ":", "\n"], repeat=length)
     ]
     ours = [outcome(parse, prompt) for prompt in prompts]
     assert ours == [outcome(reference_parse, prompt) for prompt in prompts]
@@ -211,7 +220,7 @@ def test_slot_offsets_point_at_placeholders(before, after):
     prompt = f"{escape(before)} <image>{after}"
     parts = outcome(parse, prompt)
     for part in parts if parts != "refused" else []:
-        assert not isinstance(part, Slot) or prompt[part.offset :].startswith("<image>")
+        assert not isinstance(part, Slot) or prompt[part.offset :].startswith(f"<{part.kind}>")
 
 
 def test_format_joins_texts_before_it_escapes():
@@ -239,6 +248,18 @@ def test_interleave_puts_images_first_without_placeholders():
     assert interleave("", ["a"]).parts == [Medium("a")]
     assert not interleave("Hello.").images_prepended
     assert not interleave("<image> Hello.", ["a"]).images_prepended
+
+
+def test_interleave_fills_slots_of_each_kind():
+    found = interleave("<video> and <image>, then <video> and <video:c>.", ["a.png"], ["a.mp4", "b.mp4"])
+    first, second, third = Medium("a.mp4", "video"), Medium("b.mp4", "video"), Medium("c", "video")
+    image = Medium("a.png")
+    assert found.parts == [first, Text(" and "), image, Text(", then "), second, Text(" and "), third, Text(".")]
+    assert interleave("Describe.", ["a"], ["b"]).parts == [Medium("a"), Medium("b", "video"), Text("Describe.")]
+    with pytest.raises(PromptError, match=r"no bare <video> placeholders but 1 file was given with --video: .*'b'"):
+        interleave("<image>", ["a"], ["b"])
+    with pytest.raises(PromptError, match=r"1 bare <video> placeholder but no files were given with \"videos\""):
+        interleave("<video>", given_with='"images"')
 
 
 COUNTS = {

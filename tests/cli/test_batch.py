@@ -29,6 +29,7 @@ from vlm_cli.generation.images import ImageCache, Pixels, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of
 from vlm_cli.media import MediaLoader
 from vlm_cli.models import DEMO
+from vlm_cli.prompt import Medium
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -95,9 +96,9 @@ def asked(monkeypatch):
         calls.append(kwargs)
         return generate(self, *args, **kwargs)
 
-    def count(self, vision_x, vision_mask=None):
+    def count(self, vision_x, *more):
         images.append(vision_x.shape[:2].numel())
-        return encode(self, vision_x, vision_mask)
+        return encode(self, vision_x, *more)
 
     monkeypatch.setattr(VLM, "generate", spy)
     monkeypatch.setattr(VLM, "encode_vision", count)
@@ -261,14 +262,17 @@ def test_worker_processes_give_the_same_and_hold_no_model(answer, open_gates):
 
 def test_a_gallery_is_bounded_and_knows_equal_pixels():
     cache = ImageCache(2)
-    a, b = cache.find("a")[0], cache.find("b")[0]
-    pixels = torch.rand(3, 4, 4).numpy()
+    first, second, third = Medium("a"), Medium("b"), Medium("a", "video")
+    a, b = cache.find(first)[0], cache.find(second)[0]
+    pixels = torch.rand(1, 3, 4, 4).numpy()
     for slot in (a, b):
         cache.fill(slot, Pixels(pixels.copy()))
     assert a.image is b.image
-    assert cache.find("a") == (a, False)
-    cache.find("c")
-    assert cache.find("b")[1] and not cache.find("c")[1]  # b was used longest ago
+    assert cache.find(first) == (a, False)
+    cache.find(third)
+    assert cache.find(second)[1] and not cache.find(third)[1]  # the second was used longest ago
+    cache.find(first, 2)
+    assert cache.find(second)[1]  # a clip of two frames takes the place of two images
 
 
 def test_a_language_model_that_mixes_its_rows_gets_one_at_a_time(answer, asked, monkeypatch):

@@ -30,7 +30,8 @@ from vlm_cli.prompt import Medium, Text, parse
     ],
 )
 def test_a_key_that_names_pictures_is_refused(more: dict[str, Any]) -> None:
-    with pytest.raises(RecordError, match=r'is not read\. Give pictures as a list: "images": '):
+    words = 'clips as a list: "videos": ' if "video" in more else 'pictures as a list: "images": '
+    with pytest.raises(RecordError, match=f"is not read. Give {words}"):
         check_picture_keys({"prompt": "What is it?", **more}, ["What is it?"])
 
 
@@ -58,9 +59,12 @@ def test_other_keys_are_left_alone(more: dict[str, Any]) -> None:
         ("See gone.png, train.jsonl and red", []),
         (r"\<image:red.png> is text", []),
         ("a\0.png", []),
+        ("Watch clip.mp4, or <video:clip.mp4>", []),
+        ("Watch clip.mp4!", ["clip.mp4"]),
     ],
 )
 def test_words_that_name_pictures_are_found(folder: Path, prompt: str, found: list[str]) -> None:
+    (folder / "clip.mp4").touch()
     parts = [part for part in parse(prompt) if isinstance(part, (Text, Medium))]
     assert find_mentions(parts, MediaLoader(folder)) == found
 
@@ -93,6 +97,9 @@ def test_a_prompt_that_is_a_file_name_is_refused(folder: Path) -> None:
     with pytest.raises(PromptError, match=r'write "<image:red\.png>Describe the image\."'):
         find_mentions([Text(" red.png\n")], MediaLoader(folder))
     assert find_mentions([Text("gone.png")], MediaLoader(folder)) == []
+    (folder / "clip.mp4").touch()
+    with pytest.raises(PromptError, match=r'name of a clip.*write "<video:clip\.mp4>What happens\?"'):
+        find_mentions([Text("clip.mp4")], MediaLoader(folder))
 
 
 def test_files_outside_of_the_media_root_are_not_looked_for(folder: Path, tmp_path: Path) -> None:

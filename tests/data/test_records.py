@@ -66,7 +66,7 @@ def test_records_are_read(folder: Path, line: dict[str, Any], segments: list[tup
     (record,) = read(folder, line).good
     assert [segment.parts for segment in record.segments] == segments
     assert [segment.is_target for segment in record.segments] == [False, True] * (len(segments) // 2)
-    assert record.sources == tuple(p.source for parts in segments for p in parts if isinstance(p, Medium))
+    assert record.sources == tuple(p for parts in segments for p in parts if isinstance(p, Medium))
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,16 @@ GOOD = {"prompt": "<image:red.png>", "completion": "x"}
         ({"prompt": "a", "completion": "x", "image": "red.png"}, '"image" is not read. Give pictures as a list: '),
         ({"prompt": "a", "turns": [{"prompt": "b", "completion": "c", "images": ["red.png"]}]},
          'turn 1: "images" is not read. Give pictures beside "turns" as a list'),
-        ({"prompt": "<video:a.mp4>", "completion": "x"}, '"prompt": <video:…> at character 1 is no placeholder'),
+        ({"prompt": "<Video:a.mp4>", "completion": "x"}, '"prompt": <Video:…> at character 1 is no placeholder'),
+        ({"prompt": "<video:a.mp4>", "completion": "x"}, "cannot find 'a.mp4'"),
+        ({"prompt": "<video:red.png?fps=0>", "completion": "x"}, "fps expects frames for each second"),
+        ({"prompt": "<video>", "completion": "x"}, 'has 1 bare <video> placeholder, but 0 files in "videos"'),
+        ({"prompt": "a", "videos": "red.png", "completion": "x"}, '"videos" must be a list of files'),
         ({"prompt": "<image>", "completion": "x"}, "1 bare <image> placeholder, but 0 files"),
         (GOOD | {"prompt": "<image><image>", "images": ["red.png"]}, "2 bare <image> placeholders, but 1 file in"),
         (GOOD | {"images": ["blue.png"]}, "0 bare <image> placeholders, but 1 file"),
         ({"prompt": "<image:red.png", "completion": "x"}, '"prompt": the placeholder at character 1 is not closed'),
-        ({"prompt": "a", "completion": "<image:red.png>"}, '"completion" has an image placeholder'),
+        ({"prompt": "a", "completion": "<image:red.png>"}, '"completion" has a placeholder'),
         ({"prompt": "<image:rde.png>", "completion": "x"}, "cannot find 'rde.png': there is no 'rde.png' in"),
         ({"prompt": "<image:train.jsonl>", "completion": "x"}, "is not an image that Pillow can read"),
         ({"prompt": "<image:.>", "completion": "x"}, "is a directory"),

@@ -147,7 +147,7 @@ def test_a_picture_that_a_prompt_only_names_is_told(write: Write) -> None:
     named = {"prompt": "Describe red.png.", "completion": "x"}
     _, _, stderr = evaluate("stream", "-d", write([GOOD, named, named], "named.jsonl"))
     assert "names the picture file 'red.png', which is read as text. To show it, write <image:red.png>." in stderr
-    assert "line 2 of" in stderr and "1 more record does the same." in stderr
+    assert "line 2 of" in stderr and "1 more line does the same." in stderr
 
 
 def test_damaged_picture(write: Write, folder: Path) -> None:

@@ -320,7 +320,7 @@ def test_decompression_bombs(monkeypatch):
         (b"<!DOCTYPE html>", "(a web page)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "`git lfs pull` fetches the image"),
         (b"\0\0\0\x18ftypheic", "(HEIC)"),
-        (b"\0\0\0\x18ftypmp42", "(a video)"),
+        (b"\0\0\0\x18ftypmp42", "(a video; show it with <video:FILE>)"),
         (b"PK\3\4", "(an archive)"),
         (b"GIF89a", "(an image, damaged or cut short)"),
         (b"\xff\xd8\xff", "(an image, damaged or cut short)"),

@@ -11,6 +11,7 @@ from tests.support import tiny
 from vlm_cli.errors import DataError, PromptError
 from vlm_cli.evaluation.items import Item, encode_items
 from vlm_cli.generation.plan import GenerationPlan
+from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.prompt import Text
 from vlm_cli.tiling import MediumSize
@@ -69,16 +70,25 @@ def test_a_language_model_without_a_limit_has_room():
 
 def test_a_tokenizer_that_numbers_media_takes_so_many():
     budget = ContextBudget.of(tiny.build(tokenizer={"type": "perceiver", "max_num_media": 2}))
-    budget.check_media(2)
+    budget.check_media([MediumSize()] * 2)
     assert budget.problem(9, [MediumSize()] * 3) == "has 3 images, but the vision tokenizer was made for at most 2."
     with pytest.raises(PromptError, match="the prompt has 3 images, but the vision tokenizer was made for at most 2"):
-        budget.check_media(3)
-    ContextBudget.of(tiny.build()).check_media(10**6)
+        budget.check_media([MediumSize()] * 3)
+    ContextBudget.of(tiny.build()).check_media([MediumSize(1000)] * 1000)
+
+
+def test_a_tokenizer_that_numbers_frames_takes_so_many():
+    budget = ContextBudget.of(tiny.build(tokenizer={"type": "perceiver", "max_num_frames": 2}))
+    budget.check_media([MediumSize(2)] * 9)
+    words = "has a medium of 3 frames, but the vision tokenizer was made for at most 2. Write <video:FILE?frames=2>."
+    assert budget.problem(9, [MediumSize(), MediumSize(3)]) == words
+    with pytest.raises(PromptError, match="the prompt has a medium of 3 frames"):
+        budget.check_media([MediumSize(3)])
 
 
 def test_evaluation_checks_lengths_on_mpt():
     processor = SimpleNamespace(encode=lambda parts, **options: list(range(100)))
-    records = SimpleNamespace(path="a.jsonl", problems=[], good=[None])
+    records = SimpleNamespace(path="a.jsonl", problems=[], good=[None], loader=MediaLoader)
     item = Item(line=1, id="a", kind=None, prompt=(Text("What?"),), expected="A cat.")
     model = tiny.build(language_model="mpt")
     encode_items([item], records, GenerationPlan(model, processor, {"max_new_tokens": 28}))

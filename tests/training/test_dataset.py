@@ -199,7 +199,7 @@ def test_a_batch_is_what_the_processor_makes(folder: Path, model: Any) -> None:
     data = dataset(folder, model, *LINES)
     batch = Collator(model[0].config.pad_token_id)([data[0], data[1]])
     rows = [interleave(line["prompt"] + line["completion"] + END_OF_CHUNK).parts for line in LINES]
-    images = [[Image.open(folder / source) for source in sources] for sources in data.sources]
+    images = [[Image.open(folder / medium.source) for medium in sources] for sources in data.sources]
     theirs = model[1](text=rows, images=images, parse_special_tokens=True)
     for name, tensor in theirs.items():
         torch.testing.assert_close(batch[name], tensor, atol=0, rtol=0)

@@ -440,7 +440,9 @@ def _answer_rest(
                 if is_unjudged and row.sources:
                     is_unjudged = False
                     with suppress(VLMError):
-                        job.request.warn_of_photographs([loader.load(row.sources[0])])
+                        job.request.warn_of_photographs(
+                            [loader.load_medium(row.sources[0].source, row.sources[0].kind)]
+                        )
                 cut_here = [x.new_tokens for x in row.answers or () if x.finish_reason == "length"]
                 cut += [max(cut_here)] if cut_here else []
                 progress.show(journal.answered)

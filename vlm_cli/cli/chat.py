@@ -16,7 +16,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
-from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, tell_images
+from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, prepended_note, tell_images
 from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.cli.terminal import is_terminal, write
 from vlm_cli.data.inputs import read_stdin_lines
@@ -30,7 +30,7 @@ from vlm_cli.text import decode_text
 if TYPE_CHECKING:
     from vlm_cli.cli.loading import LoadedModel
     from vlm_cli.generation.chat import Chat
-    from vlm_cli.media import LoadedImage
+    from vlm_cli.media import LoadedClip, LoadedImage
 
 __all__ = ["ChatRequest", "chat", "talk"]
 
@@ -53,9 +53,9 @@ def chat(
 ) -> None:
     """Hold a conversation about images with a model.
 
-    On a terminal, type a turn and press Enter; <image:FILE> in a turn shows an image. Ctrl-C ends an answer or clears
-    the line, Ctrl-D ends the chat. In a pipe, each line of stdin is a turn. --prompt, --prompt-file and --image bring
-    the first turn.
+    On a terminal, type a turn and press Enter; <image:FILE> in a turn shows an image, <video:FILE> a clip. Ctrl-C ends
+    an answer or clears the line, Ctrl-D ends the chat. In a pipe, each line of stdin is a turn. --prompt,
+    --prompt-file, --image and --video bring the first turn.
 
     The model sees the whole conversation, and computes only what is new in each turn. The tokenizer's chat template
     formats the turns. Without a template, each answer follows its
@@ -99,10 +99,10 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says: text and images, in reading order."""
+    """What the user says: text, images and clips, in reading order."""
 
     words: Interleaved
-    images: list[LoadedImage]
+    images: list[LoadedImage | LoadedClip]
 
 
 def talk(request: ChatRequest, wanted: ModelRequest) -> None:
@@ -145,7 +145,7 @@ def _turn(words: Interleaved, request: ChatRequest, folder: Path | None) -> Turn
         PromptError: if one of them is stdin.
         MediaError: if one of them cannot be read.
     """
-    if Medium("-") in words.parts:
+    if any(isinstance(part, Medium) and part.is_stdin for part in words.parts):
         raise PromptError("stdin brings the turns of a chat, and cannot be an image. Give it as a file.")
     return Turn(words, load_images(words, request.reading.loader(folder, request.allow_hosts)))
 
@@ -182,9 +182,11 @@ class ChatSession:
 
     def read(self, text: str) -> Turn:
         """Read a turn; the first one takes the images of the command line."""
-        words = interleave(text, () if self.chat.turns else tuple(self.request.first.image or ()))
+        first = self.request.first
+        files = ((), ()) if self.chat.turns else (tuple(first.image or ()), tuple(first.video or ()))
+        words = interleave(text, *files)
         if words.images_prepended:
-            console.note("Note: the turn has no <image> placeholder, so the images come first.")
+            console.note(prepended_note("turn", *files))
         return _turn(words, self.request, None)
 
     def answer(self, turn: Turn) -> None:
@@ -204,7 +206,7 @@ class ChatSession:
         with ends_answer as is_interrupted:
             found = self.chat.answer(
                 turn.words.parts,
-                [image.image for image in turn.images],
+                [image.frames for image in turn.images],
                 streamer=streamer,
                 notify=console.note,
                 is_interrupted=is_interrupted,

@@ -30,7 +30,7 @@ from vlm_cli.prompt import Interleaved, format
 
 if TYPE_CHECKING:
     from vlm_cli.generation.single import Generation
-    from vlm_cli.media import LoadedImage
+    from vlm_cli.media import LoadedClip, LoadedImage, MediaLoader
 
 __all__ = ["generate"]
 
@@ -81,7 +81,7 @@ class PromptJob:
     """One prompt, and how it is to be answered."""
 
     words: Interleaved
-    images: list[LoadedImage]
+    images: list[LoadedImage | LoadedClip]
     reading: ReadingOptions
     chat_template: bool
     sampling: SamplingOptions
@@ -117,7 +117,7 @@ def generate(
     aliases: AliasOptions = AliasOptions(),
     batching: Annotated[BatchOptions, HIDDEN] = BatchOptions(),
 ) -> None:
-    """Answer one prompt of text and images. Only the new text goes to stdout.
+    """Answer one prompt of text, images and clips. Only the new text goes to stdout.
 
     `vlm batch FILE` answers the prompts of a file; `vlm chat` holds a conversation.
 
@@ -145,9 +145,10 @@ def generate(
         words = prompts.interleave()
         check_piped_picture(words)
         wanted = request(compile=compile)
-        images = load_images(words, reading.loader(prompts.folder, source.allow_hosts))
+        loader = reading.loader(prompts.folder, source.allow_hosts)
+        images = load_images(words, loader)
         if dry_run:
-            _show_layout(wanted, words, images, printing.as_json, reading.special_tokens, chat_template)
+            _show_layout(wanted, words, images, loader, printing.as_json, reading.special_tokens, chat_template)
             return
         # Beams and several answers are known only at the end.
         streams = printing.streams and search == SearchOptions()
@@ -162,7 +163,8 @@ def _typed(flags: dict[str, bool]) -> list[str]:
 def _show_layout(
     request: ModelRequest,
     words: Interleaved,
-    images: list[LoadedImage],
+    images: list[LoadedImage | LoadedClip],
+    loader: MediaLoader,
     as_json: bool,
     special_tokens: bool,
     chat_template: bool,
@@ -182,7 +184,7 @@ def _show_layout(
     processor = read_processor_of(directory, source.revision, trust_remote_code=source.trust_remote_code)
     tell_images(images, processor)
     writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
-    print_layout(lay_out(model, processor, words.parts, writer), as_json)
+    print_layout(lay_out(model, processor, words.parts, writer, loader), as_json)
 
 
 def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions) -> None:
@@ -213,7 +215,7 @@ def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
     return generate_once(
         plan,
         job.words.parts,
-        [image.image for image in job.images],
+        [image.frames for image in job.images],
         seed=sampling.seed,
         compile=job.compile,
         streamer=TextStream(plan.decode, console.write_answer, plan.stops) if job.streams else None,
@@ -221,19 +223,30 @@ def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
     )
 
 
-def _to_dict(found: Generation, images: list[LoadedImage], seed: int | None, load_seconds: float) -> dict[str, Any]:
+def _to_dict(
+    found: Generation, images: list[LoadedImage | LoadedClip], seed: int | None, load_seconds: float
+) -> dict[str, Any]:
     sequences = [answer.to_dict() for answer in found.answers]
     return {
         **sequences[0],
         "sequences": sequences,
         "prompt_tokens": found.prompt_tokens,
         "prompt_positions": found.prompt_positions,
-        "images": [{"source": x.source, "width": x.width, "height": x.height} for x in images],
+        "images": [_medium_to_dict(x) for x in images],
         "seed": seed,
         "load_seconds": round(load_seconds, 3),
         "compile_seconds": round(found.compile_seconds, 3),
         "seconds": round(found.seconds, 3),
     }
+
+
+def _medium_to_dict(medium: LoadedImage | LoadedClip) -> dict[str, Any]:
+    from vlm_cli.media import LoadedClip
+
+    size = {"source": medium.source, "width": medium.width, "height": medium.height}
+    if not isinstance(medium, LoadedClip):
+        return size
+    return size | {"frames": list(medium.chosen.indices), "seconds": medium.chosen.seconds}
 
 
 def _statistics(found: Generation, loaded: LoadedModel) -> str:

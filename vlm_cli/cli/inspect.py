@@ -23,7 +23,7 @@ from vlm_cli.report.tables import human_count
 
 if TYPE_CHECKING:
     from vlm_cli.report.description import ModelDescription, TokenDescription
-    from vlm_cli.report.layout import PromptLayout
+    from vlm_cli.report.layout import PromptLayout, Span
     from vlm_cli.report.parameters import ParameterRow
 
 __all__ = ["inspect", "print_layout"]
@@ -48,6 +48,14 @@ def inspect(
             help="Show NAME for the next bare <image> of --prompt. No file is opened. Repeatable.",
         ),
     ] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--video",
+            metavar="FILE",
+            help="Show the clip FILE for the next bare <video> of --prompt; its header tells the frames. Repeatable.",
+        ),
+    ] = None,
     special_tokens: Annotated[
         bool,
         typer.Option("--special-tokens", help="Read words of --prompt such as <|endofchunk|> as special tokens."),
@@ -65,9 +73,9 @@ def inspect(
     """
     from vlm_cli.prompt import interleave
 
-    parts = None if prompt is None else interleave(prompt, image or ())
-    if image and prompt is None:
-        raise PromptError("--image needs --prompt, whose placeholders it fills.")
+    parts = None if prompt is None else interleave(prompt, image or (), video or ())
+    if (image or video) and prompt is None:
+        raise PromptError(f"{'--image' if image else '--video'} needs --prompt, whose placeholders it fills.")
     chosen = resolve(model, compose.request)
     from vlm_cli.models import load_meta_model, read_gate_values, read_processor_of
     from vlm_cli.quiet import silence_libraries
@@ -102,11 +110,9 @@ def print_layout(layout: PromptLayout, as_json: bool) -> None:
     if as_json:
         console.print_json(layout.to_dict())
         return
-    from vlm_cli.media import short_name
-
     rows = [
         [
-            f"<image:{short_name(span.content)}>" if span.kind == "medium" else repr(span.content)[1:-1],
+            _content(span),
             str(span.tokens),
             str(span.positions),
             f"{span.start}-{span.end - 1}",
@@ -119,6 +125,17 @@ def print_layout(layout: PromptLayout, as_json: bool) -> None:
     console.print_line(
         f"{count_of(len(layout.ids), 'token')} at {count_of(layout.positions, 'position')} of the language model{left}"
     )
+
+
+def _content(span: Span) -> str:
+    """Write what a span holds, on one line."""
+    from vlm_cli.media import short_name
+
+    if span.kind == "text":
+        return repr(span.content)[1:-1]
+    if span.frames is None:
+        return f"<image:{short_name(span.content)}>"
+    return f"<video:{short_name(span.content)}> ({count_of(span.frames, 'frame')})"
 
 
 def _print(report: ModelDescription, exact: bool) -> None:

@@ -21,7 +21,7 @@ from vlm_cli.models import DEMO, resolve_built_model
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vlm_cli.media import LoadedImage
+    from vlm_cli.media import LoadedClip, LoadedImage
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
     from vlm_cli.writing.writer import PromptWriter
@@ -164,7 +164,7 @@ class ModelRequest:
     def is_demo(self) -> bool:
         return self.directory == str(DEMO)
 
-    def warn_of_photographs(self, images: Sequence[LoadedImage]) -> None:
+    def warn_of_photographs(self, images: Sequence[LoadedImage | LoadedClip]) -> None:
         """Tell users of the demo what it cannot do, if an image has another size than the scenes that it knows."""
         if self.is_demo and any((image.width, image.height) != _SCENE for image in images):
             console.note("Note: demo knows drawn scenes only; about a photograph it is confident and wrong.")

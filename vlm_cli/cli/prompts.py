@@ -1,4 +1,4 @@
-"""Options that bring a prompt and its images."""
+"""Options that bring a prompt, its images and its clips."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlm_cli.prompt import Interleaved, Medium, interleave
 from vlm_cli.text import clean_text, decode_text
 
 if TYPE_CHECKING:
-    from vlm_cli.media import LoadedImage, MediaLoader
+    from vlm_cli.media import LoadedClip, LoadedImage, MediaLoader
     from vlm_cli.processor import VLMProcessor
 
 __all__ = [
@@ -31,10 +31,12 @@ __all__ = [
     "TurnOptions",
     "check_piped_picture",
     "load_images",
+    "prepended_note",
     "tell_images",
 ]
 
 PROMPT = "Prompt"  # heading of these options in --help
+_MEDIA_OPTIONS = {"--image", "--video"}  # that bring files, and no text
 
 ChatTemplateOption = Annotated[
     bool,
@@ -61,7 +63,7 @@ class ReadingOptions:
 
     allow_urls: Annotated[
         bool,
-        option(PROMPT, "Download images whose source is an http(s):// URL.", "--allow-urls"),
+        option(PROMPT, "Download images and clips whose source is an http(s):// URL.", "--allow-urls"),
     ] = False
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
@@ -87,7 +89,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class TurnOptions:
-    """A prompt, as an option or in a file, and its images."""
+    """A prompt, as an option or in a file, its images and its clips."""
 
     prompt_option: Annotated[
         str | None,
@@ -109,6 +111,17 @@ class TurnOptions:
             metavar="FILE",
         ),
     ] = None
+    video: Annotated[
+        list[str] | None,
+        option(
+            PROMPT,
+            "Clip for the next <video> in the prompt: a video file, an animated GIF, WebP or PNG, a folder of frames, "
+            "- for stdin, or a URL. Settings may follow a ?, as in a.mp4?frames=8 or a.mp4?fps=1&start=30&end=60. "
+            "Repeat the option for several clips.",
+            "--video",
+            metavar="FILE",
+        ),
+    ] = None
 
     @property
     def texts(self) -> dict[str, str | None]:
@@ -117,13 +130,13 @@ class TurnOptions:
 
     @property
     def given(self) -> list[str]:
-        """The options by which the user gave a prompt or images."""
-        files = {"--prompt-file": self.prompt_file, "--image": self.image or None}
+        """The options by which the user gave a prompt, images or clips."""
+        files = {"--prompt-file": self.prompt_file, "--image": self.image or None, "--video": self.video or None}
         return [name for name, x in {**self.texts, **files}.items() if x is not None]
 
     @property
     def has_prompt(self) -> bool:
-        return self.given not in ([], ["--image"])
+        return bool(set(self.given) - _MEDIA_OPTIONS)
 
     @property
     def folder(self) -> Path | None:
@@ -136,23 +149,23 @@ class TurnOptions:
         return "-" in self.texts.values() or (self.prompt_file is not None and is_stdin(self.prompt_file))
 
     def interleave(self) -> Interleaved:
-        """Read the prompt, and split it into texts and images.
+        """Read the prompt, and split it into texts, images and clips.
 
         Raises:
             UsageError: if the user gave no prompt, or more than one.
             PromptError: if placeholders and files do not match.
         """
-        images = list(self.image or ())
+        images, videos = list(self.image or ()), list(self.video or ())
         if self.prompt_file is not None:
             # Relative paths in the file start at its folder; those on the command line start at the current folder.
-            images = [str(Path(x).absolute()) if Path(x).exists() else x for x in images]
-        found = interleave(self._text(images), images)
+            images, videos = ([_absolute(x) for x in given] for given in (images, videos))
+        found = interleave(self._text([*images, *videos]), images, videos)
         if found.images_prepended:
-            console.note("Note: the prompt has no <image> placeholder, so the images come first.")
+            console.note(prepended_note("prompt", images, videos))
         return found
 
-    def _text(self, images: list[str]) -> str:
-        if len([name for name in self.given if name != "--image"]) > 1:
+    def _text(self, files: list[str]) -> str:
+        if len(set(self.given) - _MEDIA_OPTIONS) > 1:
             names = [*self.texts, "--prompt-file"]
             choices = f"{', '.join(names[:-1])} and {names[-1]}"
             raise UsageError(f"the prompt is given more than once. Choose one of {choices}.")
@@ -160,7 +173,7 @@ class TurnOptions:
         if text is not None and text != "-":
             return clean_text(text.removesuffix("\r"))  # "$(cat FILE)" drops only the line feed at the end
         path = Path("-") if self.prompt_file is None else self.prompt_file
-        if is_stdin(path) and "-" in images:
+        if is_stdin(path) and any(file == "-" or file.startswith("-?") for file in files):
             raise UsageError("stdin can be the prompt or an image, not both. Give one of them as a file.")
         if is_stdin(path) and (sys.stdin is None or (not self.takes_stdin and sys.stdin.isatty())):
             raise UsageError('no prompt is given: vlm generate "<image:photo.jpg>A photo of"')
@@ -179,7 +192,8 @@ def check_piped_picture(words: Interleaved) -> None:
     Raises:
         UsageError: naming the format of the picture.
     """
-    if Medium("-") not in words.parts and (found := find_piped_picture()) is not None:
+    takes_stdin = any(isinstance(part, Medium) and part.is_stdin for part in words.parts)
+    if not takes_stdin and (found := find_piped_picture()) is not None:
         raise UsageError(
             f"stdin holds a picture ({found}), and the prompt does not show it. Add --image -, or write <image:-> "
             "where it belongs."
@@ -188,14 +202,14 @@ def check_piped_picture(words: Interleaved) -> None:
 
 @dataclass(frozen=True)
 class PromptOptions(TurnOptions):
-    """A prompt, as an argument, as an option, in a file or on stdin, and its images."""
+    """A prompt, as an argument, as an option, in a file or on stdin, its images and its clips."""
 
     prompt: Annotated[
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help='Text of the prompt; <image:FILE> in it shows an image, as in "<image:cat.jpg>A photo of". Give - to '
-            "read the prompt from stdin.",
+            help='Text of the prompt; <image:FILE> in it shows an image, as in "<image:cat.jpg>A photo of", and '
+            "<video:FILE> a clip. Give - to read the prompt from stdin.",
             show_default=False,
         ),
     ] = None
@@ -205,28 +219,43 @@ class PromptOptions(TurnOptions):
         return {"PROMPT": self.prompt, **super().texts}
 
 
-def load_images(parts: Interleaved, loader: MediaLoader) -> list[LoadedImage]:
-    """Load the images of a prompt, in reading order, and tell the user of pictures that it only names.
+def load_images(parts: Interleaved, loader: MediaLoader) -> list[LoadedImage | LoadedClip]:
+    """Load the images and clips of a prompt, in reading order, and tell the user of pictures that it only names.
 
     Raises:
-        PromptError: for a prompt that is nothing but the name of a picture file.
-        MediaError: for an image that cannot be read.
+        PromptError: for a prompt that is nothing but the name of a picture file, or a clip's settings.
+        MediaError: for an image or a clip that cannot be read.
     """
     from vlm_cli.data.meant import find_mentions, mention_note
 
     for name in find_mentions(parts.parts, loader):
         console.note(mention_note(name))
-    return [loader.load(part.source) for part in parts.parts if isinstance(part, Medium)]
+    media = [part for part in parts.parts if isinstance(part, Medium)]
+    return [loader.load_medium(medium.source, medium.kind) for medium in media]
 
 
-def tell_images(images: Sequence[LoadedImage], processor: VLMProcessor) -> None:
+def tell_images(media: Sequence[LoadedImage | LoadedClip], processor: VLMProcessor) -> None:
     """Tell on stderr what becomes of each image: its sizes, what the model does not see of it, and how it was decoded.
 
-    One line for each: `Image cat.gif (500x375 → 224x224, centre crop, 25 % unseen, first frame of an animation)`.
+    One line for each: `Image cat.gif (500x375 → 224x224, centre crop, 25 % unseen, first frame of an animation)`. Of a
+    clip, it also says which frames are read.
     """
-    from vlm_cli.media import short_name
+    from vlm_cli.media import LoadedClip, short_name
 
-    for image in images:
-        placement = processor.image_processor.place(image.width, image.height)
-        size = f"{image.width}x{image.height}" if placement.image == placement.seen else placement.describe()
-        console.note(f"Image {short_name(image.source)} ({', '.join([size, *image.notes])})")
+    for medium in media:
+        placement = processor.image_processor.place(medium.width, medium.height)
+        size = f"{medium.width}x{medium.height}" if placement.image == placement.seen else placement.describe()
+        title, frames = ("Clip", [medium.chosen.describe()]) if isinstance(medium, LoadedClip) else ("Image", [])
+        console.note(f"{title} {short_name(medium.source)} ({', '.join([size, *frames, *medium.notes])})")
+
+
+def prepended_note(what: str, images: Sequence[str], videos: Sequence[str]) -> str:
+    """Return the note that files come first, since the text has no placeholder for them."""
+    files = "images" if not videos else "images and then the clips" if images else "clips"
+    return f"Note: the {what} has no <{'image' if images else 'video'}> placeholder, so the {files} come first."
+
+
+def _absolute(source: str) -> str:
+    """Let a path start at the current folder, if it leads to a file from there."""
+    path = source.rpartition("?")[0] or source
+    return next((str(Path(x).absolute()) + source[len(x) :] for x in (source, path) if Path(x).exists()), source)

@@ -15,13 +15,17 @@ from vlm_cli.prompt import format as format_prompt
 
 __all__ = ["check_picture_keys", "find_mentions", "mention_note", "mention_notes"]
 
-#: Keys that name pictures in the data sets of other projects, without "images", which is right.
+_READ = ("images", "videos")  # keys of a record that vlm reads
+#: Keys that name pictures in the data sets of other projects.
 _PICTURE_KEY = re.compile(
     r"(input|source)?_?(image|img|picture|photo|video|audio|media)s?_?"
     r"(file|path|url|uri|name|filename|source|src|list|data|bytes|base64|b64)?s?",
     re.IGNORECASE,
 )
-_PICTURE_NAME = re.compile(r"(?i).\.(png|jpe?g|jfif|gif|bmp|webp|tiff?|heic|heif|avif|jp2|jxl|ppm|pgm)$")
+_CLIP_NAME = re.compile(r"(?i).\.(mp4|m4v|mov|webm|mkv|avi)$")
+_FILE_NAME = re.compile(
+    rf"(?i).\.(png|jpe?g|jfif|gif|bmp|webp|tiff?|heic|heif|avif|jp2|jxl|ppm|pgm)$|{_CLIP_NAME.pattern[4:]}"
+)
 #: A tag that looks like a placeholder, and is none.
 _TAG = re.compile(r"<[ \t]*(?i:images?|img|pictures?|photos?|videos?|audio)[ \t]*/?>")
 _AROUND = "\"'`“”‘’«»()[]{}<>,;:!?*"  # characters that may stand around a file name in a sentence
@@ -41,18 +45,22 @@ def check_picture_keys(data: dict[str, Any], texts: Iterable[str], *, in_turn: b
     Raises:
         RecordError: naming the key.
     """
-    listed = None if in_turn else data.get("images")
-    shown = set(listed) if isinstance(listed, list) and all(isinstance(x, str) for x in listed) else set()
+    shown = set[str]()
+    for listed in () if in_turn else (data.get(key) for key in _READ):
+        shown |= set(listed) if isinstance(listed, list) and all(isinstance(x, str) for x in listed) else set()
     joined = "\n".join(texts)
     for key, value in data.items():
-        if (key == "images" and not in_turn) or not _PICTURE_KEY.fullmatch(key):
+        if (key in _READ and not in_turn) or not _PICTURE_KEY.fullmatch(key):
             continue
         names = list(_texts_in(value))
-        if names and not all(name in shown or f"<image:{name}>" in joined for name in names):
+        if names and not all(
+            name in shown or re.search(f"<(image|video):{re.escape(name)}>", joined) for name in names
+        ):
             place = ' beside "turns"' if in_turn else ""
+            what, kind = ("clips", "video") if "video" in key.lower() else ("pictures", "image")
             raise RecordError(
-                f'"{key}" is not read. Give pictures{place} as a list: "images": ["FILE", …], or write '
-                "<image:FILE> in the prompt."
+                f'"{key}" is not read. Give {what}{place} as a list: "{kind}s": ["FILE", …], or write '
+                f"<{kind}:FILE> in the prompt."
             )
 
 
@@ -66,19 +74,23 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def find_mentions(parts: Sequence[Text | Medium | Slot], loader: MediaLoader) -> list[str]:
-    """Return the words of a prompt that name existing picture files which it does not show, and tags like `<IMAGE>`.
+    """Return the words of a prompt that name pictures or clips which it does not show, and tags like `<IMAGE>`.
 
     Raises:
-        PromptError: if the prompt is nothing but the name of a picture file.
+        PromptError: if the prompt is nothing but the name of such a file.
     """
-    shown = {part.source for part in parts if isinstance(part, Medium)}
-    if len(parts) == 1 and isinstance(parts[0], Text) and _is_picture(name := parts[0].text.strip(), loader):
+    shown = {part.source.partition("?")[0] for part in parts if isinstance(part, Medium)}
+    shown |= {part.source for part in parts if isinstance(part, Medium)}
+    if len(parts) == 1 and isinstance(parts[0], Text) and _is_file(name := parts[0].text.strip(), loader):
+        what, show, ask = ("clip", "clip", "What happens?") if _is_clip(name) else (
+            "picture file", "picture", "Describe the image."
+        )  # fmt: skip
         raise PromptError(
-            f"the prompt is the name of a picture file, {name!r}, and would be read as text. To show the picture, "
-            f'write "{format_prompt([Medium(name)])}Describe the image."'
+            f"the prompt is the name of a {what}, {name!r}, and would be read as text. To show the {show}, "
+            f'write "{_placeholder(name)}{ask}"'
         )
     words = (word for part in parts if isinstance(part, Text) for word in _file_names(part.text))
-    named = [word for word in dict.fromkeys(words) if word not in shown and _is_picture(word, loader)]
+    named = [word for word in dict.fromkeys(words) if word not in shown and _is_file(word, loader)]
     tags = (tag[0] for part in parts if isinstance(part, Text) for tag in _TAG.finditer(part.text))
     # A text that spells a placeholder is an escaped one.
     return named + [tag for tag in dict.fromkeys(tags) if isinstance(parse(tag)[0], Text)]
@@ -103,13 +115,16 @@ def mention_notes(mentions: Sequence[tuple[int, str]], where: str) -> list[str]:
 
 
 def mention_note(name: str, where: str = "the prompt") -> str:
-    """Return the note for a picture file, or a tag, that a text names."""
+    """Return the note for a picture, a clip or a tag that a text names."""
     if _is_tag(name):
-        return f"Note: {where} has {name}, which is read as text. To show an image, write <image> or <image:FILE>."
-    return (
-        f"Note: {where} names the picture file {name!r}, which is read as text. To show it, write "
-        f"{format_prompt([Medium(name)])}."
-    )
+        what, kind = ("a clip", "video") if "video" in name.lower() else ("an image", "image")
+        return f"Note: {where} has {name}, which is read as text. To show {what}, write <{kind}> or <{kind}:FILE>."
+    what = "clip" if _is_clip(name) else "picture file"
+    return f"Note: {where} names the {what} {name!r}, which is read as text. To show it, write {_placeholder(name)}."
+
+
+def _placeholder(name: str) -> str:
+    return format_prompt([Medium(name, "video" if _is_clip(name) else "image")])
 
 
 def _is_tag(name: str) -> bool:
@@ -120,11 +135,15 @@ def _file_names(text: str) -> list[str]:
     if "." not in text:
         return []
     words = (word.strip(_AROUND).rstrip(".").rstrip(_AROUND) for word in text.split())
-    return [word for word in words if len(word) < 4096 and _PICTURE_NAME.search(word)][:_MOST_WORDS]
+    return [word for word in words if len(word) < 4096 and _FILE_NAME.search(word)][:_MOST_WORDS]
 
 
-def _is_picture(name: str, loader: MediaLoader) -> bool:
-    if not _PICTURE_NAME.search(name) or "\n" in name or "\r" in name:
+def _is_clip(name: str) -> bool:
+    return _CLIP_NAME.search(name) is not None
+
+
+def _is_file(name: str, loader: MediaLoader) -> bool:
+    if not _FILE_NAME.search(name) or "\n" in name or "\r" in name:
         return False
     try:
         return os.path.isfile(loader.find(name))

@@ -3,18 +3,20 @@
     {"prompt": "<image:a.png>What is it? Answer:", "completion": " A cat."}
     {"prompt": "<image>Caption:", "completion": " A cat.", "images": ["a.png"], "id": "7", "kind": "caption"}
     {"prompt": "<image:a.png>", "turns": [{"prompt": "How many?", "completion": " Two."}, …]}
+    {"prompt": "<video>What happens?", "completion": " A cat jumps.", "videos": ["a.mp4?frames=4"]}
     {"text": "A page with <image:a.png> and the text that follows the image."}
 
 Prompts and completions follow the grammar of `vlm generate` (see `prompt`): `\\<image>` is text, a relative path starts
-at the folder of the file, and a bare `<image>` takes the next file in "images". Without any placeholder, the images
-stand before the text. The model learns to write the completions; of a "text", it learns everything after the first
-image. A record may be text alone. Other keys have no effect, but a key that plainly names pictures is an error.
+at the folder of the file, a bare `<image>` takes the next file in "images", and a bare `<video>` the next in "videos".
+Without any placeholder, the images and then the clips stand before the text. The model learns to write the completions;
+of a "text", it learns everything after the first image or clip. A record may be text alone. Other keys have no effect,
+but a key that plainly names pictures or clips is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,10 @@ from vlm_cli.data.meant import check_picture_keys, find_mentions, mention_notes
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader, short_name
 from vlm_cli.media.decode import check_header
-from vlm_cli.prompt import Medium, Slot, Text, parse
+from vlm_cli.prompt import KINDS, Kind, Medium, Slot, Text, parse
 from vlm_cli.registry import suggest
 
-__all__ = ["Problem", "Record", "Records", "Segment", "get_images", "raise_problems", "read_records"]
+__all__ = ["Problem", "Record", "Records", "Segment", "get_files", "raise_problems", "read_records"]
 
 MOST_SHOWN = 20  # bad lines that a message lists
 
@@ -51,9 +53,9 @@ class Record:
     segments: tuple[Segment, ...]
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """The paths or URIs of the images, in reading order."""
-        return tuple(part.source for segment in self.segments for part in segment.parts if isinstance(part, Medium))
+    def sources(self) -> tuple[Medium, ...]:
+        """The images and clips, in reading order."""
+        return tuple(part for segment in self.segments for part in segment.parts if isinstance(part, Medium))
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Records:
 
 
 def read_records(path: Path, media_root: Path | None = None, max_pixels: int | None = None) -> Records:
-    """Read a file and check each record. Of an image, only the header is read.
+    """Read a file and check each record. Of an image or a clip, only the header is read.
 
     Bad lines are collected in `problems`; `raise_problems` turns them into an error.
 
@@ -116,7 +118,7 @@ def read_records(path: Path, media_root: Path | None = None, max_pixels: int | N
         DataError: if the file cannot be read or holds no record.
     """
     records = Records(path, media_root=media_root, max_pixels=max_pixels)
-    images = _ImageCheck(records.loader())
+    media = _MediaCheck(records.loader())
     digest = hashlib.sha256()
     for line, raw in enumerate(read_lines(path), start=1):
         digest.update(raw)
@@ -124,9 +126,9 @@ def read_records(path: Path, media_root: Path | None = None, max_pixels: int | N
             continue
         try:
             record = _parse_record(line, raw)
-            images.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
+            media.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
             context = [part for segment in record.segments if not segment.is_target for part in segment.parts]
-            records.mentions += [(line, name) for name in find_mentions(context, images.loader)]
+            records.mentions += [(line, name) for name in find_mentions(context, media.loader)]
         except VLMError as error:
             records.problems.append(Problem(line, str(error)))
         else:
@@ -167,17 +169,17 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
     raise DataError("\n".join([head, *lines]))
 
 
-def get_images(data: dict[str, Any]) -> list[str]:
-    """Return the files that a record lists beside its texts, under "images".
+def get_files(data: dict[str, Any], kind: Kind) -> list[str]:
+    """Return the files that a record lists beside its texts, under "images" or "videos".
 
     Raises:
-        RecordError: if "images" is not a list of names.
+        RecordError: if that is not a list of names.
     """
-    images = get_field(data, "images", list, "a list of files", [])
-    for image in images:
-        if not isinstance(image, str) or not image:
-            raise RecordError(f'"images" must be a list of files, got {image!r} in it.')
-    return list(images)
+    files = get_field(data, f"{kind}s", list, "a list of files", [])
+    for file in files:
+        if not isinstance(file, str) or not file:
+            raise RecordError(f'"{kind}s" must be a list of files, got {file!r} in it.')
+    return list(files)
 
 
 def _parse_record(line: int, raw: bytes) -> Record:
@@ -205,7 +207,7 @@ def _find_segments(data: dict[str, Any]) -> list[Segment]:
         raise RecordError('has both "completion" and "turns". Give one of them.')
     texts = [("text", get_field(data, "text", str, "text"))] if forms == ["text"] else _collect_texts(data)
     check_picture_keys(data, [text for _, text in texts])
-    parsed = _insert_images(texts, get_images(data))
+    parsed = _insert_files(texts, {kind: get_files(data, kind) for kind in KINDS})
     return _split_text(parsed[0][1]) if forms == ["text"] else _pair_segments(parsed)
 
 
@@ -237,21 +239,27 @@ def _get_completion(data: dict[str, Any]) -> str:
     return completion
 
 
-def _insert_images(texts: Sequence[tuple[str, str]], images: Sequence[str]) -> list[tuple[str, list[Text | Medium]]]:
-    """Parse each text, and give each bare placeholder the next of the images."""
+def _insert_files(
+    texts: Sequence[tuple[str, str]], files: Mapping[Kind, Sequence[str]]
+) -> list[tuple[str, list[Text | Medium]]]:
+    """Parse each text, and give each bare placeholder the next of the images or of the clips."""
     parsed = [(key, _parse_text(key, text)) for key, text in texts]
-    slots = sum(isinstance(part, Slot) for _, parts in parsed for part in parts)
-    has_placeholder = any(not isinstance(part, Text) for _, parts in parsed for part in parts)
-    if not has_placeholder:  # the images come first
-        slots, (key, parts) = len(images), parsed[0]
-        parsed[0] = (key, [*(Slot() for _ in images), *parts])
-    if slots != len(images):
-        raise RecordError(
-            f"has {slots} bare <image> placeholder{'' if slots == 1 else 's'}, but {len(images)} "
-            f'file{"" if len(images) == 1 else "s"} in "images". Give one for each, or write <image:FILE>.'
-        )
-    files = iter(images)
-    return [(k, [Medium(next(files)) if isinstance(p, Slot) else p for p in parts]) for k, parts in parsed]
+    if not any(not isinstance(part, Text) for _, parts in parsed for part in parts):  # the files come first
+        key, parts = parsed[0]
+        parsed[0] = (key, [*(Slot(kind=kind) for kind in KINDS for _ in files[kind]), *parts])
+    for kind in KINDS:
+        slots = sum(isinstance(part, Slot) and part.kind == kind for _, parts in parsed for part in parts)
+        given = len(files[kind])
+        if slots != given:
+            raise RecordError(
+                f"has {slots} bare <{kind}> placeholder{'' if slots == 1 else 's'}, but {given} "
+                f'file{"" if given == 1 else "s"} in "{kind}s". Give one for each, or write <{kind}:FILE>.'
+            )
+    left = {kind: iter(files[kind]) for kind in KINDS}
+    return [
+        (key, [Medium(next(left[p.kind]), p.kind) if isinstance(p, Slot) else p for p in parts])
+        for key, parts in parsed
+    ]
 
 
 def _parse_text(key: str, text: str) -> list[Text | Medium | Slot]:
@@ -261,7 +269,7 @@ def _parse_text(key: str, text: str) -> list[Text | Medium | Slot]:
         raise RecordError(f'"{key}": {error}') from None
     if key == "completion" and any(not isinstance(part, Text) for part in parts):
         raise RecordError(
-            r'"completion" has an image placeholder; images belong in prompts. For the text, write \<image>.'
+            r'"completion" has a placeholder; images and clips belong in prompts. For the text, write \<image>.'
         )
     return parts
 
@@ -290,31 +298,34 @@ def _pair_segments(parsed: Sequence[tuple[str, list[Text | Medium]]]) -> list[Se
 
 
 @dataclass
-class _ImageCheck:
-    """Check each image once, without decoding it."""
+class _MediaCheck:
+    """Check each image and clip once, without decoding it."""
 
     loader: MediaLoader
-    known: dict[str, str | None] = field(default_factory=dict)  # source -> its problem, or None
+    known: dict[Medium, str | None] = field(default_factory=dict)  # medium -> its problem, or None
 
-    def check(self, sources: Sequence[str], *, thorough: bool) -> None:
-        """Check the images of one record.
+    def check(self, media: Sequence[Medium], *, thorough: bool) -> None:
+        """Check the images and clips of one record.
 
         Args:
-            sources: paths or URIs.
+            media: with paths or URIs.
             thorough: find out why an image cannot be read, which may take a while.
 
         Raises:
-            RecordError: for the first image that cannot be read.
+            RecordError: for the first one that cannot be read.
         """
-        for source in sources:
-            if source not in self.known:
-                self.known[source] = self._find_problem(source, thorough)
-            if (problem := self.known[source]) is not None:
+        for medium in media:
+            if medium not in self.known:
+                self.known[medium] = self._find_problem(medium, thorough)
+            if (problem := self.known[medium]) is not None:
                 raise RecordError(problem)
 
-    def _find_problem(self, source: str, thorough: bool) -> str | None:
-        if source == "-" or source.lower().startswith(("http://", "https://")):
+    def _find_problem(self, medium: Medium, thorough: bool) -> str | None:
+        source = medium.source
+        if source.partition("?")[0] == "-" or source.lower().startswith(("http://", "https://")):
             return f"{short_name(source)!r} is no file: records name files or data: URIs. Download it first."
+        if medium.kind == "video":
+            return self._problem_of_clip(source)
         if self._has_image_header(source):
             return None
         if not thorough:
@@ -322,6 +333,13 @@ class _ImageCheck:
         try:
             self.loader.load(source)
         except MediaError as error:
+            return str(error)
+        return None
+
+    def _problem_of_clip(self, source: str) -> str | None:
+        try:
+            self.loader.count_frames(source)
+        except (MediaError, PromptError) as error:
             return str(error)
         return None
 

@@ -125,8 +125,9 @@ def encode_items(items: Sequence[Item], records: Records, plan: GenerationPlan) 
         DataError: listing every line whose prompt or answer the model has no room for.
     """
     problems: list[Problem] = []
+    loader = records.loader()
     for item in items:
-        item.encode(plan, item.prompt)
+        item.encode(plan, item.prompt, loader)
         num_tokens, most = len(item.ids), plan.max_new_tokens
         if problem := plan.budget.problem(num_tokens, item.media):
             problems.append(Problem(item.line, problem))

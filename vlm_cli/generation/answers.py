@@ -1,6 +1,6 @@
 """Answer many rows: rows of similar length together, and each image through the vision encoder once.
 
-B rows of a batch, T_txt tokens, T_img media per row, C H W pixels, n vision tokens of d channels.
+B rows of a batch, T_txt tokens, T_img media per row, F frames, C H W pixels, n vision tokens of d channels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ONE_AT_A_TIME = {
     "xlstm": "its state has one row",
 }
 LOOKAHEAD_BATCHES = 8  # batches of rows among which the engine looks for rows of similar length
-IMAGES_PER_ENCODING = 16  # images that the vision encoder reads at once
+FRAMES_PER_ENCODING = 16  # frames that the vision encoder reads at once; an image has one
 CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait for the model or may be shown again
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -81,7 +81,7 @@ class RowAnswerer:
     Attributes:
         counts: what was done so far.
         picture_notes: what became of the pictures so far.
-        max_images: images that waiting rows may hold together, roughly.
+        max_images: images, or frames of clips, that waiting rows may hold together, roughly.
     """
 
     def __init__(
@@ -133,13 +133,13 @@ class RowAnswerer:
                     yield waiting.popleft()
 
     def _fill(self, waiting: deque[AnyRow], rows: Iterator[AnyRow]) -> None:
-        images = sum(len(row.images) for row in waiting)
+        images = sum(size.num_frames for row in waiting for size in row.media)
         while len(waiting) < LOOKAHEAD_BATCHES * self.size.rows and (not waiting or images < self.max_images):
             row = next(rows, None)
             if row is None:
                 return
             waiting.append(row)
-            images += len(row.images)
+            images += sum(size.num_frames for size in row.media)
 
     def _choose(self, rows: Sequence[Row]) -> list[Row]:
         """Choose the first row, so that no row waits for long, and the rows that are nearest to it in length."""
@@ -231,7 +231,7 @@ class RowAnswerer:
             return {}
         if not self.encodes_apart:
             self.counts.encoded += len(distinct)
-            pixels, mask = stack_media([[x.pixels[None] for x in row if x.pixels is not None] for row in images])
+            pixels, mask = stack_media([[x.pixels for x in row if x.pixels is not None] for row in images])
             return {"pixel_values": pixels, "vision_mask": mask}
         self._encode([image for image in distinct if image.tokens is None])
         tokens, mask = stack_media(
@@ -242,13 +242,26 @@ class RowAnswerer:
 
     def _encode(self, images: Sequence[EncodedImage]) -> None:
         """Replace the pixels of images by vision tokens, which wait in the memory of the CPU."""
-        for i in range(0, len(images), IMAGES_PER_ENCODING):
-            some = images[i : i + IMAGES_PER_ENCODING]
-            pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None, None]  # [k, 1, 1, C, H, W]
+        for some in _of_one_length(images):
+            pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None]  # [k, 1, F, C, H, W]
             tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
             for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
                 image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
             self.counts.encoded += len(some)
+
+
+def _of_one_length(images: Sequence[EncodedImage]) -> Iterator[list[EncodedImage]]:
+    """Yield groups of images and clips with equally many frames, none with more frames than the encoder reads at once.
+
+    A clip with more frames than that is a group of its own.
+    """
+    groups: dict[int, list[EncodedImage]] = {}
+    for image in images:
+        if image.pixels is not None:
+            groups.setdefault(len(image.pixels), []).append(image)
+    for frames, group in groups.items():
+        step = max(1, FRAMES_PER_ENCODING // frames)
+        yield from (group[i : i + step] for i in range(0, len(group), step))
 
 
 def count_token_bytes(model: VLM, size: MediumSize) -> int:

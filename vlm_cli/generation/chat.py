@@ -1,6 +1,6 @@
 """A conversation with a model that reads each turn once.
 
-T_img images of the conversation, C H W pixels, n vision tokens of d channels.
+T_img media of the conversation, F frames, C H W pixels, n vision tokens of d channels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from transformers import StoppingCriteria
 
 from vlm_cli.errors import ContextError
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
+from vlm_cli.modeling.batching import stack_media
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.tiling import MediumSize
 from vlm_cli.writing.conversation import ChatFormat, Conversation
 
 if TYPE_CHECKING:
@@ -30,15 +32,15 @@ __all__ = ["Chat", "ChatAnswer"]
 
 @dataclass(frozen=True)
 class EncodedMedia:
-    """All images of a conversation.
+    """All images and clips of a conversation.
 
     Attributes:
-        pixels: float[1, T_img, 1, C, H, W]; None if they are not needed again.
-        tokens: float[1, T_img, n, d], the vision tokens; None without images.
+        pixels: float[F, C, H, W] of each; empty if they are not needed again.
+        tokens: float[1, T_img, n, d], the vision tokens; None without media.
         mask: bool[1, T_img, n], which of them are valid.
     """
 
-    pixels: Tensor | None = None
+    pixels: tuple[Tensor, ...] = ()
     tokens: Tensor | None = None
     mask: Tensor | None = None
 
@@ -84,6 +86,7 @@ class Chat:
         self.plan, self.model = plan, plan.model
         self.conversation = Conversation(ChatFormat(plan.processor, parse_special_tokens=parse_special_tokens))
         self.media = EncodedMedia()
+        self.sizes: tuple[MediumSize, ...] = ()
         self.cache = PromptCache()
         self.turns = 0
 
@@ -91,7 +94,7 @@ class Chat:
     def answer(
         self,
         parts: Sequence[Text | Medium],
-        images: Sequence[Image],
+        media: Sequence[Sequence[Image]],
         *,
         streamer: BaseStreamer | None = None,
         notify: Callable[[str], None] = ignore_message,
@@ -101,7 +104,7 @@ class Chat:
 
         Args:
             parts: of the turn, in reading order.
-            images: one for each medium among them.
+            media: the frames of each medium among them; an image is one frame.
             streamer: receives tokens as the model writes them.
             notify: receives what the user should know.
             is_interrupted: is called after each token; true ends the answer.
@@ -112,17 +115,18 @@ class Chat:
         """
         started = time.monotonic()
         asked = self.conversation.ask(parts)
-        positions = self._positions(asked)
+        sizes = (*self.sizes, *(MediumSize(len(frames)) for frames in media))
+        positions = self._positions(asked, sizes)
         room = self.plan.room(positions, notify)
-        media = self._encode(images)
+        shown = self._encode(media)
         ids = torch.tensor([asked.ids], device=self.model.device)
         criteria = self.plan.stopping_criteria()
         criteria.append(_Interruption(is_interrupted))
         output = self.model.generate(
             lang_x=ids,
             attention_mask=torch.ones_like(ids),
-            vision_tokens=media.tokens,
-            media_mask=media.mask,
+            vision_tokens=shown.tokens,
+            media_mask=shown.mask,
             prompt_cache=self.cache,
             streamer=streamer,
             stopping_criteria=criteria,
@@ -132,20 +136,20 @@ class Chat:
         answer = self.plan.read(asked.ids, new, room)
         said = new[: answer.new_tokens - (answer.finish_reason == "stop_token")]
         self.conversation = asked.answer(said, answer.text, partial(self.plan.decode, asked.ids))
-        self.media = media
+        self.media, self.sizes = shown, sizes
         self.turns += 1
         return ChatAnswer(self.turns, answer, positions, self.cache.reused, time.monotonic() - started)
 
-    def _positions(self, asked: Conversation) -> int:
+    def _positions(self, asked: Conversation, sizes: Sequence[MediumSize]) -> int:
         """Count the positions of a conversation whose last turn has no answer yet.
 
         Raises:
             ContextError: if they leave no room for an answer, or if the vision tokenizer takes fewer images.
         """
-        budget, media = self.plan.budget, asked.media
-        if problem := budget.media_problem(len(media)):
+        budget = self.plan.budget
+        if problem := budget.media_problem(sizes):
             raise ContextError(f"the conversation {problem} Start another one.")
-        positions = budget.positions(len(asked.ids), self.plan.media_sizes(media))
+        positions = budget.positions(len(asked.ids), sizes)
         left = budget.left(positions)
         if left is not None and left < 1:
             raise ContextError(
@@ -155,24 +159,26 @@ class Chat:
             )
         return positions
 
-    def _encode(self, images: Sequence[Image]) -> EncodedMedia:
-        """Return all images so far, with those of this turn.
+    def _encode(self, media: Sequence[Sequence[Image]]) -> EncodedMedia:
+        """Return all images and clips so far, with those of this turn.
 
-        Only new images pass the vision encoder, if an image does not change the vision tokens of others.
+        Only new ones pass the vision encoder, if a medium does not change the vision tokens of others.
         """
-        if not images:
+        if not media:
             return self.media
         transform = self.plan.processor.image_processor.transform
-        pixels = torch.stack([transform(image) for image in images])[None, :, None]  # [1, T_img, 1, C, H, W]
+        pixels = [torch.stack([transform(frame) for frame in frames]) for frames in media]
         encodes_apart = self.model.encodes_media_independently
-        if not encodes_apart and self.media.pixels is not None:
-            pixels = torch.cat([self.media.pixels, pixels], dim=1)
-        tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
         if not encodes_apart:
-            return EncodedMedia(pixels, tokens, mask)
+            pixels = [*self.media.pixels, *pixels]
+        stacked, frame_mask = stack_media([pixels])  # [1, T_img, F, C, H, W]
+        tokens, mask = self.model.encode_vision(stacked.to(self.model.device), frame_mask.to(self.model.device))
+        if not encodes_apart:
+            return EncodedMedia(tuple(pixels), tokens, mask)
         if self.media.tokens is not None and self.media.mask is not None:
-            tokens, mask = torch.cat([self.media.tokens, tokens], dim=1), torch.cat([self.media.mask, mask], dim=1)
-        return EncodedMedia(None, tokens, mask)
+            # A clip has more tokens than an image: the shorter ones are padded.
+            tokens, mask = stack_media([[*self.media.tokens[0], *tokens[0]]], [[*self.media.mask[0], *mask[0]]])
+        return EncodedMedia((), tokens, mask)
 
 
 class _Interruption(StoppingCriteria):

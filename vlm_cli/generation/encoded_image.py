@@ -1,6 +1,6 @@
-"""One image on its way through the vision encoder.
+"""One image or clip on its way through the vision encoder.
 
-C H W pixels, n vision tokens of d channels.
+F frames, C H W pixels, n vision tokens of d channels.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["EncodedImage", "ImageSlot"]
 
 @dataclass(eq=False)
 class EncodedImage:
-    """An image: pixels until the vision encoder has read it, and vision tokens afterwards.
+    """An image or a clip: pixels until the vision encoder has read it, and vision tokens afterwards.
 
     Attributes:
-        pixels: float[C, H, W], preprocessed; None once `tokens` are known.
+        pixels: float[F, C, H, W], preprocessed; None once `tokens` are known.
         tokens: float[n, d], the vision tokens.
         mask: bool[n], which of them are valid.
     """
@@ -31,9 +31,9 @@ class EncodedImage:
 
 @dataclass(eq=False)
 class ImageSlot:
-    """The place of one image source; every row that shows the source holds the same slot.
+    """The place of one source; every row that shows the source holds the same slot.
 
-    A worker process decodes the source. Then the slot holds the image, or the reason why it cannot be read.
+    A worker process decodes the source. Then the slot holds the image or the clip, or the reason why it cannot be read.
     """
 
     image: EncodedImage | None = None

@@ -1,10 +1,10 @@
-"""Decode the images of many rows ahead of the model, in worker processes, and keep them for rows that show them again.
+"""Decode the media of many rows ahead of the model, in worker processes, and keep them for rows that show them again.
 
     rows ──► sources that are new ──► workers: decode, preprocess ──► pixels
       │                                                                  │ vision encoder: once for equal pixels
       └──► slots ◄────────────────────────────────────────────────── vision tokens
 
-C H W pixels, n vision tokens of d channels.
+F frames of a medium, C H W pixels, n vision tokens of d channels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlm_cli.errors import MediaError, first_line
+from vlm_cli.errors import MediaError, PromptError, first_line
 from vlm_cli.generation.encoded_image import EncodedImage, ImageSlot
 from vlm_cli.generation.rows import Row
 from vlm_cli.interrupt import ignore_interrupt
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.media.sources import quote_source
+from vlm_cli.prompt import Medium
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,21 +47,24 @@ class ImageCache:
     A slot that the cache drops lives on in the rows that wait for it.
 
     Args:
-        capacity: number of sources to keep.
+        capacity: number of frames to keep; an image has one.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._recent: OrderedDict[bytes, ImageSlot] = OrderedDict()
+        self._recent: OrderedDict[bytes, tuple[ImageSlot, int]] = OrderedDict()
+        self._frames = 0
         self._images: WeakValueDictionary[bytes, EncodedImage] = WeakValueDictionary()
 
-    def find(self, source: str) -> tuple[ImageSlot, bool]:
+    def find(self, medium: Medium, num_frames: int = 1) -> tuple[ImageSlot, bool]:
         """Return the slot of a source, and whether the slot is new, so that a worker must fill it."""
-        key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).digest()  # shorter than a data: URI
+        name = f"{medium.kind}:{medium.source}".encode("utf-8", "surrogatepass")
+        key = hashlib.sha256(name).digest()  # shorter than a data: URI
         known = self._recent.pop(key, None)
-        slot = self._recent[key] = known or ImageSlot()
-        if len(self._recent) > self.capacity:
-            self._recent.popitem(last=False)
+        slot, frames = self._recent[key] = known or (ImageSlot(), num_frames)
+        self._frames += 0 if known else frames
+        while self._frames > self.capacity and len(self._recent) > 1:
+            self._frames -= self._recent.popitem(last=False)[1][1]
         return slot, known is None
 
     def fill(self, slot: ImageSlot, found: Pixels | MediaError) -> None:
@@ -68,7 +72,7 @@ class ImageCache:
         if isinstance(found, MediaError):
             slot.error = found
             return
-        digest = hashlib.sha256(found.values.data).digest()
+        digest = hashlib.sha256(found.values.data).digest()  # of as many bytes as the medium has frames
         image = self._images.get(digest)
         if image is None:
             image = self._images[digest] = EncodedImage(torch.from_numpy(found.values))
@@ -77,11 +81,11 @@ class ImageCache:
 
 @dataclass(frozen=True)
 class Pixels:
-    """A preprocessed image.
+    """A preprocessed image or clip.
 
     Attributes:
-        values: float[C, H, W].
-        notes: what became of the image when it was decoded.
+        values: float[F, C, H, W].
+        notes: what became of it when it was decoded.
     """
 
     values: np.ndarray
@@ -93,30 +97,30 @@ class Preprocessor(Dataset[list[Pixels | MediaError]]):
     """Turns sources into pixels. Worker processes hold a copy of it, and no model.
 
     Args:
-        transform: turns an image into float[C, H, W], as the vision encoder wants it.
-        loader: finds images.
+        transform: turns a frame into float[C, H, W], as the vision encoder wants it.
+        loader: finds images and clips.
     """
 
     transform: Callable[[Image], Tensor]
     loader: MediaLoader
 
-    def __getitem__(self, sources: Sequence[str]) -> list[Pixels | MediaError]:
-        """Return the pixels of each source, or the reason why there are none.
+    def __getitem__(self, media: Sequence[Medium]) -> list[Pixels | MediaError]:
+        """Return the pixels of each medium, or the reason why there are none.
 
         A worker that raised would show the user its traceback. Pixels are arrays, because each tensor that a process
         sends to another takes a file descriptor.
         """
-        return [self._load(source) for source in sources]
+        return [self._load(medium) for medium in media]
 
-    def _load(self, source: str) -> Pixels | MediaError:
+    def _load(self, medium: Medium) -> Pixels | MediaError:
         try:
-            loaded = self.loader.load(source)
-            return Pixels(np.ascontiguousarray(self.transform(loaded.image).numpy()), loaded.notes)
-        except MediaError as error:
+            loaded = self.loader.load_medium(medium.source, medium.kind)
+            return Pixels(np.stack([self.transform(frame).numpy() for frame in loaded.frames]), loaded.notes)
+        except (MediaError, PromptError) as error:
             # A new error, because this one holds the frames that decoded the image.
             return MediaError(str(error), public=error.public)
         except Exception as error:
-            words = f"the image {quote_source(source)} cannot be preprocessed"
+            words = f"the {medium.kind} {quote_source(medium.source)} cannot be preprocessed"
             return MediaError(f"{words}: {type(error).__name__}: {first_line(error)}.", public=f"{words}.")
 
 
@@ -132,17 +136,17 @@ def with_images(
         workers: processes that decode; 0 decodes in this process.
         notes: counts what becomes of the images.
     """
-    pending: deque[tuple[AnyRow, list[tuple[str, ImageSlot]]]] = deque()
+    pending: deque[tuple[AnyRow, list[tuple[Medium, ImageSlot]]]] = deque()
 
-    def missing_sources() -> Iterator[list[str]]:
+    def missing_sources() -> Iterator[list[Medium]]:
         for row in rows:
-            missing: list[tuple[str, ImageSlot]] = []
-            for source in row.sources if row.error is None else ():
-                slot, is_new = cache.find(source)
+            missing: list[tuple[Medium, ImageSlot]] = []
+            for medium, size in zip(row.sources, row.media, strict=True) if row.error is None else ():
+                slot, is_new = cache.find(medium, size.num_frames)
                 row.images.append(slot)
-                missing += [(source, slot)] if is_new else []
+                missing += [(medium, slot)] if is_new else []
             pending.append((row, missing))
-            yield [source for source, _ in missing]
+            yield [medium for medium, _ in missing]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # because it counts more workers than cores
@@ -157,10 +161,10 @@ def with_images(
         )
     for found in loader:
         row, missing_here = pending.popleft()
-        for (source, slot), pixels in zip(missing_here, found, strict=True):
+        for (medium, slot), pixels in zip(missing_here, found, strict=True):
             cache.fill(slot, pixels)
             if isinstance(pixels, Pixels):
-                notes.add(source, pixels.notes)
+                notes.add(medium.source, pixels.notes)
         if row.error is None and (errors := [x.error for x in row.images if x.error is not None]):
             row.error = errors[0]
         yield row

@@ -12,8 +12,6 @@ from vlm_cli.generation.stopping import StopStrings, cut_at_stop
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.printable import count_of
-from vlm_cli.prompt import Medium, Text
-from vlm_cli.tiling import MediumSize
 from vlm_cli.writing.writer import PromptWriter
 
 if TYPE_CHECKING:
@@ -78,10 +76,6 @@ class GenerationPlan:
         self.max_new_tokens: int = self.keywords["max_new_tokens"]
         self.budget = ContextBudget.of(model)
         self._stop_ids = set(stop_token_ids(model.generation_config))
-
-    def media_sizes(self, parts: Sequence[Text | Medium]) -> list[MediumSize]:
-        """Return the size of each medium of a prompt; all of them are still images."""
-        return [MediumSize() for part in parts if isinstance(part, Medium)]
 
     def room(self, positions: int, notify: Callable[[str], None] = ignore_message) -> int:
         """Return how many new tokens a prompt of so many positions may get: fewer where the context ends sooner.

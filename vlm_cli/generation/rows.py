@@ -2,6 +2,7 @@
 
     {"prompt": "<image:a.png>What is it?", "id": 7}
     {"prompt": "<image> or <image>?", "images": ["a.png", "b.png"]}
+    {"prompt": "<video>What happens?", "videos": ["a.mp4?frames=4"]}
 
 A prompt follows the grammar of `vlm generate`. Other keys of a line stay as they are.
 """
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
 from vlm_cli.data.meant import check_picture_keys, find_mentions
-from vlm_cli.data.records import get_images
-from vlm_cli.errors import LanguageModelError, PromptError, VLMError
+from vlm_cli.data.records import get_files
+from vlm_cli.errors import LanguageModelError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.plain_data import is_finite
 from vlm_cli.prompt import Medium, Text, interleave
+from vlm_cli.writing.media import measure_media
 
 if TYPE_CHECKING:
     from vlm_cli.generation.encoded_image import ImageSlot
@@ -37,18 +39,18 @@ class Row:
     Attributes:
         line: number of its line in the file, from 1.
         ids: tokens of the prompt, one for each medium.
-        sources: the path or URI of each medium, in reading order.
+        sources: the images and clips, in reading order.
         media: the size of each medium.
         positions: that the prompt takes in the language model.
         room: new tokens that an answer may have.
-        images: the place of each image; a worker process fills it.
+        images: the place of each medium; a worker process fills it.
         answers: None until the model has answered.
         error: why the row cannot be answered.
     """
 
     line: int
     ids: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
+    sources: list[Medium] = field(default_factory=list)
     media: list[MediumSize] = field(default_factory=list)
     positions: int = 0
     room: int = 0
@@ -60,11 +62,15 @@ class Row:
     def is_done(self) -> bool:
         return self.answers is not None or self.error is not None
 
-    def encode(self, plan: GenerationPlan, parts: Sequence[Text | Medium]) -> None:
-        """Turn the prompt into tokens, sources and sizes of media."""
+    def encode(self, plan: GenerationPlan, parts: Sequence[Text | Medium], loader: MediaLoader) -> None:
+        """Turn the prompt into tokens, sources and sizes of media.
+
+        Raises:
+            MediaError: if the header of a clip cannot be read.
+        """
         self.ids = plan.writer.encode(parts)
-        self.sources = [part.source for part in parts if isinstance(part, Medium)]
-        self.media = plan.media_sizes(parts)
+        self.sources = [part for part in parts if isinstance(part, Medium)]
+        self.media = measure_media(parts, loader)
 
     def reserve(self, plan: GenerationPlan) -> None:
         """Count the positions of the prompt, and the new tokens that fit after it.
@@ -72,7 +78,7 @@ class Row:
         Raises:
             PromptError: if the model cannot take a prompt of this length, or so many media.
         """
-        plan.budget.check_media(len(self.media))
+        plan.budget.check_media(self.media)
         self.positions = plan.budget.positions(len(self.ids), self.media)
         self.room = plan.room(self.positions)
 
@@ -118,7 +124,7 @@ class RowReader:
         row = FileRow(line=line.number, source_line=line)
         try:
             self._fill(row)
-        except (RecordError, PromptError, LanguageModelError) as error:
+        except (RecordError, PromptError, LanguageModelError, MediaError) as error:
             row.error = error.with_traceback(None)
         return row
 
@@ -127,15 +133,16 @@ class RowReader:
         row.data = {key: x for key, x in data.items() if key != "error" and is_finite(x)}
         if lost := [key for key in data if key not in row.data and key != "error"]:
             raise RecordError(f'"{lost[0]}" holds a number that JSON cannot write, such as NaN or 1e400.')
-        prompt, images = get_field(data, "prompt", str, "text"), get_images(data)
+        prompt = get_field(data, "prompt", str, "text")
+        images, videos = get_files(data, "image"), get_files(data, "video")
         if taken := [key for key in ANSWER_KEYS if key in data]:
             raise RecordError(
                 f'"{taken[0]}" is a key of the answer, which would overwrite yours. Rename the key in this line.'
             )
         check_picture_keys(data, [prompt])
-        parts = interleave(prompt, images, given_with='"images"').parts
-        if Medium("-") in parts:
+        parts = interleave(prompt, images, videos, given_with='"images"').parts
+        if any(isinstance(part, Medium) and part.is_stdin for part in parts):
             raise RecordError("the image '-' means standard input, which the rows of a file cannot share. Give a file.")
         row.mentions = find_mentions(parts, self.loader)
-        row.encode(self.plan, parts)
+        row.encode(self.plan, parts, self.loader)
         row.reserve(self.plan)

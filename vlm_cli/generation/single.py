@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.modeling.batching import pad_left
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +49,7 @@ class Generation:
 def generate_once(
     plan: GenerationPlan,
     parts: Sequence[Text | Medium],
-    images: Sequence[Image],
+    media: Sequence[Sequence[Image]],
     *,
     seed: int | None = None,
     compile: bool = False,
@@ -60,7 +61,7 @@ def generate_once(
     Args:
         plan: how the model answers.
         parts: the prompt, in reading order.
-        images: one for each medium of the prompt.
+        media: the frames of each medium of the prompt; an image is one frame.
         seed: of the random numbers; None leaves them as they are.
         compile: compile first what the model was prepared for; see `modeling.acceleration`.
         streamer: receives tokens as the model writes them.
@@ -69,14 +70,15 @@ def generate_once(
     Raises:
         PromptError: if the prompt alone has too many positions or images for the model.
     """
-    plan.budget.check_media(len(images))
+    sizes = [MediumSize(len(frames)) for frames in media]
+    plan.budget.check_media(sizes)
     ids, mask = pad_left([plan.writer.encode(parts)], 0)
     inputs = BatchFeature({"input_ids": ids, "attention_mask": mask})
-    if images:
-        inputs.update(plan.processor.image_processor.preprocess([[[image] for image in images]]))
+    if media:
+        inputs.update(plan.processor.image_processor.preprocess([media]))
     inputs = inputs.to(plan.model.device)
     num_tokens = ids.shape[1]
-    positions = plan.budget.positions(num_tokens, plan.media_sizes(parts))
+    positions = plan.budget.positions(num_tokens, sizes)
     room = plan.room(positions, notify)
     keywords = plan.keywords | {"max_new_tokens": room}
     compile_seconds = 0.0

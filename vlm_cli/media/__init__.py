@@ -1,10 +1,11 @@
-"""Load images from wherever they are kept, as upright RGB, or say why that is not possible.
+"""Load images and clips from wherever they are kept, as upright RGB, or say why that is not possible.
 
-`sources` reads the bytes, `decode` turns them into pixels, and `MediaLoader` does both.
+`sources` reads the bytes, `decode` turns those of an image into pixels, `video`, `animation` and `frame_folder` those
+of a clip, `request` and `timeline` choose its frames, and `MediaLoader` does it all.
 """
 
 from vlm_cli.media.decode import MAX_PIXELS
-from vlm_cli.media.loader import LoadedImage, MediaLoader
+from vlm_cli.media.loader import LoadedClip, LoadedImage, MediaLoader
 from vlm_cli.media.sources import MAX_BYTES, short_name
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "LoadedImage", "MediaLoader", "short_name"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "LoadedClip", "LoadedImage", "MediaLoader", "short_name"]

@@ -19,7 +19,16 @@ from vlm_cli.media.opening import non_image_error, open_image, unread_error
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "DecodedImage", "check_header", "decode_image", "is_opaque", "on_white"]
+__all__ = [
+    "MAX_PIXELS",
+    "DecodedImage",
+    "check_header",
+    "check_size",
+    "decode_image",
+    "is_opaque",
+    "on_white",
+    "to_rgb",
+]
 
 MAX_PIXELS = 89_478_485  # pixels of one image; Pillow warns of a decompression bomb from here on
 
@@ -109,7 +118,7 @@ def _finish(image: Image, size: tuple[int, int], name: str) -> DecodedImage:
         notes.append("on a white ground")
     upright, is_turned = _turn_upright(image)
     width, height = size[::-1] if is_turned else size
-    rgb = _to_rgb(upright, name)
+    rgb = to_rgb(upright, name)
     if _has_more_pictures(image):
         notes.append("first page of several" if image.format in ("TIFF", "DCX") else "first frame of an animation")
     return DecodedImage(rgb, width, height, tuple(notes))
@@ -122,12 +131,30 @@ def _fit(image: Image, name: str, max_pixels: int | None) -> None:
         MediaError: with the size, and the most that vlm reads.
     """
     limit = MAX_PIXELS if max_pixels is None else max_pixels
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise MediaError(f"{name} has no pixels: it is {width} × {height}. Save it again.")
-    if width * height <= limit or (image.format in ("JPEG", "MPO") and scale_jpeg(image, limit)):
+    if image.width * image.height > limit and image.format in ("JPEG", "MPO") and scale_jpeg(image, limit):
         return
     kind = "progressive JPEG files, which decode at full size" if is_progressive(image) else "one image"
+    check_size(image.size, name, max_pixels, kind)
+
+
+def check_size(size: tuple[int, int], name: str, max_pixels: int | None, kind: str = "one image") -> None:
+    """Refuse a picture or a frame without pixels, or with too many.
+
+    Args:
+        size: width and height.
+        name: what messages call it.
+        max_pixels: the most pixels; None takes `MAX_PIXELS`.
+        kind: what has this limit.
+
+    Raises:
+        MediaError: with the size, and the most that vlm reads.
+    """
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    width, height = size
+    if width < 1 or height < 1:
+        raise MediaError(f"{name} has no pixels: it is {width} × {height}. Save it again.")
+    if width * height <= limit:
+        return
     raise MediaError(
         f"{name} has too many pixels: it has {width} × {height} = {width * height:,} pixels; vlm reads at most "
         f"{limit:,} of {kind}, because a larger image may be a decompression bomb. Scale it down first, or "
@@ -200,7 +227,7 @@ def on_white(image: Image) -> Image:
     return ground.convert("RGB")
 
 
-def _to_rgb(image: Image, name: str) -> Image:
+def to_rgb(image: Image, name: str) -> Image:
     """Convert to RGB, transparent parts white, and scale channels of more than 8 bits to 8."""
     if image.mode[0] == "I" or image.mode == "F":
         gray = _to_8_bits(image, name)

@@ -1,21 +1,29 @@
-"""From a source to an image: read its bytes, then decode them."""
+"""From a source to an image or a clip: read its bytes, then decode them."""
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from vlm_cli.errors import MediaError
 from vlm_cli.lookalike import find_lookalike
-from vlm_cli.media.decode import decode_image
-from vlm_cli.media.sources import find_file, is_uri, quote_source, read_source, read_stdin
+from vlm_cli.media.clip import Clip, open_clip
+from vlm_cli.media.decode import MAX_PIXELS, decode_image
+from vlm_cli.media.frame_folder import FrameFolder
+from vlm_cli.media.request import ClipRequest
+from vlm_cli.media.sources import find_file, find_local, is_uri, open_file, quote_source, read_source, read_stdin
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["LoadedImage", "MediaLoader"]
+__all__ = ["ChosenFrames", "LoadedClip", "LoadedImage", "MediaLoader"]
+
+MAX_CLIP = 4  # as many pixels as one image may have, of all frames of a clip together
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,56 @@ class LoadedImage:
     source: str
     width: int
     height: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def frames(self) -> tuple[Image, ...]:
+        """The image, as the only frame of a medium."""
+        return (self.image,)
+
+
+@dataclass(frozen=True)
+class ChosenFrames:
+    """Which frames of a clip are read, known without decoding one.
+
+    Attributes:
+        indices: of the frames, in the clip.
+        seconds: from the clip's first frame to each of them; None if the frames have no times.
+        duration: of the clip in seconds; None if its frames have no times.
+    """
+
+    indices: tuple[int, ...]
+    seconds: tuple[float, ...] | None
+    duration: float | None
+
+    def describe(self) -> str:
+        """Say in words which frames these are: `8 frames from 0.00 to 59.96 s`."""
+        count = f"{len(self.indices)} frame{'' if len(self.indices) == 1 else 's'}"
+        if self.seconds is None:
+            return count
+        if len(self.seconds) == 1:
+            return f"{count} at {self.seconds[0]:.2f} s"
+        return f"{count} from {self.seconds[0]:.2f} to {self.seconds[-1]:.2f} s"
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """The frames of a clip that are read, and its source.
+
+    Attributes:
+        frames: upright RGB.
+        source: where the clip was read.
+        width: of a frame, in pixels.
+        height: the same.
+        chosen: which frames these are.
+        notes: what the user should know of the decoding.
+    """
+
+    frames: tuple[Image, ...]
+    source: str
+    width: int
+    height: int
+    chosen: ChosenFrames
     notes: tuple[str, ...] = ()
 
 
@@ -73,6 +131,77 @@ class MediaLoader:
         found = decode_image(data, quote_source(source), self.max_pixels)
         notes = [*found.notes, *self._lookalike_note(source)]
         return LoadedImage(found.image, source, found.width, found.height, tuple(notes))
+
+    def load_clip(self, source: str) -> LoadedClip:
+        """Read a clip, and decode the frames that its source asks for (see `media.request`).
+
+        Raises:
+            PromptError: for settings behind the `?` that cannot be read.
+            MediaError: if the clip cannot be found or read, has no frames, or is damaged.
+        """
+        request = ClipRequest.parse(source)
+        with self._open_clip(request) as clip:
+            chosen = self._choose(clip, request)
+            frames: list[Image] = []
+            limit = MAX_CLIP * (MAX_PIXELS if self.max_pixels is None else self.max_pixels)
+            for frame in clip.read(chosen.indices):
+                frames.append(frame)
+                if frame.width * frame.height * len(chosen.indices) > limit:
+                    raise MediaError(
+                        f"{len(chosen.indices)} frames of {quote_source(source)} have too many pixels: "
+                        f"{frame.width} × {frame.height} each; vlm reads at most {limit:,} of one clip. Give fewer "
+                        "frames with ?frames=N, or allow more pixels of an image with --max-pixels."
+                    )
+        notes = tuple(self._lookalike_note(request.path))
+        return LoadedClip(tuple(frames), source, frames[0].width, frames[0].height, chosen, notes)
+
+    def load_medium(self, source: str, kind: str) -> LoadedImage | LoadedClip:
+        """Load an image, or a clip if the kind is "video".
+
+        Raises:
+            PromptError, MediaError: as in `load` and `load_clip`.
+        """
+        return self.load_clip(source) if kind == "video" else self.load(source)
+
+    def choose_frames(self, source: str) -> ChosenFrames:
+        """Say which frames of a clip its source asks for. No frame of a video file is decoded.
+
+        Raises:
+            PromptError, MediaError: as in `load_clip`.
+        """
+        request = ClipRequest.parse(source)
+        with self._open_clip(request) as clip:
+            return self._choose(clip, request)
+
+    def count_frames(self, source: str) -> int:
+        """Count the frames of a clip that its source asks for; from the header alone, if that says enough.
+
+        Raises:
+            PromptError, MediaError: as in `load_clip`.
+        """
+        request = ClipRequest.parse(source)
+        with self._open_clip(request) as clip:
+            if clip.stated is not None and request.most is not None and request.is_whole:
+                return min(clip.stated, request.most)
+            return len(self._choose(clip, request).indices)
+
+    @contextmanager
+    def _open_clip(self, request: ClipRequest) -> Iterator[Clip]:
+        name = quote_source(request.path)
+        path = find_local(request.path, base_dir=self.base_dir, media_root=self.media_root)
+        if path is not None and path.is_dir():
+            yield FrameFolder(path, name, lambda file: self.load(file).image)
+            return
+        file = io.BytesIO(self._read(request.path)) if path is None else open_file(path, request.path)
+        with file:
+            yield open_clip(file, name, self.max_pixels)
+
+    def _choose(self, clip: Clip, request: ClipRequest) -> ChosenFrames:
+        timeline = clip.timeline()
+        indices = timeline.choose(request, quote_source(request.path))
+        found = [timeline.seconds(i) for i in indices]
+        seconds = tuple(x for x in found if x is not None)
+        return ChosenFrames(tuple(indices), seconds if len(seconds) == len(found) else None, timeline.duration)
 
     def _lookalike_note(self, source: str) -> list[str]:
         """Say under which name an image was found, if that only looks like the name in the prompt."""

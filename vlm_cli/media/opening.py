@@ -121,7 +121,7 @@ _KINDS = (
     (b"(?i)\\s*<!doctype html|\\s*<html", "a web page"),
     (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the image"),
     (b"....ftyp(heic|heix|mif1|hevc)", "HEIC"),
-    (b"....ftyp|\x1aE\xdf\xa3", "a video"),
+    (b"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a video; show it with <video:FILE>"),
     (b"PK\3\4|\x1f\x8b", "an archive"),
     (b"[\t\n\r -~]{32}|[\t\n\r -~]{1,31}\\Z", "text"),
 )

@@ -25,7 +25,9 @@ from vlm_cli.lookalike import find_lookalike
 __all__ = [
     "MAX_BYTES",
     "find_file",
+    "find_local",
     "is_uri",
+    "open_file",
     "quote_source",
     "read_source",
     "read_stdin",
@@ -73,10 +75,20 @@ def read_source(
             f"{quote_source(source)} begins with {scheme}://, which is not known. "
             "Known: a path, -, data:, file://, and http(s):// with --allow-urls."
         )
+    path = find_local(source, base_dir=base_dir, media_root=media_root)
+    assert path is not None
+    return _read_file(path, source)
+
+
+def find_local(source: str, *, base_dir: Path | None = None, media_root: Path | None = None) -> Path | None:
+    """Return where a path or a `file://` URI leads; None for a source of another kind. See `find_file`."""
+    scheme = _scheme(source)
+    if source == "-" or scheme not in ("file", "path"):
+        return None
     path = _path_of_uri(source) if scheme == "file" else source
     if not path:
         raise MediaError("an image source is empty: got ''. Give a path, - for standard input, or a URI.")
-    return _read_file(find_file(path, source, base_dir=base_dir, media_root=media_root), source)
+    return find_file(path, source, base_dir=base_dir, media_root=media_root)
 
 
 def _scheme(source: str) -> str:
@@ -242,6 +254,24 @@ def _path_of_uri(uri: str) -> str:
 
 
 def _read_file(path: Path, source: str) -> bytes:
+    with open_file(path, source) as file:
+        try:
+            _check_bytes(os.fstat(file.fileno()).st_size, source)
+            return _read_to_end(file.read, source)
+        except OSError as error:
+            raise MediaError(f"{quote_source(source)} cannot be read: {error.strerror}.") from error
+
+
+def open_file(path: Path, source: str) -> BinaryIO:
+    """Open a file for reading.
+
+    Args:
+        path: the file.
+        source: what the user wrote for it.
+
+    Raises:
+        MediaError: if there is no such file, it may not be read, or it is a folder, a pipe or a device.
+    """
     name = quote_source(source)
     try:
         status = path.stat()
@@ -250,9 +280,7 @@ def _read_file(path: Path, source: str) -> bytes:
             raise MediaError(f"{words} {_list_names(path)}", public=words)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe may wait for ever, and a device may never end
             raise MediaError(f"{name} is a pipe or device, not a file. A pipe is read by `--image - < PIPE`.")
-        _check_bytes(status.st_size, source)
-        with path.open("rb") as file:
-            return _read_to_end(file.read, source)
+        return path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         raise MediaError(f"cannot find {name}: {_explain_missing(path)}", public=f"cannot find {name}.") from None
     except PermissionError:

@@ -29,17 +29,20 @@ class ContextBudget:
         model: on any device; shapes are enough.
         context: positions that the language model can read; None if its configuration sets no limit.
         max_num_media: media that the vision tokenizer takes in one prompt; None if it sets no limit.
+        max_num_frames: frames that it takes of one medium; None if it sets no limit.
     """
 
     model: VLM
     context: int | None
     max_num_media: int | None
+    max_num_frames: int | None = None
 
     @classmethod
     def of(cls, model: VLM) -> ContextBudget:
         """Read the limits of a model from its configuration."""
         options = model.config.composition.vision_tokenizer.options
-        return cls(model, context_length(model.config), getattr(options, "max_num_media", None))
+        media, frames = (getattr(options, name, None) for name in ("max_num_media", "max_num_frames"))
+        return cls(model, context_length(model.config), media, frames)
 
     def positions(self, num_tokens: int, media: Iterable[MediumSize]) -> int:
         """Count the positions of a prompt.
@@ -81,21 +84,32 @@ class ContextBudget:
             )
         return min(left, wanted)
 
-    def media_problem(self, num_media: int) -> str | None:
-        """Say why the vision tokenizer cannot take so many media in one prompt; None if it can."""
-        if self.max_num_media is None or num_media <= self.max_num_media:
-            return None
-        return (
-            f"has {count_of(num_media, 'image')}, but the vision tokenizer was made for at most {self.max_num_media}."
-        )
+    def media_problem(self, media: Sequence[MediumSize]) -> str | None:
+        """Say why the vision tokenizer cannot take these media in one prompt; None if it can."""
+        if self.max_num_media is not None and len(media) > self.max_num_media:
+            return (
+                f"has {count_of(len(media), 'image')}, but the vision tokenizer was made for at most "
+                f"{self.max_num_media}."
+            )
+        return self.frames_problem(media)
 
-    def check_media(self, num_media: int) -> None:
-        """Refuse a prompt with more media than the vision tokenizer takes.
+    def frames_problem(self, media: Sequence[MediumSize]) -> str | None:
+        """Say why the vision tokenizer cannot take so many frames of one medium; None if it can."""
+        most = max((size.num_frames for size in media), default=0)
+        if self.max_num_frames is not None and most > self.max_num_frames:
+            return (
+                f"has a medium of {most} frames, but the vision tokenizer was made for at most {self.max_num_frames}. "
+                f"Write <video:FILE?frames={self.max_num_frames}>."
+            )
+        return None
+
+    def check_media(self, media: Sequence[MediumSize]) -> None:
+        """Refuse a prompt with more media, or more frames of one, than the vision tokenizer takes.
 
         Raises:
             PromptError: with both numbers.
         """
-        if problem := self.media_problem(num_media):
+        if problem := self.media_problem(media):
             raise PromptError(f"the prompt {problem}")
 
     def problem(self, num_tokens: int, media: Sequence[MediumSize]) -> str | None:
@@ -105,7 +119,7 @@ class ContextBudget:
             num_tokens: tokens of the row, with one `<image>` for each medium.
             media: the size of each medium.
         """
-        if problem := self.media_problem(len(media)):
+        if problem := self.media_problem(media):
             return problem
         positions = self.positions(num_tokens, media)
         left = self.left(positions)

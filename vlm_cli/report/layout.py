@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlm_cli.decoding import decode_after
+from vlm_cli.errors import PromptError
+from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.tiling import MediumSize
+from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["PromptLayout", "Span", "lay_out"]
@@ -22,11 +24,12 @@ class Span:
     """One text or one medium of a prompt.
 
     Attributes:
-        kind: "text" or "medium".
+        kind: "text", "medium" (an image) or "video".
         content: the text, or the source of the medium.
         tokens: number of tokens of `lang_x`.
         start, end: positions in the language model, end excluded.
         sees: numbers, from 1, of the media that these positions see.
+        frames: of a clip; None for an image or a text.
     """
 
     kind: str
@@ -35,6 +38,7 @@ class Span:
     start: int
     end: int
     sees: list[int]
+    frames: int | None = None
 
     @property
     def positions(self) -> int:
@@ -74,28 +78,40 @@ def lay_out(
     processor: VLMProcessor,
     parts: Sequence[Text | Medium],
     writer: PromptWriter | None = None,
+    loader: MediaLoader | None = None,
 ) -> PromptLayout:
-    """Return the layout of a prompt of still images.
+    """Return the layout of a prompt.
 
     Args:
         model: on any device; shapes are enough.
         processor: the model's processor.
         parts: the prompt.
         writer: turns the prompt into tokens; None for the prompt as it stands.
+        loader: finds the files of clips, whose frames are counted; None finds any path.
+
+    Raises:
+        MediaError: if a clip cannot be read.
+        PromptError: if the vision tokenizer cannot take a medium.
     """
     ids = (writer or PromptWriter(processor)).encode(parts)
     budget = ContextBudget.of(model)
     spans: list[Span] = []
-    sources = iter([part.source for part in parts if isinstance(part, Medium)])
+    media = [part for part in parts if isinstance(part, Medium)]
+    measured = measure_media(parts, loader or MediaLoader())
+    if problem := budget.frames_problem(measured):
+        raise PromptError(f"the prompt {problem}")
+    shown = iter(zip(media, measured, strict=True))
     number = start = read = 0
     for run, is_media in _runs(ids, processor.media_token_id):
         number += is_media
-        end = start + budget.positions(len(run), [MediumSize()] * is_media)
-        before = ids[:read]
+        medium, size = next(shown) if is_media else (None, None)
+        end = start + budget.positions(len(run), [] if size is None else [size])
+        text = decode_after(processor.tokenizer, ids[:read], run, skip_special_tokens=False)
         read += len(run)
-        text = decode_after(processor.tokenizer, before, run, skip_special_tokens=False)
-        content = next(sources) if is_media else text
-        spans.append(Span("medium" if is_media else "text", content, len(run), start, end, model.media_seen(number)))
+        content = text if medium is None else medium.source
+        kind = "text" if medium is None else "medium" if medium.kind == "image" else "video"
+        frames = None if medium is None or size is None or medium.kind == "image" else size.num_frames
+        spans.append(Span(kind, content, len(run), start, end, model.media_seen(number), frames))
         start = end
     return PromptLayout(spans, ids, start, budget.context)
 

@@ -1,6 +1,6 @@
 """From a file of records to batches: all texts become tokens before the first step, and images are decoded when needed.
 
-B batch, T_txt tokens, T_img media per row, C H W pixels, N records, V vocabulary.
+B batch, T_txt tokens, T_img media per row, F frames, C H W pixels, N records, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm_cli.data.records import Problem, raise_problems, read_records
-from vlm_cli.errors import DataError, MediaError, VLMError
+from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_media
@@ -25,8 +25,9 @@ from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
-from vlm_cli.tiling import MediumSize
+from vlm_cli.prompt import Medium
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
+from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["IGNORED", "Collator", "RecordDataset", "check_batch", "load_dataset", "row_losses"]
@@ -44,7 +45,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     Attributes:
         name: name of the file, for messages.
         notes: what the user should know about the records.
-        transform: makes float[C, H, W] of an image.
+        transform: makes float[C, H, W] of a frame.
         loader: loads images.
         preprocessing: what happens to each image, in words.
         sha256: hash of the file.
@@ -52,7 +53,8 @@ class RecordDataset(Dataset[dict[str, Any]]):
         ids: int[tokens] the tokens of all records.
         is_target: bool[tokens] whether the model learns the token.
         ends: int[N + 1] where each record ends, after a 0.
-        sources: for each record, where its images come from.
+        sources: for each record, its images and clips.
+        frames: int[N], how many images and frames each record has.
         names: for each record, its id.
         lines: for each record, the number of its line.
     """
@@ -67,7 +69,8 @@ class RecordDataset(Dataset[dict[str, Any]]):
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     is_target: np.ndarray = field(default_factory=lambda: np.empty(0, np.bool_))
     ends: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    sources: list[tuple[str, ...]] = field(default_factory=list)
+    sources: list[tuple[Medium, ...]] = field(default_factory=list)
+    frames: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     names: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
 
@@ -80,12 +83,13 @@ class RecordDataset(Dataset[dict[str, Any]]):
         labels = ids.masked_fill(torch.from_numpy(~self.is_target[span]), IGNORED)
         item = {"index": int(index), "ids": ids, "labels": labels}
         try:
-            images = [self.loader.load(source) for source in self.sources[index]]
-        except MediaError as error:
+            media = [self.loader.load_medium(x.source, x.kind) for x in self.sources[index]]
+        except (MediaError, PromptError) as error:
             # The item carries the message, because an error in a worker process reaches the user as a traceback.
             return item | {"error": f"line {self.lines[index]} of {self.name!r}: {error}"}
-        notes = [(image.source, image.notes) for image in images if image.notes]
-        return item | {"pixels": [self.transform(image.image) for image in images], "notes": notes}
+        notes = [(medium.source, medium.notes) for medium in media if medium.notes]
+        pixels = [torch.stack([self.transform(frame) for frame in medium.frames]) for medium in media]
+        return item | {"pixels": pixels, "notes": notes}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -94,8 +98,8 @@ class RecordDataset(Dataset[dict[str, Any]]):
 
     @property
     def num_images(self) -> np.ndarray:
-        """int[N]: number of images of each record."""
-        return np.array([len(sources) for sources in self.sources])
+        """int[N]: number of images of each record, each frame of a clip counted as one."""
+        return self.frames
 
     def describe(self, indices: Sequence[int], most: int = 8) -> str:
         """Name records for a message: `'a' (line 3), 'b' (line 7)`."""
@@ -147,24 +151,28 @@ def load_dataset(
     )
     ids: list[np.ndarray] = []
     is_target: list[np.ndarray] = []
+    frames: list[int] = []
     problems: list[Problem] = []
     for record in records.good:
         try:
             encoded = encoder.encode(record)
+            sizes = measure_media(record.sources, dataset.loader)
         except VLMError as error:
             problems.append(Problem(record.line, str(error)))
             continue
-        if problem := budget.problem(len(encoded.ids), [MediumSize() for _ in record.sources]):
+        if problem := budget.problem(len(encoded.ids), sizes):
             problems.append(Problem(record.line, problem))
             continue
         ids.append(np.array(encoded.ids, np.int32))
         is_target.append(np.array(encoded.is_target, np.bool_))
         dataset.sources.append(record.sources)
+        frames.append(sum(size.num_frames for size in sizes))
         dataset.names.append(record.id)
         dataset.lines.append(record.line)
         if encoded.was_split:
             dataset.split_lines.append(record.line)
     raise_problems(records, problems)
+    dataset.frames = np.array(frames)
     dataset.ids, dataset.is_target = np.concatenate(ids), np.concatenate(is_target)
     dataset.ends = np.concatenate([[0], np.cumsum([len(x) for x in ids])])
     return dataset
@@ -185,7 +193,7 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; if a record has an image, `pixel_values`
-            float[B, T_img, 1, C, H, W] and `vision_mask` bool[B, T_img, 1]; `records`, the indices of the records; and
+            float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F]; `records`, the indices of the records; and
             `notes`, what became of images when they were decoded.
             If an image is damaged, the batch is `error` alone: the message.
         """
@@ -202,8 +210,7 @@ class Collator:
             "notes": [note for item in items for note in item.get("notes", ())],
         }
         if any(item["pixels"] for item in items):
-            media = [[pixels[None] for pixels in item["pixels"]] for item in items]  # of one frame each
-            batch["pixel_values"], batch["vision_mask"] = stack_media(media)
+            batch["pixel_values"], batch["vision_mask"] = stack_media([item["pixels"] for item in items])
         return batch
 
 
