@@ -31,6 +31,7 @@ from vlm_cli.modeling.batching import pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.preprocessing import Placement, Preprocessing
+from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text, parse
 from vlm_cli.tiling import MediumSize, Views, check_tiling, plan
 from vlm_cli.tiling.texts import list_texts
@@ -85,6 +86,29 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         """Whether a picture may become several views."""
         return self._tiling.type != "none"
 
+    def describe(self) -> str:
+        """Say in words what happens to every image."""
+        if not self.cuts:
+            return self.preprocessing.describe()
+        options, (width, height) = self._tiling.options, self.tile
+        most = getattr(options, "max_tiles", None)
+        number = "tiles" if most is None else f"at most {count_of(most, 'tile')}"
+        whole = "" if options.thumbnail == "none" else ", and the whole image"
+        return f"cut into {number} of {width}x{height} pixels{whole}"
+
+    def describe_image(self, width: int, height: int, *, cuts: bool = True) -> str | None:
+        """Say in words what becomes of an image of this size; None if the vision encoder sees it as it is.
+
+        Args:
+            width: pixels.
+            height: pixels.
+            cuts: whether the image may be cut into views; a frame of a clip may not.
+        """
+        if self.cuts and cuts:
+            return self.plan(width, height).describe()
+        placement = self.place(width, height)
+        return None if placement.image == placement.seen else placement.describe()
+
     def limit_tiles(self, max_tiles: int) -> None:
         """Cut each picture into at most so many tiles from now on.
 
@@ -96,8 +120,8 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         known = list_texts(self._tiling, self.tile)
         if new := [text for text in list_texts(limited, self.tile) if text not in known]:
             raise CompositionError(
-                f"max_tiles is {max_tiles}, but the model knows the texts of at most {self._tiling.options.max_tiles} "
-                f"tiles: {new[0]!r} is not among them. Allow no more."
+                f"--max-tiles is {max_tiles}, but the model knows the texts of at most "
+                f"{self._tiling.options.max_tiles} tiles: {new[0]!r} is not among them. Give no more than those."
             )
         self._tiling = limited
 

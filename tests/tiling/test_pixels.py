@@ -150,8 +150,20 @@ def test_most_tiles_can_be_changed_at_run_time() -> None:
     announced.limit_tiles(2)
     with pytest.raises(CompositionError, match="the model knows the texts of at most 4 tiles: '<5>' is not among"):
         ours({"type": "grid", "max_tiles": 4, "tile_text": "<{number}>{image}"}).limit_tiles(6)
-    with pytest.raises(CompositionError, match="the model's is none"):
+    with pytest.raises(CompositionError, match="its tiling is none"):
         OpenCLIPImageProcessor({"size": 48}).limit_tiles(2)
+
+
+def test_words_say_what_becomes_of_a_picture() -> None:
+    grid, split = ours({"type": "grid", "max_tiles": 6}), ours({"type": "split", "thumbnail": "none"})
+    anyres = ours({"type": "anyres", "pinpoints": [[48, 48]]})
+    assert grid.describe() == "cut into at most 6 tiles of 48x48 pixels, and the whole image"
+    assert split.describe() == "cut into tiles of 48x48 pixels"
+    assert grid.describe_image(400, 266) == "400x266 → 3x2 tiles of 48x48, and the whole image"
+    assert grid.describe_image(30, 30) == "30x30 → 48x48, one view"
+    assert split.describe_image(400, 266) == "400x266 → 4x3 tiles of 48x48"
+    assert anyres.describe_image(400, 266) == "400x266 → 1 tile of 48x48, and the whole image"
+    assert OpenCLIPImageProcessor({"size": 48}).describe_image(48, 48) is None
 
 
 def test_settings_survive_a_file() -> None:

@@ -93,7 +93,7 @@ def test_most_tiles_hold_for_every_tiling() -> None:
             found = [plan(make(kind, limit_tiles(options, most)), (336, 336), w, h) for w, h in SIZES if w > 37]
             assert max(x.rows * x.columns for x in found) <= most
             assert most == 1 or max(x.rows * x.columns for x in found) > 1
-    with pytest.raises(CompositionError, match="the model's is none"):
+    with pytest.raises(CompositionError, match="its tiling is none"):
         limit_tiles(TilingOptions(), 3)
 
 

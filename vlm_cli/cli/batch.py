@@ -204,7 +204,7 @@ def batch(
     source_file = PromptFile(file)
     sampling.keywords(search)  # refuses what contradicts itself
     batching.check(source_file)
-    request = ModelRequest.of(model, devices, source, quantize=quantize)
+    request = ModelRequest.of(model, devices, source, quantize=quantize, max_tiles=reading.max_tiles)
     job = BatchJob(request, source_file, batching, reading, chat_template, sampling, search)
     answer_file(job, as_json=as_json, stats=stats)
 
@@ -230,8 +230,9 @@ class BatchJob:
             "--dtype": self.request.devices.dtype,
             "--quantize": self.request.quantize,
             "--special-tokens": self.reading.special_tokens,
-            # An unfinished run of an earlier version has no such setting, and no template.
+            # An unfinished run of an earlier version has no such settings, and ran without them.
             **({"--chat-template": True} if self.chat_template else {}),
+            **({"--max-tiles": self.reading.max_tiles} if self.reading.max_tiles else {}),
             **{f"--{name.replace('_', '-')}": x for name, x in values.items()},
         }
 
@@ -415,7 +416,7 @@ def _answer_rest(
 
     loaded = job.request.load()
     keep_collecting()
-    console.note(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
+    console.note(f"Images: {loaded.processor.image_processor.describe()}")
     keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
     writer = loaded.writer(chat_template=job.chat_template, special_tokens=job.reading.special_tokens)
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops, writer)

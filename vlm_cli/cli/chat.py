@@ -65,7 +65,7 @@ def chat(
     """
     request = ChatRequest(turn, reading, sampling, printing, source.allow_hosts)
     request.check()
-    talk(request, ModelRequest.of(model, devices, source, quantize=quantize))
+    talk(request, ModelRequest.of(model, devices, source, quantize=quantize, max_tiles=reading.max_tiles))
 
 
 @dataclass(frozen=True)

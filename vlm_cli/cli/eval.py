@@ -20,6 +20,7 @@ from vlm_cli.cli.options import (
     DeviceOptions,
     JsonOption,
     MaxPixelsOption,
+    MaxTilesOption,
     MediaRootOption,
     QuietOption,
     SourceOptions,
@@ -68,6 +69,7 @@ class EvalOptions:
     ] = None
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
+    max_tiles: MaxTilesOption = None
     chat_template: ChatTemplateOption = False
     special_tokens: SpecialTokensOption = False
     max_new_tokens: Annotated[
@@ -175,7 +177,7 @@ def evaluate(
     if files.prints and as_json:
         raise UsageError(f"{files.prints} - and --json both write to stdout. Leave one of them out.")
     with files.reserved(questions.data):
-        report = _make_report(model, questions, ModelRequest.of(model, devices, source))
+        report = _make_report(model, questions, ModelRequest.of(model, devices, source, max_tiles=questions.max_tiles))
         try:
             report.write(files)
         finally:  # the scores are printed even if the disk is full
@@ -205,7 +207,7 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
     from vlm_cli.generation.plan import GenerationPlan
 
     if any(item.media for item in items):
-        console.note(f"Images: {loaded.processor.image_processor.preprocessing.describe()}")
+        console.note(f"Images: {loaded.processor.image_processor.describe()}")
     keywords = SamplingOptions(max_new_tokens=questions.max_new_tokens).keywords()
     writer = loaded.writer(chat_template=questions.chat_template, special_tokens=questions.special_tokens)
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, writer=writer)

@@ -131,7 +131,7 @@ def generate(
         for_batch=[*prompts.given, *_typed(single | {"--no-stream": printing.no_stream})],
     )
     sampling.keywords(search)  # refuses what contradicts itself
-    request = partial(ModelRequest.of, model, devices, source, quantize=quantize)
+    request = partial(ModelRequest.of, model, devices, source, quantize=quantize, max_tiles=reading.max_tiles)
     if aliases.batch is not None:
         file = PromptFile(aliases.batch)
         batching.check(file)
@@ -182,6 +182,7 @@ def _show_layout(
         directory, trust_remote_code=source.trust_remote_code, revision=source.revision
     )  # fmt: skip
     processor = read_processor_of(directory, source.revision, trust_remote_code=source.trust_remote_code)
+    request.limit_tiles(processor)
     tell_images(images, processor)
     writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
     print_layout(lay_out(model, processor, words.parts, writer, loader), as_json)

@@ -12,6 +12,7 @@ from vlm_cli.cli.options import (
     ComposeOptions,
     ExactOption,
     JsonOption,
+    MaxTilesOption,
     ModelArgument,
     VerifyOption,
     flatten_options,
@@ -63,6 +64,7 @@ def inspect(
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Write --prompt as a user's turn in the tokenizer's chat template.")
     ] = False,
+    max_tiles: MaxTilesOption = None,
     exact: ExactOption = False,
     verify: VerifyOption = False,
     as_json: JsonOption = False,
@@ -76,6 +78,8 @@ def inspect(
     parts = None if prompt is None else interleave(prompt, image or (), video or ())
     if (image or video) and prompt is None:
         raise PromptError(f"{'--image' if image else '--video'} needs --prompt, whose placeholders it fills.")
+    if max_tiles is not None and prompt is None:
+        raise PromptError("--max-tiles needs --prompt, whose images it limits.")
     chosen = resolve(model, compose.request)
     from vlm_cli.models import load_meta_model, read_gate_values, read_processor_of
     from vlm_cli.quiet import silence_libraries
@@ -94,6 +98,8 @@ def inspect(
         from vlm_cli.writing.writer import PromptWriter
 
         assert processor is not None
+        if max_tiles is not None:
+            processor.image_processor.limit_tiles(max_tiles)
         writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
         print_layout(lay_out(vlm, processor, parts.parts, writer), as_json)
         return

@@ -99,6 +99,7 @@ class ModelRequest:
         source: version of a hub id, and whether its own code may run.
         quantize: name of a quantization; None for the weights as they are.
         compile: compile the step that writes a token.
+        max_tiles: the most tiles of one image; None for the model's own number.
     """
 
     name: str
@@ -107,6 +108,7 @@ class ModelRequest:
     source: SourceOptions
     quantize: str | None = None
     compile: bool = False
+    max_tiles: int | None = None
 
     @classmethod
     def of(
@@ -117,6 +119,7 @@ class ModelRequest:
         *,
         quantize: str | None = None,
         compile: bool = False,
+        max_tiles: int | None = None,
     ) -> ModelRequest:
         """Find the model, without loading it.
 
@@ -125,7 +128,7 @@ class ModelRequest:
         """
         if quantize not in (None, *QUANTIZATIONS):
             raise UsageError(f"unknown --quantize {quantize!r}. Known: {', '.join(QUANTIZATIONS)}.")
-        return cls(name, resolve_built_model(name, source.revision), devices, source, quantize, compile)
+        return cls(name, resolve_built_model(name, source.revision), devices, source, quantize, compile, max_tiles)
 
     def load(self) -> LoadedModel:
         """Load the model, and say on stderr which model runs where.
@@ -150,6 +153,7 @@ class ModelRequest:
             **self.source.places,
             **self.source.hub,
         )
+        self.limit_tiles(processor)
         # Directories that an earlier vlm wrote may hold settings under which greedy answers are not greedy, or fail.
         model.generation_config, left_out = inherit_settings(model.generation_config)
         accelerate(model, quantize=self.quantize, compile=self.compile)
@@ -159,6 +163,15 @@ class ModelRequest:
         if left_out:
             console.note(f"Note: generation_config.json sets {', '.join(left_out)}, which vlm does not use.")
         return loaded
+
+    def limit_tiles(self, processor: VLMProcessor) -> None:
+        """Make a processor cut images into no more tiles than the user wants.
+
+        Raises:
+            CompositionError: if the model does not cut images, or knows no text for so many tiles.
+        """
+        if self.max_tiles is not None:
+            processor.image_processor.limit_tiles(self.max_tiles)
 
     @property
     def is_demo(self) -> bool:

@@ -17,6 +17,7 @@ import typer
 from vlm_cli.cli import completion, console
 from vlm_cli.cli.command import accept_old_names, make_option, option
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
+from vlm_cli.composition.tiling import TILE_LIMIT
 from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
 from vlm_cli.lookalike import find_named
@@ -39,6 +40,7 @@ __all__ = [
     "JsonOption",
     "MaxPixelsOption",
     "MaxShardSizeOption",
+    "MaxTilesOption",
     "MediaRootOption",
     "ModelArgument",
     "OverwriteOption",
@@ -114,6 +116,17 @@ MaxPixelsOption = Annotated[
         metavar="N",
         min=1,
         max=MAX_PIXELS_OF_ALL,
+    ),
+]
+MaxTilesOption = Annotated[
+    int | None,
+    option(
+        "Prompt",
+        "Cut one image into at most N tiles, for a model that reads images in tiles; the default is the model's own "
+        "number. Fewer tiles take fewer positions, and show less detail.",
+        metavar="N",
+        min=1,
+        max=TILE_LIMIT,
     ),
 ]
 ModelArgument = Annotated[

@@ -12,7 +12,7 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.command import option
-from vlm_cli.cli.options import MaxPixelsOption, MediaRootOption
+from vlm_cli.cli.options import MaxPixelsOption, MaxTilesOption, MediaRootOption
 from vlm_cli.cli.standard_streams import find_piped_picture
 from vlm_cli.data.inputs import base_folder, is_stdin, read_bytes
 from vlm_cli.errors import PromptError, UsageError
@@ -67,6 +67,7 @@ class ReadingOptions:
     ] = False
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
+    max_tiles: MaxTilesOption = None
     special_tokens: SpecialTokensOption = False
 
     def loader(self, folder: Path | None, allow_hosts: tuple[str, ...]) -> MediaLoader:
@@ -243,8 +244,9 @@ def tell_images(media: Sequence[LoadedImage | LoadedClip], processor: VLMProcess
     from vlm_cli.media import LoadedClip, short_name
 
     for medium in media:
-        placement = processor.image_processor.place(medium.width, medium.height)
-        size = f"{medium.width}x{medium.height}" if placement.image == placement.seen else placement.describe()
+        is_clip = isinstance(medium, LoadedClip)
+        words = processor.image_processor.describe_image(medium.width, medium.height, cuts=not is_clip)
+        size = words or f"{medium.width}x{medium.height}"
         title, frames = ("Clip", [medium.chosen.describe()]) if isinstance(medium, LoadedClip) else ("Image", [])
         console.note(f"{title} {short_name(medium.source)} ({', '.join([size, *frames, *medium.notes])})")
 

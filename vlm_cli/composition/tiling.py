@@ -160,7 +160,10 @@ def limit_tiles(options: TilingOptions, max_tiles: int) -> TilingOptions:
         CompositionError: if pictures are not cut into tiles, or the number does not fit.
     """
     if not isinstance(options, _TileOptions):
-        raise CompositionError("max_tiles needs a tiling, and the model's is none: it reads each picture as one view.")
+        raise CompositionError(
+            "the model reads each picture as one view (its tiling is none), so the number of tiles cannot be limited. "
+            "Leave out --max-tiles."
+        )
     if isinstance(options, GridOptions):
         return replace(options, max_tiles=max_tiles, min_tiles=min(options.min_tiles, max(1, max_tiles)))
     return replace(options, max_tiles=max_tiles)

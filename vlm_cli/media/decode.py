@@ -26,6 +26,7 @@ __all__ = [
     "check_size",
     "decode_image",
     "is_opaque",
+    "measure_image",
     "on_white",
     "to_rgb",
 ]
@@ -94,6 +95,33 @@ def check_header(data: bytes | io.BufferedIOBase, max_pixels: int | None = None)
     except Exception:  # as in `decode_image`, which then says what is wrong
         return False
     return True
+
+
+def measure_image(data: bytes, name: str, max_pixels: int | None = None) -> tuple[int, int]:
+    """Return the width and height in pixels that `decode_image` tells, from the header alone.
+
+    Args:
+        data: the whole file.
+        name: what messages call it.
+        max_pixels: the most pixels that are decoded; None takes `MAX_PIXELS`.
+
+    Raises:
+        MediaError: if `data` is no image, or has too many pixels. A damaged image may have a whole header.
+    """
+    image = None
+    try:
+        image = open_image(data)
+        if image is None:
+            raise non_image_error(data, name)
+        width, height = image.size
+        _fit(image, name, max_pixels)
+    except MediaError:
+        raise
+    except Exception as error:  # as in `decode_image`
+        raise unread_error(error, image, name) from error
+    # Pillow tells the size of a TIFF file as it will be when the picture stands upright.
+    is_turned = image.format != "TIFF" and (_orientation(image) or 1) >= 5
+    return (height, width) if is_turned else (width, height)
 
 
 def _load(image: Image, data: bytes, name: str, max_pixels: int | None) -> Image:
@@ -190,10 +218,6 @@ def _turn_upright(image: Image) -> tuple[Image, bool]:
     """
     from PIL.Image import Transpose
 
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # as in `decode_image`
-        return image, False
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -203,9 +227,19 @@ def _turn_upright(image: Image) -> tuple[Image, bool]:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    if orientation not in turns:
+    orientation = _orientation(image)
+    if orientation is None:
         return image, False
     return image.transpose(turns[orientation]), orientation >= 5
+
+
+def _orientation(image: Image) -> int | None:
+    """Return the EXIF orientation, from 2 to 8; None for an upright image, or one whose EXIF cannot be read."""
+    try:
+        found = image.getexif().get(0x0112)
+    except Exception:  # as in `decode_image`
+        return None
+    return found if found in range(2, 9) else None
 
 
 def is_opaque(image: Image) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from vlm_cli.errors import MediaError
 from vlm_cli.lookalike import find_lookalike
 from vlm_cli.media.clip import Clip, open_clip
-from vlm_cli.media.decode import MAX_PIXELS, decode_image
+from vlm_cli.media.decode import MAX_PIXELS, decode_image, measure_image
 from vlm_cli.media.frame_folder import FrameFolder
 from vlm_cli.media.request import ClipRequest
 from vlm_cli.media.sources import find_file, find_local, is_uri, open_file, quote_source, read_source, read_stdin
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["ChosenFrames", "LoadedClip", "LoadedImage", "MediaLoader"]
 
 MAX_CLIP = 4  # as many pixels as one image may have, of all frames of a clip together
+
+_MOST_SIZES = 4_096  # of images, which a loader remembers
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class MediaLoader:
     max_pixels: int | None = None
     stdin: BinaryIO | None = None
     _piped: bytes | None = field(default=None, init=False, repr=False)
+    _sizes: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def load(self, source: str) -> LoadedImage:
         """Read and decode one source.
@@ -124,13 +127,34 @@ class MediaLoader:
         Raises:
             MediaError: if the source cannot be found or read, is too large, or is not a whole image.
         """
+        data = self._read_some(source)
+        found = decode_image(data, quote_source(source), self.max_pixels)
+        notes = [*found.notes, *self._lookalike_note(source)]
+        return LoadedImage(found.image, source, found.width, found.height, tuple(notes))
+
+    def measure(self, source: str) -> tuple[int, int]:
+        """Return the width and height in pixels that `load` would tell, from the header of the file.
+
+        Raises:
+            MediaError: if the source cannot be found or read, is too large, or is no image.
+        """
+        if source not in self._sizes:
+            if len(self._sizes) >= _MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[source] = measure_image(self._read_some(source), quote_source(source), self.max_pixels)
+        return self._sizes[source]
+
+    def _read_some(self, source: str) -> bytes:
+        """Read the bytes of a source.
+
+        Raises:
+            MediaError: if there are none, or the source cannot be found or read.
+        """
         data = self._read(source)
         if not data:
             hint = " A pipe can be read only once." if source == "-" else ""
             raise MediaError(f"{quote_source(source)} is empty (0 bytes); an image was expected.{hint}")
-        found = decode_image(data, quote_source(source), self.max_pixels)
-        notes = [*found.notes, *self._lookalike_note(source)]
-        return LoadedImage(found.image, source, found.width, found.height, tuple(notes))
+        return data
 
     def load_clip(self, source: str) -> LoadedClip:
         """Read a clip, and decode the frames that its source asks for (see `media.request`).

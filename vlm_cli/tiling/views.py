@@ -63,6 +63,14 @@ class Views:
         """The number of tiles, and one more for the whole picture if it stands beside them."""
         return self.rows * self.columns + (self.thumbnail != "none")
 
+    def describe(self) -> str:
+        """Say in words what becomes of the picture: `640x400 → 2x2 tiles of 336x336, and the whole image`."""
+        given, tile = ("x".join(map(str, size)) for size in (self.picture, self.tile))
+        if self.num_views == 1:
+            return f"{given} → {tile}, one view"
+        tiles = f"{self.columns}x{self.rows} tiles of {tile}" if self.rows * self.columns > 1 else f"1 tile of {tile}"
+        return f"{given} → {tiles}{'' if self.thumbnail == 'none' else ', and the whole image'}"
+
     @property
     def size(self) -> MediumSize:
         """What decides how many positions the picture takes."""
