@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import IdeficsConfig
+from transformers import IdeficsConfig, MllamaTextConfig
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
 from tests.support import invariants, reference, seed_torch, tiny
 from tests.support.invariants import differs, logits, opened, same
@@ -47,6 +48,13 @@ COMPOSITIONS: dict[str, dict[str, Any]] = {
         "tokenizer": {"type": "perceiver", "activation": "relu", "qk_norm": True},
         "fusion": {"type": "llama-cross-attention", "every": 2, "gate": "scalar", "qk_norm": False, "attend": "all"},
         "vision_encoder": {"class_token": True, "norm": False},
+    },
+    "mllama": {
+        "tokenizer": "linear",
+        "fusion": {
+            **{"type": "llama-cross-attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "qk_norm": True},
+            **{"feed_forward_before_media": False, "attend_before_media": True},
+        },
     },
     "nanovlm": {
         "vision": "siglip",
@@ -346,6 +354,7 @@ def test_pixel_shuffle_needs_a_grid(vision, settings, message, tmp_path):
         ({"first": -1}, "fusion.first must be at least 0, got -1"),
         ({"type": "llama-cross-attention", "norm_eps": 0.0}, "fusion.norm_eps must be positive and at most 1, got 0.0"),
         ({"type": "llama-cross-attention", "dim_ff": 0}, "fusion.dim_ff must be at least 1, got 0"),
+        ({"type": "llama-cross-attention", "num_kv_heads": 5}, r"num_kv_heads must divide num_heads \(32\), got 5"),
         ({"type": "llama-cross-attention", "gate": "matrix"}, "fusion.gate must be 'scalar' or 'vector'"),
         ({"activation": "silu"}, "fusion.activation must be 'gelu' or 'relu' or 'squared_relu'"),
     ],
@@ -412,6 +421,55 @@ def test_the_block_of_idefics(qk_norm, gate):
     found = block(x, fusion.project(tokens)[:, 1], fusion.visibility(positions * torch.tensor([[1], [0]]), rows))
     assert torch.equal(found[1], x[1])
     same(found[0], expected[0])
+
+
+MLLAMA_BLOCK = {
+    "attn_gate": "cross_attn_attn_gate",
+    "ff_gate": "cross_attn_mlp_gate",
+    "attn.norm.weight": "input_layernorm.weight",
+    **{f"attn.{x}.weight": f"cross_attn.{x}.weight" for x in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{f"attn.{x}.weight": f"cross_attn.{x}.weight" for x in ("q_norm", "k_norm")},
+    "ff.norm.weight": "post_attention_layernorm.weight",
+    **{f"ff.{x}_proj.weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+}
+
+
+@torch.no_grad()
+def test_the_block_of_mllama():
+    """Four heads share two heads of keys and values; text before the first medium reads all of the row's media."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+    config = MllamaTextConfig(**sizes, rms_norm_eps=1e-4)
+    config._attn_implementation = "eager"
+    theirs = tiny.stir(MllamaCrossAttentionDecoderLayer(config, 0), 0.4)
+    settings = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dim_ff": 24, "qk_norm": True, "norm_eps": 1e-4}
+    before = {"feed_forward_before_media": False, "attend_before_media": True}
+    kind = {"type": "llama-cross-attention", "gate": "scalar", **settings}
+    fusion = opened(fusion=kind | before, tokenizer={"type": "perceiver", "dim_out": 32}).fusion
+    block, weights = fusion.blocks["1"], theirs.state_dict()
+    assert len(block.state_dict()) == len(weights)
+    block.load_state_dict({ours: weights[MLLAMA_BLOCK[ours]] for ours in block.state_dict()})
+
+    x, tokens = torch.randn(2, 6, 32), torch.randn(2, 2, 3, 32)
+    positions = torch.tensor([[0, 1, 1, 1, 1, 2], [0, 0, 1, 1, 1, 2]])
+    mask = torch.ones(2, 2, 3, dtype=torch.bool)
+    mask[0, 0, 2] = False  # a view that is padding
+    seen = (torch.arange(1, 3).repeat_interleave(3) == positions[..., None]) & mask.flatten(1)[:, None]  # [B, T, S]
+    sees = seen.any(-1, keepdim=True)
+    hidden = torch.where((seen | ~sees)[:, None], 0.0, torch.finfo(torch.float32).min)
+    expected = theirs(x, tokens.flatten(1, 2), hidden, None, sees[:, None].float())
+    found = block(x, fusion.project(tokens)[:, 1], fusion.visibility(positions, mask))
+    same(found, expected)
+    for changed in ({"attend_before_media": False}, {"feed_forward_before_media": True}):
+        other = opened(fusion=kind | before | changed, tokenizer={"type": "perceiver", "dim_out": 32}).fusion
+        assert differs(block(x, fusion.project(tokens)[:, 1], other.visibility(positions, mask)), expected), changed
+    rows = mask.clone()
+    rows[0, 1] = False  # a medium that is padding is read by nobody
+    alone = fusion.visibility(positions.clamp(max=1), rows)
+    noise = torch.where(rows.any(-1)[..., None, None], tokens, 100.0)
+    same(
+        block(x, fusion.project(tokens)[:, 1], alone)[0],
+        block(x, fusion.project(noise)[:, 1], alone)[0],
+    )
 
 
 def test_a_gate_may_have_a_number_for_each_channel():

@@ -256,12 +256,17 @@ class LlamaCrossAttentionOptions(GatedFusionOptions):
     qk_norm: bool = False  # RMSNorm over the head channels of queries and keys
     gate: Literal["scalar", "vector"] = "scalar"  # one number for a gate, or one for each channel
     norm_eps: float = 1e-6  # of every RMSNorm
+    num_kv_heads: int | None = field(default=None, metadata=_RARE)  # heads of keys and values; None: num_heads
+    feed_forward_before_media: bool = field(default=True, metadata=_RARE)  # for text before its row's first medium
+    attend_before_media: bool = field(default=False, metadata=_RARE)  # such text reads all media of the row (Mllama)
 
     def _own_sizes(self) -> tuple[str, ...]:
-        return ("dim_ff",)
+        return ("dim_ff", "num_kv_heads")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise CompositionError(f"num_kv_heads must divide num_heads ({self.num_heads}), got {self.num_kv_heads}.")
         if not 0 < self.norm_eps <= 1:
             raise CompositionError(f"norm_eps must be positive and at most 1, got {show(self.norm_eps)}.")
 

@@ -135,18 +135,14 @@ class GatedCrossAttention(nn.Module):
             keys_values[:, slot] = rearrange(found[inverse], "(B T) two h n k -> B two h (T n) k", B=B)
         return keys_values
 
-    @property
-    def feeds_before_media(self) -> bool:
-        """Whether text before its row's first medium gets the feed-forward."""
-        return self.options.feed_forward_before_media
-
     def visibility(self, media_counts: Tensor, media_mask: Tensor) -> MediaVisibility:
         """Compute what each position sees: int[B, T_txt] counts, bool[B, T_img, n] -> the masks of one call."""
         return MediaVisibility.build(
             media_counts,
             media_mask,
             attend=self.options.attend,
-            feed_forward_before_media=self.feeds_before_media,
+            feed_forward_before_media=self.options.feed_forward_before_media,
+            attend_before_media=getattr(self.options, "attend_before_media", False),
         )
 
 

@@ -1,7 +1,8 @@
 """Gated cross-attention from the components of Llama's layers (IDEFICS, https://arxiv.org/abs/2306.16527).
 
-The arithmetic is that of `IdeficsGatedCrossAttentionLayer` of Transformers.
-B batch, T_txt text positions, S attended positions, d channels; inside attention h heads, k head width.
+The arithmetic is that of `IdeficsGatedCrossAttentionLayer` and `MllamaCrossAttentionDecoderLayer` of Transformers.
+B batch, T_txt text positions, S attended positions, d channels; inside attention h heads of queries, g heads of keys
+and values, k head width.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ class LlamaCrossAttention(nn.Module):
 
     def __init__(self, options: LlamaCrossAttentionOptions, dim: int, dim_media: int) -> None:
         super().__init__()
-        self.num_heads = options.num_heads
+        self.head_dim = options.head_dim
         inner = options.num_heads * options.head_dim
+        inner_kv = (options.num_kv_heads or options.num_heads) * options.head_dim
         self.norm = nn.RMSNorm(dim, eps=options.norm_eps)
         self.q_proj = nn.Linear(dim, inner, bias=False)
-        self.k_proj = nn.Linear(dim_media, inner, bias=False)
-        self.v_proj = nn.Linear(dim_media, inner, bias=False)
+        self.k_proj = nn.Linear(dim_media, inner_kv, bias=False)
+        self.v_proj = nn.Linear(dim_media, inner_kv, bias=False)
         self.o_proj = nn.Linear(inner, dim, bias=False)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(options.head_dim, eps=options.norm_eps) if options.qk_norm else nn.Identity() for _ in range(2)
@@ -40,15 +42,15 @@ class LlamaCrossAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """Split channels into heads: float[B, T, h·k] -> float[B, h, T, k]."""
-        return rearrange(x, "B T (h k) -> B h T k", h=self.num_heads)
+        return rearrange(x, "B T (h k) -> B h T k", k=self.head_dim)
 
     def project(self, media: Tensor) -> Tensor:
-        """Compute keys and values of vision tokens: float[B, S, dim_media] -> float[B, 2, h, S, k]."""
+        """Compute keys and values of vision tokens: float[B, S, dim_media] -> float[B, 2, g, S, k]."""
         k, v = self._split(self.k_proj(media)), self._split(self.v_proj(media))
         return torch.stack([self.k_norm(k), v], dim=1)
 
     def forward(self, x: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
-        """float[B, T_txt, dim], float[B, 2, h, S, k] -> float[B, T_txt, dim]."""
+        """float[B, T_txt, dim], float[B, 2, g, S, k] -> float[B, T_txt, dim]."""
         q = self.q_norm(self._split(self.q_proj(self.norm(x))))
         return self.o_proj(attend_to_media(q, keys_values, visibility))
 
@@ -70,9 +72,7 @@ class SwiGLU(nn.Module):
 
 
 class LlamaGatedCrossAttention(GatedCrossAttention):
-    """All blocks of a language model. The feed-forward applies to every position of a row that has media."""
-
-    feeds_before_media = True
+    """All blocks of a language model."""
 
     @staticmethod
     def build_block(options: LlamaCrossAttentionOptions, dim: int, dim_media: int) -> GatedCrossAttentionBlock:

@@ -52,6 +52,7 @@ class MediaVisibility:
         *,
         attend: Literal["last", "all"],
         feed_forward_before_media: bool,
+        attend_before_media: bool = False,
     ) -> MediaVisibility:
         """Compute the masks of one call.
 
@@ -60,11 +61,13 @@ class MediaVisibility:
             media_mask: bool[B, T_img, n], true for vision tokens that are not padding.
             attend: text sees the last medium before it ("last"), or all media before it ("all").
             feed_forward_before_media: whether positions before the first medium get the feed-forward.
+            attend_before_media: whether positions before the first medium read all media of their row, the padded
+                views of these media included, as in Transformers' Mllama.
         """
         num_media, n = media_mask.shape[1:]
         position = media_counts[:, :, None]  # [B, T_txt, 1]
         readers = None
-        if attend == "last" and num_media > 1:
+        if attend == "last" and num_media > 1 and not attend_before_media:
             readers = Readers.build(media_counts, num_media)
         if readers is None:
             number = torch.arange(1, num_media + 1, device=media_mask.device).repeat_interleave(n)  # [S]
@@ -78,7 +81,11 @@ class MediaVisibility:
             reads = (position > 0) & some.gather(1, (media_counts - 1).clamp(min=0))[..., None]
             attention = (media_mask | ~some[..., None]).flatten(0, 1)[:, None, None]
         row_has_media = media_mask.flatten(1).any(-1)[:, None, None]
-        feeds = row_has_media & (position >= 0) if feed_forward_before_media else reads
+        everyone = row_has_media & (position >= 0)
+        feeds = everyone if feed_forward_before_media else reads
+        if attend_before_media:
+            whole = media_mask.any(-1, keepdim=True).expand_as(media_mask).flatten(1)[:, None]  # [B, 1, S]
+            attention, reads = torch.where(reads | ~everyone, attention[:, 0], whole)[:, None], everyone
         return cls(attention, reads, feeds, readers)
 
 
@@ -149,7 +156,7 @@ def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility)
 
     Args:
         q: float[B, h, T_txt, k] queries.
-        keys_values: float[B, 2, h, S, k].
+        keys_values: float[B, 2, g, S, k]; each of the g heads serves h/g neighbouring heads of queries.
         visibility: of the call.
 
     Returns:
@@ -160,7 +167,8 @@ def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility)
         q = readers.gather(q)
         keys_values = rearrange(keys_values, "B two h (M n) k -> (B M) two h n k", M=readers.num_media)
     k, v = keys_values.unbind(1)
-    out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=visibility.attention)
+    is_grouped = k.shape[1] != q.shape[1]
+    out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=visibility.attention, enable_gqa=is_grouped)
     if readers is not None:
         out = readers.scatter(out)
     return rearrange(out, "B h T k -> B T (h k)")
