@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -16,30 +15,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from tests.support import ROOT
+from tests.support.photographs import PHOTOGRAPHS, photograph
 from vlm_cli.composition import UNTILED
 from vlm_cli.errors import CompositionError, MediaError
 from vlm_cli.processor import OpenCLIPImageProcessor
 
-#: Boxes of real photographs, by their shape: wide, tall, square, panoramas, and one smaller than a tile.
-PHOTOGRAPHS = {
-    "3:2": ("cat", (0, 0, 400, 266)),
-    "1:1": ("astronaut", (0, 0, 384, 384)),
-    "2:3": ("astronaut", (64, 0, 320, 384)),
-    "4:1": ("rocket", (0, 80, 400, 180)),
-    "1:4": ("coffee", (200, 0, 267, 267)),
-    "16:9": ("coffee", (0, 20, 399, 244)),
-    "9:16": ("rocket", (120, 1, 270, 266)),
-    "tiny": ("cat", (150, 90, 181, 116)),
-}
 MEAN, STD = [0.48, 0.45, 0.40], [0.26, 0.25, 0.27]
 PINPOINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]
-
-
-@cache
-def photograph(shape: str) -> Image.Image:
-    name, box = PHOTOGRAPHS[shape]
-    return Image.open(ROOT / "examples" / "images" / f"{name}.jpg").convert("RGB").crop(box)
 
 
 def ours(tiling: dict[str, Any], tile: int = 48, **changes: Any) -> OpenCLIPImageProcessor:

@@ -5,7 +5,7 @@ Each setting is read, has no effect, or is refused by name: one that is ignored 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from vlm_cli.plain_data import read_json
 from vlm_cli.preprocessing import CROP_DOWN
 from vlm_cli.schema import show
 
-__all__ = ["PADS_TO_SQUARES", "pads_to_squares", "read_preprocessing"]
+__all__ = ["PADS_TO_SQUARES", "pads_to_squares", "read_image_settings", "read_preprocessing"]
 
 #: PIL's number of a resampling filter -> OpenCLIP's word.
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -39,7 +39,12 @@ PADS_TO_SQUARES = (
 
 
 def read_preprocessing(
-    folder: Path | None, image_size: int, *, resize_mode: str = "shortest", like: Mapping[str, Any] | None = None
+    folder: Path | None,
+    image_size: int,
+    *,
+    resize_mode: str = "shortest",
+    like: Mapping[str, Any] | None = None,
+    also_read: Collection[str] = (),
 ) -> dict[str, Any]:
     """Turn Transformers' `preprocessor_config.json` into OpenCLIP's description of how images are prepared.
 
@@ -48,6 +53,7 @@ def read_preprocessing(
         image_size: pixels.
         resize_mode: OpenCLIP's word for how images are resized, if the file does not say it.
         like: other settings, in OpenCLIP's words, if the file does not say them; None for those of CLIP.
+        also_read: settings that the caller reads, such as those that say how pictures are cut.
 
     Raises:
         CheckpointError: for a setting that OpenCLIP does not have.
@@ -55,7 +61,7 @@ def read_preprocessing(
     given: dict[str, Any] = {"size": image_size, "resize_mode": resize_mode, **(like or {})}
     more: dict[str, Any] = {}
     for name, data in _read_files(folder):
-        _check(data, name, image_size)
+        _check({key: x for key, x in data.items() if key not in also_read}, name, image_size)
         for openclip, transformers in (("mean", "image_mean"), ("std", "image_std")):
             if transformers in data:
                 given[openclip] = tuple(data[transformers])
@@ -69,6 +75,11 @@ def read_preprocessing(
             more = {"shortest_edge": edge} if edge and edge != image_size else {}
     whole = complete_preprocessing(given)
     return whole | CROP_DOWN | more if whole["resize_mode"] == "shortest" else whole
+
+
+def read_image_settings(folder: Path | None) -> dict[str, Any]:
+    """Read the settings of the image processor as they stand in its files; those of a later file count."""
+    return {key: x for _, data in _read_files(folder) for key, x in data.items()}
 
 
 def pads_to_squares(folder: Path | None) -> bool:

@@ -5,6 +5,7 @@ from vlm_cli.checkpoint.published.layouts.blip2 import HuggingFaceBLIP2, LavisBL
 from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
+from vlm_cli.checkpoint.published.layouts.llava_next import HuggingFaceLLaVANeXT, HuggingFaceLLaVAOneVision
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
 from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
@@ -14,6 +15,8 @@ __all__ = ["LAYOUTS"]
 
 LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceLLaVA(),
+    HuggingFaceLLaVANeXT(),
+    HuggingFaceLLaVAOneVision(),
     OriginalLLaVA(),
     HuggingFaceBLIP2(),
     HuggingFaceIDEFICS(),

@@ -1,0 +1,123 @@
+"""What Transformers' models of a vision tower, a projector and a language model have in common: names and settings.
+
+The tower becomes a vision encoder of the type `hf`, whose tensors keep their published names. A name begins with
+`model.`, or with the part itself in files of releases before 4.52.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vlm_cli.checkpoint.parts.openclip import complete_preprocessing
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
+from vlm_cli.checkpoint.published.preprocessing import read_image_settings, read_preprocessing
+from vlm_cli.checkpoint.published.settings import Settings, check_settings_of
+from vlm_cli.checkpoint.published.tables import table_targets, tables_filled
+from vlm_cli.checkpoint.published.targets import Rule
+from vlm_cli.errors import CheckpointError
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.trust import make_config
+
+__all__ = ["MODEL", "HFParts", "make_language_model_rules", "read_parts"]
+
+#: What stands before the name of a part.
+MODEL = r"(?:model\.)?"
+
+_EMBEDDING = rf"{MODEL}language_model\.(?:model\.)?embed_tokens\.weight"
+_HEAD = r"(?:language_model\.)?lm_head\.weight"
+#: Settings that say where a configuration comes from, and nothing of the model.
+_NO_SETTINGS = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+#: Norms and heads of towers that a VLM which reads patches does not need.
+_OPTIONAL = r"vision_encoder\.visual\.(?:post_layernorm|head|layernorm|pooler)\..*"
+
+
+@dataclass(frozen=True)
+class HFParts:
+    """The parts of a checkpoint, as plain data.
+
+    Attributes:
+        config: the checkpoint's configuration, with Transformers' defaults.
+        vision_config: of the vision encoder.
+        text_config: of the language model.
+        images: settings of its image processor.
+        rules: for the tensors of the tower.
+        optional: pattern of names that the vision encoder has and does not need.
+    """
+
+    config: PreTrainedConfig
+    vision_config: dict[str, Any]
+    text_config: dict[str, Any]
+    images: Mapping[str, Any]
+    rules: list[Rule]
+    optional: str = _OPTIONAL
+
+
+def read_parts(
+    checkpoint: PublishedCheckpoint,
+    settings: Settings,
+    *,
+    cuts: Collection[str],
+    like: Mapping[str, Any],
+    image_size: int | None = None,
+) -> HFParts:
+    """Read the configuration of a checkpoint and of its image processor.
+
+    Args:
+        checkpoint: with a `config.json`.
+        settings: what becomes of the settings in it.
+        cuts: settings of the image processor that say how pictures are cut; the layout reads them.
+        like: how images are prepared where no file says it, in OpenCLIP's words.
+        image_size: pixels of a tile; None for the vision encoder's.
+
+    Raises:
+        CheckpointError: for a setting that vlm cannot carry over.
+    """
+    data = dict(checkpoint.config)
+    check_settings_of(checkpoint.name, "", data, settings)
+    config: Any = make_config(data.pop("model_type"), **data)
+    vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
+    if "lm_head.weight" not in checkpoint.tensors and "language_model.lm_head.weight" not in checkpoint.tensors:
+        text["tie_word_embeddings"] = True
+    size = _side(checkpoint.name, vision["image_size"] if image_size is None else image_size)
+    pixels = read_preprocessing(checkpoint.folder, size, resize_mode="squash", like=like, also_read=cuts)
+    # Every view is resized to both sides; a picture that keeps its shape does so on its canvas.
+    squashed = {key: x for key, x in pixels.items() if key not in ("crop", "shortest_edge")} | {"resize_mode": "squash"}
+    return HFParts(
+        config=config,
+        vision_config={
+            "type": "hf",
+            "config": {key: x for key, x in vision.items() if key not in _NO_SETTINGS},
+            "vision_cfg": {"image_size": size},
+            "preprocess": complete_preprocessing(squashed),
+        },
+        text_config={key: x for key, x in text.items() if key not in _NO_SETTINGS},
+        images=read_image_settings(checkpoint.folder),
+        rules=[(rf"{MODEL}vision_tower\.(?:vision_model\.)?(.*)", r"vision_encoder.visual.\1")],
+    )
+
+
+def _side(name: str, size: Any) -> int:
+    """Return the pixels of a square's side.
+
+    Raises:
+        CheckpointError: if it is no square.
+    """
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    if len(sides) != 1:
+        raise CheckpointError(f"{name!r} has a vision encoder of {size} pixels; vlm cuts pictures into squares.")
+    return int(sides.pop())
+
+
+def make_language_model_rules(checkpoint: PublishedCheckpoint, config: VLMConfig) -> list[Rule]:
+    """Make the rules for a language model under `language_model`, whose tables have a row for each added token."""
+    added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
+    filled = tables_filled(checkpoint, config, embedding=_EMBEDDING, head=_HEAD)
+    return [
+        (_EMBEDDING, lambda _: table_targets("lang_model.model.embed_tokens.weight", filled["embedding"], added=added)),
+        (_HEAD, lambda _: table_targets("lang_model.lm_head.weight", filled["head"], added=added)),
+        (rf"{MODEL}language_model\.(?:model\.)?(layers\..*|norm\..*)", r"lang_model.model.\1"),
+    ]
