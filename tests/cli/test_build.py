@@ -361,6 +361,28 @@ def test_an_encoder_without_weights_is_said_to_be_random(vlm, parts, tmp_path):
     assert words not in vlm("build", tmp_path / "b", *parts.flamingo, "--random-weights").stderr
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("command", ["count-params", "build --dry-run", "inspect"])
+def test_a_name_of_openclip_without_a_tag_is_said_to_be_random(vlm, parts, command):
+    flags = ["--family", "flamingo", "--language-model", parts.language_model, "--vision-encoder"]
+    words = "'ViT-S-32-alt' names no pretrained weights, so its weights are random. Give a tag"
+    assert words in vlm(*command.split(), *flags, "ViT-S-32-alt").stderr
+    siglip = vlm(*command.split(), *flags, "ViT-B-16-SigLIP").stderr
+    assert "random, and images are prepared with CLIP's mean and std. Give a tag" in siglip
+    assert "random" not in vlm(*command.split(), *flags, "ViT-B-16-SigLIP:webli").stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "count-params"])
+def test_an_adapter_is_no_model(vlm, tmp_path, command):
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "adapter_model.safetensors").touch()
+    words = {"generate": ["A photo of", "-m", tmp_path], "count-params": [tmp_path]}[command]
+    result = vlm(command, *words)
+    assert result.exit_code == 1 and result.stderr.startswith(f"Error: {str(tmp_path)!r} holds a PEFT adapter and no ")
+    assert "peft.PeftModel.from_pretrained, and write what merge_and_unload() returns: vlm_cli.save." in result.stderr
+
+
 # -- language models --------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "saved table and head": {"target_modules": QUERIES, "modules_to_save": ["embed_tokens", "lm_head"]},
     "saved layer": {"target_modules": TABLE, "modules_to_save": ["lang_model.model.layers.1"]},
     "tokens": {"target_modules": QUERIES, "trainable_token_indices": {"embed_tokens": [5, 6]}},
+    "list of tokens": {"target_modules": QUERIES, "trainable_token_indices": [5, 6]},
     "added tokens": {"target_modules": QUERIES, "modules_to_save": ["added_tokens"]},
 }
 
@@ -51,6 +52,18 @@ def test_an_adapter_that_starts_as_the_identity_changes_nothing(model: VLM, wher
     assert logits(adapted, **inputs).equal(logits(model, **inputs))
     one = tiny.batch(model, (2,))
     assert adapted.generate(**one, max_new_tokens=3).equal(model.generate(**one, max_new_tokens=3))
+
+
+def test_trained_rows_of_a_table_that_the_head_shares_are_refused() -> None:
+    """PEFT trains them in the table alone, and in the head of Transformers' own models, too."""
+    model = tiny.build(language_model="gpt2")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    inputs = tiny.batch(model, (1,))
+    adapted = adapt(model, target_modules=r"lang_model\..*c_proj", fan_in_fan_out=True, trainable_token_indices=[5, 6])
+    with pytest.raises(LanguageModelLimit, match="trainable_token_indices would train rows of the embedding table al"):
+        logits(adapted, **inputs)
+    whole = adapt(model, target_modules="lang_model.transformer.wte", modules_to_save=["lm_head"])
+    assert logits(whole, **inputs).equal(logits(model, **inputs))
 
 
 @pytest.mark.sample(2)

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Hooks", "ModelHook"]
+from vlm_cli.errors import LanguageModelLimit
+
+__all__ = ["Hooks", "ModelHook", "check_tied_rows"]
 
 
 class ModelHook:
@@ -79,6 +81,25 @@ class Hooks:
                 _remove(attached)
                 attached.module = current
                 _register(attached)
+
+
+def check_tied_rows(lang_model: Any) -> None:
+    """Refuse trained rows of a table that the head shares, where PEFT trains them in the table alone.
+
+    PEFT asks the VLM whether the two are tied, and the answer stands in the language model. Once such an adapter is
+    merged, the head has the trained rows, too, so that the merged model is another one than the trained one.
+
+    Raises:
+        LanguageModelLimit: naming PEFT's setting.
+    """
+    table, head = lang_model.get_input_embeddings(), lang_model.get_output_embeddings()
+    is_tied = getattr(lang_model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    if is_tied and hasattr(table, "token_adapter") and not hasattr(head, "token_adapter"):
+        raise LanguageModelLimit(
+            "trainable_token_indices would train rows of the embedding table alone, and the head of this language "
+            "model shares them. Train the table with LoRA (target_modules), or whole copies of both "
+            "(modules_to_save with the names of the embedding table and the head)."
+        )
 
 
 def _register(attached: _Attached) -> None:

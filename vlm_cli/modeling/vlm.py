@@ -37,7 +37,7 @@ from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.contract import Fusion
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.generation import GenerationMixin
-from vlm_cli.modeling.hooks import Hooks, ModelHook
+from vlm_cli.modeling.hooks import Hooks, ModelHook, check_tied_rows
 from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, find_widths
 from vlm_cli.modeling.lm_interface import LanguageModelInterface, is_filled, num_cached
@@ -246,6 +246,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             return None
         if not torch.compiler.is_compiling():
             self.hooks.follow()
+            check_tied_rows(self.lang_model)
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("a conditioned language model takes input_ids; inputs_embeds would bypass the media.")
