@@ -74,18 +74,20 @@ class Preprocessing:
 
     Args:
         settings: OpenCLIP's `PreprocessCfg` as a dictionary: `size` in pixels (one side, or height and width), `mean`,
-            `std`, `interpolation`, `resize_mode` and `fill_color`; `crop`, which is `round` or `down`; and
-            `shortest_edge`, the pixels of the shorter side before the middle is cut out of it, if not those of `size`.
+            `std`, `interpolation`, `resize_mode` and `fill_color`; `crop`, which is `round` or `down`;
+            `shortest_edge`, the pixels of the shorter side before the middle is cut out of it, if not those of `size`;
+            and `squashed`, (height, width) to which an image is squashed before that, if not `size`.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         from open_clip.transform import PreprocessCfg
 
-        own = {key: x for key, x in settings.items() if key not in ("crop", "shortest_edge")}
+        own = {key: x for key, x in settings.items() if key not in ("crop", "shortest_edge", "squashed")}
         self.config = config = PreprocessCfg(**own)
         size = config.size if isinstance(config.size, (tuple, list)) else (config.size, config.size)
         self.height, self.width = size
         self.edge: int = settings.get("shortest_edge", min(size))
+        self.squashed: tuple[int, int] = tuple(settings.get("squashed", size))
         self.crops_down = settings.get("crop") == CROP_DOWN["crop"]
 
     def place(self, width: int, height: int) -> Placement:
@@ -104,7 +106,9 @@ class Preprocessing:
         """Say in words what happens to every image: `shorter side to 224 pixels, centre crop 224x224`."""
         seen = f"{self.width}x{self.height}"
         if self.config.resize_mode == "squash":
-            return f"squashed to {seen}"
+            height, width = self.squashed
+            crop = "" if (height, width) == (self.height, self.width) else f", centre crop {seen}"
+            return f"squashed to {width}x{height}{crop}"
         if self.config.resize_mode == "longest":
             return f"longer side to {max(self.width, self.height)} pixels, with bars to {seen}"
         return f"shorter side to {self.edge} pixels, centre crop {seen}"
@@ -188,7 +192,7 @@ class Preprocessing:
         """Return the (width, height) to which an image is resized; no side is shorter than 1 pixel."""
         mode = self.config.resize_mode or "shortest"
         if mode == "squash":
-            return self.width, self.height
+            return self.squashed[1], self.squashed[0]
         if mode == "shortest" and self.width == self.height:
             short, long = sorted((width, height))
             other = int(self.edge * long / short)

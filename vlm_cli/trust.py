@@ -45,6 +45,7 @@ __all__ = [
     "CodeRequest",
     "check_code",
     "check_settings",
+    "fill_vision_model",
     "find_vision_class",
     "load_config",
     "load_generation_config",
@@ -321,6 +322,33 @@ def match_weights(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
     )
     info: Mapping[str, Any] = loaded[1]
     return info
+
+
+def fill_vision_model(
+    cls: Any, config: PreTrainedConfig, state: Mapping[str, Any], **keywords: Any
+) -> tuple[Any, Mapping[str, Any]]:
+    """Make a vision model of tensors that were read before. No code is loaded for it.
+
+    Args:
+        cls: its class.
+        config: its configuration.
+        state: name -> tensor; Transformers renames those with names of earlier releases.
+        keywords: of the class.
+
+    Returns:
+        The model in float32, and Transformers' report on missing, unexpected and mismatched tensors.
+    """
+    model, info = cls.from_pretrained(
+        None,
+        config=copy.deepcopy(config),
+        state_dict=dict(state),
+        dtype="float32",
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **keywords,
+    )
+    return model, info
 
 
 def load_tokenizer(location: str | Path, *, trust_remote_code: bool = False, **keywords: Any) -> Tokenizer:

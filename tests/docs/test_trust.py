@@ -70,7 +70,7 @@ HOMES |= {
         TRUST,
         *(
             f"vlm_cli/checkpoint/{file}.py"
-            for file in ("backbones", "delta", "directory", "inside", "schemas", "whole")
+            for file in ("backbones", "delta", "directory", "inside", "parts/hf_weights", "schemas", "whole")
         ),
     )
     for name in ("cached_file",)

@@ -29,7 +29,7 @@ from vlm_cli.checkpoint.downloads import downloaded
 from vlm_cli.checkpoint.inside import resolve_inside
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.openclip import fetch_weights, published_address, weights_in
-from vlm_cli.checkpoint.parts.tower import OutsideWeights, PublishedWeights, Tower, WeightsFile
+from vlm_cli.checkpoint.parts.tower import OutsideWeights, PublishedWeights, RepositoryWeights, Tower, WeightsFile
 from vlm_cli.composition import LanguageModelOptions
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
@@ -189,6 +189,8 @@ def pin_tower(name: str, tower: Tower) -> tuple[Backbone, Tower]:
     """Return where a tower's weights are now, and the tower with its weights fetched."""
     if isinstance(tower.weights, OutsideWeights):
         return Backbone(kind="package", name=name, location=tower.weights.argument), tower
+    if isinstance(tower.weights, RepositoryWeights):
+        return _pin_repository(name, tower, tower.weights)
     path = fetch_weights(tower)
     fetched, model_config = replace(tower, weights=WeightsFile(path)), dict(tower.model_config)
     if found := _hub_location(path):
@@ -199,6 +201,19 @@ def pin_tower(name: str, tower: Tower) -> tuple[Backbone, Tower]:
     url = tower.weights.record.get("url") if isinstance(tower.weights, PublishedWeights) else None
     kind: Literal["url", "path"] = "url" if url else "path"
     return Backbone(kind=kind, name=name, location=url or str(path.resolve()), model_config=model_config), fetched
+
+
+def _pin_repository(name: str, tower: Tower, weights: RepositoryWeights) -> tuple[Backbone, Tower]:
+    """Return where the weights of a vision model of Transformers are now, and the tower at that commit."""
+    path = Path(weights.location)
+    if path.exists():
+        return Backbone(kind="path", name=name, location=str(path.resolve())), tower
+    cached = cached_file(weights.location, "config.json", revision=weights.revision)
+    assert cached is not None  # a file that is missing raises
+    found = _hub_location(Path(cached))
+    commit = weights.revision if found is None else found[1]
+    pinned = replace(tower, weights=replace(weights, revision=commit))
+    return Backbone(kind="hub", name=name, location=weights.location, revision=commit), pinned
 
 
 def _hub_location(path: Path) -> tuple[str, str, str] | None:
@@ -264,6 +279,8 @@ def locate_tower(config: VLMConfig, backbone: Backbone | None, hosts: frozenset[
     if backbone is None:
         return Tower(settings, {})
     tower = Tower(settings, backbone.model_config or {})
+    if settings.get("type") == "hf":
+        return replace(tower, weights=RepositoryWeights(backbone.location, backbone.revision))
     if tower.is_outside:
         return replace(tower, weights=OutsideWeights(backbone.location))
     if backbone.kind == "hub":

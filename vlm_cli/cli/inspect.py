@@ -20,6 +20,7 @@ from vlm_cli.cli.options import (
 from vlm_cli.errors import PromptError
 from vlm_cli.models import resolve
 from vlm_cli.printable import count_of
+from vlm_cli.registry import ENCODER_TYPES
 from vlm_cli.report.tables import human_count
 
 if TYPE_CHECKING:
@@ -192,9 +193,10 @@ def _part_texts(report: ModelDescription) -> dict[str, str]:
     sizes = ", ".join(f"{k}={v}" for k, v in tokenizer.items() if k != "type" and v is not None)
     options = ", ".join(f"{k}={v}" for k, v in fusion.items() if k != "type")
     blocks = f"; before layers {', '.join(map(str, report.before_layers))}" if report.before_layers else ""
+    # The name of an encoder of Transformers or timm names its weights too.
+    weights = "" if encoder.name.partition(":")[0] in ENCODER_TYPES else f", weights {encoder.pretrained or 'unnamed'}"
     return {
-        "vision_encoder": f"{encoder.name} ({encoder.class_name}, weights {encoder.pretrained or 'unnamed'}), "
-        f"layer {encoder.layer}",
+        "vision_encoder": f"{encoder.name} ({encoder.class_name}{weights}), layer {encoder.layer}",
         "vision_tokenizer": f"{tokenizer['type']} ({sizes})" if sizes else tokenizer["type"],
         "fusion": f"{fusion['type']}{f' ({options})' if options else ''}{blocks}",
         "added_tokens": ", ".join(report.tokens.added),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OutsideWeights", "PublishedWeights", "Tower", "TowerWeights", "WeightsFile"]
+__all__ = ["OutsideWeights", "PublishedWeights", "RepositoryWeights", "Tower", "TowerWeights", "WeightsFile"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,20 @@ class OutsideWeights:
     argument: str
 
 
-TowerWeights = WeightsFile | PublishedWeights | OutsideWeights
+@dataclass(frozen=True)
+class RepositoryWeights:
+    """Weights of a vision model of Transformers, in a directory or a repository of the hub.
+
+    Attributes:
+        location: directory or hub id.
+        revision: branch, tag or commit of the hub id; None for the newest.
+    """
+
+    location: str
+    revision: str | None = None
+
+
+TowerWeights = WeightsFile | PublishedWeights | OutsideWeights | RepositoryWeights
 
 
 @dataclass(frozen=True)
@@ -48,14 +61,17 @@ class Tower:
     Attributes:
         config: of one of OpenCLIP's towers `embed_dim`, `vision_cfg`, `quick_gelu`, `preprocess`, and `depth` if only
             so many layers are kept. Of an encoder of another package `type`, its registered name, `vision_cfg`,
-            `preprocess`, and whatever else its `configure` gave.
+            `preprocess`, and whatever else its `configure` gave. Of a vision model of Transformers `type`, `config`,
+            `vision_cfg` and `preprocess`.
         model_config: OpenCLIP's configuration of the whole model, text tower included; empty for another package's.
         weights: where the weights are; None for random weights.
+        notes: sentences that the user should read.
     """
 
     config: dict[str, Any]
     model_config: dict[str, Any] = field(repr=False)
     weights: TowerWeights | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_outside(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlm_cli.checkpoint.parts.hf import check_hf_weights, find_hf_tower, load_hf_tower
 from vlm_cli.checkpoint.parts.openclip import (
     check_openclip_weights,
     find_openclip_tower,
@@ -14,7 +15,7 @@ from vlm_cli.checkpoint.parts.openclip import (
     openclip_files,
 )
 from vlm_cli.checkpoint.parts.outside import find_outside_tower, load_outside_tower
-from vlm_cli.checkpoint.parts.tower import Tower
+from vlm_cli.checkpoint.parts.tower import RepositoryWeights, Tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import PluginError
 from vlm_cli.registry import VISION_ENCODERS
@@ -31,13 +32,15 @@ def list_towers() -> dict[str, str]:
 
 
 def find_tower(options: VisionEncoderOptions) -> Tower:
-    """Find a tower and its preprocessing. Only `hf-hub:` names read a file from the hub, of a few kB.
+    """Find a tower and its preprocessing. Only `hf:` and `hf-hub:` names read files from the hub, of a few kB.
 
     Raises:
         UnknownNameError: for a name or tag that neither OpenCLIP nor another package has.
         VisionEncoderError: for a configuration that cannot be read.
         PluginError: if the package that has the name is broken.
     """
+    if options.name.startswith("hf:"):
+        return find_hf_tower(options)
     if options.name not in VISION_ENCODERS:
         return find_openclip_tower(options)
     if options.name in openclip_files():
@@ -49,8 +52,10 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
 
 
 def describe_random_tower(options: VisionEncoderOptions) -> str | None:
-    """Say that a name brings no pretrained weights, so that the vision encoder is random; None if it brings some."""
+    """Say that a name brings no weights, or that its images are prepared in another way; None if there is no more."""
     name = options.name
+    if name.startswith("hf:"):
+        return " ".join(find_tower(options).notes) or None
     if options.pretrained is not None or name.startswith("hf-hub:") or find_tower(options).weights is not None:
         return None
     pixels = ", and images are prepared with CLIP's mean and std" if "siglip" in name.lower() else ""
@@ -66,7 +71,9 @@ def check_tower_weights(tower: Tower) -> None:
     Raises:
         VisionEncoderError: if the file cannot be read or does not fit.
     """
-    if not tower.is_outside:
+    if isinstance(tower.weights, RepositoryWeights):
+        check_hf_weights(tower)
+    elif not tower.is_outside:
         check_openclip_weights(tower)
 
 
@@ -80,4 +87,6 @@ def load_tower(tower: Tower) -> nn.Module:
 
     if tower.weights is None:
         return build_tower(tower.config)
+    if isinstance(tower.weights, RepositoryWeights):
+        return load_hf_tower(tower)
     return load_outside_tower(tower) if tower.is_outside else load_openclip_tower(tower)

@@ -5,6 +5,7 @@ N images, C H W pixels, T tokens, v patches, d channels.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -22,7 +23,8 @@ from vlm_cli.trust import find_vision_class, make_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["build_hf_encoder", "encoder_class", "find_structure", "read_size", "truncate_hf_encoder"]
+__all__ = ["build_hf_encoder", "check_tokens", "encoder_class", "find_structure", "read_size", "truncate_hf_encoder"]
+__all__ += ["without_pooler"]
 
 
 class _ReadsPatches:
@@ -33,6 +35,13 @@ class _ReadsPatches:
 
     vision_config: Mapping[str, Any]
     has_feature_settings = True  # patch_features takes class_token and norm
+    #: Whether files have the names that its modules have. Published files may have those of earlier releases, and
+    #: Transformers renames them while it loads a model that is alone.
+    has_own_names = False
+
+    def is_custom_code(self) -> bool:
+        """Tell Transformers whether it may rename tensors in files."""
+        return self.has_own_names
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -113,9 +122,15 @@ def build_hf_encoder(vision_config: Mapping[str, Any]) -> nn.Module:
         VisionEncoderError: if Transformers has no vision model of this type.
     """
     config, model = _find_model(vision_config["config"])
-    encoder: Any = encoder_class(model)(config)
+    encoder: Any = encoder_class(model)(config, **without_pooler(model))
     encoder.vision_config = vision_config
+    encoder.has_own_names = True
     return truncate_hf_encoder(encoder, vision_config.get("depth"))
+
+
+def without_pooler(model: Any) -> dict[str, bool]:
+    """Return the argument that leaves out a model's pooler, which patches never pass; none if its class has none."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model.__init__).parameters else {}
 
 
 def truncate_hf_encoder(encoder: Any, depth: int | None) -> nn.Module:
@@ -134,6 +149,7 @@ def truncate_hf_encoder(encoder: Any, depth: int | None) -> nn.Module:
         raise VisionEncoderError(f"the vision encoder has {found.depth} layers, so depth can be at most {found.depth}.")
     owner, _, name = found.layers.rpartition(".")
     setattr(encoder.get_submodule(owner), name, encoder.get_submodule(found.layers)[:depth])
+    encoder.vision_config = {**encoder.vision_config, "depth": depth}
     encoder.__dict__.pop("structure", None)
     return encoder
 
@@ -186,3 +202,45 @@ def _find_structure(key: str) -> Structure:
             return read_structure(model, lambda: _run(model, pixels), tuple(size))
         except VisionEncoderError as error:
             raise VisionEncoderError(f"a vision model of type {kind!r} cannot be a vision encoder: {error}.") from None
+
+
+@torch.no_grad()
+def check_tokens(encoder: Any, name: str) -> None:
+    """Check on an encoder with its weights which of its tokens are patches, and that patches stand in rows.
+
+    Tokens beside the patches do not depend on the image when the first layer reads them. When the last patch of the
+    first row changes, the token of that patch changes most.
+
+    Args:
+        encoder: a vision model with weights.
+        name: how a message names it.
+
+    Raises:
+        VisionEncoderError: if the tokens are not what `Structure` says.
+    """
+    found: Structure = encoder.structure
+    if found.layers is None or found.is_map or not found.is_single_stack:
+        return
+    (height, width), (rows, columns) = encoder.image_size, found.grid
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, height, width, generator=generator)
+    changed = images[:1].clone()
+    changed[:, :, : height // rows, width - width // columns :] += 1
+    first = encoder.get_submodule(found.layers)[0]
+    tokens = []
+    for pixels in (images[:1], images[1:], changed):
+        try:
+            with stop_at(first, before=True):
+                _run(encoder.eval(), pixels)
+        except Stop as stop:
+            tokens.append(stop.value[0])
+    differs = (tokens[0] != tokens[1]).flatten(1).any(1)
+    expected = torch.ones_like(differs)
+    expected[: found.before] = False
+    expected[len(expected) - found.after :] = False
+    moved = (tokens[2] - tokens[0]).flatten(1).abs().sum(1)
+    if not torch.equal(differs, expected) or int(moved.argmax()) != found.before + columns - 1:
+        raise VisionEncoderError(
+            f"the tokens of the vision encoder {name!r} are not {found.before} tokens, then {rows} x {columns} patches "
+            f"in rows, then {found.after} tokens, so vlm cannot tell its patches apart."
+        )

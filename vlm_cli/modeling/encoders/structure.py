@@ -38,6 +38,7 @@ class Structure:
         is_normed: whether the model's own output has passed this norm.
         is_map: whether the output is a map, float[N, d, h, w], and not tokens.
         channels_last: whether a map is float[N, h, w, d].
+        is_single_stack: whether all layers have this grid.
     """
 
     grid: tuple[int, int]
@@ -50,6 +51,7 @@ class Structure:
     is_normed: bool = False
     is_map: bool = False
     channels_last: bool = False
+    is_single_stack: bool = False
 
 
 class Stop(Exception):
@@ -213,7 +215,8 @@ def _read_tokens(
             width = p.shape[-1]
             own.append((last, p.numel() // width))
     beside = sum(count for _, count in own)
-    grid = _patch_grid(calls, total, beside)
+    first = _first_grid(calls)
+    grid = None if first is None else _shrink(first, total - beside)
     if grid is None and (grid := infer_grid(total - beside, size)) is None:
         raise VisionEncoderError(
             f"it gives {total} tokens of which {beside} are class and register tokens, and the others form no grid "
@@ -228,16 +231,26 @@ def _read_tokens(
         )
     after = sum(count for name, count in own if name.startswith("det"))
     has_class = any(_CLASS.search(name) for name, _ in own)
-    return Structure(grid=grid, before=beside - after, after=after, has_class_token=has_class, **facts)
+    return Structure(
+        grid=grid,
+        before=beside - after,
+        after=after,
+        has_class_token=has_class,
+        is_single_stack=first in (None, grid),
+        **facts,
+    )
 
 
-def _patch_grid(calls: list[_Call], total: int, beside: int) -> tuple[int, int] | None:
-    """Return the grid of the last layer: that of the first convolution, or a power of two smaller."""
+def _first_grid(calls: list[_Call]) -> tuple[int, int] | None:
+    """Return the (rows, columns) that the first convolution makes of an image; None without one."""
     first = next((x for x in calls if isinstance(x.module, nn.Conv2d) and x.module.in_channels == 3), None)
-    if first is None:
-        return None
-    rows, columns = first.output.shape[-2:]
-    while rows and columns and rows * columns > total - beside:
+    return None if first is None else (first.output.shape[-2], first.output.shape[-1])
+
+
+def _shrink(grid: tuple[int, int], count: int) -> tuple[int, int] | None:
+    """Return a grid, or the first of those half, a quarter, … as large that has no more patches than `count`."""
+    rows, columns = grid
+    while rows * columns > count:
         rows, columns = rows // 2, columns // 2
     return (rows, columns) if rows * columns else None
 
