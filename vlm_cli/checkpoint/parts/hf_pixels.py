@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from math import isclose
 from typing import Any
 
-from vlm_cli.preprocessing import CROP_DOWN
-
 __all__ = ["Pixels", "read_pixels"]
 
 #: PIL's number of a resampling filter -> OpenCLIP's word.
@@ -54,6 +52,8 @@ class Pixels:
 
     def settings(self, size: tuple[int, int]) -> dict[str, Any]:
         """Return the settings of `Preprocessing` for images of (H, W) pixels; what is cut off stays the same part."""
+        from vlm_cli.preprocessing import CROP_DOWN  # imports torch
+
         own = self.size or size
         found: dict[str, Any] = {
             "size": size[0] if size[0] == size[1] else [*size],
