@@ -54,6 +54,17 @@ def test_every_check_holds_without_an_added_word():
     assert {f.verdict for f in check_invariants(model)} == {"holds"}
 
 
+@pytest.mark.parametrize(("mask", "skipped"), [("image", {"bare", "chunked-prefill"}), ("prefix", {"chunked-prefill"})])
+def test_the_checks_know_the_masks(mask, skipped, monkeypatch):
+    model = tiny.build(tokenizer="linear", fusion={"type": STREAM, "mask": mask})
+    findings = {f.name: f for f in check_invariants(model)}
+    assert {name for name, f in findings.items() if f.verdict == "skipped"} == skipped
+    assert {f.verdict for name, f in findings.items() if name not in skipped} == {"holds"}
+    assert f"fusion.mask={mask}" in findings["chunked-prefill"].note
+    monkeypatch.setattr(model, "mask_call", lambda conditioning, kwargs: kwargs)
+    assert find(model, "media").verdict == "fails"
+
+
 @pytest.fixture(scope="module")
 def demo() -> VLM:
     return load(str(DEMO))[0]

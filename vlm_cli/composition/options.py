@@ -273,7 +273,11 @@ class LlamaCrossAttentionOptions(GatedFusionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageStreamOptions:
-    """Settings of the language stream: it has none."""
+    """Settings of the language stream."""
+
+    #: What a position sees beside all positions before it: `image` the other positions of its picture (Gemma 3),
+    #: `prefix` the whole prompt (PaliGemma).
+    mask: Literal["causal", "image", "prefix"] = field(default="causal", metadata=_RARE)
 
 
 # -- vision encoder and language model ---------------------------------------------------------------------------------

@@ -47,14 +47,19 @@ class Inputs:
     Attributes:
         lang_x: int[1, T] tokens.
         vision_x: float[1, T_img, 1, C, H, W] media, or None.
+        prefix: tokens at the start that all see each other, if the fusion's mask is `prefix`; None for all.
     """
 
     lang_x: Tensor
     vision_x: Tensor | None = None
+    prefix: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keyword arguments of `VLM.forward`."""
-        return {"lang_x": self.lang_x, "vision_x": self.vision_x}
+        inputs = {"lang_x": self.lang_x, "vision_x": self.vision_x}
+        if self.prefix is not None:
+            inputs["prefix_mask"] = (torch.arange(self.lang_x.shape[1]) < self.prefix)[None].to(self.lang_x.device)
+        return inputs
 
     def with_other_media(self, k: int | None = None) -> Inputs:
         """Return the same tokens with other images; only the k-th image changes if k is given."""
@@ -63,7 +68,7 @@ class Inputs:
         vision_x = self.vision_x.clone()
         at = slice(None) if k is None else slice(k, k + 1)
         vision_x[:, at] = 1 - vision_x[:, at].flip(-1)
-        return Inputs(self.lang_x, vision_x)
+        return Inputs(self.lang_x, vision_x, self.prefix)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Conditioning", "count_media"]
 
@@ -27,6 +27,7 @@ class Conditioning:
         media: what the fusion's `project_media` returned, one row for each row of the prompt; None without media.
         media_mask: bool[B, T_img, n], true for vision tokens that are not padding; None without media.
         media_counts: int[B, T], number of media tokens at or before each position.
+        prefix_mask: bool[B, T], true at positions of the prompt that all see each other; None for none.
         hide_media_logit: whether the logit of `<image>` is set to the lowest number.
         fusion_state: what the fusion's `condition_call` computed for this call; cross-attention: `MediaVisibility`.
         head_input: float[B, T, d], the last input of the language model's head.
@@ -39,6 +40,7 @@ class Conditioning:
     media: Tensor | None
     media_mask: Tensor | None
     media_counts: Tensor
+    prefix_mask: Tensor | None = None
     hide_media_logit: bool = False
     fusion_state: Any = None
     head_input: Tensor | None = None
@@ -79,13 +81,22 @@ class Conditioning:
         def repeated(x: Any) -> Any:
             return x if x is None or repeats == 1 else x.repeat_interleave(repeats, dim=0)
 
-        counts = repeated(self.media_counts)
+        counts, prefix = repeated(self.media_counts), repeated(self.prefix_mask)
         num, length = ids.shape[1], counts.shape[1]
         if end is not None and num <= end <= length:
-            counts = counts[:, end - num : end]
+            part = slice(end - num, end)
+            counts, prefix = counts[:, part], prefix if prefix is None else prefix[:, part]
         elif num != length:
             before = counts[:, -1:] if num < length else 0
             counts = before + count_media(ids, media_token_id)
+            # The prompt stands first in a call that reads it again, and in no call after it.
+            read = prefix is not None and num > length
+            prefix = nn.functional.pad(prefix, (0, num - length)) if read else None
         return replace(
-            self, ids=ids, media_counts=counts, media=repeated(self.media), media_mask=repeated(self.media_mask)
+            self,
+            ids=ids,
+            media_counts=counts,
+            prefix_mask=prefix,
+            media=repeated(self.media),
+            media_mask=repeated(self.media_mask),
         )

@@ -7,7 +7,7 @@ d channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -35,6 +35,8 @@ class GenerationMixin(transformers.GenerationMixin):
     lang_model: Any
     added_tokens: AddedTokens
     num_positions_of: Callable[[Tensor], int]
+    sees_ahead: Literal["nothing", "media", "prompt"]
+    find_prefix: Callable[[Tensor, Tensor | None], Tensor | None]
     project_media: Callable[[Tensor, Tensor], Tensor]
     __call__: Callable[..., Any]
     _resolve_media: Callable[..., tuple[Tensor | None, Tensor | None]]
@@ -117,8 +119,7 @@ class GenerationMixin(transformers.GenerationMixin):
             attention_mask=mask,
             media=media,
             media_mask=media_mask,
-            # Transformers knows this name: it extends the tensor, repeats it for beams and cuts it into chunks.
-            mm_token_type_ids=(ids == self.config.media_token_id).long(),
+            mm_token_type_ids=self._position_types(ids, mask),
             **kwargs,
         )
         if prompt_cache is not None:
@@ -127,6 +128,17 @@ class GenerationMixin(transformers.GenerationMixin):
         elif expanded is None:
             return output
         return _restore_prompt(output, lang_x, ids.shape[1])
+
+    def _position_types(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Mark positions by 1 for media, and by 2 more if they all see each other: int[B, L].
+
+        Transformers extends `mm_token_type_ids` by 0, repeats them for beams and cuts them into chunks.
+        """
+        types = (ids == self.config.media_token_id).long()
+        prefix = self.find_prefix(ids, None)
+        if prefix is None:
+            return types
+        return types + 2 * (prefix if mask is None else prefix & mask[:, -ids.shape[1] :].bool())
 
     # -- the prompt cache -----------------------------------------------------------------------------------------
 
@@ -190,7 +202,10 @@ class GenerationMixin(transformers.GenerationMixin):
         if len(set(map(len, rows))) > 1 and not self._may_pad_within():
             prompt_cache.reused = 0
             return ids, is_valid.long(), None
-        reuse = prompt_cache.match(rows)
+        if self.sees_ahead == "prompt":  # no position of a longer prompt is what it was
+            prompt_cache.reused = 0
+            return ids, is_valid.long(), None
+        reuse = prompt_cache.match(rows, whole_media=self.sees_ahead == "media")
         prompt_cache.crop(reuse.cached)
         if reuse.shared > reuse.cached:
             self._read_shared(prompt_cache, rows[0].cut(reuse.shared), vision_tokens, media_mask)
@@ -263,9 +278,15 @@ class GenerationMixin(transformers.GenerationMixin):
         if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > counts.shape[1]:
             # `input_ids` is one chunk of the prompt; the attention mask ends where the chunk ends.
             end = None if attention_mask is None else attention_mask.shape[1]
-            counts = mm_token_type_ids[:, :end].cumsum(-1)
+            mm_token_type_ids = mm_token_type_ids[:, :end]
+            counts = (mm_token_type_ids % 2).cumsum(-1)
         # A copy: a view of a row that grows has other strides at each step, and would be compiled each time.
-        inputs["media_counts"] = torch.empty_like(inputs["input_ids"]).copy_(counts[:, -inputs["input_ids"].shape[1] :])
+        length = inputs["input_ids"].shape[1]
+        inputs["media_counts"] = torch.empty_like(inputs["input_ids"]).copy_(counts[:, -length:])
+        if self.sees_ahead != "nothing" and length > 1:
+            inputs["attention_mask"] = attention_mask  # `mask_call` prepares it, also for a static cache
+            if self.sees_ahead == "prompt" and mm_token_type_ids is not None:
+                inputs["prefix_mask"] = mm_token_type_ids[:, -length:] > 1
         return inputs | {"media": media, "media_mask": media_mask}
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:

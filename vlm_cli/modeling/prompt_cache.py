@@ -49,6 +49,15 @@ class PromptRow:
         """Return the first `length` positions."""
         return PromptRow(self.ids[:length], self.media_counts[:length], self.media, self.num_positions)
 
+    def length_before_media(self, length: int) -> int:
+        """Return `length`, or the positions before the medium that the first `length` positions would cut."""
+        ends = torch.tensor([0, *self.num_positions]).cumsum(0)
+        count = int(self.media_counts[length - 1]) if length else 0
+        if count in ends.tolist():
+            return length
+        start = int(ends[ends < count].max())
+        return int((self.media_counts <= start).sum())
+
     def shared_with(self, other: PromptRow) -> int:
         """Count the positions at which two rows start alike; a medium counts if all its vision tokens are equal."""
         length = min(len(self), len(other))
@@ -95,16 +104,26 @@ class PromptCache:
         """Positions that are kept."""
         return 0 if self._row is None else len(self._row)
 
-    def match(self, rows: Sequence[PromptRow]) -> Reuse:
+    def match(self, rows: Sequence[PromptRow], *, whole_media: bool = False) -> Reuse:
         """Compare new rows with the row that is kept and with each other; change nothing.
 
         The last position of each row is never reused: it gives the logits of the first new token.
+
+        Args:
+            rows: of the new prompts.
+            whole_media: whether the positions of a medium are only reused together, since they see each other.
         """
         most = min(map(len, rows)) - 1
+        if whole_media:
+            most = min(row.length_before_media(most) for row in rows)
         cached = 0 if self._row is None else min(most, *(row.shared_with(self._row) for row in rows))
+        if whole_media:
+            cached = rows[0].length_before_media(cached)
         if not self._can_crop(cached):
             cached = 0
         shared = min(most, *(rows[0].shared_with(row) for row in rows[1:])) if len(rows) > 1 else cached
+        if whole_media:
+            shared = rows[0].length_before_media(shared)
         return Reuse(cached, shared if shared - cached >= MIN_SHARED_POSITIONS else cached)
 
     def crop(self, length: int) -> None:

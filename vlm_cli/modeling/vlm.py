@@ -254,6 +254,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         end = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         prompt = self.conditioning.prompt or self.conditioning
         self.conditioning = replace(self.condition_call(prompt, ids, end), prompt=prompt)
+        kwargs = self.mask_call(self.conditioning, kwargs)
         safe = ids.masked_fill(ids >= self.config.first_added_id, 0)
         return ((safe, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": safe})
 
@@ -433,7 +434,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         check_media(lang_x, media_mask, self.config.media_token_id)
         ids, mask, _ = self._expand_checked(lang_x, attention_mask, media_mask, vision_grid)
         counts = count_media(ids, self.config.media_token_id)
-        with self._condition(Conditioning(ids, media, media_mask, counts, hide_media_logit=True)):
+        prefix = self.find_prefix(ids, None)
+        with self._condition(Conditioning(ids, media, media_mask, counts, prefix, hide_media_logit=True)):
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
 
     def forward(
@@ -454,6 +456,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         vision_grid: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
@@ -475,6 +478,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
                 the row. `forward` then expands nothing: `lang_x` has one id for each position of the language model.
             position_ids: int[B, T] for the language model.
             logits_to_keep: number of last positions to compute logits for; 0 for all.
+            prefix_mask: bool[B, T_txt], tokens that all see each other if the fusion's mask is `prefix`; None for those
+                before the first label, or for all without labels, and for none after a cache.
             vision_grid: int[B, T_img, 4], as for `encode_vision`; together with `vision_tokens`, too.
             kwargs: for the language model.
 
@@ -494,6 +499,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         if media is None:
             media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
         expanded = None
+        if prefix_mask is None and media_counts is None and not is_filled(kwargs.get(self.lm_interface.cache_name)):
+            prefix_mask = self.find_prefix(lang_x, labels)
         if media_counts is None:
             check_media(lang_x, media_mask, self.config.media_token_id)
             if attention_mask is None and media_mask is not None and past_key_values is not None:
@@ -503,6 +510,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             media_counts = count_media(lang_x, self.config.media_token_id)
             if expanded is not None:
                 position_ids = None
+                prefix_mask = prefix_mask if prefix_mask is None else expanded.spread(prefix_mask.bool())
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -lang_x.shape[1] :]
         if use_cache is None and self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
@@ -515,7 +523,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             "logits_to_keep": logits_to_keep if expanded is None else 0,
         }
         num_items = kwargs.pop("num_items_in_batch", None)
-        output = self._run_language_model(Conditioning(lang_x, media, media_mask, media_counts), kwargs)
+        output = self._run_language_model(Conditioning(lang_x, media, media_mask, media_counts, prefix_mask), kwargs)
         if expanded is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output.logits = expanded.fold(output.logits)[:, kept]

@@ -298,6 +298,7 @@ def test_a_processor_that_differs_is_not_written(folder, tmp_path, monkeypatch, 
     [
         ({"fusion": "cross-attention"}, "fusion is cross-attention; it would have to be language-stream"),
         ({"tokenizer": "linear"}, "vision_tokenizer is linear; it would have to be mlp"),
+        ({"fusion": {"type": "language-stream", "mask": "image"}}, "fusion.mask is image; it would have to be causal"),
         ({"tokenizer": {"type": "mlp", "pixel_shuffle": 2}}, "pixel_shuffle is 2; it would have to be 1"),
         ({"language_model": "gpt2"}, "the language model is of type gpt2; it would have to be llama"),
         ({"vision": "resnet"}, "has a ResNet; it would have to be a plain ViT"),

@@ -84,6 +84,8 @@ def _part_problems(config: VLMConfig) -> list[str]:
     parts, problems = config.composition, []
     if parts.fusion.type != "language-stream":
         problems.append(f"fusion is {parts.fusion.type}; it would have to be language-stream.")
+    elif (mask := parts.fusion.options.mask) != "causal":
+        problems.append(f"fusion.mask is {mask}; it would have to be causal.")
     if parts.vision_tokenizer.type != "mlp":
         problems.append(f"vision_tokenizer is {parts.vision_tokenizer.type}; it would have to be mlp.")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,7 +83,11 @@ def bare(subject: Subject) -> Measured | Decided:
     model, first = subject.model, subject.model.config.first_added_id
     if not model.gates() and not model.splices_media:
         return Decided("skipped", "this fusion has no gates (parameters whose names end in _gate)")
-    inputs = subject.draw(2, 11)
+    if model.sees_ahead == "media":
+        return Decided(
+            "skipped", "fusion.mask=image lets pictures see themselves; the bare language model does not"
+        )
+    inputs = replace(subject.draw(2, 11), prefix=0)
     with closed_gates(model):
         expected = _bare_logits(model, inputs)
         found = subject.logits(inputs)[:, :first]
@@ -130,11 +135,14 @@ def _bare_logits(model: VLM, inputs: Inputs) -> Tensor:
     quick=True,
 )
 def media(subject: WholeModel) -> Measured:
-    """Change one image at a time: logits before its placeholder stay, those at and after it (the twin) change."""
-    inputs = subject.draw(2, 11)
+    """Change one image at a time: logits before its placeholder stay, those at and after it (the twin) change.
+
+    If the fusion's mask lets positions see others after them, the twin also changes such a position.
+    """
+    inputs = replace(subject.draw(2, 11), prefix=0)
     starts = (inputs.lang_x[0] == subject.model.config.media_token_id).nonzero().flatten().tolist()
     expected = subject.logits(inputs)
-    before, after = 0.0, math.inf
+    before, after = 0.0, _change_ahead(subject, inputs)
     for k, start in enumerate(starts):
         changed = subject.logits(inputs.with_other_media(k))
         before = max(before, largest_difference(changed[:start], expected[:start]))
@@ -142,6 +150,30 @@ def media(subject: WholeModel) -> Measured:
         for part in (slice(start, start + 1), slice(start + 1, None)):
             after = min(after, largest_difference(changed[part], expected[part]))
     return Measured(before, scale_of(expected), twin=after)
+
+
+@torch.no_grad()
+def _change_ahead(subject: WholeModel, inputs: Inputs) -> float:
+    """Change the last vision token of a picture, and return how much the logits at its first position change.
+
+    With the mask `prefix` it is the first position of the prompt. Infinity if no position sees another after it.
+    """
+    model = subject.model
+    tokens, mask = model.encode_vision(_media_of(inputs))
+    if model.sees_ahead == "nothing" or int(mask[0, 0].sum()) < 2:
+        return math.inf
+    with model.conditioned(inputs.lang_x, tokens) as expanded:
+        ids = expanded["input_ids"]
+    is_media = ids == model.config.media_token_id
+    found = []
+    for sign in (1, -1):
+        changed = tokens.clone()
+        changed[:, 0, int(mask[0, 0].nonzero()[-1])] *= sign
+        media = {"media": model.project_media(changed, mask), "media_mask": mask}
+        whole = torch.ones_like(is_media) if model.sees_ahead == "prompt" else None
+        found.append(subject.call(ids, media_counts=is_media.cumsum(-1), prefix_mask=whole, **media).logits[0])
+    first = 0 if model.sees_ahead == "prompt" else int(is_media[0].nonzero()[0])
+    return largest_difference(found[1][first], found[0][first])
 
 
 def _media_of(inputs: Inputs) -> Tensor:

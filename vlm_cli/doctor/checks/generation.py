@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm_cli.doctor.check import check
 from vlm_cli.doctor.compare import compare, largest_difference, scale_of
-from vlm_cli.doctor.finding import Measured
+from vlm_cli.doctor.finding import Decided, Measured
 from vlm_cli.doctor.subject import NUM_DECODED, Decoded, Inputs, Subject
 
 __all__ = ["cached", "chunked_prefill", "greedy", "padded"]
@@ -59,7 +59,7 @@ def padded(subject: Subject) -> Measured:
     rows = [subject.draw(n, 9 + n, seed=n) for n in (1, 0, 2)]
     difference, scale, twin = 0.0, 0.0, math.inf
     for row, (found, sequence) in zip(rows, _read_and_decode(subject, rows), strict=True):
-        whole = Inputs(sequence, row.vision_x)
+        whole = Inputs(sequence, row.vision_x, prefix=row.lang_x.shape[1])
         alone, changed = subject.logits(whole)[:-1], subject.logits(whole.with_other_media())[:-1]
         difference = max(difference, largest_difference(found, alone))
         scale = max(scale, scale_of(alone))
@@ -73,8 +73,10 @@ def padded(subject: Subject) -> Measured:
     "A prompt that is read in chunks gives the logits of the prompt read at once",
     "a prompt in chunks = read at once",
 )
-def chunked_prefill(subject: Subject) -> Measured:
+def chunked_prefill(subject: Subject) -> Measured | Decided:
     """Compare a prompt read in chunks of 3, 4 and the remaining positions; the twin has other images."""
+    if subject.model.sees_ahead != "nothing":
+        return Decided("skipped", _IN_ONE_CALL[subject.model.sees_ahead])
     inputs = subject.draw(2, 11)
     whole, found = _read_in_chunks(subject, inputs), _read_in_chunks(subject, inputs, 3, 4)
     return Measured(
@@ -84,9 +86,16 @@ def chunked_prefill(subject: Subject) -> Measured:
     )
 
 
+_IN_ONE_CALL = {
+    "media": "with fusion.mask=image, the language model reads each picture in one call",
+    "prompt": "with fusion.mask=prefix, the language model reads each prompt in one call",
+}
+
+
 def _full_pass(subject: Subject, inputs: Inputs, decoded: Decoded) -> Tensor:
     """Return float[NUM_DECODED, V], the logits of the decoded tokens in one pass without a cache."""
-    return subject.logits(Inputs(decoded.sequences, inputs.vision_x))[-NUM_DECODED - 1 : -1]
+    whole = Inputs(decoded.sequences, inputs.vision_x, prefix=inputs.lang_x.shape[1])
+    return subject.logits(whole)[-NUM_DECODED - 1 : -1]
 
 
 def _read_and_decode(subject: Subject, rows: Sequence[Inputs]) -> list[tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ B batch, T_txt tokens of the prompt, T positions of a call, T_img media per row,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -31,12 +31,14 @@ class Fusion:
         fusion: the module that `build_fusion` makes.
         conditioning: what hooks read while the language model runs; None while no call runs.
         splices_media: whether vision tokens take the place of `<image>` among the text's embeddings.
+        sees_ahead: what sees positions after its own: "nothing", "media" within themselves, or the whole "prompt".
     """
 
     config: VLMConfig
     fusion: nn.Module
     conditioning: Conditioning | None
     splices_media = False
+    sees_ahead: Literal["nothing", "media", "prompt"] = "nothing"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,6 +89,24 @@ class Fusion:
             end: positions read once the call is over; None if unknown.
         """
         return prompt.for_call(ids, self.config.media_token_id, end)
+
+    def find_prefix(self, lang_x: Tensor, labels: Tensor | None) -> Tensor | None:
+        """Mark the tokens of a prompt that all see each other, if the fusion's mask has such: bool[B, T_txt] or None.
+
+        Args:
+            lang_x: int[B, T_txt].
+            labels: int[B, T_txt] of the tokens to learn, -100 elsewhere; None without.
+        """
+        return None
+
+    def mask_call(self, conditioning: Conditioning, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Change the arguments of one call of the language model, such as its `attention_mask`.
+
+        Args:
+            conditioning: of the call.
+            kwargs: what the language model is called with beside its ids.
+        """
+        return kwargs
 
     def embed_media(self, embeddings: Tensor, conditioning: Conditioning) -> Tensor:
         """Change the embeddings of one call.

@@ -35,6 +35,12 @@ class ExpandedPrompt:
         index = self.last[..., None].expand(-1, -1, values.shape[-1])
         return values.gather(1, index)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each position the value of its token, false at padding: bool[B, T_txt] -> bool[B, L]."""
+        position = torch.arange(self.ids.shape[1], device=values.device).expand(len(values), -1).contiguous()
+        token = torch.searchsorted(self.last.contiguous(), position)  # [B, L]
+        return values.gather(1, token) & self.attention_mask[:, -self.ids.shape[1] :].bool()
+
 
 def expand_media_tokens(
     lang_x: Tensor, attention_mask: Tensor | None, is_media: Tensor, num_tokens: Tensor, pad_id: int

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
 from torch import Tensor, nn
 
 from vlm_cli.composition import Composition
+from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt, expand_media_tokens, pack_valid_tokens, scatter_media
+from vlm_cli.modeling.fusion.masks import cuts_a_medium, find_mask_problem, find_media_blocks, prepare_masks
+from vlm_cli.modeling.language_model import decoder_layers
+from vlm_cli.modeling.lm_interface import is_filled
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["VLMWithLanguageStream"]
+
+_SEES_AHEAD: dict[str, Literal["nothing", "media", "prompt"]] = {
+    "causal": "nothing",
+    "image": "media",
+    "prefix": "prompt",
+}
 
 
 class VLMWithLanguageStream(VLM):
@@ -29,6 +43,7 @@ class VLMWithLanguageStream(VLM):
 
     def build_fusion(self, parts: Composition, dim_layer: int) -> None:
         self.fusion = nn.Module()
+        self.sees_ahead = _SEES_AHEAD[getattr(parts.fusion.options, "mask", "causal")]
 
     def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
         """Return each row's vision tokens in order, padding last: float[B, T_img·n, d]."""
@@ -37,6 +52,56 @@ class VLMWithLanguageStream(VLM):
     def expand_prompt(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> ExpandedPrompt | None:
         is_media = lang_x == self.config.media_token_id
         return expand_media_tokens(lang_x, attention_mask, is_media, media_mask.sum(-1), self.config.pad_token_id or 0)
+
+    def find_prefix(self, lang_x: Tensor, labels: Tensor | None) -> Tensor | None:
+        """Mark the tokens before the first label, or all without labels, if the mask is `prefix`."""
+        if self.sees_ahead != "prompt":
+            return None
+        return torch.ones_like(lang_x, dtype=torch.bool) if labels is None else (labels != -100).cumsum(-1) == 0
+
+    def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
+        """Find the blocks of positions that see each other. A single position sees none after it."""
+        call = super().condition_call(prompt, ids, end)
+        blocks = None
+        if self.sees_ahead == "prompt" and call.prefix_mask is not None:
+            blocks = torch.where(call.prefix_mask, 0, -1)
+        elif self.sees_ahead == "media" and call.media_mask is not None:
+            blocks = self._find_media_blocks(call)
+        return replace(call, fusion_state=blocks if ids.shape[1] > 1 else None)
+
+    def _find_media_blocks(self, call: Conditioning) -> Tensor:
+        assert call.media_mask is not None
+        media = (call.ids == self.config.media_token_id, call.media_counts, call.media_mask)
+        if not torch.compiler.is_compiling() and cuts_a_medium(*media):
+            raise LanguageModelLimit(
+                "with fusion.mask=image, the positions of a picture see each other, so that the language model must "
+                "read each picture in one call. Give the whole prompt at once, without prefill_chunk_size."
+            )
+        return find_media_blocks(*media)
+
+    def mask_call(self, conditioning: Conditioning, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Prepare the language model's masks, if positions of the call see positions after their own."""
+        blocks, cache = conditioning.fusion_state, kwargs.get(self.lm_interface.cache_name)
+        if blocks is None or not (torch.compiler.is_compiling() or bool((blocks >= 0).any())):
+            return kwargs
+        if self.sees_ahead == "prompt" and is_filled(cache):
+            raise LanguageModelLimit(
+                "with fusion.mask=prefix, the positions of a prompt see each other, so that the language model must "
+                "read the prompt in one call. Give the whole prompt at once, without prefill_chunk_size, or call "
+                "forward with a prefix_mask that is false after a cache."
+            )
+        return {**kwargs, "attention_mask": prepare_masks(self.lang_model, blocks, kwargs, cache)}
+
+    def fusion_problem(self) -> str | None:
+        if self.sees_ahead == "nothing":
+            return None
+        layers = decoder_layers(self.lang_model, self.config.composition.language_model.decoder_layers)
+        problem = find_mask_problem(self.lang_model, layers)
+        mask = self.config.composition.fusion.options.mask
+        return problem and (
+            f"fusion.mask={mask} does not fit the language model: {problem.rstrip('.')}. Leave fusion.mask out "
+            "(causal), or choose another language model."
+        )
 
     def embed_media(self, embeddings: Tensor, conditioning: Conditioning) -> Tensor:
         """Put the vision tokens at the positions of `<image>`."""
