@@ -58,12 +58,13 @@ def text_only(subject: WholeModel) -> Measured:
     ids = subject.draw(0, 11).lang_x
     ids = ids.masked_fill(ids >= first, int(ids[0, 0]))
     ids = torch.cat([ids, ids.new_tensor([subject.special_ids])], dim=1) if subject.special_ids else ids
+    causal = torch.zeros_like(ids, dtype=torch.bool)  # with the mask `prefix`, text would see ahead
     with without_hooks(model.lang_model):
         expected = model.lang_model(input_ids=ids).logits[..., :first]
     return compare(
-        model(lang_x=ids).logits[..., :first],
+        model(lang_x=ids, prefix_mask=causal).logits[..., :first],
         expected,
-        changed=model(lang_x=ids.roll(1, dims=1)).logits[..., :first],
+        changed=model(lang_x=ids.roll(1, dims=1), prefix_mask=causal).logits[..., :first],
     )
 
 
@@ -84,9 +85,7 @@ def bare(subject: Subject) -> Measured | Decided:
     if not model.gates() and not model.splices_media:
         return Decided("skipped", "this fusion has no gates (parameters whose names end in _gate)")
     if model.sees_ahead == "media":
-        return Decided(
-            "skipped", "fusion.mask=image lets pictures see themselves; the bare language model does not"
-        )
+        return Decided("skipped", "fusion.mask=image lets pictures see themselves; the bare language model does not")
     inputs = replace(subject.draw(2, 11), prefix=0)
     with closed_gates(model):
         expected = _bare_logits(model, inputs)
