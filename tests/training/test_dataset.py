@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
+from tests.support.clips import frame, write_animation
 from tests.support.training import CROSS_ATTENTION, write
 from vlm_cli import load
 from vlm_cli.composition import END_OF_CHUNK
@@ -205,6 +206,20 @@ def test_a_batch_is_what_the_processor_makes(folder: Path, model: Any) -> None:
         torch.testing.assert_close(batch[name], tensor, atol=0, rtol=0)
     assert batch["records"] == [0, 1]
     assert torch.equal(batch["labels"][batch["attention_mask"] == 0].unique(), torch.tensor([IGNORED]))
+
+
+def test_clips_stand_beside_images(folder: Path, model: Any) -> None:
+    (folder / "clip.gif").write_bytes(write_animation(9, "GIF"))
+    clip = {"prompt": "<video>Then<image>", "completion": " x", "videos": ["clip.gif?frames=3"], "images": ["red.png"]}
+    data = dataset(folder, model, clip, LINES[0])
+    batch = Collator(model[0].config.pad_token_id)([data[0], data[1]])
+    media = [[[frame(0), frame(4), frame(8)], [Image.open(folder / "red.png")]], [[Image.open(folder / "red.png")]]]
+    theirs = model[1].image_processor.preprocess(media)
+    for name in ("pixel_values", "vision_mask"):
+        torch.testing.assert_close(batch[name], theirs[name], atol=0, rtol=0)
+    assert data.num_images.tolist() == [4, 1]
+    (folder / "clip.gif").write_bytes(b"GIF89a")
+    assert "line 1 of 'some.jsonl': 'clip.gif' is damaged" in data[0]["error"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from vlm_cli.errors import MediaError
+from vlm_cli.errors import MediaError, PromptError
 from vlm_cli.evaluation.items import GradedAnswer
 from vlm_cli.evaluation.scores import RULE, Score
 from vlm_cli.media import MediaLoader, short_name
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_page"]
 
+MOST_FRAMES = 8  # of a clip that the page shows
 MAX_PIXELS = 320  # of the longer side of a picture in the file
 
 _FILES = Path(__file__).parent
@@ -139,7 +140,7 @@ def _write_section(
 def _card(answer: GradedAnswer, kind: int, loader: MediaLoader) -> str:
     item, mark = answer.item, "✓ right" if answer.exact else "✗ wrong"
     prompt = "".join(
-        _picture(part.source, loader) if isinstance(part, Medium) else f'<span class="text">{_text(part.text)}</span>'
+        _pictures(part, loader) if isinstance(part, Medium) else f'<span class="text">{_text(part.text)}</span>'
         for part in item.prompt
     )
     return (
@@ -163,15 +164,19 @@ def _text(text: str) -> str:
     return escape(text.translate(_CONTROLS))
 
 
-def _picture(source: str, loader: MediaLoader) -> str:
-    name = _text(short_name(source))
+def _pictures(medium: Medium, loader: MediaLoader) -> str:
+    """Return an image, or frames of a clip, as HTML."""
+    name = _text(short_name(medium.source))
     try:
-        image = loader.load(source).image
-    except MediaError:  # the file was removed after the question was asked
+        frames = loader.load_medium(medium.source, medium.kind).frames
+    except (MediaError, PromptError):  # the file was removed after the question was asked
         return f'<span class="nothing">(cannot be read: {name})</span>'
+    step = -(-len(frames) // MOST_FRAMES)
     # A browser leaves a template alone, so that pictures cost nothing until the script shows them.
-    picture = f'<img src="{_data_uri(image)}" alt="{name}" title="{name}">'
-    return f'<span class="picture"><template>{picture}</template></span>'
+    return "".join(
+        f'<span class="picture"><template><img src="{_data_uri(frame)}" alt="{name}" title="{name}"></template></span>'
+        for frame in frames[::step]
+    )
 
 
 def _data_uri(image: Image) -> str:
