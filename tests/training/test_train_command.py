@@ -30,7 +30,7 @@ from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, losses, met
 from vlm_cli import load
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.training import output as output_module
-from vlm_cli.training.checkpoints import TrainingCheckpoint
+from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint
 from vlm_cli.training.dataset import Collator, load_dataset
 from vlm_cli.training.identity import continue_history
 from vlm_cli.training.run import load_trainable
@@ -348,6 +348,24 @@ def test_an_unfinished_run_is_not_forgotten_by_mistake(train: Vlm, out: Path) ->
     assert "holds an unfinished run, at step 2. Add --resume to continue it, or --overwrite to delete it" in message
     output(train("--max-steps", 3, "--overwrite", "--keep-checkpoints"))
     assert list(losses(out)) == [1, 2, 3] and checkpoints(out) == ["checkpoint-3"]
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("change", ["none", "kept", "other output"])
+def test_checkpoints_of_a_run_that_was_killed_at_its_very_end(
+    train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The output is in place, and the checkpoints are not removed yet: the next start removes them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "remove", lambda self: None)  # as if killed before
+        output(train("--max-steps", 2, *(["--keep-checkpoints"] if change == "kept" else [])))
+    if change == "other output":
+        (out / "training_args.json").write_text("{}")
+    assert out.is_dir() and "checkpoint-2" in checkpoints(out)
+    message = error(train("--max-steps", 2, "--resume"), code=2)
+    assert f"{str(out)!r} exists" in message
+    removed = f"Removed {out}.checkpoints: its run has written {out}." in message
+    assert removed == (change == "none") == (not out.with_name("out.checkpoints").exists())
 
 
 @pytest.mark.matrix

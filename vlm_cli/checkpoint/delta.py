@@ -36,6 +36,7 @@ from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.printable import count_of
 
 __all__ = ["DELTA_FILE", "assemble", "count_delta_bytes", "write_delta"]
 
@@ -286,8 +287,8 @@ def _fill(name: str, model: VLM, held: Mapping[str, Tensor], backbones: Mapping[
     wrong = [k for k, x in held.items() if k not in ours or ours[k].shape != x.shape]
     if missing or wrong:
         raise CheckpointError(
-            f"the delta in {name!r} does not cover the model: {len(missing)} tensors are missing, and {len(wrong)} "
-            f"are unknown or have another shape; e.g. {min(missing + wrong)}."
+            f"the delta in {name!r} does not cover the model: {count_of(len(missing), 'tensor')} missing, "
+            f"{len(wrong)} unknown or of another shape; e.g. {min(missing + wrong)}."
         )
     for key, x in held.items():
         ours[key].copy_(x)

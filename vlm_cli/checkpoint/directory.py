@@ -29,6 +29,7 @@ from vlm_cli.errors import (
     first_line,
 )
 from vlm_cli.manifest import recording
+from vlm_cli.printable import count_of
 from vlm_cli.registry import ENCODER_TYPES, FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
 from vlm_cli.report.parameters import ParameterReport
@@ -297,8 +298,8 @@ def _load_whole(
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if wrong:
         raise CheckpointError(
-            f"the weights in {name!r} do not cover the model: {len(info['missing_keys'])} tensors are missing, "
-            f"{len(info['mismatched_keys'])} have another shape, {len(info['unexpected_keys'])} are not known; "
+            f"the weights in {name!r} do not cover the model: {count_of(len(info['missing_keys']), 'tensor')} missing, "
+            f"{len(info['mismatched_keys'])} of another shape, {len(info['unexpected_keys'])} not known; "
             f"e.g. {sorted(map(str, wrong))[0]}."
         )
     return model.eval()

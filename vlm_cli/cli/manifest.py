@@ -8,6 +8,7 @@ from vlm_cli.cli import console
 from vlm_cli.composition import Composition
 from vlm_cli.errors import UsageError
 from vlm_cli.manifest import MANIFEST_FILE
+from vlm_cli.printable import count_of
 
 __all__ = ["compare_files", "sign_files"]
 
@@ -30,7 +31,7 @@ def compare_files(location: str, verbose: bool) -> None:
     if verbose and report is None:
         console.notify(f"Files: no {MANIFEST_FILE} says what was written. To write one: vlm doctor DIR --sign")
     elif verbose and report is not None and not report.edited:
-        console.notify(f"Files: {report.hashed} files have the hashes that they were written with.")
+        console.notify(f"Files: {count_of(report.hashed, 'file')} with the hashes that were written.")
 
 
 def sign_files(model: Composition | str, as_json: bool) -> None:
@@ -47,4 +48,4 @@ def sign_files(model: Composition | str, as_json: bool) -> None:
     number = sign_directory(Path(model))
     if as_json:
         console.print_json({"model": model, "files": number})
-    console.notify(f"Wrote {Path(model) / MANIFEST_FILE}, which names {number} files.")
+    console.notify(f"Wrote {Path(model) / MANIFEST_FILE}, which names {count_of(number, 'file')}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.printable import escape_controls, markdown_code, markdown_text
+from vlm_cli.printable import count_of, escape_controls, markdown_code, markdown_text
 from vlm_cli.report.parameters import ParameterReport, count_parameters
 from vlm_cli.report.tables import parameters_markdown
 
@@ -67,6 +67,6 @@ def training_story(model: VLM, *, steps: int, records: int, loss: float | None, 
     held_out = "" if eval_loss is None else f", {eval_loss:.4f} on held-out records"
     last = "unknown" if loss is None else f"{loss:.4f}"
     return (
-        f"Trained:\n{trained}, {steps:,} steps on {records:,} records.\n"
+        f"Trained:\n{trained}, {count_of(steps, 'step')} on {count_of(records, 'record')}.\n"
         f"Loss per token: {last}{held_out};\nthe curve is in `loss.png`, the settings are in `training_args.json`."
     )

@@ -45,6 +45,7 @@ __all__ = [
 
 COMPLETE_FILE = "complete.json"  # the last file of a checkpoint, written after all others
 _PARTIAL = ".partial"
+_FINISHED = "finished"  # holds the digest of the output's record of the run
 
 
 def checkpoint_folder(out: Path) -> Path:
@@ -160,6 +161,21 @@ class Checkpoints:
         for path in broken:
             shutil.rmtree(path, ignore_errors=True)
         return broken
+
+    def mark_finished(self, digest: str) -> None:
+        """Note that the run has written its output, so that the folder may go even if the process dies now.
+
+        Args:
+            digest: of the record of the run in the output.
+        """
+        (self.folder / _FINISHED).write_text(digest)
+
+    def is_finished(self, digest: str) -> bool:
+        """Tell whether the run of these checkpoints wrote the output whose record has this digest."""
+        try:
+            return (self.folder / _FINISHED).read_text() == digest
+        except (OSError, ValueError):
+            return False
 
     def remove(self) -> None:
         """Remove the folder with everything in it."""

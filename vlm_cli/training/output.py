@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,13 +17,14 @@ from vlm_cli.files import replacing_directory
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.card import training_story
+from vlm_cli.training.checkpoints import Checkpoints
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.outcome import TrainingResult
 from vlm_cli.training.plot import draw_losses
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.version import __version__
 
-__all__ = ["describe_run", "write_output"]
+__all__ = ["describe_run", "digest_of_run", "write_output"]
 
 
 def write_output(
@@ -56,11 +58,21 @@ def write_output(
             shutil.copy(metrics.path, partial / METRICS_FILE)
             draw_losses(metrics.entries, partial / "loss.png", title=f"{out.name}: loss per token")
             (partial / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+            if not job.keep_checkpoints:
+                Checkpoints(metrics.path.parent).mark_finished(digest_of_run(partial))
     except VLMError as error:
         raise CheckpointError(
             f"{error} The trained weights are in {str(metrics.path.parent)!r}: correct the cause, then repeat the "
             "command with --resume."
         ) from error
+
+
+def digest_of_run(out: Path) -> str:
+    """Return the hash of the record of a run in its output; of an empty record if there is none."""
+    try:
+        return hashlib.sha256((out / RUN_FILE).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def describe_run(

@@ -14,6 +14,7 @@ from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import reserved_directory
 from vlm_cli.interrupt import Interrupted, at_signal
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.checkpoints import Checkpoints, RunHistory, TrainingCheckpoint, checkpoint_folder
 from vlm_cli.training.dataset import RecordDataset, load_dataset
@@ -21,7 +22,7 @@ from vlm_cli.training.identity import check_same_run, continue_history, identify
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.metrics import METRICS_FILE
 from vlm_cli.training.outcome import RunOutcome, TrainingResult
-from vlm_cli.training.output import describe_run, write_output
+from vlm_cli.training.output import describe_run, digest_of_run, write_output
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
@@ -103,6 +104,7 @@ class _Run:
 
     def execute(self) -> TrainingResult | None:
         self._check_inputs()
+        self.processes.main_only(self._remove_finished)
         with ExitStack() as locks:
             # The lock of the output keeps its checkpoints, too; with several processes, the main one holds it.
             self.processes.main_only(lambda: locks.enter_context(self._reserve()))
@@ -154,6 +156,12 @@ class _Run:
     def _reserve(self) -> AbstractContextManager[bool]:
         """Keep other processes from writing the output and its checkpoints."""
         return reserved_directory(self.job.output, overwrite=self.job.overwrite)
+
+    def _remove_finished(self) -> None:
+        """Remove the checkpoints of a run that wrote its output and was killed before it could remove them."""
+        if self.checkpoints.is_finished(digest_of_run(self.job.output)):
+            self.checkpoints.remove()
+            self.listener.notify(f"Removed {self.checkpoints.folder}: its run has written {self.job.output}.")
 
     def _check_inputs(self) -> None:
         """Refuse to read one stream of records twice.
@@ -210,9 +218,9 @@ class _Run:
                 self.listener.notify(note)
             if data is not None and data.split_lines:
                 self.listener.notify(
-                    f"Note: in {len(data.split_lines)} records of {path}, as in line {data.split_lines[0]}, one token "
-                    "would hold the end of the prompt and the start of the completion, so vlm split it. Write a space "
-                    "between the two at the start of the completion."
+                    f"Note: in {count_of(len(data.split_lines), 'record')} of {path}, as in line "
+                    f"{data.split_lines[0]}, one token would hold the end of the prompt and the start of the "
+                    "completion, so vlm split it. Write a space between the two at the start of the completion."
                 )
         train_set, eval_set = sets
         assert train_set is not None
@@ -238,15 +246,19 @@ class _Run:
     def _announce(self, model: VLM, data: RecordDataset, eval_set: RecordDataset | None) -> None:
         """Tell the user what trains, on what, and for how long."""
         steps, minutes = self.settings.total_steps(len(data), self.processes.count), self.settings.max_minutes
-        limits = [] if steps is None else [f"{steps} steps of {self.settings.step_size(self.processes.count)} records"]
-        limits += [] if minutes is None else [f"{minutes:g} minutes"]
+        limits = (
+            []
+            if steps is None
+            else [f"{count_of(steps, 'step')} of {count_of(self.settings.step_size(self.processes.count), 'record')}"]
+        )
+        limits += [] if minutes is None else [f"{minutes:g} minute{'' if minutes == 1 else 's'}"]
         held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
         if data.num_images.any():
             self.listener.notify(f"Images: {data.preprocessing}")
         self.listener.notify(
             f"Training {', '.join(model.config.composition.trainable)} ({_count_trained(model):,} of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters) on {len(data)} records{held_out} for "
-            f"{' or '.join(limits)}. Checkpoints in {self.checkpoints.folder}"
+            f"{sum(p.numel() for p in model.parameters()):,} parameters) on {count_of(len(data), 'record')}{held_out} "
+            f"for {' or '.join(limits)}. Checkpoints in {self.checkpoints.folder}"
         )
 
     # -- after ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from itertools import chain, islice
 from typing import Literal
 
 from vlm_cli.errors import LanguageModelError
+from vlm_cli.printable import count_of
 from vlm_cli.processor import TokenBreak, VLMProcessor
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.pictures import takes_text
@@ -102,7 +103,8 @@ class ChatFormat:
         found = self._apply_template(pairs, opens_answer=opens_answer)
         if (written := found.count(markers.image)) != (given := sum(text.count(markers.image) for text in texts)):
             raise LanguageModelError(
-                f"the tokenizer's chat template writes {written} of the conversation's {given} images. Start another "
+                f"the tokenizer's chat template writes {written} of {count_of(given, 'image')} of the conversation. "
+                "Start another "
                 "conversation, or change the chat_template of the model's directory."
             )
         return found

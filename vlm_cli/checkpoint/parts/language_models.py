@@ -210,10 +210,10 @@ class LanguageModelSource:
         if surplus:
             layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", "?")
             raise LanguageModelError(
-                f"the files of language model {self.name!r} hold {len(surplus)} tensors that a model of its "
-                f"configuration does not have, e.g. {surplus[0]!r}. Without them it answers as another model. The "
-                f"configuration says {layers} layers: does it belong to these weights? Fetch both again. If the "
-                "tensors are meant to be left out, load and save the model once with Transformers."
+                f"the files of language model {self.name!r} hold {count_of(len(surplus), 'tensor')} that a model of "
+                f"its configuration does not have, e.g. {surplus[0]!r}. Without them it answers as another model. The "
+                f"configuration says num_hidden_layers={layers}: does it belong to these weights? Fetch both again. If "
+                "the tensors are meant to be left out, load and save the model once with Transformers."
             )
 
 
@@ -280,8 +280,9 @@ def _check_complete(name: str, info: Mapping[str, Any]) -> None:
     if mismatched := sorted(info["mismatched_keys"]):
         tensor, given, wanted = mismatched[0]
         raise LanguageModelError(
-            f"{len(mismatched)} weights of language model {name!r} have another shape than its configuration says, "
-            f"e.g. {tensor!r}: {list(given)} in the file, {list(wanted)} wanted. Do they belong together?"
+            f"language model {name!r} has {count_of(len(mismatched), 'tensor')} of another shape than its "
+            f"configuration says, e.g. {tensor!r}: {list(given)} in the file, {list(wanted)} wanted. Do they "
+            "belong together?"
         )
 
 

@@ -16,6 +16,7 @@ from vlm_cli.doctor.finding import Decided, Measured
 from vlm_cli.doctor.subject import Inputs, WholeModel
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.printable import count_of
 from vlm_cli.trust import load_pretrained
 
 __all__ = ["gradients", "saved", "tied"]
@@ -43,7 +44,7 @@ def gradients(subject: WholeModel) -> Decided:
         return Decided("fails", f"{len(wrong)} found, e.g. {min(wrong)}", difference=float(len(wrong)), allowed=0.0)
     unused = len((declared & training) - reached)
     more = f"; {unused} more are declared and this prompt does not use them" if unused else ""
-    return Decided("holds", f"{len(reached)} tensors{more}", difference=0.0, allowed=0.0)
+    return Decided("holds", f"{count_of(len(reached), 'tensor')}{more}", difference=0.0, allowed=0.0)
 
 
 def _parts(names: set[str]) -> set[str]:
