@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from tests.support import seed_torch
+from tests.support import seed_torch, tiny
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.modeling.encoders.structure import infer_grid
 from vlm_cli.modeling.towers import build_tower, find_tower_shape, patch_features
@@ -81,6 +81,28 @@ def test_features_are_those_of_transformers(kind: str) -> None:
         assert torch.equal(patch_features(ours, pixels, norm=False), layers[-1][:, before:])
         normed = ours.get_submodule(ours.structure.norm)(layers[-2])
         assert torch.equal(patch_features(ours, pixels, -2, norm=True), normed[:, before:])
+
+
+@torch.inference_mode()
+def test_several_layers_are_concatenated_in_one_pass() -> None:
+    _, ours, _ = encoder("clip_vision_model")
+    openclip = tiny.tower("vit")
+    pixels, calls = torch.randn(2, 3, 32, 32), 0
+
+    def count(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    for tower, first in ((ours, ours.embeddings), (openclip, openclip.conv1)):
+        handle, calls = first.register_forward_hook(count), 0
+        features = patch_features(tower, pixels, (-1, -2), class_token=True, norm=False)
+        assert calls == 1
+        handle.remove()
+        alone = [patch_features(tower, pixels, x, class_token=True, norm=False) for x in (-1, -2)]
+        assert torch.equal(features, torch.cat(alone, dim=-1))
+        assert not torch.equal(features, torch.cat(alone[::-1], dim=-1))
+        mixed = patch_features(tower, pixels, (-1, -2))
+        assert torch.equal(mixed, torch.cat([patch_features(tower, pixels, x) for x in (-1, -2)], dim=-1))
 
 
 @torch.inference_mode()

@@ -193,10 +193,13 @@ def _part_texts(report: ModelDescription) -> dict[str, str]:
     sizes = ", ".join(f"{k}={v}" for k, v in tokenizer.items() if k != "type" and v is not None)
     options = ", ".join(f"{k}={v}" for k, v in fusion.items() if k != "type")
     blocks = f"; before layers {', '.join(map(str, report.before_layers))}" if report.before_layers else ""
+    layers = f"layer {encoder.layer}"
+    if isinstance(encoder.layer, tuple):
+        layers = f"layers {', '.join(map(str, encoder.layer))}"
     # The name of an encoder of Transformers or timm names its weights too.
     weights = "" if encoder.name.partition(":")[0] in ENCODER_TYPES else f", weights {encoder.pretrained or 'unnamed'}"
     return {
-        "vision_encoder": f"{encoder.name} ({encoder.class_name}{weights}), layer {encoder.layer}",
+        "vision_encoder": f"{encoder.name} ({encoder.class_name}{weights}), {layers}",
         "vision_tokenizer": f"{tokenizer['type']} ({sizes})" if sizes else tokenizer["type"],
         "fusion": f"{fusion['type']}{f' ({options})' if options else ''}{blocks}",
         "added_tokens": ", ".join(report.tokens.added),

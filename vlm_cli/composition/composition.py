@@ -27,7 +27,10 @@ _MOST_NAMES = 1_000  # of added tokens
 _MOST_VALUES = 1_000  # of a setting that is a list
 
 #: Annotation of a setting that is a list -> what it must be, in words.
-_LISTS = {tuple[tuple[int, ...], ...]: "a list of lists of whole numbers, such as [[336, 672], [672, 336]]"}
+_LISTS = {
+    tuple[tuple[int, ...], ...]: "a list of lists of whole numbers, such as [[336, 672], [672, 336]]",
+    tuple[int, ...]: "a list of whole numbers, such as [-2, -5]",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +41,19 @@ class Choice:
     options: Any
 
     def to_dict(self) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.options).items()
-        return {"type": self.type, **{k: _with_lists(x) if isinstance(x, tuple) else x for k, x in settings}}
+        return {"type": self.type, **_as_plain_data(self.options)}
 
     def to_brief_dict(self) -> dict[str, Any]:
         """Return the part as plain data, without the rare settings that have their defaults."""
         rare = [f for f in dataclasses.fields(self.options) if "rare" in f.metadata]
         left_out = {f.name for f in rare if getattr(self.options, f.name) == f.default}
         return {key: x for key, x in self.to_dict().items() if key not in left_out}
+
+
+def _as_plain_data(options: Any) -> dict[str, Any]:
+    """Return a part's settings with lists for tuples."""
+    settings = dataclasses.asdict(options).items()
+    return {key: _with_lists(x) if isinstance(x, tuple) else x for key, x in settings}
 
 
 def _with_lists(values: tuple[Any, ...]) -> list[Any]:
@@ -134,7 +142,7 @@ class Composition:
         tiling = {} if self.tiling == UNTILED else {"tiling": self.tiling.to_dict()}
         return {
             "family": self.family,
-            "vision_encoder": dataclasses.asdict(self.vision_encoder),
+            "vision_encoder": _as_plain_data(self.vision_encoder),
             "vision_tokenizer": self.vision_tokenizer.to_dict(),
             "fusion": self.fusion.to_dict(),
             **tiling,
@@ -329,9 +337,11 @@ def _type_problem(hint: Any, value: Any) -> str | None:
     """
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if get_origin(hint) in (types.UnionType, typing.Union):
-        inner = next(x for x in get_args(hint) if x is not type(None))
-        problem = None if value is None else _type_problem(inner, value)
-        return f"{problem} or null" if problem else None
+        inner = [x for x in get_args(hint) if x is not type(None)]
+        if (value is None and type(None) in get_args(hint)) or any(_type_problem(x, value) is None for x in inner):
+            return None
+        null = ["null"] if type(None) in get_args(hint) else []
+        return " or ".join([*(_type_problem(x, value) or "" for x in inner), *null])
     if get_origin(hint) is Literal:
         return None if value in get_args(hint) else " or ".join(map(repr, get_args(hint)))
     if get_origin(hint) is tuple:  # of any length, whose values are all of one kind

@@ -64,6 +64,7 @@ _MOST = {
     "first": 10_000,
     "cross_attention_every": 1_000,
 }
+_MOST_LAYERS_READ = 64  # of one vision encoder
 _MOST_CHANNELS = 1_000_000  # of every other setting
 
 
@@ -294,9 +295,9 @@ class VisionEncoderOptions:
     `class_token` or `norm` again to give the name another meaning: the new declaration lacks the mark of OpenCLIP.
     """
 
-    name: str = ""  # OpenCLIP name, hf-hub:…, local-dir:…, path of an OpenCLIP JSON config, or a registered name
+    name: str = ""  # OpenCLIP name, hf:…, hf-hub:…, local-dir:…, path of an OpenCLIP JSON config, or a registered name
     pretrained: str | None = None  # tag or file of weights; None: random weights
-    layer: int = -1  # -1 is the last layer, -2 the one before (LLaVA)
+    layer: int | tuple[int, ...] = -1  # -1 is the last layer, -2 the one before (LLaVA); a list concatenates channels
     image_size: int | None = None  # pixels; None: the size that the tower was made for
     depth: int | None = field(default=None, metadata=_OPENCLIP)  # layers kept; None: all. BLIP-2 keeps 39 of 40
     class_token: bool = field(
@@ -305,11 +306,21 @@ class VisionEncoderOptions:
     norm: bool | None = field(default=None, metadata=_OPENCLIP)  # apply the last norm; None: to the last layer only
 
     def __post_init__(self) -> None:
-        if not -_MOST["depth"] <= self.layer < 0:
-            raise CompositionError(
-                f"layer counts from the end: -1 is the last, and -{_MOST['depth']:,} the least; got {show(self.layer)}."
-            )
+        if isinstance(self.layer, list):
+            object.__setattr__(self, "layer", tuple(self.layer))
+        if not 1 <= len(self.layers) <= _MOST_LAYERS_READ:
+            raise CompositionError(f"layer must name 1 to {_MOST_LAYERS_READ} layers, got {len(self.layers)}.")
+        for layer in self.layers:
+            if not -_MOST["depth"] <= layer < 0:
+                raise CompositionError(
+                    f"layer counts from the end: -1 is the last, and -{_MOST['depth']:,} the least; got {show(layer)}."
+                )
         _check_sizes(self, "image_size", *(["depth"] if "depth" in self.openclip_settings else []))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are read, one or several."""
+        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
 
     @property
     def openclip_settings(self) -> dict[str, Any]:

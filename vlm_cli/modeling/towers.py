@@ -16,8 +16,12 @@ from vlm_cli.modeling.encoders.structure import infer_grid
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.registry import encoder_type
 
-__all__ = ["build_tower", "find_grid", "find_image_size", "find_tower_shape", "measure_features", "patch_features"]
-__all__ += ["set_image_size", "truncate_layers"]
+__all__ = ["Layers", "build_tower", "find_grid", "find_image_size", "find_tower_shape", "measure_features"]
+__all__ += ["patch_features", "set_image_size", "truncate_layers"]
+
+
+#: A layer, counted from the end, or several.
+Layers = int | tuple[int, ...]
 
 
 def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
@@ -119,14 +123,15 @@ def set_image_size(tower: Any) -> nn.Module:
 
 
 def patch_features(
-    tower: Any, pixels: Tensor, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+    tower: Any, pixels: Tensor, layer: Layers = -1, *, class_token: bool = False, norm: bool | None = None
 ) -> Tensor:
     """Return the features of each patch, without register tokens, before pooling and projection.
 
     Args:
         tower: an OpenCLIP VisionTransformer, ModifiedResNet or TimmModel, or a module with a method `patch_features`.
         pixels: float[N, C, H, W], normalised as the tower expects.
-        layer: counted from the end: -1 is the last layer, -2 the layer before it.
+        layer: counted from the end: -1 is the last layer, -2 the layer before it. Of several, the channels are
+            concatenated in the given order.
         class_token: put the class token before the patches.
         norm: apply the tower's last norm; None applies it to the last layer only.
 
@@ -136,6 +141,8 @@ def patch_features(
     Raises:
         VisionEncoderError: if `class_token` or `norm` is given and the tower has no class token or no such norm.
     """
+    if isinstance(layer, tuple):
+        return _concatenate_layers(tower, pixels, layer, class_token, norm)
     if (own := getattr(tower, "patch_features", None)) is not None:
         if getattr(tower, "has_feature_settings", False):
             return own(pixels, layer, class_token=class_token, norm=norm)
@@ -157,15 +164,43 @@ def patch_features(
         return (features if channels_last else features.permute(0, 2, 3, 1)).flatten(1, 2)
     # In CoCa's towers the last norm has the width of the pooler, so that it does not fit patches.
     applies = layer == -1 and getattr(tower, "attn_pool", None) is None if norm is None else norm
+    return _read_layers(tower, pixels, -layer, class_token, norm=applies)[0]
+
+
+def _read_layers(
+    tower: Any, pixels: Tensor, indices: int | list[int], class_token: bool, *, norm: bool
+) -> list[Tensor]:
+    """Return float[N, v, d] of each of OpenCLIP's or timm's layers in `indices`, which may count the last ones."""
     found = tower.forward_intermediates(
         pixels,
-        indices=-layer,
-        normalize_intermediates=applies,
+        indices=indices,
+        normalize_intermediates=norm,
         intermediates_only=True,
         output_extra_tokens=class_token,
     )
-    patches = found["image_intermediates"][0].flatten(2).transpose(1, 2)
-    return torch.cat([found["image_intermediates_prefix"][0][:, :1], patches], dim=1) if class_token else patches
+    features = [x.flatten(2).transpose(1, 2) for x in found["image_intermediates"]]
+    if class_token:
+        prefixes = found["image_intermediates_prefix"]
+        return [torch.cat([prefix[:, :1], x], dim=1) for prefix, x in zip(prefixes, features, strict=True)]
+    return features
+
+
+def _concatenate_layers(
+    tower: Any, pixels: Tensor, layers: tuple[int, ...], class_token: bool, norm: bool | None
+) -> Tensor:
+    """Return float[N, v, k·d], the features of k layers. The tower runs once for those that pass no last norm."""
+    found: dict[int, Tensor] = {}
+    plain = sorted({x for x in layers if x != -1} if norm is None else set(layers) if not norm else set())
+    if hasattr(tower, "plain_layers"):
+        found = tower.plain_layers(pixels, plain, class_token=class_token)
+    elif len(plain) > 1 and _stack(tower) is not None and not (class_token and not _has_class_token(tower)):
+        found = dict(zip(plain, _read_layers(tower, pixels, plain, class_token, norm=False), strict=True))
+    for x in sorted(set(layers) - found.keys()):
+        found[x] = patch_features(tower, pixels, x, class_token=class_token, norm=norm)
+    if len({x.shape[1] for x in found.values()}) > 1:
+        sizes = ", ".join(f"{layer}: {x.shape[1]}" for layer, x in found.items())
+        raise VisionEncoderError(f"the layers have different numbers of patches ({sizes}), so they do not concatenate.")
+    return torch.cat([found[layer] for layer in layers], dim=-1)
 
 
 def find_image_size(tower: nn.Module) -> tuple[int, int]:
@@ -198,7 +233,7 @@ _OPENCLIP_SIZES = {"image_size": 224, "patch_size": 16}
 
 
 def find_tower_shape(
-    vision_config: Mapping[str, Any], layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+    vision_config: Mapping[str, Any], layer: Layers = -1, *, class_token: bool = False, norm: bool | None = None
 ) -> tuple[int, int]:
     """Return (v patches, d channels) of a tower's features for one image, without allocating weights.
 
@@ -216,7 +251,7 @@ def find_tower_shape(
 
 
 def measure_features(
-    tower: nn.Module, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+    tower: nn.Module, layer: Layers = -1, *, class_token: bool = False, norm: bool | None = None
 ) -> tuple[int, int]:
     """Return (v patches, d channels) of the features of a tower on the meta device; the tower loses layers.
 
@@ -228,8 +263,9 @@ def measure_features(
         ValueError: if the tower's features are not float[1, v, d].
         VisionEncoderError: as in `patch_features`.
     """
-    if (stack := _stack(tower)) is not None and -layer <= len(layers := getattr(*stack)) and _are_alike(layers):
-        setattr(*stack, layers[:-layer])
+    least = -min(layer) if isinstance(layer, tuple) else -layer
+    if (stack := _stack(tower)) is not None and least <= len(layers := getattr(*stack)) and _are_alike(layers):
+        setattr(*stack, layers[:least])
     with meta_device(), torch.no_grad():
         pixels = torch.empty(1, 3, *find_image_size(tower))
         features = patch_features(tower, pixels, layer, class_token=class_token, norm=norm)

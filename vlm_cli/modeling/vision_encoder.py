@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.modeling.towers import find_image_size, patch_features
+from vlm_cli.modeling.towers import Layers, find_image_size, patch_features
 
 __all__ = ["VisionEncoder"]
 
@@ -20,13 +20,13 @@ class VisionEncoder(nn.Module):
 
     Args:
         visual: the tower, from `build_tower`; its tensors keep their names, after `visual.`.
-        layer: whose patches to return, counted from the end.
+        layer: whose patches to return, counted from the end; of several layers, the channels are concatenated.
         class_token: put the class token before the patches.
         norm: apply the tower's last norm; None applies it to the last layer only.
     """
 
     def __init__(
-        self, visual: nn.Module, layer: int = -1, *, class_token: bool = False, norm: bool | None = None
+        self, visual: nn.Module, layer: Layers = -1, *, class_token: bool = False, norm: bool | None = None
     ) -> None:
         super().__init__()
         self.visual = visual

@@ -41,7 +41,7 @@ class VisionEncoderDescription:
     name: str
     pretrained: str | None
     class_name: str
-    layer: int
+    layer: int | tuple[int, ...]
     settings: dict[str, Any]
     preprocessing: dict[str, Any]
 
@@ -50,7 +50,7 @@ class VisionEncoderDescription:
             "name": self.name,
             "pretrained": self.pretrained,
             "class": self.class_name,
-            "layer": self.layer,
+            "layer": [*self.layer] if isinstance(self.layer, tuple) else self.layer,
             **self.settings,
             "preprocessing": self.preprocessing,
         }

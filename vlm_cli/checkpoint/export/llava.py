@@ -129,7 +129,7 @@ def _vision_problems(config: VLMConfig) -> list[str]:
 def _is_normed(config: VLMConfig) -> bool:
     options = config.composition.vision_encoder
     norm = getattr(options, "norm", None)
-    return options.layer == -1 if norm is None else norm
+    return -1 in options.layers if norm is None else norm
 
 
 def export_llava(model: VLM, processor: VLMProcessor, out: Path, *, max_shard_size: str = "5GB") -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _config(model: VLM) -> Any:
         image_seq_length=model.num_positions(),
         projector_hidden_act="gelu",
         multimodal_projector_bias=model.vision_tokenizer.proj[0].bias is not None,
-        vision_feature_layer=options.layer,
+        vision_feature_layer=[*options.layers] if isinstance(options.layer, tuple) else options.layer,
         vision_feature_select_strategy="full" if getattr(options, "class_token", False) else "default",
         tie_word_embeddings=False,
         pad_token_id=ours.pad_token_id,

@@ -85,11 +85,11 @@ def find_openclip_tower(options: VisionEncoderOptions) -> Tower:
     else:
         guess = suggest(name, [*openclip_files(), *VISION_ENCODERS])
         if not guess and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            guess = f" If it is a repository of OpenCLIP on the hub, write 'hf-hub:{name}'."
+            guess = f" If it is a repository on the hub, write 'hf:{name}', or 'hf-hub:{name}' for one of OpenCLIP."
         raise UnknownNameError(
-            f"unknown vision encoder {name!r}.{guess} Give a name of OpenCLIP, hf-hub:ORG/NAME, local-dir:FOLDER, or "
-            "an OpenCLIP JSON file; or install the package that brings it. Run `vlm list vision-encoders` to see the "
-            "names."
+            f"unknown vision encoder {name!r}.{guess} Give a name of OpenCLIP, hf:ORG/NAME, hf-hub:ORG/NAME, "
+            "local-dir:FOLDER, or an OpenCLIP JSON file; or install the package that brings it. Run `vlm list "
+            "vision-encoders` to see the names."
         )
     model = data.get("model_cfg", data)
     if not isinstance(model, dict) or "embed_dim" not in model or not isinstance(model.get("vision_cfg"), dict):

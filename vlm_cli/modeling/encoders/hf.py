@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,36 @@ class _ReadsPatches:
             features = model.get_submodule(found.norm)(features) if applies else features
         return _take_patches(features, found, class_token)
 
-    def _layer_output(self, pixels: Tensor, layer: int) -> Tensor:
-        """Return what a layer gives; the layers after it do not run."""
+    def plain_layers(self, pixels: Tensor, layers: list[int], *, class_token: bool) -> dict[int, Tensor]:
+        """Return float[N, v, d] of several layers, without the last norm; the model runs once."""
+        if class_token and not self.structure.has_class_token:
+            raise VisionEncoderError("the vision encoder has no class token; leave out class_token.")
+        outputs: dict[int, Tensor] = {}
+        if len(layers) > 1:
+            with self._keeping(layers[:-1], outputs):
+                outputs[layers[-1]] = self._layer_output(pixels, layers[-1])
+        return {layer: _take_patches(x, self.structure, class_token) for layer, x in outputs.items()}
+
+    @contextmanager
+    def _keeping(self, layers: list[int], outputs: dict[int, Tensor]) -> Iterator[None]:
+        """Put what layers give into `outputs`, by layer."""
+
+        def keep(layer: int) -> Callable[..., None]:
+            return lambda _, args, output: outputs.__setitem__(layer, first_tensor(output))
+
+        handles = [self._find_layer(layer).register_forward_hook(keep(layer)) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _find_layer(self, layer: int) -> nn.Module:
+        """Return a layer, counted from the end.
+
+        Raises:
+            VisionEncoderError: if the layers cannot be told apart, or there are too few.
+        """
         found, model = self.structure, self
         assert isinstance(model, nn.Module)
         if found.layers is None:
@@ -87,9 +116,14 @@ class _ReadsPatches:
                 f"the vision encoder has {found.depth} layers, so layer is at least {-found.depth}."
             )
         layers: Any = model.get_submodule(found.layers)
+        chosen: nn.Module = layers[layer]
+        return chosen
+
+    def _layer_output(self, pixels: Tensor, layer: int) -> Tensor:
+        """Return what a layer gives; the layers after it do not run."""
         try:
-            with stop_at(layers[layer]):
-                _run(model, pixels)
+            with stop_at(self._find_layer(layer)):
+                _run(self, pixels)
         except Stop as stop:
             return stop.value
         raise AssertionError("the layer did not run")
