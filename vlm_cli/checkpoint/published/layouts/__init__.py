@@ -4,6 +4,7 @@ from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.blip2 import HuggingFaceBLIP2, LavisBLIP2
 from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
+from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
 from vlm_cli.checkpoint.published.layouts.llava_next import HuggingFaceLLaVANeXT, HuggingFaceLLaVAOneVision
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
@@ -20,6 +21,8 @@ LAYOUTS: tuple[Layout, ...] = (
     OriginalLLaVA(),
     HuggingFaceBLIP2(),
     HuggingFaceIDEFICS(),
+    HuggingFaceIdefics3(),
+    HuggingFaceSmolVLM(),
     LavisBLIP2(),
     FlamingoMini(),
     NanoVLM(),

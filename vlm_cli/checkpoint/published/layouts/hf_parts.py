@@ -27,7 +27,6 @@ __all__ = ["MODEL", "HFParts", "make_language_model_rules", "read_parts"]
 #: What stands before the name of a part.
 MODEL = r"(?:model\.)?"
 
-_EMBEDDING = rf"{MODEL}language_model\.(?:model\.)?embed_tokens\.weight"
 _HEAD = r"(?:language_model\.)?lm_head\.weight"
 #: Settings that say where a configuration comes from, and nothing of the model.
 _NO_SETTINGS = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
@@ -112,12 +111,16 @@ def _side(name: str, size: Any) -> int:
     return int(sides.pop())
 
 
-def make_language_model_rules(checkpoint: PublishedCheckpoint, config: VLMConfig) -> list[Rule]:
-    """Make the rules for a language model under `language_model`, whose tables have a row for each added token."""
+def make_language_model_rules(
+    checkpoint: PublishedCheckpoint, config: VLMConfig, *, under: str = "language_model"
+) -> list[Rule]:
+    """Make the rules for a language model under this name, whose tables have a row for each added token."""
+    prefix = rf"{MODEL}{under}\.(?:model\.)?"
+    embedding = rf"{prefix}embed_tokens\.weight"
     added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
-    filled = tables_filled(checkpoint, config, embedding=_EMBEDDING, head=_HEAD)
+    filled = tables_filled(checkpoint, config, embedding=embedding, head=_HEAD)
     return [
-        (_EMBEDDING, lambda _: table_targets("lang_model.model.embed_tokens.weight", filled["embedding"], added=added)),
+        (embedding, lambda _: table_targets("lang_model.model.embed_tokens.weight", filled["embedding"], added=added)),
         (_HEAD, lambda _: table_targets("lang_model.lm_head.weight", filled["head"], added=added)),
-        (rf"{MODEL}language_model\.(?:model\.)?(layers\..*|norm\..*)", r"lang_model.model.\1"),
+        (rf"{prefix}(layers\..*|norm\..*)", r"lang_model.model.\1"),
     ]
