@@ -27,7 +27,8 @@ from vlm_cli.composition import MEDIA_TOKEN, UNTILED, Choice, limit_tiles, read_
 from vlm_cli.decoding import HALF, decode
 from vlm_cli.errors import CompositionError, PromptError
 from vlm_cli.manifest import recording
-from vlm_cli.modeling.batching import pad_left, stack_media
+from vlm_cli.media import LoadedClip, LoadedImage
+from vlm_cli.modeling.batching import MediumPixels, pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.preprocessing import Placement, Preprocessing
@@ -160,6 +161,18 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         if not self.cuts:
             return self.transform(image)[None]
         return self.preprocessing.cut_into_views(image, self.plan(width or image.width, height or image.height))
+
+    def read(self, medium: LoadedImage | LoadedClip) -> MediumPixels:
+        """Turn a picture or a clip into its views. The frames of a clip are one view each.
+
+        Raises:
+            MediaError: if a picture is too thin to be cut.
+        """
+        if isinstance(medium, LoadedClip):
+            views = torch.stack([self.transform(frame) for frame in medium.frames])
+            return MediumPixels(views, MediumSize(len(views)))
+        size = self.measure(medium.width, medium.height)
+        return MediumPixels(self.cut(medium.image, medium.width, medium.height), size)
 
     def transform(self, image: Image) -> Tensor:
         """Turn one frame into float[C, H, W]."""

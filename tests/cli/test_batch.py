@@ -25,11 +25,13 @@ from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.generation import answers
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
+from vlm_cli.generation.encoded_image import ImageSlot
 from vlm_cli.generation.images import ImageCache, Pixels, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of
 from vlm_cli.media import MediaLoader
 from vlm_cli.models import DEMO
 from vlm_cli.prompt import Medium
+from vlm_cli.tiling import MediumSize
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -256,7 +258,7 @@ def test_worker_processes_give_the_same_and_hold_no_model(answer, open_gates):
     wanted = answer(PROMPTS, out="alone.jsonl")[1]
     assert answer(PROMPTS, workers=2)[1] == wanted
     model, processor = directory.load(str(open_gates), dtype="auto", device="cpu", trust_remote_code=False)
-    held = pickle.dumps(Preprocessor(processor.image_processor.transform, MediaLoader()))
+    held = pickle.dumps(Preprocessor(processor.image_processor, MediaLoader()))
     assert len(held) < 10_000 < len(pickle.dumps(model.vision_encoder.state_dict()))
 
 
@@ -266,8 +268,10 @@ def test_a_gallery_is_bounded_and_knows_equal_pixels():
     a, b = cache.find(first)[0], cache.find(second)[0]
     pixels = torch.rand(1, 3, 4, 4).numpy()
     for slot in (a, b):
-        cache.fill(slot, Pixels(pixels.copy()))
+        cache.fill(slot, Pixels(pixels.copy(), MediumSize()))
     assert a.image is b.image
+    cache.fill(other := ImageSlot(), Pixels(pixels.copy(), MediumSize(1, 1, 1, 30, 40)))
+    assert other.image is not a.image  # equal tiles of a picture with other bars
     assert cache.find(first) == (a, False)
     cache.find(third)
     assert cache.find(second)[1] and not cache.find(third)[1]  # the second was used longest ago

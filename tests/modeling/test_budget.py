@@ -87,7 +87,7 @@ def test_a_tokenizer_that_numbers_frames_takes_so_many():
 
 
 def test_evaluation_checks_lengths_on_mpt():
-    processor = SimpleNamespace(encode=lambda parts, **options: list(range(100)))
+    processor = SimpleNamespace(encode=lambda parts, **options: list(range(100)), image_processor=None)
     records = SimpleNamespace(path="a.jsonl", problems=[], good=[None], loader=MediaLoader)
     item = Item(line=1, id="a", kind=None, prompt=(Text("What?"),), expected="A cat.")
     model = tiny.build(language_model="mpt")

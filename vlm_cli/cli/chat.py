@@ -206,7 +206,7 @@ class ChatSession:
         with ends_answer as is_interrupted:
             found = self.chat.answer(
                 turn.words.parts,
-                [image.frames for image in turn.images],
+                turn.images,
                 streamer=streamer,
                 notify=console.note,
                 is_interrupted=is_interrupted,

@@ -216,7 +216,7 @@ def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
     return generate_once(
         plan,
         job.words.parts,
-        [image.frames for image in job.images],
+        job.images,
         seed=sampling.seed,
         compile=job.compile,
         streamer=TextStream(plan.decode, console.write_answer, plan.stops) if job.streams else None,

@@ -47,7 +47,8 @@ def inspect(
             "--image",
             "-i",
             metavar="NAME",
-            help="Show NAME for the next bare <image> of --prompt. No file is opened. Repeatable.",
+            help="Show NAME for the next bare <image> of --prompt. A file is opened only if the model cuts images into "
+            "tiles: its header tells how many. Repeatable.",
         ),
     ] = None,
     video: Annotated[
@@ -140,6 +141,10 @@ def _content(span: Span) -> str:
 
     if span.kind == "text":
         return repr(span.content)[1:-1]
+    if span.tiles is not None:
+        rows, columns = span.tiles
+        size = f"{rows} x {columns} tiles, {count_of(span.vision_tokens or 0, 'vision token')}"
+        return f"<image:{short_name(span.content)}> ({size})"
     if span.frames is None:
         return f"<image:{short_name(span.content)}>"
     return f"<video:{short_name(span.content)}> ({count_of(span.frames, 'frame')})"
@@ -150,12 +155,18 @@ def _print(report: ModelDescription, exact: bool) -> None:
     for title, rows in (
         ("Parts", _part_rows(report, short=console.shortens_numbers(exact))),
         ("Shapes", [[name, f"({', '.join(map(str, shape))})"] for name, shape in report.shapes.items()]),
-        ("Tokens", [*_token_rows(report.tokens), ["positions per image", str(report.positions_per_image), ""]]),
+        ("Tokens", [*_token_rows(report.tokens), ["positions per image", _positions(report), ""]]),
         ("Preprocessing", [[k, str(v)] for k, v in report.vision_encoder.preprocessing.items()]),
         ("Gates (tanh; 0 is closed)", [[k, f"{v:+.4f}", _bar(v)] for k, v in report.gates.items()]),
     ):
         if rows:
             console.print_section(title, rows)
+
+
+def _positions(report: ModelDescription) -> str:
+    """Write the positions of one image: a number, or the least and the most."""
+    least, most = report.positions_per_image, report.most_positions_per_image
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _bar(value: float, width: int = 10) -> str:

@@ -23,7 +23,7 @@ from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
-from vlm_cli.modeling.batching import pad_left, stack_media
+from vlm_cli.modeling.batching import MediumPixels, pad_left, stack_grids, stack_media, stack_pixels
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.printable import count_of
@@ -118,7 +118,7 @@ class RowAnswerer:
             loader: finds images.
             workers: processes that decode images ahead of the model; 0 decodes in this process.
         """
-        preprocessor = Preprocessor(self.plan.processor.image_processor.transform, loader)
+        preprocessor = Preprocessor(self.plan.processor.image_processor, loader)
         waiting: deque[AnyRow] = deque()
         with closing(
             with_images(rows, ImageCache(self.max_images), preprocessor, workers, self.picture_notes)
@@ -231,20 +231,22 @@ class RowAnswerer:
             return {}
         if not self.encodes_apart:
             self.counts.encoded += len(distinct)
-            pixels, mask = stack_media([[x.pixels for x in row if x.pixels is not None] for row in images])
-            return {"pixel_values": pixels, "vision_mask": mask}
+            pixels = [[MediumPixels(x.pixels, x.size) for x in row if x.pixels is not None] for row in images]
+            return stack_pixels(pixels)
         self._encode([image for image in distinct if image.tokens is None])
         tokens, mask = stack_media(
             [[image.tokens for image in row if image.tokens is not None] for row in images],
             [[image.mask for image in row if image.mask is not None] for row in images],
         )
-        return {"vision_tokens": tokens, "media_mask": mask}
+        grid = stack_grids([[image.size for image in row] for row in images])
+        return {"vision_tokens": tokens, "media_mask": mask, **grid}
 
     def _encode(self, images: Sequence[EncodedImage]) -> None:
         """Replace the pixels of images by vision tokens, which wait in the memory of the CPU."""
         for some in _of_one_length(images):
             pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None]  # [k, 1, F, C, H, W]
-            tokens, mask = self.model.encode_vision(pixels.to(self.model.device))
+            grids = stack_grids([[x.size] for x in some])
+            tokens, mask = self.model.encode_vision(pixels.to(self.model.device), **grids)
             for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
                 image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
             self.counts.encoded += len(some)
@@ -266,5 +268,4 @@ def _of_one_length(images: Sequence[EncodedImage]) -> Iterator[list[EncodedImage
 
 def count_token_bytes(model: VLM, size: MediumSize) -> int:
     """Return the bytes of the vision tokens of one medium."""
-    tokenizer = model.vision_tokenizer
-    return tokenizer.num_tokens(size.num_frames) * tokenizer.dim_out * model.dtype.itemsize
+    return model.num_vision_tokens(size) * model.vision_tokenizer.dim_out * model.dtype.itemsize

@@ -17,15 +17,16 @@ from transformers import StoppingCriteria
 
 from vlm_cli.errors import ContextError
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
-from vlm_cli.modeling.batching import stack_media
+from vlm_cli.modeling.batching import MediumPixels, stack_grids, stack_media, stack_pixels
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.tiling import MediumSize
 from vlm_cli.writing.conversation import ChatFormat, Conversation
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers.generation.streamers import BaseStreamer
+
+    from vlm_cli.media import LoadedClip, LoadedImage
 
 __all__ = ["Chat", "ChatAnswer"]
 
@@ -35,12 +36,14 @@ class EncodedMedia:
     """All images and clips of a conversation.
 
     Attributes:
-        pixels: float[F, C, H, W] of each; empty if they are not needed again.
+        sizes: of each.
+        pixels: of each; empty if they are not needed again.
         tokens: float[1, T_img, n, d], the vision tokens; None without media.
         mask: bool[1, T_img, n], which of them are valid.
     """
 
-    pixels: tuple[Tensor, ...] = ()
+    sizes: tuple[MediumSize, ...] = ()
+    pixels: tuple[MediumPixels, ...] = ()
     tokens: Tensor | None = None
     mask: Tensor | None = None
 
@@ -86,7 +89,6 @@ class Chat:
         self.plan, self.model = plan, plan.model
         self.conversation = Conversation(ChatFormat(plan.processor, parse_special_tokens=parse_special_tokens))
         self.media = EncodedMedia()
-        self.sizes: tuple[MediumSize, ...] = ()
         self.cache = PromptCache()
         self.turns = 0
 
@@ -94,7 +96,7 @@ class Chat:
     def answer(
         self,
         parts: Sequence[Text | Medium],
-        media: Sequence[Sequence[Image]],
+        media: Sequence[LoadedImage | LoadedClip],
         *,
         streamer: BaseStreamer | None = None,
         notify: Callable[[str], None] = ignore_message,
@@ -104,7 +106,7 @@ class Chat:
 
         Args:
             parts: of the turn, in reading order.
-            media: the frames of each medium among them; an image is one frame.
+            media: the images and clips among them.
             streamer: receives tokens as the model writes them.
             notify: receives what the user should know.
             is_interrupted: is called after each token; true ends the answer.
@@ -115,10 +117,11 @@ class Chat:
         """
         started = time.monotonic()
         asked = self.conversation.ask(parts)
-        sizes = (*self.sizes, *(MediumSize(len(frames)) for frames in media))
+        pixels = [self.plan.processor.image_processor.read(medium) for medium in media]
+        sizes = (*self.media.sizes, *(medium.size for medium in pixels))
         positions = self._positions(asked, sizes)
-        room = self.plan.room(positions, notify)
-        shown = self._encode(media)
+        room = self.plan.room(positions, notify, sizes)
+        shown = self._encode(pixels, sizes)
         ids = torch.tensor([asked.ids], device=self.model.device)
         criteria = self.plan.stopping_criteria()
         criteria.append(_Interruption(is_interrupted))
@@ -127,6 +130,7 @@ class Chat:
             attention_mask=torch.ones_like(ids),
             vision_tokens=shown.tokens,
             media_mask=shown.mask,
+            vision_grid=stack_grids([sizes]).get("vision_grid"),
             prompt_cache=self.cache,
             streamer=streamer,
             stopping_criteria=criteria,
@@ -136,7 +140,7 @@ class Chat:
         answer = self.plan.read(asked.ids, new, room)
         said = new[: answer.new_tokens - (answer.finish_reason == "stop_token")]
         self.conversation = asked.answer(said, answer.text, partial(self.plan.decode, asked.ids))
-        self.media, self.sizes = shown, sizes
+        self.media = shown
         self.turns += 1
         return ChatAnswer(self.turns, answer, positions, self.cache.reused, time.monotonic() - started)
 
@@ -155,30 +159,32 @@ class Chat:
             raise ContextError(
                 f"the conversation takes {positions} positions with this turn, but the language model has "
                 f"{budget.context}. Start another one, or use fewer images; `vlm inspect --prompt` shows what each "
-                "costs."
+                f"costs.{budget.tiles_hint(positions, sizes)}"
             )
         return positions
 
-    def _encode(self, media: Sequence[Sequence[Image]]) -> EncodedMedia:
+    def _encode(self, media: Sequence[MediumPixels], sizes: tuple[MediumSize, ...]) -> EncodedMedia:
         """Return all images and clips so far, with those of this turn.
 
         Only new ones pass the vision encoder, if a medium does not change the vision tokens of others.
+
+        Args:
+            media: of this turn.
+            sizes: of all.
         """
         if not media:
             return self.media
-        transform = self.plan.processor.image_processor.transform
-        pixels = [torch.stack([transform(frame) for frame in frames]) for frames in media]
         encodes_apart = self.model.encodes_media_independently
         if not encodes_apart:
-            pixels = [*self.media.pixels, *pixels]
-        stacked, frame_mask = stack_media([pixels])  # [1, T_img, F, C, H, W]
-        tokens, mask = self.model.encode_vision(stacked.to(self.model.device), frame_mask.to(self.model.device))
+            media = [*self.media.pixels, *media]
+        given = {name: x.to(self.model.device) for name, x in stack_pixels([media]).items()}
+        tokens, mask = self.model.encode_vision(given.pop("pixel_values"), **given)
         if not encodes_apart:
-            return EncodedMedia(tuple(pixels), tokens, mask)
+            return EncodedMedia(sizes, tuple(media), tokens, mask)
         if self.media.tokens is not None and self.media.mask is not None:
             # A clip has more tokens than an image: the shorter ones are padded.
             tokens, mask = stack_media([[*self.media.tokens[0], *tokens[0]]], [[*self.media.mask[0], *mask[0]]])
-        return EncodedMedia((), tokens, mask)
+        return EncodedMedia(sizes, (), tokens, mask)
 
 
 class _Interruption(StoppingCriteria):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlm_cli.errors import MediaError
+from vlm_cli.tiling import MediumSize
 
 __all__ = ["EncodedImage", "ImageSlot"]
 
@@ -20,11 +21,13 @@ class EncodedImage:
 
     Attributes:
         pixels: float[F, C, H, W], preprocessed; None once `tokens` are known.
+        size: of the medium.
         tokens: float[n, d], the vision tokens.
         mask: bool[n], which of them are valid.
     """
 
     pixels: Tensor | None
+    size: MediumSize
     tokens: Tensor | None = None
     mask: Tensor | None = None
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_cli.errors import MediaError, PromptError, first_line
@@ -30,9 +29,10 @@ from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.media.sources import quote_source
 from vlm_cli.prompt import Medium
+from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from vlm_cli.processor import OpenCLIPImageProcessor
 
 __all__ = ["ImageCache", "Preprocessor", "with_images"]
 
@@ -72,10 +72,12 @@ class ImageCache:
         if isinstance(found, MediaError):
             slot.error = found
             return
-        digest = hashlib.sha256(found.values.data).digest()  # of as many bytes as the medium has frames
+        content = hashlib.sha256(found.values.data)  # of as many bytes as the medium has views
+        content.update(repr(found.size).encode())  # equal tiles may belong to pictures with other bars
+        digest = content.digest()
         image = self._images.get(digest)
         if image is None:
-            image = self._images[digest] = EncodedImage(torch.from_numpy(found.values))
+            image = self._images[digest] = EncodedImage(torch.from_numpy(found.values), found.size)
         slot.image = image
 
 
@@ -85,10 +87,12 @@ class Pixels:
 
     Attributes:
         values: float[F, C, H, W].
+        size: of the medium.
         notes: what became of it when it was decoded.
     """
 
     values: np.ndarray
+    size: MediumSize
     notes: tuple[str, ...] = ()
 
 
@@ -97,11 +101,11 @@ class Preprocessor(Dataset[list[Pixels | MediaError]]):
     """Turns sources into pixels. Worker processes hold a copy of it, and no model.
 
     Args:
-        transform: turns a frame into float[C, H, W], as the vision encoder wants it.
+        images: turns images and clips into pixels, as the vision encoder wants them.
         loader: finds images and clips.
     """
 
-    transform: Callable[[Image], Tensor]
+    images: OpenCLIPImageProcessor
     loader: MediaLoader
 
     def __getitem__(self, media: Sequence[Medium]) -> list[Pixels | MediaError]:
@@ -115,7 +119,8 @@ class Preprocessor(Dataset[list[Pixels | MediaError]]):
     def _load(self, medium: Medium) -> Pixels | MediaError:
         try:
             loaded = self.loader.load_medium(medium.source, medium.kind)
-            return Pixels(np.stack([self.transform(frame).numpy() for frame in loaded.frames]), loaded.notes)
+            found = self.images.read(loaded)
+            return Pixels(np.ascontiguousarray(found.views.numpy()), found.size, loaded.notes)
         except (MediaError, PromptError) as error:
             # A new error, because this one holds the frames that decoded the image.
             return MediaError(str(error), public=error.public)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
+    from vlm_cli.tiling import MediumSize
 
 __all__ = ["Answer", "GenerationPlan", "ignore_message"]
 
@@ -77,17 +78,20 @@ class GenerationPlan:
         self.budget = ContextBudget.of(model)
         self._stop_ids = set(stop_token_ids(model.generation_config))
 
-    def room(self, positions: int, notify: Callable[[str], None] = ignore_message) -> int:
+    def room(
+        self, positions: int, notify: Callable[[str], None] = ignore_message, media: Sequence[MediumSize] = ()
+    ) -> int:
         """Return how many new tokens a prompt of so many positions may get: fewer where the context ends sooner.
 
         Args:
             positions: of the prompt, as `budget` counts them.
             notify: receives a note if the context allows fewer than `max_new_tokens`.
+            media: the size of each medium of the prompt, for the message.
 
         Raises:
             PromptError: if the prompt alone is too long.
         """
-        room = self.budget.room(positions, self.max_new_tokens)
+        room = self.budget.room(positions, self.max_new_tokens, media)
         if room < self.max_new_tokens:
             notify(
                 f"Note: the context of {self.budget.context} positions leaves room for {count_of(room, 'new token')}."

@@ -70,7 +70,7 @@ class Row:
         """
         self.ids = plan.writer.encode(parts)
         self.sources = [part for part in parts if isinstance(part, Medium)]
-        self.media = measure_media(parts, loader)
+        self.media = measure_media(parts, loader, plan.processor.image_processor)
 
     def reserve(self, plan: GenerationPlan) -> None:
         """Count the positions of the prompt, and the new tokens that fit after it.
@@ -80,7 +80,7 @@ class Row:
         """
         plan.budget.check_media(self.media)
         self.positions = plan.budget.positions(len(self.ids), self.media)
-        self.room = plan.room(self.positions)
+        self.room = plan.room(self.positions, media=self.media)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -11,13 +11,13 @@ import torch
 from transformers import BatchFeature
 
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
-from vlm_cli.modeling.batching import pad_left
+from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers.generation.streamers import BaseStreamer
+
+    from vlm_cli.media import LoadedClip, LoadedImage
 
 __all__ = ["Generation", "generate_once"]
 
@@ -49,7 +49,7 @@ class Generation:
 def generate_once(
     plan: GenerationPlan,
     parts: Sequence[Text | Medium],
-    media: Sequence[Sequence[Image]],
+    media: Sequence[LoadedImage | LoadedClip],
     *,
     seed: int | None = None,
     compile: bool = False,
@@ -61,7 +61,7 @@ def generate_once(
     Args:
         plan: how the model answers.
         parts: the prompt, in reading order.
-        media: the frames of each medium of the prompt; an image is one frame.
+        media: the images and clips of the prompt.
         seed: of the random numbers; None leaves them as they are.
         compile: compile first what the model was prepared for; see `modeling.acceleration`.
         streamer: receives tokens as the model writes them.
@@ -70,16 +70,17 @@ def generate_once(
     Raises:
         PromptError: if the prompt alone has too many positions or images for the model.
     """
-    sizes = [MediumSize(len(frames)) for frames in media]
+    pixels = [plan.processor.image_processor.read(medium) for medium in media]
+    sizes = [medium.size for medium in pixels]
     plan.budget.check_media(sizes)
     ids, mask = pad_left([plan.writer.encode(parts)], 0)
     inputs = BatchFeature({"input_ids": ids, "attention_mask": mask})
     if media:
-        inputs.update(plan.processor.image_processor.preprocess([media]))
+        inputs.update(stack_pixels([pixels]))
     inputs = inputs.to(plan.model.device)
     num_tokens = ids.shape[1]
     positions = plan.budget.positions(num_tokens, sizes)
-    room = plan.room(positions, notify)
+    room = plan.room(positions, notify, sizes)
     keywords = plan.keywords | {"max_new_tokens": room}
     compile_seconds = 0.0
     if compile:

@@ -1,16 +1,19 @@
 """Rows of different lengths as one tensor and its mask: tokens padded at the left, media padded at the end.
 
-B rows, T_txt tokens, T_img media, n frames or vision tokens of a medium.
+B rows, T_txt tokens, T_img media, F views of a medium, n views or vision tokens of a medium, C H W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["pad_left", "stack_media"]
+from vlm_cli.tiling import MediumSize
+
+__all__ = ["MediumPixels", "pad_left", "stack_grids", "stack_media", "stack_pixels"]
 
 
 def pad_left(rows: Sequence[Sequence[int] | Tensor], pad: int) -> tuple[Tensor, Tensor]:
@@ -68,3 +71,35 @@ def stack_media(
             stacked[b, t, : len(medium)] = medium
             mask[b, t, : len(medium)] = True if masks is None else masks[b][t]
     return stacked, mask
+
+
+@dataclass(frozen=True)
+class MediumPixels:
+    """A preprocessed picture or clip.
+
+    Attributes:
+        views: float[F, C, H, W], the frames of a clip or the tiles of a picture.
+        size: of the medium; it tells how the tiles lie in the picture.
+    """
+
+    views: Tensor
+    size: MediumSize
+
+
+def stack_pixels(rows: Sequence[Sequence[MediumPixels]]) -> dict[str, Tensor]:
+    """Stack the media of rows as `VLM.forward` takes them.
+
+    Returns:
+        `pixel_values` float[B, T_img, F, C, H, W], `vision_mask` bool[B, T_img, F], and if a picture has tiles
+        `vision_grid` int[B, T_img, 4].
+    """
+    pixels, mask = stack_media([[medium.views for medium in row] for row in rows])
+    return {"pixel_values": pixels, "vision_mask": mask, **stack_grids([[x.size for x in row] for row in rows])}
+
+
+def stack_grids(rows: Sequence[Sequence[MediumSize]]) -> dict[str, Tensor]:
+    """Return `vision_grid`, int[B, T_img, 4] with zeros at padding, of media of these sizes; {} if none has tiles."""
+    if not any(size.rows for row in rows for size in row):
+        return {}
+    grids, _ = stack_media([[torch.tensor([size.grid]) for size in row] for row in rows])
+    return {"vision_grid": grids[:, :, 0]}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vlm_cli.errors import PromptError
 from vlm_cli.modeling.language_model import context_length
 from vlm_cli.printable import count_of
+from vlm_cli.tiling.texts import list_shapes
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
@@ -68,8 +69,13 @@ class ContextBudget:
         """Count the positions after a prompt of so many; negative if the prompt is too long, None without a limit."""
         return None if self.context is None else self.context - positions
 
-    def room(self, positions: int, wanted: int) -> int:
+    def room(self, positions: int, wanted: int, media: Sequence[MediumSize] = ()) -> int:
         """Return how many of `wanted` new tokens fit after a prompt of so many positions.
+
+        Args:
+            positions: of the prompt.
+            wanted: new tokens.
+            media: the size of each medium of the prompt, for the message.
 
         Raises:
             PromptError: if none fits.
@@ -80,7 +86,7 @@ class ContextBudget:
         if left < 1:
             raise PromptError(
                 f"the prompt takes {positions} positions, but the language model has {self.context}. Shorten it, or "
-                "use fewer images; `vlm inspect --prompt` shows what each costs."
+                f"use fewer images; `vlm inspect --prompt` shows what each costs.{self.tiles_hint(positions, media)}"
             )
         return min(left, wanted)
 
@@ -97,6 +103,11 @@ class ContextBudget:
         """Say why the vision tokenizer cannot take so many frames of one medium; None if it can."""
         most = max((size.num_frames for size in media), default=0)
         if self.max_num_frames is not None and most > self.max_num_frames:
+            if any(size.rows and size.num_frames == most for size in media):
+                return (
+                    f"has a picture of {most} views, but the vision tokenizer was made for at most "
+                    f"{self.max_num_frames}. Allow fewer tiles with --max-tiles."
+                )
             return (
                 f"has a medium of {most} frames, but the vision tokenizer was made for at most {self.max_num_frames}. "
                 f"Write <video:FILE?frames={self.max_num_frames}>."
@@ -128,5 +139,29 @@ class ContextBudget:
         of_media = positions - num_tokens + len(media)
         return (
             f"takes {positions} positions ({of_media} of them for {count_of(len(media), 'image')}), but the language "
-            f"model has {self.context}. Shorten it."
+            f"model has {self.context}. Shorten it.{self.tiles_hint(positions, media)}"
+        )
+
+    def tiles_hint(self, positions: int, media: Sequence[MediumSize]) -> str:
+        """Say how many tiles of each picture would fit, after a space; "" if no tiles are to blame, or none fits.
+
+        Args:
+            positions: of the prompt, too many.
+            media: the size of each medium.
+        """
+        count, tiling = self.model.positions_of, self.model.config.composition.tiling
+        tiled = [size for size in media if size.rows]
+        if not tiled or self.context is None:
+            return ""
+        others = positions - sum(count(size) for size in tiled)
+        shapes = list_shapes(tiling, self.model.vision_encoder.image_size[::-1])
+        numbers = sorted({size.rows * size.columns for size in shapes if size.rows})
+        fitting = [
+            most
+            for most in numbers
+            if others + len(tiled) * max(count(size) for size in shapes if size.rows * size.columns <= most)
+            < self.context
+        ]
+        return (
+            f" {count_of(fitting[-1], 'tile')} of each picture would fit: --max-tiles {fitting[-1]}." if fitting else ""
         )

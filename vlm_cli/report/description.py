@@ -12,6 +12,7 @@ from vlm_cli.modeling.language_model import context_length, find_widths
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.report.parameters import ParameterRow, count_parameters
+from vlm_cli.tiling.texts import list_shapes
 
 __all__ = [
     "LanguageModelDescription",
@@ -114,7 +115,8 @@ class ModelDescription:
         vision_tokenizer, fusion: type and options, without rare ones that have their defaults.
         before_layers: decoder layers that have a block of the fusion before them.
         shapes: name -> dimensions, along the data flow.
-        positions_per_image: positions of the language model that one image takes.
+        positions_per_image: positions of the language model that one image takes; the least, if it is cut.
+        most_positions_per_image: the most that one image takes.
         weight_decay, weight_decay_on: the value, and the parts that it applies to.
         gates: gate -> tanh of it; 0 is closed.
         parts: number of parameters of each part.
@@ -132,6 +134,7 @@ class ModelDescription:
     language_model: LanguageModelDescription
     shapes: dict[str, Shape]
     positions_per_image: int
+    most_positions_per_image: int
     tokens: TokenDescription
     trainable: list[str]
     weight_decay: float
@@ -153,6 +156,7 @@ class ModelDescription:
             "language_model": self.language_model.to_dict(),
             "shapes": self.shapes,
             "positions_per_image": self.positions_per_image,
+            "most_positions_per_image": self.most_positions_per_image,
             "tokens": self.tokens.to_dict(),
             "trainable": self.trainable,
             "weight_decay": {"value": self.weight_decay, "on": self.weight_decay_on},
@@ -177,6 +181,8 @@ def describe(
         dtype: dtype of the weights, if the model on the meta device has another one.
     """
     composition, report = model.config.composition, count_parameters(model, dtype=dtype)
+    shapes = list_shapes(composition.tiling, model.vision_encoder.image_size[::-1])
+    positions = [model.positions_of(size) for size in shapes]
     return ModelDescription(
         family=composition.family,
         class_name=type(model).__name__,
@@ -189,7 +195,8 @@ def describe(
         before_layers=model.block_layers,
         language_model=_describe_language_model(model),
         shapes=_shapes(model),
-        positions_per_image=model.num_positions(),
+        positions_per_image=min(positions),
+        most_positions_per_image=max(positions),
         tokens=_describe_tokens(model, tokenizer),
         trainable=list(composition.trainable),
         weight_decay=composition.weight_decay,

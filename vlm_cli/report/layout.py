@@ -30,6 +30,8 @@ class Span:
         start, end: positions in the language model, end excluded.
         sees: numbers, from 1, of the media that these positions see.
         frames: of a clip; None for an image or a text.
+        tiles: (rows, columns) of an image that is cut; None for any other span.
+        vision_tokens: of a medium; None for a text.
     """
 
     kind: str
@@ -39,6 +41,8 @@ class Span:
     end: int
     sees: list[int]
     frames: int | None = None
+    tiles: tuple[int, int] | None = None
+    vision_tokens: int | None = None
 
     @property
     def positions(self) -> int:
@@ -87,17 +91,18 @@ def lay_out(
         processor: the model's processor.
         parts: the prompt.
         writer: turns the prompt into tokens; None for the prompt as it stands.
-        loader: finds the files of clips, whose frames are counted; None finds any path.
+        loader: finds the files of clips, whose frames are counted, and of images that are cut into tiles; None finds
+            any path.
 
     Raises:
-        MediaError: if a clip cannot be read.
+        MediaError: if one of these files cannot be read.
         PromptError: if the vision tokenizer cannot take a medium.
     """
     ids = (writer or PromptWriter(processor)).encode(parts)
     budget = ContextBudget.of(model)
     spans: list[Span] = []
     media = [part for part in parts if isinstance(part, Medium)]
-    measured = measure_media(parts, loader or MediaLoader())
+    measured = measure_media(parts, loader or MediaLoader(), processor.image_processor)
     if problem := budget.frames_problem(measured):
         raise PromptError(f"the prompt {problem}")
     shown = iter(zip(media, measured, strict=True))
@@ -111,7 +116,9 @@ def lay_out(
         content = text if medium is None else medium.source
         kind = "text" if medium is None else "medium" if medium.kind == "image" else "video"
         frames = None if medium is None or size is None or medium.kind == "image" else size.num_frames
-        spans.append(Span(kind, content, len(run), start, end, model.media_seen(number), frames))
+        tiles = (size.rows, size.columns) if size is not None and size.rows else None
+        tokens = None if size is None else model.num_vision_tokens(size)
+        spans.append(Span(kind, content, len(run), start, end, model.media_seen(number), frames, tiles, tokens))
         start = end
     return PromptLayout(spans, ids, start, budget.context)
 

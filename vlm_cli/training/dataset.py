@@ -5,14 +5,13 @@ B batch, T_txt tokens, T_img media per row, F frames, C H W pixels, N records, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,11 +19,11 @@ from vlm_cli.data.records import Problem, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
-from vlm_cli.modeling.batching import pad_left, stack_media
+from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.processor import VLMProcessor
+from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.prompt import Medium
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
 from vlm_cli.writing.media import measure_media
@@ -45,7 +44,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     Attributes:
         name: name of the file, for messages.
         notes: what the user should know about the records.
-        transform: makes float[C, H, W] of a frame.
+        images: turns images and clips into pixels.
         loader: loads images.
         preprocessing: what happens to each image, in words.
         sha256: hash of the file.
@@ -60,7 +59,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     """
 
     name: str
-    transform: Callable[[Image], Tensor]
+    images: OpenCLIPImageProcessor
     loader: MediaLoader
     preprocessing: str = ""
     sha256: str = ""
@@ -88,8 +87,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
             # The item carries the message, because an error in a worker process reaches the user as a traceback.
             return item | {"error": f"line {self.lines[index]} of {self.name!r}: {error}"}
         notes = [(medium.source, medium.notes) for medium in media if medium.notes]
-        pixels = [torch.stack([self.transform(frame) for frame in medium.frames]) for medium in media]
-        return item | {"pixels": pixels, "notes": notes}
+        return item | {"pixels": [self.images.read(medium) for medium in media], "notes": notes}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -143,7 +141,7 @@ def load_dataset(
     images = processor.image_processor
     dataset = RecordDataset(
         path.name,
-        images.transform,
+        images,
         records.loader(),
         images.preprocessing.describe(),
         sha256=records.sha256,
@@ -156,7 +154,7 @@ def load_dataset(
     for record in records.good:
         try:
             encoded = encoder.encode(record)
-            sizes = measure_media(record.sources, dataset.loader)
+            sizes = measure_media(record.sources, dataset.loader, images)
         except VLMError as error:
             problems.append(Problem(record.line, str(error)))
             continue
@@ -193,8 +191,9 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; if a record has an image, `pixel_values`
-            float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F]; `records`, the indices of the records; and
-            `notes`, what became of images when they were decoded.
+            float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F]; if one has tiles, `vision_grid`
+            int[B, T_img, 4]; `records`, the indices of the records; and `notes`, what became of images when they were
+            decoded.
             If an image is damaged, the batch is `error` alone: the message.
         """
         for item in items:
@@ -210,7 +209,7 @@ class Collator:
             "notes": [note for item in items for note in item.get("notes", ())],
         }
         if any(item["pixels"] for item in items):
-            batch["pixel_values"], batch["vision_mask"] = stack_media([item["pixels"] for item in items])
+            batch |= stack_pixels([item["pixels"] for item in items])
         return batch
 
 

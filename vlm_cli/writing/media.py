@@ -10,20 +10,29 @@ from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
     from vlm_cli.media import MediaLoader
+    from vlm_cli.processor import OpenCLIPImageProcessor
 
 __all__ = ["measure_media"]
 
 
-def measure_media(parts: Sequence[Text | Medium], loader: MediaLoader) -> list[MediumSize]:
+def measure_media(
+    parts: Sequence[Text | Medium], loader: MediaLoader, images: OpenCLIPImageProcessor
+) -> list[MediumSize]:
     """Return the size of each medium of a prompt, in reading order. No pixel is decoded.
 
     Args:
         parts: the prompt.
-        loader: finds the files of clips.
+        loader: finds the files of clips, and of pictures where these are cut into tiles.
+        images: cuts pictures.
 
     Raises:
         PromptError: for settings of a clip that cannot be read.
-        MediaError: if a clip cannot be found or read, or is damaged.
+        MediaError: if a file cannot be found or read, is damaged, or is a picture too thin to be cut.
     """
-    media = [part for part in parts if isinstance(part, Medium)]
-    return [MediumSize(loader.count_frames(x.source)) if x.kind == "video" else MediumSize() for x in media]
+
+    def measure(medium: Medium) -> MediumSize:
+        if medium.kind == "video":
+            return MediumSize(loader.count_frames(medium.source))
+        return images.measure(*loader.measure(medium.source)) if images.cuts else MediumSize()
+
+    return [measure(part) for part in parts if isinstance(part, Medium)]
