@@ -67,6 +67,10 @@ found["auto config"] = type(AutoConfig.from_pretrained("org/vlm")).__name__
 words = ["generate", "<image>The", "-i", given["photo"], "-n", 4, "--json"]
 command("generate", *words, "-m", "org/vlm")
 command("generate of a directory", *words, "-m", given["second"])
+for repository in ("org/edited", "org/changed"):
+    command(repository, "count-params", repository)
+    command(f"{repository} --verify", "generate", "The", "-m", repository, "-n", 2, "--verify")
+command("org/vlm --verify", "generate", "The", "-m", "org/vlm", "-n", 2, "--verify")
 command("no such model", "generate", "hi", "-m", "org/nothing")
 command("no such revision", "generate", "hi", "-m", "org/vlm", "--revision", "v9")
 
@@ -124,6 +128,15 @@ def process(script: str, given: dict[str, str], folder: Path, **environment: str
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def rewritten(folder: Path, name: str, file: str) -> Path:
+    """A copy of a model in which a byte of one file is another one."""
+    target = shutil.copytree(folder / "second", folder / name)
+    data = bytearray((target / file).read_bytes())
+    data[-1:] = b" " if file.endswith(".json") else bytes([data[-1] ^ 1])
+    (target / file).write_bytes(data)
+    return target
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("hub")
@@ -142,6 +155,8 @@ def found(tmp_path_factory) -> SimpleNamespace:
         commits = {"lm": hub.add("org/lm", lm), "tower": hub.add("org/tower", tower)}
         hub.add("org/vlm", folder / "first", "v1")
         hub.add("org/vlm", folder / "second")
+        hub.add("org/edited", rewritten(folder, "edited", "generation_config.json"))
+        hub.add("org/changed", rewritten(folder, "changed", "model.safetensors"))
         online = process(ONLINE, given, folder, HF_ENDPOINT=hub.address, HF_HUB_OFFLINE="0")
     offline = process(OFFLINE, given, folder, HF_ENDPOINT=hub.address, HF_HUB_OFFLINE="1")
     return SimpleNamespace(online=online, offline=offline, hub=hub, commits=commits)
@@ -189,6 +204,16 @@ def test_what_is_pushed_is_a_directory_that_runs(found):
     assert files.keys() >= {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
     assert files["model.safetensors"] in found.hub.large.values()
     assert not [x for x in found.hub.unknown if "org/pushed" in x and not x.startswith("HEAD")]
+
+
+def test_files_of_the_hub_are_compared_with_their_manifest(found):
+    for words in ("org/edited", "org/edited --verify", "org/vlm --verify"):
+        answer = found.online[words]
+        assert answer["code"] == 0
+        assert ("generation_config.json of 'org/edited' differs" in answer["stderr"]) == ("edited" in words)
+    answer = found.online["org/changed --verify"]
+    assert answer["code"] == 1 and "'org/changed' does not hold the weights that it was written" in answer["stderr"]
+    assert "model.safetensors has another SHA-256 hash" in answer["stderr"]
 
 
 def test_what_is_not_there_is_an_error(found):

@@ -29,6 +29,7 @@ from tests.support.grid import first_of
 from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, losses, metrics, write
 from vlm_cli import load
 from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.training import output as output_module
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint
 from vlm_cli.training.dataset import Collator, load_dataset
@@ -228,6 +229,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     assert losses(out) == pytest.approx(uninterrupted, abs=1e-6)
     torch.testing.assert_close(load_file(out / "model.safetensors"), weights, atol=1e-6, rtol=1e-6)
     assert json.loads((out / "training_args.json").read_text())["result"]["resumed_from"] in (6, 9)
+    report = check_files(out, verify=True)  # the manifest is that of the resumed run
+    assert report is not None and report.hashed >= 5 and not report.unread and not report.edited
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
