@@ -8,14 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from tests.support.photographs import PHOTOGRAPHS, photograph
+from tests.support.photographs import PHOTOGRAPHS, nanovlm_views, photograph
 from vlm_cli.composition import UNTILED
 from vlm_cli.errors import CompositionError, MediaError
 from vlm_cli.processor import OpenCLIPImageProcessor
@@ -73,25 +72,12 @@ def test_split_makes_the_pixels_of_idefics3(shape: str, kind: type, edge: int) -
     check(processor, image, theirs(kind, image, **settings))
 
 
-def nanovlm(image: Image.Image, tile: int, edge: int, *, enlarge: bool) -> Tensor:
-    """The views that nanoVLM makes: https://github.com/huggingface/nanoVLM, data/custom_transforms.py, at 4e0c096."""
-    longer, shorter = max(image.size), min(image.size)
-    across = edge if enlarge else min(edge, -(-longer // tile) * tile)
-    down = next(n * tile for n in range(1, 99) if n * tile >= shorter * (across / longer))
-    size = [down, across] if image.width >= image.height else [across, down]
-    resized = functional.resize(image, size, interpolation=functional.InterpolationMode.BICUBIC)
-    canvas = functional.to_tensor(resized)
-    rows, columns = size[0] // tile, size[1] // tile
-    tiles = [canvas[:, r * tile :, c * tile :][:, :tile, :tile] for r in range(rows) for c in range(columns)]
-    return torch.stack(tiles if len(tiles) == 1 else [functional.resize(canvas, [tile, tile]), *tiles])
-
-
 @pytest.mark.parametrize("shape", PHOTOGRAPHS)
 @pytest.mark.parametrize("enlarge", [True, False])
 def test_split_makes_the_pixels_of_nanovlm(shape: str, enlarge: bool) -> None:
     image = photograph(shape)
     tiling = {"type": "split", "rules": "nanovlm", "thumbnail": "first", "longest_edge": 192, "enlarge": enlarge}
-    check(ours(tiling, mean=[0.0] * 3, std=[1.0] * 3), image, nanovlm(image, 48, 192, enlarge=enlarge))
+    check(ours(tiling, mean=[0.0] * 3, std=[1.0] * 3), image, nanovlm_views(image, 48, 192, enlarge=enlarge)[0])
 
 
 def test_another_filter_or_order_makes_other_pixels() -> None:

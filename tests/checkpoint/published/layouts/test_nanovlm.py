@@ -14,9 +14,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import transforms
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from tests.support.grid import first_of
+from tests.support.photographs import nanovlm_views
 from tests.support.published import (
     SIZE,
     VOCABULARY,
@@ -31,6 +38,7 @@ from tests.support.published import (
     sized,
     write_tokenizer,
 )
+from tests.support.tiled import TiledCase, check_tiled
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.targets import make_targets_of
 from vlm_cli.checkpoint.published.towers import siglip
@@ -43,7 +51,8 @@ from vlm_cli.prompt import parse
 WIDTH, LAYERS, HEADS, PATCH = 32, 2, 2, 8  # of the tower, which gives 4×4 patches
 SHUFFLE = 2
 TOWER = register_siglip("tiny_siglip_of_nanovlm", width=WIDTH, layers=LAYERS, heads=HEADS, patch=PATCH)
-EXTRA = {"image_token": "<|image|>", "global_image_token": "<|global_image|>", "r1c1": "<row_1_col_1>"}
+PLACES = {f"r{row}c{column}": f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)}
+EXTRA = {"image_token": "<|image|>", "global_image_token": "<|global_image|>", **PLACES}
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +95,14 @@ def config(**changes: Any) -> dict[str, Any]:
 def with_tokens(**changes: Any) -> dict[str, Any]:
     """Make `config.json` as the branch `main` writes it."""
     return config(
-        lm_base_vocab_size=VOCABULARY,
-        lm_vocab_size=VOCABULARY + len(EXTRA),
-        vlm_extra_tokens=EXTRA,
-        mp_image_token_length=4,
-        max_img_size=64,
-        **changes,
+        **{
+            "lm_base_vocab_size": VOCABULARY,
+            "lm_vocab_size": VOCABULARY + len(EXTRA),
+            "vlm_extra_tokens": EXTRA,
+            "mp_image_token_length": 4,
+            "max_img_size": 64,
+        }
+        | changes
     )
 
 
@@ -191,9 +202,10 @@ def nanovlm(folder: Path, data: dict[str, Any]) -> Case:
         """Run the model; `<image>` has the first added id in both versions."""
         media = shuffled(tower(vision_x[0, :, 0]).last_hidden_state) @ projection.T  # [T_img, n, d]
         rows, last, images = [], [], iter(media)
+        announced = lm.model.embed_tokens.weight[[VOCABULARY + 1]] if "max_img_size" in data else []
         for token in lang_x[0].tolist():
             is_media = token == VOCABULARY
-            rows += [*next(images)] if is_media else [lm.model.embed_tokens.weight[token]]
+            rows += [*announced, *next(images)] if is_media else [lm.model.embed_tokens.weight[token]]
             last.append(len(rows) - 1)
         return lm(inputs_embeds=torch.stack(rows)[None]).logits[0, last, :VOCABULARY]
 
@@ -228,6 +240,88 @@ def test_tied_tables_under_either_name(tmp_path, kept):
     check(case)
 
 
+class Tiled(nn.Module):
+    """nanoVLM with tiles: its `generate.py`, from a picture to tokens, over Transformers' SigLIP and Llama."""
+
+    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
+        super().__init__()
+        self.tower, self.lm, self.projection = theirs(data)
+        self.data, self.tokenizer = data, PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        self.tokenizer.add_special_tokens({"additional_special_tokens": [*data["vlm_extra_tokens"].values()]})
+
+    def __call__(self, *, text: str = "", images: Any = None, input_ids: Any = None, **inputs: Any) -> Any:
+        """Stand for the processor if there is a text, and for the model otherwise."""
+        return self.read(text, images[0]) if text else self.forward(input_ids, **inputs)
+
+    def read(self, text: str, image: Image.Image) -> dict[str, Tensor]:
+        extra, tile = self.data["vlm_extra_tokens"], self.data["vit_img_size"]
+        enlarge = self.data.get("resize_to_max_side_len", True)
+        views, rows, columns = nanovlm_views(image, tile, self.data["max_img_size"], enlarge=enlarge)
+        places = [extra[f"r{r}c{c}"] for r in range(1, rows + 1) for c in range(1, columns + 1)]
+        if (whole := extra.get("global_image_token")) is None:
+            views = views if len(places) == 1 else views[1:]
+        else:
+            places = [whole] if len(places) == 1 else [whole, *places]
+        vectors = extra["image_token"] * self.data["mp_image_token_length"]
+        shown = text.replace("<image>", "".join(place + vectors for place in places))
+        return {"input_ids": self.tokenizer(shown, return_tensors="pt").input_ids, "pixel_values": views}
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Any:
+        rows = self.lm.model.embed_tokens.weight[input_ids]
+        media = shuffled(self.tower(pixel_values).last_hidden_state) @ self.projection.T
+        rows[input_ids == VOCABULARY] = media.flatten(0, 1)
+        return self.lm(inputs_embeds=rows)
+
+    def generate(self, input_ids: Tensor, pixel_values: Tensor, *, max_new_tokens: int, **options: Any) -> Tensor:
+        for _ in range(max_new_tokens):
+            logits = self.forward(input_ids, pixel_values).logits[:, -1:, :VOCABULARY]
+            input_ids = torch.cat([input_ids, logits.argmax(-1)], dim=1)
+        return input_ids
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.lm_head
+
+
+class TiledNanoVLM(TiledCase):
+    @property
+    def made_by(self) -> str:
+        return "its rules for tiles, over Transformers' SigLIP and Llama"
+
+
+def tiled(folder: Path, **changes: Any) -> TiledCase:
+    data = with_tokens(**changes)
+    nanovlm(folder, data)
+    reference: Any = Tiled(folder, data)
+    return TiledNanoVLM(source=folder, model=reference, processor=reference)
+
+
+def without_whole(**changes: Any) -> dict[str, Any]:
+    """Settings of a model that has no token for the whole image."""
+    extra = {"image_token": "<|image|>", **PLACES}
+    return {"vlm_extra_tokens": extra, "lm_vocab_size": VOCABULARY + len(extra), **changes}
+
+
+WAYS = [{}, {"resize_to_max_side_len": False}, without_whole(), {"lm_tie_weights": False}]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("changes", WAYS, ids=str)
+def test_tiles_of_photographs_of_many_shapes(tmp_path, changes):
+    check_tiled(tiled(tmp_path, **changes), is_told=not changes)
+
+
+def test_tiles_of_a_photograph(tmp_path):
+    """The quick case of the test above."""
+    check_tiled(tiled(tmp_path), ["4:1"])
+
+
+def test_a_tile_without_its_token_is_refused(tmp_path):
+    case = nanovlm(tmp_path, with_tokens())
+    rewrite_config(tmp_path, max_img_size=96)
+    with pytest.raises(CheckpointError, match=r"up to 3 in a row\. The tile in row 1 and column 3 .* and is null"):
+        load(case)
+
+
 def test_added_tokens_have_their_rows(tmp_path):
     """`<image>` replaces `<|image|>`; the other tokens keep their ids and their rows."""
     case = nanovlm(tmp_path, with_tokens())
@@ -236,7 +330,7 @@ def test_added_tokens_have_their_rows(tmp_path):
     lang_x, vision_x = prompt(model)
     lang_x[0, 1] = VOCABULARY + 1
     _, lm, _ = theirs(with_tokens())
-    assert torch.equal(model.added_tokens.embedding.weight[1:3], lm.model.embed_tokens.weight[VOCABULARY + 1 :])
+    assert torch.equal(model.added_tokens.embedding.weight[1:6], lm.model.embed_tokens.weight[VOCABULARY + 1 :])
     with torch.no_grad():
         ours = model(lang_x=lang_x, vision_x=vision_x).logits[0, :, :VOCABULARY]
     torch.testing.assert_close(ours[1:3], case.logits(lang_x, vision_x)[1:3], atol=1e-4, rtol=0)

@@ -3,8 +3,8 @@
 Source: https://github.com/huggingface/nanoVLM, `models/`; v0.1 wrote nanoVLM-222M, `main` the later ones.
 
 In v0.1 an image has no token: its 49 vectors stand before the text. vlm's `<image>` is then an added token that marks
-the position, and nothing reads its row. Later models have one token for each vector, and more beside it; vlm's
-`<image>` replaces the former.
+the position, and nothing reads its row. Later models have one token for each vector, and one that announces each tile
+and the whole image; vlm's `<image>` replaces the former, and its tiling writes the latter.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class NanoVLM:
                     "pixel_shuffle": config["mp_pixel_shuffle_factor"],
                 },
                 "fusion": "language-stream",
+                **({"tiling": _read_tiling(checkpoint)} if _is_tiled(config) else {}),
                 "language_model": {"name": checkpoint.name},
                 "added_tokens": list(extra.values()),
                 "trainable": [
@@ -95,6 +96,40 @@ def _is_tiled(config: Mapping[str, Any]) -> bool:
     return "max_img_size" in config
 
 
+def _read_tiling(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
+    """Read how images are cut, and which token announces each view.
+
+    Raises:
+        CheckpointError: if a tile has no token, or tokens of other names than vlm writes.
+    """
+    config, extra = checkpoint.config, checkpoint.config.get("vlm_extra_tokens") or {}
+    edge, tile = config["max_img_size"], config["vit_img_size"]
+    side = -(-edge // tile)
+    tokens = {f"r{row}c{column}": (row, column) for row in range(1, side + 1) for column in range(1, side + 1)}
+    for name, (row, column) in tokens.items():
+        if extra.get(name) != _TILE.format(row=row, column=column):
+            raise CheckpointError(
+                f"{checkpoint.name!r} cuts images of {edge} pixels into tiles of {tile}, up to {side} in a row. The "
+                f"tile in row {row} and column {column} is announced by vlm_extra_tokens.{name}, which must be "
+                f"{_TILE.format(row=row, column=column)!r}, and is {show(extra.get(name))}."
+            )
+    whole = extra.get("global_image_token")
+    return {
+        "type": "split",
+        "rules": "nanovlm",
+        "longest_edge": edge,
+        "enlarge": config.get("resize_to_max_side_len", True),
+        "thumbnail": "none" if whole is None else "first",
+        "tile_text": _TILE + "{image}",
+        "thumbnail_text": "{image}" if whole is None else whole + "{image}",
+        # A model without a token for the whole image announces an image of one tile as that tile.
+        "whole_text": (_TILE.format(row=1, column=1) if whole is None else whole) + "{image}",
+    }
+
+
+_TILE = "<row_{row}_col_{column}>"
+
+
 def _read_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the vision encoder's configuration in Transformers' words, and OpenCLIP's."""
     vision = {
@@ -114,13 +149,12 @@ def _read_tower(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 def _list_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what the user should know about prompts for this model."""
-    notes, extra = [], config.get("vlm_extra_tokens") or {}
+    notes = []
     if _is_tiled(config):
         notes.append(
-            "nanoVLM cuts an image into tiles, and reads all of them. vlm reads only the whole image. Write "
-            f"{extra.get('global_image_token', '')}{MEDIA_TOKEN} before the question, and add --special-tokens."
+            "nanoVLM numbers the pictures of a prompt that has several: write <image: 0> before the first, as text."
         )
-    if "image_token" not in extra:
+    if "image_token" not in (config.get("vlm_extra_tokens") or {}):
         notes.append(f"This model was trained with the image first: {MEDIA_TOKEN}Question: … Answer:")
     return tuple(notes)
 
