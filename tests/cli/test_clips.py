@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.support.clips import frame, write_animation, write_video
 from vlm_cli.checkpoint import directory
+from vlm_cli.training.dataset import load_dataset
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -103,6 +104,38 @@ def test_a_chat_shows_clips_in_any_turn(request, vlm, folder, model):
         assert (answer["text"], answer["prompt_positions"]) == (alone["text"], alone["prompt_positions"])
         said += answer["text"]
     assert answers[3]["reused_positions"] > answers[2]["reused_positions"] > 0
+
+
+@pytest.fixture(scope="module")
+def timed(vlm, parts):
+    """A model whose composition puts the times of frames before each clip."""
+    out = parts.folder / "timed"
+    text = "tiling={type: none, clip_text: '{frames} frames at {times} of {seconds} s: {views}'}"
+    result = vlm("build", out, *parts.kosmos, "--set", text, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def test_times_stand_before_a_clip(vlm, folder, timed, kosmos, tmp_path):
+    """Every command writes the same text as a user who types it for a model without it."""
+    clip, text = "clip.mp4?frames=3", "3 frames at 0.00, 1.40, 2.90 of 3.00 s: "
+    typed = f"The {text}<video:{folder}/{clip}>cat"
+    wanted = json.loads(vlm("inspect", kosmos, "--prompt", typed, "--json").stdout)["ids"]
+    prompt = f"The <video:{folder}/{clip}>cat"
+    assert json.loads(vlm("inspect", timed, "--prompt", prompt, "--json").stdout)["ids"] == wanted
+    assert json.loads(vlm("generate", "-m", timed, prompt, "--dry-run", "--json").stdout)["ids"] == wanted
+    answer = json.loads(vlm("generate", "-m", timed, prompt, "-n", 4, "--json").stdout)
+    assert answer["prompt_tokens"] == len(wanted)
+    chat = json.loads(vlm("chat", timed, "-n", 4, "--json", input=f"{prompt}\n").stdout)
+    assert (chat["text"], chat["prompt_positions"]) == (answer["text"], answer["prompt_positions"])
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": prompt}))
+    vlm("batch", folder / "rows.jsonl", "-o", tmp_path / "out.jsonl", "-m", timed, "-n", 4, "--workers", 0)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == answer["text"]
+    (folder / "records.jsonl").write_text(json.dumps({"prompt": prompt, "completion": " x"}))
+    model, processor = directory.load(str(timed), dtype="auto", device="cpu", trust_remote_code=False)
+    assert load_dataset(folder / "records.jsonl", model, processor).ids.tolist()[: len(wanted)] == wanted
+    result = vlm("generate", "-m", timed, f"<video:{folder}/frames>The", "-n", 2)
+    assert result.exit_code == 1 and "frames, which have no times, but the model's clip_text names" in result.stderr
 
 
 def test_positions_are_counted_from_the_header(vlm, folder, stream, monkeypatch):

@@ -25,6 +25,7 @@ _MOST_CHARACTERS = 200  # of a template
 #: Setting -> what its text may name in braces. What stands in `_ONCE` must be named exactly once.
 _NAMES = {
     "picture_text": ("views",),
+    "clip_text": ("views", "frames", "seconds", "times"),
     "whole_text": ("image",),
     "thumbnail_text": ("image",),
     "tile_text": ("row", "column", "number", "image"),
@@ -39,6 +40,8 @@ class TilingOptions:
     """Settings of every tiling, and all that the tiling `none` has: each picture is one view."""
 
     picture_text: str = "{views}"  # text around a picture's views, such as "<img>{views}</img>" (InternVL)
+    #: Text around a clip; it may name {frames}, their number, {times}, their seconds, and {seconds}, the clip's length.
+    clip_text: str = "{views}"
 
     def __post_init__(self) -> None:
         problems = [*self._find_text_problems(), *self._find_problems()]

@@ -21,6 +21,7 @@ from vlm_cli.modeling.batching import MediumPixels, stack_grids, stack_media, st
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.tiling import MediumSize
+from vlm_cli.writing.clip_text import add_clip_texts, chosen_of
 from vlm_cli.writing.conversation import ChatFormat, Conversation
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Chat:
             LanguageModelError: if the model's chat template cannot write it.
         """
         started = time.monotonic()
-        asked = self.conversation.ask(parts)
+        asked = self.conversation.ask(add_clip_texts(parts, self.plan.processor, chosen_of(media)))
         pixels = [self.plan.processor.image_processor.read(medium) for medium in media]
         sizes = (*self.media.sizes, *(medium.size for medium in pixels))
         positions = self._positions(asked, sizes)

@@ -20,6 +20,7 @@ from vlm_cli.errors import LanguageModelError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.plain_data import is_finite
 from vlm_cli.prompt import Medium, Text, interleave
+from vlm_cli.writing.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Row:
         Raises:
             MediaError: if the header of a clip cannot be read.
         """
-        self.ids = plan.writer.encode(parts)
+        self.ids = plan.writer.encode(add_clip_texts(parts, plan.processor, loader.choose_frames))
         self.sources = [part for part in parts if isinstance(part, Medium)]
         self.media = measure_media(parts, loader, plan.processor.image_processor)
 

@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.writing.clip_text import add_clip_texts, chosen_of
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -73,7 +74,7 @@ def generate_once(
     pixels = [plan.processor.image_processor.read(medium) for medium in media]
     sizes = [medium.size for medium in pixels]
     plan.budget.check_media(sizes)
-    ids, mask = pad_left([plan.writer.encode(parts)], 0)
+    ids, mask = pad_left([plan.writer.encode(add_clip_texts(parts, plan.processor, chosen_of(media)))], 0)
     inputs = BatchFeature({"input_ids": ids, "attention_mask": mask})
     if media:
         inputs.update(stack_pixels([pixels]))

@@ -198,7 +198,7 @@ class VideoFile:
         """Seek to the key frame before the first of these times, and yield frames until another seek is shorter."""
         self.container.seek(self._key_before(times[0]), stream=self.stream, backward=True)
         found, is_first = 0, True
-        for frame in self.container.decode(self.stream):
+        for frame in self._decode_sparsely(set(times)):
             if frame.pts is None or (is_first and frame.pts > times[0]):
                 return
             is_first = False
@@ -207,6 +207,13 @@ class VideoFile:
                 found += 1
                 if found == len(times) or self._is_far(frame.pts, self._key_before(times[found])):
                     return
+
+    def _decode_sparsely(self, times: set[int]) -> Iterator[Any]:
+        """Decode from here on, and leave out frames that are neither wanted nor needed for another frame."""
+        for packet in self.container.demux(self.stream):
+            is_wanted = packet.pts is None or packet.pts in times
+            self.stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            yield from packet.decode()
 
     def _decode_to(self, times: Sequence[int]) -> Iterator[Any]:
         """Decode from the start, and yield the frames of these times."""

@@ -13,6 +13,7 @@ from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.writing.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 
@@ -98,11 +99,12 @@ def lay_out(
         MediaError: if one of these files cannot be read.
         PromptError: if the vision tokenizer cannot take a medium.
     """
-    ids = (writer or PromptWriter(processor)).encode(parts)
+    loader = loader or MediaLoader()
+    ids = (writer or PromptWriter(processor)).encode(add_clip_texts(parts, processor, loader.choose_frames))
     budget = ContextBudget.of(model)
     spans: list[Span] = []
     media = [part for part in parts if isinstance(part, Medium)]
-    measured = measure_media(parts, loader or MediaLoader(), processor.image_processor)
+    measured = measure_media(parts, loader, processor.image_processor)
     if problem := budget.frames_problem(measured):
         raise PromptError(f"the prompt {problem}")
     shown = iter(zip(media, measured, strict=True))

@@ -6,7 +6,7 @@ B batch, T_txt tokens, T_img media per row, F frames, C H W pixels, N records, V
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm_cli.data.records import Problem, raise_problems, read_records
+from vlm_cli.data.records import Problem, Record, Segment, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
@@ -26,6 +26,7 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.prompt import Medium
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
+from vlm_cli.writing.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 
@@ -153,7 +154,7 @@ def load_dataset(
     problems: list[Problem] = []
     for record in records.good:
         try:
-            encoded = encoder.encode(record)
+            encoded = encoder.encode(_with_clip_texts(record, processor, dataset.loader))
             sizes = measure_media(record.sources, dataset.loader, images)
         except VLMError as error:
             problems.append(Problem(record.line, str(error)))
@@ -174,6 +175,15 @@ def load_dataset(
     dataset.ids, dataset.is_target = np.concatenate(ids), np.concatenate(is_target)
     dataset.ends = np.concatenate([[0], np.cumsum([len(x) for x in ids])])
     return dataset
+
+
+def _with_clip_texts(record: Record, processor: VLMProcessor, loader: MediaLoader) -> Record:
+    """Put the composition's text around each clip of a record."""
+    segments = (
+        Segment(tuple(add_clip_texts(segment.parts, processor, loader.choose_frames)), segment.is_target)
+        for segment in record.segments
+    )
+    return replace(record, segments=tuple(segments))
 
 
 class Collator:
