@@ -74,7 +74,7 @@ def expected_logits(model: VLM, row: tiny.Row, prefix: int = 0) -> Tensor:
     return lm(inputs_embeds=embeddings[None], attention_mask=kept, position_ids=positions).logits[0, last]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mask", ["image", "prefix"])
 @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
 def test_logits_are_those_of_a_drawn_mask(language_model, mask):
@@ -96,6 +96,7 @@ def test_labels_end_the_prefix():
     assert differs(logits(model, **row.inputs())[0, :, :VOCABULARY], expected)
 
 
+@pytest.mark.sample(1)
 def test_rows_do_not_depend_on_their_batch(model):
     rows = tiny.rows(model)
     alone = [logits(model, **row.inputs())[0] for row in rows]
@@ -115,6 +116,7 @@ def whole(model: VLM, batch: dict[str, Any], sequences: Tensor) -> Tensor:
     return logits(model, **inputs)[:, -num_new - 1 : -1]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}])
 def test_decoding_gives_the_logits_of_the_whole(model, options):
     batch = tiny.batch(model)
@@ -128,6 +130,7 @@ def test_decoding_gives_the_logits_of_the_whole(model, options):
     assert differs(steps, whole(model, batch | {"vision_x": batch["vision_x"].flip(-1)}, output.sequences))
 
 
+@pytest.mark.sample(1)
 def test_the_language_models_own_generate(model):
     row = tiny.row(model, 2, 9)
     tokens, _ = model.encode_vision(row.vision_x)
@@ -171,6 +174,7 @@ def test_chunks_are_refused(model):
         generate_with_logits(model, tiny.batch(model, [1]), 2, prefill_chunk_size=4)
 
 
+@pytest.mark.sample(1)
 def test_training_with_checkpointing_gives_the_same_gradients(model):
     row = tiny.row(model, 2, 9)
     labels = row.lang_x.masked_fill(torch.arange(9) < 6, -100)
@@ -196,6 +200,7 @@ def test_blocks_are_runs_of_one_medium():
     assert found.tolist() == [[-1, 1, 1, 1, 2, 2, -1, 3, -1, 4]]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("language_model", "reason"),
     [

@@ -31,12 +31,14 @@ class TiledCase:
         model: of Transformers.
         processor: of Transformers, with the Pillow backend of its image processor.
         placeholder: what its prompts write for a picture.
+        takes_token_types: whether its masks are made of `token_type_ids`.
     """
 
     source: Path
     model: PreTrainedModel
     processor: Any
     placeholder: str = "<image>"
+    takes_token_types: bool = False
 
     @property
     def made_by(self) -> str:
@@ -46,7 +48,8 @@ class TiledCase:
         """What Transformers' processor makes of a prompt with one photograph."""
         text = f"{BEFORE} {self.placeholder} {AFTER}"
         found = self.processor(text=text, images=[photograph(shape)], return_tensors="pt")
-        return {key: x for key, x in found.items() if key not in ("token_type_ids", "mm_token_type_ids")}
+        dropped = {"labels", "mm_token_type_ids", *([] if self.takes_token_types else ["token_type_ids"])}
+        return {key: x for key, x in found.items() if key not in dropped}
 
 
 @torch.no_grad()

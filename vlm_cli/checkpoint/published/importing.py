@@ -209,6 +209,8 @@ def _find_parts(found: RecognisedCheckpoint, composition: Composition, trust_rem
     else:
         source = _find_own_language_model(found, description.text_config, trust_remote_code)
     tokenizer = source.tokenizer(composition.language_model.tokenizer or description.tokenizer)
+    if description.starts_with_bos is not None:
+        tokenizer.add_bos_token = description.starts_with_bos
     if description.chat_template is not None and composition.language_model.tokenizer is None:
         tokenizer.chat_template = description.chat_template
     if tokenizer.chat_template is None and composition.language_model.tokenizer is None:

@@ -3,6 +3,7 @@
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.blip2 import HuggingFaceBLIP2, LavisBLIP2
 from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
+from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, HuggingFacePaliGemma
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
@@ -18,6 +19,8 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceLLaVA(),
     HuggingFaceLLaVANeXT(),
     HuggingFaceLLaVAOneVision(),
+    HuggingFaceGemma3(),
+    HuggingFacePaliGemma(),
     OriginalLLaVA(),
     HuggingFaceBLIP2(),
     HuggingFaceIDEFICS(),

@@ -34,6 +34,7 @@ class CheckpointDescription:
             encoder whose weights the checkpoint holds; None if they come from `composition["vision_encoder"]`.
         crops_down: whether images were cropped as Transformers crops them, if the vision encoder comes from OpenCLIP.
         tokenizer: directory or hub id of the tokenizer; None for the checkpoint's or the language model's own.
+        starts_with_bos: whether prompts start with the tokenizer's BOS token; None leaves it to the tokenizer.
         chat_template: in the place of the tokenizer's own; None keeps that one.
         first_added_id: id of the first token with a row in `added_tokens`; None for the id after the tokenizer's last.
         initialize_like: added token -> a text. The token's embedding starts as that of the text's first token, if the
@@ -49,6 +50,7 @@ class CheckpointDescription:
     vision_config: Mapping[str, Any] | None = None
     crops_down: bool = False
     tokenizer: str | None = None
+    starts_with_bos: bool | None = None
     chat_template: str | None = None
     first_added_id: int | None = None
     initialize_like: Mapping[str, str] | None = None

@@ -112,15 +112,30 @@ def _side(name: str, size: Any) -> int:
 
 
 def make_language_model_rules(
-    checkpoint: PublishedCheckpoint, config: VLMConfig, *, under: str = "language_model"
+    checkpoint: PublishedCheckpoint,
+    config: VLMConfig,
+    *,
+    under: str = "language_model",
+    has_added_rows: bool = True,
 ) -> list[Rule]:
-    """Make the rules for a language model under this name, whose tables have a row for each added token."""
+    """Make the rules for a language model under a name.
+
+    Args:
+        checkpoint: names and shapes.
+        config: of the VLM.
+        under: the name.
+        has_added_rows: whether its tables have a row for each added token.
+    """
     prefix = rf"{MODEL}{under}\.(?:model\.)?"
     embedding = rf"{prefix}embed_tokens\.weight"
+    ours_embedding, ours_head = "lang_model.model.embed_tokens.weight", "lang_model.lm_head.weight"
+    layers: Rule = (rf"{prefix}(layers\..*|norm\..*)", r"lang_model.model.\1")
+    if not has_added_rows:
+        return [(embedding, ours_embedding), (_HEAD, ours_head), layers]
     added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
     filled = tables_filled(checkpoint, config, embedding=embedding, head=_HEAD)
     return [
-        (embedding, lambda _: table_targets("lang_model.model.embed_tokens.weight", filled["embedding"], added=added)),
-        (_HEAD, lambda _: table_targets("lang_model.lm_head.weight", filled["head"], added=added)),
-        (rf"{prefix}(layers\..*|norm\..*)", r"lang_model.model.\1"),
+        (embedding, lambda _: table_targets(ours_embedding, filled["embedding"], added=added)),
+        (_HEAD, lambda _: table_targets(ours_head, filled["head"], added=added)),
+        layers,
     ]
