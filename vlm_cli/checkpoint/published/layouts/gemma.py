@@ -162,7 +162,7 @@ def _read_token(checkpoint: PublishedCheckpoint, parts: HFParts, key: str) -> st
     token_id = checkpoint.config.get(key, getattr(parts.config, key, None))
     if token_id is None:
         token_id = parts.text_config.get(key)
-    found = {}
+    found: dict[int, str] = {}
     for name in ("tokenizer_config.json", "tokenizer.json"):
         if (file := checkpoint.folder / name).is_file():
             found |= _list_tokens(read_json(file))
