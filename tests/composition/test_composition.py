@@ -101,6 +101,13 @@ def test_a_layer_may_name_the_family_and_the_argument_beats_it():
     assert Composition.compose(None, overrides=["family=blip"]).vision_tokenizer.type == "qformer"
 
 
+def test_each_setting_of_a_tiling_may_be_given_by_itself():
+    found = Composition.compose("llava", overrides=["tiling=grid", "tiling.max_tiles=4", "tiling.thumbnail=first"])
+    assert (found.tiling.options.max_tiles, found.tiling.options.thumbnail) == (4, "first")
+    other = Composition.compose("llava", found.to_dict(), overrides=["tiling.type=split"]).tiling
+    assert (other.options.max_tiles, other.options.thumbnail) == (None, "last")
+
+
 def test_merging_leaves_its_arguments_alone():
     base = {"fusion": {"type": "cross-attention", "every": 4}}
     merge(base, {"fusion": {"every": 2}})

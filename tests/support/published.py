@@ -51,11 +51,13 @@ class Case:
     unused: int = 0
 
 
-def write_tokenizer(folder: Path, *added: str, pad: str | None = None) -> PreTrainedTokenizerFast:
-    """Write a tokenizer of `VOCABULARY` words, with special tokens after them."""
+def write_tokenizer(
+    folder: Path, *added: str, pad: str | None = None, named: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Write a tokenizer of `VOCABULARY` words, with special tokens after them; some may have a name."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", extra_special_tokens=named or {})
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in added], special_tokens=True)
     if pad is not None:
         tokenizer.add_special_tokens({"pad_token": pad})

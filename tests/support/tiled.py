@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class TiledCase:
         processor: of Transformers, with the Pillow backend of its image processor.
         placeholder: what its prompts write for a picture.
         takes_token_types: whether its masks are made of `token_type_ids`.
+        over: settings over the checkpoint's composition.
     """
 
     source: Path
@@ -39,6 +40,7 @@ class TiledCase:
     processor: Any
     placeholder: str = "<image>"
     takes_token_types: bool = False
+    over: Mapping[str, Any] | None = None
 
     @property
     def made_by(self) -> str:
@@ -61,7 +63,7 @@ def check_tiled(case: TiledCase, shapes: Sequence[str] = tuple(PHOTOGRAPHS), *, 
         shapes: of the photographs.
         is_told: whether docs/checkpoints.md has a row for it.
     """
-    imported = import_checkpoint(case.source)
+    imported = import_checkpoint(case.source, composition_over=case.over)
     model, report = imported.model, imported.report
     assert model is not None, report
     assert not report.unused, report.unused

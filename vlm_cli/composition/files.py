@@ -36,7 +36,8 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     >>> merge({"fusion": {"type": "cross-attention", "every": 4}}, {"fusion": "language-stream"})
     {'fusion': {'type': 'language-stream'}}
     """
-    short = {"vision_tokenizer": "type", "fusion": "type", "vision_encoder": "name", "language_model": "name"}
+    short = dict.fromkeys(("vision_tokenizer", "fusion", "tiling"), "type")
+    short |= dict.fromkeys(("vision_encoder", "language_model"), "name")
     result = dict(base)
     for key, value in layer.items():
         if key not in short:

@@ -1,7 +1,9 @@
 """Layouts of published weights, in the order in which they are tried."""
 
+from vlm_cli.checkpoint.published.layouts.aya_vision import HuggingFaceAyaVision
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.blip2 import HuggingFaceBLIP2, LavisBLIP2
+from vlm_cli.checkpoint.published.layouts.cohere2_vision import HuggingFaceCohere2Vision
 from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, HuggingFacePaliGemma
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
@@ -21,6 +23,8 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceLLaVAOneVision(),
     HuggingFaceGemma3(),
     HuggingFacePaliGemma(),
+    HuggingFaceCohere2Vision(),
+    HuggingFaceAyaVision(),
     OriginalLLaVA(),
     HuggingFaceBLIP2(),
     HuggingFaceIDEFICS(),
