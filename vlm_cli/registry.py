@@ -256,6 +256,12 @@ ENCODER_TYPES = {
             "vlm_cli.composition:VisionEncoderOptions",
             "a vision model of Transformers, or the vision half of a larger model: hf:ORG/NAME, hf:DIRECTORY",
         ),
+        RegisteredPart(
+            "timm",
+            "vlm_cli.modeling.encoders.timm:build_timm_encoder",
+            "vlm_cli.composition:VisionEncoderOptions",
+            "a model of timm: timm:NAME, timm:NAME.TAG",
+        ),
     )
 }
 

@@ -49,7 +49,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "load_state_dict_from_url": (),
     "factory.load_state_dict": (),  # of OpenCLIP: it retries without weights_only
     "load_checkpoint": (OPENCLIP,),  # after `read_torch_file` has read the same file, or for NumPy's files
-    "create_model": (),
+    "create_model": ("vlm_cli/modeling/encoders/timm.py",),  # names of timm's own models only
     "create_model_and_transforms": (),
     "create_model_from_pretrained": (),
     "yaml.load": (),

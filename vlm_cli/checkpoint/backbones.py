@@ -36,6 +36,7 @@ from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.lookalike import find_named
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.offline import use_cache_without_network
+from vlm_cli.registry import ENCODER_TYPES
 
 __all__ = [
     "Backbone",
@@ -279,9 +280,9 @@ def locate_tower(config: VLMConfig, backbone: Backbone | None, hosts: frozenset[
     if backbone is None:
         return Tower(settings, {})
     tower = Tower(settings, backbone.model_config or {})
-    if settings.get("type") == "hf":
+    if settings.get("type") in ENCODER_TYPES and not Path(backbone.location).is_file():
         return replace(tower, weights=RepositoryWeights(backbone.location, backbone.revision))
-    if tower.is_outside:
+    if tower.is_outside and settings["type"] not in ENCODER_TYPES:
         return replace(tower, weights=OutsideWeights(backbone.location))
     if backbone.kind == "hub":
         assert backbone.revision is not None

@@ -53,7 +53,7 @@ def count_delta_bytes(model: VLM, dtype: torch.dtype | None = None) -> int:
     """Return the bytes of the tensors in a delta directory of this model after training. The model may be on meta."""
     parts = model.config.composition
     encoder = parts.vision_encoder
-    named = encoder.pretrained is not None or encoder.name.startswith(("hf:", "hf-hub:", "local-dir:"))
+    named = encoder.pretrained is not None or encoder.name.startswith(("hf:", "timm:", "hf-hub:", "local-dir:"))
     frozen = [part for part in PREFIXES if part not in parts.trainable and (part == "language_model" or named)]
     left_out = tuple(PREFIXES[part] for part in frozen)
     held = {name: x for name, x in _tensors(model).items() if not (left_out and name.startswith(left_out))}

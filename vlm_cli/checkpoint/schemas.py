@@ -120,6 +120,7 @@ _VISION_CONFIG = mapping(
         "type": text(most=200),
         "grid": list_of(whole(1, 16_384), least=2, most=2),
         "config": mapping({"model_type": text(most=100)}),
+        "name": text(most=100),
     },
 )
 _OPENCLIP_MODEL = mapping(
@@ -431,6 +432,8 @@ def check_vlm_config(data: Mapping[str, Any], name: str) -> None:
         check(vision, mapping({"embed_dim": whole(1, 1_000_000)}), f"vision_config in {where}")
         if problem := _patches_problem(vision["vision_cfg"]):
             raise CheckpointError(f"{where} is not valid: {problem}")
+    if vision.get("type") == "timm":
+        check(vision, mapping({"name": text(most=100)}), f"vision_config in {where}")
     if vision.get("type") == "hf":
         check(vision, mapping({"config": mapping({"model_type": text(most=100)})}), f"vision_config in {where}")
         check_text_config(vision["config"], where, "vision_config.config", CheckpointError)

@@ -166,7 +166,8 @@ class ComposeOptions:
         option(
             COMPOSE,
             "Vision encoder: an OpenCLIP name, with the tag of its weights (ViT-L-14:openai), hf:ORG/NAME or "
-            "hf:DIRECTORY of Transformers, hf-hub:ORG/NAME or local-dir:FOLDER of OpenCLIP, or an OpenCLIP JSON file.",
+            "hf:DIRECTORY of Transformers, timm:NAME.TAG, hf-hub:ORG/NAME or local-dir:FOLDER of OpenCLIP, or an "
+            "OpenCLIP JSON file.",
             metavar="NAME[:TAG]",
             autocompletion=completion.complete_encoders,
         ),

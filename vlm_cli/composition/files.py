@@ -15,14 +15,15 @@ __all__ = ["keep_trained_settings", "merge", "parse_override", "parse_overrides"
 
 
 def split_name(text: str) -> dict[str, str | None]:
-    """Split `name[:tag]` into settings of a vision encoder. `hf:…`, `hf-hub:…`, `local-dir:…` and paths have no tag.
+    """Split `name[:tag]` into settings of a vision encoder. `hf:…`, `timm:…`, `hf-hub:…`, `local-dir:…` and
+    paths have no tag.
 
     >>> split_name("ViT-L-14:openai")
     {'name': 'ViT-L-14', 'pretrained': 'openai'}
     >>> split_name("hf-hub:timm/ViT-B-16-SigLIP")
     {'name': 'hf-hub:timm/ViT-B-16-SigLIP', 'pretrained': None}
     """
-    if text.startswith(("hf:", "hf-hub:", "local-dir:")) or text.endswith(".json"):
+    if text.startswith(("hf:", "timm:", "hf-hub:", "local-dir:")) or text.endswith(".json"):
         return {"name": text, "pretrained": None}
     name, _, tag = text.partition(":")
     return {"name": name, "pretrained": tag or None}

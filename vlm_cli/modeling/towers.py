@@ -46,7 +46,9 @@ def build_tower(vision_config: Mapping[str, Any]) -> nn.Module:
     """
     if "type" in vision_config:
         encoder: nn.Module = encoder_type(vision_config["type"]).load()(vision_config)
-        return encoder
+        if hasattr(encoder, "patch_features"):
+            return encoder
+        return truncate_layers(set_image_size(encoder), vision_config.get("depth"))
     trunk = vision_config["vision_cfg"].get("timm_model_name")
     if trunk is not None and (not isinstance(trunk, str) or ":" in trunk or "/" in trunk):
         raise VisionEncoderError(
@@ -154,7 +156,11 @@ def patch_features(
     if norm is not None and not (_stack(tower) and _has_norm(tower)):
         raise VisionEncoderError("the tower has no last norm of its patches that could be chosen; leave out norm.")
     trunk = getattr(tower, "trunk", None)
-    if trunk is not None and layer == -1 and norm is not False:
+    own_last = getattr(tower, "last_patches", None)
+    if own_last is not None and layer == -1 and norm is not False and not class_token:
+        if (patches := own_last(pixels)) is not None:
+            return patches
+    elif trunk is not None and layer == -1 and norm is not False:
         # timm's own way: `forward_intermediates` would skip FastViT's last convolution.
         features = trunk.forward_features(pixels)
         if features.ndim == 3:

@@ -15,7 +15,8 @@ from vlm_cli.checkpoint.parts.openclip import (
     openclip_files,
 )
 from vlm_cli.checkpoint.parts.outside import find_outside_tower, load_outside_tower
-from vlm_cli.checkpoint.parts.tower import RepositoryWeights, Tower
+from vlm_cli.checkpoint.parts.timm_models import check_timm_weights, find_timm_tower, load_timm_tower
+from vlm_cli.checkpoint.parts.tower import Tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import PluginError
 from vlm_cli.registry import VISION_ENCODERS
@@ -41,6 +42,8 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
     """
     if options.name.startswith("hf:"):
         return find_hf_tower(options)
+    if options.name.startswith("timm:"):
+        return find_timm_tower(options)
     if options.name not in VISION_ENCODERS:
         return find_openclip_tower(options)
     if options.name in openclip_files():
@@ -54,7 +57,7 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
 def describe_random_tower(options: VisionEncoderOptions) -> str | None:
     """Say that a name brings no weights, or that its images are prepared in another way; None if there is no more."""
     name = options.name
-    if name.startswith("hf:"):
+    if name.startswith(("hf:", "timm:")):
         return " ".join(find_tower(options).notes) or None
     if options.pretrained is not None or name.startswith("hf-hub:") or find_tower(options).weights is not None:
         return None
@@ -71,8 +74,9 @@ def check_tower_weights(tower: Tower) -> None:
     Raises:
         VisionEncoderError: if the file cannot be read or does not fit.
     """
-    if isinstance(tower.weights, RepositoryWeights):
-        check_hf_weights(tower)
+    check = {"hf": check_hf_weights, "timm": check_timm_weights}.get(tower.config.get("type", ""))
+    if check is not None and tower.weights is not None:
+        check(tower)
     elif not tower.is_outside:
         check_openclip_weights(tower)
 
@@ -87,6 +91,7 @@ def load_tower(tower: Tower) -> nn.Module:
 
     if tower.weights is None:
         return build_tower(tower.config)
-    if isinstance(tower.weights, RepositoryWeights):
-        return load_hf_tower(tower)
+    load = {"hf": load_hf_tower, "timm": load_timm_tower}.get(tower.config.get("type", ""))
+    if load is not None:
+        return load(tower)
     return load_outside_tower(tower) if tower.is_outside else load_openclip_tower(tower)
