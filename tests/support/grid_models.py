@@ -13,6 +13,12 @@ from transformers import (
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
     Cohere2VisionProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
+    Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.models.cohere2_vision.image_processing_cohere2_vision import get_optimal_tiled_canvas
@@ -76,7 +82,7 @@ def cohere2_vision(
 ) -> TiledCase:
     side = changes.pop("tokens_of_a_side", 2)
     config = Cohere2VisionConfig(
-        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        vision_config=SiglipVisionConfig(**TOWER | {"vision_use_head": False} | changes.pop("vision", {})),
         text_config=cohere2_text(is_tied=is_tied, eos_token_id=1, **changes.pop("text", {})),
         tie_word_embeddings=is_tied,
         image_token_id=VOCABULARY + 2,
@@ -113,3 +119,38 @@ def aya_vision(
     processor = AyaVisionProcessor(image_processor, tokenizer, patch_size=TILE // side, img_size=TILE)
     processor.save_pretrained(folder)
     return TiledCase(source=folder, model=theirs, processor=processor)
+
+
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
+def internvl(
+    folder: Path, *, is_tied: bool = False, shard: str = "5GB", images: dict[str, Any] | None = None, **changes: Any
+) -> TiledCase:
+    vision = InternVLVisionConfig(
+        **TOWER | {"image_size": [TILE] * 2, "patch_size": [PATCH] * 2} | changes.pop("vision", {})
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**TEXT, tie_word_embeddings=is_tied),
+        tie_word_embeddings=is_tied,
+        image_token_id=VOCABULARY + 2,
+        image_seq_length=4,
+        **changes,
+    )
+    theirs = stir(InternVLForConditionalGeneration(config), seed=5)
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    tokenizer = write_tokenizer(folder, *INTERNVL_TOKENS.values(), pad="w0", named=INTERNVL_TOKENS)
+    # The files of published models have crop_to_patches=false, which the processor overrules.
+    image_processor = GotOcr2ImageProcessorPil(size=SQUARE, **{"crop_to_patches": False} | (images or {}))
+    side = round((TILE // PATCH) * config.downsample_ratio)
+    processor = InternVLProcessor(
+        image_processor, tokenizer, InternVLVideoProcessor(), image_seq_length=side**2, chat_template="{{ messages }}"
+    )
+    processor.save_pretrained(folder)
+    return TiledCase(source=folder, model=theirs, processor=processor, placeholder="<IMG_CONTEXT>")

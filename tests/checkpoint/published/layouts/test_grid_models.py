@@ -1,4 +1,4 @@
-"""Cohere2 Vision and Aya Vision, against Transformers' classes and processors."""
+"""Cohere2 Vision, Aya Vision and InternVL, against Transformers' classes and processors."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from transformers import Cohere2VisionImageProcessor
 
-from tests.support.grid_models import SQUARE, Cohere2VisionImageProcessorPil, aya_vision, cohere2_vision
+from tests.support.grid_models import SQUARE, Cohere2VisionImageProcessorPil, aya_vision, cohere2_vision, internvl
 from tests.support.photographs import PHOTOGRAPHS, photograph
 from tests.support.published import rewrite_config
 from tests.support.tiled import check_tiled
 from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.errors import CheckpointError
 
-MADE = {"cohere2_vision": cohere2_vision, "aya_vision": aya_vision}
+MADE = {"cohere2_vision": cohere2_vision, "aya_vision": aya_vision, "internvl": internvl}
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -34,6 +34,7 @@ def test_photographs_of_many_shapes(tmp_path, kind):
     "changes",
     [
         {"is_tied": False},
+        {"is_tied": True},
         {"shard": "40KB"},
         {"images": {"max_patches": 3, "min_patches": 2}},
         {"images": {"max_patches": 1}},
@@ -43,15 +44,34 @@ def test_photographs_of_many_shapes(tmp_path, kind):
     ids=str,
 )
 def test_ways_to_write_it(tmp_path, kind, changes):
+    if kind == "internvl":
+        changes = {"downsample_ratio": 1.0} if "downsample_factor" in changes else changes
+        changes = {key: x for key, x in changes.items() if key != "text"}  # Qwen's logits have no scale
     imported = check_tiled(MADE[kind](tmp_path, **changes), ["3:2", "1:4"])
     assert ("shard" in changes) == (len([*tmp_path.glob("*.safetensors")]) > 1)
     assert any("logit_scale=0.25" in note for note in imported.notes) == ("text" in changes)
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["aya_vision", "internvl"])
 @pytest.mark.parametrize("layer", [-2, 1, 3])
-def test_another_layer(tmp_path, layer):
-    check_tiled(aya_vision(tmp_path, vision_feature_layer=layer), ["2:3"])
+def test_another_layer(tmp_path, kind, layer):
+    check_tiled(MADE[kind](tmp_path, vision_feature_layer=layer), ["2:3"])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "settings", [{"use_mean_pooling": False}, {"use_qk_norm": True, "norm_type": "rms_norm"}], ids=str
+)
+def test_sizes_of_internvit(tmp_path, settings):
+    """InternViT-300M has a mean of its patches and LayerNorms, InternViT-6B norms of queries and keys and RMSNorms."""
+    check_tiled(internvl(tmp_path, vision=settings), ["2:3"])
+
+
+@pytest.mark.matrix
+def test_a_siglip_with_a_pooling_head(tmp_path):
+    imported = check_tiled(cohere2_vision(tmp_path, vision={"vision_use_head": True}), ["2:3"])
+    assert not any("head" in name for name in imported.report.absent if "added" not in name)
 
 
 @pytest.mark.matrix
@@ -72,6 +92,9 @@ def test_cohere_cuts_only_if_its_file_says_so(tmp_path, crops):
         ("aya_vision", {"tiling": {"thumbnail_text": "{image}TILE_GLOBAL"}}),
         ("aya_vision", {"vision_tokenizer": {"norm_eps": 1e-2}}),
         ("aya_vision", {"vision_encoder": {"norm": True}}),
+        ("internvl", {"tiling": {"picture_text": "</img>{views}<img>"}}),
+        ("internvl", {"vision_encoder": {"layer": -2}}),
+        ("internvl", {"vision_tokenizer": {"activation": "relu"}}),
     ],
     ids=str,
 )
@@ -80,6 +103,7 @@ def test_another_setting_is_noticed(tmp_path, kind, over):
         check_tiled(replace(MADE[kind](tmp_path), over=over))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("shape", PHOTOGRAPHS)
 def test_pixels_of_cohere_are_those_of_torchvision(shape):
     """Both cut the same tiles. A bicubic resize of torchvision rounds bytes by itself, at edges by several levels."""
@@ -91,6 +115,7 @@ def test_pixels_of_cohere_are_those_of_torchvision(shape):
     assert (ours - theirs).abs().mean() < 0.3 * level < (ours - theirs.flip(-1)).abs().mean()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("kind", "file", "changes", "words"),
     [
@@ -100,6 +125,9 @@ def test_pixels_of_cohere_are_those_of_torchvision(shape):
         ("aya_vision", "config.json", {"vision_feature_select_strategy": "default"}, "builds only 'full'"),
         ("aya_vision", "config.json", {"vision_feature_layer": [-2, -1]}, r"of layers \[-2, -1\]"),
         ("aya_vision", "processor_config.json", {"img_size": 64}, "4 vision tokens for each tile .* writes 16"),
+        ("internvl", "config.json", {"downsample_ratio": 0.4}, "downsample_ratio=0.4; vlm shuffles by 1/2"),
+        ("internvl", "config.json", {"projector_hidden_act": "relu"}, "builds only 'gelu'"),
+        ("internvl", "processor_config.json", {"image_seq_length": 256}, "4 vision tokens for each tile .* writes 256"),
         ("aya_vision", "processor_config.json", {"tile_token": 7}, "tile_token=7; expected such as 'TILE'"),
     ],
 )

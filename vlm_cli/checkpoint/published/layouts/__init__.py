@@ -8,6 +8,7 @@ from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, HuggingFacePaliGemma
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
+from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
 from vlm_cli.checkpoint.published.layouts.llava_next import HuggingFaceLLaVANeXT, HuggingFaceLLaVAOneVision
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
@@ -25,6 +26,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFacePaliGemma(),
     HuggingFaceCohere2Vision(),
     HuggingFaceAyaVision(),
+    HuggingFaceInternVL(),
     OriginalLLaVA(),
     HuggingFaceBLIP2(),
     HuggingFaceIDEFICS(),

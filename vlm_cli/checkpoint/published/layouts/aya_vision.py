@@ -19,12 +19,11 @@ from vlm_cli.checkpoint.published.layouts.hf_grid import (
     check_tokens_of_a_tile,
     describe_grid_model,
     matches_grid_model,
+    read_layer,
     read_limits,
 )
 from vlm_cli.checkpoint.published.layouts.hf_parts import read_parts
 from vlm_cli.checkpoint.published.settings import Settings
-from vlm_cli.errors import CheckpointError
-from vlm_cli.schema import show
 
 __all__ = ["HuggingFaceAyaVision"]
 
@@ -74,7 +73,7 @@ class HuggingFaceAyaVision:
         return describe_grid_model(
             checkpoint,
             parts,
-            vision_encoder=_read_layer(checkpoint.name, config),
+            vision_encoder={"layer": read_layer(checkpoint.name, config), "norm": False},
             vision_tokenizer={
                 "pixel_shuffle": config.downsample_factor,
                 "norm": "layer",
@@ -90,15 +89,3 @@ class HuggingFaceAyaVision:
             },
             notes=notes,
         )
-
-
-def _read_layer(name: str, config: Any) -> dict[str, Any]:
-    """Read which layer's features are projected. They do not pass the last norm.
-
-    Raises:
-        CheckpointError: for several layers.
-    """
-    layer = config.vision_feature_layer
-    if not isinstance(layer, int):
-        raise CheckpointError(f"{name!r} takes features of layers {show(layer)}; vlm takes those of a single layer.")
-    return {"layer": layer if layer < 0 else layer - config.vision_config.num_hidden_layers - 1, "norm": False}

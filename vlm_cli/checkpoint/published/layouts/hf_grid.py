@@ -11,12 +11,16 @@ from vlm_cli.checkpoint.published.layouts.hf_parts import MODEL, HFParts, make_l
 from vlm_cli.checkpoint.published.targets import Rule, make_targets_of
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
+from vlm_cli.schema import show
 
-__all__ = ["GRID_SETTINGS", "check_tokens_of_a_tile", "describe_grid_model", "matches_grid_model", "read_limits"]
+__all__ = ["GRID_SETTINGS", "check_tokens_of_a_tile", "describe_grid_model", "matches_grid_model"]
+__all__ += ["read_layer", "read_limits"]
 
 #: Settings of the image processor that say how a picture is cut.
 GRID_SETTINGS: Collection[str] = {"crop_to_patches", "min_patches", "max_patches"}
 
+#: What stands behind the last norm of a vision encoder.
+_HEADS = r"vision_encoder\.visual\.(?:head|pooler)\..*"
 _PROJECTOR: list[Rule] = [
     (rf"{MODEL}multi_modal_projector\.layer_?norm\.(\w+)", r"vision_tokenizer.norm.\1"),
     (rf"{MODEL}multi_modal_projector\.linear_1\.(\w+)", r"vision_tokenizer.proj.0.\1"),
@@ -29,6 +33,18 @@ def matches_grid_model(checkpoint: PublishedCheckpoint, model_type: str) -> bool
     return checkpoint.config.get("model_type") == model_type and any(
         name.endswith("multi_modal_projector.linear_1.weight") for name in checkpoint.tensors
     )
+
+
+def read_layer(name: str, config: Any) -> int:
+    """Return the layer whose features are projected, counted from the end. Transformers counts from the embeddings too.
+
+    Raises:
+        CheckpointError: for several layers.
+    """
+    layer = config.vision_feature_layer
+    if not isinstance(layer, int):
+        raise CheckpointError(f"{name!r} takes features of layers {show(layer)}; vlm takes those of a single layer.")
+    return layer if layer < 0 else layer - config.vision_config.num_hidden_layers - 1
 
 
 def read_limits(images: Mapping[str, Any]) -> dict[str, int]:
@@ -78,6 +94,7 @@ def describe_grid_model(
         tiling: settings of the composition's grid, its texts among them.
         notes: sentences that the user should read.
     """
+    optional = parts.optional if vision_encoder.get("norm") is False else _HEADS
     return CheckpointDescription(
         composition={
             "family": "llava",
@@ -94,6 +111,6 @@ def describe_grid_model(
         ),
         text_config=parts.text_config,
         vision_config=parts.vision_config,
-        optional_pattern=rf"{parts.optional}|added_tokens\..*",
+        optional_pattern=rf"{optional}|added_tokens\..*",
         notes=notes,
     )
