@@ -291,7 +291,7 @@ def test_a_template_that_wants_parts_gets_them(talk, load, asked, open_gates, ph
     ("template", "problem"),
     [
         ("{{ raise_exception('no system here') }}", "cannot write this conversation: TemplateError: no system here"),
-        ("{{ messages[-1].content[:5] }}hello", "writes 0 of the conversation's 1 images"),
+        ("{{ messages[-1].content[:5] }}hello", "writes 0 of 1 image of the conversation"),
     ],
     ids=["raises", "forgets"],
 )

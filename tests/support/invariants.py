@@ -54,6 +54,7 @@ def opened(**parts: Any) -> VLM:
 
 
 @cache
+@torch.inference_mode(False)
 def opened_of(vision: str, tokenizer: str, fusion: str, language_model: str) -> VLM:
     """The same model for all tests of a process, which leave it as it was."""
     return tiny.open_gates(tiny.build(vision, tokenizer, fusion, language_model))

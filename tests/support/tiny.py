@@ -201,6 +201,7 @@ def language_model_config(name: str) -> Any:
 
 
 @cache
+@torch.inference_mode(False)  # a test in inference mode may be the first to ask
 def language_model(name: str) -> PreTrainedModel:
     """The bare language model, that of every VLM built here; not to be changed.
 
@@ -211,6 +212,7 @@ def language_model(name: str) -> PreTrainedModel:
 
 
 @cache
+@torch.inference_mode(False)
 def tower(name: str, depth: int | None = None) -> nn.Module:
     """An OpenCLIP tower, shared by all VLMs built here; not to be changed."""
     if depth is not None:
