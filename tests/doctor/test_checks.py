@@ -19,7 +19,7 @@ from tests.support import tiny
 from tests.support.grid import first_of, grid
 from vlm_cli import load
 from vlm_cli.doctor import CHECKS, QUICK, Finding, check_invariants
-from vlm_cli.modeling import generation
+from vlm_cli.modeling import announcement, generation
 from vlm_cli.modeling import vlm as vlm_module
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.fusion import language_stream
@@ -63,6 +63,26 @@ def test_the_checks_know_the_masks(mask, skipped, monkeypatch):
     assert f"fusion.mask={mask}" in findings["chunked-prefill"].note
     monkeypatch.setattr(model, "mask_call", lambda conditioning, kwargs: kwargs)
     assert find(model, "media").verdict == "fails"
+
+
+TILED: dict[str, dict[str, Any]] = {
+    "grid": {"type": "grid", "max_tiles": 2, "picture_text": "<{views}>", "tile_text": "{number}{image}"},
+    "anyres": {"type": "anyres", "pinpoints": [[32, 64], [64, 32]]},
+}
+
+
+@grid(
+    fusion=[CROSS, STREAM],
+    tiling=list(TILED),
+    quick={"fusion": [STREAM], "tiling": ["grid"]},
+)
+def test_every_check_holds_for_pictures_of_tiles(fusion, tiling, monkeypatch):
+    model = tiny.build(tokenizer="linear", fusion=fusion, tiling=TILED[tiling])
+    findings = {f.name: (f.verdict, f.note) for f in check_invariants(model)}
+    assert {name: x for name, x in findings.items() if x[0] != "holds"} == {}
+    if model.announcement is not None and fusion == STREAM:
+        wrap(monkeypatch, announcement, "insert_media_ids", lambda x: replace(x, ids=x.ids.roll(1, 1)))
+        assert find(model, "bare").verdict == "fails"
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +308,7 @@ def counts_positions_over_padding(model, patch):
 @breaks("padded", error="has 1 media tokens, but vision_x has 2")
 def drops_the_mask_of_media(model, patch):
     encode = model.encode_vision
-    patch.setattr(model, "encode_vision", lambda vision_x, vision_mask=None: encode(vision_x))
+    patch.setattr(model, "encode_vision", lambda vision_x, vision_mask=None, vision_grid=None: encode(vision_x))
 
 
 @breaks("padded")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.modeling.lm_interface import LanguageModelInterface
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.tiling import MediumSize
+from vlm_cli.tiling.texts import list_shapes
 
 __all__ = [
     "NUM_DECODED",
@@ -46,17 +48,30 @@ class Inputs:
 
     Attributes:
         lang_x: int[1, T] tokens.
-        vision_x: float[1, T_img, 1, C, H, W] media, or None.
+        vision_x: float[1, T_img, F, C, H, W] media, or None.
+        sizes: of the media; empty for pictures of one view.
         prefix: tokens at the start that all see each other, if the fusion's mask is `prefix`; None for all.
     """
 
     lang_x: Tensor
     vision_x: Tensor | None = None
     prefix: int | None = None
+    sizes: tuple[MediumSize, ...] = ()
+
+    @property
+    def media(self) -> dict[str, Any]:
+        """The arguments of `VLM.encode_vision`."""
+        if not self.sizes or self.vision_x is None:
+            return {"vision_x": self.vision_x}
+        views = torch.tensor([[size.num_frames for size in self.sizes]])
+        mask = torch.arange(self.vision_x.shape[2]) < views[..., None]
+        grid = torch.tensor([[size.grid for size in self.sizes]])
+        device = self.vision_x.device
+        return {"vision_x": self.vision_x, "vision_mask": mask.to(device), "vision_grid": grid.to(device)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keyword arguments of `VLM.forward`."""
-        inputs = {"lang_x": self.lang_x, "vision_x": self.vision_x}
+        inputs = {"lang_x": self.lang_x, **self.media}
         if self.prefix is not None:
             inputs["prefix_mask"] = (torch.arange(self.lang_x.shape[1]) < self.prefix)[None].to(self.lang_x.device)
         return inputs
@@ -68,7 +83,11 @@ class Inputs:
         vision_x = self.vision_x.clone()
         at = slice(None) if k is None else slice(k, k + 1)
         vision_x[:, at] = 1 - vision_x[:, at].flip(-1)
-        return Inputs(self.lang_x, vision_x, self.prefix)
+        return replace(self, vision_x=vision_x)
+
+    def continued(self, sequence: Tensor) -> Inputs:
+        """Return the same prompt with an answer, int[1, T + new tokens] together."""
+        return replace(self, lang_x=sequence, prefix=self.lang_x.shape[1])
 
 
 @dataclass(frozen=True)
@@ -151,8 +170,20 @@ class WholeModel:
         if not num_media:
             return Inputs(lang_x)
         height, width = self.model.vision_encoder.image_size
-        vision_x = torch.randn(1, num_media, 1, 3, height, width, generator=generator)
-        return Inputs(lang_x, vision_x.to(self.model.device, next(self.model.vision_encoder.parameters()).dtype))
+        sizes = self._sizes(num_media)
+        num_views = max(size.num_frames for size in sizes)
+        vision_x = torch.randn(1, num_media, num_views, 3, height, width, generator=generator)
+        vision_x = vision_x.to(self.model.device, next(self.model.vision_encoder.parameters()).dtype)
+        return Inputs(lang_x, vision_x, sizes=sizes if num_views > 1 else ())
+
+    def _sizes(self, num_media: int) -> tuple[MediumSize, ...]:
+        """Return sizes of media: a picture of few tiles first, if the composition cuts pictures, then one view."""
+        tiling = self.model.config.composition.tiling
+        shapes = list_shapes(tiling, self.model.vision_encoder.image_size[::-1])
+        tiled = min(
+            (size for size in shapes if size.rows * size.columns > 1), key=lambda x: x.num_frames, default=shapes[0]
+        )
+        return tuple(tiled if k % 2 == 0 else shapes[0] for k in range(num_media))
 
     @torch.no_grad()
     def call(self, lang_x: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Any:

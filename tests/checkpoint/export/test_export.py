@@ -27,6 +27,7 @@ from tests.support.disk import run
 from tests.support.grid import first_of
 from vlm_cli.checkpoint.export import llava, programs
 from vlm_cli.checkpoint.export.agreement import check_agreement
+from vlm_cli.checkpoint.export.formats import find_format
 from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava, export_llava
 from vlm_cli.errors import CheckpointError, UsageError
 from vlm_cli.prompt import Medium, Text
@@ -300,6 +301,8 @@ def test_a_processor_that_differs_is_not_written(folder, tmp_path, monkeypatch, 
         ({"tokenizer": "linear"}, "vision_tokenizer is linear; it would have to be mlp"),
         ({"fusion": {"type": "language-stream", "mask": "image"}}, "fusion.mask is image; it would have to be causal"),
         ({"tokenizer": {"type": "mlp", "pixel_shuffle": 2}}, "pixel_shuffle is 2; it would have to be 1"),
+        ({"tiling": {"type": "grid"}}, "tiling is grid; it would have to be none, without texts"),
+        ({"tiling": {"type": "none", "picture_text": "<{views}>"}}, "tiling is none with picture_text"),
         ({"language_model": "gpt2"}, "the language model is of type gpt2; it would have to be llama"),
         ({"vision": "resnet"}, "has a ResNet; it would have to be a plain ViT"),
         ({"vision": "siglip"}, "timm_model_name='test_vit'; it would have to be a plain ViT"),
@@ -316,6 +319,13 @@ def test_what_llava_cannot_hold(parts, problem):
     with pytest.raises(UsageError, match="Transformers' LLaVA class cannot hold this model:") as caught:
         check_llava(tiny.config(**{**fitting, **parts}))
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["torch-export", "vision-onnx"])
+def test_a_program_knows_no_tiles(name):
+    config = tiny.config(tiling={"type": "grid"}, tokenizer="linear")
+    with pytest.raises(UsageError, match="reads one view, and this model's tiling is grid"):
+        find_format(name).check(config)
 
 
 def test_a_refusal_comes_before_weights_are_read(folder, tmp_path):

@@ -71,9 +71,16 @@ def _check_llava(config: VLMConfig) -> None:
     check_llava(config)
 
 
-def _check_onnx(config: VLMConfig) -> None:
-    from vlm_cli.checkpoint.export.programs import check_onnx
+def _check_program(config: VLMConfig) -> None:
+    from vlm_cli.checkpoint.export.programs import check_program
 
+    check_program(config)
+
+
+def _check_onnx(config: VLMConfig) -> None:
+    from vlm_cli.checkpoint.export.programs import check_onnx, check_program
+
+    check_program(config)
     check_onnx()
 
 
@@ -140,7 +147,7 @@ FORMATS: dict[str, ExportFormat] = {
     ),
     "torch-export": ExportFormat(
         summary="the vision encoder and vision tokenizer, as a program of torch.export",
-        check=_accept,
+        check=_check_program,
         write=_write_torch_program,
         next_line='torch.export.load("{out}/vision.pt2").module()(pixels)',
     ),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_cli.checkpoint.export.llava_agreement import compare_logits, compare_pictures
-from vlm_cli.composition import MEDIA_TOKEN, MLPOptions
+from vlm_cli.composition import MEDIA_TOKEN, UNTILED, MLPOptions
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.generation_settings import inherit_settings
@@ -82,6 +82,9 @@ def check_llava(config: VLMConfig) -> None:
 
 def _part_problems(config: VLMConfig) -> list[str]:
     parts, problems = config.composition, []
+    if parts.tiling != UNTILED:
+        kind = "none with picture_text" if parts.tiling.type == "none" else parts.tiling.type
+        problems.append(f"tiling is {kind}; it would have to be none, without texts.")
     if parts.fusion.type != "language-stream":
         problems.append(f"fusion is {parts.fusion.type}; it would have to be language-stream.")
     elif (mask := parts.fusion.options.mask) != "causal":

@@ -21,10 +21,11 @@ from torch.export import ExportedProgram
 
 from vlm_cli.checkpoint.export.agreement import check_agreement
 from vlm_cli.errors import CheckpointError, UsageError, first_line
+from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 
-__all__ = ["VisionSide", "check_onnx", "export_torch_program", "export_vision_onnx"]
+__all__ = ["VisionSide", "check_onnx", "check_program", "export_torch_program", "export_vision_onnx"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,20 @@ def export_torch_program(model: VLM, processor: VLMProcessor, out: Path) -> dict
     difference = _compare("the program", model, side, loaded, is_dynamic)
     processor.image_processor.save_pretrained(out)
     return _facts(model, side, is_dynamic, difference)
+
+
+def check_program(config: VLMConfig) -> None:
+    """Check that the vision side of a model can be written as a program, which reads one view and knows no tiles.
+
+    Raises:
+        UsageError: naming the setting that does not fit.
+    """
+    tiling = config.composition.tiling
+    if tiling.type != "none":
+        raise UsageError(
+            f"a program of the vision side reads one view, and this model's tiling is {tiling.type}: it cuts pictures "
+            "into tiles, and the program would not. Choose --format delta, or a model without tiles."
+        )
 
 
 def check_onnx() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from vlm_cli.doctor.finding import Decided, Measured
 from vlm_cli.doctor.gates import closed_gates
 from vlm_cli.doctor.subject import Inputs, Subject, WholeModel, without_hooks
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.tiling import MediumSize
 
 __all__ = ["bare", "features", "media", "text_only"]
 
@@ -101,22 +102,24 @@ def _bare_logits(model: VLM, inputs: Inputs) -> Tensor:
     elsewhere.
     """
     config, table = model.config, model.lang_model.get_input_embeddings()
-    media: Iterator[Tensor] = iter(())
+    vision_tokens: Iterator[Tensor] = iter(())
     if model.splices_media and inputs.vision_x is not None:
-        tokens, mask = model.encode_vision(inputs.vision_x)
-        media = iter([x[valid] for x, valid in zip(tokens[0], mask[0], strict=True)])
+        tokens, mask = model.encode_vision(**inputs.media)
+        vision_tokens = iter(tokens[0][mask[0]])
+    sizes = iter(inputs.sizes or [MediumSize()] * len(inputs.lang_x[0]))
     ids: list[int] = []
     embeddings: list[Tensor] = []
     last: list[int] = []  # last position of each token of the prompt
     with without_hooks(model.lang_model):
         for token in inputs.lang_x[0].tolist():
-            if token == config.media_token_id and model.splices_media:
-                embeddings.append(next(media))
-            elif token >= config.first_added_id:
-                embeddings.append(model.added_tokens.embedding.weight[token - config.first_added_id][None])
-            else:
-                embeddings.append(table(torch.tensor([token], device=model.device)))
-            ids += [token if token < config.first_added_id else 0] * len(embeddings[-1])
+            for i in _ids_of(model, next(sizes)) if token == config.media_token_id else [token]:
+                if i == config.media_token_id and model.splices_media:
+                    embeddings.append(next(vision_tokens)[None])
+                elif i >= config.first_added_id:
+                    embeddings.append(model.added_tokens.embedding.weight[i - config.first_added_id][None])
+                else:
+                    embeddings.append(table(torch.tensor([i], device=model.device)))
+                ids.append(i if i < config.first_added_id else 0)
             last.append(len(ids) - 1)
         whole = torch.cat([x.to(embeddings[0].dtype) for x in embeddings])[None]
         hook = table.register_forward_hook(lambda _, args, out: whole if out.shape == whole.shape else None)
@@ -125,6 +128,13 @@ def _bare_logits(model: VLM, inputs: Inputs) -> Tensor:
         finally:
             hook.remove()
     return logits[0, last, : config.first_added_id]
+
+
+def _ids_of(model: VLM, size: MediumSize) -> Sequence[int]:
+    """Return what stands in the place of `<image>`."""
+    if model.announcement is not None:
+        return model.announcement.ids(size)
+    return [model.config.media_token_id] * model.positions_of(size)
 
 
 @check_whole(

@@ -59,7 +59,7 @@ def padded(subject: Subject) -> Measured:
     rows = [subject.draw(n, 9 + n, seed=n) for n in (1, 0, 2)]
     difference, scale, twin = 0.0, 0.0, math.inf
     for row, (found, sequence) in zip(rows, _read_and_decode(subject, rows), strict=True):
-        whole = Inputs(sequence, row.vision_x, prefix=row.lang_x.shape[1])
+        whole = row.continued(sequence)
         alone, changed = subject.logits(whole)[:-1], subject.logits(whole.with_other_media())[:-1]
         difference = max(difference, largest_difference(found, alone))
         scale = max(scale, scale_of(alone))
@@ -94,8 +94,7 @@ _IN_ONE_CALL = {
 
 def _full_pass(subject: Subject, inputs: Inputs, decoded: Decoded) -> Tensor:
     """Return float[NUM_DECODED, V], the logits of the decoded tokens in one pass without a cache."""
-    whole = Inputs(decoded.sequences, inputs.vision_x, prefix=inputs.lang_x.shape[1])
-    return subject.logits(whole)[-NUM_DECODED - 1 : -1]
+    return subject.logits(inputs.continued(decoded.sequences))[-NUM_DECODED - 1 : -1]
 
 
 def _read_and_decode(subject: Subject, rows: Sequence[Inputs]) -> list[tuple[Tensor, Tensor]]:
@@ -132,12 +131,15 @@ def _left_padded(rows: Sequence[Inputs], pad_token_id: int) -> dict[str, Any]:
     if media:
         most = max(x.shape[1] for x in media)
         vision_x = media[0].new_full((len(rows), most, *media[0].shape[2:]), _PADDED_PIXEL)
-        vision_mask = lang_x.new_zeros((len(rows), most, 1), dtype=torch.bool)
+        vision_mask = lang_x.new_zeros((len(rows), most, vision_x.shape[2]), dtype=torch.bool)
+        vision_grid = lang_x.new_zeros((len(rows), most, 4))
         for i, row in enumerate(rows):
             if row.vision_x is not None:
-                vision_x[i, : row.vision_x.shape[1]] = row.vision_x[0]
-                vision_mask[i, : row.vision_x.shape[1]] = True
-        batch |= {"vision_x": vision_x, "vision_mask": vision_mask}
+                there = slice(row.vision_x.shape[1])
+                vision_x[i, there] = row.vision_x[0]
+                vision_mask[i, there] = row.media.get("vision_mask", torch.tensor(True))
+                vision_grid[i, there] = row.media.get("vision_grid", torch.tensor(0))
+        batch |= {"vision_x": vision_x, "vision_mask": vision_mask, "vision_grid": vision_grid}
     return batch
 
 
@@ -151,9 +153,10 @@ def _read_in_chunks(subject: Subject, inputs: Inputs, *lengths: int) -> Tensor:
     model, ids = subject.model, inputs.lang_x
     keywords: dict[str, Any] = {}
     if inputs.vision_x is not None:
-        tokens, mask = model.encode_vision(inputs.vision_x)
+        tokens, mask = model.encode_vision(**inputs.media)
         keywords = {"media": model.project_media(tokens, mask), "media_mask": mask}
-        with model.conditioned(inputs.lang_x, tokens) as expanded:
+        grid = inputs.media.get("vision_grid")
+        with model.conditioned(inputs.lang_x, tokens, media_mask=mask, vision_grid=grid) as expanded:
             ids = expanded["input_ids"]
     media_counts = (ids == model.config.media_token_id).cumsum(-1)
     found: list[Tensor] = []
