@@ -263,12 +263,12 @@ class _CompositionReader:
             self.problems.append(f"{place} must be a name ({', '.join(registry)}), got {show(given)}.")
             return None
         if not isinstance(value, Mapping) or given is None:
-            flag = name.replace("_", "-")
+            has_flag = name != "tiling"
+            flag = (
+                f"--family ({', '.join(FAMILIES)}) or --{name.replace('_', '-')}" if has_flag else f"--set {name}.type="
+            )
             if self.is_whole:
-                self.problems.append(
-                    f"no {registry.kind} is chosen. Add --family ({', '.join(FAMILIES)}) or --{flag} "
-                    f"({', '.join(registry)})."
-                )
+                self.problems.append(f"no {registry.kind} is chosen. Add {flag} ({', '.join(registry)}).")
             return None
         if value["type"] not in registry:
             self.problems.append(registry.unknown(value["type"]))

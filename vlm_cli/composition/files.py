@@ -36,6 +36,8 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     {'fusion': {'type': 'cross-attention', 'every': 2}}
     >>> merge({"fusion": {"type": "cross-attention", "every": 4}}, {"fusion": "language-stream"})
     {'fusion': {'type': 'language-stream'}}
+    >>> merge({"tiling": {"type": "grid"}}, {"tiling": {"max_tiles": 4}})
+    {'tiling': {'type': 'grid', 'max_tiles': 4}}
     """
     short = dict.fromkeys(("vision_tokenizer", "fusion", "tiling"), "type")
     short |= dict.fromkeys(("vision_encoder", "language_model"), "name")
