@@ -111,5 +111,5 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     save_file({"cls_token": torch.zeros(1)}, tmp_path / "one.safetensors")
     tower = find_tower(VisionEncoderOptions(name="timm:test_vit", pretrained=str(tmp_path / "one.safetensors")))
     for load in (check_tower_weights, load_tower):
-        with pytest.raises(VisionEncoderError, match="lack .* tensors of timm's model 'test_vit'"):
+        with pytest.raises(VisionEncoderError, match=r"lack .* tensors of timm's model 'test_vit'"):
             load(tower)

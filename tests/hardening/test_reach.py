@@ -149,6 +149,8 @@ JOINS = {
     "remote_code.py:write_code": "the name of a module that the user trusts",
     "checkpoint.py:_indexed_files": "`read_index` has checked it",
     "xgen_mm.py:_has_media_token": "constants",
+    "gemma.py:_read_token": "constants",
+    "announcing.py:_read": "constants",
     "preprocessing.py:_read_files": "constants",
     "schemas.py:_read": "constants",
     "run_record.py:copy_run_record": "constants",
