@@ -267,7 +267,12 @@ def find_vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     classes += [
         x for x in beside if x.config_class is kind and "For" not in x.__name__ and "PreTrained" not in x.__name__
     ]
-    return next((x for x in classes if x is not None and x.main_input_name == "pixel_values"), None)
+    return next((x for x in classes if x is not None and _reads_pixels(x)), None)
+
+
+def _reads_pixels(model: type[PreTrainedModel]) -> bool:
+    """Say whether a class reads images alone. Mllama's vision model does, and leaves `main_input_name` as it was."""
+    return model.main_input_name == "pixel_values" or model.__name__ == "MllamaVisionModel"
 
 
 def make_language_model(config: PreTrainedConfig) -> Any:

@@ -12,6 +12,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.support.photographs import PHOTOGRAPHS, nanovlm_views, photograph
@@ -51,6 +52,22 @@ def test_grid_makes_the_pixels_of_internvl(shape: str, most: int) -> None:
     settings = {"size": {"height": 48, "width": 48}, "crop_to_patches": True, "max_patches": most}
     image = photograph(shape)
     check(ours({"type": "grid", "max_tiles": most}), image, theirs(GotOcr2ImageProcessorPil, image, **settings))
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize("tile", [48, 160])
+def test_grid_makes_the_pixels_of_mllama(shape: str, tile: int) -> None:
+    """Mllama fills up to four tiles with zeros."""
+    image, size = photograph(shape), {"height": tile, "width": tile}
+    processor = MllamaImageProcessorPil(image_mean=MEAN, image_std=STD, size=size, max_image_tiles=4, resample=2)
+    found = processor(images=[image], return_tensors="pt")
+    pixels, num_views = found["pixel_values"][0, 0], int(found["aspect_ratio_mask"].sum())
+    assert not pixels[num_views:].any()
+    settings = {"type": "grid", "choose": "scale", "fit": "corner", "max_tiles": 4, "thumbnail": "none"}
+    check(ours(settings, tile, interpolation="bilinear"), image, pixels[:num_views])
+    if shape == "3:2":
+        squashed = ours({**settings, "fit": "squash"}, tile, interpolation="bilinear").preprocess([[[image]]])
+        assert float((squashed["pixel_values"][0, 0] - pixels[:num_views]).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("shape", PHOTOGRAPHS)

@@ -107,6 +107,7 @@ class GridOptions(_AnnouncedOptions):
     """Cut a picture into a grid of tiles that suits its shape (InternVL, Aya Vision) or its size (Cohere2 Vision)."""
 
     choose: Literal["shape", "scale"] = "shape"  # the grid of the nearest shape, or of the least enlarged picture
+    fit: Literal["squash", "corner"] = "squash"  # to the canvas, or kept in shape at its top left, with bars (Mllama)
     min_tiles: int = 1
     max_tiles: int | None = 12  # the most tiles of a picture, its thumbnail left out; None: 1,024
 

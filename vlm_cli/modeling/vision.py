@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from vlm_cli.modeling.arrangement import Arrangement
 from vlm_cli.modeling.deduplicate import deduplicate
+from vlm_cli.modeling.encoders.views import pad_views
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 
 __all__ = ["encode_media"]
@@ -58,8 +60,12 @@ def encode_media(
         )
     vision_x = vision_x.to(next(encoder.parameters()).dtype)
     frame_mask = None if vision_mask is None else vision_mask.bool()
+    if encoder.num_views is not None:
+        vision_x, frame_mask = pad_views(vision_x, frame_mask, encoder.num_views)
     if torch.compiler.is_compiling() or vision_x.is_meta:  # a tracer cannot follow shapes that depend on values
-        tokens = tokenizer(encoder(vision_x), frame_mask)
+        tokens = tokenizer(encoder(vision_x, frame_mask, vision_grid), frame_mask)
+    elif frame_mask is not None and encoder.num_views is not None:
+        tokens = tokenizer(_encode_pictures_once(encoder, vision_x, frame_mask, vision_grid), frame_mask)
     else:
         tokens = _encode_once(encoder, tokenizer, vision_x, frame_mask, independently)
     if frame_mask is None:
@@ -109,3 +115,25 @@ def _encode_once(
     features = torch.where(mask[..., None, None], features[number.clamp(min=0)], 0)  # [rows, media, F, v, d]
     tokens = tokenizer(features, None if mask.all() else mask)  # [rows, media, n, d]
     return tokens if medium is None else tokens[medium, 0].unflatten(0, vision_x.shape[:2])
+
+
+def _encode_pictures_once(
+    encoder: VisionEncoder, vision_x: Tensor, frame_mask: Tensor, vision_grid: Tensor | None
+) -> Tensor:
+    """Encode equal media once, and media that are padding never, with an encoder that reads their views together.
+
+    float[B, T_img, F, C, H, W], bool[B, T_img, F], int[B, T_img, 4] -> float[B, T_img, F, v, d].
+    """
+    there = frame_mask.any(-1)  # [B, T_img]
+    there = there if there.any() else ~there
+    grid = frame_mask.new_zeros(*there.shape, 4, dtype=torch.long) if vision_grid is None else vision_grid
+    # Pictures with the same pixels may differ in their tiles; whole numbers below 256 are exact in every dtype.
+    facts = torch.cat([frame_mask[there], grid[there][:, :2]], dim=-1).to(vision_x)  # [media, F + 2]
+    keys, inverse = deduplicate(torch.cat([vision_x[there].flatten(1), facts], dim=1))
+    views, facts = keys.split([keys.shape[1] - facts.shape[1], facts.shape[1]], dim=1)
+    views = views.unflatten(1, vision_x.shape[2:])[:, None]  # [media, 1, F, C, H, W]
+    mask, rows_columns = facts[:, :-2].bool(), facts[:, -2:].long()
+    features = encoder(views, mask[:, None], nnf.pad(rows_columns, (0, 2))[:, None])[:, 0]  # [media, F, v, d]
+    found = features.new_zeros(*there.shape, *features.shape[1:])
+    found[there] = features[inverse]
+    return found

@@ -5,9 +5,12 @@ B batch, T_img media per row, F frames per medium, C H W pixels, v patches, d ch
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from vlm_cli.modeling.encoders.views import pad_views
 from vlm_cli.modeling.towers import Layers, find_image_size, patch_features
 
 __all__ = ["VisionEncoder"]
@@ -34,12 +37,39 @@ class VisionEncoder(nn.Module):
         self.class_token = class_token
         self.norm = norm
 
-    def forward(self, vision_x: Tensor) -> Tensor:
-        """float[B, T_img, F, C, H, W] -> float[B, T_img, F, v, d]."""
+    def forward(self, vision_x: Tensor, vision_mask: Tensor | None = None, vision_grid: Tensor | None = None) -> Tensor:
+        """Read all views of all media.
+
+        Args:
+            vision_x: float[B, T_img, F, C, H, W].
+            vision_mask: bool[B, T_img, F]; counts only if the tower reads the views of a medium together.
+            vision_grid: int[B, T_img, 4], see `VLM.encode_vision`; counts as `vision_mask` does.
+
+        Returns:
+            float[B, T_img, F, v, d].
+        """
+        if self.num_views is not None:
+            return self._read_views(vision_x, vision_mask, vision_grid)
         pixels = vision_x.flatten(0, 2)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trainable):
             features = patch_features(self.visual, pixels, self.layer, class_token=self.class_token, norm=self.norm)
         return features.unflatten(0, vision_x.shape[:3])
+
+    def _read_views(self, vision_x: Tensor, vision_mask: Tensor | None, vision_grid: Tensor | None) -> Tensor:
+        assert self.num_views is not None
+        views, mask = pad_views(vision_x, vision_mask, self.num_views)
+        visual: Any = self.visual
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trainable):
+            features = visual.view_features(
+                views.flatten(0, 1), mask.flatten(0, 1), None if vision_grid is None else vision_grid.flatten(0, 1)
+            )
+        features = features.unflatten(0, vision_x.shape[:2])[:, :, : vision_x.shape[2]]
+        return features if self.class_token else features[..., 1:, :]
+
+    @property
+    def num_views(self) -> int | None:
+        """The views that the tower reads of each medium, padding included; None if it reads each view by itself."""
+        return getattr(self.visual, "num_views", None)
 
     @property
     def image_size(self) -> tuple[int, int]:

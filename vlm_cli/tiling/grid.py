@@ -1,11 +1,12 @@
-"""The tiling `grid`: a picture is squashed to a canvas of whole tiles, as far from its shape as that makes it.
+"""The tiling `grid`: a picture is squashed to a canvas of whole tiles, or keeps its shape on one, with bars.
 
 Source: InternVL 1.5, section 3.3 (https://arxiv.org/abs/2404.16821); Aya Vision (https://arxiv.org/abs/2505.08751).
-Transformers' `GotOcr2ImageProcessor` and `Cohere2VisionImageProcessor` choose the same grids.
+Transformers' `GotOcr2ImageProcessor`, `Cohere2VisionImageProcessor` and `MllamaImageProcessor` choose the same grids.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,14 @@ def plan(options: GridOptions, tile: Pixels, width: int, height: int) -> Views:
     grids = list_grids(options.min_tiles, options.max_tiles or TILE_LIMIT)
     choose = _nearest_in_shape if options.choose == "shape" else _least_enlarged
     columns, rows = choose(grids, tile, width, height)
+    canvas = columns * tile[0], rows * tile[1]
     return Views(
         picture=(width, height),
         tile=tile,
         rows=rows,
         columns=columns,
-        steps=((columns * tile[0], rows * tile[1]),),
+        steps=(canvas if options.fit == "squash" else _fit(canvas, tile, width, height),),
+        corner=options.fit == "corner",
         thumbnail=options.thumbnail if rows * columns > 1 else "none",
     )
 
@@ -42,6 +45,18 @@ def list_grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
     """
     found = [(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1) if c * r >= least]
     return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))
+
+
+def _fit(canvas: Pixels, tile: Pixels, width: int, height: int) -> Pixels:
+    """Return the size of a picture on a canvas: no side is longer than the canvas, and the picture keeps its shape.
+
+    Only a picture that is smaller than a tile is enlarged, so that one of its sides is a tile's.
+    """
+    target = min(max(width, tile[0]), canvas[0]), min(max(height, tile[1]), canvas[1])
+    across, down = target[0] / width, target[1] / height
+    if across < down:
+        return target[0], min(math.floor(height * across) or 1, target[1])
+    return min(math.floor(width * down) or 1, target[0]), target[1]
 
 
 def _nearest_in_shape(grids: tuple[tuple[int, int], ...], tile: Pixels, width: int, height: int) -> tuple[int, int]:

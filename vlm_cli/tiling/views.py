@@ -35,6 +35,7 @@ class Views:
         columns: columns of tiles on the canvas.
         steps: sizes to which the picture is resized, one after the other. Empty if the vision encoder's own
             preprocessing makes the only view.
+        corner: whether the resized picture stands at the top left of the canvas; otherwise it stands in the middle.
         thumbnail: where the whole picture stands among the views.
         thumbnail_of: what is made small: the picture as it was given, the canvas, or the canvas without rounding.
     """
@@ -44,6 +45,7 @@ class Views:
     rows: int = 1
     columns: int = 1
     steps: tuple[Pixels, ...] = ()
+    corner: bool = False
     thumbnail: Literal["first", "last", "none"] = "none"
     thumbnail_of: Literal["picture", "canvas", "exact canvas"] = "picture"
 
@@ -55,7 +57,7 @@ class Views:
     @property
     def start(self) -> Pixels:
         """Where the resized picture begins on the canvas: (left, top). A bar before it is never the longer one."""
-        resized = self.steps[-1] if self.steps else self.canvas
+        resized = self.steps[-1] if self.steps and not self.corner else self.canvas
         return (self.canvas[0] - resized[0]) // 2, (self.canvas[1] - resized[1]) // 2
 
     @property

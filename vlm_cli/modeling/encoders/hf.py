@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.modeling.encoders.structure import Stop, Structure, first_tensor, read_structure, stop_at
+from vlm_cli.modeling.encoders.views import ReadsViews
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.plain_data import parse_json
 from vlm_cli.trust import find_vision_class, make_config
@@ -173,6 +174,8 @@ def truncate_hf_encoder(encoder: Any, depth: int | None) -> nn.Module:
     Raises:
         VisionEncoderError: if it has fewer layers, or they are not alike.
     """
+    if depth is not None and isinstance(encoder, ReadsViews):
+        raise VisionEncoderError("the vision encoder puts the channels of several layers together; leave out depth.")
     found = find_structure({**encoder.vision_config, "depth": None}) if depth is not None else None
     if found is None or depth is None:
         model: nn.Module = encoder
@@ -204,7 +207,12 @@ def _find_model(settings: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
 @cache
 def encoder_class(model: Any) -> type[Any]:
     """Return the class of encoders whose model has a class of Transformers."""
-    return type(model.__name__, (_ReadsPatches, model), {"__module__": __name__})
+    added = ReadsViews if model.config_class.model_type in _READ_VIEWS else _ReadsPatches
+    return type(model.__name__, (added, model), {"__module__": __name__})
+
+
+#: Types of vision models that read all views of a picture together.
+_READ_VIEWS = ("mllama_vision_model",)
 
 
 def read_size(vision_config: Mapping[str, Any]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, H
 from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
 from vlm_cli.checkpoint.published.layouts.llava_next import HuggingFaceLLaVANeXT, HuggingFaceLLaVAOneVision
+from vlm_cli.checkpoint.published.layouts.mllama import HuggingFaceMllama
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
 from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
@@ -32,6 +33,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceIDEFICS(),
     HuggingFaceIdefics3(),
     HuggingFaceSmolVLM(),
+    HuggingFaceMllama(),
     LavisBLIP2(),
     FlamingoMini(),
     NanoVLM(),
