@@ -112,6 +112,21 @@ def test_a_cache_that_believed_the_text_alone_would_be_wrong(model, pool, monkey
     assert wrong == 2
 
 
+@torch.no_grad()
+def test_text_that_reads_later_media_is_read_again():
+    """With `attend_before_media`, a new image changes all positions of the row."""
+    model = tiny.open_gates(tiny.build(fusion={"type": "llama-cross-attention", "attend_before_media": True}))
+    seed_torch(4)
+    pool, _ = model.encode_vision(torch.randn(1, 2, 1, 3, tiny.SIZE, tiny.SIZE))
+    turns = [prompt(model, [0], texts=[4, 3], pool=pool[0]), prompt(model, [0, 1], texts=[4, 3, 2], pool=pool[0])]
+    for reads, reused in ((True, 0), (False, 9)):
+        model.reads_before_media, cache = reads, PromptCache()
+        model.generate(**turns[0], prompt_cache=cache, **NEW)
+        found = model.generate(**turns[1], prompt_cache=cache, **NEW)
+        assert cache.reused == reused
+        assert not reads or torch.equal(found, model.generate(**turns[1], **NEW))
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 5, 3)])
 def test_shots_that_rows_share_are_read_once(model, pool, lengths):

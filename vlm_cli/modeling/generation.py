@@ -36,6 +36,7 @@ class GenerationMixin(transformers.GenerationMixin):
     added_tokens: AddedTokens
     num_positions_of: Callable[[Tensor], int]
     sees_ahead: Literal["nothing", "media", "prompt"]
+    reads_before_media: bool
     find_prefix: Callable[[Tensor, Tensor | None], Tensor | None]
     project_media: Callable[[Tensor, Tensor], Tensor]
     __call__: Callable[..., Any]
@@ -202,7 +203,7 @@ class GenerationMixin(transformers.GenerationMixin):
         if len(set(map(len, rows))) > 1 and not self._may_pad_within():
             prompt_cache.reused = 0
             return ids, is_valid.long(), None
-        if self.sees_ahead == "prompt":  # no position of a longer prompt is what it was
+        if self.sees_ahead == "prompt" or self.reads_before_media:  # no position of a longer prompt is what it was
             prompt_cache.reused = 0
             return ids, is_valid.long(), None
         reuse = prompt_cache.match(rows, whole_media=self.sees_ahead == "media")

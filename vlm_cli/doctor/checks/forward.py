@@ -28,7 +28,10 @@ __all__ = ["bare", "features", "media", "text_only"]
 )
 @torch.no_grad()
 def features(subject: WholeModel) -> Measured:
-    """Compare the features of a batch with those of each frame by itself; the twin exchanges the frames."""
+    """Compare the features of a batch with those of each frame by itself; the twin exchanges the frames.
+
+    An encoder that reads the views of a medium together gets each medium by itself.
+    """
     config, encoder = subject.model.config.vision_config, subject.model.vision_encoder
     declared = (config["num_patches"], config["dim"])
     drawn = [_media_of(subject.draw(2)), _media_of(subject.draw(2, seed=1))]
@@ -37,7 +40,8 @@ def features(subject: WholeModel) -> Measured:
     together = encoder(vision_x)
     if together.shape != (*vision_x.shape[:3], *declared):
         raise ValueError(f"features are {tuple(together.shape[3:])}, and {declared} was declared")
-    alone = torch.stack([encoder(x[None, None, None])[0, 0, 0] for x in vision_x.flatten(0, 2)])
+    units = vision_x.flatten(0, 2)[:, None] if encoder.num_views is None else vision_x.flatten(0, 1)
+    alone = torch.cat([encoder(x[None, None])[0, 0] for x in units])
     found = together.flatten(0, 2)
     return compare(found, alone, changed=found.roll(1, 0))
 
@@ -146,9 +150,13 @@ def _ids_of(model: VLM, size: MediumSize) -> Sequence[int]:
 def media(subject: WholeModel) -> Measured:
     """Change one image at a time: logits before its placeholder stay, those at and after it (the twin) change.
 
-    If the fusion's mask lets positions see others after them, the twin also changes such a position.
+    If the fusion's mask lets positions see others after them, the twin also changes such a position. If text before the
+    first image reads images, the prompt begins with an image.
     """
     inputs = replace(subject.draw(2, 11), prefix=0)
+    if subject.model.reads_before_media:
+        first = int((inputs.lang_x[0] == subject.model.config.media_token_id).nonzero()[0])
+        inputs = replace(inputs, lang_x=inputs.lang_x[:, first:])
     starts = (inputs.lang_x[0] == subject.model.config.media_token_id).nonzero().flatten().tolist()
     expected = subject.logits(inputs)
     before, after = 0.0, _change_ahead(subject, inputs)

@@ -32,6 +32,7 @@ class Fusion:
         conditioning: what hooks read while the language model runs; None while no call runs.
         splices_media: whether vision tokens take the place of `<image>` among the text's embeddings.
         sees_ahead: what sees positions after its own: "nothing", "media" within themselves, or the whole "prompt".
+        reads_before_media: whether text before its row's first medium reads the row's media.
     """
 
     config: VLMConfig
@@ -39,6 +40,7 @@ class Fusion:
     conditioning: Conditioning | None
     splices_media = False
     sees_ahead: Literal["nothing", "media", "prompt"] = "nothing"
+    reads_before_media = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -135,6 +135,11 @@ class GatedCrossAttention(nn.Module):
             keys_values[:, slot] = rearrange(found[inverse], "(B T) two h n k -> B two h (T n) k", B=B)
         return keys_values
 
+    @property
+    def attends_before_media(self) -> bool:
+        """Whether text before its row's first medium reads all media of the row."""
+        return getattr(self.options, "attend_before_media", False)
+
     def visibility(self, media_counts: Tensor, media_mask: Tensor) -> MediaVisibility:
         """Compute what each position sees: int[B, T_txt] counts, bool[B, T_img, n] -> the masks of one call."""
         return MediaVisibility.build(
@@ -142,7 +147,7 @@ class GatedCrossAttention(nn.Module):
             media_mask,
             attend=self.options.attend,
             feed_forward_before_media=self.options.feed_forward_before_media,
-            attend_before_media=getattr(self.options, "attend_before_media", False),
+            attend_before_media=self.attends_before_media,
         )
 
 
@@ -187,6 +192,7 @@ class VLMWithCrossAttention(VLM):
         first = options.every - 1 if options.first is None else options.first
         numbers = range(first, len(layers), options.every)
         self.fusion = self._fusion_class(options, dim_layer, self.vision_tokenizer.dim_out, numbers)
+        self.reads_before_media = self.fusion.attends_before_media
         for slot, i in enumerate(numbers):
             self.hooks.attach(self.lang_model, layers[i], _BeforeLayer(self, str(i), slot), is_before=True)
 
