@@ -284,6 +284,7 @@ class Report:
             "limit": self.questions.limit,
             "chat_template": self.questions.chat_template,
             "special_tokens": self.questions.special_tokens,
+            **({"max_tiles": self.questions.max_tiles} if self.questions.max_tiles else {}),
             "rule": RULE,
             "seconds": round(found.seconds, 3),
             "items_per_second": round(len(found.answers) / found.seconds, 1),

@@ -143,7 +143,7 @@ def _content(span: Span) -> str:
         return repr(span.content)[1:-1]
     if span.tiles is not None:
         rows, columns = span.tiles
-        size = f"{rows} x {columns} tiles, {count_of(span.vision_tokens or 0, 'vision token')}"
+        size = f"{columns}x{rows} tiles, {count_of(span.vision_tokens or 0, 'vision token')}"
         return f"<image:{short_name(span.content)}> ({size})"
     if span.frames is None:
         return f"<image:{short_name(span.content)}>"
