@@ -15,12 +15,14 @@ from vlm_cli.checkpoint.published.layouts.mllama import HuggingFaceMllama
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
 from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
+from vlm_cli.checkpoint.published.layouts.vipllava import HuggingFaceViPLLaVA
 from vlm_cli.checkpoint.published.layouts.xgen_mm import XGenMM
 
 __all__ = ["LAYOUTS"]
 
 LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceLLaVA(),
+    HuggingFaceViPLLaVA(),
     HuggingFaceLLaVANeXT(),
     HuggingFaceLLaVAOneVision(),
     HuggingFaceGemma3(),

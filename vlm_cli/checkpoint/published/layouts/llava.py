@@ -53,17 +53,27 @@ class HuggingFaceLLaVA:
 
     name = "LLaVA (Hugging Face)"
     source = "transformers/models/llava/modeling_llava.py"
+    model_type = "llava"
+    settings = Settings(
+        config=LlavaConfig,
+        read={
+            *("vision_config", "text_config", "image_token_index", "image_token_id", "vision_feature_select_strategy"),
+            *("vision_feature_layer", "multimodal_projector_bias"),
+        },
+        without_effect={"image_seq_length", "tie_word_embeddings", "ignore_index", "pad_token_id"},
+        fixed={"projector_hidden_act": ("gelu",)},
+    )
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         """Look for the projector's first matrix and the configuration's type."""
-        return checkpoint.config.get("model_type") == "llava" and any(
+        return checkpoint.config.get("model_type") == self.model_type and any(
             name.endswith("multi_modal_projector.linear_1.weight") for name in checkpoint.tensors
         )
 
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         """Read sizes from `config.json`: the checkpoint holds all parts, and its tokenizer has `<image>`."""
         config = checkpoint.config
-        check_settings_of(checkpoint.name, "", config, _LLAVA)
+        check_settings_of(checkpoint.name, "", config, self.settings)
         vision, text = config["vision_config"], dict(config["text_config"])
         text.setdefault("model_type", "llama")
         if (kind := vision.get("model_type", "clip_vision_model")) not in _TOWERS:
@@ -73,12 +83,11 @@ class HuggingFaceLLaVA:
         check_settings_of(checkpoint.name, "vision_config", vision, _TOWERS[kind])
         is_clip = kind == "clip_vision_model"
         vision = {**(_CLIP_LARGE if is_clip else _SIGLIP_BASE), **vision}
-        layer = config.get("vision_feature_layer", -2)
         strategy = config.get("vision_feature_select_strategy", "default")
-        if not isinstance(layer, int) or strategy not in ("default", "full"):
+        if strategy not in ("default", "full"):
             raise CheckpointError(
-                f"{checkpoint.name!r} takes features of layers {layer!r} by strategy {strategy!r}; vlm takes features "
-                "of a single layer, with or without its class token."
+                f"{checkpoint.name!r} takes features by strategy {show(strategy)}; vlm takes them with or without "
+                "their class token."
             )
         if not is_clip and strategy == "default":
             raise CheckpointError(
@@ -92,17 +101,18 @@ class HuggingFaceLLaVA:
             *make_rules(prefix, vision["hidden_size"]),
             (rf"{_MODEL}multi_modal_projector\.linear_1\.(\w+)", r"vision_tokenizer.proj.0.\1"),
             (rf"{_MODEL}multi_modal_projector\.linear_2\.(\w+)", r"vision_tokenizer.proj.2.\1"),
+            (rf"{_MODEL}multi_modal_projector\.projector_layernorm\.(\w+)", r"vision_tokenizer.norm.\1"),
         ]
         return CheckpointDescription(
             composition={
                 "family": "llava",
                 "vision_encoder": {
                     "name": name_clip_tower(vision) if is_clip else name_siglip_tower(vision),
-                    "layer": layer if layer < 0 else layer - vision["num_hidden_layers"] - 1,
+                    "layer": _count_from_end(checkpoint.name, self.read_layers(config), vision["num_hidden_layers"]),
                     "norm": False,
                     "class_token": is_clip and strategy == "full",
                 },
-                "vision_tokenizer": {"type": "mlp", "bias": config.get("multimodal_projector_bias", True)},
+                "vision_tokenizer": {"type": "mlp", **self.read_projector(config)},
                 "fusion": "language-stream",
                 "language_model": {"name": checkpoint.name},
                 "added_tokens": [MEDIA_TOKEN],
@@ -115,6 +125,30 @@ class HuggingFaceLLaVA:
             optional_pattern=_OPTIONAL if is_clip else rf"{SIGLIP_OPTIONAL}|vision_encoder\.visual\.trunk\.norm\.\w+",
             notes=(PADS_TO_SQUARES,) if pads_to_squares(checkpoint.folder) else (),
         )
+
+    def read_layers(self, config: Mapping[str, Any]) -> int | list[int]:
+        """Return the layers whose features are projected, as Transformers counts them."""
+        layers: int | list[int] = config.get("vision_feature_layer", -2)
+        return layers
+
+    def read_projector(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the settings of the vision tokenizer."""
+        return {"bias": config.get("multimodal_projector_bias", True)}
+
+
+def _count_from_end(name: str, layers: int | list[int], depth: int) -> int | list[int]:
+    """Count layers from the end. Transformers counts from the end (-1, -2, …) or from the embeddings (0, 1, …).
+
+    Raises:
+        CheckpointError: for the embeddings, or a layer that the vision encoder does not have.
+    """
+    found = [layer if layer < 0 else layer - depth - 1 for layer in ([layers] if isinstance(layers, int) else layers)]
+    if not all(-depth <= layer < 0 for layer in found):
+        raise CheckpointError(
+            f"{name!r} takes features of layers {show(layers)}; its vision encoder has layers 1 to {depth}, or "
+            f"-{depth} to -1."
+        )
+    return found[0] if isinstance(layers, int) else found
 
 
 def _convert_tower(
@@ -130,17 +164,6 @@ def _convert_tower(
     preprocess = read_preprocessing(checkpoint.folder, vision["image_size"], resize_mode="squash", like=SIGLIP_PIXELS)
     has_head = find_shape(checkpoint, rf"{prefix}head\.probe") is not None
     return {**convert_siglip_config(vision, has_head=has_head), "preprocess": preprocess}
-
-
-_LLAVA = Settings(
-    config=LlavaConfig,
-    read={
-        *("vision_config", "text_config", "image_token_index", "image_token_id", "vision_feature_select_strategy"),
-        *("vision_feature_layer", "multimodal_projector_bias"),
-    },
-    without_effect={"image_seq_length", "tie_word_embeddings", "ignore_index", "pad_token_id"},
-    fixed={"projector_hidden_act": ("gelu",)},
-)
 
 
 _HF_EMBEDDING = rf"{_MODEL}language_model\.(?:model\.)?embed_tokens\.weight"
