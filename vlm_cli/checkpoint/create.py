@@ -38,7 +38,7 @@ from vlm_cli.quiet import quiet_libraries
 from vlm_cli.tiling import MediumSize, check_tiling
 from vlm_cli.tokenizer import add_tokens
 
-__all__ = ["Blueprint", "cast", "configure", "create", "find_missing_parts", "generation_config", "plan"]
+__all__ = ["Blueprint", "cast", "check_fit", "configure", "create", "find_missing_parts", "generation_config", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
     assert shape is not None
     config = configure(composition, tower.config, shape, lm.config, tokenizer)
     blueprint = Blueprint(config, tower, lm, tokenizer)
-    _check_fit(blueprint)
+    check_fit(blueprint)
     return blueprint
 
 
@@ -217,7 +217,7 @@ def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
         ) from None
 
 
-def _check_fit(blueprint: Blueprint) -> None:
+def check_fit(blueprint: Blueprint) -> None:
     """Check that the parts fit each other.
 
     Raises:

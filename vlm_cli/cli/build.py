@@ -48,7 +48,7 @@ def build(
         option(
             WEIGHTS,
             "Import a published VLM: its weight file, directory or hub id. Its composition is read from it; the "
-            "composition flags change it.",
+            "composition flags change it, and replace parts of it.",
             "--from",
             metavar="CHECKPOINT",
         ),
@@ -161,6 +161,7 @@ def _print_key_report(report: KeyReport) -> None:
         ("missing", report.missing),
         ("not used", report.unused),
         ("of another shape", shapes),
+        *([("of replaced parts left out", report.replaced), ("new", report.new)] if report.new else []),
     ):
         shown = f": {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names and title != "loaded" else ""
         console.notify(f"  {count_of(len(names), 'tensor')} {title}{shown}")

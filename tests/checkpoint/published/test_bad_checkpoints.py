@@ -216,10 +216,16 @@ def test_a_delta_of_a_whole_checkpoint(vlm, copy, tmp_path):
     assert result.exit_code == 2 and "brings a vision encoder and a language model of its own" in result.stderr
 
 
-@pytest.mark.parametrize("flag", ["--vision-encoder", "--language-model"])
-def test_a_part_that_the_checkpoint_holds(vlm, copy, tmp_path, flag):
-    result = build(vlm, copy, tmp_path, flag, "ViT-B-32")
-    assert result.exit_code == 2 and f"so 'ViT-B-32' cannot replace it. Leave {flag} out" in result.stderr
+@pytest.mark.parametrize(
+    ("flag", "name", "code", "words"),
+    [
+        ("--vision-encoder", "ViT-B-33", 2, "unknown vision encoder 'ViT-B-33'. Did you mean"),
+        ("--language-model", "./gone", 1, "there is no directory './gone'"),
+    ],
+)
+def test_an_unknown_part_in_the_place_of_its_own(vlm, copy, tmp_path, flag, name, code, words):
+    result = build(vlm, copy, tmp_path, flag, name)
+    assert result.exit_code == code and words in result.stderr
 
 
 @pytest.mark.parametrize("setting", ["pretrained=openai", "image_size=64", "depth=1"])

@@ -12,7 +12,6 @@ from tests.support.llava import huggingface
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA
 from vlm_cli.checkpoint.published.recognising import recognise
-from vlm_cli.errors import CompositionError
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,6 @@ def test_a_whole_composition_or_a_function_of_it(llava):
         model = vlm_cli.import_checkpoint(llava, composition_over=over).model
         assert model.config.composition == composition
         assert not any(x.requires_grad for x in model.lang_model.parameters())
-
-
-def test_a_part_inside_the_checkpoint_cannot_be_replaced(llava):
-    with pytest.raises(CompositionError, match="holds its own vision encoder, so 'ViT-B-32' cannot replace it"):
-        vlm_cli.import_checkpoint(llava, composition_over={"vision_encoder": "ViT-B-32"})
 
 
 def test_another_dtype_and_steps(llava):

@@ -40,6 +40,8 @@ class KeyReport:
         surplus: those of `unused` that belong to a part of the model: the weights are of a larger model, for instance
             with more layers. Names that the layout does not know are not counted.
         mismatched: name of the checkpoint -> its shape, and the different shape that the model needs.
+        replaced: names of the checkpoint whose part another one replaces.
+        new: names of the model that the checkpoint does not fill because their part replaces another, or depends on it.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -48,6 +50,8 @@ class KeyReport:
     unused: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -55,8 +59,9 @@ class KeyReport:
         return bool(self.loaded) and not self.missing and not self.mismatched and not self.surplus
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return dict(vars(self))
+        """Return plain data for JSON; without a replaced part, nothing is said of replaced ones."""
+        swaps = ("replaced", "new") if not self.replaced and not self.new else ()
+        return {key: x for key, x in vars(self).items() if key not in swaps}
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ class FillPlan:
         model: the model that is filled.
         report: what becomes of each tensor.
         targets: name of the checkpoint -> what it fills.
+        unfit: names of the model, or names in its parts, that tensors of the checkpoint do not fit.
     """
 
     model: VLM = field(repr=False)
     report: KeyReport = field(default_factory=KeyReport)
     targets: dict[str, list[Target]] = field(default_factory=dict)
+    unfit: list[str] = field(default_factory=list)
 
     @torch.no_grad()
     def copy(self, checkpoint: PublishedCheckpoint) -> None:
@@ -104,6 +111,7 @@ def plan_fill(
     *,
     has_weights: Callable[[str], bool],
     is_optional: Callable[[str], bool] = lambda name: False,
+    new: tuple[str, ...] = (),
 ) -> FillPlan:
     """Decide what each tensor of a checkpoint fills, and compare all shapes, without reading a tensor.
 
@@ -113,6 +121,7 @@ def plan_fill(
         targets_of: where each of them goes.
         has_weights: whether a parameter of this name has its weights already, from a pretrained part.
         is_optional: whether the model can do without a parameter of this name.
+        new: beginnings of the names of parameters that the checkpoint does not fill, since their part is new.
 
     Raises:
         CheckpointError: if the checkpoint's weights are quantized.
@@ -128,23 +137,29 @@ def plan_fill(
         if targets is None:
             report.unused.append(name)
             continue
+        if targets and not (targets := [x for x in targets if not x.target.startswith(new)]):
+            report.replaced.append(name)
         for target in targets:
             parameter = state.get(target.target)
             if parameter is None:
                 report.unused.append(name)
                 if target.target.startswith(_PARTS) and not is_computed(name):
                     report.surplus.append(name)
+                    plan.unfit.append(target.target)
                 break
             _check_dtype(checkpoint, name, info, parameter)
             wanted = tuple(target.region(torch.empty_like(parameter, device="meta")).shape)
             given = target.selected_shape(info.shape)
             if given != wanted:
                 report.mismatched[name] = (list(given or info.shape), list(wanted))
+                plan.unfit.append(target.target)
                 mismatched |= {id(state[x.target]) for x in targets if x.target in state}
                 break
             num_filled[id(parameter)] += torch.Size(wanted).numel()
             plan.targets.setdefault(name, []).append(target)
-    _account(report, state, num_filled, mismatched, has_weights, is_optional)
+    report.new += [name for name in state if name.startswith(new)]
+    kept = {name: x for name, x in state.items() if not name.startswith(new)}
+    _account(report, kept, num_filled, mismatched, has_weights, is_optional)
     return plan
 
 

@@ -1,13 +1,14 @@
 """Make a VLM of published weights (`vlm build --from`, `vlm_cli.import_checkpoint`).
 
-recognise -> _find_parts -> _configure -> _build_empty -> plan_fill, FillPlan.copy -> _finish
+recognise -> _compose -> _find_parts -> _configure -> _build_empty -> plan_fill, FillPlan.copy -> _finish
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,29 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from vlm_cli.checkpoint.create import cast, configure, generation_config
+from vlm_cli.checkpoint.create import Blueprint, cast, check_fit, configure, generation_config
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.tower import Tower
-from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
+from vlm_cli.checkpoint.parts.vision_encoders import check_tower_weights, find_tower, load_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.published.fill import KeyReport, plan_fill
+from vlm_cli.checkpoint.published.fill import FillPlan, KeyReport, plan_fill
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout
+from vlm_cli.checkpoint.published.layouts.own import OwnDirectory
 from vlm_cli.checkpoint.published.recognising import RecognisedCheckpoint, recognise
-from vlm_cli.composition import Composition, keep_trained_settings
-from vlm_cli.errors import CompositionError
+from vlm_cli.checkpoint.published.swapping import Swap, find_swap
+from vlm_cli.composition import UNTILED, Composition, keep_trained_settings
+from vlm_cli.errors import CheckpointError, CompositionError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import check_causal
-from vlm_cli.modeling.meta import SkipsFilling
-from vlm_cli.modeling.towers import find_tower_shape
+from vlm_cli.modeling.meta import SkipsFilling, meta_device
+from vlm_cli.modeling.towers import build_tower, find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
 from vlm_cli.preprocessing import CROP_DOWN
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
-from vlm_cli.trust import check_settings, make_config
+from vlm_cli.trust import check_settings, make_config, make_language_model
 
 __all__ = ["CompositionOver", "Imported", "import_checkpoint"]
 
@@ -78,7 +81,9 @@ def import_checkpoint(
         source: file, directory or hub id of the checkpoint, or a checkpoint that is open already.
         composition_over: changes the composition that the checkpoint describes: settings that are laid over it, as in
             `{"vision_encoder": {"norm": True}}`; a whole composition; or a function from the checkpoint's composition
-            (plain data) to a composition. None changes nothing.
+            (plain data) to a composition. None changes nothing. Another encoder, language model, or type of vision
+            tokenizer or fusion replaces that part of the checkpoint; what depends on it starts anew, and the notes
+            say which tensors were kept.
         dtype: of all weights; "auto" is the checkpoint's.
         trust_remote_code: run the language model's own code from its repository.
         seed: for the random weights of tokens that the checkpoint does not have.
@@ -94,37 +99,110 @@ def import_checkpoint(
     found = source if isinstance(source, RecognisedCheckpoint) else recognise(source, revision=revision)
     progress(f"recognised {found.layout.name}")
     description = found.description
-    composition = _compose(description, composition_over)
+    composition, swap = _compose(found, composition_over)
     dtype = found.checkpoint.dtype if dtype == "auto" else dtype
     assert isinstance(dtype, torch.dtype)
-    parts = _find_parts(found, composition, trust_remote_code)
-    config = _configure(found, composition, parts)
-    model = _build_empty(found, config, parts, dtype, seed, progress)
+    if swap.doubtful:
+        swap = swap.decide(_fits(found, composition, swap, trust_remote_code))
+    parts = _find_parts(found, composition, swap, trust_remote_code)
+    config = _configure(found, composition, parts, swap)
+    if swap.named:
+        swap = _plan_swap(found, config, parts, swap)
+    model = _build_empty(found, config, parts, swap, dtype, seed, progress)
     progress(f"reading {len(found.checkpoint.tensors)} tensors")
-    plan = plan_fill(
-        model,
-        found.checkpoint,
-        description.targets_for(model.config),
-        has_weights=lambda name: name.startswith(parts.loaded_prefixes),
-        is_optional=description.is_optional,
-    )
+    plan = _plan_fill(found, model, parts, swap)
+    notes = description.notes + swap.notes(model, plan.report)
     images = OpenCLIPImageProcessor(parts.tower_config["preprocess"], config.composition.tiling.to_dict())
     processor = VLMProcessor(images, parts.tokenizer)
     generation, more = inherit_checked(parts.language_model.generation_config(), parts.language_model.name)
     if plan.report.is_complete:
         model.lang_model.generation_config = generation
         plan.copy(found.checkpoint)
-        _finish(model, processor, description, plan.report, dtype, seed)
+        _finish(model, processor, description, plan.report, swap, dtype, seed)
     is_complete = plan.report.is_complete
-    return Imported(model if is_complete else None, processor, found.layout, plan.report, description.notes + more)
+    return Imported(model if is_complete else None, processor, found.layout, plan.report, notes + more)
 
 
-def _compose(description: CheckpointDescription, over: CompositionOver | None) -> Composition:
-    """Lay the user's settings over the composition that a checkpoint describes.
+def _plan_fill(found: RecognisedCheckpoint, model: VLM, parts: _Parts, swap: Swap) -> FillPlan:
+    """Decide what each tensor of the checkpoint fills, without reading a tensor."""
+    return plan_fill(
+        model,
+        found.checkpoint,
+        found.description.targets_for(_own_config(found, model.config, swap) if swap.named else model.config),
+        has_weights=lambda name: name.startswith(parts.loaded_prefixes),
+        is_optional=found.description.is_optional,
+        new=swap.prefixes,
+    )
+
+
+def _fits(found: RecognisedCheckpoint, composition: Composition, swap: Swap, trust_remote_code: bool) -> bool:
+    """Tell whether the tensors of a checkpoint fit the backbones that the user names for it."""
+    parts = _find_parts(found, composition, swap, trust_remote_code)
+    config = _configure(found, composition, parts, swap)
+    try:
+        with meta_device():
+            model = VLM(config)
+        return _plan_fill(found, model, parts, swap.spread(model)).report.is_complete
+    except CheckpointError:
+        return False
+
+
+def _plan_swap(found: RecognisedCheckpoint, config: VLMConfig, parts: _Parts, swap: Swap) -> Swap:
+    """Find the parts that start anew with those that the user replaces, and check that all parts fit.
 
     Raises:
-        CompositionError: for settings that do not fit, or that replace a part whose weights the checkpoint holds.
+        VLMError: if the new parts and the kept ones do not fit, or weights on this machine do not fit a new part.
     """
+    tower = parts.tower or Tower(dict(parts.tower_config), {}, None)
+    blueprint = Blueprint(config, tower, parts.language_model, parts.tokenizer)
+    check_fit(blueprint)
+    if parts.loads_language_model:
+        parts.language_model.check_files(blueprint.meta_model.lang_model)
+    if parts.tower is not None:
+        check_tower_weights(parts.tower)
+    swap = swap.spread(blueprint.meta_model)
+    return swap.widen(_plan_fill(found, blueprint.meta_model, parts, swap))
+
+
+def _own_config(found: RecognisedCheckpoint, config: VLMConfig, swap: Swap) -> VLMConfig:
+    """Make the configuration of the checkpoint's own model, for which its layout knows the targets of each tensor.
+
+    Args:
+        found: the checkpoint.
+        config: of the model that is built; what nobody replaces is the same in both.
+        swap: what replaces parts of the checkpoint.
+
+    Raises:
+        VLMError: if a part that the checkpoint does not hold cannot be found.
+    """
+    description, own = found.description, replace(swap.own, tiling=UNTILED)
+    if "vision_encoder" in swap.named:
+        tower_config = description.vision_config or find_tower(own.vision_encoder).config
+    else:
+        tower_config = {k: x for k, x in config.vision_config.items() if k not in ("num_patches", "dim", "grid")}
+    if "language_model" not in swap.named:
+        text_config = config.text_config
+    elif description.text_config is None:
+        text_config = find_language_model(own.language_model).config
+    else:
+        text_config = _find_own_language_model(found, description.text_config, False).config
+    with found.blaming_config():
+        shape = find_tower_shape(tower_config, **own.vision_encoder.feature_arguments)
+        made = configure(own, tower_config, shape, text_config, None, description.first_added_id)
+    if "language_model" not in swap.named:
+        made.added_tokens, made.first_added_id = config.added_tokens, config.first_added_id
+        made.media_token_id = config.media_token_id
+    return made
+
+
+def _compose(found: RecognisedCheckpoint, over: CompositionOver | None) -> tuple[Composition, Swap]:
+    """Lay the user's settings over the composition that a checkpoint describes, and find the parts that they replace.
+
+    Raises:
+        CompositionError: for settings that do not fit.
+        CheckpointError: for a directory of vlm of which nothing is replaced.
+    """
+    description = found.description
     if isinstance(over, Composition):
         composition = over
     elif over is None or isinstance(over, Mapping):
@@ -133,33 +211,27 @@ def _compose(description: CheckpointDescription, over: CompositionOver | None) -
         )
     else:
         composition = over(description.composition)
-    for part, flag, is_held in (
-        ("vision_encoder", "--vision-encoder", description.vision_config is not None),
-        ("language_model", "--language-model", description.text_config is not None),
-    ):
-        own, named = description.composition.get(part, {}).get("name"), getattr(composition, part).name
-        if is_held and named != own:
-            raise CompositionError(
-                f"the checkpoint holds its own {part.replace('_', ' ')}, so {named!r} cannot replace it. Leave {flag} "
-                "out."
-            )
-    if description.vision_config is not None:
-        _check_own_tower(description, composition)
-    return composition
+    swap = find_swap(description, composition)
+    if description.vision_config is not None and "vision_encoder" not in swap.named:
+        _check_own_tower(swap.own, composition)
+    if found.layout.name == OwnDirectory.name and not swap.named:
+        name = found.checkpoint.name
+        raise CheckpointError(
+            f"{name!r} is a directory of vlm already. Use it as it is: --model {name}; or name another part, as in "
+            "--language-model ORG/NAME."
+        )
+    return composition, swap
 
 
-def _check_own_tower(description: CheckpointDescription, composition: Composition) -> None:
+def _check_own_tower(own: Composition, composition: Composition) -> None:
     """Refuse settings of a vision encoder that the checkpoint's own one cannot have.
 
     Raises:
         CompositionError: names the setting.
     """
-    # A family brings default weights for a tower that it knows by name. These are no setting of the user.
-    lm = {"language_model": {"name": composition.language_model.name}}  # not every checkpoint names one
-    own = Composition.compose(None, description.composition, lm).vision_encoder
     for setting in ("pretrained", "image_size", "depth"):
         given = getattr(composition.vision_encoder, setting)
-        if given != getattr(own, setting):
+        if given != getattr(own.vision_encoder, setting):
             raise CompositionError(
                 f"the checkpoint holds its own vision encoder, so vision_encoder.{setting}={given} cannot change it. "
                 "Leave the setting out."
@@ -192,36 +264,50 @@ class _Parts:
         return tuple(VLM.PART_PREFIXES[part] for part, is_loaded in loaded.items() if is_loaded)
 
 
-def _find_parts(found: RecognisedCheckpoint, composition: Composition, trust_remote_code: bool) -> _Parts:
+def _find_parts(found: RecognisedCheckpoint, composition: Composition, swap: Swap, trust_remote_code: bool) -> _Parts:
     """Find the backbones and the tokenizer, without loading weights.
 
     Raises:
         VLMError: if a part cannot be found.
     """
     description = found.description
-    tower = None if description.vision_config is not None else find_tower(composition.vision_encoder)
+    holds_tower = description.vision_config is not None and "vision_encoder" not in swap.named
+    tower = None if holds_tower else find_tower(composition.vision_encoder)
     tower_config = description.vision_config if tower is None else tower.config
     assert tower_config is not None
-    if tower is not None and description.crops_down and tower_config["preprocess"].get("resize_mode") == "shortest":
+    crops_down = description.crops_down and "vision_encoder" not in swap.named
+    if tower is not None and crops_down and tower_config["preprocess"].get("resize_mode") == "shortest":
         tower_config = {**tower_config, "preprocess": tower_config["preprocess"] | CROP_DOWN}
-    if description.text_config is None:
+    is_swapped = "language_model" in swap.named
+    if description.text_config is None or is_swapped:
         source = find_language_model(composition.language_model, trust_remote_code=trust_remote_code)
     else:
         source = _find_own_language_model(found, description.text_config, trust_remote_code)
-    tokenizer = source.tokenizer(composition.language_model.tokenizer or description.tokenizer)
-    if description.starts_with_bos is not None:
-        tokenizer.add_bos_token = description.starts_with_bos
-    if description.chat_template is not None and composition.language_model.tokenizer is None:
-        tokenizer.chat_template = description.chat_template
-    if tokenizer.chat_template is None and composition.language_model.tokenizer is None:
-        tokenizer.chat_template = _read_template(found.checkpoint.folder)
+    if is_swapped:
+        tokenizer = source.tokenizer(composition.language_model.tokenizer)
+    else:
+        tokenizer = _load_own_tokenizer(found, source, composition.language_model.tokenizer)
     return _Parts(
         tower=tower,
         tower_config=tower_config,
         language_model=source,
-        loads_language_model=description.text_config is None and not description.holds_language_model,
+        loads_language_model=is_swapped or (description.text_config is None and not description.holds_language_model),
         tokenizer=tokenizer,
     )
+
+
+def _load_own_tokenizer(
+    found: RecognisedCheckpoint, source: LanguageModelSource, other: str | None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a checkpoint was trained with, or the one that the user names, with its chat template."""
+    tokenizer = source.tokenizer(other or found.description.tokenizer)
+    if found.description.starts_with_bos is not None:
+        tokenizer.add_bos_token = found.description.starts_with_bos
+    if found.description.chat_template is not None and other is None:
+        tokenizer.chat_template = found.description.chat_template
+    if tokenizer.chat_template is None and other is None:
+        tokenizer.chat_template = _read_template(found.checkpoint.folder)
+    return tokenizer
 
 
 def _read_template(folder: Path) -> str | None:
@@ -251,7 +337,7 @@ def _find_own_language_model(
     )
 
 
-def _configure(found: RecognisedCheckpoint, composition: Composition, parts: _Parts) -> VLMConfig:
+def _configure(found: RecognisedCheckpoint, composition: Composition, parts: _Parts, swap: Swap) -> VLMConfig:
     """Make the model's configuration; the tokenizer gets the composition's added tokens.
 
     Raises:
@@ -259,7 +345,7 @@ def _configure(found: RecognisedCheckpoint, composition: Composition, parts: _Pa
     """
     with found.blaming_config():
         shape = find_tower_shape(parts.tower_config, **composition.vision_encoder.feature_arguments)
-    first_added_id = found.description.first_added_id
+    first_added_id = None if "language_model" in swap.named else found.description.first_added_id
     return configure(
         composition, parts.tower_config, shape, parts.language_model.config, parts.tokenizer, first_added_id
     )
@@ -269,28 +355,35 @@ def _build_empty(
     found: RecognisedCheckpoint,
     config: VLMConfig,
     parts: _Parts,
+    swap: Swap,
     dtype: torch.dtype,
     seed: int,
     progress: Callable[[str], None],
 ) -> VLM:
     """Build the model: outside parts with their weights, and all other parameters on the meta device.
 
+    If parts are replaced, the vision tokenizer, the fusion and the added tokens have their first weights: some of them
+    start anew, and the checkpoint's tensors cover the others.
+
     Raises:
         VLMError: if a part cannot be loaded.
     """
     visual = lang_model = None
+    encoder_arguments = config.composition.vision_encoder.feature_arguments
     if parts.tower is not None:
         progress(f"loading vision encoder {config.composition.vision_encoder.name}")
-        visual = VisionEncoder(load_tower(parts.tower), **config.composition.vision_encoder.feature_arguments)
+        visual = VisionEncoder(load_tower(parts.tower), **encoder_arguments)
     if parts.loads_language_model:
         progress(f"loading language model {parts.language_model.name}")
         lang_model = parts.language_model.load(dtype)
-    with (
-        found.blaming_config(),
-        torch.random.fork_rng(devices=[]),
-        init_empty_weights(include_buffers=False),
-        SkipsFilling(),
-    ):
+    empty = init_empty_weights(include_buffers=False)
+    if swap.named:
+        with found.blaming_config(), empty, SkipsFilling():
+            if visual is None:
+                visual = VisionEncoder(build_tower(config.vision_config), **encoder_arguments)
+            lang_model = lang_model or make_language_model(config.text_config)
+        empty = nullcontext()
+    with found.blaming_config(), torch.random.fork_rng(devices=[]), empty, SkipsFilling():
         torch.manual_seed(seed)
         model = VLM(config, vision_encoder=visual, lang_model=lang_model)
     # `init_empty_weights` replaces each parameter when a module registers it, which separates tied ones.
@@ -304,13 +397,19 @@ def _finish(
     processor: VLMProcessor,
     description: CheckpointDescription,
     report: KeyReport,
+    swap: Swap,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     """Initialize what the checkpoint left open, and set the model up for use."""
     model.lang_model.tie_weights()
-    _initialize_added_rows(model, report, seed)
-    _initialize_like(model, processor, description.initialize_like or {})
+    if "added_tokens" in swap.new:
+        lm = model.lang_model
+        with torch.no_grad():
+            model.added_tokens.start_at_mean(lm.get_input_embeddings(), lm.get_output_embeddings())
+    else:
+        _initialize_added_rows(model, report, seed)
+        _initialize_like(model, processor, description.initialize_like or {})
     model.config.dtype = model.config.text_config.dtype = dtype
     model.generation_config = generation_config(model)
     model.set_trainable(model.config.composition.trainable)

@@ -11,6 +11,7 @@ from pathlib import Path
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts import LAYOUTS
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription, Layout
+from vlm_cli.checkpoint.published.layouts.own import OwnDirectory
 from vlm_cli.errors import CheckpointError, VLMError, explain_reading
 
 __all__ = ["RecognisedCheckpoint", "recognise"]
@@ -77,13 +78,9 @@ def recognise(source: PublishedCheckpoint | str | Path, *, revision: str | None 
         checkpoint = source
     else:
         checkpoint = PublishedCheckpoint.open(str(source), revision=revision)
-    for layout in LAYOUTS:
+    for layout in (*LAYOUTS, OwnDirectory()):
         if layout.matches(checkpoint):
             return RecognisedCheckpoint(checkpoint, layout)
-    if checkpoint.config.get("model_type") == "vlm":
-        raise CheckpointError(
-            f"{checkpoint.name!r} is a directory of vlm already. Use it as it is: --model {checkpoint.name}"
-        )
     names = sorted(checkpoint.tensors)
     shown = ", ".join(names[:: max(1, len(names) // 4)][:4])
     raise CheckpointError(

@@ -10,9 +10,14 @@ There, added rows sit inside the language model's tables, and cross-attention bl
 
 from __future__ import annotations
 
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.targets import Rule, TargetsOf, make_targets_of
+from vlm_cli.checkpoint.schemas import check_vlm_config
+from vlm_cli.errors import CheckpointError
+from vlm_cli.modeling.config import VLMConfig
 
-__all__ = ["OWN_RULES", "own_targets_of"]
+__all__ = ["OWN_RULES", "OwnDirectory", "own_targets_of"]
 
 #: Every name has a target: a name that no other rule knows is taken as vlm's own.
 OWN_RULES: tuple[Rule, ...] = (
@@ -26,3 +31,38 @@ OWN_RULES: tuple[Rule, ...] = (
 )
 
 own_targets_of: TargetsOf = make_targets_of(OWN_RULES)
+
+
+class OwnDirectory:
+    """A directory that vlm wrote, for a build that replaces a part of it."""
+
+    name = "vlm"
+    source = "vlm build"
+
+    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
+        """Look at the type of the model."""
+        return checkpoint.config.get("model_type") == "vlm"
+
+    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
+        """Read everything from `config.json`.
+
+        Raises:
+            CheckpointError: if the configuration is not valid, or other places hold a part of the weights.
+        """
+        data = dict(checkpoint.config)
+        check_vlm_config(data, checkpoint.name)
+        if data.get("backbones"):
+            raise CheckpointError(
+                f"{checkpoint.name!r} is a delta directory: its frozen parts are in other places. Write a full one "
+                f"first: vlm_cli.save(*vlm_cli.load({checkpoint.name!r}), OUT)."
+            )
+        config = VLMConfig.from_dict(dict(data))
+        measured = ("num_patches", "dim", "grid")
+        return CheckpointDescription(
+            composition=config.composition.to_dict(),
+            targets_for=lambda ours: own_targets_of,
+            text_config=data["text_config"],
+            vision_config={key: x for key, x in config.vision_config.items() if key not in measured},
+            tokenizer=str(checkpoint.folder),
+            first_added_id=config.first_added_id,
+        )
