@@ -31,7 +31,7 @@ from vlm_cli.media import LoadedClip, LoadedImage
 from vlm_cli.modeling.batching import MediumPixels, pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.preprocessing import Placement, Preprocessing
+from vlm_cli.preprocessing import CROP_DOWN, Placement, Preprocessing
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text, parse
 from vlm_cli.tiling import MediumSize, Views, check_tiling, plan
@@ -72,6 +72,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         data = super().to_dict()
         data["preprocess"] = data.pop("preprocess_config")
         data.pop("_transform", None)
+        data.pop("_clip_transform", None)
         data.pop("_tiling", None)
         if self._tiling != UNTILED:
             data["tiling"] = self._tiling.to_dict()
@@ -107,7 +108,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         """
         if self.cuts and cuts:
             return self.plan(width, height).describe()
-        placement = self.place(width, height)
+        placement = (self.preprocessing if cuts else self.clip_preprocessing).place(width, height)
         return None if placement.image == placement.seen else placement.describe()
 
     def limit_tiles(self, max_tiles: int) -> None:
@@ -169,10 +170,14 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
             MediaError: if a picture is too thin to be cut.
         """
         if isinstance(medium, LoadedClip):
-            views = torch.stack([self.transform(frame) for frame in medium.frames])
+            views = self.read_frames(medium.frames)
             return MediumPixels(views, MediumSize(len(views)))
         size = self.measure(medium.width, medium.height)
         return MediumPixels(self.cut(medium.image, medium.width, medium.height), size)
+
+    def read_frames(self, frames: Frames) -> Tensor:
+        """Turn the frames of a clip into float[F, C, H, W]."""
+        return torch.stack([self.clip_preprocessing(frame) for frame in frames])
 
     def transform(self, image: Image) -> Tensor:
         """Turn one frame into float[C, H, W]."""
@@ -188,6 +193,16 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         if not hasattr(self, "_transform"):
             self._transform = Preprocessing(self.preprocess_config)
         return self._transform
+
+    @property
+    def clip_preprocessing(self) -> Preprocessing:
+        """What happens to the frames of a clip: as to a picture that is not cut, unless the tiling crops them."""
+        if not getattr(self._tiling.options, "clip_crop", False):
+            return self.preprocessing
+        if not hasattr(self, "_clip_transform"):
+            cropping = {"resize_mode": "shortest"} | CROP_DOWN
+            self._clip_transform = Preprocessing({**self.preprocess_config, **cropping})
+        return self._clip_transform
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -227,7 +242,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         """Return the views of a medium, float[F, C, H, W]."""
         if len(frames) == 1:
             return self.cut(frames[0])
-        return torch.stack([self.transform(frame) for frame in frames])
+        return self.read_frames(frames)
 
     __call__ = preprocess  # type: ignore[assignment]  # images with several frames
 

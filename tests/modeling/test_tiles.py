@@ -382,3 +382,54 @@ def test_a_grid_of_another_shape_is_refused():
 def test_anyres_needs_a_grid_of_tokens_for_each_tile(tokenizer):
     with pytest.raises(CompositionError, match="puts the vision tokens of tiles side by side"):
         tiny.build(tokenizer=tokenizer, tiling=ANYRES)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_pool": 2},
+        {"clip_pool": 2, "clip_newline": False},
+        {"clip_pool": 2, "clip_pool_by": "bilinear", "clip_pool_at": "after"},
+        {"newline": False},
+    ],
+    ids=str,
+)
+def test_clips_are_pooled_beside_pictures(settings):
+    """The 2 x 2 patches of a frame become one, before the map or after it, and those of pictures stay."""
+    model = opened(fusion="language-stream", tokenizer="mlp", tiling=ANYRES | settings)
+    picture, clip, frame = size_of(model, 1, 2, 21, 60), MediumSize(3), MediumSize(1)
+    drawn = Tiled.draw([[picture, clip], [clip], [frame, picture]])
+    inputs = {key: x for key, x in drawn.inputs().items() if key.startswith("vision")}
+    with torch.no_grad():
+        tokens, mask = model.encode_vision(**inputs)
+        for b, row in enumerate(drawn.sizes):
+            for t, size in enumerate(row):
+                found, pixels = tokens[b, t][mask[b, t]], drawn.pixels[b][t]
+                assert len(found) == model.num_vision_tokens(size)
+                alone = model.encode_vision(pixels[None, None], None, torch.tensor([[size.grid]]))[0][0, 0]
+                torch.testing.assert_close(found, alone)
+                if size.rows:
+                    continue
+                features, projection = model.vision_encoder(pixels[None, None])[0, 0], model.vision_tokenizer.proj
+                if "clip_pool" not in settings:
+                    expected = projection(features).flatten(0, 1)
+                elif settings.get("clip_pool_at") == "after":
+                    expected = projection(features).mean(1)
+                else:
+                    expected = projection(features.mean(1))
+                newline = model.arrangement.newline
+                if newline is not None and settings.get("clip_newline", True):
+                    expected = torch.cat([expected, newline[None]])
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_patches_that_cannot_be_pooled_are_refused():
+    with pytest.raises(
+        CompositionError, match=r"tiling\.clip_pool=3 does not fit.*--set tiling\.clip_pool_by=bilinear"
+    ):
+        opened(fusion="language-stream", tokenizer="mlp", tiling=ANYRES | {"clip_pool": 3})
+    shuffled = {"type": "mlp", "pool": 2}
+    with pytest.raises(CompositionError, match=r"which merges patches itself\. Set tiling\.clip_pool_at to after"):
+        opened(
+            fusion="language-stream", tokenizer=shuffled, tiling=ANYRES | {"clip_pool": 2, "clip_pool_by": "bilinear"}
+        )

@@ -127,6 +127,11 @@ class AnyresOptions(_TileOptions):
     unpad: bool = True  # vision tokens of the bars are left out
     newline: bool = True  # a learned vision token ends each row of the tiles' vision tokens
     shrink_beyond: int | None = None  # tiles' worth of vision tokens, beyond which they shrink (LLaVA-OneVision: 9)
+    clip_pool: int = 1  # of a clip's frames, merge neighbours p×p into one
+    clip_pool_by: Literal["average", "bilinear"] = "average"  # bilinear rounds sides up: LLaVA-OneVision
+    clip_pool_at: Literal["before", "after"] = "before"  # patches before the vision tokenizer, or its tokens
+    clip_newline: bool = True  # a newline ends a clip, if rows have newlines
+    clip_crop: bool = False  # of a clip's frames, only the middle square is seen; false: they are squashed
 
     def __post_init__(self) -> None:
         # A file has lists; frozen settings have tuples, which can be compared and hashed.
@@ -134,7 +139,7 @@ class AnyresOptions(_TileOptions):
         super().__post_init__()
 
     def _find_problems(self) -> list[str]:
-        problems = [*super()._find_problems(), *_find_size_problems(self, shrink_beyond=TILE_LIMIT)]
+        problems = [*super()._find_problems(), *_find_size_problems(self, shrink_beyond=TILE_LIMIT, clip_pool=64)]
         if not 1 <= len(self.pinpoints) <= _MOST_PINPOINTS:
             problems.append(f"pinpoints must hold 1 to {_MOST_PINPOINTS:,} sizes, got {len(self.pinpoints):,}.")
         wrong = [x for x in self.pinpoints if len(x) != 2 or not all(1 <= side <= _MOST_PIXELS for side in x)]

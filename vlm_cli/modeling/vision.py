@@ -67,7 +67,13 @@ def encode_media(
     elif frame_mask is not None and encoder.num_views is not None:
         tokens = tokenizer(_encode_pictures_once(encoder, vision_x, frame_mask, vision_grid), frame_mask)
     else:
-        tokens = _encode_once(encoder, tokenizer, vision_x, frame_mask, independently)
+        features, number = _encode_frames(encoder, vision_x, frame_mask)
+        tokens = _make_tokens(tokenizer, features, number, independently)
+        if arrangement is not None and arrangement.pools_patches:
+            is_clip = arrangement.find_clips(number, vision_grid)
+            pooled = _make_tokens(tokenizer, arrangement.pool(features), number, independently)
+            pooled = nnf.pad(pooled, (0, 0, 0, tokens.shape[2] - pooled.shape[2]))
+            tokens = torch.where(is_clip[..., None, None], pooled, tokens)
     if frame_mask is None:
         frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
     mask = tokenizer.token_mask(frame_mask)
@@ -88,33 +94,48 @@ def _with_six_dimensions(vision_x: Tensor, image_size: tuple[int, int]) -> Tenso
     return vision_x
 
 
-def _encode_once(
-    encoder: VisionEncoder, tokenizer: Any, vision_x: Tensor, frame_mask: Tensor | None, independently: bool
-) -> Tensor:
-    """Encode equal frames once and padding never; encode equal media once if the tokenizer is independent.
+def _encode_frames(encoder: VisionEncoder, vision_x: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Encode equal frames once and padding never.
 
     Two rows of two clips of two frames, with frames A, B, C and padding ·:
 
         frames               AB  A·          AB  C·
         distinct frames      A B C           the encoder reads 3 images instead of 8
         number               01  0-          01  2-      (- is -1: padding)
+
+    Returns:
+        float[frames, v, d] features of the distinct frames, and int[B, T_img, F], the number of each frame.
+    """
+    number = torch.full(vision_x.shape[:3], -1, device=vision_x.device)
+    is_valid = number < 0 if frame_mask is None or not frame_mask.any() else frame_mask
+    frames, number[is_valid] = deduplicate(vision_x[is_valid])  # [frames, C, H, W]
+    return encoder(frames[:, None, None]).flatten(0, 2), number
+
+
+def _make_tokens(tokenizer: Any, features: Tensor, number: Tensor, independently: bool) -> Tensor:
+    """Make the vision tokens of media, of equal media once if the tokenizer is independent.
+
+        number               01  0-          01  2-
         distinct media       01  0-  2-      an independent tokenizer reads 3 media instead of 4
         medium               0 1             0 2
 
-    float[B, T_img, F, C, H, W], bool[B, T_img, F] -> float[B, T_img, n, d].
+    Args:
+        tokenizer: the vision tokenizer.
+        features: float[frames, v, d] of the distinct frames.
+        number: int[B, T_img, F], of each frame; -1 is padding.
+        independently: whether the tokenizer encodes each medium independently of the others in its row.
+
+    Returns:
+        float[B, T_img, n, d].
     """
-    number = torch.full(vision_x.shape[:3], -1, device=vision_x.device)  # [B, T_img, F] of each frame; -1 is padding
-    is_valid = number < 0 if frame_mask is None or not frame_mask.any() else frame_mask
-    frames, number[is_valid] = deduplicate(vision_x[is_valid])  # [frames, C, H, W]
-    features = encoder(frames[:, None, None]).flatten(0, 2)  # [frames, v, d]
-    medium = None
+    shape, medium = number.shape[:2], None
     if independently:
         number, medium = number.flatten(0, 1).unique(dim=0, return_inverse=True)  # [media, F], [B·T_img]
         number = number[:, None]  # [media, 1, F]: each medium is a row of its own
     mask = number >= 0
     features = torch.where(mask[..., None, None], features[number.clamp(min=0)], 0)  # [rows, media, F, v, d]
     tokens = tokenizer(features, None if mask.all() else mask)  # [rows, media, n, d]
-    return tokens if medium is None else tokens[medium, 0].unflatten(0, vision_x.shape[:2])
+    return tokens if medium is None else tokens[medium, 0].unflatten(0, shape)
 
 
 def _encode_pictures_once(

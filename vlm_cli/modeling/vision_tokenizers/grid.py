@@ -32,11 +32,12 @@ def merge_sizes(setting: str, factor: int, grid: Grid, *, rounds_up: bool) -> Gr
     """
     rows, columns = grid
     if not rounds_up and (rows % factor or columns % factor):
-        remedy = {"pixel_shuffle": "vision_tokenizer.pad=true", "pool": "vision_tokenizer.pool_by=bilinear"}[setting]
+        section = "tiling" if setting == "clip_pool" else "vision_tokenizer"
+        remedy = "pad=true" if setting == "pixel_shuffle" else f"{setting}_by=bilinear"
         raise CompositionError(
-            f"vision_tokenizer.{setting}={factor} does not fit: it needs rows and columns of patches that are "
+            f"{section}.{setting}={factor} does not fit: it needs rows and columns of patches that are "
             f"multiples of {factor}, and there are {rows} x {columns}. Choose another factor or image_size, or "
-            f"--set {remedy}."
+            f"--set {section}.{remedy}."
         )
     return -(-rows // factor), -(-columns // factor)
 

@@ -10,7 +10,11 @@ from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
 from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
-from vlm_cli.checkpoint.published.layouts.llava_next import HuggingFaceLLaVANeXT, HuggingFaceLLaVAOneVision
+from vlm_cli.checkpoint.published.layouts.llava_next import (
+    HuggingFaceLLaVANeXT,
+    HuggingFaceLLaVANeXTVideo,
+    HuggingFaceLLaVAOneVision,
+)
 from vlm_cli.checkpoint.published.layouts.mllama import HuggingFaceMllama
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
 from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
@@ -24,6 +28,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceLLaVA(),
     HuggingFaceViPLLaVA(),
     HuggingFaceLLaVANeXT(),
+    HuggingFaceLLaVANeXTVideo(),
     HuggingFaceLLaVAOneVision(),
     HuggingFaceGemma3(),
     HuggingFacePaliGemma(),

@@ -1,6 +1,6 @@
-"""LLaVA-NeXT (LLaVA-1.6) and LLaVA-OneVision, as Transformers writes them.
+"""LLaVA-NeXT (LLaVA-1.6), LLaVA-NeXT-Video and LLaVA-OneVision, as Transformers writes them.
 
-Sources: transformers/models/llava_next, transformers/models/llava_onevision.
+Sources: transformers/models/llava_next, transformers/models/llava_next_video, transformers/models/llava_onevision.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlavaNextConfig, LlavaOnevisionConfig, PreTrainedConfig
+from transformers import LlavaNextConfig, LlavaNextVideoConfig, LlavaOnevisionConfig, PreTrainedConfig
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
@@ -20,7 +20,7 @@ from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.schema import show
 
-__all__ = ["HuggingFaceLLaVANeXT", "HuggingFaceLLaVAOneVision"]
+__all__ = ["HuggingFaceLLaVANeXT", "HuggingFaceLLaVANeXTVideo", "HuggingFaceLLaVAOneVision"]
 
 _READ = {
     *("vision_config", "text_config", "image_token_index", "image_token_id", "vision_feature_select_strategy"),
@@ -76,7 +76,7 @@ class HuggingFaceLLaVANeXT:
             ),
             text_config=parts.text_config,
             vision_config=parts.vision_config,
-            first_added_id=config.image_token_index,
+            first_added_id=config.image_token_index - self.added_tokens(config).index(MEDIA_TOKEN),
             optional_pattern=parts.optional,
             notes=self.notes,
         )
@@ -90,6 +90,27 @@ class HuggingFaceLLaVANeXT:
         return [MEDIA_TOKEN]
 
     notes: tuple[str, ...] = ()
+
+
+class HuggingFaceLLaVANeXTVideo(HuggingFaceLLaVANeXT):
+    """LLaVA-NeXT's parts, with a `config.json` of type `llava_next_video`: the patches of clips are pooled."""
+
+    name = "LLaVA-NeXT-Video (Hugging Face)"
+    source = "transformers/models/llava_next_video/modeling_llava_next_video.py"
+    model_type = "llava_next_video"
+    settings = Settings(
+        config=LlavaNextVideoConfig,
+        read=_READ | {"video_token_index", "video_token_id", "spatial_pool_stride"},
+        without_effect=_WITHOUT_EFFECT | {"video_seq_length"},
+        fixed={"projector_hidden_act": ("gelu",), "spatial_pool_mode": ("average",)},
+    )
+
+    def cut(self, config: Any) -> dict[str, Any]:
+        return {"clip_pool": config.spatial_pool_stride, "clip_newline": False, "clip_crop": True}
+
+    def added_tokens(self, config: Any) -> list[str]:
+        precedes = config.video_token_index == config.image_token_index - 1
+        return ["<video>", MEDIA_TOKEN] if precedes else super().added_tokens(config)
 
 
 class HuggingFaceLLaVAOneVision(HuggingFaceLLaVANeXT):
@@ -117,7 +138,12 @@ class HuggingFaceLLaVAOneVision(HuggingFaceLLaVANeXT):
                 f"the checkpoint has vision_aspect_ratio={show(config.vision_aspect_ratio)}; vlm builds anyres_max_ "
                 "and a number of tiles."
             )
-        return {"shrink_beyond": int(found[1])}
+        return {
+            "shrink_beyond": int(found[1]),
+            "clip_pool": 2,
+            "clip_pool_by": "bilinear",
+            "clip_pool_at": "after",
+        }
 
     def added_tokens(self, config: Any) -> list[str]:
         follows = config.video_token_index == config.image_token_index + 1
