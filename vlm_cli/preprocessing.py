@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlm_cli.errors import MediaError
 from vlm_cli.media.decode import is_opaque, on_white
 from vlm_cli.tiling import Views, cut
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CROP_DOWN", "Placement", "Preprocessing"]
+__all__ = ["CROP_DOWN", "Placement", "Preprocessing", "SeveralPreprocessing", "make_preprocessing"]
 
 #: The setting that makes an odd margin start at the lower of its two middles, as Transformers' image processors do.
 CROP_DOWN = {"crop": "down"}
@@ -210,6 +211,53 @@ class Preprocessing:
         fits_rectangle = self.config.resize_mode == "shortest" and self.width != self.height
         word = "bicubic" if self.config.interpolation == "random" or fits_rectangle else self.config.interpolation
         return Resampling[(word or "bicubic").upper()]
+
+
+class SeveralPreprocessing(Preprocessing):
+    """Turn images into the pixels that several vision encoders read, each with its own size and normalisation.
+
+    The pixels of encoder i stand in channels 3·i to 3·i + 2, at the top left if other encoders read larger images.
+
+    Args:
+        settings: `encoders`, the settings of each, and `size`, the (height, width) that holds all of them.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.each = [Preprocessing(x) for x in settings["encoders"]]
+        super().__init__(settings["encoders"][0])
+        self.whole: tuple[int, int] = tuple(settings["size"])
+
+    def describe(self) -> str:
+        """Say in words what happens to every image, for each encoder."""
+        return "; ".join(dict.fromkeys(x.describe() for x in self.each))
+
+    def __call__(self, image: Image) -> Tensor:
+        """Turn one image into float[3·k, H, W]."""
+        pixels = torch.zeros(3 * len(self.each), *self.whole)
+        for i, own in enumerate(self.each):
+            pixels[3 * i : 3 * i + 3, : own.height, : own.width] = own(image)
+        return pixels
+
+    def cut_into_views(self, image: Image, views: Views) -> Tensor:
+        """Turn one picture into its views, float[F, 3·k, H, W].
+
+        Raises:
+            MediaError: if the encoders read tiles of different sizes.
+        """
+        if not views.steps:
+            return self(image)[None]
+        if any((x.height, x.width) != self.whole for x in self.each):
+            sizes = " and ".join(f"{x.height} x {x.width}" for x in self.each)
+            raise MediaError(
+                f"a picture cannot be cut into tiles for several encoders of {sizes} pixels. Give each encoder the "
+                "same image_size, or leave out the tiling."
+            )
+        return torch.cat([x.cut_into_views(image, views) for x in self.each], dim=1)
+
+
+def make_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
+    """Make what turns images into pixels, for one encoder or several."""
+    return SeveralPreprocessing(settings) if "encoders" in settings else Preprocessing(settings)
 
 
 def _three(values: Any) -> list[float]:

@@ -31,7 +31,7 @@ from vlm_cli.media import LoadedClip, LoadedImage
 from vlm_cli.modeling.batching import MediumPixels, pad_left, stack_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.preprocessing import CROP_DOWN, Placement, Preprocessing
+from vlm_cli.preprocessing import CROP_DOWN, Placement, Preprocessing, make_preprocessing
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text, parse
 from vlm_cli.tiling import MediumSize, Views, check_tiling, plan
@@ -191,7 +191,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
     def preprocessing(self) -> Preprocessing:
         """What the settings say, as a function."""
         if not hasattr(self, "_transform"):
-            self._transform = Preprocessing(self.preprocess_config)
+            self._transform = make_preprocessing(self.preprocess_config)
         return self._transform
 
     @property
@@ -209,7 +209,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
         """The (C, H, W) of a preprocessed frame."""
         size = self.preprocess_config.get("size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return 3, height, width
+        return 3 * len(self.preprocess_config.get("encoders", "1")), height, width
 
     def preprocess(self, images: Sequence[Sequence[Frames]], **kwargs: Any) -> BatchFeature:
         """Turn rows of media into one tensor.

@@ -262,6 +262,12 @@ ENCODER_TYPES = {
             "vlm_cli.composition:VisionEncoderOptions",
             "a model of timm: timm:NAME, timm:NAME.TAG",
         ),
+        RegisteredPart(
+            "several",
+            "vlm_cli.modeling.encoders.several:SeveralEncoders",
+            "vlm_cli.composition:SeveralEncoderOptions",
+            "several encoders whose channels are concatenated: a list of names",
+        ),
     )
 }
 

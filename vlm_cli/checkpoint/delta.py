@@ -31,8 +31,10 @@ from vlm_cli.checkpoint.backbones import (
 from vlm_cli.checkpoint.create import cast, put_together
 from vlm_cli.checkpoint.inside import read_index
 from vlm_cli.checkpoint.parts.language_models import find_language_model
+from vlm_cli.checkpoint.parts.tower import SeveralWeights
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
+from vlm_cli.composition import SeveralEncoderOptions
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.vlm import VLM
@@ -54,6 +56,7 @@ def count_delta_bytes(model: VLM, dtype: torch.dtype | None = None) -> int:
     parts = model.config.composition
     encoder = parts.vision_encoder
     named = encoder.pretrained is not None or encoder.name.startswith(("hf:", "timm:", "hf-hub:", "local-dir:"))
+    named = named and not isinstance(encoder, SeveralEncoderOptions)
     frozen = [part for part in PREFIXES if part not in parts.trainable and (part == "language_model" or named)]
     left_out = tuple(PREFIXES[part] for part in frozen)
     held = {name: x for name, x in _tensors(model).items() if not (left_out and name.startswith(left_out))}
@@ -173,7 +176,7 @@ def _pin(
         return pin_language_model(source), source.load(model.dtype).state_dict() if load else None
     encoder = model.config.composition.vision_encoder
     tower = find_tower(encoder)
-    if tower.weights is None:
+    if tower.weights is None or isinstance(tower.weights, SeveralWeights):  # a record has one location
         return None
     backbone, tower = pin_tower(encoder.name, tower)
     return backbone, load_tower(tower).state_dict() if load else None

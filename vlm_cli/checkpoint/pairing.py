@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vlm_cli.errors import CheckpointError, CompositionError, explain_reading
-from vlm_cli.preprocessing import Preprocessing
+from vlm_cli.preprocessing import make_preprocessing
 from vlm_cli.prompt import Text
 from vlm_cli.tiling import check_tiling
 
@@ -88,7 +88,7 @@ def _reads_media(processor: VLMProcessor) -> bool:
 def _preprocessing_problem(images: OpenCLIPImageProcessor) -> str | None:
     """Say why no preprocessing can be made of the settings; None if it can."""
     try:
-        Preprocessing(images.preprocess_config)
+        make_preprocessing(images.preprocess_config)
     except Exception as error:
         return explain_reading(error)
     return None

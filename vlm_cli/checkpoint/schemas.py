@@ -80,6 +80,14 @@ _PREPROCESS = mapping(
         "squashed": list_of(_PIXELS, least=2, most=2),
     },
 )
+_PREPROCESS_OF_SEVERAL = mapping(
+    {"size": list_of(_PIXELS, least=2, most=2), "encoders": list_of(_PREPROCESS, least=2, most=8)}
+)
+_PREPROCESS_OF_ANY = Kind(
+    "a mapping of keys to values",
+    lambda x: isinstance(x, Mapping),
+    lambda x, key: (_PREPROCESS_OF_SEVERAL if "encoders" in x else _PREPROCESS).find_problems(x, key),
+)
 _VISION_SIZES = {
     "layers": either(whole(1, 1_000), list_of(whole(1, 1_000), least=1, most=16)),
     "width": whole(1, 1_000_000),
@@ -109,7 +117,7 @@ _VISION_CFG = mapping({}, _VISION_SIZES)
 _VISION_CONFIG = mapping(
     {
         "vision_cfg": _VISION_CFG,
-        "preprocess": _PREPROCESS,
+        "preprocess": _PREPROCESS_OF_ANY,
         "num_patches": whole(1, 1_048_576),
         "dim": whole(1, 1_000_000),
     },
@@ -121,6 +129,7 @@ _VISION_CONFIG = mapping(
         "grid": list_of(whole(1, 16_384), least=2, most=2),
         "config": mapping({"model_type": text(most=100)}),
         "name": text(most=100),
+        "encoders": list_of(mapping({"vision_cfg": _VISION_CFG}), least=2, most=8),
     },
 )
 _OPENCLIP_MODEL = mapping(
@@ -375,11 +384,19 @@ _ROPE = Kind("a mapping of keys to values", lambda x: isinstance(x, Mapping), _f
 
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
+_ONE_ENCODER = mapping({"name": text(empty=True)})
+_SEVERAL_ENCODERS = list_of(_ONE_ENCODER, least=2, most=8)
+_ENCODER_SETTINGS = Kind(
+    "a mapping of keys to values, or a list of several",
+    lambda x: isinstance(x, (Mapping, list)),
+    lambda x, key: (_SEVERAL_ENCODERS if isinstance(x, list) else _ONE_ENCODER).find_problems(x, key),
+)
+
 _VLM_CONFIG = mapping(
     {
         "composition": mapping(
             {
-                "vision_encoder": mapping({"name": text(empty=True)}),
+                "vision_encoder": _ENCODER_SETTINGS,
                 "vision_tokenizer": mapping({"type": text(most=200)}),
                 "fusion": mapping({"type": text(most=200)}),
                 "language_model": mapping({"name": text(empty=True)}),
@@ -427,7 +444,23 @@ def check_vlm_config(data: Mapping[str, Any], name: str) -> None:
             f"{where} is not valid: media_token_id must be below {first + number_added} (first_added_id and the number "
             f"of added tokens), but is {data['media_token_id']}."
         )
-    vision = data["vision_config"]
+    _check_encoder(data["vision_config"], where)
+
+
+def _check_encoder(vision: Mapping[str, Any], where: str) -> None:
+    """Check what a vision encoder of its type needs.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    if vision.get("type") == "several":
+        one = mapping({"vision_cfg": _VISION_CFG, "preprocess": _PREPROCESS})
+        check(vision, mapping({"encoders": list_of(one, least=2, most=8)}), f"vision_config in {where}")
+        for encoder in vision["encoders"]:
+            if encoder.get("type") == "several":
+                raise CheckpointError(f"{where} is not valid: vision_config.encoders may hold no list of encoders.")
+            _check_encoder(encoder, where)
+        return
     if "type" not in vision:
         check(vision, mapping({"embed_dim": whole(1, 1_000_000)}), f"vision_config in {where}")
         if problem := _patches_problem(vision["vision_cfg"]):
@@ -487,7 +520,7 @@ def _find_tiling_problems(data: Any, key: str) -> Iterator[str]:
 
 _TILING = Kind("a mapping of keys to values", lambda x: isinstance(x, Mapping), _find_tiling_problems)
 _IMAGE_PROCESSOR = mapping(
-    {"preprocess": _PREPROCESS}, {"image_processor_type": text(most=200), "tiling": optional(_TILING)}
+    {"preprocess": _PREPROCESS_OF_ANY}, {"image_processor_type": text(most=200), "tiling": optional(_TILING)}
 )
 _TOKENIZER_CONFIG = mapping(
     {},

@@ -204,7 +204,7 @@ def _part_texts(report: ModelDescription) -> dict[str, str]:
     sizes = ", ".join(f"{k}={v}" for k, v in tokenizer.items() if k != "type" and v is not None)
     options = ", ".join(f"{k}={v}" for k, v in fusion.items() if k != "type")
     blocks = f"; before layers {', '.join(map(str, report.before_layers))}" if report.before_layers else ""
-    layers = f"layer {encoder.layer}"
+    layers = f"layer {encoder.layer}" if " + " not in encoder.name else "each its own layer"
     if isinstance(encoder.layer, tuple):
         layers = f"layers {', '.join(map(str, encoder.layer))}"
     # The name of an encoder of Transformers or timm names its weights too.

@@ -20,6 +20,7 @@ from vlm_cli.composition.options import (
     MLPOptions,
     PerceiverOptions,
     QFormerOptions,
+    SeveralEncoderOptions,
     VisionEncoderOptions,
 )
 from vlm_cli.composition.request import CompositionRequest
@@ -49,6 +50,7 @@ __all__ = [
     "MapActivation",
     "PerceiverOptions",
     "QFormerOptions",
+    "SeveralEncoderOptions",
     "SplitOptions",
     "TilingOptions",
     "VisionEncoderOptions",

@@ -14,7 +14,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vlm_cli.composition.families import FAMILIES
 from vlm_cli.composition.files import merge, parse_overrides, split_name
-from vlm_cli.composition.options import MEDIA_TOKEN, PARTS, LanguageModelOptions, VisionEncoderOptions
+from vlm_cli.composition.options import (
+    MEDIA_TOKEN,
+    PARTS,
+    LanguageModelOptions,
+    SeveralEncoderOptions,
+    VisionEncoderOptions,
+)
 from vlm_cli.composition.tiling import TilingOptions
 from vlm_cli.errors import CompositionError
 from vlm_cli.registry import FUSIONS, TILINGS, VISION_ENCODERS, VISION_TOKENIZERS, Registry, nearest, suggest
@@ -48,6 +54,13 @@ class Choice:
         rare = [f for f in dataclasses.fields(self.options) if "rare" in f.metadata]
         left_out = {f.name for f in rare if getattr(self.options, f.name) == f.default}
         return {key: x for key, x in self.to_dict().items() if key not in left_out}
+
+
+def _encoder_as_plain_data(options: VisionEncoderOptions) -> Any:
+    """Return the settings of a vision encoder, or a list of those of several."""
+    if isinstance(options, SeveralEncoderOptions):
+        return [_as_plain_data(x) for x in options.encoders]
+    return _as_plain_data(options)
 
 
 def _as_plain_data(options: Any) -> dict[str, Any]:
@@ -142,7 +155,7 @@ class Composition:
         tiling = {} if self.tiling == UNTILED else {"tiling": self.tiling.to_dict()}
         return {
             "family": self.family,
-            "vision_encoder": _as_plain_data(self.vision_encoder),
+            "vision_encoder": _encoder_as_plain_data(self.vision_encoder),
             "vision_tokenizer": self.vision_tokenizer.to_dict(),
             "fusion": self.fusion.to_dict(),
             **tiling,
@@ -231,8 +244,27 @@ class _CompositionReader:
         return {"name": value} if isinstance(value, str) else value
 
     def read_vision_encoder(self) -> Any:
-        """Read the vision encoder into the dataclass of its name; None if there is a problem."""
+        """Read the vision encoder into the dataclass of its name, or a list of several; None if there is a problem."""
         value = self.read_settings("vision_encoder")
+        if not isinstance(value, list):
+            return self.read_one_encoder("vision_encoder", value)
+        found = [
+            self.read_one_encoder(f"vision_encoder[{i}]", {"name": x} if isinstance(x, str) else x)
+            for i, x in enumerate(value)
+        ]
+        if any(x is None for x in found):
+            return None
+        if unnamed := [i for i, x in enumerate(found) if not x.name]:
+            self.problems.append(f"vision_encoder[{unnamed[0]}] has no name.")
+            return None
+        try:
+            return SeveralEncoderOptions(encoders=tuple(found))
+        except CompositionError as error:
+            self.problems += [f"vision_encoder: {problem}" for problem in error.problems]
+            return None
+
+    def read_one_encoder(self, place: str, value: Any) -> Any:
+        """Read one vision encoder; None if there is a problem."""
         name = value.get("name") if isinstance(value, Mapping) else None
         if isinstance(name, str) and value.get("pretrained") is None:
             value = {**value, **split_name(name)}
@@ -240,7 +272,7 @@ class _CompositionReader:
         options: Any = VisionEncoderOptions
         if isinstance(name, str) and name in VISION_ENCODERS:
             options = VISION_ENCODERS[name].options_class()
-        return self.read_options("vision_encoder", options, value)
+        return self.read_options(place, options, value)
 
     def read_encoder_name(self) -> VisionEncoderOptions | None:
         """Read the name alone of a vision encoder whose settings do not fit.

@@ -29,6 +29,7 @@ __all__ = [
     "MapActivation",
     "PerceiverOptions",
     "QFormerOptions",
+    "SeveralEncoderOptions",
     "VisionEncoderOptions",
 ]
 
@@ -64,6 +65,7 @@ _MOST = {
     "first": 10_000,
     "cross_attention_every": 1_000,
 }
+_MOST_ENCODERS = 8  # of one model
 _MOST_LAYERS_READ = 64  # of one vision encoder
 _MOST_CHANNELS = 1_000_000  # of every other setting
 
@@ -333,6 +335,21 @@ class VisionEncoderOptions:
         """Arguments of `VisionEncoder` that choose the features: `layer`, `class_token` and `norm`."""
         settings = self.openclip_settings
         return {"layer": self.layer, "class_token": settings.get("class_token", False), "norm": settings.get("norm")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralEncoderOptions(VisionEncoderOptions):
+    """Several vision encoders whose channels are concatenated; `name` follows from theirs."""
+
+    encoders: tuple[VisionEncoderOptions, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "name", " + ".join(x.name for x in self.encoders))
+        if not 2 <= len(self.encoders) <= _MOST_ENCODERS:
+            raise CompositionError(f"a list must name 2 to {_MOST_ENCODERS} encoders, got {len(self.encoders)}.")
+        if any(x.class_token for x in self.encoders):
+            raise CompositionError("class_token does not go with several encoders, which share one grid of patches.")
 
 
 @dataclass(frozen=True, kw_only=True)

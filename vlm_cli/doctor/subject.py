@@ -172,7 +172,8 @@ class WholeModel:
         height, width = self.model.vision_encoder.image_size
         sizes = self._sizes(num_media)
         num_views = max(size.num_frames for size in sizes)
-        vision_x = torch.randn(1, num_media, num_views, 3, height, width, generator=generator)
+        channels = self.model.vision_encoder.num_channels
+        vision_x = torch.randn(1, num_media, num_views, channels, height, width, generator=generator)
         vision_x = vision_x.to(self.model.device, next(self.model.vision_encoder.parameters()).dtype)
         return Inputs(lang_x, vision_x, sizes=sizes if num_views > 1 else ())
 

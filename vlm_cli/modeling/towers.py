@@ -16,7 +16,15 @@ from vlm_cli.modeling.encoders.structure import infer_grid
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.registry import encoder_type
 
-__all__ = ["Layers", "build_tower", "find_grid", "find_image_size", "find_tower_shape", "measure_features"]
+__all__ = [
+    "Layers",
+    "build_tower",
+    "find_channels",
+    "find_grid",
+    "find_image_size",
+    "find_tower_shape",
+    "measure_features",
+]
 __all__ += ["patch_features", "set_image_size", "truncate_layers"]
 
 
@@ -238,6 +246,11 @@ def find_grid(vision_config: Mapping[str, Any], num_patches: int, class_token: b
 _OPENCLIP_SIZES = {"image_size": 224, "patch_size": 16}
 
 
+def find_channels(tower: nn.Module) -> int:
+    """Return the channels of the pixels that a tower reads: 3, and 3 for each of several encoders."""
+    return int(getattr(tower, "num_channels", 3)) if hasattr(tower, "encoders") else 3
+
+
 def find_tower_shape(
     vision_config: Mapping[str, Any], layer: Layers = -1, *, class_token: bool = False, norm: bool | None = None
 ) -> tuple[int, int]:
@@ -273,7 +286,7 @@ def measure_features(
     if (stack := _stack(tower)) is not None and least <= len(layers := getattr(*stack)) and _are_alike(layers):
         setattr(*stack, layers[:least])
     with meta_device(), torch.no_grad():
-        pixels = torch.empty(1, 3, *find_image_size(tower))
+        pixels = torch.empty(1, find_channels(tower), *find_image_size(tower))
         features = patch_features(tower, pixels, layer, class_token=class_token, norm=norm)
     if features.ndim != 3 or len(features) != 1:
         raise ValueError(f"patch_features gives {tuple(features.shape)} for one image, expected (1, v, d)")

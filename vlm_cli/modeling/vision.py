@@ -49,7 +49,7 @@ def encode_media(
     """
     if not vision_x.numel():
         raise ValueError("vision_x holds no media; leave vision_x out for prompts without media.")
-    vision_x = _with_six_dimensions(vision_x, encoder.image_size)
+    vision_x = _with_six_dimensions(vision_x, (encoder.num_channels, *encoder.image_size))
     if vision_mask is not None and vision_mask.shape != vision_x.shape[:3]:
         raise ValueError(
             f"vision_mask must be (B, T_img, F) = {tuple(vision_x.shape[:3])}, got {tuple(vision_mask.shape)}."
@@ -80,15 +80,15 @@ def encode_media(
     return (tokens, mask) if arrangement is None else arrangement(tokens, mask, vision_grid)
 
 
-def _with_six_dimensions(vision_x: Tensor, image_size: tuple[int, int]) -> Tensor:
+def _with_six_dimensions(vision_x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Insert the F and T_img that were left out.
 
     Raises:
         ValueError: for another number of dimensions, or another image size.
     """
-    missing, (height, width) = 6 - vision_x.ndim, image_size
-    if missing not in (0, 1, 2) or vision_x.shape[-3:] != (3, height, width):
-        raise ValueError(f"vision_x must be (B, T_img, F, 3, {height}, {width}), got {tuple(vision_x.shape)}.")
+    missing = 6 - vision_x.ndim
+    if missing not in (0, 1, 2) or vision_x.shape[-3:] != shape:
+        raise ValueError(f"vision_x must be (B, T_img, F, {', '.join(map(str, shape))}), got {tuple(vision_x.shape)}.")
     for _ in range(missing):
         vision_x = vision_x.unsqueeze(-4)
     return vision_x

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_cli.modeling.encoders.views import pad_views
-from vlm_cli.modeling.towers import Layers, find_image_size, patch_features
+from vlm_cli.modeling.towers import Layers, find_channels, find_image_size, patch_features
 
 __all__ = ["VisionEncoder"]
 
@@ -75,6 +75,11 @@ class VisionEncoder(nn.Module):
     def image_size(self) -> tuple[int, int]:
         """The (H, W) pixels that the tower reads."""
         return find_image_size(self.visual)
+
+    @property
+    def num_channels(self) -> int:
+        """The C of the pixels: 3, and 3 for each of several encoders."""
+        return find_channels(self.visual)
 
     @property
     def is_trainable(self) -> bool:

@@ -235,9 +235,10 @@ def _describe_language_model(model: VLM) -> LanguageModelDescription:
 def _shapes(model: VLM) -> dict[str, Shape]:
     config = model.config
     size = config.vision_config["preprocess"]["size"]
+    channels = 3 * len(config.vision_config["preprocess"].get("encoders", "1"))
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return {
-        "vision_x": ["B", "T_img", "F", 3, height, width],
+        "vision_x": ["B", "T_img", "F", channels, height, width],
         "features": ["B", "T_img", "F", config.vision_config["num_patches"], config.vision_config["dim"]],
         "vision_tokens": ["B", "T_img", model.vision_tokenizer.num_tokens(), model.vision_tokenizer.dim_out],
         "lang_x": ["B", "T_txt"],

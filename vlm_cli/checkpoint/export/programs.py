@@ -127,7 +127,8 @@ def _float_side(model: VLM) -> VisionSide:
 
 def _pixels(model: VLM, num: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num, 3, *model.vision_encoder.image_size, generator=generator)
+    encoder = model.vision_encoder
+    return torch.randn(num, encoder.num_channels, *encoder.image_size, generator=generator)
 
 
 def _program(side: VisionSide, pixels: Tensor) -> tuple[ExportedProgram, bool]:
@@ -156,7 +157,7 @@ def _facts(model: VLM, side: VisionSide, is_dynamic: bool, difference: float) ->
     with torch.no_grad():
         tokens = side(_pixels(model, 1))
     return {
-        "input": [batch, 3, *model.vision_encoder.image_size],
+        "input": [batch, model.vision_encoder.num_channels, *model.vision_encoder.image_size],
         "output": [batch, *tokens.shape[1:]],
         "dtype": "float32",
         "largest_difference": difference,

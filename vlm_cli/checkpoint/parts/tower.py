@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OutsideWeights", "PublishedWeights", "RepositoryWeights", "Tower", "TowerWeights", "WeightsFile"]
+__all__ = ["OutsideWeights", "PublishedWeights", "RepositoryWeights", "SeveralWeights", "Tower"]
+__all__ += ["TowerWeights", "WeightsFile"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,18 @@ class RepositoryWeights:
     revision: str | None = None
 
 
-TowerWeights = WeightsFile | PublishedWeights | OutsideWeights | RepositoryWeights
+@dataclass(frozen=True)
+class SeveralWeights:
+    """Weights of several encoders.
+
+    Attributes:
+        towers: each encoder, with its own weights.
+    """
+
+    towers: tuple[Tower, ...]
+
+
+TowerWeights = WeightsFile | PublishedWeights | OutsideWeights | RepositoryWeights | SeveralWeights
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from vlm_cli.checkpoint.parts.openclip import (
     openclip_files,
 )
 from vlm_cli.checkpoint.parts.outside import find_outside_tower, load_outside_tower
+from vlm_cli.checkpoint.parts.several import find_several_towers, load_several_towers
 from vlm_cli.checkpoint.parts.timm_models import check_timm_weights, find_timm_tower, load_timm_tower
-from vlm_cli.checkpoint.parts.tower import Tower
-from vlm_cli.composition import VisionEncoderOptions
+from vlm_cli.checkpoint.parts.tower import SeveralWeights, Tower
+from vlm_cli.composition import SeveralEncoderOptions, VisionEncoderOptions
 from vlm_cli.errors import PluginError
 from vlm_cli.registry import VISION_ENCODERS
 
@@ -40,6 +41,8 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
         VisionEncoderError: for a configuration that cannot be read.
         PluginError: if the package that has the name is broken.
     """
+    if isinstance(options, SeveralEncoderOptions):
+        return find_several_towers(options, find_tower)
     if options.name.startswith("hf:"):
         return find_hf_tower(options)
     if options.name.startswith("timm:"):
@@ -57,6 +60,8 @@ def find_tower(options: VisionEncoderOptions) -> Tower:
 def describe_random_tower(options: VisionEncoderOptions) -> str | None:
     """Say that a name brings no weights, or that its images are prepared in another way; None if there is no more."""
     name = options.name
+    if isinstance(options, SeveralEncoderOptions):
+        return " ".join(note for x in options.encoders if (note := describe_random_tower(x))) or None
     if name.startswith(("hf:", "timm:")):
         return " ".join(find_tower(options).notes) or None
     if options.pretrained is not None or name.startswith("hf-hub:") or find_tower(options).weights is not None:
@@ -74,6 +79,10 @@ def check_tower_weights(tower: Tower) -> None:
     Raises:
         VisionEncoderError: if the file cannot be read or does not fit.
     """
+    if isinstance(tower.weights, SeveralWeights):
+        for one in tower.weights.towers:
+            check_tower_weights(one)
+        return
     check = {"hf": check_hf_weights, "timm": check_timm_weights}.get(tower.config.get("type", ""))
     if check is not None and tower.weights is not None:
         check(tower)
@@ -91,6 +100,8 @@ def load_tower(tower: Tower) -> nn.Module:
 
     if tower.weights is None:
         return build_tower(tower.config)
+    if isinstance(tower.weights, SeveralWeights):
+        return load_several_towers(tower, load_tower)
     load = {"hf": load_hf_tower, "timm": load_timm_tower}.get(tower.config.get("type", ""))
     if load is not None:
         return load(tower)

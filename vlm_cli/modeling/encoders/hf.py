@@ -121,7 +121,12 @@ class _ReadsPatches:
         return chosen
 
     def _layer_output(self, pixels: Tensor, layer: int) -> Tensor:
-        """Return what a layer gives; the layers after it do not run."""
+        """Return what a layer gives; the layers after it do not run, but for a tracer, which needs the end."""
+        if torch.compiler.is_compiling():
+            outputs: dict[int, Tensor] = {}
+            with self._keeping([layer], outputs):
+                _run(self, pixels)
+            return outputs[layer]
         try:
             with stop_at(self._find_layer(layer)):
                 _run(self, pixels)

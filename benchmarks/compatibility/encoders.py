@@ -1,0 +1,186 @@
+"""Every vision model of Transformers, and one model of each family of timm, as vision encoders.
+
+A model of Transformers is built with the default settings of its type and two layers, where it is a single stack; its
+tokens are checked as those of published weights are, and its features must be finite, the same for an image alone and
+among others, and others for another image. A model of timm is measured on the meta device.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.models._registry import _module_to_models
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
+
+from vlm_cli.checkpoint.parts.vision_encoders import find_tower
+from vlm_cli.composition import VisionEncoderOptions
+from vlm_cli.errors import explain_reading
+from vlm_cli.modeling.encoders.hf import check_tokens, find_structure
+from vlm_cli.modeling.towers import build_tower, find_grid, find_tower_shape, patch_features
+from vlm_cli.trust import find_vision_class
+
+__all__ = ["CANNOT", "EncoderRow", "check_family", "check_vision_type", "timm_families", "vision_types"]
+
+_DETECTOR = "it detects objects, and its output is one token per object"
+_OWN_GRID = "it reads patches of images of any size, and takes their grid as another argument"
+_CLIPS = "it reads clips, and no single image"
+_OTHER_INPUT = "it takes features of another part, and no image"
+
+#: Type -> why it cannot be a vision encoder.
+CANNOT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("conditional_detr", "d_fine", "dab-detr", "deformable_detr", "deimv2", "detr", "lw_detr", "mask2former"),
+            *("pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4", "rf_detr", "rt_detr", "rt_detr_v2"),
+            *("table-transformer", "maskformer"),
+        ),
+        _DETECTOR,
+    ),
+    **dict.fromkeys(
+        (
+            *("cosmos3_edge_vision", "dots3_note_vision_encoder", "glm_image_vision", "hunyuan_vl_vision"),
+            *("hy_v4_vl_vision", "inkling2_vision", "minicpm_ocr_vision", "minicpmv4_6_vision", "minicpmv4_7_vision"),
+            *("minimax_m3_vl_vision", "molmo2_vision", "muse_glimmer_vision", "muse_spark_vision"),
+            *("paddleocr_vl_vision", "phi4_multimodal_vision", "siglip2_vision_model", "video_llama_3_vision"),
+        ),
+        _OWN_GRID,
+    ),
+    **dict.fromkeys(("timesformer", "videomae", "vivit", "videoprism_vision_model", "xclip_vision_model"), _CLIPS),
+    **dict.fromkeys(
+        (
+            *("florence_vision", "lw_detr_vit", "rf_detr_dinov2", "vitpose_backbone", "sam3_detr_decoder"),
+            *("sam3_detr_encoder", "sam3_lite_text_detr_decoder", "sam3_lite_text_detr_encoder", "slanet"),
+            *("sam3_lite_text_mask_decoder", "sam3_lite_text_text_model", "sam3_mask_decoder"),
+            *("pp_ocrv5_mobile_det", "vision-encoder-decoder"),
+        ),
+        _OTHER_INPUT,
+    ),
+    **dict.fromkeys(("efficientloftr", "lightglue", "seggpt"), "it compares two images"),
+    **dict.fromkeys(("groupvit_vision_model", "mgp-str"), "it gathers patches into groups, which form no grid"),
+    **dict.fromkeys(("sam3_video", "edgetam_video", "sam2_video"), "it follows objects through a clip"),
+    **dict.fromkeys(("apertus1p5_vision_tokenizer", "emu3_vqgan", "janus_vqgan"), "it turns images into codes"),
+    **dict.fromkeys(("timm_wrapper", "timm_backbone"), "it wraps a model of timm; write timm:NAME"),
+    **dict.fromkeys(("pp_ocrv5_server_det", "pp_ocrv6_medium_det", "pp_ocrv6_small_det", "uvdoc"), _OTHER_INPUT),
+    "vit_mae": "it hides three quarters of the patches at random; the same weights load as a ViT",
+    "dinat": "it needs the package natten",
+    "depth_pro": "it cuts an image into patches of three sizes itself",
+    "edgetam_vision_model": "its default settings name no model of timm",
+    "imagegpt": "it reads codes of colours",
+    "levit": "its stages have grids that are rounded up, and its tokens do not say so; write timm:levit_128",
+}
+
+
+@dataclass(frozen=True)
+class EncoderRow:
+    """What was measured of one encoder.
+
+    Attributes:
+        name: the type, or the family of timm.
+        model: class of Transformers, or name of timm.
+        shape: patches and channels; None if it cannot be an encoder.
+        beside: class and register tokens.
+        layers: how many layers can be chosen; 0 if they cannot be told apart.
+        problem: why it cannot be an encoder; empty if it can.
+    """
+
+    name: str
+    model: str
+    shape: tuple[int, int] | None = None
+    beside: int = 0
+    layers: int = 0
+    problem: str = ""
+
+
+def vision_types() -> list[str]:
+    """List the types of Transformers that have a class for models that read images alone."""
+    found = []
+    for kind in CONFIG_MAPPING:
+        try:
+            config: Any = CONFIG_MAPPING[kind]()
+        except Exception:  # a type without defaults cannot be measured, and no model of it is small
+            continue
+        if any(hasattr(config, half) for half in ("text_config", "vision_config")):
+            continue  # its halves have types of their own
+        if (kind in MODEL_FOR_IMAGE_MAPPING_NAMES or "vision" in kind or _has_image(config)) and _has_class(config):
+            found.append(kind)
+    return sorted(found)
+
+
+def _has_image(config: Any) -> bool:
+    return any(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels"))
+
+
+def _has_class(config: Any) -> bool:
+    try:
+        return find_vision_class(config) is not None
+    except Exception:
+        return False
+
+
+def check_vision_type(kind: str) -> EncoderRow:
+    """Measure a type of Transformers with its default settings."""
+    config: Any = CONFIG_MAPPING[kind]()
+    cls = find_vision_class(config)
+    model = "" if cls is None else cls.__name__
+    if kind in CANNOT:
+        return EncoderRow(kind, model, problem=CANNOT[kind])
+    size = getattr(config, "image_size", None) or 224
+    vision = {"type": "hf", "config": config.to_dict(), "vision_cfg": {"image_size": size}}
+    try:
+        found = find_structure(vision)
+        shape = find_tower_shape(vision)
+        _check_numbers(vision, shape)
+    except Exception as error:
+        return EncoderRow(kind, model, problem=explain_reading(error))
+    return EncoderRow(kind, model, shape, found.before + found.after, found.depth if found.layers else 0)
+
+
+@torch.inference_mode()
+def _check_numbers(vision: dict[str, Any], shape: tuple[int, int]) -> None:
+    """Run a small model of the type.
+
+    Raises:
+        AssertionError: naming what does not hold.
+    """
+    torch.manual_seed(0)
+    small = dict(vision["config"])
+    if find_structure(vision).is_single_stack and "num_hidden_layers" in small:
+        small = {k: x for k, x in small.items() if k not in ("out_features", "out_indices", "stage_names")}
+        small["num_hidden_layers"] = 2
+    encoder: Any = build_tower(vision | {"config": small}).eval()
+    check_tokens(encoder, small["model_type"])
+    pixels = torch.randn(2, 3, *encoder.image_size)
+    together = patch_features(encoder, pixels)
+    alone = torch.cat([patch_features(encoder, x[None]) for x in pixels])
+    assert together.shape[1:] == shape, f"it declares {shape} and gives {tuple(together.shape[1:])}"
+    assert together.isfinite().all(), "its features are not finite"
+    assert (together - alone).abs().max() <= 1e-4 * alone.abs().max(), "an image depends on the others"
+    assert not torch.allclose(alone[0], alone[1]), "all images have the same features"
+
+
+def timm_families() -> dict[str, str]:
+    """Return a small model of each family (a module) of timm."""
+    return {family: min(names, key=_size) for family, names in sorted(_module_to_models.items())}
+
+
+def _size(name: str) -> tuple[bool, bool, str]:
+    is_small = re.search(r"atto|femto|pico|nano|tiny|_ti_|xxs|_xs|small|_s$|_s_|b0|m0|_18|18$|test_", name)
+    return not timm.is_model_pretrained(name), is_small is None, name
+
+
+def check_family(family: str) -> EncoderRow:
+    """Measure the model that stands for a family of timm."""
+    name = timm_families()[family]
+    try:
+        tower = find_tower(VisionEncoderOptions(name=f"timm:{name}"))
+        shape = find_tower_shape(tower.config)
+        if find_grid(tower.config, shape[0]) is None:
+            return EncoderRow(family, name, problem=f"its {shape[0]} tokens form no grid")
+    except Exception as error:
+        return EncoderRow(family, name, problem=explain_reading(error))
+    return EncoderRow(family, name, shape)
