@@ -53,7 +53,8 @@ def perceiver(resampler: nn.Module, features: Tensor, frame_mask: Tensor, activa
                 if resampler.media_time_embs is not None:
                     x = x + resampler.media_time_embs[m, 0]
                 patches.append(x)
-        media, latents = torch.stack(patches), resampler.latents
+        media = torch.stack(patches) if patches else features.new_zeros(0, features.shape[-1])
+        latents = resampler.latents
         for attend, ff in resampler.layers:
             x = attend.norm_latents(latents)
             attended = torch.cat([attend.norm_media(media), x])

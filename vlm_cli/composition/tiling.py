@@ -132,6 +132,7 @@ class AnyresOptions(_TileOptions):
     clip_pool_at: Literal["before", "after"] = "before"  # patches before the vision tokenizer, or its tokens
     clip_newline: bool = True  # a newline ends a clip, if rows have newlines
     clip_crop: bool = False  # of a clip's frames, only the middle square is seen; false: they are squashed
+    bands: bool = False  # the vision tokenizer reads whole rows of the canvas instead of tiles (xGen-MM)
 
     def __post_init__(self) -> None:
         # A file has lists; frozen settings have tuples, which can be compared and hashed.
@@ -142,6 +143,10 @@ class AnyresOptions(_TileOptions):
         problems = [*super()._find_problems(), *_find_size_problems(self, shrink_beyond=TILE_LIMIT, clip_pool=64)]
         if not 1 <= len(self.pinpoints) <= _MOST_PINPOINTS:
             problems.append(f"pinpoints must hold 1 to {_MOST_PINPOINTS:,} sizes, got {len(self.pinpoints):,}.")
+        if self.bands and (self.newline or self.shrink_beyond is not None or self.clip_pool > 1):
+            problems.append(
+                "bands needs newline: false, shrink_beyond: null and clip_pool: 1, since no vision token has a place."
+            )
         wrong = [x for x in self.pinpoints if len(x) != 2 or not all(1 <= side <= _MOST_PIXELS for side in x)]
         problems += [
             f"pinpoints must hold [height, width] of 1 to {_MOST_PIXELS:,} pixels each, got {show(x)}."

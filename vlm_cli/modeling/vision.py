@@ -13,6 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from vlm_cli.modeling.arrangement import Arrangement
+from vlm_cli.modeling.bands import Bands
 from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.encoders.views import pad_views
 from vlm_cli.modeling.vision_encoder import VisionEncoder
@@ -29,6 +30,7 @@ def encode_media(
     *,
     independently: bool,
     arrangement: Arrangement | None = None,
+    bands: Bands | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the vision tokens of media.
 
@@ -40,6 +42,7 @@ def encode_media(
         vision_grid: int[B, T_img, 4], the tiles of each medium and its size in pixels; None for media without tiles.
         independently: whether the tokenizer encodes each medium independently of the others in its row.
         arrangement: puts the tokens of a picture's tiles in order; None leaves them view after view.
+        bands: groups the patches of a picture's tiles before the tokenizer reads them; None leaves them tile by tile.
 
     Returns:
         float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
@@ -62,13 +65,16 @@ def encode_media(
     frame_mask = None if vision_mask is None else vision_mask.bool()
     if encoder.num_views is not None:
         vision_x, frame_mask = pad_views(vision_x, frame_mask, encoder.num_views)
-    if torch.compiler.is_compiling() or vision_x.is_meta:  # a tracer cannot follow shapes that depend on values
+    bands = None if vision_grid is None else bands
+    # A tracer cannot follow shapes that depend on values.
+    if vision_x.is_meta or (torch.compiler.is_compiling() and bands is None):
         tokens = tokenizer(encoder(vision_x, frame_mask, vision_grid), frame_mask)
     elif frame_mask is not None and encoder.num_views is not None:
         tokens = tokenizer(_encode_pictures_once(encoder, vision_x, frame_mask, vision_grid), frame_mask)
     else:
         features, number = _encode_frames(encoder, vision_x, frame_mask)
-        tokens = _make_tokens(tokenizer, features, number, independently)
+        grouping = None if bands is None or vision_grid is None else (bands, vision_grid)
+        tokens = _make_tokens(tokenizer, features, number, independently, grouping)
         if arrangement is not None and arrangement.pools_patches:
             is_clip = arrangement.find_clips(number, vision_grid)
             pooled = _make_tokens(tokenizer, arrangement.pool(features), number, independently)
@@ -112,7 +118,13 @@ def _encode_frames(encoder: VisionEncoder, vision_x: Tensor, frame_mask: Tensor 
     return encoder(frames[:, None, None]).flatten(0, 2), number
 
 
-def _make_tokens(tokenizer: Any, features: Tensor, number: Tensor, independently: bool) -> Tensor:
+def _make_tokens(
+    tokenizer: Any,
+    features: Tensor,
+    number: Tensor,
+    independently: bool,
+    grouping: tuple[Bands, Tensor] | None = None,
+) -> Tensor:
     """Make the vision tokens of media, of equal media once if the tokenizer is independent.
 
         number               01  0-          01  2-
@@ -124,17 +136,26 @@ def _make_tokens(tokenizer: Any, features: Tensor, number: Tensor, independently
         features: float[frames, v, d] of the distinct frames.
         number: int[B, T_img, F], of each frame; -1 is padding.
         independently: whether the tokenizer encodes each medium independently of the others in its row.
+        grouping: what groups the patches of a picture by its tiles, and int[B, T_img, 4], these tiles; equal media also
+            have equal tiles. None leaves the patches tile by tile.
 
     Returns:
         float[B, T_img, n, d].
     """
-    shape, medium = number.shape[:2], None
+    shape, num_frames, medium = number.shape[:2], number.shape[-1], None
+    if grouping is not None:
+        number = torch.cat([number, grouping[1].to(number)], dim=-1)  # [B, T_img, F + 4]
     if independently:
         number, medium = number.flatten(0, 1).unique(dim=0, return_inverse=True)  # [media, F], [B·T_img]
         number = number[:, None]  # [media, 1, F]: each medium is a row of its own
+    number, grid = number[..., :num_frames], number[..., num_frames:]
     mask = number >= 0
     features = torch.where(mask[..., None, None], features[number.clamp(min=0)], 0)  # [rows, media, F, v, d]
-    tokens = tokenizer(features, None if mask.all() else mask)  # [rows, media, n, d]
+    if grouping is None:
+        tokens = tokenizer(features, None if mask.all() else mask)  # [rows, media, n, d]
+    else:
+        features, patch_mask = grouping[0](features, grid)
+        tokens = tokenizer(features, None if mask.all() else mask, patch_mask)
     return tokens if medium is None else tokens[medium, 0].unflatten(0, shape)
 
 

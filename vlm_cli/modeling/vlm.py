@@ -32,6 +32,7 @@ from vlm_cli.manifest import recording, write_now
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.announcement import make_announcement
 from vlm_cli.modeling.arrangement import Arrangement, make_arrangement
+from vlm_cli.modeling.bands import make_bands
 from vlm_cli.modeling.conditioning import Conditioning, count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.contract import Fusion
@@ -100,7 +101,9 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         self.lang_model = lang_model or make_language_model(config.text_config)
         width = find_widths(self.lang_model)
         self.vision_tokenizer = make_vision_tokenizer(config, self.media_width(width.embedding))
-        if isinstance(parts.tiling.options, AnyresOptions):
+        grid = config.vision_config.get("grid")
+        self.bands = make_bands(parts.tiling.options, self.vision_tokenizer, grid and tuple(grid))
+        if isinstance(parts.tiling.options, AnyresOptions) and self.bands is None:
             self.vision_tokenizer.arrangement = make_arrangement(parts.tiling.options, self.vision_tokenizer)
         self.added_tokens = AddedTokens(
             len(config.added_tokens),
@@ -345,6 +348,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             vision_grid,
             independently=self.encodes_media_independently,
             arrangement=self.arrangement,
+            bands=self.bands,
         )
 
     def _resolve_media(

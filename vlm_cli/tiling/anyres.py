@@ -131,11 +131,13 @@ def unpad(options: AnyresOptions, size: MediumSize, grid: tuple[int, int]) -> Ke
     """
     height, width = size.rows * grid[0], size.columns * grid[1]
     top = left = 0
+    # xGen-MM's code rounds down, and so do LLaVA's first releases; Transformers' mends what floating point adds.
+    digits = None if options.bands else 7
     if options.unpad:
         if size.width / size.height > width / height:
-            top = (height - int(round(size.height * (width / size.width), 7))) // 2
+            top = (height - _round_down(size.height * (width / size.width), digits)) // 2
         else:
-            left = (width - int(round(size.width * (height / size.height), 7))) // 2
+            left = (width - _round_down(size.width * (height / size.height), digits)) // 2
     height, width = height - 2 * top, width - 2 * left
     if not (height and width):
         raise MediaError(
@@ -153,3 +155,8 @@ def unpad(options: AnyresOptions, size: MediumSize, grid: tuple[int, int]) -> Ke
             "worth of vision tokens, none is left. Cut off a part of it first."
         )
     return Kept(top, left, height, width, shrunk)
+
+
+def _round_down(length: float, digits: int | None) -> int:
+    """Round down, after rounding to so many digits."""
+    return int(length if digits is None else round(length, digits))

@@ -86,6 +86,11 @@ class PerceiverResampler(nn.Module):
         """Whether a medium's tokens depend on nothing else in its row; media-time embeddings depend on its number."""
         return self.media_time_embs is None
 
+    @property
+    def reads_patch_masks(self) -> bool:
+        """Whether `forward` takes a mask of single patches."""
+        return self.frames == "apart"
+
     def num_tokens(self, num_frames: int = 1) -> int:
         """Count the vision tokens of a medium of so many frames."""
         return self.latents.shape[0] * (num_frames if self.frames == "apart" else 1)
@@ -96,8 +101,13 @@ class PerceiverResampler(nn.Module):
             return frame_mask.repeat_interleave(self.num_tokens(), dim=-1)
         return frame_mask.any(-1, keepdim=True).expand(-1, -1, self.num_tokens())
 
-    def forward(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, frame_mask: Tensor | None = None, patch_mask: Tensor | None = None) -> Tensor:
         """float[B, T_img, F, v, dim_in] -> float[B, T_img, n, dim_out].
+
+        Args:
+            features: of the patches.
+            frame_mask: bool[B, T_img, F], true for frames that are not padding; None for all.
+            patch_mask: bool[B, T_img, F, v], true for patches that are read, if frames are read apart; None for all.
 
         Raises:
             ValueError: if there are more frames or media than embeddings for them.
@@ -115,6 +125,9 @@ class PerceiverResampler(nn.Module):
         media = rearrange(features, "B T F v d -> (B T F) v d" if is_apart else "B T F v d -> (B T) (F v) d")
         latents = self.latents.to(media.dtype).expand(len(media), -1, -1)
         mask = None if frame_mask is None or is_apart else self._attention_mask(frame_mask, v)
+        if patch_mask is not None and is_apart:
+            patches = patch_mask.flatten(0, 2)  # [B·T·F, v]; latents are always read
+            mask = torch.cat([patches, patches.new_ones(len(patches), len(self.latents))], dim=-1)[:, None, None]
         for layer in self.layers:
             attention, ff = cast(nn.ModuleList, layer)
             latents = latents + attention(media, latents, mask)

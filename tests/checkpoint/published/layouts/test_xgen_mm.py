@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from torchvision.transforms.functional import to_tensor
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+from transformers.image_processing_utils import select_best_resolution
 
 from tests.support import reference
 from tests.support.grid import first_of
+from tests.support.photographs import photograph
 from tests.support.published import (
     SIZE,
     VOCABULARY,
@@ -24,11 +30,14 @@ from tests.support.published import (
     load,
     prompt,
     register_siglip,
+    rewrite_config,
     shapes_of,
     sized,
     write_tokenizer,
 )
+from tests.support.tiled import AFTER, BEFORE, TiledCase, check_tiled
 from tests.support.tiny import stir
+from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.checkpoint.published.towers import siglip
 from vlm_cli.composition import CompositionRequest, PerceiverOptions
@@ -175,6 +184,125 @@ def test_file_of_training(tmp_path, parts, prefix):
     assert worst(case, parts) <= 1e-4
 
 
+class Tiled(nn.Module):
+    """xGen-MM with tiles: its code from a picture to logits, by slow loops over the patches of the canvas."""
+
+    def __init__(self, parts: Parts, folder: Path) -> None:
+        super().__init__()
+        self.parts, self.tokenizer = parts, PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def __call__(self, *, text: str = "", images: Any = None, **inputs: Any) -> Any:
+        """Stand for the processor if there is a text, and for the model otherwise."""
+        return self.read(text, images[0]) if text else SimpleNamespace(logits=self.logits(**inputs)[None])
+
+    def read(self, text: str, image: Image.Image) -> dict[str, Any]:
+        """`process_anyres_image`, and the ids with `<image>` once for each vision token."""
+        canvases = [(c * SIZE, r * SIZE) for c, r in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+        height, width = select_best_resolution(image.size[::-1], [x[::-1] for x in canvases])
+        scale = min(width / image.width, height / image.height)
+        size = (min(ceil(image.width * scale), width), min(ceil(image.height * scale), height))
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(image.resize(size), ((width - size[0]) // 2, (height - size[1]) // 2))
+        boxes = [(x, y, x + SIZE, y + SIZE) for y in range(0, height, SIZE) for x in range(0, width, SIZE)]
+        views = [image.resize((SIZE, SIZE)), *(canvas.crop(box) for box in boxes)]
+        pixels = torch.stack([(to_tensor(view) - 0.5) / 0.5 for view in views])
+        words = text.split()
+        ids = [IMAGE if word == "<image>" else int(word[1:]) for word in words]
+        at = ids.index(IMAGE)
+        ids[at : at + 1] = [IMAGE] * (3 * len(views))
+        shape = (height // SIZE, width // SIZE, *image.size)
+        return {"input_ids": torch.tensor([ids]), "pixel_values": pixels, "shape": torch.tensor(shape)}
+
+    def media(self, pixel_values: Tensor, shape: Tensor) -> Tensor:
+        features = self.parts.tower(pixel_values).last_hidden_state  # [F, v, d]
+        rows, columns = shape.tolist()[:2]
+        side = SIZE // PATCH
+        patches = []  # (patch, whether it stands for the picture) of the canvas, row by row
+        for y in range(rows * side):
+            for x in range(columns * side):
+                tile = 1 + (y // side) * columns + x // side
+                patches.append((features[tile, (y % side) * side + x % side], self.shows(x, y, shape)))
+        groups = [[(patch, True) for patch in features[0]]]
+        groups += [patches[i : i + side**2] for i in range(0, len(patches), side**2)]
+        return torch.cat([self.resample([patch for patch, shows in group if shows]) for group in groups])
+
+    def shows(self, x: int, y: int, shape: Tensor) -> bool:
+        rows, columns, width, height = shape.tolist()
+        across, down = columns * SIZE // PATCH, rows * SIZE // PATCH
+        if width / height > across / down:
+            bar = (down - int(height * (across / width))) // 2
+            return bar <= y < down - bar
+        bar = (across - int(width * (down / height))) // 2
+        return bar <= x < across - bar
+
+    def resample(self, patches: list[Tensor]) -> Tensor:
+        """The Perceiver over the patches that are not masked; a band of bars alone has none."""
+        seen = torch.stack(patches) if patches else torch.zeros(0, WIDTH)
+        return reference.perceiver(self.parts.perceiver, seen[None, None, None], torch.ones(1, 1, 1).bool())[0, 0]
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, pixel_values: Tensor, shape: Tensor, **_: Any) -> Tensor:
+        ids, table = input_ids[0], self.parts.lm.get_input_embeddings().weight
+        rows = table[ids.clamp(max=len(table) - 1)].clone()
+        rows[ids == IMAGE] = self.media(pixel_values, shape)
+        hidden = self.parts.lm.model(inputs_embeds=rows[None]).last_hidden_state[0]
+        return (hidden @ self.parts.lm.lm_head.weight.T + self.parts.bias)[:, :VOCABULARY]
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int, pixel_values: Tensor, shape: Tensor, **_: Any) -> Any:
+        for _step in range(max_new_tokens):
+            token = self.logits(input_ids, pixel_values, shape)[-1].argmax()
+            input_ids = torch.cat([input_ids, token.view(1, 1)], dim=1)
+        return input_ids
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.parts.lm.lm_head
+
+
+class TiledXGenMM(TiledCase):
+    @property
+    def made_by(self) -> str:
+        return "its code for tiles as slow loops, over Transformers' SigLIP and Phi-3"
+
+
+def tiled(folder: Path, parts: Parts) -> TiledCase:
+    xgen_mm(folder, parts)
+    theirs: Any = Tiled(parts, folder)
+    return TiledXGenMM(source=folder, model=theirs, processor=theirs)
+
+
+@pytest.mark.matrix
+def test_tiles_of_photographs_of_many_shapes(tmp_path, parts):
+    check_tiled(tiled(tmp_path, parts), is_told=True)
+
+
+def test_tiles_of_a_photograph(tmp_path, parts):
+    """The quick case of the test above."""
+    imported = check_tiled(tiled(tmp_path, parts), ["4:1"])
+    assert imported.model.bands is not None
+
+
+@pytest.mark.matrix
+def test_bands_are_no_tiles(tmp_path, parts):
+    """Two tiles side by side are read as an upper and a lower half; tile by tile, the logits are others."""
+    case = tiled(tmp_path, parts)
+    imported = import_checkpoint(tmp_path)
+    imported.model.bands = None
+    with torch.no_grad():
+        theirs = case.model(**case.read("4:1")).logits[0, -3:]
+        inputs = imported.processor(text=f"{BEFORE} <image> {AFTER}", images=[photograph("4:1")])
+        ours = imported.model(**inputs).logits[0, -3:, :VOCABULARY]
+    assert float((ours - theirs).abs().max()) > 1e-3
+
+
+def test_what_cannot_read_bands(tmp_path, parts):
+    case = xgen_mm(tmp_path, parts)
+    with pytest.raises(CompositionError, match="bands needs a vision tokenizer that leaves out the patches of bars"):
+        load(replace(case, options=CompositionRequest(overrides=["vision_tokenizer.frames=together"])))
+    rewrite_config(tmp_path, vision_encoder_config={"anyres_patch_sampling": False})
+    with pytest.raises(CheckpointError, match="anyres_patch_sampling=false"):
+        load(case)
+
+
 def test_a_tower_without_a_head(tmp_path):
     parts = Parts(has_head=False)
     case = xgen_mm(tmp_path, parts)
@@ -309,8 +437,9 @@ def test_published_sizes():
     assert model.config.vision_config["num_patches"] == 729 and model.num_positions() == 128
     assert model.config.composition.vision_encoder.name == "ViT-SO400M-14-SigLIP-384"
     assert model.config.composition.vision_tokenizer.options == PerceiverOptions(
-        num_heads=16, head_dim=96, num_latents=128
+        num_heads=16, head_dim=96, num_latents=128, frames="apart"
     )
+    assert model.config.composition.tiling.options.pinpoints[-1] == (3 * 384, 384)
 
 
 def test_published_sizes_of_trained_tensors():

@@ -69,7 +69,9 @@ class XGenMM:
                     "type": "perceiver",
                     **read_perceiver_options(checkpoint, f"{prefix}vision_tokenizer."),
                     **guess_heads(checkpoint, rf"{re.escape(prefix)}vision_tokenizer\.", _HEAD_DIM),
+                    "frames": "apart",
                 },
+                "tiling": _read_tiling(checkpoint, _TILE if tower is None else tower["preprocess"]["size"]),
                 # The code adds a bias to the head, which Phi-3 does not have, and trains it.
                 "language_model": {
                     "name": checkpoint.name if text else "microsoft/Phi-3-mini-4k-instruct" if is_phi else "",
@@ -85,11 +87,30 @@ class XGenMM:
             first_added_id=first,
             # vlm may add a pad token, which has no row in the file.
             optional_pattern=rf"{SIGLIP_OPTIONAL}|added_tokens\.(embedding|head)\.\w+",
-            notes=(
-                "xGen-MM cuts an image into tiles, and reads the tiles and the whole image. vlm reads only the whole "
-                "image.",
-            ),
         )
+
+
+def _read_tiling(checkpoint: PublishedCheckpoint, tile: int) -> dict[str, Any]:
+    """Read how pictures are cut. xGen-MM's code names the canvases, in tiles; files of training name nothing.
+
+    Raises:
+        CheckpointError: if the vision tokenizer reads all tiles together.
+    """
+    settings = checkpoint.config.get("vision_encoder_config") or {}
+    if settings.get("image_aspect_ratio", "anyres") != "anyres":
+        return {"type": "none"}
+    if not settings.get("anyres_patch_sampling", True):
+        raise CheckpointError(
+            f"{checkpoint.name!r} has vision_encoder_config.anyres_patch_sampling=false; vlm builds the models whose "
+            "Perceiver reads a picture's tiles one by one."
+        )
+    pinpoints = [[rows * tile, columns * tile] for columns, rows in _CANVASES]
+    return {"type": "anyres", "pinpoints": pinpoints, "newline": False, "bands": True}
+
+
+#: Columns and rows of tiles on the canvases of the code's `anyres_grids`.
+_CANVASES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+_TILE = 384  # pixels that SigLIP reads in every published model
 
 
 def _find_tower(checkpoint: PublishedCheckpoint, prefix: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
