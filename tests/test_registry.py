@@ -39,7 +39,8 @@ def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(UnknownNameError) as caught:
         VISION_TOKENIZERS["percever"]
     message = str(caught.value)
-    assert "unknown vision tokenizer 'percever'. Did you mean 'perceiver'? Known: c-abstractor, linear, mlp" in message
+    known = "Known: c-abstractor, latent-attention, linear, mlp"
+    assert f"unknown vision tokenizer 'percever'. Did you mean 'perceiver'? {known}" in message
     assert "vlm list vision-tokenizers" in message
 
 

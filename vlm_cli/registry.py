@@ -322,6 +322,12 @@ for _part in (
         "vlm_cli.composition:CAbstractorOptions",
         "convolutions around a pooling to fewer patches, for each frame (Honeybee)",
     ),
+    RegisteredPart(
+        "latent-attention",
+        f"{_TOKENIZERS}.latent_attention:LatentAttention",
+        "vlm_cli.composition:LatentAttentionOptions",
+        "a few learned latents attend once to the mapped patches (Kosmos-2)",
+    ),
 ):
     VISION_TOKENIZERS.add(_part)
 

@@ -15,7 +15,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError
 
-__all__ = ["add_tokens"]
+__all__ = ["add_tokens", "rename_token"]
 
 
 def add_tokens(
@@ -125,6 +125,31 @@ def _list_added(tokenizer: PreTrainedTokenizerBase, own: Mapping[str, int], firs
             "Give a tokenizer without holes: --set language_model.tokenizer=…"
         )
     return [by_id[i] for i in range(first, max(by_id) + 1)]
+
+
+def rename_token(tokenizer: PreTrainedTokenizerBase, old: str, new: str) -> None:
+    """Give a token another text, in place; its id stays. A tokenizer without the token stays as it is.
+
+    Raises:
+        LanguageModelError: if the tokenizer has no file that tells its tokens.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if old not in tokenizer.get_vocab():
+        return
+    if backend is None:
+        raise LanguageModelError(f"the tokenizer has no tokenizer.json, so {old!r} cannot be renamed in it.")
+    stored = json.loads(backend.to_str())
+    for token in stored["added_tokens"]:
+        if token["content"] == old:
+            token["content"] = new
+    table = stored["model"].get("vocab")
+    if isinstance(table, dict):
+        stored["model"]["vocab"] = {new if name == old else name: i for name, i in table.items()}
+    elif isinstance(table, list):  # of a unigram model: pairs of a token and its score
+        stored["model"]["vocab"] = [[new if name == old else name, score] for name, score in table]
+    tokenizer._tokenizer = type(backend).from_str(json.dumps(stored))
+    renamed = [new if str(x) == old else x for x in tokenizer._extra_special_tokens]
+    tokenizer._extra_special_tokens = renamed
 
 
 def _make_plain(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

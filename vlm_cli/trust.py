@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.hub import cached_file
 
@@ -275,12 +275,27 @@ def _reads_pixels(model: type[PreTrainedModel]) -> bool:
     return model.main_input_name == "pixel_values" or model.__name__ == "MllamaVisionModel"
 
 
+def find_causal_class(config: PreTrainedConfig) -> Any:
+    """Return Transformers' causal language model that stands beside a configuration and that no `Auto…` class lists.
+
+    The text halves of some larger models are such models (Kosmos-2). None if there is none. No code is loaded.
+    """
+    kind = type(config)
+    if not kind.__module__.startswith("transformers.") or kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    module = import_module(kind.__module__.replace(".configuration_", ".modeling_"))
+    models = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
+    return next((x for x in models if x.config_class is kind and x.__name__.endswith("ForCausalLM")), None)
+
+
 def make_language_model(config: PreTrainedConfig) -> Any:
     """Make a causal language model with random weights, of a class that is known by now.
 
     Raises:
         UntrustedCodeError: if the configuration names a class of its own.
     """
+    if (beside := find_causal_class(config)) is not None:
+        return beside._from_config(config)
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:

@@ -16,11 +16,19 @@ from torch.nn import functional
 
 from tests.support import tiny
 from tests.support.invariants import check_rows, check_state, differs, opened, same
-from vlm_cli.composition import CAbstractorOptions, LinearOptions, MLPOptions, PerceiverOptions, QFormerOptions
+from vlm_cli.composition import (
+    CAbstractorOptions,
+    LatentAttentionOptions,
+    LinearOptions,
+    MLPOptions,
+    PerceiverOptions,
+    QFormerOptions,
+)
 from vlm_cli.errors import CompositionError
 from vlm_cli.modeling.towers import find_grid
 from vlm_cli.modeling.vision_tokenizers.c_abstractor import CAbstractor
 from vlm_cli.modeling.vision_tokenizers.grid import pixel_shuffle, pool
+from vlm_cli.modeling.vision_tokenizers.latent_attention import LatentAttention
 from vlm_cli.modeling.vision_tokenizers.linear import LinearProjection, MLPProjection
 from vlm_cli.modeling.vision_tokenizers.perceiver import PerceiverResampler
 from vlm_cli.modeling.vision_tokenizers.qformer import QFormer
@@ -177,11 +185,16 @@ def test_scale_and_depth():
     ]
 
 
-@pytest.mark.parametrize("part", ["perceiver", "qformer"])
+@pytest.mark.parametrize("part", ["perceiver", "qformer", "latent-attention"])
 @torch.no_grad()
 def test_frames_apart_are_frames_alone(part):
-    made: Any = {"perceiver": (PerceiverResampler, PerceiverOptions), "qformer": (QFormer, QFormerOptions)}[part]
-    sizes = {key: x for key, x in tiny.TOKENIZERS[part].items() if key != "type"}
+    made: Any = {
+        "perceiver": (PerceiverResampler, PerceiverOptions),
+        "qformer": (QFormer, QFormerOptions),
+        "latent-attention": (LatentAttention, LatentAttentionOptions),
+    }[part]
+    known = tiny.TOKENIZERS.get(part, {"type": part, "num_latents": 3, "num_heads": 2})
+    sizes = {key: x for key, x in known.items() if key != "type"}
     apart, together = (made[0](made[1](**sizes, frames=x), D, 4, OUT).eval() for x in ("apart", "together"))
     together.load_state_dict(apart.state_dict())
     features, mask = torch.randn(2, 2, 3, 4, D), torch.tensor([[[True] * 3, [True, True, False]]] * 2)
@@ -252,6 +265,7 @@ def test_the_c_abstractor_matches_its_drawing():
     "tokenizer",
     [
         {"type": "c-abstractor", "num_queries": 4, "depth": 1, "dim": 16},
+        {"type": "latent-attention", "num_latents": 3, "num_heads": 2},
         {"type": "perceiver", "frames": "apart"},
         {"type": "qformer", "frames": "apart"},
         {"type": "mlp", "pixel_shuffle": 2, "norm": "layer", "activation": "swiglu"},

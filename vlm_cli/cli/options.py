@@ -176,8 +176,8 @@ class ComposeOptions:
         str | None,
         option(
             COMPOSE,
-            "Vision tokenizer: perceiver, qformer, linear, mlp, c-abstractor, or a name that an installed package "
-            "adds.",
+            "Vision tokenizer: perceiver, qformer, linear, mlp, c-abstractor, latent-attention, or a name that an "
+            "installed package adds.",
             metavar="NAME",
             autocompletion=completion.complete_tokenizers,
         ),

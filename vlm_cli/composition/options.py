@@ -23,6 +23,7 @@ __all__ = [
     "GatedFusionOptions",
     "LanguageModelOptions",
     "LanguageStreamOptions",
+    "LatentAttentionOptions",
     "LinearOptions",
     "LlamaCrossAttentionOptions",
     "MLPOptions",
@@ -213,6 +214,20 @@ class CAbstractorOptions:
                 f"num_queries must be the square of a whole number, such as {isqrt(self.num_queries) ** 2 or 1}, got "
                 f"{self.num_queries}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionOptions:
+    """Sizes of an attention of latents to patches; the defaults are Kosmos-2's."""
+
+    num_latents: int = 64  # vision tokens per medium
+    num_heads: int = 32
+    unit_length: bool = True  # the channels of each feature are scaled to length 1
+    frames: Literal["together", "apart"] = field(default="together", metadata=_RARE)  # apart: num_latents for each
+    dim_out: int | None = None  # output channels; None: the width that the fusion asks for
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "num_latents", "num_heads", "dim_out")
 
 
 # -- fusions -----------------------------------------------------------------------------------------------------------

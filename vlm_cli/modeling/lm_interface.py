@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 __all__ = ["LanguageModelInterface", "is_filled", "num_cached"]
 
+#: Types whose positions count from another number than 0: they number the tokens themselves, from the ids.
+_OWN_POSITIONS = ("kosmos_2_text_model",)
 #: Names of the cache in Transformers; they differ between language models and between releases.
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
@@ -31,6 +33,8 @@ class LanguageModelInterface:
     def of(cls, lm: PreTrainedModel) -> LanguageModelInterface:
         """Read the interface of a language model from the signature of its `forward`."""
         arguments = frozenset(inspect.signature(lm.forward).parameters)
+        if lm.config.model_type in _OWN_POSITIONS:
+            arguments -= {"position_ids"}
         return cls(arguments, next((name for name in _CACHE_NAMES if name in arguments), "past_key_values"))
 
     @property

@@ -38,7 +38,8 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
 from vlm_cli.preprocessing import CROP_DOWN
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
-from vlm_cli.trust import check_settings, make_config, make_language_model
+from vlm_cli.tokenizer import rename_token
+from vlm_cli.trust import check_settings, find_causal_class, make_config, make_language_model
 
 __all__ = ["CompositionOver", "Imported", "import_checkpoint"]
 
@@ -301,6 +302,8 @@ def _load_own_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a checkpoint was trained with, or the one that the user names, with its chat template."""
     tokenizer = source.tokenizer(other or found.description.tokenizer)
+    for old, new in (found.description.renamed_tokens or {}).items():
+        rename_token(tokenizer, old, new)
     if found.description.starts_with_bos is not None:
         tokenizer.add_bos_token = found.description.starts_with_bos
     if found.description.chat_template is not None and other is None:
@@ -331,7 +334,8 @@ def _find_own_language_model(
     check_settings(checkpoint.name, data, trust_remote_code=trust_remote_code)
     with found.blaming_config():
         config: PreTrainedConfig = make_config(data.pop("model_type"), **data)
-    check_causal(config, checkpoint.name)
+    if find_causal_class(config) is None:
+        check_causal(config, checkpoint.name)
     return LanguageModelSource(
         checkpoint.name, str(checkpoint.folder), {"trust_remote_code": trust_remote_code}, config
     )

@@ -9,6 +9,7 @@ from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, Huggin
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
 from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
+from vlm_cli.checkpoint.published.layouts.kosmos2 import Kosmos2
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
 from vlm_cli.checkpoint.published.layouts.llava_next import (
     HuggingFaceLLaVANeXT,
@@ -35,6 +36,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceCohere2Vision(),
     HuggingFaceAyaVision(),
     HuggingFaceInternVL(),
+    Kosmos2(),
     OriginalLLaVA(),
     HuggingFaceBLIP2(),
     HuggingFaceIDEFICS(),

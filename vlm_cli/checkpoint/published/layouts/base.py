@@ -35,6 +35,8 @@ class CheckpointDescription:
         crops_down: whether images were cropped as Transformers crops them, if the vision encoder comes from OpenCLIP.
         tokenizer: directory or hub id of the tokenizer; None for the checkpoint's or the language model's own.
         starts_with_bos: whether prompts start with the tokenizer's BOS token; None leaves it to the tokenizer.
+        renamed_tokens: token of the tokenizer -> its new text. vlm's `<image>` stands for a whole picture, so that a
+            tokenizer must not have this text for anything else.
         chat_template: in the place of the tokenizer's own; None keeps that one.
         first_added_id: id of the first token with a row in `added_tokens`; None for the id after the tokenizer's last.
         initialize_like: added token -> a text. The token's embedding starts as that of the text's first token, if the
@@ -51,6 +53,7 @@ class CheckpointDescription:
     crops_down: bool = False
     tokenizer: str | None = None
     starts_with_bos: bool | None = None
+    renamed_tokens: Mapping[str, str] | None = None
     chat_template: str | None = None
     first_added_id: int | None = None
     initialize_like: Mapping[str, str] | None = None
