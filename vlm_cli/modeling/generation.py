@@ -284,6 +284,8 @@ class GenerationMixin(transformers.GenerationMixin):
         # A copy: a view of a row that grows has other strides at each step, and would be compiled each time.
         length = inputs["input_ids"].shape[1]
         inputs["media_counts"] = torch.empty_like(inputs["input_ids"]).copy_(counts[:, -length:])
+        if self.lm_interface.first_position and attention_mask is not None:
+            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
         if self.sees_ahead != "nothing" and length > 1:
             inputs["attention_mask"] = attention_mask  # `mask_call` prepares it, also for a static cache
             if self.sees_ahead == "prompt" and mm_token_type_ids is not None:

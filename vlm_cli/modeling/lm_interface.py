@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 __all__ = ["LanguageModelInterface", "is_filled", "num_cached"]
 
-#: Types whose positions count from another number than 0: they number the tokens themselves, from the ids.
-_OWN_POSITIONS = ("kosmos_2_text_model",)
+#: Types whose first token has the position after that of padding, which is the id of the pad token. With a cache they
+#: would count padding among the positions, so the caller numbers these.
+_AFTER_PADDING = ("kosmos_2_text_model",)
 #: Names of the cache in Transformers; they differ between language models and between releases.
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
@@ -24,18 +25,19 @@ class LanguageModelInterface:
     Attributes:
         arguments: of `forward`; "kwargs" if it takes any.
         cache_name: how `forward` calls the cache: "past_key_values", "cache", "cache_params" or "state".
+        first_position: number of a row's first token among its positions.
     """
 
     arguments: frozenset[str]
     cache_name: str
+    first_position: int = 0
 
     @classmethod
     def of(cls, lm: PreTrainedModel) -> LanguageModelInterface:
         """Read the interface of a language model from the signature of its `forward`."""
         arguments = frozenset(inspect.signature(lm.forward).parameters)
-        if lm.config.model_type in _OWN_POSITIONS:
-            arguments -= {"position_ids"}
-        return cls(arguments, next((name for name in _CACHE_NAMES if name in arguments), "past_key_values"))
+        first = lm.config.pad_token_id + 1 if lm.config.model_type in _AFTER_PADDING else 0
+        return cls(arguments, next((name for name in _CACHE_NAMES if name in arguments), "past_key_values"), first)
 
     @property
     def takes_positions(self) -> bool:
@@ -49,6 +51,8 @@ class LanguageModelInterface:
         that does not name these ignores them, or hands them on to a function that fails.
         """
         takes_any = "kwargs" in self.arguments
+        if self.first_position and kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + self.first_position
         return {
             name: x
             for name, x in kwargs.items()

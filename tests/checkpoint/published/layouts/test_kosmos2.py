@@ -14,6 +14,7 @@ from tests.support.photographs import PHOTOGRAPHS, photograph
 from tests.support.published import VOCABULARY, tell, write_tokenizer
 from tests.support.tiny import nudged, stir
 from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
+from vlm_cli.doctor import check_invariants
 from vlm_cli.modeling.budget import ContextBudget
 
 SIZE, LATENTS = 56, 3
@@ -94,6 +95,14 @@ def test_a_photograph(tmp_path):
     tokenizer = imported.processor.tokenizer
     assert tokenizer.convert_tokens_to_ids("<begin_of_image>") == VOCABULARY + 1
     assert tokenizer.convert_tokens_to_ids("<image>") > VOCABULARY + 2
+
+
+@pytest.mark.matrix
+def test_padding_has_no_position(tmp_path):
+    """Transformers' own model counts padding once it has a cache."""
+    kosmos2(tmp_path)
+    model = import_checkpoint(tmp_path).model
+    assert {f.name: f.verdict for f in check_invariants(model) if f.verdict != "holds"} == {}
 
 
 @pytest.mark.matrix
