@@ -18,8 +18,19 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ESCAPE", "PLANTED_PATHS", "Mutation", "gguf", "image", "json_file", "lines", "safetensors", "torch_file"]
-__all__ += ["yaml_file"]
+__all__ = [
+    "ESCAPE",
+    "PLANTED_PATHS",
+    "Mutation",
+    "clip",
+    "gguf",
+    "image",
+    "json_file",
+    "lines",
+    "safetensors",
+    "torch_file",
+]
+__all__ += ["torch_file", "yaml_file"]
 
 #: Sets the title of a terminal's window. No honest output has it.
 ESCAPE = "\x1b]0;owned\x07"
@@ -97,6 +108,29 @@ def image(rng: random.Random, data: bytes) -> Mutation:
     if how in (truncated, _promising):
         return found
     return Mutation(found.how, found.data, "other bytes are another picture")
+
+
+def clip(rng: random.Random, data: bytes) -> Mutation:
+    """Damage an encoded clip, or put a list of other files in its place."""
+    how = rng.choice([truncated, truncated, flipped, spliced, _clip_head, _playlist])
+    found = how(rng, data)
+    return found if how in (truncated, _playlist) else Mutation(found.how, found.data, "other bytes are another clip")
+
+
+def _clip_head(rng: random.Random, data: bytes) -> Mutation:
+    return flipped(rng, data, 0, 600)
+
+
+def _playlist(rng: random.Random, data: bytes) -> Mutation:
+    """Put a file in the clip's place that makes FFmpeg open another file or an address."""
+    other = rng.choice([*PLANTED_PATHS, PLANTED_URL])
+    kinds = [
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{other}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{other}'\n",
+        f"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><BaseURL>{other}</BaseURL></MPD>",
+        f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\na=control:{other}\n",
+    ]
+    return Mutation(f"a list that names {other}", rng.choice(kinds).encode())
 
 
 def _head(rng: random.Random, data: bytes) -> Mutation:

@@ -19,6 +19,7 @@ from tests.hardening import interrupting, mutate
 from tests.hardening.attempt import Attempt
 from tests.hardening.mutate import PLANTED_CODE, Mutation
 from tests.support import llava
+from tests.support.clips import write_animation, write_video
 from tests.support.disk import run
 from tests.support.gguf_file import write_gguf
 
@@ -63,6 +64,12 @@ def make(folder: Path) -> Workshop:
     for out, flags in (("model", []), ("delta", ["--delta"])):
         result = run("build", folder / out, *shop.compose, *shop.language_model, "--quiet", *flags)
         assert result.exit_code == 0, result.output
+    clips = folder / "clips"
+    clips.mkdir()
+    (clips / "a.mp4").write_bytes(write_video(12))
+    (clips / "a.webm").write_bytes(write_video(12, format="webm", codec="libvpx-vp9"))
+    (clips / "a.avi").write_bytes(write_video(12, format="avi"))
+    (clips / "a.gif").write_bytes(write_animation(12, "GIF"))
     images = folder / "images"
     images.mkdir()
     picture = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(3 * 40 * 30))
@@ -111,6 +118,17 @@ def _copy(source: Path, folder: Path, name: str) -> Path:
 
 def _answer(model: Path, shop: Workshop) -> list[list[str]]:
     return [["generate", "-m", str(model), "<image>What?", "-i", str(shop.folder / "images/a.png"), *ANSWER]]
+
+
+def _clip(shop: Workshop, rng: random.Random | None, folder: Path) -> tuple[Mutation, list[list[str]], Path | None]:
+    kind = "mp4" if rng is None else rng.choice(["mp4", "webm", "avi", "gif"])
+    found = _damaged(rng, mutate.clip, (shop.folder / f"clips/a.{kind}").read_bytes())
+    path = folder / f"hostile.{kind}"
+    path.write_bytes(found.data)
+    if kind != "mp4" and not found.another_answer:  # the whole file of another kind has other pixels
+        found = replace(found, another_answer="the codec is another")
+    words = ["generate", "-m", str(shop.folder / "model"), "<video>What?", "--video", str(path), *ANSWER]
+    return found, [words], None
 
 
 def _image(shop: Workshop, rng: random.Random | None, folder: Path) -> tuple[Mutation, list[list[str]], Path | None]:
@@ -298,6 +316,7 @@ def _damage_any(rng: random.Random | None, source: Path, out: Path) -> Mutation:
 
 KINDS: dict[str, Make] = {
     "image": _image,
+    "clip": _clip,
     "composition": _composition,
     "weights": _weights,
     "directory": _directory_file("model"),
