@@ -69,13 +69,21 @@ def add_tokens(
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is what is saved
     for trace in ("local_files_only", "is_local"):  # how this machine found the tokenizer; not to be saved
         tokenizer.init_kwargs.pop(trace, None)
-    media = cast(int, tokenizer.convert_tokens_to_ids(MEDIA_TOKEN))
-    if tokenizer(f"a{MEDIA_TOKEN}", split_special_tokens=True, add_special_tokens=False)["input_ids"][-1:] != [media]:
+    if not _tells_media(tokenizer):
+        _make_plain(tokenizer, MEDIA_TOKEN)
+    if not _tells_media(tokenizer):
         raise LanguageModelError(
             f"the tokenizer has a special token {MEDIA_TOKEN!r} of its own, which cannot be told from text. "
             "Give another tokenizer: --set language_model.tokenizer=…"
         )
     return _list_added(tokenizer, own, first), first
+
+
+def _tells_media(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether a tokenizer reads `<image>` as the token while it reads special tokens as text."""
+    media = cast(int, tokenizer.convert_tokens_to_ids(MEDIA_TOKEN))
+    ids = tokenizer(f"a{MEDIA_TOKEN}", split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    return bool(ids[-1:] == [media])
 
 
 def _reserve_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], own: Mapping[str, int]) -> None:

@@ -13,6 +13,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.support.photographs import PHOTOGRAPHS, nanovlm_views, photograph
@@ -52,6 +53,15 @@ def test_grid_makes_the_pixels_of_internvl(shape: str, most: int) -> None:
     settings = {"size": {"height": 48, "width": 48}, "crop_to_patches": True, "max_patches": most}
     image = photograph(shape)
     check(ours({"type": "grid", "max_tiles": most}), image, theirs(GotOcr2ImageProcessorPil, image, **settings))
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize("tile", [48, 96, 160])
+def test_grid_makes_the_pixels_of_ovis2(shape: str, tile: int) -> None:
+    settings = {"size": {"height": tile, "width": tile}, "crop_to_patches": True, "max_patches": 9}
+    image = photograph(shape)
+    ovis = {"type": "grid", "choose": "cover", "max_tiles": 9, "thumbnail": "first"}
+    check(ours(ovis, tile), image, theirs(Ovis2ImageProcessorPil, image, **settings))
 
 
 @pytest.mark.parametrize("shape", PHOTOGRAPHS)

@@ -44,7 +44,7 @@ PARTS = ("vision_encoder", "vision_tokenizer", "fusion", "added_tokens", "langua
 Activation = Literal["gelu", "relu", "squared_relu"]
 
 #: The activation between the linear maps of an `mlp`; `swiglu` halves the channels.
-MapActivation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu"]
+MapActivation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "softmax", "swiglu"]
 
 #: Marks a setting that descriptions leave out while it has its default.
 _RARE = {"rare": True}
@@ -187,6 +187,7 @@ class MLPOptions(LinearOptions):
     map_depth: int = field(default=2, metadata=_RARE)  # linear maps (Prismatic: 3)
     activation: MapActivation = field(default="gelu", metadata=_RARE)  # between two maps; swiglu: Aya Vision
     dim_hidden: int | None = field(default=None, metadata=_RARE)  # channels after the first map; None: dim_out
+    hidden_norm: Literal["layer"] | None = field(default=None, metadata=_RARE)  # before each activation (Ovis2)
 
     def __post_init__(self) -> None:
         super().__post_init__()

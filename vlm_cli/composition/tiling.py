@@ -30,6 +30,8 @@ _NAMES = {
     "thumbnail_text": ("image",),
     "tile_text": ("row", "column", "number", "image"),
     "row_end_text": ("row",),
+    "between_tiles_text": (),
+    "between_rows_text": (),
 }
 _ONCE = ("views", "image")
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -60,7 +62,7 @@ class TilingOptions:
             if value is None:
                 continue
             found = _PLACE.findall(value)
-            braces = ", ".join(f"{{{x}}}" for x in known)
+            braces = ", ".join(f"{{{x}}}" for x in known) or "none"
             if len(value) > _MOST_CHARACTERS:
                 problems.append(f"{name} must be at most {_MOST_CHARACTERS} characters long, got {len(value):,}.")
             if MEDIA_TOKEN in value:
@@ -98,6 +100,8 @@ class _AnnouncedOptions(_TileOptions):
         "{image}"  # a tile; it may name {row}, {column} and {number}, as in "<row_{row}_col_{column}>{image}"
     )
     row_end_text: str = ""  # after each row of tiles; it may name {row}
+    between_tiles_text: str = ""  # between two tiles of a row (Ovis2)
+    between_rows_text: str = ""  # between two rows of tiles (Ovis2)
     thumbnail_text: str = "{image}"  # the whole picture beside tiles
     whole_text: str | None = None  # a picture that is one view; None: `thumbnail_text`
 
@@ -106,7 +110,8 @@ class _AnnouncedOptions(_TileOptions):
 class GridOptions(_AnnouncedOptions):
     """Cut a picture into a grid of tiles that suits its shape (InternVL, Aya Vision) or its size (Cohere2 Vision)."""
 
-    choose: Literal["shape", "scale"] = "shape"  # the grid of the nearest shape, or of the least enlarged picture
+    # the grid of the nearest shape, of the least enlarged picture, or the smallest that covers the picture (Ovis2)
+    choose: Literal["shape", "scale", "cover"] = "shape"
     fit: Literal["squash", "corner"] = "squash"  # to the canvas, or kept in shape at its top left, with bars (Mllama)
     min_tiles: int = 1
     max_tiles: int | None = 12  # the most tiles of a picture, its thumbnail left out; None: 1,024

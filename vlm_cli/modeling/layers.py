@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,14 @@ def make_norm(kind: Literal["layer", "rms", "gemma"] | None, dim: int, eps: floa
     return {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "gemma": GemmaRMSNorm}[kind](dim, eps=eps)
 
 
-def linear_maps(dims: list[int], activation: MapActivation, *, bias: bool = True) -> nn.Sequential:
+def linear_maps(
+    dims: list[int],
+    activation: MapActivation,
+    *,
+    bias: bool = True,
+    norm: Literal["layer"] | None = None,
+    norm_eps: float = 1e-5,
+) -> nn.Sequential:
     """Build linear maps with an activation between each two.
 
     Args:
@@ -86,13 +93,19 @@ def linear_maps(dims: list[int], activation: MapActivation, *, bias: bool = True
             the activation halves them.
         activation: between two maps.
         bias: whether the maps have biases.
+        norm: of the channels before each activation; None for none.
+        norm_eps: of the norm.
     """
-    layers: list[nn.Module] = []
+    layers: list[Any] = []
     last = len(dims) - 2
     for i, (dim_in, dim_out) in enumerate(pairwise(dims)):
         halved = activation == "swiglu" and i < last
         layers.append(nn.Linear(dim_in, 2 * dim_out if halved else dim_out, bias=bias))
-        if i < last:
+        if i < last and norm is not None:
+            layers.append(make_norm(norm, layers[-1].out_features, norm_eps))
+        if i < last and activation == "softmax":
+            layers.append(nn.Softmax(-1))
+        elif i < last:
             layers.append(nn.GELU("tanh") if activation == "gelu_tanh" else _ACTIVATIONS[activation]())
     return nn.Sequential(*layers)
 

@@ -22,7 +22,7 @@ __all__ = ["list_grids", "plan"]
 def plan(options: GridOptions, tile: Pixels, width: int, height: int) -> Views:
     """Choose the grid of a picture, and say how the picture is cut."""
     grids = list_grids(options.min_tiles, options.max_tiles or TILE_LIMIT)
-    choose = _nearest_in_shape if options.choose == "shape" else _least_enlarged
+    choose = {"shape": _nearest_in_shape, "scale": _least_enlarged, "cover": _smallest_covering}[options.choose]
     columns, rows = choose(grids, tile, width, height)
     canvas = columns * tile[0], rows * tile[1]
     return Views(
@@ -78,3 +78,33 @@ def _least_enlarged(grids: tuple[tuple[int, int], ...], tile: Pixels, width: int
     scales = [min(columns * tile[0] / width, rows * tile[1] / height) for columns, rows in grids]
     enlarging = [scale for scale in scales if scale >= 1]
     return grids[scales.index(min(enlarging) if enlarging else max(scales))]
+
+
+_COVERED = 0.9  # of a picture's area
+
+
+def _smallest_covering(grids: tuple[tuple[int, int], ...], tile: Pixels, width: int, height: int) -> tuple[int, int]:
+    """Return the grid with the fewest tiles that cover nine tenths of the picture; if none does, the best of all.
+
+    A tile covers what it shows without making it smaller. Transformers' `Ovis2ImageProcessor` judges each grid with
+    rows and columns exchanged, and so does this function.
+    """
+    covered = {grid: _cover(grid, tile, width, height) for grid in grids}
+    enough = [grid for grid in grids if covered[grid] > _COVERED]
+    if enough:
+        return min(enough, key=lambda grid: (grid[0] * grid[1], -covered[grid]))
+    return min(grids, key=lambda grid: (-covered[grid], grid[0] * grid[1]))
+
+
+def _cover(grid: tuple[int, int], tile: Pixels, width: int, height: int) -> float:
+    """Return the fraction of a picture that tiles cover, cut into `grid[0]` rows and `grid[1]` columns."""
+    heights, widths = (
+        [length // count] * (count - 1) + [length - (count - 1) * (length // count)]
+        for length, count in zip((height, width), grid, strict=True)
+    )
+    total = 0.0
+    for h in heights:
+        for w in widths:
+            longer, shorter = max(w, h), min(w, h)
+            total += shorter / longer * tile[1] * tile[1] if longer > tile[1] else longer * shorter
+    return total / (width * height)

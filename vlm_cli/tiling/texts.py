@@ -55,7 +55,11 @@ def _views(options: TilingOptions, size: MediumSize) -> Iterator[str | int]:
     if options.thumbnail == "first":
         yield from thumbnail
     for row in range(1, size.rows + 1):
+        if row > 1:
+            yield options.between_rows_text
         for column in range(1, size.columns + 1):
+            if column > 1:
+                yield options.between_tiles_text
             number = (row - 1) * size.columns + column
             yield from _fill(options.tile_text, row=row, column=column, number=number)
         yield from _fill(options.row_end_text, row=row)

@@ -135,4 +135,5 @@ class MLPProjection(LinearProjection):
         assert isinstance(options, MLPOptions)
         hidden = dim_out if options.dim_hidden is None else options.dim_hidden
         dims = [dim_in, hidden, *[dim_out] * (options.map_depth - 1)]
-        return linear_maps(dims, options.activation, bias=options.bias)
+        eps = options.norm_eps
+        return linear_maps(dims, options.activation, bias=options.bias, norm=options.hidden_norm, norm_eps=eps)

@@ -20,6 +20,7 @@ from vlm_cli.checkpoint.published.layouts.mllama import HuggingFaceMllama
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
 from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
+from vlm_cli.checkpoint.published.layouts.ovis2 import HuggingFaceOvis2
 from vlm_cli.checkpoint.published.layouts.vipllava import HuggingFaceViPLLaVA
 from vlm_cli.checkpoint.published.layouts.xgen_mm import XGenMM
 
@@ -43,6 +44,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceIdefics3(),
     HuggingFaceSmolVLM(),
     HuggingFaceMllama(),
+    HuggingFaceOvis2(),
     LavisBLIP2(),
     FlamingoMini(),
     NanoVLM(),

@@ -1,0 +1,149 @@
+"""Ovis2, against Transformers' class and processor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2Processor
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+
+from tests.support.published import VOCABULARY, rewrite_config, write_tokenizer
+from tests.support.tiled import TiledCase, check_tiled
+from tests.support.tiny import stir
+from vlm_cli.checkpoint.published.importing import import_checkpoint
+from vlm_cli.errors import CheckpointError
+
+TILE, PATCH = 56, 14
+TOKENS = ("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>", "<image>")
+GRID = {
+    **{"type": "grid", "choose": "cover", "max_tiles": 6, "thumbnail": "first"},
+    **{"picture_text": "<IMG_START>{views}<IMG_END>", "thumbnail_text": "{image}<IMG_GRID>"},
+    **{"between_tiles_text": "<IMG_COL>", "between_rows_text": "<IMG_ROW>"},
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": TILE,
+    "patch_size": PATCH,
+    "vocab_size": 24,
+    "hidden_stride": 2,
+}
+TEXT = {
+    "model_type": "qwen2",
+    "vocab_size": VOCABULARY + 16,  # rows are padded
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
+@torch.no_grad()
+def ovis2(
+    folder: Path,
+    *,
+    is_tied: bool = False,
+    shard: str = "5GB",
+    images: dict[str, Any] | None = None,
+    tokens: tuple[str, ...] = TOKENS,
+    **vision: Any,
+) -> TiledCase:
+    config = Ovis2Config(
+        vision_config={**VISION, **vision},
+        text_config={**TEXT, "tie_word_embeddings": is_tied},
+        tie_word_embeddings=is_tied,
+        image_token_id=VOCABULARY,
+        visual_indicator_token_ids=[VOCABULARY + 1 + i for i in range(5)],
+        vocab_size=TEXT["vocab_size"],
+        hidden_size=TEXT["hidden_size"],
+    )
+    theirs = stir(Ovis2ForConditionalGeneration(config), seed=5)
+    theirs.model.vision_tower.head_norm.weight.fill_(2.0)  # shares that differ
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    square = {"height": TILE, "width": TILE}
+    cut = Ovis2ImageProcessorPil(size=square, **{"crop_to_patches": True, "max_patches": 6, **(images or {})})
+    of_a_view = (TILE // PATCH // theirs.config.vision_config.hidden_stride) ** 2
+    processor = Ovis2Processor(cut, write_tokenizer(folder, *tokens, pad="w0"), image_seq_length=of_a_view)
+    processor.save_pretrained(folder)
+    return TiledCase(source=folder, model=theirs, processor=processor)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return ovis2(tmp_path_factory.mktemp("ovis2"))
+
+
+def test_a_photograph(made):
+    check_tiled(made, ["4:1"], is_told=True)
+
+
+@pytest.mark.matrix
+def test_photographs_of_many_shapes(made):
+    check_tiled(made)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_tied": True},
+        {"shard": "40KB"},
+        {"hidden_stride": 1},
+        {"tokens": TOKENS[:-1]},
+        {"images": {"use_covering_area_grid": False, "min_patches": 2, "max_patches": 4}},
+        {"images": {"crop_to_patches": False}},
+        {"qkv_bias": True, "vocab_size": 40},
+    ],
+    ids=str,
+)
+def test_ways_to_write_it(tmp_path, changes):
+    imported = check_tiled(ovis2(tmp_path, **changes), ["3:2", "tiny"])
+    assert ("shard" in changes) == (len([*tmp_path.glob("*.safetensors")]) > 1)
+    table = imported.model.lang_model.get_input_embeddings().weight
+    head = imported.model.lang_model.get_output_embeddings().weight
+    announced = slice(VOCABULARY + 1, VOCABULARY + 6)
+    assert not torch.equal(table[announced], head[announced])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"vision_tokenizer": {"activation": "gelu"}},
+        {"vision_tokenizer": {"hidden_norm": None}},
+        {"vision_tokenizer": {"shuffle_order": "channels"}},
+        {"vision_encoder": {"norm": False}},
+        {"tiling": GRID | {"choose": "shape"}},
+        {"tiling": GRID | {"between_rows_text": "<IMG_COL>"}},
+        {"tiling": GRID | {"thumbnail": "last"}},
+    ],
+    ids=str,
+)
+def test_another_setting_is_noticed(made, over):
+    with pytest.raises(AssertionError):
+        check_tiled(replace(made, over=over), ["9:16", "3:2"])
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"vision_config": {**VISION, "tokenize_function": "st_argmax"}}, "builds only 'softmax'"),
+        ("processor_config.json", {"image_seq_length": 5}, "4 vision tokens for each view, and its processor writes 5"),
+    ],
+)
+def test_what_is_not_read(made, file, changes, words):
+    before = (made.source / file).read_bytes()
+    rewrite_config(made.source, file, **changes)
+    try:
+        with pytest.raises(CheckpointError, match=words):
+            import_checkpoint(made.source)
+    finally:
+        (made.source / file).write_bytes(before)
