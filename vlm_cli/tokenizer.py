@@ -15,7 +15,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError
 
-__all__ = ["add_tokens", "rename_token"]
+__all__ = ["add_tokens", "make_media_plain", "rename_token"]
 
 
 def add_tokens(
@@ -70,13 +70,20 @@ def add_tokens(
     for trace in ("local_files_only", "is_local"):  # how this machine found the tokenizer; not to be saved
         tokenizer.init_kwargs.pop(trace, None)
     if not _tells_media(tokenizer):
-        _make_plain(tokenizer, MEDIA_TOKEN)
-    if not _tells_media(tokenizer):
         raise LanguageModelError(
             f"the tokenizer has a special token {MEDIA_TOKEN!r} of its own, which cannot be told from text. "
             "Give another tokenizer: --set language_model.tokenizer=…"
         )
     return _list_added(tokenizer, own, first), first
+
+
+def make_media_plain(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make `<image>` an ordinary token of a tokenizer that has it as a special one; its id stays.
+
+    For the tokenizer of a published VLM, in which the token means what it means to vlm.
+    """
+    if MEDIA_TOKEN in tokenizer.get_vocab() and not _tells_media(tokenizer):
+        _make_plain(tokenizer, MEDIA_TOKEN)
 
 
 def _tells_media(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -38,7 +38,7 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
 from vlm_cli.preprocessing import CROP_DOWN
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
-from vlm_cli.tokenizer import rename_token
+from vlm_cli.tokenizer import make_media_plain, rename_token
 from vlm_cli.trust import check_settings, find_causal_class, make_config, make_language_model
 
 __all__ = ["CompositionOver", "Imported", "import_checkpoint"]
@@ -308,6 +308,8 @@ def _load_own_tokenizer(
         tokenizer.add_bos_token = found.description.starts_with_bos
     if found.description.chat_template is not None and other is None:
         tokenizer.chat_template = found.description.chat_template
+    if found.description.text_config is not None and other is None:
+        make_media_plain(tokenizer)
     if tokenizer.chat_template is None and other is None:
         tokenizer.chat_template = _read_template(found.checkpoint.folder)
     return tokenizer
