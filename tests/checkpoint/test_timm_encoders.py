@@ -113,3 +113,12 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     for load in (check_tower_weights, load_tower):
         with pytest.raises(VisionEncoderError, match=r"lack .* tensors of timm's model 'test_vit'"):
             load(tower)
+
+
+def test_a_configuration_sets_sizes_of_a_model_and_nothing_else() -> None:
+    """Other arguments of timm's models, such as `checkpoint_path`, load files."""
+    tower = {"type": "timm", "name": "test_vit", "vision_cfg": {"image_size": 32}, "args": {"img_size": 32, "depth": 2}}
+    assert find_tower_shape(tower) == (4, 64) and find_tower_shape(tower | {"args": {"img_size": 64}})[0] == 4
+    assert find_tower_shape(tower | {"args": {"embed_dim": 32, "num_heads": 2}}) == (4, 32)
+    with pytest.raises(VisionEncoderError, match=r"would get checkpoint_path; vlm sets only img_size"):
+        find_tower_shape(tower | {"args": {"checkpoint_path": "weights.bin"}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 
 import pytest
+from transformers import PerceptionLMImageProcessor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.cohere2_vision.image_processing_cohere2_vision import (
     get_optimal_tiled_canvas as least_enlarged,
@@ -38,6 +39,18 @@ def test_grid_is_the_published_one(width: int, height: int, least: int, most: in
     assert views.num_views == views.rows * views.columns + (views.rows * views.columns > 1)
     views = plan(make("grid", GridOptions(choose="scale", max_tiles=most)), (448, 448), width, height)
     assert (views.columns, views.rows) == least_enlarged((height, width), (448, 448), 1, most)
+
+
+@pytest.mark.parametrize(("width", "height"), [*SIZES, (448, 448), (447, 449), (900, 900), (1344, 449)])
+@pytest.mark.parametrize("most", [36, 16, 2, 1])
+def test_largest_grid_is_the_published_one(width: int, height: int, most: int) -> None:
+    theirs = PerceptionLMImageProcessor(max_num_tiles=most)
+    sizes = {"img_width": width, "img_height": height, "tile_size": 448}
+    expected = theirs._fit_image_to_canvas(**sizes) or theirs._find_closest_aspect_ratio(**sizes)
+    options = GridOptions(choose="largest", max_tiles=most, thumbnail_always=True)
+    views = plan(make("grid", options), (448, 448), width, height)
+    assert (views.columns, views.rows) == expected
+    assert views.num_views == views.rows * views.columns + 1
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)

@@ -110,11 +110,13 @@ class _AnnouncedOptions(_TileOptions):
 class GridOptions(_AnnouncedOptions):
     """Cut a picture into a grid of tiles that suits its shape (InternVL, Aya Vision) or its size (Cohere2 Vision)."""
 
-    # the grid of the nearest shape, of the least enlarged picture, or the smallest that covers the picture (Ovis2)
-    choose: Literal["shape", "scale", "cover"] = "shape"
+    # the grid of the nearest shape; of the least enlarged picture; the smallest that covers the picture (Ovis2); the
+    # one on which the picture is largest (Perception-LM)
+    choose: Literal["shape", "scale", "cover", "largest"] = "shape"
     fit: Literal["squash", "corner"] = "squash"  # to the canvas, or kept in shape at its top left, with bars (Mllama)
     min_tiles: int = 1
     max_tiles: int | None = 12  # the most tiles of a picture, its thumbnail left out; None: 1,024
+    thumbnail_always: bool = False  # the whole picture stands beside a single tile too (Perception-LM)
 
     def _find_problems(self) -> list[str]:
         problems = [*super()._find_problems(), *_find_size_problems(self, min_tiles=TILE_LIMIT)]

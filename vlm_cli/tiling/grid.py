@@ -22,8 +22,7 @@ __all__ = ["list_grids", "plan"]
 def plan(options: GridOptions, tile: Pixels, width: int, height: int) -> Views:
     """Choose the grid of a picture, and say how the picture is cut."""
     grids = list_grids(options.min_tiles, options.max_tiles or TILE_LIMIT)
-    choose = {"shape": _nearest_in_shape, "scale": _least_enlarged, "cover": _smallest_covering}[options.choose]
-    columns, rows = choose(grids, tile, width, height)
+    columns, rows = _CHOOSE[options.choose](grids, tile, width, height)
     canvas = columns * tile[0], rows * tile[1]
     return Views(
         picture=(width, height),
@@ -32,7 +31,7 @@ def plan(options: GridOptions, tile: Pixels, width: int, height: int) -> Views:
         columns=columns,
         steps=(canvas if options.fit == "squash" else _fit(canvas, tile, width, height),),
         corner=options.fit == "corner",
-        thumbnail=options.thumbnail if rows * columns > 1 else "none",
+        thumbnail=options.thumbnail if rows * columns > 1 or options.thumbnail_always else "none",
     )
 
 
@@ -108,3 +107,34 @@ def _cover(grid: tuple[int, int], tile: Pixels, width: int, height: int) -> floa
             longer, shorter = max(w, h), min(w, h)
             total += shorter / longer * tile[1] * tile[1] if longer > tile[1] else longer * shorter
     return total / (width * height)
+
+
+def _largest(grids: tuple[tuple[int, int], ...], tile: Pixels, width: int, height: int) -> tuple[int, int]:
+    """Return the grid on which a picture that keeps its shape has the longest short side, if it need not shrink at all.
+
+    If it must shrink on every grid: the largest grid of the nearest shape that is not wider than a wide picture, or is
+    wider than a tall one. Grids are tried as Perception-LM's image processor does, shape after shape, those of many
+    tiles first; of several with the same short side the last one wins.
+    """
+    shape = width / height
+    by_shape: dict[float, list[tuple[int, int]]] = {}
+    for columns, rows in sorted(grids, key=lambda grid: (-grid[0] * grid[1], grid[0])):
+        by_shape.setdefault(columns / rows, []).append((columns, rows))
+    holding = [g for same in by_shape.values() for g in same if g[0] * tile[0] >= width and g[1] * tile[1] >= height]
+    if holding:
+        return max(reversed(holding), key=lambda grid: _short_side(grid, tile, width, height))
+    if shape >= 1:
+        return by_shape[max(x for x in by_shape if x <= shape)][0]
+    return by_shape[min(x for x in by_shape if x > shape)][0]
+
+
+def _short_side(grid: tuple[int, int], tile: Pixels, width: int, height: int) -> float:
+    """Return the pixels of a picture's shorter side when the picture fills a grid as far as its shape allows."""
+    shape = width / height
+    scale = min(grid[0] * tile[0] / width, grid[1] * tile[1] / height)
+    if shape == 1:
+        return scale * height
+    return math.floor(scale * width / shape if shape > 1 else scale * height * shape)
+
+
+_CHOOSE = {"shape": _nearest_in_shape, "scale": _least_enlarged, "cover": _smallest_covering, "largest": _largest}

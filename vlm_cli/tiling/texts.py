@@ -109,7 +109,7 @@ def list_shapes(tiling: Choice, tile: Pixels) -> list[MediumSize]:
     found = [MediumSize()]
     for columns, rows in grids:
         extra = int(options.thumbnail != "none")
-        if rows * columns > 1 or isinstance(options, AnyresOptions):
+        if rows * columns > 1 or isinstance(options, AnyresOptions) or getattr(options, "thumbnail_always", False):
             found.append(MediumSize(rows * columns + extra, rows, columns, rows * tile[1], columns * tile[0]))
     return found
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.modeling.encoders.structure import infer_grid
 
-__all__ = ["TimmEncoder", "build_timm_encoder"]
+__all__ = ["SIZES", "TimmEncoder", "build_timm_encoder"]
+
+#: Arguments of timm's models that a configuration may set. Others load files.
+SIZES = (
+    *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "ref_feat_shape"),
+    *("use_post_transformer_norm", "global_pool"),
+)
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 
@@ -27,11 +33,12 @@ class TimmEncoder(TimmModel):  # type: ignore[misc]  # OpenCLIP has no types
     Args:
         name: of the model, without a tag.
         image_size: (H, W) pixels.
+        args: sizes that differ from the model's own, such as `depth`; their names are among `SIZES`.
     """
 
-    def __init__(self, name: str, image_size: tuple[int, int]) -> None:
+    def __init__(self, name: str, image_size: tuple[int, int], args: Mapping[str, Any] | None = None) -> None:
         nn.Module.__init__(self)  # OpenCLIP's class would choose another pooling, and with it other norms
-        self.trunk = timm.create_model(name, pretrained=False, num_classes=0)
+        self.trunk = timm.create_model(name, pretrained=False, num_classes=0, **(args or {}))
         self.head = nn.Sequential()
         self.image_size = image_size
 
@@ -61,13 +68,18 @@ def build_timm_encoder(vision_config: Mapping[str, Any]) -> nn.Module:
     """Build a model of timm with random weights, at timm's own image size.
 
     Args:
-        vision_config: `name`, of the model, and `vision_cfg` with `image_size`.
+        vision_config: `name`, of the model, `vision_cfg` with `image_size`, and perhaps `args`, sizes that differ from
+            the model's own.
 
     Raises:
-        VisionEncoderError: if timm has no model of this name.
+        VisionEncoderError: if timm has no model of this name, or `args` holds more than sizes.
     """
     name, size = vision_config["name"], vision_config["vision_cfg"]["image_size"]
     if not _NAME.fullmatch(name) or not timm.is_model(name):
         raise VisionEncoderError(f"timm {timm.__version__} has no model {name[:100]!r}.")
-    encoder: nn.Module = TimmEncoder(name, (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size))
+    args = vision_config.get("args", {})
+    if more := sorted(set(args) - set(SIZES)):
+        raise VisionEncoderError(f"timm's model would get {', '.join(more)}; vlm sets only {', '.join(SIZES)}.")
+    size = (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
+    encoder: nn.Module = TimmEncoder(name, size, args)
     return encoder

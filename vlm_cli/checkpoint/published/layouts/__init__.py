@@ -21,6 +21,7 @@ from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
 from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
 from vlm_cli.checkpoint.published.layouts.ovis2 import HuggingFaceOvis2
+from vlm_cli.checkpoint.published.layouts.perception_lm import HuggingFacePerceptionLM
 from vlm_cli.checkpoint.published.layouts.vipllava import HuggingFaceViPLLaVA
 from vlm_cli.checkpoint.published.layouts.xgen_mm import XGenMM
 
@@ -38,6 +39,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceAyaVision(),
     HuggingFaceInternVL(),
     Kosmos2(),
+    HuggingFacePerceptionLM(),
     OriginalLLaVA(),
     HuggingFaceBLIP2(),
     HuggingFaceIDEFICS(),
