@@ -57,17 +57,21 @@ def ask(vlm, model, folder, row):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("model", ["stream", "open_gates", "kosmos"])
-def test_a_batch_answers_clips_as_one_by_one(request, vlm, folder, model, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "rows", "counts"),
+    [("stream", ROWS[1:3], (5, 4)), ("stream", ROWS, (8, 5)), ("open_gates", ROWS, (8, 5)), ("kosmos", ROWS, (8, 5))],
+    ids=["two rows", "stream", "open_gates", "kosmos"],
+)
+def test_a_batch_answers_clips_as_one_by_one(request, vlm, folder, model, rows, counts, tmp_path):
     model = request.getfixturevalue(model)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("-m", model, "-n", 6, "--workers", 0, "--json")
     result = vlm("batch", folder / "rows.jsonl", "-o", tmp_path / "out.jsonl", *flags)
     assert result.exit_code == 0, result.stderr
     written = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert written == [ask(vlm, model, folder, row)["text"] for row in ROWS]
-    counts = json.loads(result.stdout)
-    assert (counts["images"], counts["images_encoded"]) == (8, 5)
+    assert written == [ask(vlm, model, folder, row)["text"] for row in rows]
+    found = json.loads(result.stdout)
+    assert (found["images"], found["images_encoded"]) == counts
 
 
 def test_the_answer_is_that_to_the_frames(vlm, folder, open_gates):
@@ -116,13 +120,22 @@ def timed(vlm, parts):
     return out
 
 
-def test_times_stand_before_a_clip(vlm, folder, timed, kosmos, tmp_path):
-    """Every command writes the same text as a user who types it for a model without it."""
+@pytest.mark.matrix
+def test_times_stand_before_a_clip(vlm, folder, timed, kosmos):
+    """It is the text that a user types for a model without it."""
     clip, text = "clip.mp4?frames=3", "3 frames at 0.00, 1.40, 2.90 of 3.00 s: "
     typed = f"The {text}<video:{folder}/{clip}>cat"
     wanted = json.loads(vlm("inspect", kosmos, "--prompt", typed, "--json").stdout)["ids"]
     prompt = f"The <video:{folder}/{clip}>cat"
     assert json.loads(vlm("inspect", timed, "--prompt", prompt, "--json").stdout)["ids"] == wanted
+    result = vlm("generate", "-m", timed, f"<video:{folder}/frames>The", "-n", 2)
+    assert result.exit_code == 1 and "frames, which have no times, but the model's clip_text names" in result.stderr
+
+
+@pytest.mark.matrix
+def test_every_command_writes_the_times(vlm, folder, timed, tmp_path):
+    prompt = f"The <video:{folder}/clip.mp4?frames=3>cat"
+    wanted = json.loads(vlm("inspect", timed, "--prompt", prompt, "--json").stdout)["ids"]
     assert json.loads(vlm("generate", "-m", timed, prompt, "--dry-run", "--json").stdout)["ids"] == wanted
     answer = json.loads(vlm("generate", "-m", timed, prompt, "-n", 4, "--json").stdout)
     assert answer["prompt_tokens"] == len(wanted)
@@ -134,8 +147,6 @@ def test_times_stand_before_a_clip(vlm, folder, timed, kosmos, tmp_path):
     (folder / "records.jsonl").write_text(json.dumps({"prompt": prompt, "completion": " x"}))
     model, processor = directory.load(str(timed), dtype="auto", device="cpu", trust_remote_code=False)
     assert load_dataset(folder / "records.jsonl", model, processor).ids.tolist()[: len(wanted)] == wanted
-    result = vlm("generate", "-m", timed, f"<video:{folder}/frames>The", "-n", 2)
-    assert result.exit_code == 1 and "frames, which have no times, but the model's clip_text names" in result.stderr
 
 
 def test_positions_are_counted_from_the_header(vlm, folder, stream, monkeypatch):
@@ -172,6 +183,7 @@ def test_an_evaluation_asks_about_clips(vlm, folder, stream):
     assert (folder / "page.html").read_text().count("<img") == 2  # both frames
 
 
+@pytest.mark.matrix
 def test_a_model_with_numbered_frames_says_how_many_it_takes(vlm, folder, parts, tmp_path):
     flags = ("--set", "vision_tokenizer.max_num_frames=2", "--quiet")
     assert vlm("build", tmp_path / "numbered", *parts.kosmos, *flags).exit_code == 0
