@@ -1,16 +1,21 @@
-"""Write vlm_cli/report/encoders.json: the sizes and tags of every vision encoder of the installed OpenCLIP.
+"""Write vlm_cli/report/encoders.json and other_encoders.json: the vision encoders of the installed libraries.
 
-Run it after an upgrade of OpenCLIP. It takes a minute or two, and reads no weights.
+The first has the sizes and tags of OpenCLIP's, the second the names of those of Transformers and timm. Run it after an
+upgrade of one of them. It takes a minute or two, and reads no weights.
 
 Example: python docs/generate_encoders.py
 """
 
 from collections.abc import Iterator
 
+import timm
+
+from benchmarks.compatibility.encoders import CANNOT, find_class_name, vision_types
 from vlm_cli.checkpoint.parts.openclip import openclip_files
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.report.encoders import EncoderFacts, EncoderTable, measure_encoders
+from vlm_cli.report.other_encoders import write_other_encoders
 
 
 def measure(names: list[str]) -> Iterator[tuple[str, EncoderFacts]]:
@@ -24,7 +29,17 @@ def measure(names: list[str]) -> Iterator[tuple[str, EncoderFacts]]:
     return measure_encoders(announce(), lambda name: find_tower(VisionEncoderOptions(name=name)).config)
 
 
+def name_others() -> None:
+    """Write the names of encoders of Transformers and timm."""
+    tags: dict[str, list[str]] = {name: [] for name in timm.list_models()}
+    for whole in timm.list_pretrained():
+        name, _, tag = whole.partition(".")
+        tags[name].append(tag)
+    write_other_encoders({kind: find_class_name(kind) for kind in vision_types() if kind not in CANNOT}, tags)
+
+
 if __name__ == "__main__":
+    name_others()
     files = openclip_files()
     EncoderTable.of(dict(measure(list(files))), files).write()
-    print("Wrote vlm_cli/report/encoders.json.")
+    print("Wrote vlm_cli/report/encoders.json and other_encoders.json.")

@@ -1,4 +1,4 @@
-"""Every causal language model of Transformers with both fusions, and every tower of OpenCLIP.
+"""Every causal language model of Transformers with both fusions, and every kind of vision encoder.
 
 python -m benchmarks.compatibility              runs all of them and writes docs/compatibility.md
 python -m benchmarks.compatibility gemma        runs those with "gemma" in their names, and prints differences
@@ -22,6 +22,7 @@ from rich.progress import track
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.compatibility.document import FUSIONS, PAGE, LanguageModelRow, page, versions
+from benchmarks.compatibility.encoders import check_family, check_vision_type, timm_families, vision_types
 from benchmarks.compatibility.language_models import model_types, tiny_vlm
 from benchmarks.compatibility.towers import check_tower, towers
 from vlm_cli.doctor import check_invariants
@@ -52,6 +53,8 @@ def main(
     rows = [check_type(name) for name in track(types, "language models", disable=not sys.stderr.isatty())]
     names = [name for name in towers() if word in name]
     found = [check_tower(name) for name in track(names, "towers", disable=not sys.stderr.isatty())]
+    encoders = [check_vision_type(name) for name in vision_types() if word in name]
+    families = [check_family(name) for name in timm_families() if word in name]
     data = {
         "versions": versions(),
         "seconds": round(time.monotonic() - started),
@@ -60,11 +63,13 @@ def main(
             for row in rows
         },
         "towers": {row.name: dataclasses.asdict(row) for row in found},
+        "vision_models": {row.name: dataclasses.asdict(row) for row in encoders},
+        "timm_families": {row.name: dataclasses.asdict(row) for row in families},
     }
     if output is not None:
         output.write_text(json.dumps(data, indent=2), encoding="utf-8")
     if not word:
-        PAGE.write_text(page(rows, found), encoding="utf-8")
+        PAGE.write_text(page(rows, found, encoders, families), encoding="utf-8")
         print(f"{PAGE.name}: {len(rows)} types, {len(found)} towers, {data['seconds']} s")
         return
     print(json.dumps(data, indent=2))

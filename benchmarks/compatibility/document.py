@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.compatibility.encoders import MOST_PATCHES, EncoderRow
 from benchmarks.compatibility.language_models import model_types
 from benchmarks.compatibility.reference import (
     REFERENCE_LANGUAGE_MODELS_FOUND,
@@ -20,7 +21,17 @@ from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
 from vlm_cli.doctor import CHECKS, Finding
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING
 
-__all__ = ["FUSIONS", "PAGE", "LanguageModelRow", "language_model_row", "page", "tower_row", "versions"]
+__all__ = [
+    "FUSIONS",
+    "PAGE",
+    "LanguageModelRow",
+    "encoder_row",
+    "encoder_total",
+    "language_model_row",
+    "page",
+    "tower_row",
+    "versions",
+]
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 FUSIONS = ("cross-attention", "language-stream")
@@ -77,7 +88,64 @@ def tower_row(row: TowerRow) -> str:
     )
 
 
-def page(language_models: Sequence[LanguageModelRow], towers: Sequence[TowerRow]) -> str:
+def encoder_row(kind: str, row: EncoderRow) -> str:
+    """A line of the tables of encoders of Transformers (`hf`) and timm."""
+    patches, channels = row.shape or ("-", "-")
+    name = f"{kind}:{row.name}"
+    if kind == "timm":
+        return _line([name, row.model, str(patches), str(channels)])
+    layers = str(row.layers) if row.layers else "-"
+    return _line([name, row.model, str(patches), str(channels), str(row.beside), layers])
+
+
+def encoder_total(what: str, rows: Sequence[EncoderRow]) -> str:
+    """The line of the totals for such encoders."""
+    return f"| {what}, of {len(rows)} | **{sum(row.shape is not None for row in rows)}** | - |"
+
+
+def encoder_sections(types: Sequence[EncoderRow], families: Sequence[EncoderRow]) -> list[str]:
+    """The lines of the tables of encoders of Transformers and of timm."""
+    lines = [
+        "## Vision models of Transformers",
+        "",
+        "`--vision-encoder hf:ORG/NAME` of each type that has a class for images alone, at its default settings: `v` "
+        f"patches of `d` channels. Models of up to {MOST_PATCHES:,} patches run, with two layers where all layers are "
+        "alike: their tokens are those that vlm found, an image alone gives what it gives among others, and another "
+        "image gives other features. Of larger ones only shapes are measured. **beside**: class and register tokens; "
+        "**layers**: how many can be chosen.",
+        "",
+        _line(["vision type", "class", "v", "d", "beside", "layers"]),
+        _line(["---", "---", "--:", "--:", "--:", "--:"]),
+        *(encoder_row("hf", row) for row in types if row.shape is not None),
+    ]
+    lines += ["", "### Types that cannot be a vision encoder", "", *_encoder_reasons("hf", types)]
+    lines += [
+        "",
+        "## Families of timm",
+        "",
+        "One model of each family, `--vision-encoder timm:NAME`, measured on the meta device.",
+        "",
+        _line(["timm family", "model", "v", "d"]),
+        _line(["---", "---", "--:", "--:"]),
+        *(encoder_row("timm", row) for row in families if row.shape is not None),
+        "",
+    ]
+    if reasons := _encoder_reasons("timm", families):
+        lines += ["### Families that cannot be a vision encoder", "", *reasons, ""]
+    return lines
+
+
+def _encoder_reasons(kind: str, rows: Sequence[EncoderRow]) -> list[str]:
+    reasons = {f"{kind}:{row.name}": row.problem for row in rows if row.shape is None}
+    return [f"- {reason}: {', '.join(f'`{x}`' for x in names)}" for reason, names in _by_reason(reasons).items()]
+
+
+def page(
+    language_models: Sequence[LanguageModelRow],
+    towers: Sequence[TowerRow],
+    types: Sequence[EncoderRow],
+    families: Sequence[EncoderRow],
+) -> str:
     """The whole page."""
     verdicts = [f.verdict for row in language_models for findings in row.findings.values() for f in findings]
     whole = sum(all(row.verdict(check) != "fails" for check in CHECKS) for row in language_models)
@@ -100,6 +168,8 @@ def page(language_models: Sequence[LanguageModelRow], towers: Sequence[TowerRow]
             f"| **{whole * len(FUSIONS)}** | {len(working)} × 1 |",
             f"| OpenCLIP towers, of {len(towers)} | **{passed}** | {sum(x.own_size for x in reference)}, "
             f"as published {sum(x.published for x in reference)} |",
+            encoder_total("vision models of Transformers", types),
+            encoder_total("families of timm", families),
             "",
             f"Of the {types} types of `AutoModelForCausalLM`, {len(model_types())} are autoregressive decoders of text "
             f"that can stand alone; the other {types - len(model_types())} are listed last. {spotless} types hold "
@@ -152,6 +222,7 @@ def page(language_models: Sequence[LanguageModelRow], towers: Sequence[TowerRow]
             _line(["---", "---", "--:", "--:", "--:", "--:", "---", *[":-:"] * (len(_TOWER_CHECKS) + 2)]),
             *map(tower_row, towers),
             "",
+            *encoder_sections(types, families),
         ]
     )
 

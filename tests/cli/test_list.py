@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -30,6 +32,7 @@ from vlm_cli.report.encoders import (
     store_facts,
     stored_facts,
 )
+from vlm_cli.report.other_encoders import find_other_encoders
 
 KINDS = {
     "families": set(FAMILIES),
@@ -348,3 +351,30 @@ def test_unsuitable_language_models(vlm):
         assert result.stderr == "Not suitable: xlnet (not causal: later tokens change earlier logits).\n"
     result = vlm("list", "language-models", "bert")
     assert "modernbert-decoder" in result.stdout and "Not suitable: bert, bert-generation, camembert," in result.stderr
+
+
+# -- encoders of other libraries ---------------------------------------------------------------------------------------
+
+
+def test_a_word_finds_encoders_of_transformers_and_timm(vlm: Callable[..., Any]) -> None:
+    found = json.loads(vlm("list", "vision-encoders", "dinov2", "--json").stdout)
+    assert found["timm:vit_small_patch14_dinov2"] == {"summary": "timm", "pretrained": ["lvd142m"]}
+    assert found["hf:dinov2"]["summary"] == "Transformers Dinov2Model: hf:ORG/NAME"
+    table = vlm("list", "vision-encoders", "dinov2").stdout
+    assert "timm:vit_small_patch14_dinov2" in table and "pixels" not in table
+    mixed = vlm("list", "vision-encoders", "so400m").stdout
+    assert "ViT-SO400M-14-SigLIP" in mixed and "timm:vit_so400m_patch14_siglip_224" in mixed and "pixels" in mixed
+    assert not any(name.startswith(("hf:", "timm:")) for name in json.loads(vlm("list", "--json").stdout))
+
+
+def test_the_table_of_other_encoders_is_that_of_the_installed_libraries() -> None:
+    import timm
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = find_other_encoders(":")
+    models = {name.removeprefix("timm:"): x.pretrained for name, x in found.items() if name.startswith("timm:")}
+    types = {name.removeprefix("hf:") for name in found if name.startswith("hf:")}
+    assert types <= set(CONFIG_MAPPING) and len(types) > 60
+    if version("timm") == "1.0.31":  # the version that it was written with
+        ours = {name for name in timm.list_models() if not name.startswith("tiny_")}  # tests register small ones
+        assert ours <= set(models) and f"test_vit.{models['test_vit'][0]}" in timm.list_pretrained("test_vit.*")

@@ -16,6 +16,7 @@ from vlm_cli.composition import FAMILIES, VisionEncoderOptions
 from vlm_cli.errors import UnknownNameError, first_line
 from vlm_cli.registry import FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS, suggest
 from vlm_cli.report.language_models import suitable_language_models, unsuitable_language_models
+from vlm_cli.report.other_encoders import find_other_encoders
 
 if TYPE_CHECKING:
     from vlm_cli.report.encoders import EncoderFacts
@@ -42,7 +43,8 @@ def list_parts(
 
     For each vision encoder, the list shows the image size, the patches and channels of a frame, the number of
     parameters, and the tags of pretrained weights. If the installed OpenCLIP has encoders that vlm does not know, the
-    first run measures them.
+    first run measures them. With WORD, the list also has the types of Transformers (hf:) and the models of timm (timm:)
+    that contain it.
 
     Example: vlm list vision-encoders siglip
     """
@@ -54,10 +56,12 @@ def list_parts(
         _print_all(found, as_json)
         return
     entries = found[kind]
+    others = find_other_encoders(word) if kind == "vision-encoders" else {}
     is_explained = kind == "language-models" and _explain_unsuitable(word, quiet=as_json)
-    if not entries and not is_explained:
+    if not entries and not others and not is_explained:
         console.notify(f"No {kind} have {word!r} in their names.")
     facts = _describe(kind, entries)
+    facts |= {name: {"summary": x.summary, "pretrained": x.pretrained} for name, x in others.items()}
     if as_json:
         console.print_json(facts)
     elif kind == "vision-encoders" and facts:
@@ -156,9 +160,13 @@ def _track(names: Sequence[str]) -> Iterator[str]:
 
 
 def _print_encoders(facts: dict[str, dict[str, Any]]) -> None:
+    if not any("patches" in x or "problem" in x for x in facts.values()):
+        named = [[name, ", ".join(x["pretrained"]), x["summary"]] for name, x in facts.items()]
+        console.print_table(["vision encoder", "pretrained", ""], named)
+        return
     columns = ["vision encoder", "pixels", "v patches", "d channels", "M parameters", "pretrained"]
     rows = [[name, *_cells(x)] for name, x in facts.items()]
-    outside = [x["summary"] if name in VISION_ENCODERS else "" for name, x in facts.items()]
+    outside = [x["summary"] if name in VISION_ENCODERS or "patches" not in x else "" for name, x in facts.items()]
     if any(outside):
         columns.append("")
         rows = [[*row, source] for row, source in zip(rows, outside, strict=True)]
@@ -168,6 +176,8 @@ def _print_encoders(facts: dict[str, dict[str, Any]]) -> None:
 def _cells(facts: dict[str, Any]) -> list[str]:
     if "problem" in facts:
         return [""] * 5
+    if "patches" not in facts:
+        return [*[""] * 4, ", ".join(facts["pretrained"])]
     height, width = facts["image_size"]
     size = str(height) if height == width else f"{height} × {width}"
     millions = f"{facts['parameters'] / 1e6:.1f}"

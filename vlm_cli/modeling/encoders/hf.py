@@ -76,7 +76,7 @@ class _ReadsPatches:
         else:
             features = self._layer_output(pixels, layer)
             features = model.get_submodule(found.norm)(features) if applies else features
-        return _take_patches(features, found, class_token)
+        return _take_patches(features, found, class_token, len(pixels))
 
     def plain_layers(self, pixels: Tensor, layers: list[int], *, class_token: bool) -> dict[int, Tensor]:
         """Return float[N, v, d] of several layers, without the last norm; the model runs once."""
@@ -86,7 +86,7 @@ class _ReadsPatches:
         if len(layers) > 1:
             with self._keeping(layers[:-1], outputs):
                 outputs[layers[-1]] = self._layer_output(pixels, layers[-1])
-        return {layer: _take_patches(x, self.structure, class_token) for layer, x in outputs.items()}
+        return {layer: _take_patches(x, self.structure, class_token, len(pixels)) for layer, x in outputs.items()}
 
     @contextmanager
     def _keeping(self, layers: list[int], outputs: dict[int, Tensor]) -> Iterator[None]:
@@ -142,8 +142,10 @@ def _run(model: Any, pixels: Tensor) -> Tensor:
     return first_tensor(output) if found is None else found
 
 
-def _take_patches(features: Tensor, found: Structure, class_token: bool) -> Tensor:
-    """Return float[N, v, d] of a map or of tokens."""
+def _take_patches(features: Tensor, found: Structure, class_token: bool, count: int) -> Tensor:
+    """Return float[N, v, d] of a map or of tokens; Pixtral puts the tokens of its N images into one row."""
+    if features.ndim == 3 and len(features) == 1 and count > 1:
+        features = features.reshape(count, -1, features.shape[-1])
     if features.ndim == 4:
         tokens = features if found.channels_last or not found.is_map else features.permute(0, 2, 3, 1)
         return tokens.flatten(1, 2)
@@ -280,7 +282,7 @@ def check_tokens(encoder: Any, name: str) -> None:
             with stop_at(first, before=True):
                 _run(encoder.eval(), pixels)
         except Stop as stop:
-            tokens.append(stop.value[0])
+            tokens.append(stop.value[0].flatten(0, -2))
     differs = (tokens[0] != tokens[1]).flatten(1).any(1)
     expected = torch.ones_like(differs)
     expected[: found.before] = False

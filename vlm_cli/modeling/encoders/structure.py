@@ -185,10 +185,11 @@ def _find_norm(calls: list[_Call], layers: str | None, output: Tensor) -> tuple[
             continue
         if re.search(r"pool|head|neck|fpn", call.name):
             continue
-        if call.given == tuple(output.shape):
-            return call.name, call.output is output
+        if call.output is output:
+            return call.name, True
         if (
-            call.given[:1] == output.shape[:1]
+            output.ndim == 3
+            and call.given[:1] == output.shape[:1]
             and call.given[-1:] == output.shape[-1:]
             and math.prod(call.given[1:-1]) == 1
         ):
