@@ -74,7 +74,7 @@ def expected_logits(model: VLM, row: tiny.Row, prefix: int = 0) -> Tensor:
     return lm(inputs_embeds=embeddings[None], attention_mask=kept, position_ids=positions).logits[0, last]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mask", ["image", "prefix"])
 @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
 def test_logits_are_those_of_a_drawn_mask(language_model, mask):
@@ -116,7 +116,7 @@ def whole(model: VLM, batch: dict[str, Any], sequences: Tensor) -> Tensor:
     return logits(model, **inputs)[:, -num_new - 1 : -1]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}])
 def test_decoding_gives_the_logits_of_the_whole(model, options):
     batch = tiny.batch(model)
@@ -156,6 +156,7 @@ def test_a_prompt_cache_keeps_pictures_whole():
         assert cache.reused == (0, end + 2 * (n - 1), end + n - 2)[number]
 
 
+@pytest.mark.matrix
 def test_a_prompt_cache_reuses_no_prefix():
     model = stream("prefix")
     row = tiny.row(model, 1, 9)

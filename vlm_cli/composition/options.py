@@ -155,7 +155,7 @@ class LinearOptions:
     norm: Literal["layer", "rms", "gemma"] | None = field(default=None, metadata=_RARE)  # gemma: RMSNorm by 1 + weight
     norm_at: Literal["patches", "before", "after"] = field(default="before", metadata=_RARE)  # of the map
     norm_eps: float = field(default=1e-5, metadata=_RARE)
-    scale: float = field(default=1.0, metadata=_RARE)  # factor of the tokens; PaliGemma: 1/√dim_out
+    scale: float = field(default=1.0, metadata=_RARE)  # factor of the tokens
     dim_out: int | None = None  # output channels; None: the width that the fusion asks for
 
     def __post_init__(self) -> None:
