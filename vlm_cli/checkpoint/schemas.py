@@ -102,6 +102,7 @@ _TIMM_ARGS = mapping(
         "ref_feat_shape": optional(list_of(whole(1, 4_096), least=2, most=2)),
         "use_post_transformer_norm": truth(),
         "global_pool": text(most=40, empty=True),
+        "inference_mode": truth(),
     },
 )
 _VISION_SIZES = {

@@ -21,7 +21,7 @@ __all__ = ["SIZES", "TimmEncoder", "build_timm_encoder"]
 #: Arguments of timm's models that a configuration may set. Others load files.
 SIZES = (
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "ref_feat_shape"),
-    *("use_post_transformer_norm", "global_pool"),
+    *("use_post_transformer_norm", "global_pool", "inference_mode"),
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}")

@@ -4,6 +4,7 @@ from vlm_cli.checkpoint.published.layouts.aya_vision import HuggingFaceAyaVision
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.blip2 import HuggingFaceBLIP2, LavisBLIP2
 from vlm_cli.checkpoint.published.layouts.cohere2_vision import HuggingFaceCohere2Vision
+from vlm_cli.checkpoint.published.layouts.fast_vlm import HuggingFaceFastVLM
 from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, HuggingFacePaliGemma
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
@@ -45,6 +46,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceIDEFICS(),
     HuggingFaceIdefics3(),
     HuggingFaceSmolVLM(),
+    HuggingFaceFastVLM(),
     HuggingFaceMllama(),
     HuggingFaceOvis2(),
     LavisBLIP2(),
