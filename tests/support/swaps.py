@@ -8,29 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from tests.support import disk
-from tests.support.published import Case, load, prompt
-from vlm_cli.checkpoint.published.importing import Imported
-from vlm_cli.composition import PARTS
+from vlm_cli.checkpoint.published.importing import Imported, import_checkpoint
+from vlm_cli.composition import PARTS, CompositionRequest
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["check_swap", "other_parts"]
 
 
 @torch.no_grad()
-def check_swap(case: Case, new: set[str], *, sizes: Sequence[str] = (), **flags: str) -> Imported:
+def check_swap(
+    source: Path,
+    new: set[str],
+    options: CompositionRequest | None = None,
+    *,
+    sizes: Sequence[str] = (),
+    **flags: str,
+) -> Imported:
     """Import a checkpoint with other parts; compare what is kept, bit for bit, and account for every tensor.
 
     Args:
-        case: the checkpoint.
+        source: the checkpoint.
         new: the parts that start anew, of those that have tensors.
+        options: that the checkpoint needs in any case; None for none.
         sizes: settings of the new parts.
         flags: the parts that replace its own, as `CompositionRequest` takes them.
     """
-    own = load(case)
-    options: Any = {**flags, "overrides": (*case.options.overrides, *sizes)}
-    found = load(replace(case, options=replace(case.options, **options)))
+    options = options or CompositionRequest()
+    changed: Any = {**flags, "overrides": (*options.overrides, *sizes)}
+    own = import_checkpoint(source, composition_over=options.compose_over)
+    found = import_checkpoint(source, composition_over=replace(options, **changed).compose_over)
     report, model = found.report, found.model
     assert own.model is not None and model is not None, report
     state, before = model.state_dict(), own.model.state_dict()
@@ -43,9 +52,9 @@ def check_swap(case: Case, new: set[str], *, sizes: Sequence[str] = (), **flags:
             assert torch.equal(state[name], before[name]), name
         told = [note for note in found.notes if note.startswith(f"{part}: {len(names)} tensor")]
         assert not names or ["kept" if "kept" in note else "new" for note in told] == ["new" if part in new else "kept"]
-    lang_x, vision_x = prompt(model)
-    lang_x = lang_x.clamp(max=model.config.first_added_id - 1).where(lang_x != model.config.media_token_id, lang_x)
-    logits = model(lang_x=lang_x, vision_x=vision_x).logits
+    assert all(x.isfinite().all() for x in state.values())
+    inputs = found.processor(text="<image>w1", images=[Image.new("RGB", (50, 40), "red")])
+    logits = model(**inputs).logits
     assert logits.isfinite().all() and logits.shape[-1] == model.config.first_added_id + len(model.config.added_tokens)
     return found
 

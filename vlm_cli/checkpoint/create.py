@@ -38,7 +38,17 @@ from vlm_cli.quiet import quiet_libraries
 from vlm_cli.tiling import MediumSize, check_tiling
 from vlm_cli.tokenizer import add_tokens
 
-__all__ = ["Blueprint", "cast", "check_fit", "configure", "create", "find_missing_parts", "generation_config", "plan"]
+__all__ = [
+    "Blueprint",
+    "cast",
+    "check_fit",
+    "configure",
+    "create",
+    "find_missing_parts",
+    "find_shape",
+    "generation_config",
+    "plan",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +116,7 @@ def plan(composition: Composition, *, trust_remote_code: bool = False, need_toke
     """
     search = _Search()
     tower = search.attempt(lambda: find_tower(composition.vision_encoder))
-    shape = search.attempt(lambda: _shape(tower, composition)) if tower else None
+    shape = search.attempt(lambda: find_shape(tower, composition)) if tower else None
     lm = search.attempt(lambda: find_language_model(composition.language_model, trust_remote_code=trust_remote_code))
     tokenizer = search.attempt(lambda: _tokenizer(lm, composition, need_tokenizer)) if lm else None
     _raise(search.problems)
@@ -202,7 +212,12 @@ def _tokenizer(lm: LanguageModelSource, composition: Composition, needed: bool) 
         return None
 
 
-def _shape(tower: Tower, composition: Composition) -> tuple[int, int]:
+def find_shape(tower: Tower, composition: Composition) -> tuple[int, int]:
+    """Return the number of patches and channels of a tower's features.
+
+    Raises:
+        VLMError: if it gives none with the composition's settings.
+    """
     options = composition.vision_encoder
     try:
         with limited_size(f"vision encoder {options.name!r}"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import vlm_cli
 from tests.support import disk
+from tests.support.grid_models import aya_vision, cohere2_vision, internvl
 from tests.support.llava import huggingface
 from tests.support.published import Case
 from tests.support.swaps import check_swap, other_parts
@@ -50,7 +51,7 @@ def own(llava: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("part", NEW)
 def test_parts_that_nobody_replaces_are_kept_bit_for_bit(llava: Case, parts: dict[str, str], part: str) -> None:
     sizes = {"vision_tokenizer": PERCEIVER, "fusion": ("fusion.num_heads=2",)}.get(part, ())
-    found = check_swap(llava, NEW[part], sizes=sizes, **{part: parts[part]})
+    found = check_swap(llava.source, NEW[part], sizes=sizes, **{part: parts[part]})
     state = found.model.state_dict()
     if part == "language_model":
         theirs = load_file(Path(parts[part]) / "model.safetensors")
@@ -61,6 +62,14 @@ def test_parts_that_nobody_replaces_are_kept_bit_for_bit(llava: Case, parts: dic
         folder = Path(parts[part].removeprefix("local-dir:"))
         theirs = load_file(folder / "open_clip_model.safetensors")
         assert all(torch.equal(state[f"vision_encoder.{name}"], x) for name, x in theirs.items())
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("part", ["language_model", "vision_encoder"])
+@pytest.mark.parametrize("make", [aya_vision, cohere2_vision, internvl])
+def test_models_that_cut_pictures(tmp_path: Path, parts: dict[str, str], make: Any, part: str) -> None:
+    """Their added tokens have rows that no checkpoint fills, and that are those of a plain import."""
+    check_swap(make(tmp_path / "published").source, NEW[part], **{part: parts[part]})
 
 
 @pytest.mark.matrix

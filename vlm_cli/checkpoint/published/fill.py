@@ -92,10 +92,10 @@ class FillPlan:
             CheckpointError: if a file is damaged.
         """
         parameters = _Parameters(self.model)
-        unfilled = [name for name in self.report.absent if parameters[name].is_meta]
-        for name in unfilled:
+        for name in self.report.absent:
             if name.startswith("added_tokens."):
                 parameters.materialize(name).fill_(torch.nan)
+        unfilled = [name for name in self.report.absent if parameters[name].is_meta]
         for name, tensor in checkpoint.read():
             for target in self.targets.get(name, ()):
                 target.region(parameters.materialize(target.target)).copy_(target.select(tensor))

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from vlm_cli.checkpoint.create import Blueprint, cast, check_fit, configure, generation_config
+from vlm_cli.checkpoint.create import Blueprint, cast, check_fit, configure, find_shape, generation_config
 from vlm_cli.checkpoint.parts.language_models import LanguageModelSource, find_language_model
 from vlm_cli.checkpoint.parts.tower import Tower
 from vlm_cli.checkpoint.parts.vision_encoders import check_tower_weights, find_tower, load_tower
@@ -349,8 +349,11 @@ def _configure(found: RecognisedCheckpoint, composition: Composition, parts: _Pa
     Raises:
         VLMError: if the parts do not fit together.
     """
-    with found.blaming_config():
-        shape = find_tower_shape(parts.tower_config, **composition.vision_encoder.feature_arguments)
+    if parts.tower is not None and "vision_encoder" in swap.named:
+        shape = find_shape(parts.tower, composition)
+    else:
+        with found.blaming_config():
+            shape = find_tower_shape(parts.tower_config, **composition.vision_encoder.feature_arguments)
     first_added_id = None if "language_model" in swap.named else found.description.first_added_id
     return configure(
         composition, parts.tower_config, shape, parts.language_model.config, parts.tokenizer, first_added_id

@@ -35,6 +35,7 @@ from tests.support.published import (
     sized,
     write_tokenizer,
 )
+from tests.support.swaps import check_swap, other_parts
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.checkpoint.published.towers import eva
@@ -419,3 +420,11 @@ def test_published_lavis_sizes():
     }
     assert described["vision_tokenizer"]["num_queries"] == 32
     assert described["vision_tokenizer"]["num_heads"] == 12
+
+
+@pytest.mark.matrix
+def test_another_language_model(tmp_path):
+    (tmp_path / "blip2").mkdir()
+    case, others = huggingface(tmp_path / "blip2"), other_parts(tmp_path)
+    new = {"vision_tokenizer", "added_tokens", "language_model"}
+    check_swap(case.source, new, case.options, language_model=others["language_model"])

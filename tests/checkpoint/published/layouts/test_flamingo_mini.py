@@ -32,6 +32,7 @@ from transformers import (
 
 from tests.support.grid import first_of, first_rows
 from tests.support.published import SIZE, VOCABULARY, Case, check, load, prompt, rewrite, rewrite_config, shapes_of
+from tests.support.swaps import check_swap, other_parts
 from tests.support.tiny import nudged, stir
 from vlm_cli.checkpoint.create import configure
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
@@ -563,3 +564,11 @@ def test_published_sizes(name):
     assert tuple(round(count / 1e6) for count in counts) == millions
     tower = model.vision_encoder.visual
     assert sum(p.numel() for p in tower.parameters()) - tower.proj.numel() == 303_179_776
+
+
+@pytest.mark.matrix
+def test_another_language_model(tmp_path):
+    (tmp_path / "flamingo").mkdir()
+    case, others = flamingo(tmp_path / "flamingo", "opt"), other_parts(tmp_path)
+    new = {"fusion", "added_tokens", "language_model"}
+    check_swap(case.source, new, case.options, language_model=others["language_model"])

@@ -30,6 +30,7 @@ from tests.support.published import (
     sized,
     write_tokenizer,
 )
+from tests.support.swaps import check_swap, other_parts
 from tests.support.tiny import stir
 from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError
@@ -275,3 +276,11 @@ def test_published_sizes():
     assert count(model.lang_model) == 6_738_415_616  # Llama-7B
     assert count(model.added_tokens) == 2 * 2 * 4096
     assert sum(count(part) for part in model.part_modules().values()) - projection == count(theirs)
+
+
+@pytest.mark.matrix
+def test_another_language_model(tmp_path):
+    (tmp_path / "idefics").mkdir()
+    case, others = huggingface(tmp_path / "idefics"), other_parts(tmp_path)
+    new = {"fusion", "added_tokens", "language_model"}
+    check_swap(case.source, new, case.options, language_model=others["language_model"])

@@ -38,6 +38,7 @@ from tests.support.published import (
     sized,
     write_tokenizer,
 )
+from tests.support.swaps import check_swap, other_parts
 from tests.support.tiled import TiledCase, check_tiled
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.targets import make_targets_of
@@ -557,3 +558,11 @@ def test_no_configuration(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=re.escape("no config.json of nanoVLM")):
         load(case)
+
+
+@pytest.mark.matrix
+def test_another_language_model(tmp_path):
+    (tmp_path / "nanovlm").mkdir()
+    case, others = nanovlm(tmp_path / "nanovlm", config()), other_parts(tmp_path)
+    new = {"vision_tokenizer", "added_tokens", "language_model"}
+    check_swap(case.source, new, case.options, language_model=others["language_model"])

@@ -35,6 +35,7 @@ from tests.support.published import (
     sized,
     write_tokenizer,
 )
+from tests.support.swaps import check_swap, other_parts
 from tests.support.tiled import AFTER, BEFORE, TiledCase, check_tiled
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.importing import import_checkpoint
@@ -448,3 +449,11 @@ def test_published_sizes_of_trained_tensors():
     parts = CompositionRequest().compose_over(recognise(checkpoint).description.composition)
     assert (parts.vision_encoder.name, parts.vision_encoder.pretrained) == ("ViT-SO400M-14-SigLIP-384", "webli")
     assert parts.language_model.name == "microsoft/Phi-3-mini-4k-instruct" and parts.language_model.head_bias
+
+
+@pytest.mark.matrix
+def test_another_language_model(tmp_path, parts):
+    (tmp_path / "xgen").mkdir()
+    case, others = xgen_mm(tmp_path / "xgen", parts), other_parts(tmp_path)
+    new = {"vision_tokenizer", "added_tokens", "language_model"}
+    check_swap(case.source, new, case.options, language_model=others["language_model"])
