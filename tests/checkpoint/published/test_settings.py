@@ -25,7 +25,7 @@ from vlm_cli.modeling.towers import build_tower
 from vlm_cli.preprocessing import Preprocessing
 
 TABLES = {
-    "llava": llava._LLAVA,
+    "llava": llava.HuggingFaceLLaVA.settings,
     **{f"llava.{kind}": table for kind, table in llava._TOWERS.items()},
     **{f"blip2.{part}": table for part, table in blip2._SETTINGS.items()},
     **{f"idefics.{part}": table for part, table in idefics._SETTINGS.items()},
