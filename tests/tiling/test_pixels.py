@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProce
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.support.photographs import PHOTOGRAPHS, nanovlm_views, photograph
+from vlm_cli.checkpoint.schemas import check_processor_files
 from vlm_cli.composition import UNTILED
-from vlm_cli.errors import CompositionError, MediaError
+from vlm_cli.errors import CheckpointError, CompositionError, MediaError
 from vlm_cli.processor import OpenCLIPImageProcessor
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.26, 0.25, 0.27]
@@ -168,6 +171,20 @@ def test_settings_survive_a_file() -> None:
     plain = OpenCLIPImageProcessor({"size": 48})
     assert "tiling" not in plain.to_dict() and plain.tiling == UNTILED
     assert "vision_grid" not in plain.preprocess([[[photograph("tiny")]]])
+
+
+def test_the_file_of_an_image_processor_is_checked(tmp_path: Path) -> None:
+    data = ours({"type": "anyres", "pinpoints": PINPOINTS}).to_dict()
+    for tiling, words in (
+        ({"type": "anyres", "pinpoints": [[10**12, 1]]}, r"image_processor\.tiling\.pinpoints must hold"),
+        ({"type": "gird"}, r"unknown tiling 'gird'\. Did you mean 'grid'"),
+        ("\x1b[31m", r"tiling must be a mapping of keys to values, or null, but is '\\x1b"),
+        ({"type": "grid", "tile_text": "<image>{image}"}, "tile_text must not hold <image>"),
+    ):
+        text = json.dumps({"image_processor": data | {"tiling": tiling}})
+        (tmp_path / "processor_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match=words):
+            check_processor_files(str(tmp_path))
 
 
 def test_hostile_sizes_are_refused() -> None:

@@ -53,11 +53,12 @@ def list_canvases(options: AnyresOptions, tile: Pixels) -> list[Pixels]:
         CompositionError: if a canvas does not consist of whole tiles, or none is left.
     """
     canvases = [(width, height) for height, width in options.pinpoints]
+    sides = " and ".join(dict.fromkeys(map(str, tile[::-1])))
     for width, height in canvases:
         if width % tile[0] or height % tile[1]:
             raise CompositionError(
                 f"tiling.pinpoints holds [{height}, {width}], which is not a whole number of tiles: the vision encoder "
-                f"reads {tile[0]}x{tile[1]} pixels. Give multiples of {tile[1]} and {tile[0]}."
+                f"reads {tile[0]}x{tile[1]} pixels. Give multiples of {sides}."
             )
     most = options.max_tiles or TILE_LIMIT
     tiles = [(width // tile[0]) * (height // tile[1]) for width, height in canvases]
@@ -85,8 +86,8 @@ def _best_canvas(canvases: list[Pixels], width: int, height: int) -> Pixels:
     best = max(canvases, key=judge)
     if judge(best)[0] == 0:
         raise MediaError(
-            f"a picture of {width}x{height} pixels is too thin to be cut into tiles: made to fit the largest canvas, "
-            f"{best[0]}x{best[1]}, it has less than one pixel on a side. Cut off a part of it first."
+            f"a picture of {width}x{height} pixels is too thin to be cut into tiles: made to fit a canvas of "
+            f"{best[0]}x{best[1]} pixels, it has less than one pixel on a side. Cut off a part of it first."
         )
     return best
 
