@@ -108,6 +108,7 @@ def test_another_setting_is_noticed(tmp_path, over):
         check_tiled(replace(case(tmp_path), over=over), ["3:2"])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
