@@ -194,9 +194,23 @@ def test_forms_of_images_that_do_not_fit(processor, text, images):
         processor(text=text, images=images)
 
 
+def test_clips_come_beside_images_or_among_them(processor):
+    among = processor(text="<video>a<image><video>", images=[[RED, GREEN], BLUE, [GREEN, RED]])
+    beside = processor(text="<video>a<image><video>", images=[BLUE], videos=[[RED, GREEN], [GREEN, RED]])
+    swapped = processor(text="<video>a<image><video>", images=[BLUE], videos=[[GREEN, RED], [RED, GREEN]])
+    assert all(torch.equal(among[key], beside[key]) for key in among)
+    assert not torch.equal(swapped["pixel_values"], beside["pixel_values"])
+    rows = processor(text=["<video>a", "<image>"], images=[[], [BLUE]], videos=[[[RED, GREEN]], []])
+    assert rows["vision_mask"].tolist() == [[[True, True]], [[True, False]]]
+    with pytest.raises(PromptError, match=r"\[1\] <video> placeholders, but \[0\] videos"):
+        processor(text="<video>", videos=[])
+
+
 def test_a_processor_opens_no_file(processor):
-    with pytest.raises(PromptError, match="a processor opens no file"):
+    with pytest.raises(PromptError, match=r"a processor opens no file.*pass the image in `images`"):
         processor(text="<image:cat.png>")
+    with pytest.raises(PromptError, match=r"<video:cat\.mp4> names a file.*pass the video in `videos`"):
+        processor(text="<video:cat.mp4>")
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

@@ -300,6 +300,7 @@ class VLMProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | Sequence[Sequence[Text | Medium]] | None = None,
+        videos: Any = None,
         *,
         parse_special_tokens: bool = False,
         **kwargs: Any,
@@ -309,6 +310,8 @@ class VLMProcessor(ProcessorMixin):
         Args:
             images: for one text a list of media; for several texts a list of such lists. A medium is an image or a list
                 of frames.
+            videos: the clips for `<video>` placeholders, each a list of frames, in the same way; `images` are then
+                those for `<image>`. Without `videos`, `images` holds the media for both, in reading order.
             text: a prompt, or several; instead of a string, each may be the parts that `vlm_cli.prompt.interleave`
                 returns.
             parse_special_tokens: read text that spells a special token (`<|endofchunk|>`, chat markers) as the token.
@@ -324,7 +327,7 @@ class VLMProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         rows = [_parts(x) for x in texts]
-        media = _media_of_rows(images, [sum(not isinstance(p, Text) for p in row) for row in rows])
+        media = _media_in_order(rows, images, videos)
         ids = [self.encode(row, parse_special_tokens=parse_special_tokens) for row in rows]
         input_ids, attention_mask = pad_left(ids, self.tokenizer.pad_token_id)
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -408,13 +411,28 @@ def _parts(text: Any) -> list[Any]:
     for part in parts:
         if isinstance(part, Medium):
             raise PromptError(
-                f"the placeholder <image:{part.source}> names a file, but a processor opens no file. "
-                "Write <image>, and pass the image in `images`."
+                f"the placeholder <{part.kind}:{part.source}> names a file, but a processor opens no file. "
+                f"Write <{part.kind}>, and pass the {part.kind} in `{part.kind}s`."
             )
     return list(parts)
 
 
-def _media_of_rows(images: Any, counts: Sequence[int]) -> list[list[Frames]]:
+def _media_in_order(rows: Sequence[Sequence[Any]], images: Any, videos: Any) -> list[list[Frames]]:
+    """Return the media of each row in reading order, each as a list of frames.
+
+    Raises:
+        PromptError: if a row has more or fewer media of a kind than placeholders.
+    """
+    kinds = [[getattr(part, "kind", "image") for part in row if not isinstance(part, Text)] for row in rows]
+    if videos is None:
+        return _media_of_rows(images, [len(row) for row in kinds])
+    given = {"image": images, "video": videos}
+    dealt = {kind: _media_of_rows(x, [row.count(kind) for row in kinds], kind) for kind, x in given.items()}
+    left = [{kind: iter(dealt[kind][b]) for kind in given} for b in range(len(kinds))]
+    return [[next(left[b][kind]) for kind in row] for b, row in enumerate(kinds)]
+
+
+def _media_of_rows(images: Any, counts: Sequence[int], kind: str = "image") -> list[list[Frames]]:
     """Return the media of each row, each as a list of frames.
 
     A flat list of images is dealt out to the rows, to each as many as it has placeholders.
@@ -431,9 +449,8 @@ def _media_of_rows(images: Any, counts: Sequence[int]) -> list[list[Frames]]:
         images = [*rows, [*dealt]] if sum(counts) < len(images) else rows
     rows = [[[m] if isinstance(m, Image) else list(m) for m in row] for row in images] or [[] for _ in counts]
     if [len(row) for row in rows] != list(counts):
-        raise PromptError(
-            f"the prompts have {list(counts)} <image> placeholders, but {[len(row) for row in rows]} images were given."
-        )
+        given = [len(row) for row in rows]
+        raise PromptError(f"the prompts have {list(counts)} <{kind}> placeholders, but {given} {kind}s were given.")
     return rows
 
 
