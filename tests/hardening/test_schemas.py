@@ -21,6 +21,7 @@ from vlm_cli.checkpoint.directory import load, read_config, read_generation_conf
 from vlm_cli.checkpoint.parts.language_models import find_language_model
 from vlm_cli.checkpoint.parts.openclip import find_openclip_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
+from vlm_cli.checkpoint.schemas import check_vlm_config
 from vlm_cli.composition import LanguageModelOptions, VisionEncoderOptions, read_file
 from vlm_cli.composition.composition import Composition
 from vlm_cli.errors import VLMError
@@ -277,6 +278,14 @@ def test_files_that_do_not_belong_together(model: Path, file: str, change: Any, 
     change_json(model / file, change)
     with pytest.raises(VLMError, match=words):
         load(str(model))
+
+
+def test_texts_of_a_tiling_are_tokens_and_no_media(model: Path) -> None:
+    data = json.loads((model / "config.json").read_text())
+    check_vlm_config(data | {"tiling_texts": {"<img>": [0, 1]}}, "a model")
+    for ids in ([10**6], [data["media_token_id"]], [-1], "1", [None]):
+        with pytest.raises(VLMError, match="tiling_texts"):
+            check_vlm_config(data | {"tiling_texts": {"<img>": ids}}, "a model")
 
 
 def test_the_generation_config_is_checked_when_a_model_is_loaded(model: Path) -> None:

@@ -461,6 +461,13 @@ def check_vlm_config(data: Mapping[str, Any], name: str) -> None:
             f"{where} is not valid: media_token_id must be below {first + number_added} (first_added_id and the number "
             f"of added tokens), but is {data['media_token_id']}."
         )
+    for words, ids in (data.get("tiling_texts") or {}).items():
+        # A media token in a text would take the place of a vision token.
+        if any(i >= first + number_added or i == data["media_token_id"] for i in ids):
+            raise CheckpointError(
+                f"{where} is not valid: tiling_texts must hold ids below {first + number_added}, without that of "
+                f"<image>, but those of {show(words)} are {show(ids)}."
+            )
     _check_encoder(data["vision_config"], where)
 
 
