@@ -52,6 +52,7 @@ class BuildResult:
         layout: how the tensors of a published checkpoint are named; None for a model of parts.
         keys: what became of each tensor of the weight file or published checkpoint; None without one.
         notes: sentences that the user should read.
+        replaced: the parts of a published checkpoint that others replaced.
     """
 
     model: VLM
@@ -61,6 +62,7 @@ class BuildResult:
     layout: Layout | None = None
     keys: KeyReport | None = None
     notes: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
 
 class IncompleteWeightsError(CheckpointError):
@@ -235,6 +237,7 @@ def build_from_checkpoint(
         layout=imported.layout,
         keys=imported.report,
         notes=notes,
+        replaced=imported.replaced,
     )
 
 

@@ -140,6 +140,10 @@ def build(
         _print_account(error)
         raise
     _print_account(result)
+    for part in ("vision_tokenizer", "fusion") if source is not None else ():
+        if (named := getattr(compose, part)) is not None and part not in result.replaced:
+            flag, words = f"--{part.replace('_', '-')} {named}", part.replace("_", " ")
+            console.notify(f"Note: {flag} names the type of the checkpoint's own {words}, so nothing is replaced.")
     _print_result(result, as_json, exact)
 
 

@@ -113,6 +113,17 @@ def test_a_build_says_which_tensors_were_kept(vlm: Any, llava: Case, parts: dict
     assert answer.exit_code == 0
 
 
+@pytest.mark.matrix
+def test_a_part_of_the_same_type_replaces_nothing(vlm: Any, llava: Case) -> None:
+    words = (
+        "Note: --vision-tokenizer {} names the type of the checkpoint's own vision tokenizer, so nothing is replaced."
+    )
+    for name in ("mlp", "linear"):
+        result = vlm("build", "--dry-run", "--from", llava.source, "--vision-tokenizer", name, "--quiet")
+        assert result.exit_code == 0
+        assert (words.format(name) in result.stderr) == (name == "mlp") == ("new, random" not in result.stderr)
+
+
 def test_bad_swaps(llava: Case, own: Path, parts: dict[str, str]) -> None:
     def swap(source: Any = llava.source, **over: Any) -> None:
         vlm_cli.import_checkpoint(source, composition_over=over)

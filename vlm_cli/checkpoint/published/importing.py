@@ -57,6 +57,7 @@ class Imported:
         layout: how the weights were named.
         report: what became of each tensor.
         notes: sentences that the user should read.
+        replaced: the parts of the checkpoint that the user replaced by others.
     """
 
     model: VLM | None
@@ -64,6 +65,7 @@ class Imported:
     layout: Layout
     report: KeyReport
     notes: tuple[str, ...]
+    replaced: tuple[str, ...] = ()
 
 
 def import_checkpoint(
@@ -121,7 +123,7 @@ def import_checkpoint(
         plan.copy(found.checkpoint)
         _finish(model, processor, description, plan.report, swap, dtype, seed)
     is_complete = plan.report.is_complete
-    return Imported(model if is_complete else None, processor, found.layout, plan.report, notes + more)
+    return Imported(model if is_complete else None, processor, found.layout, plan.report, notes + more, swap.named)
 
 
 def _plan_fill(found: RecognisedCheckpoint, model: VLM, parts: _Parts, swap: Swap) -> FillPlan:
