@@ -269,7 +269,7 @@ def find_special_ids(model: VLM, tokenizer: Tokenizer | None) -> tuple[int, ...]
         own = {name: i for name, i in tokenizer.get_added_vocab().items() if name not in added}
         in_text += own.values()
     # Some language models know media, whose tokens do not stand in text alone.
-    media = {i for key, ids in named.items() if key not in _IN_TEXT for i in ids}
+    media = {i for key, ids in named.items() if key not in _IN_TEXT for i in ids} | {model.config.media_token_id}
     rows = model.lang_model.get_input_embeddings().weight.shape[0]
     found = sorted({i for i in in_text if isinstance(i, int) and 0 <= i < rows} - media)
     if tokenizer is None:

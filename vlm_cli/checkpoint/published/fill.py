@@ -99,7 +99,9 @@ class FillPlan:
         for name, tensor in checkpoint.read():
             for target in self.targets.get(name, ()):
                 target.region(parameters.materialize(target.target)).copy_(target.select(tensor))
-        for name in unfilled:
+        # A table without rows, of a model that adds no token, needs no tensor.
+        empty = [name for name in self.report.loaded if not parameters[name].numel()]
+        for name in (*unfilled, *empty):
             if parameters[name].is_meta:
                 parameters.materialize(name).zero_()
 

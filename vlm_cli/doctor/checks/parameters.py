@@ -84,7 +84,10 @@ def _reached(model: VLM, inputs: Inputs) -> tuple[set[str], set[str]]:
     "saved", "A saved and loaded model has the same tensors, and the same logits", "saved and loaded = as before"
 )
 def saved(subject: WholeModel) -> Measured | Decided:
-    """Save the model, load it, and compare tensors and logits; the twin changes the head of the added tokens."""
+    """Save the model, load it, and compare tensors and logits; the twin changes the head of the added tokens.
+
+    If there are none, it changes the language model's head.
+    """
     model, inputs = subject.model, subject.draw(2, 11)
     loaded, report = _load(model, subject.saved)
     problem = _problem(model, loaded.state_dict(), report)
@@ -94,7 +97,8 @@ def saved(subject: WholeModel) -> Measured | Decided:
         expected = subject.logits(inputs)
         found = loaded(**inputs.to_dict()).logits[0]
         # Not every column: after a norm, channels may add up to nothing.
-        loaded.added_tokens.head.weight[:, ::2].add_(0.5)
+        added, own = loaded.added_tokens.head, loaded.lang_model.get_output_embeddings()
+        (added if added.weight.numel() else own).weight[:, ::2].add_(0.5)
         changed = loaded(**inputs.to_dict()).logits[0]
     # The last bit may differ: a tensor begins at any byte of a file, and the order of a sum depends on that.
     return compare(found, expected, changed)

@@ -11,11 +11,14 @@ import torch
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Ovis2Processor
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 
+from tests.support.photographs import photograph
 from tests.support.published import VOCABULARY, rewrite_config, write_tokenizer
 from tests.support.tiled import TiledCase, check_tiled
 from tests.support.tiny import stir
 from vlm_cli.checkpoint.published.importing import import_checkpoint
+from vlm_cli.doctor import check_invariants
 from vlm_cli.errors import CheckpointError
+from vlm_cli.modeling.vlm import VLM
 
 TILE, PATCH = 56, 14
 TOKENS = ("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>", "<image>")
@@ -111,6 +114,20 @@ def test_ways_to_write_it(tmp_path, changes):
     head = imported.model.lang_model.get_output_embeddings().weight
     announced = slice(VOCABULARY + 1, VOCABULARY + 6)
     assert not torch.equal(table[announced], head[announced])
+
+
+def test_a_model_without_added_tokens_is_written_and_loaded(made, tmp_path):
+    """The tokenizer has all tokens, `<image>` among them, so the tables of added tokens have no row."""
+    imported = import_checkpoint(made.source)
+    assert imported.model.added_tokens.num_tokens == 0
+    imported.model.save_pretrained(tmp_path)
+    loaded = VLM.from_pretrained(tmp_path).eval()
+    inputs = imported.processor(text="w5 <image> w6", images=[photograph("3:2")])
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, imported.model(**inputs).logits)
+    checks = ("text-only", "saved")
+    found = [x.verdict for x in check_invariants(loaded, checks, tokenizer=imported.processor.tokenizer)]
+    assert found == ["holds", "holds"]
 
 
 @pytest.mark.matrix
