@@ -6,9 +6,13 @@ upgrade of one of them. It takes a minute or two, and reads no weights.
 Example: python docs/generate_encoders.py
 """
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import timm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is the only one that Python looks into
 
 from benchmarks.compatibility.encoders import CANNOT, find_class_name, vision_types
 from vlm_cli.checkpoint.parts.openclip import openclip_files

@@ -111,7 +111,8 @@ def encoder_sections(types: Sequence[EncoderRow], families: Sequence[EncoderRow]
         "`--vision-encoder hf:ORG/NAME` of each type that has a class for images alone, at its default settings: `v` "
         f"patches of `d` channels. Models of up to {MOST_PATCHES:,} patches run, with two layers where all layers are "
         "alike: their tokens are those that vlm found, an image alone gives what it gives among others, and another "
-        "image gives other features. Of larger ones only shapes are measured. **beside**: class and register tokens; "
+        "image gives other features. Of larger ones, and of those whose features vanish with random weights, only "
+        "shapes are measured. **beside**: class and register tokens; "
         "**layers**: how many can be chosen.",
         "",
         _line(["vision type", "class", "v", "d", "beside", "layers"]),

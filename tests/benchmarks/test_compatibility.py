@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 
+from benchmarks.compatibility import encoders
 from benchmarks.compatibility.__main__ import check_type
-from benchmarks.compatibility.document import FUSIONS, PAGE, language_model_row, tower_row, versions
+from benchmarks.compatibility.document import FUSIONS, PAGE, encoder_row, language_model_row, tower_row, versions
+from benchmarks.compatibility.encoders import CANNOT, check_family, check_vision_type
 from benchmarks.compatibility.language_models import model_types, tiny_config, tiny_vlm
 from benchmarks.compatibility.towers import check_tower, towers
 from tests.support import ROOT
@@ -112,3 +114,62 @@ def test_chunked_prefill_is_refused(model_type: str) -> None:
         with pytest.raises(LanguageModelLimit, match="several tokens after a cache"):
             model(lang_x=ids[:, 4:], past_key_values=cache)
         assert model(lang_x=ids[:, 4:5], past_key_values=cache, use_cache=True).logits.shape[1] == 1
+
+
+# -- encoders of Transformers and timm ---------------------------------------------------------------------------------
+
+#: Types and families of each kind; to measure all of them takes a quarter of an hour.
+TYPES = ("aimv2_vision_model", "beit", "convnext", "dinov2_with_registers", "hiera", "pvt", "segformer", "swin")
+FAMILIES = ("beit", "coat", "convnext", "efficientvim", "mlp_mixer", "pit", "resnet", "swin_transformer", "volo")
+
+
+_RUN = "run `python -m benchmarks.compatibility`"
+
+
+def section(title: str) -> list[str]:
+    """The lines of the page under a title."""
+    lines = TEXT.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    return [line for line in lines if line.startswith(("| hf:", "| timm:", "- "))]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", TYPES)
+def test_vision_model_of_transformers(kind: str) -> None:
+    row = check_vision_type(kind)
+    assert row.shape is not None, row.problem
+    if IS_CURRENT:
+        assert encoder_row("hf", row) in section("Vision models of Transformers"), (
+            "run `python -m benchmarks.compatibility`"
+        )
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_of_timm(family: str) -> None:
+    row = check_family(family)
+    assert row.shape is not None, row.problem
+    if IS_CURRENT:
+        assert encoder_row("timm", row) in section("Families of timm"), _RUN
+
+
+def test_totals_of_encoders_are_those_of_the_rows() -> None:
+    for title, what, kind in (
+        ("Vision models of Transformers", "vision models of Transformers", "hf"),
+        ("Families of timm", "families of timm", "timm"),
+    ):
+        lines = section(title)
+        works = [line for line in lines if line.startswith("| ")]
+        refused = {name for line in lines if line.startswith("- ") for name in re.findall(rf"`{kind}:([\w.-]+)`", line)}
+        assert f"| {what}, of {len(works) + len(refused)} | **{len(works)}** | - |" in TEXT
+        if kind == "hf":
+            assert refused >= set(CANNOT)
+    for reason in set(CANNOT.values()):
+        assert f"- {reason}: `hf:" in TEXT
+
+
+@pytest.mark.matrix
+def test_a_model_whose_features_mix_images_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = encoders.patch_features
+    monkeypatch.setattr(encoders, "patch_features", lambda tower, pixels: original(tower, pixels) + len(pixels))
+    row = check_vision_type("convnext")
+    assert row.shape is None and row.problem == "an image depends on the others"

@@ -219,7 +219,7 @@ def _concatenate_layers(
 
 def find_image_size(tower: nn.Module) -> tuple[int, int]:
     """Return the (H, W) pixels that a tower reads."""
-    size = tower.image_size
+    size: Any = getattr(tower, "pixel_size", None) or tower.image_size
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 

@@ -46,8 +46,8 @@ class _ReadsPatches:
         return self.has_own_names
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """The (H, W) pixels that the encoder reads."""
+    def pixel_size(self) -> tuple[int, int]:
+        """The (H, W) pixels that the encoder reads; some models have an `image_size` of their own."""
         return read_size(self.vision_config)
 
     @cached_property
@@ -270,7 +270,7 @@ def check_tokens(encoder: Any, name: str) -> None:
     found: Structure = encoder.structure
     if found.layers is None or found.is_map or not found.is_single_stack:
         return
-    (height, width), (rows, columns) = encoder.image_size, found.grid
+    (height, width), (rows, columns) = encoder.pixel_size, found.grid
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, height, width, generator=generator)
     changed = images[:1].clone()
