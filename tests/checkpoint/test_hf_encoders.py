@@ -158,6 +158,7 @@ def test_another_image_size_resizes_the_positions(folder_of: Callable[[str], Pat
     assert torch.equal(whole.post_layernorm.weight, ours.post_layernorm.weight)
 
 
+@pytest.mark.matrix
 def test_fewer_layers_are_kept(folder_of: Callable[[str], Path]) -> None:
     ours: Any = load_tower(find_tower(options(folder_of("siglip"), depth=2)))
     assert len(ours.encoder.layers) == 2 and ours.structure.depth == 2
@@ -198,6 +199,24 @@ def test_a_directory_without_a_vision_model_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_leads_nowhere_is_refused(name: str, message: str) -> None:
     with pytest.raises(VisionEncoderError, match=message):
         find_tower(VisionEncoderOptions(name=name))
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        ("GatedRepoError", r"is gated: .*https://huggingface\.co/org/name.*hf auth login"),
+        ("RevisionNotFoundError", "has no revision 'v9'"),
+        ("RepositoryNotFoundError", "the hub has no repository 'org/name', or it is private"),
+    ],
+)
+def test_what_the_hub_refuses_is_named(cause: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_config(*args: Any, **keywords: Any) -> None:
+        # Transformers wraps the hub's error into one of its own.
+        raise OSError("org/name is not a local folder") from type(cause, (Exception,), {})("refused")
+
+    monkeypatch.setattr("vlm_cli.trust.load_config", load_config)
+    with pytest.raises(VisionEncoderError, match=message):
+        find_tower(VisionEncoderOptions(name="hf:org/name@v9"))
 
 
 def test_settings_that_do_not_fit_are_refused(folder_of: Callable[[str], Path]) -> None:
