@@ -220,7 +220,7 @@ def test_options_of_build(build_fails, flags, words):
         ("c.json", "{", "is not valid"),
         ("c.json", '{"family": ["flamingo"]}', "unknown family ['flamingo']"),
         ("c.yaml", "vision_tokenizer: 5", "vision_tokenizer must be a name"),
-        ("c.yaml", "vision_encoder: [1]", "vision_encoder must be a name or a mapping"),
+        ("c.yaml", "vision_encoder: [1]", "vision_encoder[0] must be a name or a mapping"),
         ("c.yaml", "weight_decay: much", "weight_decay must be a number"),
         ("c.yaml", "added_tokens: []", "added_tokens must hold '<image>'"),
         ("c.yaml", "tokenizer: perceiver", "unknown key 'tokenizer'"),

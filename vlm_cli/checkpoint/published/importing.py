@@ -105,8 +105,7 @@ def import_checkpoint(
     composition, swap = _compose(found, composition_over)
     dtype = found.checkpoint.dtype if dtype == "auto" else dtype
     assert isinstance(dtype, torch.dtype)
-    if swap.doubtful:
-        swap = swap.decide(_fits(found, composition, swap, trust_remote_code))
+    swap = _decide_swap(found, composition, swap, trust_remote_code)
     parts = _find_parts(found, composition, swap, trust_remote_code)
     config = _configure(found, composition, parts, swap)
     if swap.named:
@@ -138,16 +137,27 @@ def _plan_fill(found: RecognisedCheckpoint, model: VLM, parts: _Parts, swap: Swa
     )
 
 
-def _fits(found: RecognisedCheckpoint, composition: Composition, swap: Swap, trust_remote_code: bool) -> bool:
-    """Tell whether the tensors of a checkpoint fit the backbones that the user names for it."""
-    parts = _find_parts(found, composition, swap, trust_remote_code)
-    config = _configure(found, composition, parts, swap)
-    try:
+def _decide_swap(found: RecognisedCheckpoint, composition: Composition, swap: Swap, trust_remote_code: bool) -> Swap:
+    """Decide whether the backbones that the user names for a checkpoint without backbones replace others.
+
+    They do if the checkpoint's tensors do not fit them, unless nothing of the checkpoint would remain then: so the report
+    tells which shapes differ.
+    """
+
+    def report(swap: Swap) -> KeyReport:
+        parts = _find_parts(found, composition, swap, trust_remote_code)
         with meta_device():
-            model = VLM(config)
-        return _plan_fill(found, model, parts, swap.spread(model)).report.is_complete
+            model = VLM(_configure(found, composition, parts, swap))
+        return _plan_fill(found, model, parts, swap.spread(model)).report
+
+    if not swap.doubtful:
+        return swap
+    try:
+        fits = report(swap).is_complete
     except CheckpointError:
-        return False
+        fits = False
+    replaced = swap.decide(False)
+    return swap.decide(True) if fits or not (swap.named or report(replaced).loaded) else replaced
 
 
 def _plan_swap(found: RecognisedCheckpoint, config: VLMConfig, parts: _Parts, swap: Swap) -> Swap:
