@@ -103,12 +103,12 @@ def reader(folder: Path, file: str, read: Callable[[str], Any]) -> Callable[[Any
         ("generation_config.json", read_generation_config, 8),
     ],
 )
-@pytest.mark.parametrize("most", [2, pytest.param(None, marks=pytest.mark.attack)])
+@pytest.mark.parametrize("most", [1, pytest.param(None, marks=pytest.mark.attack)])
 def test_each_key_of_a_directory(model: Path, file: str, read: Any, least: int, most: int | None) -> None:
     data = json.loads((model / file).read_text())
     wrong, refused = wrong_messages(reader(model, file, read), data, file, most)
     assert not wrong, f"{len(wrong)}: " + "\n".join(wrong[:40])
-    assert refused >= (least if most is None else least // 2)
+    assert refused >= (least if most is None else least // 4)
 
 
 def test_the_untouched_directory_is_read(model: Path) -> None:

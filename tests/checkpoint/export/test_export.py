@@ -85,6 +85,7 @@ def test_the_tokenizer_knows_none_of_our_tokens(folder, tmp_path):
     assert (settings.eos_token_id, settings.pad_token_id) == (bare.eos_token_id, None)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["language-model", "llava"])
 def test_sampling_settings_of_a_greedy_model_do_not_stop_an_export(folder, tmp_path, kind):
     """Transformers reads a directory with `top_k` and no `do_sample`, and refuses to write one."""
@@ -261,6 +262,7 @@ def test_a_message_with_a_picture_becomes_what_chat_makes_of_it(folder, tmp_path
     assert (found["pixel_values"] - processor(text="<image>", images=photo)["pixel_values"][0, 0]).abs().max() < 0.05
 
 
+@pytest.mark.matrix
 def test_a_model_without_a_template_takes_messages_as_chat_writes_them(folder, tmp_path):
     model, processor = vlm_cli.load(str(folder / "llava"))
     assert processor.chat_program is None
@@ -277,7 +279,11 @@ def test_a_model_without_a_template_takes_messages_as_chat_writes_them(folder, t
     ("spoil", "words"),
     [
         (lambda found: setattr(found.image_processor, "image_mean", [0.5] * 3), "different pixels of pictures of 32"),
-        (lambda found: setattr(found, "num_additional_image_tokens", 3), "makes other tokens of a message"),
+        pytest.param(
+            lambda found: setattr(found, "num_additional_image_tokens", 3),
+            "makes other tokens of a message",
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_a_processor_that_differs_is_not_written(folder, tmp_path, monkeypatch, spoil, words):

@@ -218,6 +218,7 @@ def test_huggingface(tmp_path, num_media):
     assert torch.equal(imported.model.added_tokens.head.weight[0], rows[IMAGE])  # tied
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("vocab_size", first_of([VOCABULARY, VOCABULARY + 8]))
 def test_huggingface_before_media_tokens(tmp_path, vocab_size):
     """Older files have no id for `<image>`, and some have no row for it."""

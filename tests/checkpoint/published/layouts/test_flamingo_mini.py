@@ -352,7 +352,7 @@ def test_frames_of_a_video(tmp_path):
         assert worst(case, model, lang_x, vision_x) > 1e-4
 
 
-@pytest.mark.sample(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "setting",
     first_of(
@@ -376,6 +376,7 @@ def test_each_setting_matters(tmp_path, setting):
     assert worst(case, model, lang_x, vision_x) > 1e-3
 
 
+@pytest.mark.matrix
 def test_keys_come_before_values(tmp_path):
     case = flamingo(tmp_path)
 
@@ -388,6 +389,7 @@ def test_keys_come_before_values(tmp_path):
     assert worst(case, model, *prompt(model)) > 1e-3
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("head", first_of([True, False]), ids=["head", "no head"])
 def test_older_files(tmp_path, head):
     """Files of older releases hold GPT-2's masks, and a file may leave out the tied head."""
@@ -402,6 +404,7 @@ def test_older_files(tmp_path, head):
     check(case)
 
 
+@pytest.mark.matrix
 def test_the_tower_may_come_from_openclip(tmp_path):
     case = flamingo(tmp_path)
     whole = load(case).model
