@@ -140,8 +140,8 @@ def _plan_fill(found: RecognisedCheckpoint, model: VLM, parts: _Parts, swap: Swa
 def _decide_swap(found: RecognisedCheckpoint, composition: Composition, swap: Swap, trust_remote_code: bool) -> Swap:
     """Decide whether the backbones that the user names for a checkpoint without backbones replace others.
 
-    They do if the checkpoint's tensors do not fit them, unless nothing of the checkpoint would remain then: so the report
-    tells which shapes differ.
+    They do if the checkpoint's tensors do not fit them, unless nothing of the checkpoint would remain then: the report
+    then tells which shapes differ.
     """
 
     def report(swap: Swap) -> KeyReport:
