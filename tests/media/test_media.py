@@ -186,6 +186,22 @@ def test_urls_are_fetched_only_when_allowed(server, path):
     assert pixels(load_image(server + path, allow_urls=True, allow_hosts=("127.0.0.1",))) == pixels(PICTURE)
 
 
+def test_an_address_is_fetched_once_to_measure_and_to_load_it(server, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(Handler, "log_message", lambda self, *args: asked.append(self.path))
+    loader = MediaLoader(allow_urls=True, allow_hosts=("127.0.0.1",))
+    address = server + "/cat.png"
+    assert loader.measure(address) == PICTURE.size and pixels(loader.load(address).image) == pixels(PICTURE)
+    assert len(asked) == 1
+    loader.load(address)
+    assert len(asked) == 2  # what was loaded is not kept
+    monkeypatch.setattr("vlm_cli.media.loader._MOST_KEPT", len(PNG) - 1)
+    other = server + "/a%20%C3%A9.png?x=1"
+    loader.measure(other)
+    loader.load(other)
+    assert len(asked) == 4  # too large to be kept
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

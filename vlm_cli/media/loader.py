@@ -16,7 +16,16 @@ from vlm_cli.media.clip import Clip, open_clip
 from vlm_cli.media.decode import MAX_PIXELS, decode_image, measure_image
 from vlm_cli.media.frame_folder import FrameFolder
 from vlm_cli.media.request import ClipRequest
-from vlm_cli.media.sources import find_file, find_local, is_uri, open_file, quote_source, read_source, read_stdin
+from vlm_cli.media.sources import (
+    find_file,
+    find_local,
+    is_address,
+    is_uri,
+    open_file,
+    quote_source,
+    read_source,
+    read_stdin,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +35,7 @@ __all__ = ["ChosenFrames", "LoadedClip", "LoadedImage", "MediaLoader"]
 MAX_CLIP = 4  # as many pixels as one image may have, of all frames of a clip together
 
 _MOST_SIZES = 4_096  # of images, which a loader remembers
+_MOST_KEPT = 2**26  # bytes of addresses that were measured and not yet loaded
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class LoadedClip:
 class MediaLoader:
     """Load images from paths, URIs, URLs and standard input (see `sources`).
 
-    The loader reads standard input once and keeps its bytes, so that `-` may stand for the same image twice.
+    The loader reads standard input once and keeps its bytes, so that `-` may stand for the same image twice. It fetches
+    an address once to measure and to load it.
 
     Args:
         base_dir: the folder where relative paths start; the working directory if None.
@@ -119,6 +130,7 @@ class MediaLoader:
     max_pixels: int | None = None
     stdin: BinaryIO | None = None
     _piped: bytes | None = field(default=None, init=False, repr=False)
+    _fetched: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sizes: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def load(self, source: str) -> LoadedImage:
@@ -141,16 +153,17 @@ class MediaLoader:
         if source not in self._sizes:
             if len(self._sizes) >= _MOST_SIZES:
                 self._sizes.clear()
-            self._sizes[source] = measure_image(self._read_some(source), quote_source(source), self.max_pixels)
+            data = self._read_some(source, keep=True)
+            self._sizes[source] = measure_image(data, quote_source(source), self.max_pixels)
         return self._sizes[source]
 
-    def _read_some(self, source: str) -> bytes:
-        """Read the bytes of a source.
+    def _read_some(self, source: str, *, keep: bool = False) -> bytes:
+        """Read the bytes of a source; see `_read`.
 
         Raises:
             MediaError: if there are none, or the source cannot be found or read.
         """
-        data = self._read(source)
+        data = self._read(source, keep=keep)
         if not data:
             hint = " A pipe can be read only once." if source == "-" else ""
             raise MediaError(f"{quote_source(source)} is empty (0 bytes); an image was expected.{hint}")
@@ -194,7 +207,7 @@ class MediaLoader:
             PromptError, MediaError: as in `load_clip`.
         """
         request = ClipRequest.parse(source)
-        with self._open_clip(request) as clip:
+        with self._open_clip(request, keep=True) as clip:
             return self._choose(clip, request)
 
     def count_frames(self, source: str) -> int:
@@ -204,19 +217,19 @@ class MediaLoader:
             PromptError, MediaError: as in `load_clip`.
         """
         request = ClipRequest.parse(source)
-        with self._open_clip(request) as clip:
+        with self._open_clip(request, keep=True) as clip:
             if clip.stated is not None and request.most is not None and request.is_whole:
                 return min(clip.stated, request.most)
             return len(self._choose(clip, request).indices)
 
     @contextmanager
-    def _open_clip(self, request: ClipRequest) -> Iterator[Clip]:
+    def _open_clip(self, request: ClipRequest, *, keep: bool = False) -> Iterator[Clip]:
         name = quote_source(request.path)
         path = find_local(request.path, base_dir=self.base_dir, media_root=self.media_root)
         if path is not None and path.is_dir():
             yield FrameFolder(path, name, lambda file: self.load(file).image)
             return
-        file = io.BytesIO(self._read(request.path)) if path is None else open_file(path, request.path)
+        file = io.BytesIO(self._read(request.path, keep=keep)) if path is None else open_file(path, request.path)
         with file:
             yield open_clip(file, name, self.max_pixels)
 
@@ -242,15 +255,23 @@ class MediaLoader:
         """
         return find_file(source, source, base_dir=self.base_dir, media_root=self.media_root)
 
-    def _read(self, source: str) -> bytes:
-        if source != "-":
-            return read_source(
+    def _read(self, source: str, *, keep: bool = False) -> bytes:
+        """Read the bytes of a source; with `keep`, those of an address are kept until they are read once more."""
+        if source == "-":
+            if self._piped is None:
+                self._piped = read_stdin(self.stdin)
+            return self._piped
+        data = self._fetched.pop(source, None)
+        if data is None:
+            data = read_source(
                 source,
                 base_dir=self.base_dir,
                 allow_urls=self.allow_urls,
                 allow_hosts=self.allow_hosts,
                 media_root=self.media_root,
             )
-        if self._piped is None:
-            self._piped = read_stdin(self.stdin)
-        return self._piped
+        if keep and is_address(source):
+            self._fetched[source] = data
+            while sum(map(len, list(self._fetched.values()))) > _MOST_KEPT:
+                self._fetched.pop(next(iter(self._fetched)), None)
+        return data

@@ -26,6 +26,7 @@ __all__ = [
     "MAX_BYTES",
     "find_file",
     "find_local",
+    "is_address",
     "is_uri",
     "open_file",
     "quote_source",
@@ -100,6 +101,11 @@ def _scheme(source: str) -> str:
 def is_uri(source: str) -> bool:
     """Tell whether a source is a URI or standard input, and not a plain path."""
     return source == "-" or _scheme(source) != "path"
+
+
+def is_address(source: str) -> bool:
+    """Tell whether a source is an address in a network."""
+    return _scheme(source) not in ("path", "data")
 
 
 def find_file(path: str, source: str, *, base_dir: Path | None, media_root: Path | None) -> Path:
