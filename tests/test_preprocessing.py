@@ -10,7 +10,9 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from transformers.image_utils import SizeDict
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 
 from tests.support.grid import first_of
 from vlm_cli import preprocessing
@@ -51,6 +53,28 @@ def test_a_crop_of_transformers_starts_where_transformers_starts():
         if (rounded(image) - wanted).abs().max() > 0.1:
             differs.append(width - 32)
     assert differs == [3, 7, 11, 15]
+
+
+def test_pictures_with_bars_are_those_of_deepseek_vl():
+    """A thin picture keeps 14 pixels."""
+    theirs = DeepseekVLImageProcessorPil(size={"height": 32, "width": 32})
+    settings = {"size": 32, "resize_mode": "longest", "fill_color": (122, 116, 104)}
+    ours, openclip = Preprocessing({**settings, "least_side": 14}), Preprocessing(settings)
+    differs = []
+    for size in SIZES:
+        image = noise(size)
+        wanted = theirs(image, return_tensors="pt")["pixel_values"][0]
+        assert (ours(image) - wanted).abs().max() < 1e-5, size
+        if (openclip(image) - wanted).abs().max() > 0.1:
+            differs.append(size)
+    assert differs == [(30, 700), (100, 31), (31, 100)]
+    # 147 pixels become 31.5, and both implementations round as their own last bit says.
+    given = {"height": 147, "width": 1792}
+    large = theirs.resize(np.zeros((3, *given.values()), np.uint8), SizeDict(height=384, width=384), min_size=14)
+    assert large.shape[1:] == (32, 384)
+    for way, height in (({"least_side": 14}, 32), ({}, 31)):
+        placed = Preprocessing({"size": 384, "resize_mode": "longest", **way}).place(given["width"], given["height"])
+        assert placed.resized == (384, height)
 
 
 # "squash" makes nothing larger than what the encoder sees.

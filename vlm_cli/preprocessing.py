@@ -31,6 +31,9 @@ __all__ = ["CROP_DOWN", "Placement", "Preprocessing", "SeveralPreprocessing", "m
 #: The setting that makes an odd margin start at the lower of its two middles, as Transformers' image processors do.
 CROP_DOWN = {"crop": "down"}
 
+#: Settings that OpenCLIP does not have.
+_OWN = ("crop", "shortest_edge", "squashed", "least_side")
+
 MAX_RESIZED = 2**25  # pixels of a resized image; of a larger one, only the part that the encoder sees is made
 
 
@@ -77,18 +80,20 @@ class Preprocessing:
         settings: OpenCLIP's `PreprocessCfg` as a dictionary: `size` in pixels (one side, or height and width), `mean`,
             `std`, `interpolation`, `resize_mode` and `fill_color`; `crop`, which is `round` or `down`;
             `shortest_edge`, the pixels of the shorter side before the middle is cut out of it, if not those of `size`;
-            and `squashed`, (height, width) to which an image is squashed before that, if not `size`.
+            `squashed`, (height, width) to which an image is squashed before that, if not `size`; and `least_side`,
+            which makes `longest` that of DeepSeek-VL: no side of a resized image has fewer pixels than these.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         from open_clip.transform import PreprocessCfg
 
-        own = {key: x for key, x in settings.items() if key not in ("crop", "shortest_edge", "squashed")}
+        own = {key: x for key, x in settings.items() if key not in _OWN}
         self.config = config = PreprocessCfg(**own)
         size = config.size if isinstance(config.size, (tuple, list)) else (config.size, config.size)
         self.height, self.width = size
         self.edge: int = settings.get("shortest_edge", min(size))
         self.squashed: tuple[int, int] = tuple(settings.get("squashed", size))
+        self.least_side: int | None = settings.get("least_side")
         self.crops_down = settings.get("crop") == CROP_DOWN["crop"]
 
     def place(self, width: int, height: int) -> Placement:
@@ -198,6 +203,10 @@ class Preprocessing:
             short, long = sorted((width, height))
             other = int(self.edge * long / short)
             return (self.edge, other) if width <= height else (other, self.edge)
+        if mode == "longest" and self.least_side is not None:
+            # The same sizes as below but for the last bit, which can decide how a half is rounded.
+            factor, least = min(self.width, self.height) / max(width, height), self.least_side
+            return max(least, round(width * factor)), max(least, round(height * factor))
         across, down = width / self.width, height / self.height
         ratio = max(across, down) if mode == "longest" else min(across, down)
         return max(1, round(width / ratio)), max(1, round(height / ratio))

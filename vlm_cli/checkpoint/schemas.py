@@ -77,6 +77,7 @@ _PREPROCESS = mapping(
         "fill_color": _COLOUR,
         "crop": choice("round", "down"),
         "shortest_edge": _PIXELS,
+        "least_side": _PIXELS,
         "squashed": list_of(_PIXELS, least=2, most=2),
     },
 )

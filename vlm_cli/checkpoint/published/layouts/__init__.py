@@ -4,6 +4,7 @@ from vlm_cli.checkpoint.published.layouts.aya_vision import HuggingFaceAyaVision
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.blip2 import HuggingFaceBLIP2, LavisBLIP2
 from vlm_cli.checkpoint.published.layouts.cohere2_vision import HuggingFaceCohere2Vision
+from vlm_cli.checkpoint.published.layouts.deepseek_vl import HuggingFaceDeepSeekVL
 from vlm_cli.checkpoint.published.layouts.fast_vlm import HuggingFaceFastVLM
 from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, HuggingFacePaliGemma
@@ -47,6 +48,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceIdefics3(),
     HuggingFaceSmolVLM(),
     HuggingFaceFastVLM(),
+    HuggingFaceDeepSeekVL(),
     HuggingFaceMllama(),
     HuggingFaceOvis2(),
     LavisBLIP2(),
