@@ -11,6 +11,7 @@ from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, Huggin
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
 from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
+from vlm_cli.checkpoint.published.layouts.janus import HuggingFaceJanus
 from vlm_cli.checkpoint.published.layouts.kosmos2 import Kosmos2
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
 from vlm_cli.checkpoint.published.layouts.llava_next import (
@@ -49,6 +50,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceSmolVLM(),
     HuggingFaceFastVLM(),
     HuggingFaceDeepSeekVL(),
+    HuggingFaceJanus(),
     HuggingFaceMllama(),
     HuggingFaceOvis2(),
     LavisBLIP2(),

@@ -94,10 +94,11 @@ def describe_aligned_model(
     parts: HFParts,
     *,
     rules: list[Rule],
+    map_depth: int = 2,
     picture_text: str = "{views}",
     notes: tuple[str, ...] = (),
 ) -> CheckpointDescription:
-    """Describe a checkpoint of `vision_model`, an aligner of two linear maps and `language_model`.
+    """Describe a checkpoint of `vision_model`, an aligner of linear maps and `language_model`.
 
     `<image>` is added to the tokenizer, after its last token. Nothing reads the row of `<image>` in the tables.
 
@@ -105,6 +106,7 @@ def describe_aligned_model(
         checkpoint: holds all parts.
         parts: its configurations.
         rules: for the aligner.
+        map_depth: linear maps of the aligner.
         picture_text: what stands around the vision tokens of a picture.
         notes: sentences that the user should read.
     """
@@ -112,7 +114,7 @@ def describe_aligned_model(
         composition={
             "family": "llava",
             "vision_encoder": {"name": f"hf:{checkpoint.name}"},
-            "vision_tokenizer": {"type": "mlp"},
+            "vision_tokenizer": {"type": "mlp", "map_depth": map_depth},
             "fusion": "language-stream",
             **({} if picture_text == "{views}" else {"tiling": {"type": "none", "picture_text": picture_text}}),
             "language_model": {"name": checkpoint.name},
