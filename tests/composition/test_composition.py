@@ -224,3 +224,8 @@ def test_what_could_be_read_is_known_nevertheless():
 def test_one_problem_is_one_sentence(layer, words):
     (problem,) = problems(layer, family="flamingo")
     assert words in problem and problem.endswith(".")
+
+
+def test_settings_of_a_tiling_without_a_type_are_refused_with_an_example() -> None:
+    with pytest.raises(CompositionError, match=r"Add a type, for example --set tiling\.type=grid \(none, grid, "):
+        Composition.compose("llava", overrides=["tiling.max_tiles=4"])

@@ -297,7 +297,9 @@ class _CompositionReader:
         if not isinstance(value, Mapping) or given is None:
             has_flag = name != "tiling"
             flag = (
-                f"--family ({', '.join(FAMILIES)}) or --{name.replace('_', '-')}" if has_flag else f"--set {name}.type="
+                f"--family ({', '.join(FAMILIES)}) or --{name.replace('_', '-')}"
+                if has_flag
+                else f"a type, for example --set {name}.type=grid"
             )
             if self.is_whole:
                 self.problems.append(f"no {registry.kind} is chosen. Add {flag} ({', '.join(registry)}).")
