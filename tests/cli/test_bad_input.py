@@ -500,8 +500,8 @@ def damage(folder: Path, how: str) -> None:
         ("no tokenizer", "cannot load"),
         ("no weights", "model.safetensors"),
         ("truncated weights", "Error while deserializing header"),
-        ("missing tensor", ["1 tensors are missing", "e.g. vision_tokenizer.latents"]),
-        ("unknown tensor", "1 are not known; e.g. vision_tokenizer.more"),
+        ("missing tensor", ["1 tensor missing", "e.g. vision_tokenizer.latents"]),
+        ("unknown tensor", "1 not known; e.g. vision_tokenizer.more"),
         ("another shape", "vision_tokenizer.latents"),
     ],
 )

@@ -30,7 +30,7 @@ __all__ = [
     "safetensors",
     "torch_file",
 ]
-__all__ += ["torch_file", "yaml_file"]
+__all__ += ["yaml_file"]
 
 #: Sets the title of a terminal's window. No honest output has it.
 ESCAPE = "\x1b]0;owned\x07"

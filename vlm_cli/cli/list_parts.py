@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +65,9 @@ def list_parts(
     if as_json:
         console.print_json(facts)
     elif kind == "vision-encoders" and facts:
-        _print_encoders(facts)
+        if ours := {name: x for name, x in facts.items() if name not in others}:
+            _print_encoders(ours)
+        _print_others(others)
     elif entries:
         console.print_table((kind, "class" if kind == "language-models" else ""), list(entries.items()))
 
@@ -160,24 +162,25 @@ def _track(names: Sequence[str]) -> Iterator[str]:
 
 
 def _print_encoders(facts: dict[str, dict[str, Any]]) -> None:
-    if not any("patches" in x or "problem" in x for x in facts.values()):
-        named = [[name, ", ".join(x["pretrained"]), x["summary"]] for name, x in facts.items()]
-        console.print_table(["vision encoder", "pretrained", ""], named)
-        return
     columns = ["vision encoder", "pixels", "v patches", "d channels", "M parameters", "pretrained"]
     rows = [[name, *_cells(x)] for name, x in facts.items()]
-    outside = [x["summary"] if name in VISION_ENCODERS or "patches" not in x else "" for name, x in facts.items()]
+    outside = [x["summary"] if name in VISION_ENCODERS else "" for name, x in facts.items()]
     if any(outside):
         columns.append("")
         rows = [[*row, source] for row, source in zip(rows, outside, strict=True)]
     console.print_table(columns, rows, optional=("v patches", "pixels", "d channels", "M parameters"))
 
 
+def _print_others(others: Mapping[str, Any]) -> None:
+    """Print the encoders of Transformers and timm, one name a line, with each tag as the user types it."""
+    for name, x in others.items():
+        for tag in x.pretrained or [None]:
+            console.print_line(x.summary if tag is None and x.summary != "timm" else f"{name}.{tag}" if tag else name)
+
+
 def _cells(facts: dict[str, Any]) -> list[str]:
     if "problem" in facts:
         return [""] * 5
-    if "patches" not in facts:
-        return [*[""] * 4, ", ".join(facts["pretrained"])]
     height, width = facts["image_size"]
     size = str(height) if height == width else f"{height} × {width}"
     millions = f"{facts['parameters'] / 1e6:.1f}"

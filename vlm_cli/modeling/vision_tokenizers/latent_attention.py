@@ -89,11 +89,11 @@ class LatentAttention(nn.Module):
         is_apart = self.frames == "apart"
         axes = "(B T F) v d" if is_apart else "(B T) (F v) d"
         patches = rearrange(self.dense(features), f"B T F v d -> {axes}")
-        latents = self.latent_query.to(patches.dtype).expand(len(patches), -1, -1)
+        latents = self.latent_query.to(patches.dtype).expand(patches.shape[0], -1, -1)
         mask = None
         if frame_mask is not None and not is_apart:
             # A padded frame is not seen; the latents always are.
             seen = frame_mask.flatten(0, 1).repeat_interleave(v, dim=-1)
-            mask = torch.cat([seen, seen.new_ones(len(seen), latents.shape[1])], dim=-1)[:, None, None]
+            mask = torch.cat([seen, seen.new_ones(seen.shape[0], latents.shape[1])], dim=-1)[:, None, None]
         tokens = self.x_attn(latents, torch.cat([patches, latents], dim=1), mask)
         return tokens.reshape(B, T, -1, self.dim_out)  # [B, T, n, dim_out]

@@ -123,11 +123,11 @@ class PerceiverResampler(nn.Module):
         is_apart = self.frames == "apart"
         # [B·T, F·v, d]; apart [B·T·F, v, d], where `token_mask` leaves out the tokens of padding
         media = rearrange(features, "B T F v d -> (B T F) v d" if is_apart else "B T F v d -> (B T) (F v) d")
-        latents = self.latents.to(media.dtype).expand(len(media), -1, -1)
+        latents = self.latents.to(media.dtype).expand(media.shape[0], -1, -1)  # `len` would fix N in a program
         mask = None if frame_mask is None or is_apart else self._attention_mask(frame_mask, v)
         if patch_mask is not None and is_apart:
             patches = patch_mask.flatten(0, 2)  # [B·T·F, v]; latents are always read
-            mask = torch.cat([patches, patches.new_ones(len(patches), len(self.latents))], dim=-1)[:, None, None]
+            mask = torch.cat([patches, patches.new_ones(patches.shape[0], len(self.latents))], dim=-1)[:, None, None]
         for layer in self.layers:
             attention, ff = cast(nn.ModuleList, layer)
             latents = latents + attention(media, latents, mask)

@@ -73,7 +73,7 @@ class QFormer(nn.Module):
             # A medium of padding sees all of its padding, since a softmax over no key is NaN.
             seen = frame_mask | ~frame_mask.any(-1, keepdim=True)
             mask = seen.flatten(0, 1).repeat_interleave(v, dim=-1).long()
-        queries = self.query_tokens.to(patches.dtype).expand(len(patches), -1, -1)
+        queries = self.query_tokens.to(patches.dtype).expand(patches.shape[0], -1, -1)
         tokens = self.qformer(
             query_embeds=queries, encoder_hidden_states=patches, encoder_attention_mask=mask
         ).last_hidden_state
