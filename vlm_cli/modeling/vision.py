@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from vlm_cli.errors import VisionEncoderError
 from vlm_cli.modeling.arrangement import Arrangement
 from vlm_cli.modeling.bands import Bands
 from vlm_cli.modeling.deduplicate import deduplicate
@@ -49,6 +50,7 @@ def encode_media(
 
     Raises:
         ValueError: if there are no media, or if `vision_x`, `vision_mask` or `vision_grid` has another shape.
+        VisionEncoderError: if the encoder does not give the number of patches that the configuration says.
     """
     if not vision_x.numel():
         raise ValueError("vision_x holds no media; leave vision_x out for prompts without media.")
@@ -83,6 +85,11 @@ def encode_media(
     if frame_mask is None:
         frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
     mask = tokenizer.token_mask(frame_mask)
+    if mask.shape[2] != tokens.shape[2]:
+        raise VisionEncoderError(
+            f"the vision tokenizer made {tokens.shape[2]} tokens, and {mask.shape[2]} were expected: the encoder does "
+            "not give the num_patches of vision_config in config.json. Restore the file, or build the model again."
+        )
     return (tokens, mask) if arrangement is None else arrangement(tokens, mask, vision_grid)
 
 
