@@ -400,6 +400,20 @@ def test_a_jpeg_file_without_some_of_its_restart_intervals(mode, options):
         assert "cut short" in refusal(data_uri(data[:end]))
 
 
+def test_a_large_picture_without_its_end_is_compared_at_the_size_at_which_it_is_read(monkeypatch):
+    """A header alone could ask for gigabytes otherwise."""
+    sizes: list[tuple[int, int]] = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: sizes.append(self.size) or load(self))
+    data = encode(Image.effect_noise((640, 480), 50).convert("RGB"), "JPEG")
+    whole, closed = (load_image(data_uri(x), max_pixels=100_000) for x in (data, data[:-2]))
+    assert pixels(whole) == pixels(closed) and whole.size == (320, 240)
+    assert len(sizes) > 2 and set(sizes) == {(320, 240)}
+    sizes.clear()
+    load_image(data_uri(data[:-2]))
+    assert set(sizes) == {(640, 480)}  # the twin: within the limit, at full size
+
+
 def test_cut_files_would_be_half_gray(monkeypatch):
     """The twin of the tests above: what Pillow makes of half a file when told not to mind."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)

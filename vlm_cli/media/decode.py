@@ -129,7 +129,7 @@ def _load(image: Image, data: bytes, name: str, max_pixels: int | None) -> Image
     try:
         image.load()
     except OSError:
-        closed = close_jpeg(data) if image.format in ("JPEG", "MPO") else None
+        closed = close_jpeg(data, _limit(max_pixels)) if image.format in ("JPEG", "MPO") else None
         if closed is None or (image := cast("Image", open_image(closed))) is None:
             raise
         _fit(image, name, max_pixels)
@@ -152,13 +152,17 @@ def _finish(image: Image, size: tuple[int, int], name: str) -> DecodedImage:
     return DecodedImage(rgb, width, height, tuple(notes))
 
 
+def _limit(max_pixels: int | None) -> int:
+    return MAX_PIXELS if max_pixels is None else max_pixels
+
+
 def _fit(image: Image, name: str, max_pixels: int | None) -> None:
     """Refuse an image with too many pixels, or let Pillow decode a JPEG file at a smaller size.
 
     Raises:
         MediaError: with the size, and the most that vlm reads.
     """
-    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    limit = _limit(max_pixels)
     if image.width * image.height > limit and image.format in ("JPEG", "MPO") and scale_jpeg(image, limit):
         return
     kind = "progressive JPEG files, which decode at full size" if is_progressive(image) else "one image"
@@ -177,7 +181,7 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int | None, kind: s
     Raises:
         MediaError: with the size, and the most that vlm reads.
     """
-    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    limit = _limit(max_pixels)
     width, height = size
     if width < 1 or height < 1:
         raise MediaError(f"{name} has no pixels: it is {width} × {height}. Save it again.")

@@ -49,31 +49,38 @@ def is_progressive(image: Image) -> bool:
     return bool(image.info.get("progressive"))
 
 
-def close_jpeg(data: bytes) -> bytes | None:
+def close_jpeg(data: bytes, limit: int) -> bytes | None:
     """Give a JPEG file its end marker; None if more than that is missing.
 
     All scans have to be there. Whether the last one is whole shows in what follows it: a decoder skips bytes behind a
     whole scan, and takes them for the rest of a scan that is cut short. So the picture is the same with any ending if,
     and only if, nothing is missing.
+
+    Args:
+        data: the whole file.
+        limit: the most pixels that may be decoded; a larger picture is compared at the size at which it is read.
     """
     data = data.rstrip(b"\xff")  # the first half of the end marker
     if not (_has_all_scans(data) and _has_all_restarts(data)):
         return None
     closed = data + _END
     try:
-        whole = _decode(closed)
+        whole = _decode(closed, limit)
         endings = (bytes([filler]) * 64 for filler in _FILLERS)
-        is_whole = all(_decode(data + ending + _END) == whole for ending in endings)
+        is_whole = all(_decode(data + ending + _END, limit) == whole for ending in endings)
     except Exception:  # as in `decode_image`
         return None
     return closed if is_whole else None
 
 
-def _decode(data: bytes) -> bytes:
+def _decode(data: bytes, limit: int) -> bytes:
     from vlm_cli.media.opening import open_image
 
     image = open_image(data)
     assert image is not None
+    # Pillow makes the whole picture before it reads a row: a header alone can ask for gigabytes.
+    if image.width * image.height > limit and not scale_jpeg(image, limit):
+        raise ValueError("more pixels than may be decoded")
     return image.tobytes()
 
 
