@@ -87,6 +87,14 @@ def test_readme_totals() -> None:
     if IS_CURRENT:
         assert f"{len(model_types())} types of language models and all {len(towers())} OpenCLIP towers" in readme
         assert f"| {len(model_types())} causal types |" in readme
+        readme = " ".join(readme.split())
+        vision, families = (
+            re.search(rf"\| {kind}, of (\d+) \| \*\*(\d+)\*\*", TEXT)
+            for kind in ("vision models of Transformers", "families of timm")
+        )
+        assert vision and f"{vision[2]} types of vision models of Transformers" in readme
+        assert f"{vision[2]} types of Transformers, timm |" in readme
+        assert families and families[1] == families[2] and f"all {families[1]} families of timm" in readme
 
 
 @pytest.mark.sample(2)

@@ -172,10 +172,12 @@ def _print_encoders(facts: dict[str, dict[str, Any]]) -> None:
 
 
 def _print_others(others: Mapping[str, Any]) -> None:
-    """Print the encoders of Transformers and timm, one name a line, with each tag as the user types it."""
+    """Print the encoders of Transformers and timm, one a line: a name with its tag of weights may be typed as it is."""
     for name, x in others.items():
-        for tag in x.pretrained or [None]:
-            console.print_line(x.summary if tag is None and x.summary != "timm" else f"{name}.{tag}" if tag else name)
+        for full in [f"{name}.{tag}" for tag in x.pretrained] or [name]:
+            console.print_line(full)
+    if any(name.startswith("hf:") for name in others):
+        console.notify("hf:TYPE stands for each model of that type: give hf:ORG/NAME or hf:DIRECTORY.")
 
 
 def _cells(facts: dict[str, Any]) -> list[str]:
