@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,22 +36,22 @@ class Spent:
         return found + ([f"{memory / 2**20:.0f} MB more"] if memory > MAX_BYTES else [])
 
 
+#: A small process starts the program. Linux counts the memory that a process had before it became the program, which is
+#: that of its parent, and the process of the tests may hold gigabytes.
+_LAUNCHER = """
+import json, resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
+
+
 def measured(program: list[str], folder: Path) -> Spent:
-    """Run a program to its end."""
-    log = folder / "stderr"
+    """Run a program of Python to its end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pid = os.fork()
-    if not pid:
-        try:
-            os.chdir(folder)
-            for number, path in enumerate((os.devnull, os.devnull, str(log))):
-                os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-            os.execve(sys.executable, [sys.executable, *program], environment)
-        finally:
-            os._exit(99)
-    _, status, usage = os.wait4(pid, 0)
-    seconds = usage.ru_utime + usage.ru_stime
-    return Spent(os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss * 1024, log.read_text())
+    launcher = [sys.executable, "-S", "-c", _LAUNCHER, sys.executable, *program]
+    done = subprocess.run(launcher, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return Spent(*json.loads(done.stdout), done.stderr)
 
 
 def edited(**changes: Any) -> Callable[[Path], None]:
@@ -134,5 +135,7 @@ def test_what_a_process_uses_is_measured(
     if found == "s more":
         monkeypatch.setattr(sys.modules[__name__], "MAX_SECONDS", 0.2)
         program = "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 1))\n" + program
+    held = b"x" * (MAX_BYTES + (64 << 20))  # by the process of the tests, which the program must not be charged for
     problems = measured(["-c", program], tmp_path).problems(Spent(0, 0.0, 0, ""))
+    del held
     assert [problem for problem in problems if problem.endswith(found)] == problems and bool(problems) == bool(found)
