@@ -22,13 +22,14 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from vlm_cli.errors import CheckpointError, OutputExistsError
-from vlm_cli.interrupt import at_signal, undivided
+from vlm_cli.interrupt import removed_at_end, undivided
 from vlm_cli.locks import hidden_name, locked
 from vlm_cli.plain_data import read_json
 from vlm_cli.renames import move_back, move_over, move_to_new_name, remove_tree
@@ -146,25 +147,19 @@ def replacing_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]
         OutputExistsError: if `out` may not be written, another process writes it, or it appeared during the block.
         CheckpointError: if the disk is full, or this user may not write to the folder.
     """
-    with reserved_directory(out, overwrite=overwrite):
+    made = removed_at_end(lambda: _make_directory_beside(out), remove_tree)
+    with reserved_directory(out, overwrite=overwrite), made as partial:
         try:
-            partial = Path(tempfile.mkdtemp(**_beside(out)))
-        except OSError as error:
-            raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
-        try:
-            with at_signal(lambda: remove_tree(partial)):
-                yield partial
-                _open_to_others(partial)
-                with undivided():
-                    _put_directory(partial, out, overwrite)
-                    remove_tree(partial)  # what was at `out` until now
+            yield partial
+            _open_to_others(partial)
+            with undivided():
+                _put_directory(partial, out, overwrite)
+                remove_tree(partial)  # what was at `out` until now
         except OSError as error:
             reason = error.strerror or error
             raise CheckpointError(f"cannot write {str(out)!r}: {reason}. Nothing was changed.") from error
         except SafetensorError as error:  # safetensors raises its own error when the disk is full
             raise CheckpointError(f"cannot write the weights: {error}. Nothing was changed.") from None
-        finally:
-            remove_tree(partial)
 
 
 @contextmanager
@@ -189,32 +184,31 @@ def replacing_files(paths: Sequence[Path], *, overwrite: bool = False) -> Iterat
     """
     for path in paths:
         check_file(path, overwrite=overwrite)
-    partials: list[Path] = []
-    try:
-        with ExitStack() as open_files:
-            files: list[TextIO] = []
-            for path in paths:
-                handle, name = tempfile.mkstemp(**_beside(path.resolve()))
-                partials.append(Path(name))
-                writer = os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
-                files.append(open_files.enter_context(writer))
-            with at_signal(lambda: _remove_all(partials)):
+    with ExitStack() as hidden:
+        try:
+            partials: list[Path] = []
+            with ExitStack() as open_files:
+                files: list[TextIO] = []
+                for path in paths:
+                    made = partial(_make_file_beside, path.resolve())
+                    file, hidden_path = hidden.enter_context(removed_at_end(made, lambda made: remove_tree(made[1])))
+                    partials.append(hidden_path)
+                    files.append(open_files.enter_context(file))
                 yield files
                 for file in files:
                     file.flush()
                     os.fsync(file.fileno())
-        for partial in partials:
-            partial.chmod(0o666 & ~_umask())
-        # A symbolic link stays a link: the file it points to is replaced.
-        with undivided():
-            _put_files(partials, [path.resolve() for path in paths], overwrite)
-            _remove_all(partials)
-    except OSError as error:
-        reason = error.strerror or error
-        names = " and ".join(repr(str(path)) for path in paths)
-        raise CheckpointError(f"cannot write {names}: {reason}. Nothing was changed.") from error
-    finally:
-        _remove_all(partials)
+            for path in partials:
+                path.chmod(0o666 & ~_umask())
+            # A symbolic link stays a link: the file it points to is replaced.
+            with undivided():
+                _put_files(partials, [path.resolve() for path in paths], overwrite)
+                for path in partials:
+                    remove_tree(path)  # what was at `paths` until now
+        except OSError as error:
+            reason = error.strerror or error
+            names = " and ".join(repr(str(path)) for path in paths)
+            raise CheckpointError(f"cannot write {names}: {reason}. Nothing was changed.") from error
 
 
 def remove_leftovers(out: Path) -> None:
@@ -256,6 +250,24 @@ def flush_to_disk(path: Path) -> None:
 def _beside(out: Path) -> dict[str, Any]:
     """Return the arguments with which tempfile makes a hidden neighbour of an output."""
     return {"prefix": f"{hidden_name(out)}.", "suffix": ".partial", "dir": out.absolute().parent}
+
+
+def _make_directory_beside(out: Path) -> Path:
+    """Make a hidden directory beside an output.
+
+    Raises:
+        CheckpointError: if the disk is full, or this user may not write to the folder.
+    """
+    try:
+        return Path(tempfile.mkdtemp(**_beside(out)))
+    except OSError as error:
+        raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
+
+
+def _make_file_beside(out: Path) -> tuple[TextIO, Path]:
+    """Make a hidden text file beside an output, and open it."""
+    handle, name = tempfile.mkstemp(**_beside(out))
+    return os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n"), Path(name)
 
 
 def _put_directory(partial: Path, out: Path, overwrite: bool) -> None:
@@ -332,11 +344,6 @@ def _open_to_others(folder: Path) -> None:
     mask = _umask()
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _remove_all(paths: Iterable[Path]) -> None:
-    for path in paths:
-        remove_tree(path)
 
 
 def _umask() -> int:

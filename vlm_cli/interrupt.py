@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from vlm_cli.printable import escape_controls
 
@@ -39,8 +39,11 @@ __all__ = [
     "end_at_signals",
     "ignore_interrupt",
     "raising_signals",
+    "removed_at_end",
     "undivided",
 ]
+
+_Made = TypeVar("_Made")
 
 _WORDS = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}
 ALL_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -186,10 +189,33 @@ def deferred_signals(announcement: str = "", *, numbers: Sequence[int] = ALL_SIG
 @contextlib.contextmanager
 def undivided() -> Iterator[None]:
     """Let a signal wait for the end of the block, which is short, such as two renames that belong together."""
-    with deferred_signals() as received:
-        yield
-    if received.number is not None:
-        signal.raise_signal(received.number)
+    received = Deferred()
+    try:
+        with deferred_signals() as received:
+            yield
+    finally:
+        if received.number is not None:
+            signal.raise_signal(received.number)
+
+
+@contextlib.contextmanager
+def removed_at_end(make: Callable[[], _Made], remove: Callable[[_Made], None]) -> Iterator[_Made]:
+    """Make something for the block, and remove it at the end of the block or when a signal ends the process.
+
+    A signal cannot come between: it waits while `make` works, and `remove` may then be called twice.
+
+    Args:
+        make: makes a file, a directory or a lock; it takes no longer than a moment.
+        remove: removes it, if it is still there.
+    """
+    with contextlib.ExitStack() as actions:
+        with undivided():
+            made = make()
+            actions.enter_context(at_signal(lambda: remove(made)))
+        try:
+            yield made
+        finally:
+            remove(made)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vlm_cli.errors import CheckpointError, OutputExistsError
-from vlm_cli.interrupt import at_signal
+from vlm_cli.interrupt import removed_at_end
 
 __all__ = ["hidden_name", "locked", "open_locked"]
 
@@ -84,24 +84,27 @@ def locked(out: Path) -> Iterator[bool]:
 def _lock_file(out: Path, shown: str) -> Iterator[bool]:
     """Lock the file `.OUT.lock`, and remove it at the end."""
     path = out.with_name(f"{hidden_name(out)}.lock")
-    try:
-        file, is_exclusive = _open_locked(path, getattr(os, "O_NOFOLLOW", 0))
-    except BlockingIOError:
-        raise _taken(shown, _read_owner(path)) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path.name!r} beside {shown!r}: {error.strerror}.") from None
     process = os.getpid()
-    try:
-        _sign(file, path)
-        with at_signal(lambda: path.unlink(missing_ok=True)):
-            yield is_exclusive
-    finally:
+
+    def make() -> tuple[BinaryIO, bool]:
+        try:
+            return _open_locked(path, getattr(os, "O_NOFOLLOW", 0))
+        except BlockingIOError:
+            raise _taken(shown, _read_owner(path)) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path.name!r} beside {shown!r}: {error.strerror}.") from None
+
+    def remove(made: tuple[BinaryIO, bool]) -> None:
         if os.getpid() == process:
             # The name goes first: whoever opened the file before must see that it is no longer the one with the name.
             with suppress(OSError):
-                if _has_name(file, path):
+                if _has_name(made[0], path):
                     path.unlink()
-        file.close()
+        made[0].close()
+
+    with removed_at_end(make, remove) as (file, is_exclusive):
+        _sign(file, path)
+        yield is_exclusive
 
 
 def _sign(file: BinaryIO, path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.hardening.attempt import TRACEBACK
 from tests.support import ROOT
 from vlm_cli.cli import app as command_line
 
-__all__ = ["Job", "Moment", "Run", "Streams", "Whole", "interrupted", "on_a_full_disk", "run", "uninterrupted"]
+__all__ = ["CODES", "Job", "Moment", "Run", "Streams", "Whole", "interrupted", "on_a_full_disk", "run", "uninterrupted"]
 
 MAX_SECONDS = 60.0  # for a command of about a second, on a busy machine
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

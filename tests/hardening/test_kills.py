@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.hardening.interrupting import (
+    CODES,
     Job,
     Moment,
     Whole,
@@ -25,6 +27,9 @@ from tests.hardening.interrupting import (
     run,
 )
 from tests.support.grid import first_of
+from vlm_cli.files import replacing_directory, replacing_files, reserved_directory, reserved_files
+from vlm_cli.interrupt import at_signal
+from vlm_cli.renames import remove_tree
 
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 COMMANDS = ["build", "export", "train", "batch"]
@@ -104,6 +109,82 @@ def test_runs_that_are_killed_at_a_line(
         for number in {signal.SIGINT, SIGNALS[(i + hardening_seed) % 3]}:
             wrong += kill(jobs[name], whole(name), number, f"{name} {hardening_seed} {text}", tmp_path, text)
     assert not wrong, f"{len(wrong)} went wrong:\n" + "\n".join(wrong)
+
+
+# -- each moment at which the disk changes -----------------------------------------------------------------------------
+
+
+def writes_a_directory() -> None:
+    with replacing_directory(Path("out")) as partial:
+        (partial / "weights").write_text("x")
+    Path("done").touch()
+
+
+def writes_two_files() -> None:
+    with reserved_files([Path("out"), Path("table")]), replacing_files([Path("out"), Path("table")]) as files:
+        for file in files:
+            file.write("x")
+    Path("done").touch()
+
+
+def leaves_a_moment() -> None:
+    """A command that makes a directory first, and only then says who removes it."""
+    with reserved_directory(Path("out")):
+        folder = Path(tempfile.mkdtemp(dir="."))
+        with at_signal(lambda: remove_tree(folder)):
+            os.mkdir(folder / "inner")
+            os.rename(folder, "out")
+    Path("done").touch()
+
+
+def left_at_each_change(app: Callable[[], object], number: signal.Signals, folder: Path) -> tuple[int, set[str]]:
+    """Send a signal right after the first change of the disk, after the second, …: until the command ends before it.
+
+    Returns:
+        How many changes there are, and the names that a signal left.
+    """
+    left: set[str] = set()
+    for k in range(1000):
+        place = folder / str(k)
+        place.mkdir()
+        ended = run([], place, app=app, prepare=lambda k=k: _signal_after(k, number))  # type: ignore[misc]
+        if ended.code == 0:
+            assert names(place) >= {"out", "done"}
+            return k, left
+        assert ended.code == CODES[number], ended.printed
+        left |= names(place) - {"out", "table", "done"}
+        assert ("out" in names(place)) >= ("table" in names(place)) or app is not writes_two_files
+    raise AssertionError("the command does not end")
+
+
+def _signal_after(k: int, number: signal.Signals) -> None:
+    """Let this process get a signal after its `k`-th change of the disk, before the call that makes it returns."""
+    count = 0
+
+    def watched(call: Callable[..., object]) -> Callable[..., object]:
+        def then_signal(*args: object, **keywords: object) -> object:
+            nonlocal count
+            result = call(*args, **keywords)
+            count += 1
+            if count == k + 1:
+                os.kill(os.getpid(), number)
+            return result
+
+        return then_signal
+
+    for name in ("mkdir", "open", "link", "unlink", "rmdir", "rename", "replace"):
+        setattr(os, name, watched(getattr(os, name)))
+
+
+@pytest.mark.parametrize("number", first_of([signal.SIGTERM, signal.SIGINT]))
+@pytest.mark.parametrize("app", [writes_a_directory, writes_two_files])
+def test_a_signal_at_each_change_of_the_disk(app: Callable[[], object], number: signal.Signals, tmp_path: Path) -> None:
+    changes, left = left_at_each_change(app, number, tmp_path)
+    assert changes > 3 and left == set()
+
+
+def test_a_moment_at_which_something_is_left_is_found(tmp_path: Path) -> None:
+    assert left_at_each_change(leaves_a_moment, signal.SIGTERM, tmp_path)[1]
 
 
 # -- full disks --------------------------------------------------------------------------------------------------------

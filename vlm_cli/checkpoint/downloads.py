@@ -7,12 +7,14 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from vlm_cli.errors import CheckpointError
+from vlm_cli.interrupt import removed_at_end
 from vlm_cli.network import open_url
+from vlm_cli.renames import remove_tree
 
 __all__ = ["downloaded"]
 
@@ -46,8 +48,11 @@ def downloaded(url: str, *, key: str, most: int, allow_hosts: Collection[str] = 
         yield target
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{digest}.", suffix=f".partial{target.suffix}", dir=folder)
-    try:
+
+    def make() -> tuple[int, str]:
+        return tempfile.mkstemp(prefix=f".{digest}.", suffix=f".partial{target.suffix}", dir=folder)
+
+    with removed_at_end(make, lambda made: remove_tree(Path(made[1]))) as (handle, partial):
         with open(handle, "wb") as file, open_url(url, allow_hosts=allow_hosts, max_seconds=None) as download:
             received = 0
             while data := download.read(_STEP):
@@ -57,6 +62,3 @@ def downloaded(url: str, *, key: str, most: int, allow_hosts: Collection[str] = 
                 file.write(data)
         yield Path(partial)
         os.replace(partial, target)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(partial)

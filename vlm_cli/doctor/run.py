@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,9 @@ from vlm_cli.doctor.finding import Finding
 from vlm_cli.doctor.float32 import judge_in_both
 from vlm_cli.doctor.gates import opened_gates
 from vlm_cli.doctor.subject import BareLanguageModel, WholeModel, find_special_ids
-from vlm_cli.interrupt import at_signal
+from vlm_cli.interrupt import removed_at_end
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.renames import remove_tree
 
 __all__ = ["QUICK", "check_invariants"]
 
@@ -50,16 +50,16 @@ def check_invariants(
         seed: of prompts and images.
         progress: receives what a check proves, before the check runs.
     """
-    with _evaluation_mode(model), tempfile.TemporaryDirectory(prefix="vlm-doctor-") as workspace:
-        subject = WholeModel(model, seed, Path(workspace), find_special_ids(model, tokenizer))
+    workspaces = removed_at_end(lambda: Path(tempfile.mkdtemp(prefix="vlm-doctor-")), remove_tree)
+    with _evaluation_mode(model), workspaces as workspace:
+        subject = WholeModel(model, seed, workspace, find_special_ids(model, tokenizer))
         bare = [BareLanguageModel(model, seed + k) for k in range(_BARE_SEEDS)]
-        with at_signal(lambda: shutil.rmtree(workspace, ignore_errors=True)):
-            for name in names:
-                progress(CHECKS[name].proves_for(model))
-                started = time.monotonic()
-                with _quiet_transformers(), opened_gates(model):
-                    finding = judge_in_both(CHECKS[name], subject, bare)
-                yield replace(finding, seconds=round(time.monotonic() - started, 3))
+        for name in names:
+            progress(CHECKS[name].proves_for(model))
+            started = time.monotonic()
+            with _quiet_transformers(), opened_gates(model):
+                finding = judge_in_both(CHECKS[name], subject, bare)
+            yield replace(finding, seconds=round(time.monotonic() - started, 3))
 
 
 @contextmanager
