@@ -60,3 +60,15 @@ def test_as_transformers_renders(template: str) -> None:
     keywords: dict[str, Any] = {"add_generation_prompt": True, "chat_template": template, **TOKENS}
     (expected,), _ = render_jinja_template([MESSAGES], **keywords)
     assert render_template(template, MESSAGES, TOKENS) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set count = namespace(n=0) %}{% set count.n = count.n + 1 %}{{ count.n }}",
+        "{% set n = n | default(0) + 1 %}{{ n }}",
+        "{% set turn = cycler('a', 'b') %}{{ turn.next() }}",
+    ],
+)
+def test_a_template_keeps_nothing_for_the_next_conversation(template: str) -> None:
+    assert render_template(template, [], {}) == render_template(template, [], {}) != ""

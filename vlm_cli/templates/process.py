@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 __all__ = ["main"]
@@ -58,7 +59,7 @@ def _render(template: str, context: dict[str, Any], most: int) -> str:
         Exception: whatever the template raises.
     """
     pieces, length = [], 0
-    for piece in _environment().from_string(template).generate(**context):
+    for piece in _compile(template).generate(**context):
         pieces.append(piece)
         length += len(piece)
         if length > most:
@@ -68,6 +69,12 @@ def _render(template: str, context: dict[str, Any], most: int) -> str:
 
 class _TooLong(Exception):
     """A template that writes without end."""
+
+
+@lru_cache(maxsize=4)
+def _compile(template: str) -> Any:
+    """Compile a template once: that takes longer than to render it, and a file asks for the same one at each turn."""
+    return _environment().from_string(template)
 
 
 def _environment() -> Any:
