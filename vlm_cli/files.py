@@ -21,8 +21,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -147,8 +146,7 @@ def replacing_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]
         OutputExistsError: if `out` may not be written, another process writes it, or it appeared during the block.
         CheckpointError: if the disk is full, or this user may not write to the folder.
     """
-    made = removed_at_end(lambda: _make_directory_beside(out), remove_tree)
-    with reserved_directory(out, overwrite=overwrite), made as partial:
+    with reserved_directory(out, overwrite=overwrite), _directory_beside(out) as partial:
         try:
             yield partial
             _open_to_others(partial)
@@ -190,21 +188,20 @@ def replacing_files(paths: Sequence[Path], *, overwrite: bool = False) -> Iterat
             with ExitStack() as open_files:
                 files: list[TextIO] = []
                 for path in paths:
-                    made = partial(_make_file_beside, path.resolve())
-                    file, hidden_path = hidden.enter_context(removed_at_end(made, lambda made: remove_tree(made[1])))
-                    partials.append(hidden_path)
+                    file, partial = hidden.enter_context(_file_beside(path.resolve()))
+                    partials.append(partial)
                     files.append(open_files.enter_context(file))
                 yield files
                 for file in files:
                     file.flush()
                     os.fsync(file.fileno())
-            for path in partials:
-                path.chmod(0o666 & ~_umask())
+            for partial in partials:
+                partial.chmod(0o666 & ~_umask())
             # A symbolic link stays a link: the file it points to is replaced.
             with undivided():
                 _put_files(partials, [path.resolve() for path in paths], overwrite)
-                for path in partials:
-                    remove_tree(path)  # what was at `paths` until now
+                for partial in partials:
+                    remove_tree(partial)  # what was at `paths` until now
         except OSError as error:
             reason = error.strerror or error
             names = " and ".join(repr(str(path)) for path in paths)
@@ -252,22 +249,30 @@ def _beside(out: Path) -> dict[str, Any]:
     return {"prefix": f"{hidden_name(out)}.", "suffix": ".partial", "dir": out.absolute().parent}
 
 
-def _make_directory_beside(out: Path) -> Path:
-    """Make a hidden directory beside an output.
+def _directory_beside(out: Path) -> AbstractContextManager[Path]:
+    """Give a hidden directory beside an output, which the end of the block removes.
 
     Raises:
         CheckpointError: if the disk is full, or this user may not write to the folder.
     """
-    try:
-        return Path(tempfile.mkdtemp(**_beside(out)))
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
+
+    def make() -> Path:
+        try:
+            return Path(tempfile.mkdtemp(**_beside(out)))
+        except OSError as error:
+            raise CheckpointError(f"cannot write beside {str(out)!r}: {error.strerror}.") from None
+
+    return removed_at_end(make, remove_tree)
 
 
-def _make_file_beside(out: Path) -> tuple[TextIO, Path]:
-    """Make a hidden text file beside an output, and open it."""
-    handle, name = tempfile.mkstemp(**_beside(out))
-    return os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n"), Path(name)
+def _file_beside(out: Path) -> AbstractContextManager[tuple[TextIO, Path]]:
+    """Give a hidden text file beside an output, open, and its path. The end of the block removes the file."""
+
+    def make() -> tuple[TextIO, Path]:
+        handle, name = tempfile.mkstemp(**_beside(out))
+        return os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n"), Path(name)
+
+    return removed_at_end(make, lambda made: remove_tree(made[1]))
 
 
 def _put_directory(partial: Path, out: Path, overwrite: bool) -> None:

@@ -202,7 +202,7 @@ def undivided() -> Iterator[None]:
 def removed_at_end(make: Callable[[], _Made], remove: Callable[[_Made], None]) -> Iterator[_Made]:
     """Make something for the block, and remove it at the end of the block or when a signal ends the process.
 
-    A signal cannot come between: it waits while `make` works, and `remove` may then be called twice.
+    A signal that arrives while `make` works waits for its end. One that arrives while `remove` works calls it again.
 
     Args:
         make: makes a file, a directory or a lock; it takes no longer than a moment.

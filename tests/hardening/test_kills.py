@@ -27,6 +27,7 @@ from tests.hardening.interrupting import (
     run,
 )
 from tests.support.grid import first_of
+from vlm_cli.checkpoint import downloads
 from vlm_cli.files import replacing_directory, replacing_files, reserved_directory, reserved_files
 from vlm_cli.interrupt import at_signal
 from vlm_cli.renames import remove_tree
@@ -185,6 +186,39 @@ def test_a_signal_at_each_change_of_the_disk(app: Callable[[], object], number: 
 
 def test_a_moment_at_which_something_is_left_is_found(tmp_path: Path) -> None:
     assert left_at_each_change(leaves_a_moment, signal.SIGTERM, tmp_path)[1]
+
+
+class EndlessDownload:
+    """An answer of a server, during whose second block a signal arrives."""
+
+    length = None
+    blocks = 0
+
+    def __enter__(self) -> EndlessDownload:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def read(self, size: int) -> bytes:
+        self.blocks += 1
+        if self.blocks == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return b"x" * size
+
+
+def downloads_weights() -> None:
+    with downloads.downloaded("https://example.com/weights.pt", key="a hash", most=2**40):
+        pass
+
+
+def test_a_download_that_a_signal_ends_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(downloads, "open_url", lambda *args, **keywords: EndlessDownload())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    ended = run([], tmp_path, app=downloads_weights)
+    assert ended.code == CODES[signal.SIGTERM], ended.printed
+    folder = tmp_path / "vlm" / "backbones"
+    assert folder.is_dir() and names(folder) == set()
 
 
 # -- full disks --------------------------------------------------------------------------------------------------------
