@@ -96,6 +96,25 @@ def normal_parts(draw: st.DrawFn) -> list[Text | Medium | Slot]:
     return parts
 
 
+NAMES = {"image", "images", "img", "picture", "pictures", "photo", "photos", "video", "videos", "audio"}
+
+
+def near_opener(rest: str) -> str:
+    """The `<name:` at the start of a text, if it plainly means a placeholder and is none; "" otherwise."""
+    i = 1
+    while rest[i : i + 1] in (" ", "\t"):
+        i += 1
+    name = ""
+    while rest[i : i + 1].isalpha():
+        name += rest[i]
+        i += 1
+    while rest[i : i + 1] in (" ", "\t"):
+        i += 1
+    found = rest[: i + 1]
+    is_near = found[0:1] == "<" and found[-1:] == ":" and name.lower() in NAMES
+    return found if is_near and found not in OPENERS else ""
+
+
 def reference_parse(prompt: str) -> list[Text | Medium | Slot]:
     """The same grammar, one character at a time."""
     parts: list[Text | Medium | Slot] = []
@@ -106,7 +125,7 @@ def reference_parse(prompt: str) -> list[Text | Medium | Slot]:
         while prompt[i + slashes :].startswith("\\"):
             slashes += 1
         rest = prompt[i + slashes :]
-        near = next((x for x in NEAR if rest.startswith(x)), "")
+        near = near_opener(rest)
         if near and slashes % 2 == 0:
             raise PromptError("another name")
         if near:
@@ -175,7 +194,7 @@ def test_parse_matches_reference_on_all_short_prompts():
     prompts = [
         "".join(pieces)
         for length in range(6)
-        for pieces in itertools.product(["\\", "<image", "<video", ">", ":", "\n"], repeat=length)
+        for pieces in itertools.product(["\\", "<image", "<video", ">", ":", " ", "\n"], repeat=length)
     ]
     ours = [outcome(parse, prompt) for prompt in prompts]
     assert ours == [outcome(reference_parse, prompt) for prompt in prompts]
