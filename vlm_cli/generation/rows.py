@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vlm_cli.data.formats.ours import get_files
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
 from vlm_cli.data.meant import check_picture_keys, find_mentions
-from vlm_cli.data.records import get_files
 from vlm_cli.errors import LanguageModelError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.plain_data import is_finite

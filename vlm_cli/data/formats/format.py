@@ -1,0 +1,34 @@
+"""`Format`: how the rows of a file say what a model reads and what it learns to write."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from vlm_cli.data.record import Content
+
+__all__ = ["Format"]
+
+
+class Format(ABC):
+    """A way to write records.
+
+    Attributes:
+        name: for the log and the documentation.
+        keys: by which a user knows it, for messages.
+    """
+
+    name: ClassVar[str]
+    keys: ClassVar[str]
+
+    @abstractmethod
+    def matches(self, data: dict[str, Any]) -> bool:
+        """Tell whether a row is of this format, from its keys and the types of their values."""
+
+    @abstractmethod
+    def read(self, data: dict[str, Any]) -> Content:
+        """Return what a row says.
+
+        Raises:
+            RecordError: if the row cannot be used.
+        """
