@@ -10,8 +10,9 @@ import pytest
 
 import vlm_cli.checkpoint.directory as directory
 from vlm_cli.errors import LanguageModelError
+from vlm_cli.modeling.learned import IGNORED
 from vlm_cli.templates.render import render_template
-from vlm_cli.training.dataset import IGNORED, load_dataset
+from vlm_cli.training.dataset import load_dataset
 from vlm_cli.writing.writer import PromptWriter
 
 pytestmark = pytest.mark.usefixtures("loaded_once")

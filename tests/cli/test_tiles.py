@@ -14,8 +14,9 @@ from tests.checkpoint.published.layouts.test_idefics3 import make
 from tests.support import ROOT
 from vlm_cli import load
 from vlm_cli.modeling.budget import ContextBudget
+from vlm_cli.modeling.learned import row_losses
 from vlm_cli.models import DEMO
-from vlm_cli.training.dataset import Collator, load_dataset, row_losses
+from vlm_cli.training.dataset import Collator, load_dataset
 
 CAT = ROOT / "examples" / "images" / "cat.jpg"  # 400x266
 PROMPT = f"<image:{CAT}>w5 w6"
@@ -113,7 +114,7 @@ def test_records_are_counted_by_the_tiles_of_their_pictures(model, tmp_path):
         batch = collate([data[i] for i in indices])
         given = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor) and key != "labels"}
         with torch.no_grad():
-            return row_losses(vlm_model(**given).logits, batch["labels"])[0]
+            return row_losses(vlm_model(**given).logits, batch["labels"], batch["logits_at"])[0]
 
     assert collate([data[1]])["vision_grid"][0, :, :2].tolist() == [[2, 3], [2, 3]]
     torch.testing.assert_close(losses(0, 1), torch.cat([losses(0), losses(1)]), atol=1e-4, rtol=1e-4)

@@ -19,8 +19,9 @@ from vlm_cli.composition import END_OF_CHUNK
 from vlm_cli.data.records import read_records
 from vlm_cli.errors import DataError
 from vlm_cli.media.notes import NoteTally
+from vlm_cli.modeling.learned import IGNORED, row_losses
 from vlm_cli.prompt import interleave
-from vlm_cli.training.dataset import IGNORED, Collator, RecordDataset, check_batch, load_dataset, row_losses
+from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, load_dataset
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
 from vlm_cli.training.order import StreamSampler
 from vlm_cli.writing.writer import PromptWriter
@@ -170,7 +171,7 @@ def test_records_of_text_alone_are_learned(folder: Path, fusion: str, request: p
     for batch in (together, *alone):
         labels, _, _ = (batch.pop(key) for key in ("labels", "records", "notes"))
         with torch.no_grad():
-            found.append(row_losses(vlm(**batch).logits, labels)[0])
+            found.append(row_losses(vlm(**batch).logits, labels, batch["logits_at"])[0])
     torch.testing.assert_close(found[0], torch.cat(found[1:]))
     assert not torch.allclose(found[0], found[0].roll(1))  # the twin
 

@@ -461,11 +461,11 @@ def test_frozen_weights_stay_in_half_precision_with_bf16(cross_attention: Path, 
 
 
 def test_a_loss_that_is_no_number_stops(train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss_of = vlm_cli.modeling.vlm.ForCausalLMLoss
+    loss_of = vlm_cli.modeling.vlm.learned_loss
     calls = iter(range(1, 100))
     monkeypatch.setattr(
         vlm_cli.modeling.vlm,
-        "ForCausalLMLoss",
+        "learned_loss",
         lambda *args, **kwargs: loss_of(*args, **kwargs) * (torch.nan if next(calls) == 5 else 1),
     )
     message = error(train("--max-steps", 9, "--save-every", 2, "--batch-size", 2))

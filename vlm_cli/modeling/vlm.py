@@ -41,6 +41,7 @@ from vlm_cli.modeling.generation import GenerationMixin
 from vlm_cli.modeling.hooks import Hooks, ModelHook, check_tied_rows
 from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, find_widths
+from vlm_cli.modeling.learned import chosen_positions, learned_loss
 from vlm_cli.modeling.lm_interface import LanguageModelInterface, is_filled, num_cached
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import build_tower
@@ -195,6 +196,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         lm = self.lang_model
         lm.register_forward_pre_hook(ModelHook(self, "_enter_language_model"), with_kwargs=True)
         self.hooks.attach(lm, lm.get_input_embeddings(), ModelHook(self, "_embed"))
+        self.hooks.attach(lm, lm.get_output_embeddings(), ModelHook(self, "_choose_positions"), is_before=True)
         self.hooks.attach(lm, lm.get_output_embeddings(), ModelHook(self, "_extend_logits"))
 
     @cached_property
@@ -269,6 +271,15 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             return None
         conditioning.is_embedded = True
         return self.embed_media(self.added_tokens.embed(conditioning.ids, embeddings), conditioning)
+
+    def _choose_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the head the chosen positions alone: float[B, T, d] -> float[1, N, d]."""
+        conditioning = self.conditioning
+        if conditioning is None or conditioning.chosen is None:
+            return None
+        hidden = args[0]
+        assert hidden.shape[:2] == conditioning.ids.shape, "the head reads other positions than the language model"
+        return (hidden.flatten(0, 1)[conditioning.chosen][None], *args[1:]), kwargs
 
     def _extend_logits(self, module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
         """Append the logits of added tokens."""
@@ -461,6 +472,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         vision_grid: Tensor | None = None,
         prefix_mask: Tensor | None = None,
+        logits_at: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
@@ -485,6 +497,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             prefix_mask: bool[B, T_txt], tokens that all see each other if the fusion's mask is `prefix`; None for those
                 before the first label, or for all without labels, and for none after a cache.
             vision_grid: int[B, T_img, 4], as for `encode_vision`; together with `vision_tokens`, too.
+            logits_at: int[N], indices of the flattened `lang_x`. `logits` are then float[1, N, V + added tokens], of
+                these tokens alone, and so is the loss; None for all tokens.
             kwargs: for the language model.
 
         Returns:
@@ -500,6 +514,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         if past_key_values is not None:
             kwargs[self.lm_interface.cache_name] = past_key_values
         self._check_chunk(lang_x, kwargs.get(self.lm_interface.cache_name))
+        num_tokens = lang_x.shape[1]
         if media is None:
             media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
         expanded = None
@@ -527,7 +542,15 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             "logits_to_keep": logits_to_keep if expanded is None else 0,
         }
         num_items = kwargs.pop("num_items_in_batch", None)
-        output = self._run_language_model(Conditioning(lang_x, media, media_mask, media_counts, prefix_mask), kwargs)
+        conditioning = Conditioning(lang_x, media, media_mask, media_counts, prefix_mask)
+        if logits_at is not None:
+            kwargs["logits_to_keep"] = 0
+            conditioning.chosen = chosen_positions(logits_at, num_tokens, expanded)
+        output = self._run_language_model(conditioning, kwargs)
+        if logits_at is not None:
+            if labels is not None:
+                output.loss = learned_loss(output.logits, labels, logits_at, num_items)
+            return output
         if expanded is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output.logits = expanded.fold(output.logits)[:, kept]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm_cli.data.records import Problem, Record, Segment, raise_problems, read_records
@@ -21,6 +20,7 @@ from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.modeling.budget import ContextBudget
+from vlm_cli.modeling.learned import IGNORED, find_learned
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
@@ -30,9 +30,7 @@ from vlm_cli.writing.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 
-__all__ = ["IGNORED", "Collator", "RecordDataset", "check_batch", "load_dataset", "row_losses"]
-
-IGNORED = -100  # label of a token that the model does not learn
+__all__ = ["Collator", "RecordDataset", "check_batch", "load_dataset"]
 
 
 @dataclass
@@ -200,7 +198,8 @@ class Collator:
         """Make a batch.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; if a record has an image, `pixel_values`
+            `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; `logits_at`, int[N], where the model learns; if a
+            record has an image, `pixel_values`
             float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F]; if one has tiles, `vision_grid`
             int[B, T_img, 4]; `records`, the indices of the records; and `notes`, what became of images when they were
             decoded.
@@ -215,6 +214,7 @@ class Collator:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
+            "logits_at": find_learned(labels),
             "records": [item["index"] for item in items],
             "notes": [note for item in items for note in item.get("notes", ())],
         }
@@ -234,19 +234,3 @@ def check_batch(batch: dict[str, Any], notes: NoteTally) -> dict[str, Any]:
     for source, of_source in batch.pop("notes", ()):
         notes.add(source, of_source)
     return batch
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute for each row the sum of its losses and the number of its learned tokens.
-
-    Args:
-        logits: float[B, T_txt, V].
-        labels: int[B, T_txt], `IGNORED` where the model learns nothing.
-
-    Returns:
-        float[B] sums, int[B] numbers.
-    """
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return losses.sum(-1), (labels[:, 1:] != IGNORED).sum(-1)

@@ -33,6 +33,7 @@ from transformers.trainer_pt_utils import nested_gather
 from vlm_cli.errors import DataError
 from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
 from vlm_cli.media.notes import NoteTally
+from vlm_cli.modeling.learned import row_losses
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
@@ -44,7 +45,7 @@ from vlm_cli.training.checkpoints import (
     reading,
     select_trained,
 )
-from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, row_losses
+from vlm_cli.training.dataset import Collator, RecordDataset, check_batch
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
 from vlm_cli.training.order import StreamSampler
@@ -329,7 +330,7 @@ class VLMTrainer(Trainer):
             inputs.pop("records")
             labels = inputs.pop("labels")
             with self._attention():
-                rows = row_losses(model(**inputs, use_cache=False).logits, labels)
+                rows = row_losses(model(**inputs, use_cache=False).logits, labels, inputs["logits_at"])
             # `gather_for_metrics` leaves out the rows that Accelerate repeats to fill the last batch.
             losses, counts = self.accelerator.gather_for_metrics(rows)
             totals += torch.stack([losses.double().sum(), counts.double().sum()]).cpu()
