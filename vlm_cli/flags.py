@@ -6,6 +6,7 @@ From this description the command line makes the setting's option, and `find_pro
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,7 +14,23 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from vlm_cli.registry import suggest
 from vlm_cli.schema import is_finite, show
 
-__all__ = ["Flag", "Setting", "find_problems", "list_settings"]
+__all__ = ["OTHERS", "Alias", "Flag", "Setting", "find_problems", "list_settings", "parse_numbers"]
+
+#: Stands in a value of several numbers for all that have no number of their own.
+OTHERS = "others"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another program's name of an option, which works and does not stand in `--help`.
+
+    Attributes:
+        name: such as `--per-device-train-batch-size`.
+        below: the value must be less than this.
+    """
+
+    name: str
+    below: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +43,9 @@ class Flag:
         metavar: what the user types after the option, such as `N` or `FILE`; not needed for choices.
         short: a shorter spelling, such as `-b`.
         old_names: spellings of earlier versions, which still work.
+        aliases: names that other programs give this option.
+        per: names that may have numbers of their own: the value is then one number, or a mapping with these keys and
+            `others`.
         above: the value must be greater than this.
         least: the value must be at least this.
         most: the value must be at most this.
@@ -37,6 +57,8 @@ class Flag:
     metavar: str | None = None
     short: str | None = None
     old_names: tuple[str, ...] = ()
+    aliases: tuple[Alias, ...] = ()
+    per: tuple[str, ...] = ()
     above: float | None = None
     least: float | None = None
     most: float | None = None
@@ -64,17 +86,31 @@ class Setting:
 
     def find_problem(self, value: Any) -> str | None:
         """Say why the setting may not have this value; None if it may."""
-        flag = self.flag
         if value is None:
             return None
+        if self.flag.per and isinstance(value, Mapping):
+            return self._find_problem_of_several(value)
         if self.choices:
             if value in self.choices:
                 return None
-            hint = f" {flag.hint}" if flag.hint else ""
+            hint = f" {self.flag.hint}" if self.flag.hint else ""
             known = ", ".join(self.choices)
             return f"unknown {self.name} {value!r}.{suggest(str(value), self.choices)} Known: {known}.{hint}"
-        if self.type not in (int, float):
-            return None
+        return self._find_problem_of_number(value) if self.type in (int, float) or self.flag.per else None
+
+    def _find_problem_of_several(self, values: Mapping[str, Any]) -> str | None:
+        if not values:
+            return f"{self.spelling} names none of {', '.join(self.flag.per)}."
+        for name, x in values.items():
+            if name not in (*self.flag.per, OTHERS):
+                known = ", ".join(self.flag.per)
+                return f"{self.spelling} names {name!r}.{suggest(str(name), self.flag.per)} Known: {known}."
+            if problem := self._find_problem_of_number(x):
+                return f"{problem.removesuffix('.')} for {name}."
+        return None
+
+    def _find_problem_of_number(self, value: Any) -> str | None:
+        flag = self.flag
         if not is_finite(value):
             return f"{self.spelling} must be a finite number, got {show(value)}."
         if flag.above is not None and not value > flag.above:
@@ -101,6 +137,34 @@ def find_problems(settings: Any) -> list[str]:
     """Check the value of every setting, and return one message for each that it may not have."""
     problems = (setting.find_problem(getattr(settings, setting.name)) for setting in list_settings(settings))
     return [problem for problem in problems if problem is not None]
+
+
+def parse_numbers(text: str, setting: Setting) -> float | dict[str, float]:
+    """Read one number, or numbers with names.
+
+    >>> setting = Setting("rate", float, 0.1, Flag(help="Rate.", heading="Learning", per=("fusion",)))
+    >>> parse_numbers("2e-5", setting)
+    2e-05
+    >>> parse_numbers("1e-4,fusion=1e-3", setting)
+    {'others': 0.0001, 'fusion': 0.001}
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    found: dict[str, float] = {}
+    for entry in text.split(","):
+        name, equals, number = entry.rpartition("=")
+        key = name.strip().replace("-", "_") if equals else OTHERS
+        if key in found:
+            raise ValueError(f"{setting.spelling} gives two numbers to {key}: {text!r}.")
+        try:
+            found[key] = float(number)
+        except ValueError:
+            raise ValueError(
+                f"{setting.spelling} expects a number, such as 1e-4, or numbers for parts, such as "
+                f"1e-4,{setting.flag.per[0]}=1e-5, got {text!r}."
+            ) from None
+    return found[OTHERS] if list(found) == [OTHERS] else found
 
 
 def _strip(annotation: Any) -> Any:

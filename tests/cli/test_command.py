@@ -8,7 +8,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vlm_cli.cli.command import Command, accept_old_names
+from vlm_cli.cli.command import Command
+from vlm_cli.cli.spellings import accept_aliases, accept_old_names
+from vlm_cli.flags import Alias
 
 
 @pytest.fixture
@@ -23,6 +25,7 @@ def app() -> typer.Typer:
         print(name, coats, loud)
 
     accept_old_names(paint, {"--layers": "--coats"})
+    accept_aliases(paint, {Alias("--num-layers"): "--coats", Alias("--layer-ratio", below=9): "--coats"})
     app.command(cls=Command)(paint)
     return app
 
@@ -33,6 +36,25 @@ def test_help_has_headings(app: typer.Typer) -> None:
     assert heads == ["Arguments:", "Options:", "Work:"]
     assert text.index("Work:") < text.index("--coats") and text.index("--loud") < text.index("Work:")
     assert "--layers" not in text
+
+
+@pytest.mark.parametrize("words", [["--num-layers", "3"], ["--num_layers=3"], ["--num-layers=3", "--", "x"]])
+def test_an_alias_works_and_says_nothing(app: typer.Typer, words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["door", *words] if "--" not in words else words)
+    assert (result.stdout, result.stderr) == (f"{'x' if '--' in words else 'door'} 3 False\n", "")
+
+
+def test_two_names_of_one_option_are_an_error(app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, ["door", "--coats", "3", "--num_layers", "3"])
+    assert result.exit_code == 2
+    assert "--coats and --num_layers are two names of one option. Give one of them." in " ".join(result.stderr.split())
+
+
+def test_an_alias_may_allow_less_than_its_option(app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, ["door", "--layer-ratio", "9"])
+    assert result.exit_code == 2
+    assert "--layer-ratio must be below 9, got 9. For more, give --coats." in " ".join(result.stderr.split())
+    assert CliRunner().invoke(app, ["door", "--layer-ratio", "8"]).stdout == "door 8 False\n"
 
 
 @pytest.mark.parametrize("old", [["--layers", "3"], ["--layers=3"]])

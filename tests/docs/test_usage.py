@@ -57,7 +57,7 @@ def test_commands() -> None:
 
 def test_flags_exist() -> None:
     ours = re.sub(rf"^{re.escape(LONG)}.*$", "", PAGE, flags=re.MULTILINE)
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", ours))
     assert mentioned <= set().union(*flags().values()) | {"--help", "--debug", "--install-completion"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -20,13 +21,15 @@ def table(text: str, first: str) -> list[list[str]]:
 
 
 def flags() -> dict[str, set[str]]:
-    """The options of each command of `vlm`."""
+    """The options of each command of `vlm`, and their names in other programs."""
     import typer.main
 
     from vlm_cli.cli.app import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return {
-        name: {flag for p in command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
-        for name, command in commands.items()
-    }
+
+    def names(command: Any) -> set[str]:
+        own = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
+        return own | {alias.name for alias in getattr(command.callback, "aliases", {})}
+
+    return {name: names(command) for name, command in commands.items()}

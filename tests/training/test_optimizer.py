@@ -1,4 +1,4 @@
-"""Optimizers, the schedule, and the plot."""
+"""Optimizers and the plot."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import get_scheduler
 
 from vlm_cli import load
-from vlm_cli.training.optimizer import find_matrices, learning_rate_factor, make_optimizer
+from vlm_cli.training import optimizer as optimizer_module
+from vlm_cli.training.optimizer import find_matrices
 from vlm_cli.training.plot import draw_losses
+from vlm_cli.training.rates import group_parameters
+
+
+def make_optimizer(model: Any, name: Any, rate: float) -> Any:
+    return optimizer_module.make_optimizer(model, name, group_parameters(model, rate, default_rate=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +84,6 @@ def test_an_optimizer_resumes_from_its_saved_state(model: Any, name: Any, tmp_pa
     resumed.load_state_dict(torch.load(path, weights_only=True))
     step(half, resumed, 1)
     torch.testing.assert_close(dict(half.named_parameters()), dict(whole.named_parameters()), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup", [0, 7])
-def test_the_schedule_is_that_of_transformers(schedule: Any, warmup: int) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=50)
-    for done in range(50):
-        ours = learning_rate_factor(schedule, step=done, progress=done / 50, warmup=warmup)
-        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
-        optimizer.step()
-        theirs.step()
-
-
-def test_a_schedule_over_time_rises_and_falls() -> None:
-    factors = [learning_rate_factor("linear", step=i, progress=i / 20, warmup=0.25) for i in range(21)]
-    assert factors[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[5:] == sorted(factors[5:], reverse=True) and factors[-1] == 0
 
 
 def test_the_plot_shows_both_losses(tmp_path: Path) -> None:

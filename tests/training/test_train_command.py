@@ -146,6 +146,25 @@ def test_parts_and_weight_decay_are_chosen(train: Vlm, out: Path, cross_attentio
     assert parts.trainable == ("language_model",) and parts.weight_decay == 0.3
 
 
+def test_parts_have_their_own_rates_also_when_the_run_is_resumed(
+    train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = ("--lr", "1e-3,fusion=5e-3", "--schedule", "constant", "--warmup-steps", 0)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        result = train("--max-steps", 3, *rates)
+        assert "Own rates: others 0.001, fusion 0.005." in result.stderr
+        error(result, 130)
+    message = error(train("--max-steps", 3, "--resume", "--lr", 1e-3), 2)
+    assert "parts in --learning-rate: was ['fusion'], is None" in message
+    output(train("--max-steps", 3, "--resume", *rates, "--lr", "1e-4,fusion=3e-3"))
+    entries = {entry["step"]: entry for entry in metrics(out)}
+    for step, others, fusion in ((2, 1e-3, 5e-3), (3, 1e-4, 3e-3)):
+        assert entries[step]["learning_rate"] == fusion
+        assert entries[step]["learning_rate/others"] == pytest.approx(others)
+        assert entries[step]["learning_rate/fusion"] == fusion
+
+
 def test_the_held_out_loss_is_the_mean_over_learned_tokens(train: Vlm, folder: Path, out: Path) -> None:
     output(train("--max-steps", 3, "--eval-data", folder / "train.jsonl", "--save-every", 2))
     values = {entry["step"]: entry["eval_loss"] for entry in metrics(out) if "eval_loss" in entry}

@@ -1,11 +1,12 @@
-"""The classes of `vlm` and of every command: their help, old names of options, and options made from settings."""
+"""The classes of `vlm` and of every command: their help, and options made from settings."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, get_origin
 
 import typer
@@ -13,9 +14,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from vlm_cli.cli import console
 from vlm_cli.cli.completion import complete_parts, offer
-from vlm_cli.flags import Setting
+from vlm_cli.cli.spellings import replace_names
+from vlm_cli.flags import Setting, parse_numbers
+from vlm_cli.plain_data import parse_json, parse_yaml
+from vlm_cli.schema import show
 
-__all__ = ["Command", "Group", "accept_old_names", "make_option", "option"]
+__all__ = ["Command", "Group", "make_option", "option"]
 
 #: Stands for a hyphen while a help is wrapped, so that no line ends inside `--max-steps`.
 _HYPHEN = "\N{NON-BREAKING HYPHEN}"
@@ -106,23 +110,28 @@ class Command(_HelpInWholeWords, TyperCommand):
                     formatter.write_dl(records)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Replace old names of options by the new ones, and tell the user about each."""
-        args = _replace_old_names(args, getattr(self.callback, "old_names", {}))
+        """Replace other names of options by the options' own."""
+        args, aliases = replace_names(args, self.callback, ctx.fail)
         given = list(args)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:  # the shell completes a word
-            self._check_repeats(ctx, given)
+            self._check_repeats(ctx, given, aliases)
         for parameter in self.get_params(ctx):
             value = ctx.params.get(parameter.name)
             if isinstance(value, float) and not math.isfinite(value):  # a range alone lets NaN through
                 ctx.fail(f"Invalid value for '{parameter.opts[0]}': {value} is no finite number.")
         return rest
 
-    def _check_repeats(self, ctx: Any, args: list[str]) -> None:
-        """Tell of options that are given twice and take one value: the last counts, and a file is never left out."""
+    def _check_repeats(self, ctx: Any, args: list[str], aliases: Mapping[str, str]) -> None:
+        """Tell of options that are given twice and take one value: the last counts, and a file is never left out.
+
+        Two names of one option are an error, since one of them would be overlooked.
+        """
         _, _, order = self.make_parser(ctx).parse_args(args)
         counts: Counter[Any] = Counter(order)
         for parameter, count in counts.items():
+            for name in (x for x in parameter.opts if count > 1 and x in aliases):
+                ctx.fail(f"{name} and {aliases[name]} are two names of one option. Give one of them.")
             if count < 2 or parameter.param_type_name != "option" or parameter.multiple or parameter.is_flag:
                 continue
             name, value = parameter.opts[0], ctx.params.get(parameter.name)
@@ -134,32 +143,6 @@ class Command(_HelpInWholeWords, TyperCommand):
 
 #: Options that name what a command reads.
 _INPUTS = ("--data", "--eval-data", "--prompt-file", "--media-root")
-
-
-def accept_old_names(command: Callable[..., Any], old_names: Mapping[str, str]) -> None:
-    """Let a command accept options under old names; using one prints a note on stderr.
-
-    Args:
-        command: the function of the command.
-        old_names: old name -> new name, both with their dashes.
-    """
-    command.old_names = {**getattr(command, "old_names", {}), **old_names}  # type: ignore[attr-defined]
-
-
-def _replace_old_names(args: list[str], old_names: Mapping[str, str]) -> list[str]:
-    """Replace old names of options in a command line, and print a note about each; words after `--` are no options.
-
-    >>> _replace_old_names(["--coats", "7", "--", "--layers"], {"--layers": "--coats"})
-    ['--coats', '7', '--', '--layers']
-    """
-    options = args.index("--") if "--" in args else len(args)  # what follows `--` is no option
-    replaced = list(args)
-    for i, argument in enumerate(args[:options]):
-        name, equals, value = argument.partition("=")
-        if name in old_names:
-            console.notify(f"Note: {name} is now called {old_names[name]}.")
-            replaced[i] = old_names[name] + equals + value
-    return replaced
 
 
 def option(heading: str, help: str, *names: str, **settings: Any) -> Any:
@@ -187,11 +170,46 @@ def make_option(setting: Setting) -> Any:
     if setting.choices:
         kind, keywords["metavar"] = str, "|".join(setting.choices)
         keywords["autocompletion"] = offer(lambda: setting.choices)
+    elif flag.per:
+        kind, keywords["parser"] = str, partial(_read_numbers, setting)
+    elif get_origin(kind) is Mapping:
+        kind, keywords["parser"] = str, partial(_read_settings, setting)
     elif get_origin(kind) is tuple:
         kind, keywords["parser"] = str, _split_names
         keywords["autocompletion"] = complete_parts  # the only list among the settings is --trainable
     optional = kind | None if setting.default is None else kind
     return Annotated[optional, typer.Option(*names, **keywords)]
+
+
+def _read_numbers(setting: Setting, given: Any) -> Any:
+    """Read the value of a setting that is one number or numbers with names; a default is no text."""
+    try:
+        return parse_numbers(given, setting) if isinstance(given, str) else given
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _read_settings(setting: Setting, text: str) -> dict[str, Any]:
+    """Read values with names: NAME=X,NAME=X or, as Transformers writes them, a JSON object.
+
+    Raises:
+        BadParameter: if the text is neither.
+    """
+    data: Any = None
+    try:
+        if text.lstrip().startswith("{"):
+            data = parse_json(text)
+        else:
+            pairs = [entry.partition("=") for entry in text.split(",")]
+            data = {name.strip(): parse_yaml(x) for name, equals, x in pairs if equals and name.strip()}
+            data = data if len(data) == len(pairs) else None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise typer.BadParameter(
+            f"{setting.spelling} expects {setting.flag.metavar} or a JSON object, got {show(text)}."
+        )
+    return data
 
 
 def _split_names(text: str) -> tuple[str, ...]:

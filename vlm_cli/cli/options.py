@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from vlm_cli.cli import completion, console
-from vlm_cli.cli.command import accept_old_names, make_option, option
+from vlm_cli.cli.command import make_option, option
+from vlm_cli.cli.spellings import accept_aliases, accept_old_names
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.composition.tiling import TILE_LIMIT
 from vlm_cli.errors import UsageError, first_line
@@ -442,6 +443,7 @@ def flatten_options(function: Callable[..., Any]) -> Callable[..., Any]:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     for setting in (setting for bundle in bundles.values() for setting in list_settings(bundle)):
         accept_old_names(command, {old: setting.spelling for old in setting.flag.old_names})
+        accept_aliases(command, {alias: setting.spelling for alias in setting.flag.aliases})
     return command
 
 

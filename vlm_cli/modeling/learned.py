@@ -21,6 +21,7 @@ IGNORED = -100  # label of a token that the model does not learn
 def find_learned(labels: Tensor) -> Tensor:
     """Find the tokens whose next token is learned.
 
+    >>> import torch
     >>> find_learned(torch.tensor([[-100, -100, 7], [-100, 8, 9]]))  # of the tokens 0 1 2 and 3 4 5
     tensor([1, 3, 4])
 

@@ -22,6 +22,7 @@ __all__ = [
     "find_channels",
     "find_grid",
     "find_image_size",
+    "find_stack",
     "find_tower_shape",
     "measure_features",
 ]
@@ -88,7 +89,7 @@ def truncate_layers(tower: nn.Module, depth: int | None) -> nn.Module:
     """
     if depth is None:
         return tower
-    stack = _stack(tower)
+    stack = find_stack(tower)
     if stack is None:
         raise VisionEncoderError("the tower is no single stack of layers that could be cut; leave out depth.")
     owner, name = stack
@@ -99,7 +100,7 @@ def truncate_layers(tower: nn.Module, depth: int | None) -> nn.Module:
     return tower
 
 
-def _stack(tower: Any) -> tuple[nn.Module, str] | None:
+def find_stack(tower: Any) -> tuple[nn.Module, str] | None:
     """Return the module that holds a vision transformer's layers and the layers' name in it; None for other towers."""
     if hasattr(tower, "patch_features"):
         return None
@@ -159,9 +160,9 @@ def patch_features(
         if class_token or norm is not None:
             raise VisionEncoderError("class_token and norm are settings of OpenCLIP's towers; leave them out.")
         return own(pixels, layer)
-    if class_token and not (_stack(tower) and _has_class_token(tower)):
+    if class_token and not (find_stack(tower) and _has_class_token(tower)):
         raise VisionEncoderError("the tower has no class token; leave out class_token.")
-    if norm is not None and not (_stack(tower) and _has_norm(tower)):
+    if norm is not None and not (find_stack(tower) and _has_norm(tower)):
         raise VisionEncoderError("the tower has no last norm of its patches that could be chosen; leave out norm.")
     trunk = getattr(tower, "trunk", None)
     own_last = getattr(tower, "last_patches", None)
@@ -207,7 +208,7 @@ def _concatenate_layers(
     plain = sorted({x for x in layers if x != -1} if norm is None else set(layers) if not norm else set())
     if hasattr(tower, "plain_layers"):
         found = tower.plain_layers(pixels, plain, class_token=class_token)
-    elif len(plain) > 1 and _stack(tower) is not None and not (class_token and not _has_class_token(tower)):
+    elif len(plain) > 1 and find_stack(tower) is not None and not (class_token and not _has_class_token(tower)):
         found = dict(zip(plain, _read_layers(tower, pixels, plain, class_token, norm=False), strict=True))
     for x in sorted(set(layers) - found.keys()):
         found[x] = patch_features(tower, pixels, x, class_token=class_token, norm=norm)
@@ -283,7 +284,7 @@ def measure_features(
         VisionEncoderError: as in `patch_features`.
     """
     least = -min(layer) if isinstance(layer, tuple) else -layer
-    if (stack := _stack(tower)) is not None and least <= len(layers := getattr(*stack)) and _are_alike(layers):
+    if (stack := find_stack(tower)) is not None and least <= len(layers := getattr(*stack)) and _are_alike(layers):
         setattr(*stack, layers[:least])
     with meta_device(), torch.no_grad():
         pixels = torch.empty(1, find_channels(tower), *find_image_size(tower))

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.training.settings import TrainingSettings
+from vlm_cli.training.rates import highest_rate
+from vlm_cli.training.settings import DEFAULT_RATE, TrainingSettings
 
 __all__ = ["keep_use_cache", "make_arguments"]
 
@@ -38,7 +39,7 @@ def make_arguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
+        learning_rate=highest_rate(settings.learning_rate, default=DEFAULT_RATE),
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         **_checkpointing(settings.gradient_checkpointing),

@@ -103,6 +103,13 @@ class RunBudget:
         self._furthest = max(self._furthest, self._progress_in_time(step))
         return max(step / self.steps, self._furthest)
 
+    def expected_steps(self, step: int) -> float:
+        """Return the number of steps that the whole run will have, as far as is known at this step."""
+        if self.max_seconds is None:
+            return self.steps
+        progress = self.progress(step)
+        return step / progress if step and progress else self.steps
+
     def _progress_in_time(self, step: int) -> float:
         if self.max_seconds is None:
             return 0.0

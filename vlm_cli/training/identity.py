@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_cli.errors import UsageError
+from vlm_cli.flags import OTHERS
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.resume import settings_diff
 from vlm_cli.training.checkpoints import RunHistory, TrainingCheckpoint
@@ -25,7 +26,12 @@ def identify_run(
     """
     # Checkpoints of earlier versions have no such keys.
     written = {"--chat-template": settings.chat_template, "--special-tokens": settings.special_tokens}
+    # The optimizer's groups follow from these; the numbers themselves may change.
+    written |= {"--layer-decay": settings.layer_decay is not None}
+    named = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
+    parts = {f"parts in {k}": sorted(set(x) - {OTHERS}) for k, x in named.items() if isinstance(x, Mapping)}
     return {
+        **parts,
         **{option: True for option, is_given in written.items() if is_given},
         "MODEL": f"{job.model} ({_hash_weights(model)})",
         "--data": f"{len(data)} records ({data.sha256[:12]})",
@@ -73,7 +79,9 @@ def _option(name: str) -> str:
 #: Settings by which a model learns and that a resumed run may change: to go on longer, or after a loss of nan.
 _MAY_CHANGE = (
     "learning_rate",
+    "layer_decay",
     "schedule",
+    "schedule_options",
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",

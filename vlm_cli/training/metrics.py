@@ -79,4 +79,6 @@ class MetricsLog:
 
 
 def _format_entry(entry: Mapping[str, Any]) -> str:
-    return json.dumps(finite({key: entry[key] for key in _KEYS if key in entry}), allow_nan=False) + "\n"
+    # `learning_rate/PART` stands in runs whose parts have rates of their own.
+    keys = [*_KEYS, *(key for key in entry if key.startswith("learning_rate/"))]
+    return json.dumps(finite({key: entry[key] for key in keys if key in entry}), allow_nan=False) + "\n"

@@ -1,8 +1,7 @@
-"""Optimizers over a model's own parameter groups, and the schedule of their learning rate."""
+"""Optimizers over groups of parameters, and the learning rates of a run that is resumed."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,25 +12,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["MuonAdamW", "find_matrices", "learning_rate_factor", "make_optimizer", "set_learning_rates"]
+__all__ = ["MuonAdamW", "find_matrices", "make_optimizer", "set_learning_rates"]
 
 #: AdamW's betas for the vectors and tables beside Muon. Muon's updates are large early in the run, so AdamW forgets
 #: its first gradients sooner than with its usual betas.
 _BETAS_BESIDE_MUON = (0.9, 0.98)
 
 
-def make_optimizer(model: VLM, name: Literal["adamw", "muon"], learning_rate: float) -> Optimizer:
-    """Make an optimizer of the model's trainable parameters, with the composition's weight decay.
+def make_optimizer(model: VLM, name: Literal["adamw", "muon"], groups: list[dict[str, Any]]) -> Optimizer:
+    """Make an optimizer of groups of parameters.
 
     Args:
-        model: a `VLM` whose trainable parts are set.
+        model: the `VLM` whose parameters they are.
         name: "muon" updates matrices with Muon, and all other parameters with AdamW.
-        learning_rate: the highest of the run.
+        groups: from `group_parameters`, with the highest learning rate of the run and the weight decay of each.
     """
-    groups = model.parameter_groups()
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    highest = max(group["lr"] for group in groups)
     if name == "adamw":
-        return AdamW(groups, lr=learning_rate, fused=fused)
+        return AdamW(groups, lr=highest, fused=fused)
     matrices = find_matrices(model)
     split = []
     for group in groups:
@@ -39,7 +38,7 @@ def make_optimizer(model: VLM, name: Literal["adamw", "muon"], learning_rate: fl
             params = [p for p in group["params"] if (p in matrices) == is_matrix]
             if params:
                 split.append({**group, "params": params, "matrices": is_matrix})
-    return MuonAdamW(split, lr=learning_rate, fused=fused)
+    return MuonAdamW(split, lr=highest, fused=fused)
 
 
 def find_matrices(model: VLM) -> set[nn.Parameter]:
@@ -96,34 +95,6 @@ class MuonAdamW(Optimizer):
             if inner is not None:
                 inner.step()
         return loss
-
-
-def learning_rate_factor(
-    schedule: Literal["cosine", "linear", "constant"], *, step: int, progress: float, warmup: float = 0.0
-) -> float:
-    """Return the learning rate at a step, as a share of the highest.
-
-    >>> [learning_rate_factor("linear", step=s, progress=s / 8, warmup=4) for s in range(9)]
-    [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
-
-    Args:
-        schedule: how the rate falls after the warm-up.
-        step: number of steps that are done.
-        progress: share of the run that is done, in steps or in time.
-        warmup: number of steps in which the rate rises; below 1, a share of the run.
-    """
-    if warmup >= 1:
-        risen = step / warmup
-        share = progress / max(risen, 1.0)  # of the run, for the warm-up
-    else:
-        risen = progress / warmup if warmup else 1.0
-        share = warmup
-    if risen < 1:
-        return risen
-    if schedule == "constant":
-        return 1.0
-    left = (1 - progress) / (1 - share) if progress < 1 else 0.0
-    return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 def set_learning_rates(

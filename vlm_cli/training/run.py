@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
@@ -12,6 +13,7 @@ from vlm_cli.composition import Composition
 from vlm_cli.data.inputs import is_pipe
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import reserved_directory
+from vlm_cli.flags import OTHERS
 from vlm_cli.interrupt import Interrupted, at_signal
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
@@ -24,6 +26,8 @@ from vlm_cli.training.metrics import METRICS_FILE
 from vlm_cli.training.outcome import RunOutcome, TrainingResult
 from vlm_cli.training.output import describe_run, digest_of_run, write_output
 from vlm_cli.training.processes import Processes
+from vlm_cli.training.rates import check_parts
+from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
 from vlm_cli.writing.writer import PromptWriter
@@ -69,12 +73,17 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
     composition = model.config.composition.to_dict()
     if settings.trainable is not None:
         composition["trainable"] = list(settings.trainable)
-    if settings.weight_decay is not None:
-        composition["weight_decay"] = settings.weight_decay
+    decay = settings.weight_decay
+    if isinstance(decay, Mapping):
+        decay = decay.get(OTHERS)
+    if decay is not None:
+        composition["weight_decay"] = decay
     model.config.composition = Composition.from_dict(composition)
     parts = model.config.composition.trainable
     if not parts:
         raise UsageError("nothing trains: the composition names no trainable part. Add --trainable PART,PART.")
+    numbers = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
+    check_parts(numbers, settings.layer_decay, parts)
     if not (settings.bf16 and stored in (torch.bfloat16, torch.float16)):
         model.float()
     for module in model.modules():
@@ -164,11 +173,12 @@ class _Run:
             self.listener.notify(f"Removed {self.checkpoints.folder}: its run has written {self.job.output}.")
 
     def _check_inputs(self) -> None:
-        """Refuse to read one stream of records twice.
+        """Refuse a schedule that cannot be made, and to read one stream of records twice.
 
         Raises:
             UsageError: naming the options.
         """
+        make_schedule(self.settings)
         piped = [path for path in (self.job.data, self.job.eval_data) if path is not None and is_pipe(path)]
         if len(piped) == 2 and piped[0] == piped[1]:
             raise UsageError("--data and --eval-data are the same pipe, which can be read only once. Give two files.")
@@ -255,6 +265,9 @@ class _Run:
         held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
         if data.num_images.any():
             self.listener.notify(f"Images: {data.preprocessing}")
+        for name, numbers in (("rates", self.settings.learning_rate), ("weight decay", self.settings.weight_decay)):
+            if isinstance(numbers, Mapping):
+                self.listener.notify(f"Own {name}: {', '.join(f'{part} {x:g}' for part, x in numbers.items())}.")
         self.listener.notify(
             f"Training {', '.join(model.config.composition.trainable)} ({_count_trained(model):,} of "
             f"{sum(p.numel() for p in model.parameters()):,} parameters) on {count_of(len(data), 'record')}{held_out} "

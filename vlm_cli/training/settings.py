@@ -15,12 +15,29 @@ from typing import Annotated, Any, Literal
 from vlm_cli.composition import PARTS
 from vlm_cli.composition.composition import MAX_WEIGHT_DECAY
 from vlm_cli.errors import UsageError
-from vlm_cli.flags import Flag, find_problems
+from vlm_cli.flags import Alias, Flag, find_problems
 from vlm_cli.registry import suggest
 
-__all__ = ["DATA", "LEARNING", "LENGTH", "RUN", "Job", "TrainingSettings"]
+__all__ = ["DATA", "DEFAULT_RATE", "LEARNING", "LENGTH", "RUN", "Job", "Schedule", "TrainingSettings"]
 
 DATA, LEARNING, LENGTH, RUN = "Data", "Learning", "Length of the run", "Run"  # headings in --help
+
+#: Learning rate of a part to which the user gives none.
+DEFAULT_RATE = 1e-4
+
+#: Transformers' schedules that follow from the step alone, by its names.
+Schedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
 
 _MAX_SEED = 2**32 - 1  # the largest seed that NumPy takes
 _MAX_ROWS = 65_536  # records of a batch
@@ -77,6 +94,7 @@ class TrainingSettings:
             heading=DATA,
             metavar="N",
             short="-b",
+            aliases=(Alias("--per-device-train-batch-size"),),
             above=0,
             most=_MAX_ROWS,
         ),
@@ -87,6 +105,7 @@ class TrainingSettings:
             help="Add up the gradients of N batches before each step of the optimizer.",
             heading=DATA,
             metavar="N",
+            aliases=(Alias("--gradient-accumulation-steps"),),
             above=0,
             most=_MAX_STEPS,
         ),
@@ -104,6 +123,7 @@ class TrainingSettings:
             help="Decode images in N worker processes. By default, up to 4 on a GPU, and none on the CPU.",
             heading=DATA,
             metavar="N",
+            aliases=(Alias("--dataloader-num-workers"),),
             least=0,
             most=256,
         ),
@@ -140,23 +160,46 @@ class TrainingSettings:
         ),
     ] = "adamw"
     learning_rate: Annotated[
-        float,
+        float | Mapping[str, float],
         Flag(
-            help="Highest learning rate of the run.",
+            help="Highest learning rate of the run: RATE for all parts, or PART=RATE,… for some. Parts without a rate "
+            "have RATE, or 1e-4.",
             heading=LEARNING,
-            metavar="RATE",
+            metavar="RATE,PART=RATE,…",
             short="--lr",
+            per=PARTS,
             above=0,
             most=1_000,
         ),
-    ] = 1e-4
-    schedule: Annotated[
-        Literal["cosine", "linear", "constant"],
+    ] = DEFAULT_RATE
+    layer_decay: Annotated[
+        float | None,
         Flag(
-            help="How the learning rate falls after the warm-up: to 0 along a cosine or a line, or not at all.",
+            help="Give each layer of the vision encoder X times the learning rate of the layer above it.",
             heading=LEARNING,
+            metavar="X",
+            above=0,
+            most=1,
+        ),
+    ] = None
+    schedule: Annotated[
+        Schedule,
+        Flag(
+            help="How the learning rate falls after the warm-up, by Transformers' names. constant falls not at all.",
+            heading=LEARNING,
+            aliases=(Alias("--lr-scheduler-type"),),
+            hint="A schedule that follows the loss, such as reduce_lr_on_plateau, is not possible.",
         ),
     ] = "cosine"
+    schedule_options: Annotated[
+        Mapping[str, float] | None,
+        Flag(
+            help="Settings of the schedule in Transformers' words, such as min_lr_rate=0.1 or num_cycles=3.",
+            heading=LEARNING,
+            metavar="NAME=X,…",
+            aliases=(Alias("--lr-scheduler-kwargs"),),
+        ),
+    ] = None
     warmup_steps: Annotated[
         float,
         Flag(
@@ -164,16 +207,18 @@ class TrainingSettings:
             heading=LEARNING,
             metavar="N",
             old_names=("--warmup",),
+            aliases=(Alias("--warmup-ratio", below=1),),
             least=0,
             most=_MAX_STEPS,
         ),
     ] = 0.03
     weight_decay: Annotated[
-        float | None,
+        float | Mapping[str, float] | None,
         Flag(
-            help="Use this weight decay, and not that of the model's composition.",
+            help="Use the weight decay X, and not that of the model's composition. PART=X sets that of one part.",
             heading=LEARNING,
-            metavar="X",
+            metavar="X,PART=X,…",
+            per=PARTS,
             least=0,
             most=MAX_WEIGHT_DECAY,
         ),
@@ -212,6 +257,7 @@ class TrainingSettings:
             help="Stop after X passes over the records. If no limit is given, of passes, steps or minutes, X is 1.",
             heading=LENGTH,
             metavar="X",
+            aliases=(Alias("--num-train-epochs"),),
             above=0,
             most=_MAX_STEPS,
         ),
@@ -244,10 +290,26 @@ class TrainingSettings:
         Flag(help="Write OUT's weights with this dtype; auto is the dtype of MODEL.", heading=RUN),
     ] = "auto"
     save_every: Annotated[
-        int, Flag(help="Write a checkpoint after every N steps.", heading=RUN, metavar="N", above=0, most=_MAX_STEPS)
+        int,
+        Flag(
+            help="Write a checkpoint after every N steps.",
+            heading=RUN,
+            metavar="N",
+            aliases=(Alias("--save-steps"),),
+            above=0,
+            most=_MAX_STEPS,
+        ),
     ] = 500
     log_every: Annotated[
-        int, Flag(help="Report the loss after every N steps.", heading=RUN, metavar="N", above=0, most=_MAX_STEPS)
+        int,
+        Flag(
+            help="Report the loss after every N steps.",
+            heading=RUN,
+            metavar="N",
+            aliases=(Alias("--logging-steps"),),
+            above=0,
+            most=_MAX_STEPS,
+        ),
     ] = 10
 
     def __post_init__(self) -> None:

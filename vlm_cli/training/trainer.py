@@ -47,11 +47,13 @@ from vlm_cli.training.checkpoints import (
 )
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
-from vlm_cli.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rates
+from vlm_cli.training.optimizer import make_optimizer, set_learning_rates
 from vlm_cli.training.order import StreamSampler
 from vlm_cli.training.outcome import RunOutcome, StepReport
 from vlm_cli.training.precision import float32_attention
-from vlm_cli.training.settings import TrainingSettings
+from vlm_cli.training.rates import group_parameters, rates_of_parts
+from vlm_cli.training.schedule import make_schedule
+from vlm_cli.training.settings import DEFAULT_RATE, TrainingSettings
 from vlm_cli.training.watch import FiniteWatch
 
 __all__ = ["VLMTrainer"]
@@ -192,21 +194,32 @@ class VLMTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             unwrapped = self.accelerator.unwrap_model(self.model if model is None else model)
-            self.optimizer = make_optimizer(unwrapped, self.settings.optimizer, self.args.learning_rate)
+            settings = self.settings
+            groups = group_parameters(
+                unwrapped,
+                settings.learning_rate,
+                default_rate=DEFAULT_RATE,
+                weight_decay=settings.weight_decay,
+                layer_decay=settings.layer_decay,
+            )
+            self.optimizer = make_optimizer(unwrapped, settings.optimizer, groups)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
+            self.schedule = make_schedule(self.settings, max(group["lr"] for group in optimizer.param_groups))
             self.lr_scheduler = LambdaLR(optimizer, lambda step: self._factor(step))
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _factor(self, step: int) -> float:
         """Return the share of the highest learning rate at a step."""
-        return learning_rate_factor(
-            self.settings.schedule, step=step, progress=self.budget.progress(step), warmup=self.settings.warmup_steps
-        )
+        return self.schedule.factor(step, self.budget.expected_steps(step))
+
+    def _get_learning_rate(self) -> float:
+        """Return the highest learning rate now, which the log shows."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         wanted = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
@@ -343,6 +356,7 @@ class VLMTrainer(Trainer):
         self.watch.check()
         if "loss" not in logs and "eval_loss" not in logs:
             return  # the summary of the base class
+        logs = logs | self._rates_of_parts(logs.get("learning_rate"))
         step, budget = self.state.global_step, self.budget
         epoch = round(step * self.settings.step_size(self.args.world_size) / len(self.train_set), 4)
         self.state.log_history.append(
@@ -362,6 +376,13 @@ class VLMTrainer(Trainer):
             )
         )
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _rates_of_parts(self, highest: float | None) -> dict[str, float]:
+        """Return the rate now of each part that has its own, if the highest is this."""
+        rates = rates_of_parts(self.optimizer.param_groups)
+        if highest is None or len(rates) < 2:
+            return {}
+        return {f"learning_rate/{part}": highest * rate / max(rates.values()) for part, rate in rates.items()}
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
