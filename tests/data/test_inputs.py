@@ -45,7 +45,8 @@ def test_records_are_read_once(folder: Path, tmp_path: Path, monkeypatch: pytest
     piped = read_records(pipe(tmp_path, raw))
     stdin(monkeypatch, raw)
     for found in (piped, read_records(Path("-"))):
-        assert (found.good, found.sha256, found.problems) == (expected.good, expected.sha256, [])
+        assert [record.segments for record in found.good] == [record.segments for record in expected.good]
+        assert (found.sha256, found.problems) == (expected.sha256, [])
 
 
 def test_stdin_is_read_as_a_file_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,10 +87,10 @@ def test_tags_that_are_no_placeholders_are_found(folder: Path, prompt: str, foun
 
 def test_each_kind_of_mention_is_told_once() -> None:
     mentions = [(2, "a.png"), (3, "<IMAGE>"), (5, "<img>"), (5, "<IMAGE>"), (7, "<img>")]
-    of_file, of_tag = mention_notes(mentions, "line {} of 'x'")
-    assert of_file.startswith("Note: line 2 of 'x' names the picture file 'a.png'") and "more" not in of_file
-    assert of_tag.startswith("Note: line 3 of 'x' has <IMAGE>,") and of_tag.endswith(" 2 more lines do the same.")
-    assert mention_notes([], "line {}") == []
+    of_file, of_tag = mention_notes([(f"line {line} of x", name) for line, name in mentions])
+    assert of_file.startswith("Note: line 2 of x names the picture file 'a.png'") and "more" not in of_file
+    assert of_tag.startswith("Note: line 3 of x has <IMAGE>,") and of_tag.endswith(" 2 more lines do the same.")
+    assert mention_notes([]) == []
 
 
 def test_a_prompt_that_is_a_file_name_is_refused(folder: Path) -> None:

@@ -424,7 +424,7 @@ def _answer_rest(
     reader = RowReader(plan, loader)
     started = time.monotonic()
     details = 0  # messages that stderr shows in full
-    mentions: list[tuple[int, str]] = []
+    mentions: list[tuple[str, str]] = []
     cut: list[int] = []  # tokens of the answer to each row that --max-new-tokens or the context cut
     is_unjudged = job.request.is_demo  # whether a picture is to show that these are photographs
     with ProgressLine(total, noun="rows", done_before=earlier, has_summary=False) as progress:
@@ -437,7 +437,7 @@ def _answer_rest(
                 if row.error is not None and str(row.error) != row.error.public and details < MOST_DETAILS:
                     details += 1
                     progress.notify(f"  line {row.line}: {row.error}")
-                mentions += [(row.line, name) for name in row.mentions]
+                mentions += [(f"line {row.line}", name) for name in row.mentions]
                 if is_unjudged and row.sources:
                     is_unjudged = False
                     with suppress(VLMError):
@@ -447,7 +447,7 @@ def _answer_rest(
                 cut_here = [x.new_tokens for x in row.answers or () if x.finish_reason == "length"]
                 cut += [max(cut_here)] if cut_here else []
                 progress.show(journal.answered)
-    for note in [*mention_notes(mentions, "line {}"), *answerer.picture_notes.lines()]:
+    for note in [*mention_notes(mentions), *answerer.picture_notes.lines()]:
         console.note(note)
     if cut:
         console.note(cut_note(len(cut), answerer.counts.rows, max(cut), job.sampling.max_new_tokens))

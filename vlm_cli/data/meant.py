@@ -96,21 +96,21 @@ def find_mentions(parts: Sequence[Text | Medium | Slot], loader: MediaLoader) ->
     return named + [tag for tag in dict.fromkeys(tags) if isinstance(parse(tag)[0], Text)]
 
 
-def mention_notes(mentions: Sequence[tuple[int, str]], where: str) -> list[str]:
-    """Return one note for each kind of what lines mention, with the number of lines.
+def mention_notes(mentions: Sequence[tuple[str, str]]) -> list[str]:
+    """Return one note for each kind of what rows mention, with the number of rows.
 
     Args:
-        mentions: what `find_mentions` found, each with the number of its line.
-        where: what messages call a line, with {} for its number.
+        mentions: what `find_mentions` found, each with the place of its row: `line 7 of a.jsonl`.
     """
     notes = []
     for kind in (False, True):
-        of_kind = [(line, name) for line, name in mentions if _is_tag(name) is kind]
+        of_kind = [(place, name) for place, name in mentions if _is_tag(name) is kind]
         if not of_kind:
             continue
-        (line, name), more = of_kind[0], len({line for line, _ in of_kind}) - 1
-        others = f" {more:,} more {'line does' if more == 1 else 'lines do'} the same." if more else ""
-        notes.append(mention_note(name, where.format(line)) + others)
+        (place, name), more = of_kind[0], len({place for place, _ in of_kind}) - 1
+        unit = place.partition(" ")[0]
+        others = f" {more:,} more {f'{unit} does' if more == 1 else f'{unit}s do'} the same." if more else ""
+        notes.append(mention_note(name, place) + others)
     return notes
 
 

@@ -38,13 +38,32 @@ class Content:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a file. Its segments alternate: context, target, context, target, …"""
+    """One row of a source. Its segments alternate: context, target, context, target, …
 
-    line: int  # number of the line, from 1
+    Attributes:
+        line: number of the row in its shard, from 1: of the line, in a file of lines.
+        id: what the row calls itself, or its unit and number.
+        kind: by which scores are grouped; None for none.
+        segments: contexts and targets.
+        system: what the model is told before the first turn; None for nothing.
+        source: name of the source.
+        shard: name of the file in it.
+        unit: what messages call a row of it.
+    """
+
+    line: int
     id: str
     kind: str | None
     segments: tuple[Segment, ...]
-    system: str | None = None  # what the model is told before the first turn
+    system: str | None = None
+    source: str = ""
+    shard: str = ""
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """Where the record stands, for a message: `line 7 of a.jsonl`."""
+        return f"{self.unit} {self.line} of {self.shard}"
 
     @property
     def sources(self) -> tuple[Medium, ...]:

@@ -2,137 +2,176 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_cli.data.formats import read_content
-from vlm_cli.data.inputs import base_folder, describe_input, read_lines
-from vlm_cli.data.jsonl import RecordError, parse_object
+from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.meant import find_mentions, mention_notes
 from vlm_cli.data.record import Record, Segment
+from vlm_cli.data.sources import Row, Source, open_source
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader, short_name
 from vlm_cli.media.decode import check_header
+from vlm_cli.media.sources import INSIDE
 from vlm_cli.prompt import Medium
 
-__all__ = ["Problem", "Record", "Records", "Segment", "raise_problems", "read_records"]
+__all__ = ["Problem", "Record", "Records", "Segment", "raise_problems", "read_record", "read_records"]
 
 MOST_SHOWN = 20  # bad lines that a message lists
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a line cannot be used."""
+    """Why a row cannot be used.
+
+    Attributes:
+        line: number of the row in its shard.
+        message: the reason.
+        shard: name of the file; empty for the only one.
+        unit: what messages call a row.
+    """
 
     line: int
     message: str
+    shard: str = ""
+    unit: str = "line"
+
+    @classmethod
+    def of(cls, row: Row | Record, message: str) -> Problem:
+        """Make the problem of a row, or of the record that was made of it."""
+        number = row.line if isinstance(row, Record) else row.number
+        return cls(number, message, row.shard, row.unit)
 
 
 @dataclass
 class Records:
-    """The content of a file of records.
+    """The content of a source of records.
 
     Attributes:
-        path: the file.
+        origin: the source.
         good: the records that can be used.
-        problems: one problem for each line that cannot be used.
-        sha256: hash of the file.
+        problems: one problem for each row that cannot be used.
+        sha256: hash of the source.
         media_root: the folder that holds every image; None allows each path.
-        mentions: picture files and tags that texts name without showing a picture, each with the number of its line.
+        mentions: picture files and tags that texts name without showing a picture, each with the place of its row.
         max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
     """
 
-    path: Path
+    origin: Source
     good: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     sha256: str = ""
     media_root: Path | None = None
     max_pixels: int | None = None
-    mentions: list[tuple[int, str]] = field(default_factory=list)
+    mentions: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
         """What the user should know about records that can be used."""
-        name = describe_input(self.path).replace("{", "{{").replace("}", "}}")
-        return mention_notes(self.mentions, f"line {{}} of {name}")
-
-    @property
-    def folder(self) -> Path:
-        """The folder where relative paths start."""
-        return base_folder(self.path)
+        return mention_notes(self.mentions)
 
     def loader(self) -> MediaLoader:
         """Make a loader of the images, which fetches nothing."""
-        return MediaLoader(self.folder, media_root=self.media_root, max_pixels=self.max_pixels)
+        origin = self.origin
+        return MediaLoader(
+            origin.folder, media_root=self.media_root, max_pixels=self.max_pixels, inside=origin.bytes_of
+        )
 
 
-def read_records(path: Path, media_root: Path | None = None, max_pixels: int | None = None) -> Records:
-    """Read a file and check each record. Of an image or a clip, only the header is read.
+def read_records(source: Path | str | Source, media_root: Path | None = None, max_pixels: int | None = None) -> Records:
+    """Read a source and check each record. Of an image or a clip, only the header is read.
 
-    Bad lines are collected in `problems`; `raise_problems` turns them into an error.
+    Bad rows are collected in `problems`; `raise_problems` turns them into an error.
 
     Args:
-        path: the file.
+        source: what `open_source` opens, or an open source.
         media_root: the folder that holds every image; None allows each path.
         max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
 
     Raises:
-        DataError: if the file cannot be read or holds no record.
+        DataError: if the source cannot be read or holds no record.
     """
-    records = Records(path, media_root=media_root, max_pixels=max_pixels)
+    origin = source if isinstance(source, Source) else open_source(str(source))
+    records = Records(origin, media_root=media_root, max_pixels=max_pixels)
     media = _MediaCheck(records.loader())
-    digest = hashlib.sha256()
-    for line, raw in enumerate(read_lines(path), start=1):
-        digest.update(raw)
-        if not raw.strip():
-            continue
+    for row in origin.all_rows():
         try:
-            content = read_content(parse_object(raw))
-            identity = f"line {line}" if content.id is None else content.id
-            record = Record(line, identity, content.kind, content.segments, content.system)
+            record = read_record(row, origin.name)
             media.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
             context = [part for segment in record.segments if not segment.is_target for part in segment.parts]
-            records.mentions += [(line, name) for name in find_mentions(context, media.loader)]
+            records.mentions += [(record.place, name) for name in find_mentions(context, media.loader)]
         except VLMError as error:
-            records.problems.append(Problem(line, str(error)))
+            records.problems.append(Problem.of(row, str(error)))
         else:
             records.good.append(record)
     if not records.good and not records.problems:
         raise DataError(
-            f"{describe_input(path)} holds no records. Write one JSON object per line: "
+            f"{origin.quoted} holds no records. Write one JSON object per line: "
             '{"prompt": "<image:a.png>Caption:", "completion": " A cat."}'
         )
-    records.sha256 = digest.hexdigest()
+    records.sha256 = origin.digest()
     return records
 
 
 def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
-    """Raise one error that lists every bad line; do nothing if no line is bad.
+    """Raise one error that lists every bad row; do nothing if no row is bad.
 
     Args:
-        records: the content of a file, with the problems that reading found.
+        records: the content of a source, with the problems that reading found.
         more: problems that the caller found in good records.
 
     Raises:
-        DataError: if at least one line cannot be used.
+        DataError: if at least one row cannot be used.
     """
-    problems = sorted([*records.problems, *more], key=lambda p: p.line)
+    shards = list(records.origin.shards)
+    order = {name: i for i, name in enumerate(shards)}
+    problems = sorted([*records.problems, *more], key=lambda p: (order.get(p.shard, 0), p.line))
     if not problems:
         return
-    total = len(records.good) + len(records.problems)
+    total, name = len(records.good) + len(records.problems), records.origin.quoted
     head = (
-        f"{len(problems)} of the {total} records in {describe_input(records.path)} cannot be used:"
+        f"{len(problems)} of the {total} records in {name} cannot be used:"
         if total > 1
-        else f"the only record in {describe_input(records.path)} cannot be used:"
+        else f"the only record in {name} cannot be used:"
     )
-    lines = [f"  line {p.line}: {p.message}" for p in problems[:MOST_SHOWN]]
+
+    def place(problem: Problem) -> str:
+        return f"{problem.line} of {problem.shard}" if len(shards) > 1 else str(problem.line)
+
+    lines = [f"  {p.unit} {place(p)}: {p.message}" for p in problems[:MOST_SHOWN]]
     if len(problems) > MOST_SHOWN:
-        rest = [str(p.line) for p in problems[MOST_SHOWN:]]
+        rest = [place(p) for p in problems[MOST_SHOWN:]]
         shown = ", ".join(rest[:MOST_SHOWN]) + (", …" if len(rest) > MOST_SHOWN else "")
-        lines.append(f"  … and {len(rest)} more: lines {shown}")
+        lines.append(f"  … and {len(rest)} more: {problems[0].unit}s {shown}")
     raise DataError("\n".join([head, *lines]))
+
+
+def read_record(row: Row, source: str) -> Record:
+    """Make the record of a row, in whichever format it is.
+
+    Args:
+        row: of a source.
+        source: the name of the source.
+
+    Raises:
+        RecordError: if the row is no record.
+    """
+    if row.problem is not None:
+        raise RecordError(row.problem)
+    content = read_content(row.data)
+    return Record(
+        line=row.number,
+        id=f"{row.unit} {row.number}" if content.id is None else content.id,
+        kind=content.kind,
+        segments=content.segments,
+        system=content.system,
+        source=source,
+        shard=row.shard,
+        unit=row.unit,
+    )
 
 
 @dataclass
@@ -183,6 +222,8 @@ class _MediaCheck:
 
     def _has_image_header(self, source: str) -> bool:
         try:
+            if source.startswith(INSIDE):
+                return check_header(io.BytesIO(self.loader.read(source)), self.loader.max_pixels)
             path = self.loader.find(source)
             if not path.is_file():
                 return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from vlm_cli.media.decode import MAX_PIXELS, decode_image, measure_image
 from vlm_cli.media.frame_folder import FrameFolder
 from vlm_cli.media.request import ClipRequest
 from vlm_cli.media.sources import (
+    INSIDE,
     find_file,
     find_local,
     is_address,
@@ -121,6 +122,7 @@ class MediaLoader:
         media_root: the folder that holds every path; None allows each path.
         max_pixels: the most pixels that are decoded of one image; None takes `MAX_PIXELS`.
         stdin: the stream that `-` reads; the standard input of the process if None.
+        inside: returns the bytes of a source inside a data set, `inside:…`; None outside of one.
     """
 
     base_dir: Path | None = None
@@ -129,6 +131,7 @@ class MediaLoader:
     media_root: Path | None = None
     max_pixels: int | None = None
     stdin: BinaryIO | None = None
+    inside: Callable[[str], bytes] | None = None
     _piped: bytes | None = field(default=None, init=False, repr=False)
     _fetched: dict[str, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
     _sizes: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -139,7 +142,7 @@ class MediaLoader:
         Raises:
             MediaError: if the source cannot be found or read, is too large, or is not a whole image.
         """
-        data = self._read_some(source)
+        data = self.read(source)
         found = decode_image(data, quote_source(source), self.max_pixels)
         notes = [*found.notes, *self._lookalike_note(source)]
         return LoadedImage(found.image, source, found.width, found.height, tuple(notes))
@@ -153,12 +156,12 @@ class MediaLoader:
         if source not in self._sizes:
             if len(self._sizes) >= _MOST_SIZES:
                 self._sizes.clear()
-            data = self._read_some(source, keep=True)
+            data = self.read(source, keep=True)
             self._sizes[source] = measure_image(data, quote_source(source), self.max_pixels)
         return self._sizes[source]
 
-    def _read_some(self, source: str, *, keep: bool = False) -> bytes:
-        """Read the bytes of a source; see `_read`.
+    def read(self, source: str, *, keep: bool = False) -> bytes:
+        """Read the bytes of a source; with `keep`, those of an address are kept until they are read once more.
 
         Raises:
             MediaError: if there are none, or the source cannot be found or read.
@@ -261,6 +264,8 @@ class MediaLoader:
             if self._piped is None:
                 self._piped = read_stdin(self.stdin)
             return self._piped
+        if self.inside is not None and source.startswith(INSIDE):
+            return self.inside(source)
         data = self._fetched.pop(source, None)
         if data is None:
             data = read_source(

@@ -23,6 +23,7 @@ from vlm_cli.errors import MediaError
 from vlm_cli.lookalike import find_lookalike
 
 __all__ = [
+    "INSIDE",
     "MAX_BYTES",
     "find_file",
     "find_local",
@@ -35,6 +36,7 @@ __all__ = [
     "short_name",
 ]
 
+INSIDE = "inside:"  # scheme of a source inside a data set: `MediaLoader.inside` reads it
 MAX_BYTES = 256 * 2**20  # bytes of one encoded image
 
 _STEP = 2**20  # bytes per read
@@ -71,6 +73,10 @@ def read_source(
                 "Add --allow-urls, or download the file and give its path."
             )
         return _read_url(source, allow_hosts)
+    if scheme == "inside":
+        raise MediaError(
+            f"{quote_source(source)} names a picture inside a data set, which only that data set can show."
+        )
     if scheme not in ("file", "path"):
         raise MediaError(
             f"{quote_source(source)} begins with {scheme}://, which is not known. "
@@ -94,7 +100,7 @@ def find_local(source: str, *, base_dir: Path | None = None, media_root: Path | 
 
 def _scheme(source: str) -> str:
     """Return the scheme of a URI, in small letters, or `path`."""
-    found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]+(?=://)", source, re.IGNORECASE)
+    found = re.match(r"(data|inside)(?=:)|[a-z][a-z0-9+.-]+(?=://)", source, re.IGNORECASE)
     return found[0].lower() if found else "path"
 
 
@@ -105,7 +111,7 @@ def is_uri(source: str) -> bool:
 
 def is_address(source: str) -> bool:
     """Tell whether a source is an address in a network."""
-    return _scheme(source) not in ("path", "data")
+    return _scheme(source) not in ("path", "data", "inside")
 
 
 def find_file(path: str, source: str, *, base_dir: Path | None, media_root: Path | None) -> Path:

@@ -1,0 +1,121 @@
+"""What every source of rows offers, and what a row is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlm_cli.data.jsonl import RecordError
+from vlm_cli.media.sources import INSIDE
+
+__all__ = ["Embedded", "Row", "Source"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source.
+
+    Attributes:
+        shard: the name of the file that holds it, for messages.
+        number: of the row in its shard, from 1; of a file of lines, the number of the line.
+        data: its values as JSON has them; a picture or a clip that the file holds is an `Embedded`.
+        problem: why the row cannot be read, as a sentence; `data` is then empty.
+        unit: what messages call a row of this source: "line 7", "row 7".
+    """
+
+    shard: str
+    number: int
+    data: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+    unit: str = "row"
+
+    @property
+    def place(self) -> str:
+        """Where the row stands, for a message: `line 7 of a.jsonl`."""
+        return f"{self.unit} {self.number} of {self.shard}"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture or a clip whose bytes a shard holds.
+
+    Attributes:
+        reference: a `Medium`'s source, such as `inside:SHARD#7/image/0`; `Source.bytes_of` finds the bytes again.
+        data: the bytes of the file.
+    """
+
+    reference: str
+    data: bytes = field(repr=False)
+
+    @staticmethod
+    def refer(shard: str, number: int, *where: str | int) -> str:
+        """Make the reference of a value: its shard, the number of its row, and the keys that lead to it.
+
+        >>> Embedded.refer("train-0.parquet", 7, "images", 0)
+        'inside:train-0.parquet#7/images/0'
+        """
+        return f"{INSIDE}{shard}#{number}/{'/'.join(map(str, where))}"
+
+
+class Source(ABC):
+    """Rows in one or more shards, which can be read in order from any row on.
+
+    Attributes:
+        name: what the user typed; `quoted` is for messages.
+        kind: what the log calls the kind of the source.
+        folder: where relative paths of pictures start.
+        shards: the names of the shards, each of them once.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    folder: Path
+    shards: Sequence[str]
+
+    @property
+    def quoted(self) -> str:
+        """The name of the source, for messages."""
+        return "standard input" if self.name == "-" else repr(self.name)
+
+    @abstractmethod
+    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+        """Yield the rows of a shard whose number is above `start`, in order.
+
+        A row that cannot be read has a `problem`, and the rows behind it follow.
+
+        Args:
+            shard: index in `shards`.
+            start: the number of the last row that is left out; 0 for all rows.
+
+        Raises:
+            DataError: if the shard cannot be read, or not to its end.
+        """
+
+    def all_rows(self) -> Iterator[Row]:
+        """Yield the rows of all shards, in order.
+
+        Raises:
+            DataError: as in `rows`.
+        """
+        for shard in range(len(self.shards)):
+            yield from self.rows(shard)
+
+    def bytes_of(self, reference: str) -> bytes:
+        """Return the bytes of an `Embedded` by its reference, at any time and in any process.
+
+        Raises:
+            RecordError: if this source holds nothing under the reference.
+            DataError: if the shard cannot be read, or is gone.
+        """
+        raise RecordError(f"{self.quoted} holds no picture {reference!r}.")
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return a hash that differs when the rows differ: a run is resumed only on the same rows.
+
+        Raises:
+            DataError: if a shard cannot be read.
+        """

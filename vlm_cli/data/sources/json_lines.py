@@ -1,0 +1,57 @@
+"""JSON lines: one object per line, in files, a pipe or standard input."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm_cli.data.inputs import read_lines
+from vlm_cli.data.jsonl import RecordError, parse_object
+from vlm_cli.data.sources.base import Row, Source
+from vlm_cli.data.sources.files import FileSource, reading_shard
+
+__all__ = ["JsonLines", "PipedLines"]
+
+
+class JsonLines(FileSource):
+    """Files of JSON lines."""
+
+    kind = "JSON lines"
+
+    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+        with reading_shard(self, shard):
+            yield from _parse(read_lines(self.files.path(shard)), self.shards[shard], start)
+
+
+class PipedLines(Source):
+    """JSON lines that can be read once."""
+
+    kind = "JSON lines"
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path, self.folder = str(path), path, Path()
+        self.shards = ["standard input" if self.name == "-" else path.name]
+        self._digest = hashlib.sha256()
+
+    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+        yield from _parse(self._hashed(), self.shards[shard], start)
+
+    def _hashed(self) -> Iterator[bytes]:
+        for raw in read_lines(self.path):
+            self._digest.update(raw)
+            yield raw
+
+    def digest(self) -> str:
+        """Return the hash of the bytes that were read so far."""
+        return self._digest.hexdigest()
+
+
+def _parse(lines: Iterator[bytes], shard: str, start: int) -> Iterator[Row]:
+    for number, raw in enumerate(lines, start=1):
+        if number <= start or not raw.strip():
+            continue
+        try:
+            yield Row(shard, number, parse_object(raw), unit="line")
+        except RecordError as error:
+            yield Row(shard, number, problem=str(error), unit="line")
