@@ -13,6 +13,7 @@ from vlm_cli.errors import LanguageModelError
 from vlm_cli.modeling.learned import IGNORED
 from vlm_cli.templates.render import render_template
 from vlm_cli.training.dataset import load_dataset
+from vlm_cli.writing.choice import TemplateChoice
 from vlm_cli.writing.writer import PromptWriter
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -46,7 +47,7 @@ def answers(vlm, model, photo, folder, prompt, *flags):
 def test_every_command_asks_what_a_chat_asks(vlm, templated, photo, tmp_path):
     prompt = f"See <image:{photo}>?"
     (said,) = vlm("chat", templated, "--json", "-n", 6, input=prompt + "\n").stdout.splitlines()
-    assert answers(vlm, templated, photo, tmp_path, prompt, "--chat-template") == {json.loads(said)["text"]}
+    assert answers(vlm, templated, photo, tmp_path, prompt, "--chat-template", "all") == {json.loads(said)["text"]}
     spelled = f"<s>user: {prompt}</s>\n<s>assistant: "
     assert answers(vlm, templated, photo, tmp_path, spelled, "--special-tokens") == {json.loads(said)["text"]}
     twin = vlm("generate", "-m", templated, prompt, "--json", "-n", 6)
@@ -59,7 +60,7 @@ def test_training_learns_what_a_chat_asks(templated, photo, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     model, processor = directory.load(str(templated), dtype="auto", device="cpu", trust_remote_code=False)
-    found = load_dataset(data, model, processor, writer=PromptWriter(processor, chat_template=True))
+    found = load_dataset(data, model, processor, writer=PromptWriter(processor, TemplateChoice("all")))
     tokenizer = processor.tokenizer
     said = [
         [("user", "\N{OBJECT REPLACEMENT CHARACTER}Which?"), ("assistant", "A cat.")],
@@ -76,14 +77,14 @@ def test_training_learns_what_a_chat_asks(templated, photo, tmp_path):
 
 
 def test_a_model_without_a_template_refuses_the_flag(vlm, open_gates, photo):
-    result = vlm("generate", "-m", open_gates, "What?", "--chat-template")
+    result = vlm("generate", "-m", open_gates, "What?", "--chat-template", "all")
     assert result.exit_code == 2 and "has no chat template. Leave out --chat-template." in result.stderr
 
 
 def test_a_template_that_is_not_used_is_told(vlm, templated, open_gates):
     note = "the tokenizer has a chat template, which `vlm chat` uses"
     assert note in vlm("generate", "-m", templated, "What?", "-n", 1).stderr
-    assert note not in vlm("generate", "-m", templated, "What?", "-n", 1, "--chat-template").stderr
+    assert note not in vlm("generate", "-m", templated, "What?", "-n", 1, "--chat-template", "all").stderr
     assert note not in vlm("generate", "-m", open_gates, "What?", "-n", 1).stderr
 
 

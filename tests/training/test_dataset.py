@@ -128,14 +128,14 @@ def test_a_token_over_the_border_is_cut(folder: Path, model: Any) -> None:
 
 def test_a_begin_token_comes_once(folder: Path, model: Any) -> None:
     class WithBegin:
-        media_token_id = model[1].media_token_id
+        media_token_id, chat_program = model[1].media_token_id, None
 
         def encode(self, parts: Any, **keywords: Any) -> list[int]:
             return [1, *model[1].encode(parts)]
 
     turns = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     (record,) = read_records(write(folder / "b.jsonl", [{"prompt": "<image:red.png>", "turns": turns}])).good
-    tokens, _, _ = RecordEncoder(PromptWriter(WithBegin()), 9).encode(record)  # type: ignore[arg-type]
+    ((tokens, *_),) = RecordEncoder(PromptWriter(WithBegin()), 9).encode(record)  # type: ignore[arg-type]
     assert tokens[0] == 1 and tokens.count(1) == 1 and tokens.count(9) == 2
 
 

@@ -26,7 +26,7 @@ from vlm_cli.cli.options import (
     flatten_options,
 )
 from vlm_cli.cli.progress import ProgressLine
-from vlm_cli.cli.prompts import ChatTemplateOption, ReadingOptions
+from vlm_cli.cli.prompts import ReadingOptions
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions, cut_note
 from vlm_cli.data.inputs import base_folder, describe_input, is_pipe, is_stdin, read_lines
 from vlm_cli.errors import DataError, UsageError, VLMError
@@ -34,6 +34,7 @@ from vlm_cli.interrupt import Interrupted, at_signal, deferred_signals
 from vlm_cli.models import DEMO
 from vlm_cli.printable import count_of
 from vlm_cli.schema import show
+from vlm_cli.writing.choice import TemplateChoice
 
 if TYPE_CHECKING:
     from vlm_cli.data.jsonl import Line
@@ -181,7 +182,6 @@ def batch(
     ],
     batching: BatchOptions = BatchOptions(),
     reading: ReadingOptions = ReadingOptions(),
-    chat_template: ChatTemplateOption = False,
     model: ModelOption = DEMO.name,
     devices: DeviceOptions = DeviceOptions(),
     quantize: QuantizeOption = None,
@@ -205,7 +205,7 @@ def batch(
     sampling.keywords(search)  # refuses what contradicts itself
     batching.check(source_file)
     request = ModelRequest.of(model, devices, source, quantize=quantize, max_tiles=reading.max_tiles)
-    job = BatchJob(request, source_file, batching, reading, chat_template, sampling, search)
+    job = BatchJob(request, source_file, batching, reading, reading.choice, sampling, search)
     answer_file(job, as_json=as_json, stats=stats)
 
 
@@ -217,7 +217,7 @@ class BatchJob:
     file: PromptFile
     options: BatchOptions
     reading: ReadingOptions
-    chat_template: bool
+    choice: TemplateChoice
     sampling: SamplingOptions
     search: SearchOptions
 
@@ -231,7 +231,8 @@ class BatchJob:
             "--quantize": self.request.quantize,
             "--special-tokens": self.reading.special_tokens,
             # An unfinished run of an earlier version has no such settings, and ran without them.
-            **({"--chat-template": True} if self.chat_template else {}),
+            **({"--chat-template": self.choice.identity} if self.choice.name != "auto" else {}),
+            **({} if self.reading.system is None else {"--system": self.reading.system}),
             **({"--max-tiles": self.reading.max_tiles} if self.reading.max_tiles else {}),
             **{f"--{name.replace('_', '-')}": x for name, x in values.items()},
         }
@@ -418,7 +419,7 @@ def _answer_rest(
     keep_collecting()
     console.note(f"Images: {loaded.processor.image_processor.describe()}")
     keywords, stops = job.sampling.keywords(job.search), job.sampling.stop or ()
-    writer = loaded.writer(chat_template=job.chat_template, special_tokens=job.reading.special_tokens)
+    writer = loaded.writer(job.choice, special_tokens=job.reading.special_tokens, system=job.reading.system)
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, stops, writer)
     loader = job.reading.loader(job.file.folder, job.request.source.allow_hosts)
     reader = RowReader(plan, loader)

@@ -26,6 +26,7 @@ from vlm_cli.models import DEMO
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Interleaved, Medium, interleave
 from vlm_cli.text import decode_text
+from vlm_cli.writing.choice import AUTO, TemplateChoice
 
 if TYPE_CHECKING:
     from vlm_cli.cli.loading import LoadedModel
@@ -63,7 +64,7 @@ def chat(
 
     Example: vlm chat my-flamingo --image cat.jpg
     """
-    request = ChatRequest(turn, reading, sampling, printing, source.allow_hosts)
+    request = ChatRequest(turn, reading, sampling, printing, source.allow_hosts, reading.choice)
     request.check()
     talk(request, ModelRequest.of(model, devices, source, quantize=quantize, max_tiles=reading.max_tiles))
 
@@ -78,6 +79,7 @@ class ChatRequest:
         sampling: how answers are made.
         printing: how answers are printed.
         allow_hosts: hosts of images that may have an internal address.
+        choice: which chat template writes the turns.
     """
 
     first: TurnOptions
@@ -85,6 +87,7 @@ class ChatRequest:
     sampling: SamplingOptions
     printing: PrintOptions
     allow_hosts: tuple[str, ...] = ()
+    choice: TemplateChoice = AUTO
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -158,10 +161,14 @@ def _start(request: ChatRequest, loaded: LoadedModel) -> Chat:
 
     if request.sampling.seed is not None:
         set_seed(request.sampling.seed)
-    plan = GenerationPlan(loaded.model, loaded.processor, request.sampling.keywords(), request.sampling.stop or ())
-    if loaded.processor.chat_program is not None:
+    reading = request.reading
+    writer = loaded.writer(request.choice, special_tokens=reading.special_tokens, system=reading.system, tells=False)
+    plan = GenerationPlan(
+        loaded.model, loaded.processor, request.sampling.keywords(), request.sampling.stop or (), writer
+    )
+    if writer.format is not None:
         console.note("Template: the tokenizer's chat template")
-    return Chat(plan, parse_special_tokens=request.reading.special_tokens)
+    return Chat(plan)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from vlm_cli.cli.options import (
     flatten_options,
 )
 from vlm_cli.cli.progress import ProgressLine
-from vlm_cli.cli.prompts import ChatTemplateOption, SpecialTokensOption
+from vlm_cli.cli.prompts import ChatTemplateOption, SpecialTokensOption, SystemOption
 from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions, cut_note
 from vlm_cli.data.inputs import is_stdin
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
 from vlm_cli.printable import count_of
+from vlm_cli.writing.choice import TemplateChoice
 
 if TYPE_CHECKING:
     from vlm_cli.data.records import Records
@@ -70,7 +71,8 @@ class EvalOptions:
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
     max_tiles: MaxTilesOption = None
-    chat_template: ChatTemplateOption = False
+    chat_template: ChatTemplateOption = "auto"
+    system: SystemOption = None
     special_tokens: SpecialTokensOption = False
     max_new_tokens: Annotated[
         int,
@@ -209,7 +211,9 @@ def _evaluate(loaded: LoadedModel, questions: EvalOptions, items: list[Item], re
     if any(item.media for item in items):
         console.note(f"Images: {loaded.processor.image_processor.describe()}")
     keywords = SamplingOptions(max_new_tokens=questions.max_new_tokens).keywords()
-    writer = loaded.writer(chat_template=questions.chat_template, special_tokens=questions.special_tokens)
+    writer = loaded.writer(
+        TemplateChoice.parse(questions.chat_template), special_tokens=questions.special_tokens, system=questions.system
+    )
     plan = GenerationPlan(loaded.model, loaded.processor, keywords, writer=writer)
     encode_items(items, records, plan)
     keep_collecting()
@@ -283,6 +287,7 @@ class Report:
             "max_new_tokens": self.questions.max_new_tokens,
             "limit": self.questions.limit,
             "chat_template": self.questions.chat_template,
+            **({} if self.questions.system is None else {"system": self.questions.system}),
             "special_tokens": self.questions.special_tokens,
             **({"max_tiles": self.questions.max_tiles} if self.questions.max_tiles else {}),
             "rule": RULE,

@@ -15,7 +15,6 @@ from vlm_cli.cli.command import option
 from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
 from vlm_cli.cli.options import HIDDEN, RUN, DeviceOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import (
-    ChatTemplateOption,
     PromptOptions,
     ReadingOptions,
     check_piped_picture,
@@ -27,6 +26,7 @@ from vlm_cli.errors import UsageError
 from vlm_cli.models import DEMO
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Interleaved, format
+from vlm_cli.writing.choice import TemplateChoice
 
 if TYPE_CHECKING:
     from vlm_cli.generation.single import Generation
@@ -83,7 +83,7 @@ class PromptJob:
     words: Interleaved
     images: list[LoadedImage | LoadedClip]
     reading: ReadingOptions
-    chat_template: bool
+    choice: TemplateChoice
     sampling: SamplingOptions
     search: SearchOptions
     compile: bool
@@ -94,7 +94,6 @@ class PromptJob:
 def generate(
     prompts: PromptOptions = PromptOptions(),
     reading: ReadingOptions = ReadingOptions(),
-    chat_template: ChatTemplateOption = False,
     model: ModelOption = DEMO.name,
     devices: DeviceOptions = DeviceOptions(),
     quantize: QuantizeOption = None,
@@ -127,7 +126,7 @@ def generate(
     several = {"--num-beams": search.num_beams > 1, "--num-return-sequences": search.num_return_sequences > 1}
     aliases.check(
         batching,
-        for_chat=_typed(single | several | {"--chat-template": chat_template}),
+        for_chat=_typed(single | several),
         for_batch=[*prompts.given, *_typed(single | {"--no-stream": printing.no_stream})],
     )
     sampling.keywords(search)  # refuses what contradicts itself
@@ -135,24 +134,25 @@ def generate(
     if aliases.batch is not None:
         file = PromptFile(aliases.batch)
         batching.check(file)
-        job = BatchJob(request(), file, batching, reading, chat_template, sampling, search)
+        job = BatchJob(request(), file, batching, reading, reading.choice, sampling, search)
         answer_file(job, as_json=printing.as_json, stats=printing.stats)
     elif aliases.chat:
-        chat = ChatRequest(prompts, reading, sampling, printing, source.allow_hosts)
+        chat = ChatRequest(prompts, reading, sampling, printing, source.allow_hosts, reading.choice)
         chat.check()
         talk(chat, request())
     else:
+        choice = reading.choice
         words = prompts.interleave()
         check_piped_picture(words)
         wanted = request(compile=compile)
         loader = reading.loader(prompts.folder, source.allow_hosts)
         images = load_images(words, loader)
         if dry_run:
-            _show_layout(wanted, words, images, loader, printing.as_json, reading.special_tokens, chat_template)
+            _show_layout(wanted, words, images, loader, printing.as_json, reading, choice)
             return
         # Beams and several answers are known only at the end.
         streams = printing.streams and search == SearchOptions()
-        asked = PromptJob(words, images, reading, chat_template, sampling, search, compile, streams)
+        asked = PromptJob(words, images, reading, choice, sampling, search, compile, streams)
         _answer_prompt(wanted, asked, printing)
 
 
@@ -166,8 +166,8 @@ def _show_layout(
     images: list[LoadedImage | LoadedClip],
     loader: MediaLoader,
     as_json: bool,
-    special_tokens: bool,
-    chat_template: bool,
+    reading: ReadingOptions,
+    choice: TemplateChoice,
 ) -> None:
     """Print the tokens and positions of a prompt; no weights are loaded."""
     from vlm_cli.cli.inspect import print_layout
@@ -184,7 +184,7 @@ def _show_layout(
     processor = read_processor_of(directory, source.revision, trust_remote_code=source.trust_remote_code)
     request.limit_tiles(processor)
     tell_images(images, processor)
-    writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
+    writer = PromptWriter(processor, choice, system=reading.system, parse_special_tokens=reading.special_tokens)
     print_layout(lay_out(model, processor, words.parts, writer, loader), as_json)
 
 
@@ -211,7 +211,7 @@ def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
     from vlm_cli.generation.single import generate_once
 
     sampling = job.sampling
-    writer = loaded.writer(chat_template=job.chat_template, special_tokens=job.reading.special_tokens)
+    writer = loaded.writer(job.choice, special_tokens=job.reading.special_tokens, system=job.reading.system)
     plan = GenerationPlan(loaded.model, loaded.processor, sampling.keywords(job.search), sampling.stop or (), writer)
     return generate_once(
         plan,

@@ -22,6 +22,7 @@ from vlm_cli.models import resolve
 from vlm_cli.printable import count_of
 from vlm_cli.registry import ENCODER_TYPES
 from vlm_cli.report.tables import human_count
+from vlm_cli.writing.choice import TemplateChoice
 
 if TYPE_CHECKING:
     from vlm_cli.report.description import ModelDescription, TokenDescription
@@ -64,8 +65,13 @@ def inspect(
         typer.Option("--special-tokens", help="Read words of --prompt such as <|endofchunk|> as special tokens."),
     ] = False,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Write --prompt as a user's turn in the tokenizer's chat template.")
-    ] = False,
+        str,
+        typer.Option(
+            "--chat-template",
+            metavar="all|none|FILE",
+            help="Write --prompt as a user's turn in the tokenizer's chat template (all), or in that of FILE.",
+        ),
+    ] = "auto",
     max_tiles: MaxTilesOption = None,
     exact: ExactOption = False,
     verify: VerifyOption = False,
@@ -82,6 +88,7 @@ def inspect(
         raise PromptError(f"{'--image' if image else '--video'} needs --prompt, whose placeholders it fills.")
     if max_tiles is not None and prompt is None:
         raise PromptError("--max-tiles needs --prompt, whose images it limits.")
+    choice = TemplateChoice.parse(chat_template)
     chosen = resolve(model, compose.request)
     from vlm_cli.models import load_meta_model, read_gate_values, read_processor_of
     from vlm_cli.quiet import silence_libraries
@@ -102,7 +109,7 @@ def inspect(
         assert processor is not None
         if max_tiles is not None:
             processor.image_processor.limit_tiles(max_tiles)
-        writer = PromptWriter(processor, chat_template=chat_template, parse_special_tokens=special_tokens)
+        writer = PromptWriter(processor, choice, parse_special_tokens=special_tokens)
         print_layout(lay_out(vlm, processor, parts.parts, writer), as_json)
         return
     gates = read_gate_values(chosen, vlm, revision)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlm_cli.media import LoadedClip, LoadedImage
     from vlm_cli.modeling.vlm import VLM
     from vlm_cli.processor import VLMProcessor
+    from vlm_cli.writing.choice import TemplateChoice
     from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["LoadedModel", "ModelOption", "ModelRequest", "QuantizeOption", "keep_collecting", "notify_of_random_tower"]
@@ -74,7 +75,9 @@ class LoadedModel:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
-    def writer(self, *, chat_template: bool, special_tokens: bool) -> PromptWriter:
+    def writer(
+        self, choice: TemplateChoice, *, special_tokens: bool, system: str | None = None, tells: bool = True
+    ) -> PromptWriter:
         """Make what turns prompts into tokens, and tell the user of a chat template that is not used.
 
         Raises:
@@ -82,8 +85,8 @@ class LoadedModel:
         """
         from vlm_cli.writing.writer import PromptWriter
 
-        writer = PromptWriter(self.processor, chat_template=chat_template, parse_special_tokens=special_tokens)
-        if writer.note:
+        writer = PromptWriter(self.processor, choice, system=system, parse_special_tokens=special_tokens)
+        if tells and writer.note:
             console.note(writer.note)
         return writer
 

@@ -12,12 +12,14 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.command import option
+from vlm_cli.cli.completion import offer
 from vlm_cli.cli.options import MaxPixelsOption, MaxTilesOption, MediaRootOption
 from vlm_cli.cli.standard_streams import find_piped_picture
 from vlm_cli.data.inputs import base_folder, is_stdin, read_bytes
 from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.prompt import Interleaved, Medium, interleave
 from vlm_cli.text import clean_text, decode_text
+from vlm_cli.writing.choice import TemplateChoice
 
 if TYPE_CHECKING:
     from vlm_cli.media import LoadedClip, LoadedImage, MediaLoader
@@ -28,6 +30,7 @@ __all__ = [
     "PromptOptions",
     "ReadingOptions",
     "SpecialTokensOption",
+    "SystemOption",
     "TurnOptions",
     "check_piped_picture",
     "load_images",
@@ -39,11 +42,23 @@ PROMPT = "Prompt"  # heading of these options in --help
 _MEDIA_OPTIONS = {"--image", "--video"}  # that bring files, and no text
 
 ChatTemplateOption = Annotated[
-    bool,
+    str,
     option(
         PROMPT,
-        "Write each prompt as a user's turn in the tokenizer's chat template, as `vlm chat` does.",
+        "Which prompts become a user's turn in the tokenizer's chat template: all; none; or (auto) rows of messages, "
+        "the turns of `vlm chat`, and prompts with --system. A FILE holds another template, for all prompts.",
         "--chat-template",
+        metavar="auto|all|none|FILE",
+        autocompletion=offer(lambda: ("auto", "all", "none")),
+    ),
+]
+SystemOption = Annotated[
+    str | None,
+    option(
+        PROMPT,
+        "Tell the model TEXT before the first turn, where the chat template writes the system's words.",
+        "--system",
+        metavar="TEXT",
     ),
 ]
 SpecialTokensOption = Annotated[
@@ -69,6 +84,17 @@ class ReadingOptions:
     max_pixels: MaxPixelsOption = None
     max_tiles: MaxTilesOption = None
     special_tokens: SpecialTokensOption = False
+    chat_template: ChatTemplateOption = "auto"
+    system: SystemOption = None
+
+    @property
+    def choice(self) -> TemplateChoice:
+        """Which prompts a chat template writes.
+
+        Raises:
+            UsageError: if --chat-template is no choice and no file.
+        """
+        return TemplateChoice.parse(self.chat_template)
 
     def loader(self, folder: Path | None, allow_hosts: tuple[str, ...]) -> MediaLoader:
         """Make the loader of the images.

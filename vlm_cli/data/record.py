@@ -27,6 +27,8 @@ class Content:
         id: as the row gives it; None if it gives none.
         kind: by which scores are grouped; None for none.
         notes: what the user should know of how the row was read.
+        is_turns: whether it is an exchange of messages, whose spelling a chat template knows; a prompt and its
+            completion are the very texts that the model reads and writes.
     """
 
     segments: tuple[Segment, ...]
@@ -34,6 +36,7 @@ class Content:
     id: str | None = None
     kind: str | None = None
     notes: tuple[str, ...] = ()
+    is_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Record:
         source: name of the source.
         shard: name of the file in it.
         unit: what messages call a row of it.
+        is_turns: whether it is an exchange of messages; see `Content`.
     """
 
     line: int
@@ -59,6 +63,7 @@ class Record:
     source: str = ""
     shard: str = ""
     unit: str = "line"
+    is_turns: bool = False
 
     @property
     def place(self) -> str:

@@ -171,6 +171,7 @@ def read_record(row: Row, source: str) -> Record:
         source=source,
         shard=row.shard,
         unit=row.unit,
+        is_turns=content.is_turns,
     )
 
 

@@ -27,12 +27,16 @@ class Item(Row):
         kind: by which scores are grouped.
         prompt: in reading order.
         expected: the right answer.
+        is_turns: whether the record is an exchange of messages.
+        system: what the record tells the model beforehand.
     """
 
     id: str
     kind: str | None
     prompt: tuple[Text | Medium, ...]
     expected: str
+    is_turns: bool = False
+    system: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the line of an item without an answer in the file of answers. `error` shows no content of a file."""
@@ -115,7 +119,15 @@ def _has_half_characters(record: Record) -> bool:
 def _item(record: Record) -> Item:
     prompt, answer = (segment.parts for segment in record.segments)
     expected = "".join(part.text for part in answer if isinstance(part, Text))
-    return Item(line=record.line, id=record.id, kind=record.kind, prompt=prompt, expected=expected)
+    return Item(
+        line=record.line,
+        id=record.id,
+        kind=record.kind,
+        prompt=prompt,
+        expected=expected,
+        is_turns=record.is_turns,
+        system=record.system,
+    )
 
 
 def encode_items(items: Sequence[Item], records: Records, plan: GenerationPlan) -> None:
@@ -127,7 +139,7 @@ def encode_items(items: Sequence[Item], records: Records, plan: GenerationPlan) 
     problems: list[Problem] = []
     loader = records.loader()
     for item in items:
-        item.encode(plan, item.prompt, loader)
+        item.encode(plan, item.prompt, loader, is_turns=item.is_turns, system=item.system)
         num_tokens, most = len(item.ids), plan.max_new_tokens
         if problem := plan.budget.problem(num_tokens, item.media):
             problems.append(Problem(item.line, problem))

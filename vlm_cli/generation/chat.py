@@ -22,7 +22,7 @@ from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.tiling import MediumSize
 from vlm_cli.writing.clip_text import add_clip_texts, chosen_of
-from vlm_cli.writing.conversation import ChatFormat, Conversation
+from vlm_cli.writing.conversation import Conversation
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -82,13 +82,12 @@ class Chat:
     """A conversation, to which each answered turn is added. A turn that fails changes nothing.
 
     Args:
-        plan: how the model answers, with one answer and no beams.
-        parse_special_tokens: read the spelling of a special token in the user's text as that token.
+        plan: how the model answers, with one answer and no beams; its writer says how turns are written.
     """
 
-    def __init__(self, plan: GenerationPlan, *, parse_special_tokens: bool = False) -> None:
+    def __init__(self, plan: GenerationPlan) -> None:
         self.plan, self.model = plan, plan.model
-        self.conversation = Conversation(ChatFormat(plan.processor, parse_special_tokens=parse_special_tokens))
+        self.conversation = Conversation.begin(plan.writer.turn_format, plan.writer.system)
         self.media = EncodedMedia()
         self.cache = PromptCache()
         self.turns = 0

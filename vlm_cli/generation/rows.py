@@ -63,13 +63,22 @@ class Row:
     def is_done(self) -> bool:
         return self.answers is not None or self.error is not None
 
-    def encode(self, plan: GenerationPlan, parts: Sequence[Text | Medium], loader: MediaLoader) -> None:
-        """Turn the prompt into tokens, sources and sizes of media.
+    def encode(
+        self,
+        plan: GenerationPlan,
+        parts: Sequence[Text | Medium],
+        loader: MediaLoader,
+        *,
+        is_turns: bool = False,
+        system: str | None = None,
+    ) -> None:
+        """Turn the prompt into tokens, sources and sizes of media. The last two arguments are those of `PromptWriter`.
 
         Raises:
             MediaError: if the header of a clip cannot be read.
         """
-        self.ids = plan.writer.encode(add_clip_texts(parts, plan.processor, loader.choose_frames))
+        parts_to_write = add_clip_texts(parts, plan.processor, loader.choose_frames)
+        self.ids = plan.writer.encode(parts_to_write, is_turns=is_turns, system=system)
         self.sources = [part for part in parts if isinstance(part, Medium)]
         self.media = measure_media(parts, loader, plan.processor.image_processor)
 

@@ -72,6 +72,7 @@ def take_pictures(template: str, special_tokens: Mapping[str, Any]) -> str:
 def takes_text(template: str, special_tokens: Mapping[str, Any]) -> bool:
     """Tell whether a template takes the content of a message as a text; some want a list of parts."""
     try:
-        return "hello" in render_template(template, [{"role": "user", "content": "hello"}], special_tokens)
+        found = render_template(template, [{"role": "user", "content": "hello"}], special_tokens)
+        return "hello" in found.lower()
     except LanguageModelError:
         return False

@@ -35,7 +35,7 @@ __all__ = ["Collator", "RecordDataset", "check_batch", "load_dataset"]
 
 @dataclass
 class RecordDataset(Dataset[dict[str, Any]]):
-    """N records as tokens and sources of images. An item is a dictionary of `index`, `ids`, `labels` and `pixels`.
+    """N sequences of records, as tokens and sources of images; an item has `index`, `ids`, `labels` and `pixels`.
 
     One array holds the tokens of all records, so that worker processes share it; those of record i are
     `ids[ends[i] : ends[i + 1]]`.
@@ -152,23 +152,26 @@ def load_dataset(
     problems: list[Problem] = []
     for record in records.good:
         try:
-            encoded = encoder.encode(_with_clip_texts(record, processor, dataset.loader))
+            sequences = encoder.encode(_with_clip_texts(record, processor, dataset.loader))
             sizes = measure_media(record.sources, dataset.loader, images)
         except VLMError as error:
             problems.append(Problem(record.line, str(error)))
             continue
-        if problem := budget.problem(len(encoded.ids), sizes):
+        longest = sequences[-1]
+        if problem := budget.problem(len(longest.ids), sizes[: longest.num_media]):
             problems.append(Problem(record.line, problem))
             continue
-        ids.append(np.array(encoded.ids, np.int32))
-        is_target.append(np.array(encoded.is_target, np.bool_))
-        dataset.sources.append(record.sources)
-        frames.append(sum(size.num_frames for size in sizes))
-        dataset.names.append(record.id)
-        dataset.lines.append(record.line)
-        if encoded.was_split:
+        for encoded in sequences:
+            ids.append(np.array(encoded.ids, np.int32))
+            is_target.append(np.array(encoded.is_target, np.bool_))
+            dataset.sources.append(record.sources[: encoded.num_media])
+            frames.append(sum(size.num_frames for size in sizes[: encoded.num_media]))
+            dataset.names.append(record.id)
+            dataset.lines.append(record.line)
+        if longest.was_split:
             dataset.split_lines.append(record.line)
     raise_problems(records, problems)
+    dataset.notes += encoder.notes
     dataset.frames = np.array(frames)
     dataset.ids, dataset.is_target = np.concatenate(ids), np.concatenate(is_target)
     dataset.ends = np.concatenate([[0], np.cumsum([len(x) for x in ids])])

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from vlm_cli.composition import END_OF_CHUNK
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.records import Record, Segment
-from vlm_cli.decoding import decode_after
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.processor import TokenBreak, VLMProcessor
+from vlm_cli.printable import count_of
+from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Slot, Text
-from vlm_cli.writing.conversation import Conversation
-from vlm_cli.writing.writer import PromptWriter
+from vlm_cli.writing.turns import Exchange, TurnsWriter
+from vlm_cli.writing.writer import PromptWriter, plain_system
 
 __all__ = ["EncodedRecord", "RecordEncoder", "find_end_token"]
 
@@ -39,17 +40,30 @@ def find_end_token(model: VLM, processor: VLMProcessor) -> int:
 
 
 class EncodedRecord(NamedTuple):
-    """The tokens of a record.
+    """The tokens of a record, or of its turns up to one.
 
     Attributes:
         ids: the tokens.
         is_target: for each token, whether the model learns it.
         was_split: a token would have held the end of a context and the start of its target, and was split there.
+        num_media: how many of the record's media stand among the tokens: the first ones.
     """
 
     ids: list[int]
     is_target: list[bool]
     was_split: bool
+    num_media: int
+
+
+def _spaced(record: Record) -> Record:
+    """Put whitespace between the turns of a record that no template writes, as a chat without a template has it."""
+    segments = []
+    for number, segment in enumerate(record.segments):
+        start = Text(" " if segment.is_target else "\n")
+        first = segment.parts[0] if segment.parts else None
+        is_apart = number == 0 or (isinstance(first, Text) and first.text[:1].isspace())
+        segments.append(segment if is_apart else replace(segment, parts=(start, *segment.parts)))
+    return replace(record, segments=tuple(segments))
 
 
 class RecordEncoder:
@@ -70,56 +84,60 @@ class RecordEncoder:
 
     def __init__(self, writer: PromptWriter, end_id: int, stop_ids: Sequence[int] = ()) -> None:
         self.writer, self.processor, self.end_id = writer, writer.processor, end_id
-        self.stop_ids = {end_id, *stop_ids}
+        self._turns = None if writer.format is None else TurnsWriter(writer.format, end_id, stop_ids)
         self._media_id = self.processor.media_token_id
+        self._num_written, self._num_repeated, self._num_plain_turns = 0, 0, 0  # records; see `notes`
         # Many records ask the same question.
         self._encode_cached = lru_cache(maxsize=2**16)(self._encode_texts)
 
-    def encode(self, record: Record) -> EncodedRecord:
-        """Encode one record.
+    def encode(self, record: Record) -> list[EncodedRecord]:
+        """Encode one record. It becomes several sequences where the chat template writes earlier turns in another way.
 
         Raises:
             RecordError: if the chat template cannot write the record.
             LanguageModelError: if the chat template fails.
         """
-        encoded = self._encode_plain(record) if self.writer.format is None else self._encode_turns(record)
-        encoded.is_target[0] = False  # no token stands before it, from which the model could learn it
-        return encoded
+        is_turns = record.is_turns or record.system is not None
+        if self._turns is not None and self.writer.uses_template(is_turns=is_turns):
+            found = self._encode_turns(record, self._turns)
+            self._num_written += 1
+            self._num_repeated += len(found) > 1
+        else:
+            found = [self._encode_plain(_spaced(record) if record.is_turns else record)]
+            self._num_plain_turns += is_turns
+        for encoded in found:
+            encoded.is_target[0] = False  # no token stands before it, from which the model could learn it
+        return found
 
-    def _encode_turns(self, record: Record) -> EncodedRecord:
-        """Encode a record with the chat template: contexts are the user's turns, and targets the answers to them.
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the records so far were written."""
+        found = [] if self._turns is None else list(self._turns.notes)
+        if self._num_written:
+            found.insert(0, f"Template: the chat template writes {count_of(self._num_written, 'record')}.")
+        if self._num_repeated:
+            found.append(
+                f"Note: the chat template writes earlier turns in another way once others follow, so that "
+                f"{count_of(self._num_repeated, 'record')} of several turns became one sequence for each answer."
+            )
+        if self._num_plain_turns:
+            why = "--chat-template none" if self.processor.chat_program else "the tokenizer has no chat template"
+            found.append(
+                f"Note: {count_of(self._num_plain_turns, 'record')} of turns are written plainly ({why}): each answer "
+                "follows its turn after a space, and the next turn begins on a new line."
+            )
+        return found
 
-        An answer has no whitespace at its ends, since the template says what stands around it.
-        """
-        assert self.writer.format is not None
-        conversation = Conversation(self.writer.format)
-        ids: list[int] = []
-        is_target: list[bool] = []
-        ends: list[int] = []
+    def _encode_turns(self, record: Record, writer: TurnsWriter) -> list[EncodedRecord]:
+        """Encode a record with the chat template: contexts are the user's turns, and targets the answers to them."""
+        turns = []
         for context, target in zip(record.segments[::2], record.segments[1::2], strict=True):
-            if not all(isinstance(part, Text) for part in target.parts) or not context.parts:
+            texts = [part.text for part in target.parts if isinstance(part, Text)]
+            if len(texts) < len(target.parts) or not context.parts:
                 raise RecordError('is a "text", which has no turns. Give a "prompt" and its "completion".')
-            asked = conversation.ask(context.parts)
-            if list(asked.ids[: len(conversation.ids)]) != list(conversation.ids):
-                raise RecordError("the chat template writes earlier turns in another way. Give each turn as a record.")
-            new = list(asked.ids[len(conversation.ids) :])
-            follows = bool(ends) and new[: len(ends)] == ends  # the template ended the answer before this turn
-            ids += new
-            is_target += [follows and i < len(ends) for i in range(len(new))]
-            text = "".join(part.text for part in target.parts if isinstance(part, Text)).strip()
-            answer = self.processor.encode([TokenBreak(), Text(text)], add_special_tokens=False)
-            ends = self._end_of(asked.close(text))
-            ids += answer
-            is_target += [True] * len(answer)
-            conversation = asked.answer(answer, text, partial(decode_after, self.processor.tokenizer, asked.ids))
-        ids += ends
-        is_target += [True] * len(ends)
-        return EncodedRecord(ids, is_target, False)
-
-    def _end_of(self, closing: Sequence[int]) -> list[int]:
-        """Return what the template writes behind an answer, up to the first token that stops the model."""
-        stop = next((i for i, token in enumerate(closing) if token in self.stop_ids), None)
-        return [self.end_id] if stop is None else list(closing[: stop + 1])
+            turns.append(Exchange(context.parts, "".join(texts)))
+        system = self.writer.system if record.system is None else record.system
+        return [EncodedRecord(x.ids, x.is_target, False, x.num_media) for x in writer.write(turns, system)]
 
     def _encode_plain(self, record: Record) -> EncodedRecord:
         ids: list[int] = []
@@ -127,12 +145,13 @@ class RecordEncoder:
         was_split = False
         pairs = zip(record.segments[::2], record.segments[1::2], strict=True)
         for number, (context, target) in enumerate(pairs):
+            context = replace(context, parts=(*plain_system(record.system if not number else None), *context.parts))
             before, after, split = self._encode_pair(context, target, continues=number > 0)
             after = after if after[-1:] == [self.end_id] else [*after, self.end_id]
             ids += [*before, *after]
             is_target += [False] * len(before) + [token != self._media_id for token in after]
             was_split |= split
-        return EncodedRecord(ids, is_target, was_split)
+        return EncodedRecord(ids, is_target, was_split, len(record.sources))
 
     def _encode_pair(self, context: Segment, target: Segment, *, continues: bool) -> tuple[list[int], list[int], bool]:
         """Encode a context and its target; tell whether a token that both would share was split."""

@@ -13,6 +13,7 @@ from vlm_cli.resume import settings_diff
 from vlm_cli.training.checkpoints import RunHistory, TrainingCheckpoint
 from vlm_cli.training.dataset import RecordDataset
 from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.writing.choice import TemplateChoice
 
 __all__ = ["check_same_run", "continue_history", "identify_run"]
 
@@ -25,14 +26,18 @@ def identify_run(
     Checkpoints store the description, so that its keys must stay as they are.
     """
     # Checkpoints of earlier versions have no such keys.
-    written = {"--chat-template": settings.chat_template, "--special-tokens": settings.special_tokens}
-    # The optimizer's groups follow from these; the numbers themselves may change.
-    written |= {"--layer-decay": settings.layer_decay is not None}
+    template = TemplateChoice.parse(settings.chat_template)
+    written = {
+        "--chat-template": None if template.name == "auto" else template.identity,
+        "--special-tokens": settings.special_tokens,
+        # The optimizer's groups follow from these; the numbers themselves may change.
+        "--layer-decay": settings.layer_decay is not None,
+    }
     named = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
     parts = {f"parts in {k}": sorted(set(x) - {OTHERS}) for k, x in named.items() if isinstance(x, Mapping)}
     return {
         **parts,
-        **{option: True for option, is_given in written.items() if is_given},
+        **{option: value for option, value in written.items() if value},
         "MODEL": f"{job.model} ({_hash_weights(model)})",
         "--data": f"{len(data)} records ({data.sha256[:12]})",
         "--batch-size × --gradient-accumulation × processes": settings.step_size(num_processes),

@@ -30,6 +30,7 @@ from vlm_cli.training.rates import check_parts
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
+from vlm_cli.writing.choice import TemplateChoice
 from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["load_trainable", "train_model"]
@@ -173,12 +174,13 @@ class _Run:
             self.listener.notify(f"Removed {self.checkpoints.folder}: its run has written {self.job.output}.")
 
     def _check_inputs(self) -> None:
-        """Refuse a schedule that cannot be made, and to read one stream of records twice.
+        """Refuse a schedule or a chat template that is none, and to read one stream of records twice.
 
         Raises:
             UsageError: naming the options.
         """
         make_schedule(self.settings)
+        TemplateChoice.parse(self.settings.chat_template)  # before anything is loaded
         piped = [path for path in (self.job.data, self.job.eval_data) if path is not None and is_pipe(path)]
         if len(piped) == 2 and piped[0] == piped[1]:
             raise UsageError("--data and --eval-data are the same pipe, which can be read only once. Give two files.")
@@ -217,11 +219,9 @@ class _Run:
         limits = self.job.media_root, self.job.max_pixels
         writer = PromptWriter(
             processor,
-            chat_template=self.settings.chat_template,
+            TemplateChoice.parse(self.settings.chat_template),
             parse_special_tokens=self.settings.special_tokens,
         )
-        if writer.note:
-            self.listener.notify(writer.note)
         sets = [None if path is None else load_dataset(path, model, processor, *limits, writer) for path in files]
         for path, data in zip(files, sets, strict=True):
             for note in [] if data is None else data.notes:

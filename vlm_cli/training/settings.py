@@ -129,13 +129,14 @@ class TrainingSettings:
         ),
     ] = None
     chat_template: Annotated[
-        bool,
+        str,
         Flag(
-            help="Write each prompt as a user's turn in the tokenizer's chat template, and each completion as the "
-            "answer to it.",
+            help="Which records become turns in the tokenizer's chat template: rows of messages (auto), all, or none. "
+            "A FILE holds another template, for all records; OUT keeps it.",
             heading=DATA,
+            metavar="auto|all|none|FILE",
         ),
-    ] = False
+    ] = "auto"
     special_tokens: Annotated[
         bool,
         Flag(

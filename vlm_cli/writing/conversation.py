@@ -10,14 +10,16 @@ stands for an image, and one cuts the spelling of a special token in two. With `
     [image] Is </s> a tag?      reaches the template as     ▣ Is <¦/s> a tag?
 
 The template formats that, and the tokenizer then reads the whole result at once, as in training: `▣` becomes the media
-token, and `¦` becomes nothing but keeps `<` and `/s>` apart. Special tokens come from the template alone.
+token, and `¦` becomes nothing but keeps `<` and `/s>` apart. Special tokens come from the template alone. A third
+marker stands at the end of an answer that is learned, to tell its words from what the template writes behind them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import Literal
 
@@ -28,36 +30,47 @@ from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.pictures import takes_text
 from vlm_cli.templates.render import render_template
 
-__all__ = ["ChatFormat", "Conversation", "Message"]
+__all__ = ["AnswerEnd", "ChatFormat", "Conversation", "Markers", "Message", "squash"]
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that Unicode leaves to programs
 
 
 @dataclass(frozen=True)
-class Message:
-    """What the user or the model said."""
+class AnswerEnd:
+    """The end of an answer, which a marker shows."""
 
-    role: Literal["user", "assistant"]
-    parts: tuple[Text | Medium, ...]
+
+@dataclass(frozen=True)
+class Message:
+    """What the user or the model said, or what the model is told before the first turn."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Text | Medium | AnswerEnd, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        return [part.text for part in self.parts if isinstance(part, Text)]
 
 
 @dataclass(frozen=True)
 class Markers:
-    """Two characters that occur in no text of a conversation.
+    """Three characters that occur in no text of a conversation.
 
     Attributes:
         image: stands for an image.
         token_break: cuts the spelling of a special token, so that the tokenizer reads it as text.
+        answer_end: stands at the end of an answer.
     """
 
     image: str
     token_break: str
+    answer_end: str
 
     @classmethod
     def absent_from(cls, *texts: str) -> Markers:
-        """Choose two characters that none of the texts has."""
+        """Choose three characters that none of the texts has."""
         taken = set(chain(*texts))
-        return cls(*islice((c for c in map(chr, PRIVATE_USE) if c not in taken), 2))
+        return cls(*islice((c for c in map(chr, PRIVATE_USE) if c not in taken), 3))
 
 
 class ChatFormat:
@@ -65,16 +78,17 @@ class ChatFormat:
 
     Args:
         processor: of the model.
+        plain: write turns as lines, even if there is a template.
         parse_special_tokens: read the spelling of a special token in the user's text as that token.
 
     Attributes:
         template: the chat template, a Jinja program; None if the tokenizer has none.
     """
 
-    def __init__(self, processor: VLMProcessor, *, parse_special_tokens: bool = False) -> None:
+    def __init__(self, processor: VLMProcessor, *, plain: bool = False, parse_special_tokens: bool = False) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.parse_special_tokens = parse_special_tokens
-        self.template = processor.chat_program
+        self.template = None if plain else processor.chat_program
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         spellings = "|".join(map(re.escape, sorted(special))) or "(?!)"
         # The first character of each spelling, so that the marker can be put behind it.
@@ -92,7 +106,7 @@ class ChatFormat:
             opens_answer: go on to where the model's answer begins; the last message is then the user's.
 
         Raises:
-            LanguageModelError: if the template cannot write these messages, or leaves an image out.
+            LanguageModelError: if the template cannot write these messages, or leaves an image or the system text out.
         """
         if self.template is None:
             # An answer stands right behind its turn, and the next turn on a new line.
@@ -100,7 +114,7 @@ class ChatFormat:
             return "".join("\n" * b + self.insert_markers(m, markers) for b, m in zip(breaks, messages, strict=True))
         texts = [self.insert_markers(message, markers) for message in messages]
         pairs = [(m.role, text) for m, text in zip(messages, texts, strict=True)]
-        found = self._apply_template(pairs, opens_answer=opens_answer)
+        found = self._apply_system(pairs, opens_answer) if pairs[0][0] == "system" else self._apply(pairs, opens_answer)
         if (written := found.count(markers.image)) != (given := sum(text.count(markers.image) for text in texts)):
             raise LanguageModelError(
                 f"the tokenizer's chat template writes {written} of {count_of(given, 'image')} of the conversation. "
@@ -111,10 +125,12 @@ class ChatFormat:
 
     def insert_markers(self, message: Message, markers: Markers) -> str:
         """Write a message as text, with a marker for each image and in each spelling of a special token."""
-        breaks = self.template is not None and not (message.role == "user" and self.parse_special_tokens)
+        breaks = self.template is not None and not (message.role != "assistant" and self.parse_special_tokens)
         return "".join(
             markers.image
             if isinstance(part, Medium)
+            else markers.answer_end
+            if isinstance(part, AnswerEnd)
             else self._special.sub(rf"\g<1>{markers.token_break}", part.text)
             if breaks
             else part.text
@@ -132,7 +148,26 @@ class ChatFormat:
             add_special_tokens=is_start and self.template is None,  # a template writes its own
         )
 
-    def _apply_template(self, messages: Sequence[tuple[str, str]], *, opens_answer: bool = True) -> str:
+    def _apply_system(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
+        """Write messages that begin with the system text.
+
+        Raises:
+            LanguageModelError: if the template has no place for that text; many refuse it, and some forget it.
+        """
+        advice = "Leave the system text out, or write it at the start of the user's first turn."
+        try:
+            found = self._apply(messages, opens_answer)
+        except LanguageModelError as error:
+            self._apply(messages[1:], opens_answer)  # if that fails too, the system text is not to blame
+            raise LanguageModelError(f"the tokenizer's chat template takes no system text ({error}) {advice}") from None
+        if squash(messages[0][1]) not in squash(found):
+            raise LanguageModelError(f"the tokenizer's chat template leaves out the system text. {advice}")
+        return found
+
+    def _apply(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
+        return self._apply_template(messages, opens_answer) + (self._heading if opens_answer else "")
+
+    def _apply_template(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
         conversation = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._takes_parts else text}
             for role, text in messages
@@ -140,6 +175,28 @@ class ChatFormat:
         assert self.template is not None
         tokens = self.tokenizer.special_tokens_map
         return render_template(self.template, conversation, tokens, opens_answer=opens_answer)
+
+    @cached_property
+    def _heading(self) -> str:
+        """What a template that knows no `add_generation_prompt` writes before each answer, such as `Assistant: `.
+
+        Else the model would have to write it at the start of each answer. Whitespace is left to the model.
+        """
+        said = [("user", "hello")]
+        try:
+            opened, closed = (self._apply_template(said, opens) for opens in (True, False))
+            whole = self._apply_template([*said, ("assistant", "world")], False)
+        except LanguageModelError:  # whoever renders a conversation is told
+            return ""
+        if opened != closed or not whole.startswith(opened):
+            return ""
+        heading, found, _ = whole[len(opened) :].partition("world")
+        return heading.rstrip(" ") if found and heading.strip() else ""
+
+
+def squash(text: str) -> str:
+    """Return a text without its whitespace, which templates change as they like."""
+    return "".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -158,40 +215,50 @@ class Conversation:
     messages: tuple[Message, ...] = ()
     ids: tuple[int, ...] = ()
     rendered: str = ""
-    markers: Markers = Markers("", "")
+    markers: Markers = Markers("", "", "")
 
     @property
     def media(self) -> list[Medium]:
         """All images, in reading order."""
         return [part for message in self.messages for part in message.parts if isinstance(part, Medium)]
 
-    def ask(self, parts: Sequence[Text | Medium]) -> Conversation:
+    @classmethod
+    def begin(cls, format: ChatFormat, system: str | None = None) -> Conversation:
+        """Begin a conversation in which nobody has spoken; `system` is what the model is told before the first turn."""
+        return cls(format, () if system is None else (Message("system", (Text(system),)),))
+
+    def ask(self, parts: Sequence[Text | Medium], markers: Markers | None = None) -> Conversation:
         """Add a turn of the user, up to where the answer begins.
 
         The ids of earlier turns stay as they are, so that the model reads the very tokens that it wrote. Only where the
         template writes earlier messages in another way now, the whole conversation is encoded again.
+
+        Args:
+            parts: of the turn.
+            markers: that no text of the conversation has, if the caller knows texts that are still to come.
+
+        Raises:
+            LanguageModelError: if the template cannot write the conversation.
         """
-        messages = (*self.messages, Message("user", tuple(parts)))
-        texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
-        markers = Markers.absent_from(self.format.template or "", *texts)
-        rendered = self.format.render(messages, markers)
-        continues = bool(self.messages) and rendered.startswith(self.rendered)
+        asked = Message("user", tuple(parts))
+        texts = (text for message in (*self.messages, asked) for text in message.texts)
+        markers = markers or Markers.absent_from(self.format.template or "", *texts)
+        for said in self._spellings():
+            messages = (*said, asked)
+            rendered = self.format.render(messages, markers)
+            if continues := bool(self.ids) and rendered.startswith(self.rendered):
+                break
         new = rendered[len(self.rendered) :] if continues else rendered
         ids = self.format.encode(new, markers, is_start=not continues)
         return Conversation(self.format, messages, (*(self.ids if continues else ()), *ids), rendered, markers)
 
-    def close(self, text: str) -> list[int]:
-        """Return the tokens that the template writes behind an answer, before it would go on to the next turn.
-
-        Args:
-            text: the answer, to a conversation whose last turn has none yet.
-        """
-        message = Message("assistant", (Text(text),))
-        rendered = self.format.render((*self.messages, message), self.markers, opens_answer=False)
-        before = self.rendered + self.format.insert_markers(message, self.markers)
-        if not rendered.startswith(before) or len(rendered) == len(before):
-            return []
-        return self.format.encode(rendered[len(before) :], self.markers, is_start=False)
+    def _spellings(self) -> Iterator[tuple[Message, ...]]:
+        """Yield the messages, and then without whitespace around the last answer, which some templates write anew."""
+        yield self.messages
+        if self.ids and self.format.template is not None and self.messages[-1].role == "assistant":
+            text = "".join(self.messages[-1].texts)
+            if text != text.strip():
+                yield (*self.messages[:-1], Message("assistant", (Text(text.strip()),)))
 
     def answer(self, ids: Sequence[int], text: str, decode: Callable[[list[int]], str]) -> Conversation:
         """Add an answer of the model.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlm_cli.errors import UsageError
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.writing.choice import AUTO, TemplateChoice
 from vlm_cli.writing.conversation import ChatFormat, Conversation
 
 if TYPE_CHECKING:
@@ -19,36 +20,93 @@ class PromptWriter:
     """Writes prompts for one model: as they stand, or as the turn of a user in the tokenizer's chat template.
 
     Args:
-        processor: of the model.
-        chat_template: write each prompt with the chat template.
+        processor: of the model; it gets the template of `choice`.
+        choice: which prompts the template writes.
+        system: what the model is told before each prompt; None for nothing.
         parse_special_tokens: read the spelling of a special token in a prompt as that token.
 
     Attributes:
-        format: the chat template; None if prompts stay as they stand.
+        format: the chat template; None if no prompt is written with it.
 
     Raises:
         UsageError: if the tokenizer has no chat template to write with.
     """
 
     def __init__(
-        self, processor: VLMProcessor, *, chat_template: bool = False, parse_special_tokens: bool = False
+        self,
+        processor: VLMProcessor,
+        choice: TemplateChoice = AUTO,
+        *,
+        system: str | None = None,
+        parse_special_tokens: bool = False,
     ) -> None:
-        self.processor, self.parse_special_tokens = processor, parse_special_tokens
-        self.format = ChatFormat(processor, parse_special_tokens=parse_special_tokens) if chat_template else None
-        if self.format is not None and self.format.template is None:
+        self.processor, self.choice, self.system = processor, choice, system
+        self.parse_special_tokens = parse_special_tokens
+        choice.give_to(processor)
+        has_template = processor.chat_program is not None
+        if choice.when == "all" and not has_template:
             raise UsageError("the tokenizer of this model has no chat template. Leave out --chat-template.")
+        if system is not None:
+            check_system(processor, choice)
+        self.format = (
+            ChatFormat(processor, parse_special_tokens=parse_special_tokens)
+            if has_template and choice.when != "none"
+            else None
+        )
 
-    def encode(self, parts: Sequence[Text | Medium]) -> list[int]:
-        """Return the tokens of a prompt, up to where the answer begins."""
-        if self.format is None:
-            return self.processor.encode(parts, parse_special_tokens=self.parse_special_tokens)
-        return list(Conversation(self.format).ask(parts).ids)
+    @property
+    def turn_format(self) -> ChatFormat:
+        """How the turns of a chat are written: with the template, or plainly if no prompt is written with it."""
+        return self.format or ChatFormat(self.processor, plain=True, parse_special_tokens=self.parse_special_tokens)
+
+    def uses_template(self, *, is_turns: bool = False) -> bool:
+        """Tell whether a prompt is written with the template.
+
+        Args:
+            is_turns: whether its row is an exchange of messages, and not a prompt.
+        """
+        return self.format is not None and (self.choice.when == "all" or is_turns or self.system is not None)
+
+    def encode(self, parts: Sequence[Text | Medium], *, is_turns: bool = False, system: str | None = None) -> list[int]:
+        """Return the tokens of a prompt, up to where the answer begins.
+
+        Args:
+            parts: of the prompt, in reading order.
+            is_turns: whether the row of the prompt is an exchange of messages.
+            system: what its row tells the model beforehand, in the place of what every prompt gets.
+        """
+        if self.format is None or not self.uses_template(is_turns=is_turns or system is not None):
+            return self.processor.encode(
+                [*plain_system(system), *parts], parse_special_tokens=self.parse_special_tokens
+            )
+        said = self.system if system is None else system
+        return list(Conversation.begin(self.format, said).ask(parts).ids)
 
     @property
     def note(self) -> str | None:
         """What the user should know of the chat template, used or not; None if there is nothing to know."""
-        if self.format is not None:
+        if self.uses_template():
             return "Template: the tokenizer's chat template"
-        if self.parse_special_tokens or self.processor.chat_program is None:
+        if self.parse_special_tokens or self.processor.chat_program is None or self.choice.when == "none":
             return None
-        return "Note: the tokenizer has a chat template, which `vlm chat` uses. --chat-template uses it here, too."
+        return "Note: the tokenizer has a chat template, which `vlm chat` uses. --chat-template all uses it here, too."
+
+
+def plain_system(system: str | None) -> list[Text | Medium]:
+    """Return how a row's system text stands before its prompt where no template writes it: on a line of its own."""
+    return [] if system is None else [Text(f"{system}\n")]
+
+
+def check_system(processor: VLMProcessor, choice: TemplateChoice) -> None:
+    """Refuse a system text for a model whose prompts no template writes.
+
+    Raises:
+        UsageError: naming --system.
+    """
+    if choice.when == "none":
+        raise UsageError("--system is written by the chat template. Leave out --system or --chat-template none.")
+    if processor.chat_program is None:
+        raise UsageError(
+            "the tokenizer of this model has no chat template, which would say where --system stands. Write the text "
+            "at the start of the prompt, or give a template: --chat-template FILE."
+        )
