@@ -13,26 +13,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from vlm_cli.errors import VLMError
+from vlm_cli.generation.batch_media import BatchMedia, count_token_bytes
 from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
-from vlm_cli.generation.encoded_image import EncodedImage
 from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
 from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
-from vlm_cli.modeling.batching import MediumPixels, pad_left, stack_grids, stack_media, stack_pixels
+from vlm_cli.modeling.batching import pad_left
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.printable import count_of
 from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
-    from vlm_cli.modeling.vlm import VLM
+    pass
 
-__all__ = ["Counts", "RowAnswerer", "count_token_bytes"]
+__all__ = ["Counts", "RowAnswerer"]
 
 #: Types of language models that Transformers itself cannot run on several rows at once, and why.
 ONE_AT_A_TIME = {
@@ -40,7 +39,6 @@ ONE_AT_A_TIME = {
     "xlstm": "its state has one row",
 }
 LOOKAHEAD_BATCHES = 8  # batches of rows among which the engine looks for rows of similar length
-FRAMES_PER_ENCODING = 16  # frames that the vision encoder reads at once; an image has one
 CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait for the model or may be shown again
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -100,12 +98,12 @@ class RowAnswerer:
         keywords = plan.keywords
         self.num_answers: int = keywords["num_return_sequences"]
         self.cost = RowCost(self.model, max(keywords["num_beams"], self.num_answers))
-        self.encodes_apart: bool = self.model.encodes_media_independently
+        self.media = BatchMedia(self.model)
         # A repetition penalty reads padding too, which may be a token that counts.
         self.pads = kind not in NO_LEFT_PADDING and keywords["repetition_penalty"] == 1
         has_one_answer = keywords["num_beams"] == self.num_answers == 1 and kind not in ONE_AT_A_TIME
         # For what rows begin with in common, such as the examples of few-shot prompts.
-        self.prompt_cache = PromptCache() if self.encodes_apart and has_one_answer else None
+        self.prompt_cache = PromptCache() if self.media.encodes_apart and has_one_answer else None
         channels, height, width = plan.processor.image_processor.frame_shape
         image_bytes = max(4 * channels * height * width, count_token_bytes(self.model, MediumSize()))
         self.max_images = max(1, CACHE_BYTES // image_bytes)
@@ -198,7 +196,7 @@ class RowAnswerer:
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row]) -> None:
         ids, mask = pad_left([row.ids for row in rows], self.plan.processor.tokenizer.pad_token_id)
-        inputs = {"input_ids": ids, "attention_mask": mask, **self._media(rows)}
+        inputs = {"input_ids": ids, "attention_mask": mask, **self.media.arguments(rows)}
         if self.seed is not None:
             from transformers import set_seed
 
@@ -218,54 +216,5 @@ class RowAnswerer:
             row.answers = [self.plan.read(row.ids, x, row.room) for x in own]
             self.counts.new_tokens += sum(answer.new_tokens for answer in row.answers)
             self.counts.images += len(row.images)
+        self.counts.encoded = self.media.encoded
         self.counts.rows += len(rows)
-
-    def _media(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Return the media as arguments of `generate`.
-
-        They are vision tokens if the tokens of a medium are the same in every row, and pixels otherwise.
-        """
-        images = [[slot.image for slot in row.images if slot.image is not None] for row in rows]
-        distinct = list(dict.fromkeys(image for row in images for image in row))
-        if not distinct:
-            return {}
-        if not self.encodes_apart:
-            self.counts.encoded += len(distinct)
-            pixels = [[MediumPixels(x.pixels, x.size) for x in row if x.pixels is not None] for row in images]
-            return stack_pixels(pixels)
-        self._encode([image for image in distinct if image.tokens is None])
-        tokens, mask = stack_media(
-            [[image.tokens for image in row if image.tokens is not None] for row in images],
-            [[image.mask for image in row if image.mask is not None] for row in images],
-        )
-        grid = stack_grids([[image.size for image in row] for row in images])
-        return {"vision_tokens": tokens, "media_mask": mask, **grid}
-
-    def _encode(self, images: Sequence[EncodedImage]) -> None:
-        """Replace the pixels of images by vision tokens, which wait in the memory of the CPU."""
-        for some in _of_one_length(images):
-            pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None]  # [k, 1, F, C, H, W]
-            grids = stack_grids([[x.size] for x in some])
-            tokens, mask = self.model.encode_vision(pixels.to(self.model.device), **grids)
-            for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
-                image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
-            self.counts.encoded += len(some)
-
-
-def _of_one_length(images: Sequence[EncodedImage]) -> Iterator[list[EncodedImage]]:
-    """Yield groups of images and clips with equally many frames, none with more frames than the encoder reads at once.
-
-    A clip with more frames than that is a group of its own.
-    """
-    groups: dict[int, list[EncodedImage]] = {}
-    for image in images:
-        if image.pixels is not None:
-            groups.setdefault(len(image.pixels), []).append(image)
-    for frames, group in groups.items():
-        step = max(1, FRAMES_PER_ENCODING // frames)
-        yield from (group[i : i + step] for i in range(0, len(group), step))
-
-
-def count_token_bytes(model: VLM, size: MediumSize) -> int:
-    """Return the bytes of the vision tokens of one medium."""
-    return model.num_vision_tokens(size) * model.vision_tokenizer.dim_out * model.dtype.itemsize
