@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlm_cli.cli.stream import TextStream
+from vlm_cli.generation.text_stream import TextStream
 from vlm_cli.decoding import HALF, decode, decode_after
 
 WORDS = ["▁hello", "▁wor", "ld", "▁", "lo", ".", "'s", "▁a", "é", "▁日", "\ufffd"]

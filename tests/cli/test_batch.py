@@ -23,7 +23,7 @@ from tests.support import ROOT, command
 from tests.support.grid import first_of, grid
 from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
-from vlm_cli.generation import answers
+from vlm_cli.generation import answers, choosing
 from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
 from vlm_cli.generation.encoded_image import ImageSlot
 from vlm_cli.generation.images import ImageCache, Pixels, Preprocessor
@@ -280,7 +280,7 @@ def test_a_gallery_is_bounded_and_knows_equal_pixels():
 
 
 def test_a_language_model_that_mixes_its_rows_gets_one_at_a_time(answer, asked, monkeypatch):
-    monkeypatch.setattr(answers, "ONE_AT_A_TIME", {"llama": "why"})
+    monkeypatch.setattr(choosing, "ONE_AT_A_TIME", {"llama": "why"})
     answer(PROMPTS, "--batch-size", 4)
     assert [len(kwargs["input_ids"]) for kwargs in asked[0]] == [1] * len(PROMPTS)
 
@@ -348,7 +348,7 @@ def test_memory_bounds_a_batch(answer, asked, monkeypatch, open_gates):
     rows = [{"prompt": "The cat", "id": i} for i in range(8)]
     model, _ = directory.load(str(open_gates), dtype="auto", device="cpu", trust_remote_code=False)
     cost = RowCost(model)(12, 0)
-    monkeypatch.setattr(answers, "available_memory", lambda device: int(4.1 * cost))
+    monkeypatch.setattr(choosing, "available_memory", lambda device: int(4.1 * cost))
     answer(rows, "--batch-size", 8)
     assert {len(kwargs["input_ids"]) for kwargs in asked[0]} <= {1, 2}
     assert RowCost(model)(12, 1000) > cost and RowCost(model, 3)(12, 0) > cost

@@ -21,7 +21,7 @@ from tests.support import ROOT
 from tests.support.grid import first_of
 from vlm_cli import VLM
 from vlm_cli.cli import chat as chat_module
-from vlm_cli.cli.stream import TextStream
+from vlm_cli.generation.text_stream import TextStream
 from vlm_cli.interrupt import Interrupted
 from vlm_cli.manifest import sign
 from vlm_cli.prompt import Medium, Text, interleave

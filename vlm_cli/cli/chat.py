@@ -202,7 +202,7 @@ class ChatSession:
         Raises:
             VLMError: if the turn cannot be answered. The conversation stays as it was.
         """
-        from vlm_cli.cli.stream import TextStream
+        from vlm_cli.generation.text_stream import TextStream
 
         plan, printing = self.chat.plan, self.request.printing
         tell_images(turn.images, plan.processor)

@@ -206,7 +206,7 @@ def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions
 
 
 def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
-    from vlm_cli.cli.stream import TextStream
+    from vlm_cli.generation.text_stream import TextStream
     from vlm_cli.generation.plan import GenerationPlan
     from vlm_cli.generation.single import generate_once
 

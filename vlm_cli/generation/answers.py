@@ -16,14 +16,14 @@ import torch
 
 from vlm_cli.errors import VLMError
 from vlm_cli.generation.batch_media import BatchMedia, count_token_bytes
-from vlm_cli.generation.batch_size import BatchSize, RowCost, available_memory, is_out_of_memory
+from vlm_cli.generation.batch_size import BatchSize, is_out_of_memory
+from vlm_cli.generation.choosing import RowChooser
 from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
 from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left
-from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.printable import count_of
 from vlm_cli.tiling import MediumSize
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Counts", "RowAnswerer"]
 
-#: Types of language models that Transformers itself cannot run on several rows at once, and why.
-ONE_AT_A_TIME = {
-    "rwkv": "the state of one row is carried over to others",
-    "xlstm": "its state has one row",
-}
 LOOKAHEAD_BATCHES = 8  # batches of rows among which the engine looks for rows of similar length
 CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait for the model or may be shown again
 
@@ -91,19 +86,18 @@ class RowAnswerer:
         notify: Callable[[str], None] = ignore_message,
     ) -> None:
         self.plan, self.model, self.seed, self.notify = plan, plan.model, seed, notify
-        kind = self.model.lang_model.config.model_type
-        self.size = BatchSize(1) if kind in ONE_AT_A_TIME else size
         self.counts = Counts()
         self.picture_notes = NoteTally()
         keywords = plan.keywords
         self.num_answers: int = keywords["num_return_sequences"]
-        self.cost = RowCost(self.model, max(keywords["num_beams"], self.num_answers))
-        self.media = BatchMedia(self.model)
+        sequences = max(keywords["num_beams"], self.num_answers)
         # A repetition penalty reads padding too, which may be a token that counts.
-        self.pads = kind not in NO_LEFT_PADDING and keywords["repetition_penalty"] == 1
-        has_one_answer = keywords["num_beams"] == self.num_answers == 1 and kind not in ONE_AT_A_TIME
+        self.chooser = RowChooser(plan, sequences=sequences, pads=keywords["repetition_penalty"] == 1)
+        self.size = BatchSize(1) if self.chooser.most == 1 else size
+        self.media = BatchMedia(self.model)
         # For what rows begin with in common, such as the examples of few-shot prompts.
-        self.prompt_cache = PromptCache() if self.media.encodes_apart and has_one_answer else None
+        shares = self.media.encodes_apart and sequences == 1 and self.chooser.most != 1
+        self.prompt_cache = PromptCache() if shares else None
         channels, height, width = plan.processor.image_processor.frame_shape
         image_bytes = max(4 * channels * height * width, count_token_bytes(self.model, MediumSize()))
         self.max_images = max(1, CACHE_BYTES // image_bytes)
@@ -126,7 +120,9 @@ class RowAnswerer:
                 if not waiting:
                     return
                 if not waiting[0].is_done:
-                    self._answer(self._choose([row for row in waiting if not row.is_done]))
+                    # Where the context ends an answer, rows of one length end together.
+                    equal = [row for row in waiting if not row.is_done and row.room == waiting[0].room]
+                    self._answer(self.chooser.choose(equal, self.size.rows))
                 while waiting and waiting[0].is_done:
                     yield waiting.popleft()
 
@@ -138,32 +134,6 @@ class RowAnswerer:
                 return
             waiting.append(row)
             images += sum(size.num_frames for size in row.media)
-
-    def _choose(self, rows: Sequence[Row]) -> list[Row]:
-        """Choose the first row, so that no row waits for long, and the rows that are nearest to it in length."""
-        first = rows[0]
-
-        def distance(row: Row) -> int:
-            of_media, of_first = row.positions - len(row.ids), first.positions - len(first.ids)
-            return abs(len(row.ids) - len(first.ids)) + abs(of_media - of_first)
-
-        # Where the context ends an answer, rows of one length end together.
-        fitting = [row for row in rows if row.room == first.room and (self.pads or not distance(row))]
-        chosen = sorted(fitting, key=distance)[: self.size.rows]
-        memory = available_memory(self.model.device) / 2
-        while len(chosen) > 1 and not self._fits(chosen, memory):
-            chosen.pop()
-        return chosen
-
-    def _fits(self, rows: Sequence[Row], memory: float) -> bool:
-        """Tell whether rows, padded to each other, stay within so many bytes and within the context."""
-        budget = self.plan.budget
-        positions = budget.positions_together([(len(row.ids), row.positions) for row in rows]) + rows[0].room
-        left = budget.left(positions)
-        if left is not None and left < 0:
-            return False
-        media_bytes = max(sum(count_token_bytes(self.model, size) for size in row.media) for row in rows)
-        return len(rows) * self.cost(positions, media_bytes) <= memory
 
     def _answer(self, rows: Sequence[Row]) -> None:
         """Answer rows together or, where memory does not suffice, in halves."""
