@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlm_cli.generation.text_stream import TextStream
 from vlm_cli.decoding import HALF, decode, decode_after
+from vlm_cli.generation.text_stream import TextStream
 
 WORDS = ["▁hello", "▁wor", "ld", "▁", "lo", ".", "'s", "▁a", "é", "▁日", "\ufffd"]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -22,9 +22,9 @@ import vlm_cli.checkpoint.directory as directory
 from vlm_cli import VLM, load
 from vlm_cli.cli import console, prompts
 from vlm_cli.cli.standard_streams import find_piped_picture
-from vlm_cli.generation.text_stream import TextStream
 from vlm_cli.decoding import decode_after
 from vlm_cli.generation.stopping import cut_at_stop
+from vlm_cli.generation.text_stream import TextStream
 
 PROMPT = "<image>The cat"
 

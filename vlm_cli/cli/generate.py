@@ -206,9 +206,9 @@ def _answer_prompt(request: ModelRequest, job: PromptJob, printing: PrintOptions
 
 
 def _generate(loaded: LoadedModel, job: PromptJob) -> Generation:
-    from vlm_cli.generation.text_stream import TextStream
     from vlm_cli.generation.plan import GenerationPlan
     from vlm_cli.generation.single import generate_once
+    from vlm_cli.generation.text_stream import TextStream
 
     sampling = job.sampling
     writer = loaded.writer(job.choice, special_tokens=job.reading.special_tokens, system=job.reading.system)
