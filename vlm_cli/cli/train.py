@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,7 @@ from vlm_cli.errors import UsageError
 from vlm_cli.models import resolve_built_model
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
+from vlm_cli.training.stages import Stage, read_stages
 
 if TYPE_CHECKING:
     from vlm_cli.training.outcome import StepReport, TrainingResult
@@ -56,6 +58,15 @@ EvalDataOption = Annotated[
     Path | None,
     option(DATA, "Measure the loss on the records in FILE (JSONL) at each checkpoint.", metavar="FILE"),
 ]
+StagesOption = Annotated[
+    Path | None,
+    option(
+        DATA,
+        "Train in the stages that FILE (YAML) describes, each with its own records, parts, rates and length. Other "
+        "options hold for every stage.",
+        metavar="FILE",
+    ),
+]
 ResumeOption = Annotated[
     bool,
     option(RUN, "Continue an interrupted run from its last complete checkpoint.", "--resume"),
@@ -77,10 +88,12 @@ TrustOption = Annotated[
 @flatten_options
 def train(
     *,
+    context: typer.Context,
     model: ModelOption = None,
     output: OutputOption = None,
     data: DataOption = None,
     eval_data: EvalDataOption = None,
+    stages: StagesOption = None,
     media_root: MediaRootOption = None,
     max_pixels: MaxPixelsOption = None,
     settings: TrainingSettings,
@@ -99,13 +112,11 @@ def train(
 
     Example: vlm train my-flamingo --data train.jsonl --output my-trained --max-steps 1000
     """
-    for name, given in (("MODEL", model), ("--data FILE.jsonl", data), ("--output OUT", output)):
-        if given is None:
-            raise UsageError(f"no {name} is given: vlm train MODEL --data FILE.jsonl --output OUT")
-    assert model is not None and data is not None and output is not None
+    _check_given(model, data, eval_data, stages, output)
+    assert model is not None and output is not None
     job = Job(
         model=resolve_built_model(model),
-        data=data,
+        data=data or Path(),  # each stage has its own
         output=output,
         eval_data=eval_data,
         resume=resume,
@@ -118,26 +129,57 @@ def train(
         allow_hosts=places.allow_hosts,
         verify=verify,
     )
-    result = _run(job, settings)
-    if result is None:
+    plan = None if stages is None else read_stages(stages, _given_settings(context, settings))
+    results = _run(job, settings, plan)
+    if results is None:
         return  # only the first of several processes prints
     if as_json:
-        console.print_json(result.to_dict())
+        last = results[-1].to_dict()
+        names = [] if plan is None else [stage.name for stage in plan]
+        told = [{"name": name, **result.to_dict()} for name, result in zip(names, results, strict=False)]
+        console.print_json(last if plan is None else {**last, "stages": told})
     else:
-        _print_result(result)
+        _print_results(results)
     console.notify(f'Wrote {output}. Next: vlm generate --model {output} --image FILE "…"')
 
 
-def _run(job: Job, settings: TrainingSettings) -> TrainingResult | None:
+def _check_given(model: Any, data: Any, eval_data: Any, stages: Any, output: Any) -> None:
+    """Check that the files of a run are named.
+
+    Raises:
+        UsageError: naming what is missing, or what a file of stages says itself.
+    """
+    for name, given in (("--data", data), ("--eval-data", eval_data)):
+        if given is not None and stages is not None:
+            raise UsageError(f"{name} cannot stand beside --stages: each stage in {str(stages)!r} names its records.")
+    records = ("--data FILE.jsonl", data) if stages is None else ("--stages FILE.yaml", stages)
+    for name, given in (("MODEL", model), records, ("--output OUT", output)):
+        if given is None:
+            raise UsageError(f"no {name} is given: vlm train MODEL {records[0]} --output OUT")
+
+
+def _given_settings(context: typer.Context, settings: TrainingSettings) -> dict[str, Any]:
+    """Return the settings that stand on the command line, which then hold for every stage."""
+    sources = {name: context.get_parameter_source(name) for name in settings.to_dict()}
+    return {
+        name: getattr(settings, name) for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    }
+
+
+def _run(job: Job, settings: TrainingSettings, stages: Sequence[Stage] | None) -> list[TrainingResult] | None:
     terminal = _Terminal()
     try:
         terminal.step("starting")  # the libraries take seconds to load
         from vlm_cli.quiet import silence_libraries
         from vlm_cli.training.run import train_model
+        from vlm_cli.training.staged import train_stages
 
         silence_libraries()
         keep_collecting()
-        return train_model(job, settings, terminal)
+        if stages is not None:
+            return train_stages(job, stages, terminal)
+        result = train_model(job, settings, terminal)
+        return None if result is None else [result]
     finally:
         terminal.leave_line()
 
@@ -205,18 +247,23 @@ def _format_left(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _print_result(result: TrainingResult) -> None:
+def _print_results(results: Sequence[TrainingResult]) -> None:
+    """Print a row for the run, or for each of its stages."""
+
     def format_loss(x: float | None) -> str:
         return "-" if x is None else f"{x:.4f}"
 
     heads = ("Steps", "Records", "Images", "Loss", "Eval loss", "Images/s", "Time")
-    row = (
-        f"{result.steps:,}",
-        f"{result.records:,}",
-        f"{result.images:,}",
-        format_loss(result.loss),
-        format_loss(result.eval_loss),
-        f"{result.images_per_second:.1f}",
-        format_duration(result.seconds),
-    )
-    console.print_table(heads, [row])
+    rows = [
+        (
+            f"{result.steps:,}",
+            f"{result.records:,}",
+            f"{result.images:,}",
+            format_loss(result.loss),
+            format_loss(result.eval_loss),
+            f"{result.images_per_second:.1f}",
+            format_duration(result.seconds),
+        )
+        for result in results
+    ]
+    console.print_table(heads, rows)

@@ -38,7 +38,7 @@ def make_arguments(
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_accumulation_steps=settings.accumulation(int(os.environ.get("WORLD_SIZE", "1"))),
         learning_rate=highest_rate(settings.learning_rate, default=DEFAULT_RATE),
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,

@@ -15,6 +15,7 @@ from vlm_cli.checkpoint.run_record import RUN_FILE
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.files import replacing_directory
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.plain_data import read_json
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.card import training_story
 from vlm_cli.training.checkpoints import Checkpoints
@@ -57,14 +58,27 @@ def write_output(
             save(model, processor, partial, name=out.name, story=story)
             shutil.copy(metrics.path, partial / METRICS_FILE)
             draw_losses(metrics.entries, partial / "loss.png", title=f"{out.name}: loss per token")
+            if job.earlier is not None:
+                run = {**run, "stages": _keep_stages(job.earlier, partial)}
             (partial / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
             if not job.keep_checkpoints:
-                Checkpoints(metrics.path.parent).mark_finished(digest_of_run(partial))
+                for folder in (metrics.path.parent, *([] if job.earlier is None else [job.earlier])):
+                    Checkpoints(folder).mark_finished(digest_of_run(partial))
     except VLMError as error:
         raise CheckpointError(
             f"{error} The trained weights are in {str(metrics.path.parent)!r}: correct the cause, then repeat the "
             "command with --resume."
         ) from error
+
+
+def _keep_stages(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """Copy the measurements of earlier stages, and return the records of their runs."""
+    records = []
+    done = [path for path in folder.iterdir() if (path / RUN_FILE).is_file()]
+    for stage in sorted(done, key=lambda path: int(path.name.partition("-")[0])):
+        shutil.copy(stage / METRICS_FILE, out / f"metrics-{stage.name}.jsonl")
+        records.append({"stage": stage.name, **read_json(stage / RUN_FILE)})
+    return records
 
 
 def digest_of_run(out: Path) -> str:

@@ -33,16 +33,19 @@ from vlm_cli.training.trainer import VLMTrainer
 from vlm_cli.writing.choice import TemplateChoice
 from vlm_cli.writing.writer import PromptWriter
 
-__all__ = ["load_trainable", "train_model"]
+__all__ = ["Run", "load_trainable", "train_model", "trains_on_cpu"]
 
 
-def train_model(job: Job, settings: TrainingSettings, listener: Listener | None = None) -> TrainingResult | None:
+def train_model(
+    job: Job, settings: TrainingSettings, listener: Listener | None = None, processes: Processes | None = None
+) -> TrainingResult | None:
     """Train a model on records, and write it as a directory that can be loaded without any other file.
 
     Args:
         job: the files that the run reads and writes.
         settings: how the model learns.
         listener: hears how the run goes.
+        processes: those that share the run, if the caller has more work for them; None ends them after the run.
 
     Returns:
         The result; None in all but the first of several processes.
@@ -51,7 +54,17 @@ def train_model(job: Job, settings: TrainingSettings, listener: Listener | None 
         VLMError: for bad input, a full disk, or a loss that is not a number.
         Interrupted: after a signal; the text says what is kept.
     """
-    return _Run(job, settings, listener or Listener()).execute()
+    shared = processes or Processes(trains_on_cpu(settings))
+    try:
+        return Run(job, settings, listener or Listener(), shared).execute()
+    finally:
+        if processes is None:
+            shared.end()
+
+
+def trains_on_cpu(settings: TrainingSettings) -> bool:
+    """Tell whether a run trains on the CPU."""
+    return settings.device == "cpu" or not torch.accelerator.is_available()
 
 
 def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProcessor, torch.dtype]:
@@ -102,13 +115,12 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
     return model, processor, stored
 
 
-class _Run:
+class Run:
     """One call of `train_model`, in one of its processes."""
 
-    def __init__(self, job: Job, settings: TrainingSettings, listener: Listener) -> None:
-        self.job, self.settings = job, settings
-        self.use_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
-        self.processes = Processes(self.use_cpu)
+    def __init__(self, job: Job, settings: TrainingSettings, listener: Listener, processes: Processes) -> None:
+        self.job, self.settings, self.processes = job, settings, processes
+        self.use_cpu = trains_on_cpu(settings)
         self.listener = listener if self.processes.is_main else Listener()
         self.checkpoints = Checkpoints(checkpoint_folder(job.output))
 
@@ -125,14 +137,22 @@ class _Run:
             except KeyboardInterrupt as error:
                 number = error.number if isinstance(error, Interrupted) else signal.SIGINT
                 raise Interrupted(self._describe_kept(), number) from error
-            finally:
-                self.processes.end()
+
+    def check(self) -> None:
+        """Check the settings and the records as `execute` does before it trains.
+
+        Raises:
+            VLMError: for bad input.
+        """
+        self._check_inputs()
+        model, processor, _ = load_trainable(self.job, self.settings)
+        self.read_data(model, processor)
 
     def _execute(self, checkpoint: TrainingCheckpoint | None) -> TrainingResult | None:
         self.listener.step(f"loading {self.job.model}")
         model, processor, stored = load_trainable(self.job, self.settings)
         self.listener.step(f"reading {self.job.data}")
-        train_set, eval_set = self.processes.main_first(lambda: self._read_data(model, processor))
+        train_set, eval_set = self.processes.main_first(lambda: self.read_data(model, processor))
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
         if checkpoint is not None:
             self.processes.main_first(lambda: check_same_run(checkpoint, run))
@@ -181,6 +201,7 @@ class _Run:
         """
         make_schedule(self.settings)
         TemplateChoice.parse(self.settings.chat_template)  # before anything is loaded
+        self.settings.accumulation(self.processes.count)
         piped = [path for path in (self.job.data, self.job.eval_data) if path is not None and is_pipe(path)]
         if len(piped) == 2 and piped[0] == piped[1]:
             raise UsageError("--data and --eval-data are the same pipe, which can be read only once. Give two files.")
@@ -214,7 +235,12 @@ class _Run:
         self.checkpoints.clean()
         return None
 
-    def _read_data(self, model: VLM, processor: VLMProcessor) -> tuple[RecordDataset, RecordDataset | None]:
+    def read_data(self, model: VLM, processor: VLMProcessor) -> tuple[RecordDataset, RecordDataset | None]:
+        """Read and check the records to learn, and those for the held-out loss.
+
+        Raises:
+            VLMError: listing the records that cannot be learned.
+        """
         files = [self.job.data, self.job.eval_data]
         limits = self.job.media_root, self.job.max_pixels
         writer = PromptWriter(

@@ -62,6 +62,7 @@ class Job:
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
         verify: compare the hashes of the model's weight files with its manifest.
+        earlier: the folder with the models of the earlier stages, if the run is the last of several.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Job:
     backbones: Mapping[str, str] | None = None
     allow_hosts: tuple[str, ...] = ()
     verify: bool = False
+    earlier: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,17 @@ class TrainingSettings:
             most=_MAX_STEPS,
         ),
     ] = 1
+    global_batch_size: Annotated[
+        int | None,
+        Flag(
+            help="Take steps of N records over all processes: vlm adds up the gradients of as many batches as that "
+            "needs.",
+            heading=DATA,
+            metavar="N",
+            above=0,
+            most=_MAX_STEPS,
+        ),
+    ] = None
     group_by_length: Annotated[
         bool,
         Flag(
@@ -320,6 +333,8 @@ class TrainingSettings:
                 problems.append(
                     f"unknown part {part!r} in --trainable.{suggest(part, PARTS)} Known: {', '.join(PARTS)}."
                 )
+        if self.global_batch_size is not None and self.gradient_accumulation != 1:
+            problems.append("--global-batch-size and --gradient-accumulation contradict each other. Give one of them.")
         if self.trainable == ():
             problems.append(f"--trainable names no part. Known: {', '.join(PARTS)}.")
         if problems:
@@ -337,7 +352,23 @@ class TrainingSettings:
 
     def step_size(self, num_processes: int) -> int:
         """Return the number of records in one step, over all processes."""
-        return self.batch_size * self.gradient_accumulation * num_processes
+        return self.batch_size * self.accumulation(num_processes) * num_processes
+
+    def accumulation(self, num_processes: int) -> int:
+        """Return the number of batches of each process in one step.
+
+        Raises:
+            UsageError: if no number of batches makes up `global_batch_size`.
+        """
+        wanted, at_once = self.global_batch_size, self.batch_size * num_processes
+        if wanted is None:
+            return self.gradient_accumulation
+        if wanted % at_once:
+            raise UsageError(
+                f"--global-batch-size {wanted} is no multiple of --batch-size × processes, {self.batch_size} × "
+                f"{num_processes}. Change one of them."
+            )
+        return wanted // at_once
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -1,0 +1,146 @@
+"""Read a file of stages: which data, parts, rates and length each stage of a training has.
+
+    settings: {bf16: true}                 # of every stage
+    stages:
+      - name: align
+        data: captions.json
+        trainable: [vision_tokenizer]
+        learning_rate: 1e-3
+      - name: instruct
+        data: instructions.json
+        trainable: [vision_tokenizer, language_model]
+        learning_rate: {vision_tokenizer: 1e-3, language_model: 2e-5}
+
+The keys of a stage are the settings of `TrainingSettings` and some of `Job`. Plain data: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+from vlm_cli.errors import UsageError
+from vlm_cli.flags import OTHERS, Setting, list_settings
+from vlm_cli.lookalike import find_named
+from vlm_cli.plain_data import COMPOSITION_BYTES, parse_yaml, read_text
+from vlm_cli.registry import suggest
+from vlm_cli.schema import Kind, check, choice, either, list_of, mapping, mapping_of, number, text, truth, whole
+from vlm_cli.training.settings import TrainingSettings
+
+__all__ = ["Stage", "read_stages"]
+
+_MOST_STAGES = 20
+_LARGEST = 10**12  # that a number of a file may be; `TrainingSettings` says what a setting may be
+
+#: What a stage says of its files, as attributes of `Job`.
+_PATHS = ("data", "eval_data", "media_root")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a training.
+
+    Attributes:
+        name: of the stage, which names its folder.
+        paths: `data`, and perhaps `eval_data` and `media_root`.
+        settings: how the model learns in this stage.
+    """
+
+    name: str
+    paths: Mapping[str, Path]
+    settings: TrainingSettings
+
+
+def read_stages(path: Path, given: Mapping[str, Any] | None = None) -> list[Stage]:
+    """Read a file of stages. A stage that names no `trainable` trains the parts of the stage before it.
+
+    Args:
+        path: the file, YAML. Relative paths in it start at its folder.
+        given: settings that the user gave beside the file, which hold for every stage.
+
+    Raises:
+        UsageError: if the file cannot be read, or does not hold stages.
+    """
+    path = find_named(path)
+    try:
+        data = parse_yaml(read_text(path, most_bytes=COMPOSITION_BYTES))
+    except OSError as error:
+        raise UsageError(f"cannot read the stages {str(path)!r}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UsageError(f"the stages {str(path)!r} are not valid: {error}.") from None
+    file = f"the file of stages {str(path)!r}"
+    _check(data, file)
+    shared = {**(data.get("settings") or {})}
+    stages: list[Stage] = []
+    for stage in data["stages"]:
+        before = {} if not stages else {"trainable": stages[-1].settings.trainable}
+        stages.append(_make_stage(stage, {**before, **shared}, given or {}, path.parent, file))
+    names = [stage.name for stage in stages]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{file} has two stages of the name {repeated[0]!r}. Give each a name of its own.")
+    return stages
+
+
+def _make_stage(
+    data: Mapping[str, Any], shared: Mapping[str, Any], given: Mapping[str, Any], folder: Path, file: str
+) -> Stage:
+    values = {key: x for key, x in data.items() if key not in ("name", *_PATHS)}
+    try:
+        settings = TrainingSettings(**{**_plain(shared), **_plain(values), **given})
+    except UsageError as error:
+        raise UsageError(f"stage {data['name']!r} of {file}: {error}") from None
+    paths = {key: folder / data[key] for key in _PATHS if data.get(key) is not None}
+    return Stage(data["name"], paths, settings)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as the settings have them: lists as tuples, names of parts with underscores."""
+    return {key: tuple(name.replace("-", "_") for name in x) if isinstance(x, list) else x for key, x in values.items()}
+
+
+def _check(data: Any, file: str) -> None:
+    """Check what a file of stages holds.
+
+    Raises:
+        UsageError: naming the keys.
+    """
+    settings = {setting.name: _kind(setting) for setting in list_settings(TrainingSettings)}
+    stage = mapping({"name": _NAME, "data": text()}, {**dict.fromkeys(_PATHS[1:], text()), **settings})
+    known = {"stages": list_of(stage, least=1, most=_MOST_STAGES)}
+    check(data, mapping(known, {"settings": mapping({}, settings)}), file, UsageError)
+    _check_keys(data, ("settings", "stages"), file)
+    _check_keys(data.get("settings") or {}, tuple(settings), f"settings of {file}")
+    for x in data["stages"]:
+        _check_keys(x, ("name", *_PATHS, *settings), f"stage {x['name']!r} of {file}")
+
+
+def _check_keys(data: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
+    for key in data:
+        if key not in known:
+            raise UsageError(
+                f"{place} has an unknown key {str(key)!r}.{suggest(str(key), known)} Known: {', '.join(known)}."
+            )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 60 and all(x.isalnum() or x in "-_" for x in value)
+
+
+_NAME = Kind("a name of letters, digits, - and _, of at most 60 characters", _is_name)
+
+
+def _kind(setting: Setting) -> Kind:
+    """Return what a file may hold for a setting; `TrainingSettings` then checks ranges."""
+    kind = setting.type
+    if setting.choices:
+        return choice(*setting.choices)
+    if setting.flag.per:
+        one = number(0, _LARGEST)
+        return either(one, mapping_of(one, keys=(*setting.flag.per, OTHERS)))
+    if get_origin(kind) is Mapping:
+        return mapping_of(either(number(-_LARGEST, _LARGEST), text()))
+    if get_origin(kind) is tuple:
+        return list_of(text(), most=100)
+    return {bool: truth(), int: whole(-_LARGEST, _LARGEST), float: number(-_LARGEST, _LARGEST)}.get(kind, text())
