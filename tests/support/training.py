@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,24 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def losses(folder: Path) -> dict[int, float]:
     """The loss at each step that was logged."""
     return {entry["step"]: entry["loss"] for entry in metrics(folder) if "loss" in entry}
+
+
+def interrupt_at(monkeypatch: Any, step: int, times: int = 1, *, run: int = 1) -> None:
+    """Press Ctrl-C while a step of the `run`-th run of this process is under way."""
+    from vlm_cli.training.trainer import VLMTrainer
+
+    compute = VLMTrainer.compute_loss
+    runs: list[Any] = []
+
+    def press(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in runs:
+            runs.append(self)
+        if self.state.global_step + 1 == step and runs.index(self) + 1 == run:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(VLMTrainer, "compute_loss", press)
 
 
 def write_pictures_and_records(folder: Path) -> Path:

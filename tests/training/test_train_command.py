@@ -26,7 +26,7 @@ import vlm_cli.modeling.vlm
 from tests.support import ROOT
 from tests.support.command import start
 from tests.support.grid import first_of
-from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, losses, metrics, write
+from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, interrupt_at, losses, metrics, write
 from vlm_cli import load
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.whole import check_files
@@ -250,19 +250,6 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     assert json.loads((out / "training_args.json").read_text())["result"]["resumed_from"] in (6, 9)
     report = check_files(out, verify=True)  # the manifest is that of the resumed run
     assert report is not None and report.hashed >= 5 and not report.unread and not report.edited
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
-    """Press Ctrl-C while a step is under way."""
-    compute = VLMTrainer.compute_loss
-
-    def press(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step + 1 == step:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return compute(self, *args, **kwargs)
-
-    monkeypatch.setattr(VLMTrainer, "compute_loss", press)
 
 
 @pytest.mark.matrix
