@@ -122,7 +122,10 @@ def test_a_fault_of_a_later_stage_is_found_before_the_first(
 
 
 def test_options_beside_the_file_hold_for_every_stage(plan: Any) -> None:
-    align, tune = read_stages(plan(ALIGN, TUNE, bf16=True), {"max_steps": 9})
+    path = plan(ALIGN, TUNE, bf16=True, chat_template="mine.jinja")
+    (path.parent / "mine.jinja").write_text("{{ messages }}")
+    align, tune = read_stages(path, {"max_steps": 9})
+    assert align.settings.chat_template == str(path.parent / "mine.jinja")
     assert align.settings.max_steps == tune.settings.max_steps == 9
     assert align.settings.bf16 and align.settings.learning_rate == 3e-3
     assert tune.settings.trainable == ("vision_tokenizer", "language_model")

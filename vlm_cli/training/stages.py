@@ -87,8 +87,12 @@ def _make_stage(
     data: Mapping[str, Any], shared: Mapping[str, Any], given: Mapping[str, Any], folder: Path, file: str
 ) -> Stage:
     values = {key: x for key, x in data.items() if key not in ("name", *_PATHS)}
+    plain = {**_plain(shared), **_plain(values)}
+    template = plain.get("chat_template")
+    if template is not None and (folder / template).is_file():
+        plain["chat_template"] = str(folder / template)
     try:
-        settings = TrainingSettings(**{**_plain(shared), **_plain(values), **given})
+        settings = TrainingSettings(**{**plain, **given})
     except UsageError as error:
         raise UsageError(f"stage {data['name']!r} of {file}: {error}") from None
     paths = {key: folder / data[key] for key in _PATHS if data.get(key) is not None}
