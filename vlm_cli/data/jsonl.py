@@ -85,4 +85,4 @@ def get_field(
 def describe_type(value: Any) -> str:
     """Name the JSON type of a value in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+    return "null" if value is None else names.get(type(value), "a file")  # which a shard holds

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from vlm_cli.data.jsonl import RecordError
+from vlm_cli.data.sources.base import Embedded
 from vlm_cli.errors import MediaError, PromptError
 from vlm_cli.media import MediaLoader
 from vlm_cli.prompt import Medium, Slot, Text, parse
 from vlm_cli.prompt import format as format_prompt
 
-__all__ = ["check_picture_keys", "find_mentions", "mention_note", "mention_notes"]
+__all__ = ["check_picture_keys", "find_mentions", "find_picture_keys", "mention_note", "mention_notes"]
 
 _READ = ("images", "videos")  # keys of a record that vlm reads
 #: Keys that name pictures in the data sets of other projects.
@@ -47,7 +48,7 @@ def check_picture_keys(data: dict[str, Any], texts: Iterable[str], *, in_turn: b
     """
     shown = set[str]()
     for listed in () if in_turn else (data.get(key) for key in _READ):
-        shown |= set(listed) if isinstance(listed, list) and all(isinstance(x, str) for x in listed) else set()
+        shown |= set(_texts_in(listed)) if isinstance(listed, list) else set()
     joined = "\n".join(texts)
     for key, value in data.items():
         if (key in _READ and not in_turn) or not _PICTURE_KEY.fullmatch(key):
@@ -64,10 +65,17 @@ def check_picture_keys(data: dict[str, Any], texts: Iterable[str], *, in_turn: b
             )
 
 
+def find_picture_keys(data: dict[str, Any]) -> list[str]:
+    """Return the keys that plainly bring pictures or clips."""
+    return [key for key, value in data.items() if _PICTURE_KEY.fullmatch(key) and any(_texts_in(value))]
+
+
 def _texts_in(value: Any) -> Iterator[str]:
-    """Yield the texts that are not empty in a value, in its lists and in its objects."""
+    """Yield the texts that are not empty in a value, and the names of its files, in its lists and in its objects."""
     if isinstance(value, str) and value:
         yield value
+    elif isinstance(value, Embedded):
+        yield value.reference
     elif isinstance(value, (list, dict)):
         for x in value.values() if isinstance(value, dict) else value:
             yield from _texts_in(x)

@@ -52,7 +52,9 @@ class Record:
         source: name of the source.
         shard: name of the file in it.
         unit: what messages call a row of it.
-        is_turns: whether it is an exchange of messages; see `Content`.
+        is_turns: whether it is an exchange of messages, whose spelling a chat template knows.
+        format: the name of the row's format.
+        notes: what the user should know of how the row was read.
     """
 
     line: int
@@ -64,6 +66,8 @@ class Record:
     shard: str = ""
     unit: str = "line"
     is_turns: bool = False
+    format: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 
-from vlm_cli.data.formats import read_content
+from vlm_cli.data.formats import Format, recognise
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.meant import find_mentions, mention_notes
 from vlm_cli.data.record import Record, Segment
@@ -57,6 +59,8 @@ class Records:
         sha256: hash of the source.
         media_root: the folder that holds every image; None allows each path.
         mentions: picture files and tags that texts name without showing a picture, each with the place of its row.
+        formats: how many of the good records are in which format.
+        format_notes: for each note of a format, the places of the rows that it is about.
         max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
     """
 
@@ -67,11 +71,20 @@ class Records:
     media_root: Path | None = None
     max_pixels: int | None = None
     mentions: list[tuple[str, str]] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    format_notes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
         """What the user should know about records that can be used."""
-        return mention_notes(self.mentions)
+        return [*starmap(format_note, self.format_notes.items()), *mention_notes(self.mentions)]
+
+    def add(self, record: Record) -> None:
+        """Count a record that can be used."""
+        self.good.append(record)
+        self.formats[record.format] += 1
+        for note in record.notes:
+            self.format_notes.setdefault(note, []).append(record.place)
 
     def loader(self) -> MediaLoader:
         """Make a loader of the images, which fetches nothing."""
@@ -106,7 +119,7 @@ def read_records(source: Path | str | Source, media_root: Path | None = None, ma
         except VLMError as error:
             records.problems.append(Problem.of(row, str(error)))
         else:
-            records.good.append(record)
+            records.add(record)
     if not records.good and not records.problems:
         raise DataError(
             f"{origin.quoted} holds no records. Write one JSON object per line: "
@@ -149,19 +162,21 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
     raise DataError("\n".join([head, *lines]))
 
 
-def read_record(row: Row, source: str) -> Record:
-    """Make the record of a row, in whichever format it is.
+def read_record(row: Row, source: str, format: Format | None = None) -> Record:
+    """Make the record of a row.
 
     Args:
         row: of a source.
         source: the name of the source.
+        format: of the row; None recognises it.
 
     Raises:
         RecordError: if the row is no record.
     """
     if row.problem is not None:
         raise RecordError(row.problem)
-    content = read_content(row.data)
+    format = format or recognise(row.data)
+    content = format.read(row.data)
     return Record(
         line=row.number,
         id=f"{row.unit} {row.number}" if content.id is None else content.id,
@@ -172,7 +187,17 @@ def read_record(row: Row, source: str) -> Record:
         shard=row.shard,
         unit=row.unit,
         is_turns=content.is_turns,
+        format=format.name,
+        notes=content.notes,
     )
+
+
+def format_note(note: str, places: Sequence[str]) -> str:
+    """Write a note of a format, with its first row and the number of others."""
+    more = len(places) - 1
+    unit = places[0].partition(" ")[0]
+    others = f" {more:,} more {f'{unit} does' if more == 1 else f'{unit}s do'} the same." if more else ""
+    return f"Note: {places[0]} {note}.{others}"
 
 
 @dataclass

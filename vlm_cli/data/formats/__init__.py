@@ -1,30 +1,34 @@
-"""The formats of records: `ours`, and those in which other projects publish data.
+"""The formats of records: `ours`, those in which other projects publish data, and columns that the user names.
 
-`recognise` tells the format of a row from its keys, so one file may hold rows of several formats.
+A row is recognised by its keys, so one file may hold rows of several formats.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vlm_cli.data.formats.columns import ColumnMap
+from vlm_cli.data.formats.conversations import Conversations
 from vlm_cli.data.formats.format import Format
+from vlm_cli.data.formats.messages import Messages
 from vlm_cli.data.formats.ours import OwnRecords
-from vlm_cli.data.record import Content
+from vlm_cli.data.formats.texts import Texts
+from vlm_cli.data.jsonl import RecordError
 
-__all__ = ["FORMATS", "Format", "read_content", "recognise"]
+__all__ = ["FORMATS", "ColumnMap", "Format", "recognise"]
 
-FORMATS: tuple[Format, ...] = (OwnRecords(),)
+FORMATS: tuple[Format, ...] = (OwnRecords(), Conversations(), Messages(), Texts())
 
 
 def recognise(data: dict[str, Any]) -> Format:
-    """Return the format of a row; vlm's own, whose errors say what is possible, if none matches."""
-    return next((x for x in FORMATS if x.matches(data)), FORMATS[0])
-
-
-def read_content(data: dict[str, Any]) -> Content:
-    """Return what a row says, in whichever format it is.
+    """Return the format of a row; vlm's own, whose errors say what is possible, if none matches.
 
     Raises:
-        RecordError: if the row cannot be used.
+        RecordError: if two match.
     """
-    return recognise(data).read(data)
+    found = [x for x in FORMATS if x.matches(data)]
+    if len(found) > 1:
+        both = " and as ".join(f"{x.name} ({x.keys})" for x in found)
+        key = next((key for key in ("messages", "conversations", "texts") if key in data), "completion")
+        raise RecordError(f"can be read as {both}. Say which columns count, for instance --columns {key}={key}")
+    return found[0] if found else FORMATS[0]

@@ -32,3 +32,15 @@ class Format(ABC):
         Raises:
             RecordError: if the row cannot be used.
         """
+
+
+def read_id(data: dict[str, Any]) -> str | None:
+    """Return the id of a row of another project; None if it has none, or one that is neither text nor a number."""
+    value = data.get("id")
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def read_kind(data: dict[str, Any]) -> str | None:
+    """Return the kind of a row of another project, by which scores are grouped; None if it has none."""
+    value = data.get("kind")
+    return value if isinstance(value, str) else None

@@ -21,11 +21,18 @@ from vlm_cli.data.formats.format import Format
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
 from vlm_cli.data.meant import check_picture_keys
 from vlm_cli.data.record import Content, Segment
+from vlm_cli.data.sources.base import Embedded
 from vlm_cli.errors import PromptError
 from vlm_cli.prompt import KINDS, Kind, Medium, Slot, Text, parse
 from vlm_cli.registry import suggest
 
 __all__ = ["OwnRecords", "get_files"]
+
+
+_OTHERS = (
+    'Other formats have "conversations", "messages" or "texts"; of any other row, name the columns: '
+    "--columns prompt=COLUMN,completion=COLUMN,images=COLUMN"
+)
 
 
 class OwnRecords(Format):
@@ -35,7 +42,8 @@ class OwnRecords(Format):
     keys = '"prompt" with "completion" or "turns", or "text"'
 
     def matches(self, data: dict[str, Any]) -> bool:
-        return isinstance(data.get("text"), str) or ("prompt" in data and ("completion" in data or "turns" in data))
+        has_answer = "completion" in data or "turns" in data
+        return isinstance(data.get("text"), str) or (isinstance(data.get("prompt"), str) and has_answer)
 
     def read(self, data: dict[str, Any]) -> Content:
         identity = get_field(data, "id", (str, int), "text or a number", None)
@@ -54,9 +62,9 @@ def get_files(data: dict[str, Any], kind: Kind) -> list[str]:
     """
     files = get_field(data, f"{kind}s", list, "a list of files", [])
     for file in files:
-        if not isinstance(file, str) or not file:
+        if not isinstance(file, (str, Embedded)) or not file:
             raise RecordError(f'"{kind}s" must be a list of files, got {file!r} in it.')
-    return list(files)
+    return [file.reference if isinstance(file, Embedded) else file for file in files]
 
 
 def _find_segments(data: dict[str, Any]) -> list[Segment]:
@@ -65,7 +73,7 @@ def _find_segments(data: dict[str, Any]) -> list[Segment]:
     if not forms:
         known = ("prompt", "text")
         near = next((hint for key in data if (hint := suggest(key, known))), "")
-        raise RecordError(f'has neither "prompt" nor "text".{near}')
+        raise RecordError(f'has neither "prompt" nor "text".{near} {_OTHERS}')
     if len(forms) > 1:
         raise RecordError('has both "text" and "prompt". Give a "text", or a "prompt" with its "completion".')
     if "completion" in data and "turns" in data:
