@@ -17,6 +17,7 @@ from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.learned import row_losses
 from vlm_cli.models import DEMO
 from vlm_cli.training.dataset import Collator, load_dataset
+from vlm_cli.training.packing import join_items
 
 CAT = ROOT / "examples" / "images" / "cat.jpg"  # 400x266
 PROMPT = f"<image:{CAT}>w5 w6"
@@ -112,12 +113,20 @@ def test_records_are_counted_by_the_tiles_of_their_pictures(model, tmp_path):
 
     def losses(*indices: int) -> torch.Tensor:
         batch = collate([data[i] for i in indices])
+        return losses_of(batch)
+
+    def losses_of(batch: dict[str, Any]) -> torch.Tensor:
         given = {key: x for key, x in batch.items() if isinstance(x, torch.Tensor) and key != "labels"}
         with torch.no_grad():
             return row_losses(vlm_model(**given).logits, batch["labels"], batch["logits_at"])[0]
 
     assert collate([data[1]])["vision_grid"][0, :, :2].tolist() == [[2, 3], [2, 3]]
     torch.testing.assert_close(losses(0, 1), torch.cat([losses(0), losses(1)]), atol=1e-4, rtol=1e-4)
+    packed = collate([join_items([data[0], data[1]])])
+    assert packed["segments"].shape == packed["input_ids"].shape and packed["vision_grid"].shape[:2] == (1, 3)
+    torch.testing.assert_close(losses_of(packed)[0], losses(0, 1).sum(), atol=1e-4, rtol=1e-4)
+    del packed["segments"]
+    assert not torch.allclose(losses_of(packed)[0], losses(0, 1).sum(), atol=1e-4, rtol=1e-4)
     small = ContextBudget(vlm_model, 80, None)
     sizes = [processor.image_processor.measure(400, 266)] * 2
     assert small.problem(5, sizes).endswith("Shorten it. 4 tiles of each picture would fit: --max-tiles 4.")

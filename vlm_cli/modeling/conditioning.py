@@ -28,6 +28,7 @@ class Conditioning:
         media_mask: bool[B, T_img, n], true for vision tokens that are not padding; None without media.
         media_counts: int[B, T], number of media tokens at or before each position.
         prefix_mask: bool[B, T], true at positions of the prompt that all see each other; None for none.
+        segments: int[B, T], the number of each position's row in a packed row, 0 at padding; None without packed rows.
         chosen: int[N] indices of the flattened positions whose logits are computed; None for all.
         hide_media_logit: whether the logit of `<image>` is set to the lowest number.
         fusion_state: what the fusion's `condition_call` computed for this call; cross-attention: `MediaVisibility`.
@@ -42,6 +43,7 @@ class Conditioning:
     media_mask: Tensor | None
     media_counts: Tensor
     prefix_mask: Tensor | None = None
+    segments: Tensor | None = None
     chosen: Tensor | None = None
     hide_media_logit: bool = False
     fusion_state: Any = None

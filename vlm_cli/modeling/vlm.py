@@ -43,6 +43,7 @@ from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, find_widths
 from vlm_cli.modeling.learned import chosen_positions, learned_loss
 from vlm_cli.modeling.lm_interface import LanguageModelInterface, is_filled, num_cached
+from vlm_cli.modeling.packed import positions_within
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import build_tower
 from vlm_cli.modeling.trainable_parts import TrainableParts
@@ -473,6 +474,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         vision_grid: Tensor | None = None,
         prefix_mask: Tensor | None = None,
         logits_at: Tensor | None = None,
+        segments: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
@@ -499,6 +501,9 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             vision_grid: int[B, T_img, 4], as for `encode_vision`; together with `vision_tokens`, too.
             logits_at: int[N], indices of the flattened `lang_x`. `logits` are then float[1, N, V + added tokens], of
                 these tokens alone, and so is the loss; None for all tokens.
+            segments: int[B, T_txt] of packed rows, which do not see each other: the number of each token's row in its
+                packed row, from 1, and 0 at padding. None if rows are not packed. Give -100 as the label of the first
+                token of each row.
             kwargs: for the language model.
 
         Returns:
@@ -519,7 +524,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
         expanded = None
         if prefix_mask is None and media_counts is None and not is_filled(kwargs.get(self.lm_interface.cache_name)):
-            prefix_mask = self.find_prefix(lang_x, labels)
+            prefix_mask = self.find_prefix(lang_x, labels, segments)
         if media_counts is None:
             check_media(lang_x, media_mask, self.config.media_token_id)
             if attention_mask is None and media_mask is not None and past_key_values is not None:
@@ -530,6 +535,9 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             if expanded is not None:
                 position_ids = None
                 prefix_mask = prefix_mask if prefix_mask is None else expanded.spread(prefix_mask.bool())
+                segments = segments if segments is None else expanded.spread(segments)
+            if segments is not None:
+                position_ids = positions_within(segments)
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -lang_x.shape[1] :]
         if use_cache is None and self.training and self.is_gradient_checkpointing and torch.is_grad_enabled():
@@ -542,7 +550,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             "logits_to_keep": logits_to_keep if expanded is None else 0,
         }
         num_items = kwargs.pop("num_items_in_batch", None)
-        conditioning = Conditioning(lang_x, media, media_mask, media_counts, prefix_mask)
+        conditioning = Conditioning(lang_x, media, media_mask, media_counts, prefix_mask, segments=segments)
         if logits_at is not None:
             kwargs["logits_to_keep"] = 0
             conditioning.chosen = chosen_positions(logits_at, num_tokens, expanded)

@@ -53,6 +53,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
         ends: int[N + 1] where each record ends, after a 0.
         sources: for each record, its images and clips.
         frames: int[N], how many images and frames each record has.
+        positions: int[N], how many positions of the language model each record takes.
         names: for each record, its id.
         lines: for each record, the number of its line.
     """
@@ -69,6 +70,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     ends: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     sources: list[tuple[Medium, ...]] = field(default_factory=list)
     frames: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     names: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
 
@@ -149,6 +151,7 @@ def load_dataset(
     ids: list[np.ndarray] = []
     is_target: list[np.ndarray] = []
     frames: list[int] = []
+    positions: list[int] = []
     problems: list[Problem] = []
     for record in records.good:
         try:
@@ -166,13 +169,14 @@ def load_dataset(
             is_target.append(np.array(encoded.is_target, np.bool_))
             dataset.sources.append(record.sources[: encoded.num_media])
             frames.append(sum(size.num_frames for size in sizes[: encoded.num_media]))
+            positions.append(budget.positions(len(encoded.ids), sizes[: encoded.num_media]))
             dataset.names.append(record.id)
             dataset.lines.append(record.line)
         if longest.was_split:
             dataset.split_lines.append(record.line)
     raise_problems(records, problems)
     dataset.notes += encoder.notes
-    dataset.frames = np.array(frames)
+    dataset.frames, dataset.positions = np.array(frames), np.array(positions)
     dataset.ids, dataset.is_target = np.concatenate(ids), np.concatenate(is_target)
     dataset.ends = np.concatenate([[0], np.cumsum([len(x) for x in ids])])
     return dataset
@@ -201,8 +205,8 @@ class Collator:
         """Make a batch.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; `logits_at`, int[N], where the model learns; if a
-            record has an image, `pixel_values`
+            `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; `segments`, int[B, T_txt], of packed records;
+            `logits_at`, int[N], where the model learns; if a record has an image, `pixel_values`
             float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F]; if one has tiles, `vision_grid`
             int[B, T_img, 4]; `records`, the indices of the records; and `notes`, what became of images when they were
             decoded.
@@ -218,12 +222,20 @@ class Collator:
             "attention_mask": attention_mask,
             "labels": labels,
             "logits_at": find_learned(labels),
-            "records": [item["index"] for item in items],
+            "records": [record for item in items for record in _records_of(item)],
             "notes": [note for item in items for note in item.get("notes", ())],
         }
+        if "segments" in items[0]:
+            batch["segments"], _ = pad_left([item["segments"] for item in items], 0)
         if any(item["pixels"] for item in items):
             batch |= stack_pixels([item["pixels"] for item in items])
         return batch
+
+
+def _records_of(item: dict[str, Any]) -> list[int]:
+    """Return the indices of an item's records; an item of packed records has several."""
+    index = item["index"]
+    return index if isinstance(index, list) else [index]
 
 
 def check_batch(batch: dict[str, Any], notes: NoteTally) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def identify_run(
         "--special-tokens": settings.special_tokens,
         # The optimizer's groups follow from these; the numbers themselves may change.
         "--layer-decay": settings.layer_decay is not None,
+        "--pack": settings.pack,
     }
     named = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
     parts = {f"parts in {k}": sorted(set(x) - {OTHERS}) for k, x in named.items() if isinstance(x, Mapping)}

@@ -25,6 +25,7 @@ from vlm_cli.training.listener import Listener
 from vlm_cli.training.metrics import METRICS_FILE
 from vlm_cli.training.outcome import RunOutcome, TrainingResult
 from vlm_cli.training.output import describe_run, digest_of_run, write_output
+from vlm_cli.training.packing import check_packing
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.rates import check_parts
 from vlm_cli.training.schedule import make_schedule
@@ -151,6 +152,8 @@ class Run:
     def _execute(self, checkpoint: TrainingCheckpoint | None) -> TrainingResult | None:
         self.listener.step(f"loading {self.job.model}")
         model, processor, stored = load_trainable(self.job, self.settings)
+        if self.settings.pack is not None:
+            check_packing(model, bf16=self.settings.bf16)
         self.listener.step(f"reading {self.job.data}")
         train_set, eval_set = self.processes.main_first(lambda: self.read_data(model, processor))
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
@@ -174,7 +177,7 @@ class Run:
             use_cpu=self.use_cpu,
         )
         self.listener.step("")
-        self._announce(model, train_set, eval_set)
+        self._announce(model, trainer)
         outcome = trainer.run_from(checkpoint)
         for note in trainer.picture_notes.lines():
             self.listener.notify(note)
@@ -279,14 +282,13 @@ class Run:
         words = ", ".join(f"{name} {now} (was {was})" for name, (was, now) in changed.items())
         self.listener.notify(f"Note: from step {checkpoint.step} on, the run has {words}.")
 
-    def _announce(self, model: VLM, data: RecordDataset, eval_set: RecordDataset | None) -> None:
+    def _announce(self, model: VLM, trainer: VLMTrainer) -> None:
         """Tell the user what trains, on what, and for how long."""
-        steps, minutes = self.settings.total_steps(len(data), self.processes.count), self.settings.max_minutes
-        limits = (
-            []
-            if steps is None
-            else [f"{count_of(steps, 'step')} of {count_of(self.settings.step_size(self.processes.count), 'record')}"]
-        )
+        data, eval_set = trainer.train_set, trainer.eval_set
+        steps, minutes = trainer.budget.max_steps, self.settings.max_minutes
+        row = "record" if self.settings.pack is None else "packed row"
+        size = count_of(self.settings.step_size(self.processes.count), row)
+        limits = [] if steps is None else [f"{count_of(steps, 'step')} of {size}"]
         limits += [] if minutes is None else [f"{minutes:g} minute{'' if minutes == 1 else 's'}"]
         held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
         if data.num_images.any():

@@ -130,6 +130,17 @@ class TrainingSettings:
             heading=DATA,
         ),
     ] = True
+    pack: Annotated[
+        int | None,
+        Flag(
+            help="Join short records to rows of up to N positions of the language model, pictures included; no record "
+            "sees another. --batch-size then counts such rows. This is faster where lengths differ.",
+            heading=DATA,
+            metavar="N",
+            above=0,
+            most=_MAX_STEPS,
+        ),
+    ] = None
     workers: Annotated[
         int | None,
         Flag(

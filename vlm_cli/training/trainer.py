@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import nested_gather
@@ -50,6 +50,7 @@ from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.optimizer import make_optimizer, set_learning_rates
 from vlm_cli.training.order import StreamSampler
 from vlm_cli.training.outcome import RunOutcome, StepReport
+from vlm_cli.training.packing import PackedRecords, PackedSampler, count_packs
 from vlm_cli.training.precision import float32_attention
 from vlm_cli.training.rates import group_parameters, rates_of_parts
 from vlm_cli.training.schedule import make_schedule
@@ -106,8 +107,11 @@ class VLMTrainer(Trainer):
         arguments = make_arguments(
             settings, checkpoints.folder, use_cpu=use_cpu, has_eval=eval_set is not None, finds_unused=finds_unused
         )
+        self.rows_per_pass = len(train_set)
+        if settings.pack is not None:
+            self.rows_per_pass = count_packs(train_set.positions, length=settings.pack, seed=settings.seed)
         self.budget = RunBudget(
-            settings.total_steps(len(train_set), arguments.world_size),
+            settings.total_steps(self.rows_per_pass, arguments.world_size),
             settings.max_minutes,
             pause_every=settings.save_every,
             eval_steps=0 if eval_set is None else len(eval_set) / settings.step_size(arguments.world_size),
@@ -238,7 +242,10 @@ class VLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         size = self.settings.step_size(self.args.world_size)
-        data = self.train_set
+        data, length = self.train_set, self.settings.pack
+        if length is not None:
+            packs = PackedSampler(data.positions, self.budget.steps * size, length=length, seed=self.args.seed)
+            return self._make_loader(PackedRecords(data), packs)
         sampler = StreamSampler(
             len(data),
             self.budget.steps * size,
@@ -253,7 +260,7 @@ class VLMTrainer(Trainer):
         assert data is not None
         return self._make_loader(data, np.lexsort([data.lengths, data.num_images]).tolist())
 
-    def _make_loader(self, data: RecordDataset, sampler: Sampler[int] | Sequence[int]) -> DataLoader[dict[str, Any]]:
+    def _make_loader(self, data: Dataset[dict[str, Any]], sampler: Iterable[Any]) -> DataLoader[dict[str, Any]]:
         workers = self.args.dataloader_num_workers
         loader = DataLoader(
             data,
@@ -358,7 +365,7 @@ class VLMTrainer(Trainer):
             return  # the summary of the base class
         logs = logs | self._rates_of_parts(logs.get("learning_rate"))
         step, budget = self.state.global_step, self.budget
-        epoch = round(step * self.settings.step_size(self.args.world_size) / len(self.train_set), 4)
+        epoch = round(step * self.settings.step_size(self.args.world_size) / self.rows_per_pass, 4)
         self.state.log_history.append(
             self.metrics.append({"step": step, "epoch": epoch, **logs}, seconds=budget.seconds)
         )

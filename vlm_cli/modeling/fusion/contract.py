@@ -14,6 +14,7 @@ from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.fusion.gates import is_gate
+from vlm_cli.modeling.fusion.masks import prepare_masks
 from vlm_cli.modeling.renamed import accept_old_hooks
 
 __all__ = ["Fusion"]
@@ -29,6 +30,7 @@ class Fusion:
 
     Attributes:
         fusion: the module that `build_fusion` makes.
+        lang_model: the language model.
         conditioning: what hooks read while the language model runs; None while no call runs.
         splices_media: whether vision tokens take the place of `<image>` among the text's embeddings.
         sees_ahead: what sees positions after its own: "nothing", "media" within themselves, or the whole "prompt".
@@ -37,6 +39,7 @@ class Fusion:
 
     config: VLMConfig
     fusion: nn.Module
+    lang_model: Any
     conditioning: Conditioning | None
     splices_media = False
     sees_ahead: Literal["nothing", "media", "prompt"] = "nothing"
@@ -92,23 +95,29 @@ class Fusion:
         """
         return prompt.for_call(ids, self.config.media_token_id, end)
 
-    def find_prefix(self, lang_x: Tensor, labels: Tensor | None) -> Tensor | None:
+    def find_prefix(self, lang_x: Tensor, labels: Tensor | None, segments: Tensor | None = None) -> Tensor | None:
         """Mark the tokens of a prompt that all see each other, if the fusion's mask has such: bool[B, T_txt] or None.
 
         Args:
             lang_x: int[B, T_txt].
             labels: int[B, T_txt] of the tokens to learn, -100 elsewhere; None without.
+            segments: int[B, T_txt] of packed rows, each of which has a prefix; None if rows are not packed.
         """
         return None
 
     def mask_call(self, conditioning: Conditioning, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Change the arguments of one call of the language model, such as its `attention_mask`.
 
+        By default, rows that are packed get masks in which none sees another.
+
         Args:
             conditioning: of the call.
             kwargs: what the language model is called with beside its ids.
         """
-        return kwargs
+        if conditioning.segments is None:
+            return kwargs
+        masks = prepare_masks(self.lang_model, None, kwargs, None, conditioning.segments)
+        return {**kwargs, "attention_mask": masks}
 
     def embed_media(self, embeddings: Tensor, conditioning: Conditioning) -> Tensor:
         """Change the embeddings of one call.

@@ -36,10 +36,10 @@ class ExpandedPrompt:
         return values.gather(1, index)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Give each position the value of its token, false at padding: bool[B, T_txt] -> bool[B, L]."""
+        """Give each position the value of its token, 0 or false at padding: *[B, T_txt] -> *[B, L]."""
         position = torch.arange(self.ids.shape[1], device=values.device).expand(len(values), -1).contiguous()
         token = torch.searchsorted(self.last.contiguous(), position)  # [B, L]
-        return values.gather(1, token) & self.attention_mask[:, -self.ids.shape[1] :].bool()
+        return values.gather(1, token).masked_fill(self.attention_mask[:, -self.ids.shape[1] :] == 0, 0)
 
 
 def expand_media_tokens(

@@ -14,7 +14,9 @@ from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt, expand_media_tokens, pack_valid_tokens, scatter_media
 from vlm_cli.modeling.fusion.masks import cuts_a_medium, find_mask_problem, find_media_blocks, prepare_masks
 from vlm_cli.modeling.language_model import decoder_layers
+from vlm_cli.modeling.learned import IGNORED
 from vlm_cli.modeling.lm_interface import is_filled
+from vlm_cli.modeling.packed import count_within
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["VLMWithLanguageStream"]
@@ -53,18 +55,21 @@ class VLMWithLanguageStream(VLM):
         is_media = lang_x == self.config.media_token_id
         return expand_media_tokens(lang_x, attention_mask, is_media, media_mask.sum(-1), self.config.pad_token_id or 0)
 
-    def find_prefix(self, lang_x: Tensor, labels: Tensor | None) -> Tensor | None:
+    def find_prefix(self, lang_x: Tensor, labels: Tensor | None, segments: Tensor | None = None) -> Tensor | None:
         """Mark the tokens before the first label, or all without labels, if the mask is `prefix`."""
         if self.sees_ahead != "prompt":
             return None
-        return torch.ones_like(lang_x, dtype=torch.bool) if labels is None else (labels != -100).cumsum(-1) == 0
+        if labels is None:
+            return torch.ones_like(lang_x, dtype=torch.bool)
+        learned = labels != IGNORED
+        return (learned.cumsum(-1) if segments is None else count_within(learned, segments)) == 0
 
     def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
         """Find the blocks of positions that see each other. A single position sees none after it."""
         call = super().condition_call(prompt, ids, end)
         blocks = None
         if self.sees_ahead == "prompt" and call.prefix_mask is not None:
-            blocks = torch.where(call.prefix_mask, 0, -1)
+            blocks = torch.where(call.prefix_mask, 0 if call.segments is None else call.segments, -1)
         elif self.sees_ahead == "media" and call.media_mask is not None:
             blocks = self._find_media_blocks(call)
         return replace(call, fusion_state=blocks if ids.shape[1] > 1 else None)
@@ -83,14 +88,19 @@ class VLMWithLanguageStream(VLM):
         """Prepare the language model's masks, if positions of the call see positions after their own."""
         blocks, cache = conditioning.fusion_state, kwargs.get(self.lm_interface.cache_name)
         if blocks is None or not (torch.compiler.is_compiling() or bool((blocks >= 0).any())):
-            return kwargs
+            return super().mask_call(conditioning, kwargs)
         if self.sees_ahead == "prompt" and is_filled(cache):
             raise LanguageModelLimit(
                 "with fusion.mask=prefix, the positions of a prompt see each other, so that the language model must "
                 "read the prompt in one call. Give the whole prompt at once, without prefill_chunk_size, or call "
                 "forward with a prefix_mask that is false after a cache."
             )
-        return {**kwargs, "attention_mask": prepare_masks(self.lang_model, blocks, kwargs, cache)}
+        masks = prepare_masks(self.lang_model, blocks, kwargs, cache, conditioning.segments)
+        kwargs = {**kwargs, "attention_mask": masks}
+        if kwargs.get("position_ids") is None and self.lm_interface.takes_positions and not is_filled(cache):
+            # OPT would count them from the mask, as if it were one of padding.
+            kwargs["position_ids"] = torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks)
+        return kwargs
 
     def fusion_problem(self) -> str | None:
         if self.sees_ahead == "nothing":

@@ -1,4 +1,4 @@
-"""Masks of the language stream: positions of one block see each other, beside all positions before them.
+"""Masks with blocks: positions of one block see each other, beside all positions before them.
 
 A block is a picture (mask `image`: Gemma 3, https://arxiv.org/abs/2503.19786) or the prompt (mask `prefix`: PaliGemma,
 https://arxiv.org/abs/2407.07726). With blocks of the same digit and text as `.`, a row `. 0 0 . 1 1` sees
@@ -10,6 +10,8 @@ https://arxiv.org/abs/2407.07726). With blocks of the same digit and text as `.`
         .   x  x  x  x
         1   x  x  x  x  x  x
         1   x  x  x  x  x  x
+
+In a packed row (`modeling/packed.py`), a position sees its own row alone.
 
 Nothing here changes the language model. Transformers' models take a mask that was prepared for them, one for each kind
 of layer, and `create_masks_for_generate` prepares it with their windows and their padding.
@@ -65,14 +67,17 @@ def cuts_a_medium(is_media: Tensor, media_counts: Tensor, media_mask: Tensor) ->
     return bool(((is_media[:, 0] & ~begins) | (is_media[:, -1] & ~finishes)).any())
 
 
-def prepare_masks(lm: PreTrainedModel, blocks: Tensor, kwargs: Mapping[str, Any], cache: Any) -> Any:
-    """Prepare a language model's masks, in which positions of one block see each other.
+def prepare_masks(
+    lm: PreTrainedModel, blocks: Tensor | None, kwargs: Mapping[str, Any], cache: Any, segments: Tensor | None = None
+) -> Any:
+    """Prepare a language model's masks, in which positions of one block see each other, and of one segment at most.
 
     Args:
         lm: the language model.
-        blocks: int[B, T] of the call, a number for each block, -1 outside.
+        blocks: int[B, T] of the call, a number for each block, -1 outside; None without blocks.
         kwargs: of the call: `attention_mask`, bool or int[B, cached positions + T] or None, and `position_ids`.
         cache: of the language model; None if it starts without one.
+        segments: int[B, T] of packed rows, which the call reads as a whole; None if rows are not packed.
 
     Returns:
         What the language model takes as `attention_mask`: [B, 1, T, S], or a mapping of kinds of layers to such masks.
@@ -86,17 +91,29 @@ def prepare_masks(lm: PreTrainedModel, blocks: Tensor, kwargs: Mapping[str, Any]
             "fusion.mask needs an attention_mask of rows and positions, and got one that was already prepared. Call "
             "the VLM's own generate."
         )
-    start, last = num_cached(cache) if cache is not None else 0, blocks.shape[1] - 1
+    given = segments if blocks is None else blocks
+    assert given is not None
+    start, last = num_cached(cache) if cache is not None else 0, given.shape[1] - 1
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert blocks is not None
         mine, theirs = blocks[row, query - start], blocks[row, (key - start).clamp(0, last)]
         return (mine >= 0) & (mine == theirs) & (key >= start) & (key <= start + last)
 
-    embeddings = torch.empty(*blocks.shape, 0, dtype=lm.dtype, device=blocks.device)
+    def is_own(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert segments is not None
+        return segments[row, query] == segments[row, key]
+
+    embeddings = torch.empty(*given.shape, 0, dtype=lm.dtype, device=given.device)
     config = lm.config.get_text_config(decoder=True)
-    prepared = create_masks_for_generate(
-        config, embeddings, attention_mask, cache, kwargs.get("position_ids"), or_mask_function=sees
-    )
+    functions = {
+        "or_mask_function": None if blocks is None else sees,
+        "and_mask_function": None if segments is None else is_own,
+    }
+    # Padding is a segment of its own, so that a mask of padding would leave its positions nothing to see. Without
+    # positions, Transformers does not look for packed rows by itself.
+    facts = (attention_mask, cache, kwargs.get("position_ids")) if segments is None else (None, None, None)
+    prepared = create_masks_for_generate(config, embeddings, *facts, **functions)
     if not all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in _list_masks(prepared)):
         name = config._attn_implementation
         advice = "" if name in ("sdpa", "eager") else " Choose attn_implementation='sdpa'."

@@ -15,6 +15,8 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor
 
+from vlm_cli.modeling.packed import last_of_segment, start_of_segment
+
 __all__ = ["MediaVisibility", "Readers", "attend_to_media"]
 
 
@@ -53,6 +55,7 @@ class MediaVisibility:
         attend: Literal["last", "all"],
         feed_forward_before_media: bool,
         attend_before_media: bool = False,
+        segments: Tensor | None = None,
     ) -> MediaVisibility:
         """Compute the masks of one call.
 
@@ -63,30 +66,58 @@ class MediaVisibility:
             feed_forward_before_media: whether positions before the first medium get the feed-forward.
             attend_before_media: whether positions before the first medium read all media of their row, the padded
                 views of these media included, as in Transformers' Mllama.
+            segments: int[B, T_txt] of packed rows, which see their own media alone; None if rows are not packed.
         """
         num_media, n = media_mask.shape[1:]
         position = media_counts[:, :, None]  # [B, T_txt, 1]
+        number = torch.arange(1, num_media + 1, device=media_mask.device).repeat_interleave(n)  # [S]
+        own = OwnMedia.of(media_counts, media_mask, segments)
+        is_own = (number > own.before) & (number <= own.last)  # [B, T_txt, S] or what becomes that
         readers = None
         if attend == "last" and num_media > 1 and not attend_before_media:
             readers = Readers.build(media_counts, num_media)
         if readers is None:
-            number = torch.arange(1, num_media + 1, device=media_mask.device).repeat_interleave(n)  # [S]
-            seen = number == position if attend == "last" else number <= position
+            seen = (number == position if attend == "last" else number <= position) & is_own
             seen = seen & media_mask.flatten(1)[:, None]  # [B, T_txt, S]
             reads = seen.any(-1, keepdim=True)
             # A softmax over no key is NaN, so a position that sees nothing looks everywhere; `reads` drops its result.
             attention = (seen | ~reads)[:, None]
         else:
             some = media_mask.any(-1)  # [B, T_img]
-            reads = (position > 0) & some.gather(1, (media_counts - 1).clamp(min=0))[..., None]
+            reads = (position > own.before) & some.gather(1, (media_counts - 1).clamp(min=0))[..., None]
             attention = (media_mask | ~some[..., None]).flatten(0, 1)[:, None, None]
-        row_has_media = media_mask.flatten(1).any(-1)[:, None, None]
-        everyone = row_has_media & (position >= 0)
+        everyone = own.exists & (position >= 0)
         feeds = everyone if feed_forward_before_media else reads
         if attend_before_media:
             whole = media_mask.any(-1, keepdim=True).expand_as(media_mask).flatten(1)[:, None]  # [B, 1, S]
+            whole = whole & is_own
             attention, reads = torch.where(reads | ~everyone, attention[:, 0], whole)[:, None], everyone
         return cls(attention, reads, feeds, readers)
+
+
+@dataclass(frozen=True)
+class OwnMedia:
+    """Which media of a row belong to a position: all of them, or in a packed row those of the position's own row.
+
+    Attributes:
+        before: number of media before the position's own: 0, or int[B, T_txt, 1].
+        last: number of the last of the position's own media, from 1: T_img, or int[B, T_txt, 1].
+        exists: bool[B, 1 or T_txt, 1], whether the position has any.
+    """
+
+    before: Tensor | int
+    last: Tensor | int
+    exists: Tensor
+
+    @classmethod
+    def of(cls, media_counts: Tensor, media_mask: Tensor, segments: Tensor | None) -> OwnMedia:
+        """Find the media of each position; arguments as for `MediaVisibility.build`."""
+        if segments is None:
+            return cls(0, media_mask.shape[1], media_mask.flatten(1).any(-1)[:, None, None])
+        earlier = nnf.pad(media_counts[:, :-1], (1, 0))
+        before = earlier.gather(1, start_of_segment(segments))[..., None]
+        last = media_counts.gather(1, last_of_segment(segments))[..., None]
+        return cls(before, last, last > before)
 
 
 @dataclass(frozen=True)
