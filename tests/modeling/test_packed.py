@@ -13,7 +13,8 @@ from benchmarks.compatibility.language_models import model_types, tiny_vlm
 from tests.support import tiny
 from tests.support.invariants import differs, logits, opened, same
 from vlm_cli.modeling.learned import IGNORED
-from vlm_cli.modeling.packed import count_within, find_packing_problem, positions_within
+from vlm_cli.modeling.packable import find_packing_problem
+from vlm_cli.modeling.packed import count_within, positions_within
 from vlm_cli.modeling.vlm import VLM
 
 PARTS = ["vision_tokenizer", "fusion", "added_tokens", "language_model"]

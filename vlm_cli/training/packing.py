@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, Sampler
 
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.learned import IGNORED
-from vlm_cli.modeling.packed import find_packing_problem
+from vlm_cli.modeling.packable import find_packing_problem
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.dataset import RecordDataset
 from vlm_cli.training.order import StreamSampler
