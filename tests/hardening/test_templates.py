@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from typing import Any
 
@@ -72,3 +73,17 @@ def test_as_transformers_renders(template: str) -> None:
 )
 def test_a_template_keeps_nothing_for_the_next_conversation(template: str) -> None:
     assert render_template(template, [], {}) == render_template(template, [], {}) != ""
+
+
+def render_many(name: str) -> list[str]:
+    return [render_template(f"{name}{{{{ {i} }}}}", MESSAGES, TOKENS) for i in range(40)]
+
+
+def test_a_copy_of_the_process_renders_by_itself() -> None:
+    """As workers that load data: with one pipe for all, an answer would reach the wrong one."""
+    render_many("before")
+    names = ["first", "second"]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        waiting = [pool.apply_async(render_many, (name,)) for name in names]
+        found = [render_many("own"), *(x.get(30) for x in waiting)]
+    assert found == [[f"{name}{i}" for i in range(40)] for name in ("own", *names)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -122,3 +123,13 @@ class _TemplateProcess:
 
 
 _process = _TemplateProcess()
+
+
+def _leave_to_parent() -> None:
+    """Start another process in a copy of this one, such as a worker that loads data: a pipe serves one of them."""
+    global _process
+    _process = _TemplateProcess()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which copies no process
+    os.register_at_fork(after_in_child=_leave_to_parent)

@@ -6,7 +6,7 @@ B batch, T_txt tokens, T_img media per row, F frames, C H W pixels, N records, V
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vlm_cli.data.records import Problem, Record, Segment, raise_problems, read_records
+from vlm_cli.data.records import Problem, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_pixels
-from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.learned import IGNORED, find_learned
-from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.prompt import Medium
-from vlm_cli.training.encoder import RecordEncoder, find_end_token
-from vlm_cli.writing.clip_text import add_clip_texts
-from vlm_cli.writing.media import measure_media
+from vlm_cli.training.preparing import RecordPreparer
 from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["Collator", "RecordDataset", "check_batch", "load_dataset"]
@@ -133,12 +129,7 @@ def load_dataset(
         DataError: listing every line that cannot be used.
     """
     records = read_records(path, media_root, max_pixels)
-    encoder = RecordEncoder(
-        writer or PromptWriter(processor),
-        find_end_token(model, processor),
-        stop_token_ids(model.generation_config, processor.tokenizer, model.config),
-    )
-    budget = ContextBudget.of(model)
+    preparer = RecordPreparer(model, processor, writer)
     images = processor.image_processor
     dataset = RecordDataset(
         path.name,
@@ -155,40 +146,26 @@ def load_dataset(
     problems: list[Problem] = []
     for record in records.good:
         try:
-            sequences = encoder.encode(_with_clip_texts(record, processor, dataset.loader))
-            sizes = measure_media(record.sources, dataset.loader, images)
+            sequences = preparer.prepare(record, dataset.loader)
         except VLMError as error:
-            problems.append(Problem(record.line, str(error)))
+            problems.append(Problem.of(record, str(error)))
             continue
-        longest = sequences[-1]
-        if problem := budget.problem(len(longest.ids), sizes[: longest.num_media]):
-            problems.append(Problem(record.line, problem))
-            continue
-        for encoded in sequences:
-            ids.append(np.array(encoded.ids, np.int32))
-            is_target.append(np.array(encoded.is_target, np.bool_))
-            dataset.sources.append(record.sources[: encoded.num_media])
-            frames.append(sum(size.num_frames for size in sizes[: encoded.num_media]))
-            positions.append(budget.positions(len(encoded.ids), sizes[: encoded.num_media]))
+        for sequence in sequences:
+            ids.append(sequence.ids)
+            is_target.append(sequence.is_target)
+            dataset.sources.append(sequence.media)
+            frames.append(sequence.num_frames)
+            positions.append(sequence.positions)
             dataset.names.append(record.id)
             dataset.lines.append(record.line)
-        if longest.was_split:
+        if sequences[-1].was_split:
             dataset.split_lines.append(record.line)
     raise_problems(records, problems)
-    dataset.notes += encoder.notes
+    dataset.notes += preparer.notes
     dataset.frames, dataset.positions = np.array(frames), np.array(positions)
     dataset.ids, dataset.is_target = np.concatenate(ids), np.concatenate(is_target)
     dataset.ends = np.concatenate([[0], np.cumsum([len(x) for x in ids])])
     return dataset
-
-
-def _with_clip_texts(record: Record, processor: VLMProcessor, loader: MediaLoader) -> Record:
-    """Put the composition's text around each clip of a record."""
-    segments = (
-        Segment(tuple(add_clip_texts(segment.parts, processor, loader.choose_frames)), segment.is_target)
-        for segment in record.segments
-    )
-    return replace(record, segments=tuple(segments))
 
 
 class Collator:
