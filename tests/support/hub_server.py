@@ -148,10 +148,22 @@ class _Handler(BaseHTTPRequestHandler):
                 {"id": name, "sha": oid, "private": False, "tags": [], "siblings": [{"rfilename": x} for x in files]}
             )
 
-    def tree(self, name: str, revision: str, body: bytes) -> None:
+    def tree(self, name: str, revision: str, folder: str | None, body: bytes) -> None:
         found = self._commit(name, revision)
-        if found is not None:
-            self._json([_entry(path, x) for path, x in found[1].items()])
+        if found is None:
+            return
+        start = "" if folder is None else f"{folder}/"
+        below = {path: x for path, x in found[1].items() if path.startswith(start)}
+        if not below and start:
+            self._error(404, "EntryNotFound")
+            return
+        nested = {start + path[len(start) :].split("/")[0] for path in below if "/" in path[len(start) :]}
+        folders = [
+            {"type": "directory", "path": x, "size": 0, "oid": hashlib.sha1(x.encode()).hexdigest()} for x in nested
+        ]
+        is_recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        files = [_entry(path, x) for path, x in below.items() if is_recursive or "/" not in path[len(start) :]]
+        self._json([*folders, *files])
 
     def paths(self, name: str, revision: str, body: bytes) -> None:
         found = self._commit(name, revision)
@@ -210,10 +222,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"commitUrl": f"{self.hub.address}/{name}/commit/{oid}", "commitOid": oid, "hookOutput": ""})
 
     ROUTES = (
-        (r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", resolve),
-        (r"GET /api/models/([^/]+/[^/]+)(?:/revision/(.+))?", info),
-        (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", tree),
-        (r"POST /api/models/([^/]+/[^/]+)/paths-info/([^/]+)", paths),
+        (r"(?:GET|HEAD) /(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", resolve),
+        (r"GET /api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", info),
+        (r"GET /api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", tree),
+        (r"POST /api/(?:models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", paths),
         (r"POST /api/repos/create", create),
         (r"POST /api/validate-yaml", yaml),
         (r"POST /api/models/([^/]+/[^/]+)/preupload/([^/]+)", preupload),

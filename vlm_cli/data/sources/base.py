@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote, unquote
 
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.media.sources import INSIDE
 
-__all__ = ["Embedded", "Row", "Source"]
+__all__ = ["Embedded", "Row", "Source", "absent"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,22 @@ class Embedded:
         >>> Embedded.refer("train-0.parquet", 7, "images", 0)
         'inside:train-0.parquet#7/images/0'
         """
-        return f"{INSIDE}{shard}#{number}/{'/'.join(map(str, where))}"
+        return f"{INSIDE}{quote(shard)}#{number}/{'/'.join(quote(str(x), safe='+') for x in where)}"
+
+    @staticmethod
+    def parse(reference: str) -> tuple[str, int, list[str]]:
+        """Return the shard, the number of the row and the keys of a reference.
+
+        >>> Embedded.parse("inside:train-0.parquet#7/images/0")
+        ('train-0.parquet', 7, ['images', '0'])
+
+        Raises:
+            RecordError: if it is no reference.
+        """
+        found = re.fullmatch(rf"{INSIDE}([^#?]+)#([1-9]\d{{0,15}})/([^#?]+)", reference)
+        if found is None:
+            raise RecordError(f"{reference!r} is no picture inside a data set.")
+        return unquote(found[1]), int(found[2]), [unquote(x) for x in found[3].split("/")]
 
 
 class Source(ABC):
@@ -68,9 +85,11 @@ class Source(ABC):
         kind: what the log calls the kind of the source.
         folder: where relative paths of pictures start.
         shards: the names of the shards, each of them once.
+        detail: what else the log tells, such as the split; empty for nothing.
     """
 
     kind: ClassVar[str]
+    detail: str = ""
     name: str
     folder: Path
     shards: Sequence[str]
@@ -110,7 +129,7 @@ class Source(ABC):
             RecordError: if this source holds nothing under the reference.
             DataError: if the shard cannot be read, or is gone.
         """
-        raise RecordError(f"{self.quoted} holds no picture {reference!r}.")
+        raise absent(self, reference)
 
     @abstractmethod
     def digest(self) -> str:
@@ -119,3 +138,8 @@ class Source(ABC):
         Raises:
             DataError: if a shard cannot be read.
         """
+
+
+def absent(source: Source, reference: str) -> RecordError:
+    """Make the error for a reference under which a source holds nothing."""
+    return RecordError(f"{source.quoted} holds no picture {reference!r}.")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_cli.data.inputs import is_pipe
 from vlm_cli.data.sources.base import Source
 from vlm_cli.data.sources.files import FileSource, Shards
+from vlm_cli.data.sources.folders import find_shards
+from vlm_cli.data.sources.hub import HUB, find_on_hub
 from vlm_cli.data.sources.json_array import JsonArray
 from vlm_cli.data.sources.json_lines import JsonLines, PipedLines
+from vlm_cli.data.sources.patterns import expand_pattern, is_pattern
+from vlm_cli.data.sources.tables import ArrowFiles, ArrowStreams, ParquetFiles
+from vlm_cli.data.sources.tar_shards import TarShards
 from vlm_cli.errors import DataError
 from vlm_cli.lookalike import find_named
 from vlm_cli.registry import suggest
@@ -18,26 +25,80 @@ __all__ = ["open_source"]
 
 _HEAD = 4096  # bytes by which a file is recognised
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
+_PACKED = {
+    b"\x1f\x8b": "gunzip",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"PK\3\4": "unzip",
+}
 
 
 def open_source(text: str) -> Source:
-    """Open what a user names: a file, or a pipe of JSON lines.
+    """Open what a user names: a file, a pipe of JSON lines, shards, a directory, or a data set of the hub.
 
     Args:
-        text: what the user typed.
+        text: what the user typed: a path, a pattern such as `train-{000..012}.tar` or `data/*.parquet`, or
+            `hf:ORG/NAME[:CONFIG][:SPLIT]`.
 
     Raises:
         DataError: if it does not exist, or is nothing that vlm reads.
+        UsageError: if a package that reads it is not installed.
     """
+    if text.startswith(HUB):
+        found = find_on_hub(text)
+        return _open(text, found.shards, found.detail)
     path = Path(text)
     if is_pipe(path):
         return PipedLines(path)
+    if is_pattern(text) and not path.exists():
+        return _open(text, Shards(expand_pattern(text)), "")
     path = find_named(path)
-    return _recognise(_read_head(path))(text, Shards([path]))
+    if path.is_dir():
+        files, detail = find_shards(path)
+        return _open(text, Shards(files, path.absolute()), detail)
+    return _open(text, Shards([path]), "")
 
 
-def _recognise(head: bytes) -> type[FileSource]:
+def _open(name: str, shards: Shards, detail: str) -> Source:
+    kinds = [_recognise(shards.path(i)) for i in range(len(shards.names)) if shards.is_here(i)]
+    other = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{name!r} mixes kinds: {shards.names[0]!r} is {kinds[0].kind}, and {shards.names[other]!r} "
+            f"{kinds[other].kind}. Give each kind as its own --data."
+        )
+    source = kinds[0](name, shards)
+    counted = f"{len(shards.names):,} shards" if len(shards.names) > 1 else ""
+    source.detail = ", ".join(x for x in (detail, counted) if x)
+    return source
+
+
+def _recognise(path: Path) -> type[FileSource]:
+    head = _read_head(path)
+    if head.startswith(b"PAR1"):
+        return ParquetFiles
+    if head.startswith(b"ARROW1\0\0"):
+        return ArrowFiles
+    if head.startswith(b"\xff\xff\xff\xff"):
+        return ArrowStreams
+    if _is_tar(head):
+        return TarShards
+    if tool := next((tool for magic, tool in _PACKED.items() if head.startswith(magic)), None):
+        raise DataError(f"{str(path)!r} is compressed. Unpack it first: {tool} {path.name}")
+    if head.startswith(b"FEA1"):
+        raise DataError(f"{str(path)!r} is Feather 1, which vlm does not read. Save it as Parquet, or as Feather 2.")
     return JsonArray if _ARRAY.match(head) else JsonLines
+
+
+def _is_tar(head: bytes) -> bool:
+    if head[257:262] == b"ustar":
+        return True
+    try:
+        tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except (tarfile.TarError, ValueError):
+        return False
+    return True
 
 
 def _read_head(path: Path) -> bytes:
@@ -45,10 +106,14 @@ def _read_head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(_HEAD)
     except IsADirectoryError:
-        raise DataError(f"{str(path)!r} is a directory. Give the JSONL file in it.") from None
+        raise DataError(f"{str(path)!r} is a directory. Give the files in it.") from None
     except FileNotFoundError:
-        folder = path.absolute().parent
-        near = [x.name for x in folder.iterdir() if x.is_file()] if folder.is_dir() else []
-        raise DataError(f"cannot find the records {str(path)!r}.{suggest(path.name, near)}") from None
+        raise DataError(f"cannot find the records {str(path)!r}.{_suggest_beside(path)}") from None
     except OSError as error:
         raise DataError(f"cannot read the records {str(path)!r}: {error.strerror}.") from None
+
+
+def _suggest_beside(path: Path) -> str:
+    folder = path.absolute().parent
+    near: Sequence[str] = [x.name for x in folder.iterdir() if x.is_file()] if folder.is_dir() else []
+    return suggest(path.name, near)
