@@ -45,7 +45,8 @@ def find_shards(folder: Path) -> tuple[list[Path], str]:
     endings = sorted({PurePosixPath(name).suffix.lower() for name in chosen})
     if len(endings) > 1:
         raise DataError(
-            f"{str(folder)!r} is a directory with files of several kinds. Give those of one: --data '{folder}/*{endings[0]}'"
+            f"{str(folder)!r} is a directory with files of several kinds. Give those of one: "
+            f"--data '{folder}/*{endings[0]}'"
         )
     return [folder / name for name in chosen], f"split {of_split}" if of_split else ""
 
