@@ -14,7 +14,7 @@ import timm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script's own folder is the only one that Python looks into
 
-from benchmarks.compatibility.encoders import CANNOT, find_class_name, vision_types
+from benchmarks.compatibility.encoders import check_vision_type, vision_types
 from vlm_cli.checkpoint.parts.openclip import openclip_files
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import VisionEncoderOptions
@@ -39,7 +39,8 @@ def name_others() -> None:
     for whole in timm.list_pretrained():
         name, _, tag = whole.partition(".")
         tags[name].append(tag)
-    write_other_encoders({kind: find_class_name(kind) for kind in vision_types() if kind not in CANNOT}, tags)
+    rows = [check_vision_type(kind) for kind in vision_types()]
+    write_other_encoders({row.name: row.model for row in rows if row.shape is not None}, tags)
 
 
 if __name__ == "__main__":

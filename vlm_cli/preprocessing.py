@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlm_cli.errors import MediaError
 from vlm_cli.media.decode import is_opaque, on_white
 from vlm_cli.tiling import Views, cut
+from vlm_cli.tiling.check import check_one_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,6 +95,11 @@ class Preprocessing:
         self.squashed: tuple[int, int] = tuple(settings.get("squashed", size))
         self.least_side: int | None = settings.get("least_side")
         self.crops_down = settings.get("crop") == CROP_DOWN["crop"]
+
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        """The (width, height) in pixels that each encoder reads: here, of the only one."""
+        return [(self.width, self.height)]
 
     def place(self, width: int, height: int) -> Placement:
         """Say where an image of this size goes."""
@@ -236,6 +241,11 @@ class SeveralPreprocessing(Preprocessing):
         super().__init__(settings["encoders"][0])
         self.whole: tuple[int, int] = tuple(settings["size"])
 
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        """The (width, height) in pixels that each encoder reads."""
+        return [(x.width, x.height) for x in self.each]
+
     def describe(self) -> str:
         """Say in words what happens to every image, for each encoder."""
         return "; ".join(dict.fromkeys(x.describe() for x in self.each))
@@ -251,16 +261,11 @@ class SeveralPreprocessing(Preprocessing):
         """Turn one picture into its views, float[F, 3·k, H, W].
 
         Raises:
-            MediaError: if the encoders read tiles of different sizes.
+            CompositionError: if the encoders read tiles of different sizes.
         """
         if not views.steps:
             return self(image)[None]
-        if any((x.height, x.width) != self.whole for x in self.each):
-            sizes = " and ".join(f"{x.height} x {x.width}" for x in self.each)
-            raise MediaError(
-                f"a picture cannot be cut into tiles for several encoders of {sizes} pixels. Give each encoder the "
-                "same image_size, or leave out the tiling."
-            )
+        check_one_size(self.tiles)
         return torch.cat([x.cut_into_views(image, views) for x in self.each], dim=1)
 
 

@@ -118,7 +118,7 @@ class OpenCLIPImageProcessor(BaseImageProcessor):
             CompositionError: if pictures are not cut into tiles, or the model knows no text for so many.
         """
         limited = Choice(type=self._tiling.type, options=limit_tiles(self._tiling.options, max_tiles))
-        check_tiling(limited, self.tile)
+        check_tiling(limited, *self.preprocessing.tiles)
         known = list_texts(self._tiling, self.tile)
         if new := [text for text in list_texts(limited, self.tile) if text not in known]:
             raise CompositionError(

@@ -15,10 +15,12 @@ that no other module calls one.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.hub import cached_file
 
-from vlm_cli.errors import UntrustedCodeError
+from vlm_cli.errors import CheckpointError, UntrustedCodeError
 from vlm_cli.plain_data import read_json
+from vlm_cli.timm_sizes import find_timm_problems
 
 __all__ = [
     "HUB_ARGUMENTS",
@@ -47,6 +50,8 @@ __all__ = [
     "check_settings",
     "fill_vision_model",
     "find_vision_class",
+    "list_arguments",
+    "list_model_classes",
     "load_config",
     "load_generation_config",
     "load_image_processor",
@@ -56,6 +61,7 @@ __all__ = [
     "make_config",
     "make_language_model",
     "match_weights",
+    "name_pixels",
 ]
 
 #: Arguments of `from_pretrained` that say where a file is.
@@ -234,9 +240,12 @@ def load_config(location: str | Path, *, trust_remote_code: bool = False, **keyw
 
     Raises:
         UntrustedCodeError: if it needs code that may not run, or names a kernel of the hub.
+        CheckpointError: if it would give a model of timm more than sizes.
     """
     if "gguf_file" not in keywords:
-        check_settings(str(location), _read(location, _CONFIG, keywords), trust_remote_code=trust_remote_code)
+        settings = _read(location, _CONFIG, keywords)
+        check_settings(str(location), settings, trust_remote_code=trust_remote_code)
+        _check_timm(f"{_CONFIG} of {str(location)!r}", settings)
     with _explaining(location, [_CONFIG], keywords):
         config: PreTrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **keywords)
     return config
@@ -247,9 +256,21 @@ def make_config(model_type: str, **settings: Any) -> PreTrainedConfig:
 
     Raises:
         ValueError: if Transformers does not know the type.
+        CheckpointError: if the settings would give a model of timm more than sizes.
     """
+    _check_timm(f"a configuration of type {model_type!r}", {"model_type": model_type, **settings})
     config: PreTrainedConfig = AutoConfig.for_model(model_type, **settings)
     return config
+
+
+def _check_timm(where: str, settings: Mapping[str, Any]) -> None:
+    """Check that a configuration gives a model of timm no more than a name and sizes.
+
+    Raises:
+        CheckpointError: naming what else it would give.
+    """
+    if problem := next(find_timm_problems(settings), None):
+        raise CheckpointError(f"{where} is not valid: {problem}")
 
 
 def find_vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -257,22 +278,39 @@ def find_vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
     Some vision halves of larger models have a class that no `Auto…` class lists. It stands beside the configuration.
     """
+    return next((x for x in list_model_classes(config) if name_pixels(x) is not None), None)
+
+
+def list_model_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """List Transformers' classes for the models of a configuration, without those for one task. No code is loaded."""
     kind = type(config)
     if not kind.__module__.startswith("transformers."):
-        return None
-    found = MODEL_MAPPING.get(kind, None)
-    classes = list(found) if isinstance(found, (list, tuple)) else [found]
-    module = import_module(kind.__module__.replace(".configuration_", ".modeling_"))
-    beside = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
-    classes += [
-        x for x in beside if x.config_class is kind and "For" not in x.__name__ and "PreTrained" not in x.__name__
-    ]
-    return next((x for x in classes if x is not None and _reads_pixels(x)), None)
+        return []
+    listed = MODEL_MAPPING.get(kind, None)
+    classes = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+    with suppress(ModuleNotFoundError):  # a type may have the models of another one
+        module = import_module(kind.__module__.replace(".configuration_", ".modeling_"))
+        beside = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
+        classes += [
+            x for x in beside if x.config_class is kind and not re.search("For[A-Z][a-z]|PreTrained[MT]", x.__name__)
+        ]
+    return [x for x in classes if x is not None]
 
 
-def _reads_pixels(model: type[PreTrainedModel]) -> bool:
-    """Say whether a class reads images alone. Mllama's vision model does, and leaves `main_input_name` as it was."""
-    return model.main_input_name == "pixel_values" or model.__name__ == "MllamaVisionModel"
+def name_pixels(model: type[PreTrainedModel]) -> str | None:
+    """Return the argument in which a class takes images; None if it needs more than images, or none.
+
+    Mllama's vision model needs more, and vlm gives it that.
+    """
+    first, *others = list_arguments(model)
+    needed = [name for name, is_needed in others if is_needed and model.__name__ != "MllamaVisionModel"]
+    return first[0] if first[0] in ("pixel_values", "hidden_states", "image") and not needed else None
+
+
+def list_arguments(model: type[PreTrainedModel]) -> list[tuple[str, bool]]:
+    """List the arguments of a class's `forward`, and whether each is needed."""
+    found = [x for x in signature(model.forward).parameters.values() if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)]
+    return [(x.name, x.default is x.empty) for x in found[1:]] or [("", False)]
 
 
 def find_causal_class(config: PreTrainedConfig) -> Any:

@@ -17,51 +17,18 @@ from timm.models._registry import _module_to_models
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
+from vlm_cli.checkpoint.parts.plain_types import PLAIN_TYPES
+from vlm_cli.checkpoint.parts.unsuitable_encoders import explain_unsuitable
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
+from vlm_cli.checkpoint.parts.vision_halves import take_vision_half
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import explain_reading
 from vlm_cli.modeling.encoders.hf import check_tokens, find_structure
 from vlm_cli.modeling.towers import build_tower, find_grid, find_tower_shape, patch_features
-from vlm_cli.trust import find_vision_class
+from vlm_cli.trust import find_vision_class, list_arguments, list_model_classes
 
-__all__ = ["CANNOT", "MOST_PATCHES", "EncoderRow", "check_family", "check_vision_type", "find_class_name"]
+__all__ = ["MOST_PATCHES", "EncoderRow", "check_family", "check_vision_type", "find_class_name"]
 __all__ += ["timm_families", "vision_types"]
-
-_DETECTOR = "it detects objects, and its output is one token per object"
-_OWN_GRID = "it reads patches of images of any size, and takes their grid as another argument"
-_CLIPS = "it reads clips, and no single image"
-_OTHER_INPUT = "it takes features of another part, and no image"
-
-#: Type -> why it cannot be a vision encoder.
-CANNOT: dict[str, str] = {
-    **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _DETECTOR),
-    **dict.fromkeys(
-        (
-            *("cosmos3_edge_vision", "dots3_note_vision_encoder", "glm_image_vision", "hunyuan_vl_vision"),
-            *("hy_v4_vl_vision", "inkling2_vision", "minicpm_ocr_vision", "minicpmv4_6_vision", "minicpmv4_7_vision"),
-            *("minimax_m3_vl_vision", "molmo2_vision", "muse_glimmer_vision", "muse_spark_vision"),
-            *("paddleocr_vl_vision", "phi4_multimodal_vision", "siglip2_vision_model", "video_llama_3_vision"),
-        ),
-        _OWN_GRID,
-    ),
-    **dict.fromkeys(("timesformer", "videomae", "vivit", "xclip_vision_model"), _CLIPS),
-    **dict.fromkeys(
-        ("florence_vision", "lw_detr_vit", "rf_detr_dinov2", "vitpose_backbone", "vision-encoder-decoder"), _OTHER_INPUT
-    ),
-    "seggpt": "it compares two images",
-    **dict.fromkeys(("groupvit_vision_model", "mgp-str"), "it gathers patches into groups, which form no grid"),
-    **dict.fromkeys(("sam3_video",), "it follows objects through a clip"),
-    **dict.fromkeys(("apertus1p5_vision_tokenizer",), "it turns images into codes"),
-    **dict.fromkeys(("timm_wrapper", "timm_backbone"), "it wraps a model of timm; write timm:NAME"),
-    "vit_mae": "it hides three quarters of the patches at random; the same weights load as a ViT",
-    "dinat": "it needs the package natten",
-    "dinov3_convnext": "it puts the mean of the patches before them; write timm:convnext_tiny.dinov3_lvd1689m",
-    "depth_pro": "it cuts an image into patches of three sizes itself",
-    "edgetam_vision_model": "its default settings name no model of timm",
-    "mllama_vision_model": "it reads the tiles of a picture together; vlm imports it with the model around it",
-    "levit": "its stages have grids that are rounded up, and its tokens do not say so; write timm:levit_128",
-}
-
 
 #: Types whose features vanish with random weights.
 _VANISHING = ("efficientnet", "mobilevitv2")
@@ -90,44 +57,46 @@ class EncoderRow:
 
 
 def vision_types() -> list[str]:
-    """List the types of Transformers that have a class for models that read images alone."""
-    found = []
-    for kind in CONFIG_MAPPING:
-        try:
-            config: Any = CONFIG_MAPPING[kind]()
-        except Exception:  # a type without defaults cannot be measured, and no model of it is small
-            continue
-        if any(hasattr(config, half) for half in ("text_config", "vision_config")):
-            continue  # its halves have types of their own
-        if (kind in MODEL_FOR_IMAGE_MAPPING_NAMES or "vision" in kind or _has_image(config)) and _has_class(config):
-            found.append(kind)
-    return sorted(found)
+    """List the types of Transformers whose models take images and no text.
+
+    Those of a configuration that holds others are left out: its halves have types of their own.
+    """
+    return sorted(kind for kind in CONFIG_MAPPING if _takes_images(kind))
 
 
-def _has_image(config: Any) -> bool:
-    return any(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels"))
-
-
-def _has_class(config: Any) -> bool:
-    try:
-        return find_vision_class(config) is not None
-    except Exception:
+def _takes_images(kind: str) -> bool:
+    if (config := _make(kind)) is None or any(hasattr(config, half) for half in ("text_config", "vision_config")):
         return False
+    says_so = kind in MODEL_FOR_IMAGE_MAPPING_NAMES or "vision" in kind
+    if not (says_so or any(hasattr(config, key) for key in ("image_size", "patch_size", "num_channels"))):
+        return False
+    classes = list_model_classes(config)
+    first = list_arguments(classes[0])[0][0] if classes else ""
+    return kind in PLAIN_TYPES or (bool(classes) and not first.startswith("input"))
+
+
+def _make(kind: str) -> Any:
+    """Return the default configuration of a type; None if it has none."""
+    try:
+        return CONFIG_MAPPING[kind]()
+    except Exception:
+        return None
 
 
 def find_class_name(kind: str) -> str:
-    """Return the name of Transformers' class for a type."""
-    config: Any = CONFIG_MAPPING[kind]()
-    cls = find_vision_class(config)
-    return "" if cls is None else cls.__name__
+    """Return the name of Transformers' class for a type, or of that under whose name vlm builds it."""
+    cls = find_vision_class(take_vision_half(kind, CONFIG_MAPPING[kind]()))
+    assert cls is not None
+    return cls.__name__
 
 
 def check_vision_type(kind: str) -> EncoderRow:
     """Measure a type of Transformers with its default settings."""
     config: Any = CONFIG_MAPPING[kind]()
+    if reason := explain_unsuitable(config):
+        return EncoderRow(kind, "", problem=reason)
+    config = take_vision_half(kind, config)
     model = find_class_name(kind)
-    if kind in CANNOT:
-        return EncoderRow(kind, model, problem=CANNOT[kind])
     size = getattr(config, "image_size", None) or 224
     vision = {"type": "hf", "config": config.to_dict(), "vision_cfg": {"image_size": size}}
     small = vision | {"vision_cfg": {"image_size": 224}}

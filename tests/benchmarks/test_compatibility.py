@@ -10,10 +10,11 @@ import torch
 from benchmarks.compatibility import encoders
 from benchmarks.compatibility.__main__ import check_type
 from benchmarks.compatibility.document import FUSIONS, PAGE, encoder_row, language_model_row, tower_row, versions
-from benchmarks.compatibility.encoders import CANNOT, check_family, check_vision_type
+from benchmarks.compatibility.encoders import check_family, check_vision_type
 from benchmarks.compatibility.language_models import model_types, tiny_config, tiny_vlm
 from benchmarks.compatibility.towers import check_tower, towers
 from tests.support import ROOT
+from vlm_cli.checkpoint.parts.unsuitable_encoders import UNSUITABLE_ENCODERS
 from vlm_cli.composition import UNSUITABLE_LANGUAGE_MODELS
 from vlm_cli.doctor import CHECKS
 from vlm_cli.errors import LanguageModelLimit
@@ -170,9 +171,11 @@ def test_totals_of_encoders_are_those_of_the_rows() -> None:
         refused = {name for line in lines if line.startswith("- ") for name in re.findall(rf"`{kind}:([\w.-]+)`", line)}
         assert f"| {what}, of {len(works) + len(refused)} | **{len(works)}** | - |" in TEXT
         if kind == "hf":
-            assert refused >= set(CANNOT)
-    for reason in set(CANNOT.values()):
-        assert f"- {reason}: `hf:" in TEXT
+            told = {f"- {reason}: " for reason in UNSUITABLE_ENCODERS.values()}
+            assert refused & UNSUITABLE_ENCODERS.keys()
+            assert {line.split("`")[0] for line in lines if line.startswith("- ") and "image" in line} & told
+            for name in refused & UNSUITABLE_ENCODERS.keys():
+                assert any(f"`hf:{name}`" in x and x.startswith(f"- {UNSUITABLE_ENCODERS[name]}: ") for x in lines)
 
 
 @pytest.mark.matrix

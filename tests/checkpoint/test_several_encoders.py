@@ -13,11 +13,13 @@ from PIL import Image
 from torch import nn
 
 from tests.support import ROOT, disk, seed_torch
+from vlm_cli.checkpoint.create import check_fit, plan
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
-from vlm_cli.composition import Composition, SeveralEncoderOptions, VisionEncoderOptions
+from vlm_cli.composition import UNTILED, Composition, SeveralEncoderOptions, VisionEncoderOptions
 from vlm_cli.errors import CompositionError, VisionEncoderError
 from vlm_cli.modeling.towers import find_tower_shape, patch_features
 from vlm_cli.preprocessing import Preprocessing, make_preprocessing
+from vlm_cli.tiling import check_tiling
 
 _VIT: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "patch_size": 8}
 
@@ -91,6 +93,22 @@ def test_grids_that_cannot_be_brought_together_are_refused(names: tuple[str, str
         find_tower_shape(find_tower(SeveralEncoderOptions(encoders=parts)).config)
 
 
+def test_a_tiling_for_encoders_of_two_sizes_is_refused_before_the_first_picture(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    disk.tiny_language_model.make(tmp_path)
+    parts = [names[0], {"name": names[1], "image_size": 64}]
+    data = {"vision_encoder": parts, "language_model": str(tmp_path), "tiling": {"type": "grid"}}
+    composition = Composition.compose("llava", data)
+    with pytest.raises(CompositionError, match="tiles for several encoders of 32x32 and 64x64 pixels"):
+        check_fit(plan(composition))
+    sizes = make_preprocessing(find_tower(composition.vision_encoder).config["preprocess"]).tiles
+    check_tiling(composition.tiling, sizes[0], sizes[0])
+    check_tiling(UNTILED, *sizes)
+    with pytest.raises(CompositionError, match="leave out the tiling"):
+        check_tiling(composition.tiling, *sizes)
+
+
 @pytest.mark.matrix
 def test_a_model_of_two_encoders_is_built_loaded_and_asked(names: tuple[str, str], tmp_path: Path) -> None:
     tiny_lm = tmp_path / "lm"
@@ -104,3 +122,5 @@ def test_a_model_of_two_encoders_is_built_loaded_and_asked(names: tuple[str, str
         result = disk.run(word, *ask)
         assert result.exit_code == 0, result.stderr
     assert "6, 32, 32" in result.stdout
+    assert "Preprocessing 1" in result.stdout and "Preprocessing 2" in result.stdout
+    assert max(map(len, result.stdout.partition("Preprocessing")[2].splitlines())) <= 80

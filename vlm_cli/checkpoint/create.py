@@ -253,7 +253,7 @@ def check_fit(blueprint: Blueprint) -> None:
     if problem := model.fusion_problem():
         problems.append(CompositionError(problem))
     try:
-        check_tiling(model.config.composition.tiling, blueprint.image_processor.tile)
+        check_tiling(model.config.composition.tiling, *blueprint.image_processor.preprocessing.tiles)
     except CompositionError as error:
         problems.append(error)
     budget = ContextBudget.of(model)

@@ -71,7 +71,7 @@ def _find_problems(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
 def _tiling_problem(images: OpenCLIPImageProcessor) -> str | None:
     """Say why the tiling does not fit the vision encoder; None if it does."""
     try:
-        check_tiling(images.tiling, images.tile)
+        check_tiling(images.tiling, *images.preprocessing.tiles)
     except CompositionError as error:
         return str(error)
     return None

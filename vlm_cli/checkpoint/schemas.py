@@ -38,6 +38,7 @@ from vlm_cli.schema import (
     truth,
     whole,
 )
+from vlm_cli.timm_sizes import TIMM_ARGUMENTS
 
 __all__ = [
     "check_generation_config",
@@ -88,23 +89,6 @@ _PREPROCESS_OF_ANY = Kind(
     "a mapping of keys to values",
     lambda x: isinstance(x, Mapping),
     lambda x, key: (_PREPROCESS_OF_SEVERAL if "encoders" in x else _PREPROCESS).find_problems(x, key),
-)
-#: Sizes that a timm model may be given; `vlm_cli.modeling.encoders.timm.SIZES` says which.
-_TIMM_ARGS = mapping(
-    {},
-    {
-        "img_size": either(_PIXELS, list_of(_PIXELS, least=2, most=2)),
-        "patch_size": whole(1, 1_024),
-        "embed_dim": whole(1, 1_000_000),
-        "depth": whole(1, 1_000),
-        "num_heads": whole(1, 1_024),
-        "mlp_ratio": number(0, 1_000, above=True),
-        "init_values": optional(number(0, 1_000)),
-        "ref_feat_shape": optional(list_of(whole(1, 4_096), least=2, most=2)),
-        "use_post_transformer_norm": truth(),
-        "global_pool": text(most=40, empty=True),
-        "inference_mode": truth(),
-    },
 )
 _VISION_SIZES = {
     "layers": either(whole(1, 1_000), list_of(whole(1, 1_000), least=1, most=16)),
@@ -491,7 +475,7 @@ def _check_encoder(vision: Mapping[str, Any], where: str) -> None:
         if problem := _patches_problem(vision["vision_cfg"]):
             raise CheckpointError(f"{where} is not valid: {problem}")
     if vision.get("type") == "timm":
-        check(vision, mapping({"name": text(most=100)}, {"args": _TIMM_ARGS}), f"vision_config in {where}")
+        check(vision, mapping({"name": text(most=100)}, {"args": TIMM_ARGUMENTS}), f"vision_config in {where}")
     if vision.get("type") == "hf":
         check(vision, mapping({"config": mapping({"model_type": text(most=100)})}), f"vision_config in {where}")
         check_text_config(vision["config"], where, "vision_config.config", CheckpointError)

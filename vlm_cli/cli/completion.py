@@ -53,16 +53,32 @@ complete_devices = offer(lambda: ["auto", "cpu", "cuda", "mps"])
 
 
 def complete_encoders(incomplete: str) -> list[str]:
-    """Offer names of vision encoders; behind a name and a colon, the tags of its weights."""
+    """Offer names of vision encoders; behind a name and a colon, the tags of its weights.
+
+    `hf:` offers directories, and `timm:` its models; behind a model and a dot, the tags of its weights.
+    """
     from vlm_cli.checkpoint.parts.openclip import openclip_files
     from vlm_cli.report.encoders import known_facts
 
+    name, colon, rest = incomplete.partition(":")
+    if colon and name == "hf":
+        return [f"hf:{folder}" for folder in _folders(rest, lambda config: config not in (None, "vlm"))]
+    if colon and name == "timm":
+        return _complete_timm(incomplete)
     facts = known_facts(openclip_files())
-    name, colon, _ = incomplete.partition(":")
     if colon:
         tags = facts[name].pretrained if name in facts else ()
         return [found for tag in tags if (found := f"{name}:{tag}").startswith(incomplete)]
-    return [name for name in (*openclip_files(), *VISION_ENCODERS) if name.startswith(incomplete)]
+    return [name for name in (*openclip_files(), *VISION_ENCODERS, "hf:", "timm:") if name.startswith(incomplete)]
+
+
+def _complete_timm(incomplete: str) -> list[str]:
+    """Offer models of timm, or behind a model and a dot, the tags of its weights."""
+    from vlm_cli.report.other_encoders import find_other_encoders
+
+    found = find_other_encoders(incomplete.partition(".")[0])
+    tagged = [f"{name}.{tag}" for name, x in found.items() for tag in x.pretrained]
+    return [name for name in (tagged if "." in incomplete else found) if name.startswith(incomplete)]
 
 
 def complete_models(incomplete: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -163,11 +164,18 @@ def _print(report: ModelDescription, exact: bool) -> None:
         ("Parts", _part_rows(report, short=console.shortens_numbers(exact))),
         ("Shapes", [[name, f"({', '.join(map(str, shape))})"] for name, shape in report.shapes.items()]),
         ("Tokens", [*_token_rows(report.tokens), ["positions per image", _positions(report), ""]]),
-        ("Preprocessing", [[k, str(v)] for k, v in report.vision_encoder.preprocessing.items()]),
+        *_preprocessing_sections(report.vision_encoder.preprocessing),
         ("Gates (tanh; 0 is closed)", [[k, f"{v:+.4f}", _bar(v)] for k, v in report.gates.items()]),
     ):
         if rows:
             console.print_section(title, rows)
+
+
+def _preprocessing_sections(settings: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """Return a section of the settings; of several encoders, one for each."""
+    several = settings.get("encoders", [settings])
+    titles = [f"Preprocessing {i}" for i in range(1, len(several) + 1)] if len(several) > 1 else ["Preprocessing"]
+    return [(title, [[k, str(v)] for k, v in x.items()]) for title, x in zip(titles, several, strict=True)]
 
 
 def _positions(report: ModelDescription) -> str:

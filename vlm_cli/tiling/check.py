@@ -1,7 +1,8 @@
-"""`check_tiling`: refuse a tiling that does not fit a vision encoder."""
+"""`check_tiling`: refuse a tiling that does not fit a vision encoder, or several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vlm_cli.composition.tiling import AnyresOptions, SplitOptions
@@ -13,20 +14,39 @@ from vlm_cli.tiling.views import Pixels
 if TYPE_CHECKING:
     from vlm_cli.composition import Choice
 
-__all__ = ["check_tiling"]
+__all__ = ["check_one_size", "check_tiling"]
 
 
-def check_tiling(tiling: Choice, tile: Pixels) -> None:
-    """Refuse a tiling whose tiles are not what the vision encoder reads.
+def check_one_size(tiles: Sequence[Pixels]) -> None:
+    """Refuse encoders that read tiles of different sizes: a picture is cut once for all of them.
 
     Args:
-        tiling: the composition's.
-        tile: size of what the vision encoder reads, (width, height) in pixels.
+        tiles: size of what each encoder reads, (width, height) in pixels.
 
     Raises:
         CompositionError: with the sizes.
     """
-    options = tiling.options
+    if len(set(tiles)) > 1:
+        sizes = " and ".join(f"{width}x{height}" for width, height in tiles)
+        raise CompositionError(
+            f"a picture cannot be cut into tiles for several encoders of {sizes} pixels. Give each encoder the same "
+            "image_size, or leave out the tiling: --set tiling=none."
+        )
+
+
+def check_tiling(tiling: Choice, *tiles: Pixels) -> None:
+    """Refuse a tiling whose tiles are not what the vision encoder reads.
+
+    Args:
+        tiling: the composition's.
+        tiles: size of what the vision encoder reads, (width, height) in pixels; of several encoders, that of each.
+
+    Raises:
+        CompositionError: with the sizes.
+    """
+    if tiling.type != "none":
+        check_one_size(tiles)
+    options, tile = tiling.options, tiles[0]
     size = getattr(options, "tile_size", None)
     if size is not None and (size, size) != tuple(tile):
         raise CompositionError(

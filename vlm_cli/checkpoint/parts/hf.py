@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_cli.checkpoint.inside import check_folder
 from vlm_cli.checkpoint.parts.hf_pixels import Pixels, read_pixels
 from vlm_cli.checkpoint.parts.tower import RepositoryWeights, Tower
+from vlm_cli.checkpoint.parts.vision_halves import find_plain_type, take_vision_half
 from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UntrustedCodeError, VisionEncoderError, explain_reading
@@ -25,22 +26,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from vlm_cli.checkpoint.parts.hf_weights import VisionTensors
+
 __all__ = ["check_hf_weights", "find_hf_tower", "load_hf_tower"]
 
 _FORMS = "Give hf:ORG/NAME, hf:ORG/NAME@REVISION, or hf:DIRECTORY."
-#: Settings of a larger model that hold the configuration of its vision half.
-_HALVES = (
-    "vision_config",
-    "image_config",
-    "vision_encoder_config",
-    "vision_tower_config",
-    "encoder",
-    "backbone_config",
-)
 #: Settings that say where a configuration comes from, and nothing of the model.
 _NO_SETTINGS = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-#: Settings that add a head, which patches never pass.
-_HEADS = ("vision_use_head", "use_head")
 
 
 def find_hf_tower(options: VisionEncoderOptions) -> Tower:
@@ -56,7 +48,7 @@ def find_hf_tower(options: VisionEncoderOptions) -> Tower:
             "nothing to it. Leave it out; a branch, tag or commit stands after the name: hf:ORG/NAME@REVISION."
         )
     weights = _locate(options.name)
-    config = _take_vision_half(options.name, _load_config(options.name, weights))
+    config = take_vision_half(options.name, _load_config(options.name, weights))
     pixels = _load_pixels(options.name, weights)
     config, size = _fit_size(options, config, pixels)
     tower: dict[str, Any] = {
@@ -176,30 +168,6 @@ def _causes(error: BaseException | None) -> set[str]:
     return found
 
 
-def _take_vision_half(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the configuration of the vision model in a configuration.
-
-    Raises:
-        VisionEncoderError: if there is none.
-    """
-    from vlm_cli.trust import find_vision_class
-
-    found, kind = config, config.model_type
-    while (
-        half := next((x for key in _HALVES if hasattr(x := getattr(found, key, None), "model_type")), None)
-    ) is not None:
-        found = half
-    if find_vision_class(found) is None:
-        raise VisionEncoderError(
-            f"{name!r} holds a model of type {kind!r}, in which Transformers has no vision model. Give one that reads "
-            "images: `vlm list vision-encoders hf` lists the types."
-        )
-    for key in _HEADS:
-        if hasattr(found, key) or (key == "vision_use_head" and found.model_type == "siglip_vision_model"):
-            setattr(found, key, False)
-    return found
-
-
 # -- pixels ------------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +212,8 @@ def _fit_size(
     """
     from vlm_cli.modeling.encoders.hf import find_structure
 
-    own = _pair(getattr(config, "image_size", None))
+    timm_args = getattr(config, "model_args", None) or {}
+    own = _pair(getattr(config, "image_size", None)) or _pair(timm_args.get("img_size"))
     size = _pair(options.image_size) or pixels.size or own or (224, 224)
 
     def attempt(candidate: PreTrainedConfig) -> Exception | None:
@@ -256,7 +225,7 @@ def _fit_size(
 
     if (problem := attempt(config)) is None:
         return config, size
-    if own is not None and size != own:
+    if own is not None and size != own and hasattr(config, "image_size"):
         resized = type(config).from_dict({**config.to_dict(), "image_size": _like(config.image_size, size)})
         if attempt(resized) is None:
             return resized, size
@@ -288,13 +257,12 @@ def check_hf_weights(tower: Tower) -> None:
     Raises:
         VisionEncoderError: if they do not.
     """
-    from vlm_cli.checkpoint.parts.hf_weights import VisionTensors
     from vlm_cli.trust import match_weights
 
     assert isinstance(tower.weights, RepositoryWeights)
     if Path(tower.weights.location).is_dir():
         model = _meta_model(tower)
-        tensors = VisionTensors.find(tower.weights, list(model.state_dict()))
+        tensors = _find_tensors(tower.weights, model)
         _check_complete(tower, match_weights(model, tensors.shapes(model.state_dict())))
 
 
@@ -304,14 +272,13 @@ def load_hf_tower(tower: Tower) -> nn.Module:
     Raises:
         VisionEncoderError: if the weights cannot be fetched or do not fit.
     """
-    from vlm_cli.checkpoint.parts.hf_weights import VisionTensors
     from vlm_cli.checkpoint.size_limits import limited_size
     from vlm_cli.modeling.encoders.hf import check_tokens, truncate_hf_encoder, without_pooler
     from vlm_cli.trust import fill_vision_model
 
     assert isinstance(tower.weights, RepositoryWeights)
     model = _meta_model(tower)
-    tensors = VisionTensors.find(tower.weights, list(model.state_dict()))
+    tensors = _find_tensors(tower.weights, model)
     try:
         with limited_size(f"the vision encoder of {tower.weights.location!r}", tensors.files):
             state = tensors.read(model.state_dict())
@@ -323,6 +290,14 @@ def load_hf_tower(tower: Tower) -> nn.Module:
     loaded.vision_config = {key: x for key, x in tower.config.items() if key != "depth"}
     check_tokens(loaded, tower.weights.location)
     return truncate_hf_encoder(loaded, tower.config.get("depth"))
+
+
+def _find_tensors(weights: RepositoryWeights, model: nn.Module) -> VisionTensors:
+    """Find the tensors of a tower's model in files."""
+    from vlm_cli.checkpoint.parts.hf_weights import VisionTensors
+
+    plain = find_plain_type(_load_config(f"hf:{weights.location}", weights))
+    return VisionTensors.find(weights, list(model.state_dict()), plain)
 
 
 def _meta_model(tower: Tower) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from vlm_cli.checkpoint.inside import read_index
+from vlm_cli.checkpoint.parts.plain_types import PlainType
 from vlm_cli.checkpoint.parts.tower import RepositoryWeights
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_shapes, read_torch_file
 from vlm_cli.errors import VisionEncoderError, explain_reading
@@ -33,18 +34,21 @@ class VisionTensors:
     Attributes:
         prefix: the beginning of their names.
         files: the files that hold some.
+        plain: what the model is under its plain name; None if the files have its own.
     """
 
     prefix: str
     files: tuple[Path, ...]
+    plain: PlainType | None = None
 
     @classmethod
-    def find(cls, weights: RepositoryWeights, wanted: Sequence[str]) -> VisionTensors:
+    def find(cls, weights: RepositoryWeights, wanted: Sequence[str], plain: PlainType | None = None) -> VisionTensors:
         """Find the tensors of a vision model; of files in shards, only those that hold some are fetched.
 
         Args:
             weights: where the files are.
             wanted: names of the model's tensors.
+            plain: what the model is under its plain name, whose tensors these are.
 
         Raises:
             VisionEncoderError: if there are no weight files, or none of these tensors.
@@ -56,7 +60,7 @@ class VisionTensors:
                 f"the weights in {weights.location!r} hold no tensors of a vision model of its configuration."
             )
         files = [file for file, held in names.items() if any(name.startswith(prefix) for name in held)]
-        return cls(prefix, tuple(_fetch(weights, file) for file in files))
+        return cls(prefix, tuple(_fetch(weights, file) for file in files), plain)
 
     def shapes(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors on the meta device, as `read` would return them."""
@@ -83,7 +87,8 @@ class VisionTensors:
         return _resize_positions(self._bare(found), wanted)
 
     def _bare(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {k.removeprefix(self.prefix): x for k, x in found.items() if k.startswith(self.prefix)}
+        own = {k.removeprefix(self.prefix): x for k, x in found.items() if k.startswith(self.prefix)}
+        return own if self.plain is None else self.plain.convert_tensors(own)
 
 
 def _names_by_file(weights: RepositoryWeights) -> dict[str, list[str]]:

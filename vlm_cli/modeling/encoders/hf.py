@@ -20,7 +20,7 @@ from vlm_cli.modeling.encoders.structure import Stop, Structure, first_tensor, r
 from vlm_cli.modeling.encoders.views import ReadsViews
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.plain_data import parse_json
-from vlm_cli.trust import find_vision_class, make_config
+from vlm_cli.trust import find_vision_class, make_config, name_pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,6 +36,7 @@ class _ReadsPatches:
     """
 
     vision_config: Mapping[str, Any]
+    pixels_name: str  # of the argument in which the model takes images
     has_feature_settings = True  # patch_features takes class_token and norm
     #: Whether files have the names that its modules have. Published files may have those of earlier releases, and
     #: Transformers renames them while it loads a model that is alone.
@@ -137,7 +138,7 @@ class _ReadsPatches:
 
 def _run(model: Any, pixels: Tensor) -> Tensor:
     """Run a vision model, and return its last features."""
-    output = model(pixel_values=pixels, return_dict=True)
+    output = model(**{model.pixels_name: pixels}, return_dict=True)
     found = getattr(output, "last_hidden_state", None)
     return first_tensor(output) if found is None else found
 
@@ -215,7 +216,7 @@ def _find_model(settings: Mapping[str, Any]) -> tuple[PreTrainedConfig, Any]:
 def encoder_class(model: Any) -> type[Any]:
     """Return the class of encoders whose model has a class of Transformers."""
     added = ReadsViews if model.config_class.model_type in _READ_VIEWS else _ReadsPatches
-    return type(model.__name__, (added, model), {"__module__": __name__})
+    return type(model.__name__, (added, model), {"__module__": __name__, "pixels_name": name_pixels(model)})
 
 
 #: Types of vision models that read all views of a picture together.

@@ -15,14 +15,9 @@ from torch import Tensor, nn
 
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.modeling.encoders.structure import infer_grid
+from vlm_cli.timm_sizes import TIMM_SIZES
 
-__all__ = ["SIZES", "TimmEncoder", "build_timm_encoder"]
-
-#: Arguments of timm's models that a configuration may set. Others load files.
-SIZES = (
-    *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "ref_feat_shape"),
-    *("use_post_transformer_norm", "global_pool", "inference_mode"),
-)
+__all__ = ["TimmEncoder", "build_timm_encoder"]
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 
@@ -33,7 +28,7 @@ class TimmEncoder(TimmModel):  # type: ignore[misc]  # OpenCLIP has no types
     Args:
         name: of the model, without a tag.
         image_size: (H, W) pixels.
-        args: sizes that differ from the model's own, such as `depth`; their names are among `SIZES`.
+        args: sizes that differ from the model's own, such as `depth`; their names are among `TIMM_SIZES`.
     """
 
     def __init__(self, name: str, image_size: tuple[int, int], args: Mapping[str, Any] | None = None) -> None:
@@ -78,8 +73,8 @@ def build_timm_encoder(vision_config: Mapping[str, Any]) -> nn.Module:
     if not _NAME.fullmatch(name) or not timm.is_model(name):
         raise VisionEncoderError(f"timm {timm.__version__} has no model {name[:100]!r}.")
     args = vision_config.get("args", {})
-    if more := sorted(set(args) - set(SIZES)):
-        raise VisionEncoderError(f"timm's model would get {', '.join(more)}; vlm sets only {', '.join(SIZES)}.")
+    if more := sorted(set(args) - set(TIMM_SIZES)):
+        raise VisionEncoderError(f"timm's model would get {', '.join(more)}; vlm sets only {', '.join(TIMM_SIZES)}.")
     size = (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
     encoder: nn.Module = TimmEncoder(name, size, args)
     return encoder

@@ -90,8 +90,11 @@ def test_what_is_not_read(made):
     changed = {"model_type": "timm_wrapper", "architecture": "fastvit_t8", "model_args": {"checkpoint_path": "x.pth"}}
     try:
         for vision, words in (
-            (changed, "timm's model would get checkpoint_path; vlm sets only"),
-            ({**changed, "model_args": None, "architecture": "hf-hub:a/b"}, "has no model 'hf-hub:a/b'"),
+            (changed, "would give timm's model checkpoint_path, and vlm gives it only sizes"),
+            (
+                {**changed, "model_args": None, "architecture": "hf-hub:a/b"},
+                "may only be a name that timm itself has, but is 'hf-hub:a/b'",
+            ),
         ):
             rewrite_config(made.source, vision_config=vision)
             with pytest.raises(VLMError, match=words):

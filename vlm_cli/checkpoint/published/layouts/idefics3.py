@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import isqrt
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import Idefics3Config, PreTrainedConfig, SmolVLMConfig
 
+from vlm_cli.checkpoint.parts.plain_types import PLAIN_TYPES, order_positions
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.layouts.hf_parts import HFParts, make_language_model_rules, read_parts
@@ -45,7 +43,7 @@ _POSITIONS = "embeddings.position_embedding.weight"
 _RULES: list[Rule] = [
     (
         rf"model\.vision_model\.({re.escape(_POSITIONS)})",
-        lambda match: [Target(_TOWER + match[1], transform=_order_positions)],
+        lambda match: [Target(_TOWER + match[1], transform=order_positions)],
     ),
     (r"model\.vision_model\.(.*)", rf"{_TOWER}\1"),
     (r"model\.connector\.modality_projection\.proj\.weight", "vision_tokenizer.proj.weight"),
@@ -125,28 +123,10 @@ class HuggingFaceSmolVLM(HuggingFaceIdefics3):
     config = SmolVLMConfig
 
 
-def _order_positions(table: Tensor) -> Tensor:
-    """Return the row that the published code adds to each patch of a whole tile.
-
-    The code finds a row by where a patch begins, as a fraction of the tile, among the fractions where rows begin. On a
-    few grids, such as 19 patches on a side, rounding gives two patches the same row.
-    """
-    side = isqrt(len(table))
-    starts = (torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))).clamp(max=1.0 - 1e-6)
-    found = torch.bucketize(starts, torch.arange(1 / side, 1.0, 1 / side), right=True)
-    return table[(found[:, None] * side + found).flatten().to(table.device)]
-
-
 def _convert_tower(vision_config: dict[str, Any]) -> dict[str, Any]:
     """Make a plain SigLIP of a vision encoder's configuration."""
-    own = {key: x for key, x in vision_config["config"].items() if key in _SIGLIP}
-    return {**vision_config, "config": {"model_type": "siglip_vision_model", "vision_use_head": False, **own}}
-
-
-_SIGLIP = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size"),
-    *("patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
-)
+    own = vision_config["config"]
+    return {**vision_config, "config": PLAIN_TYPES[own["model_type"]].convert_settings(own)}
 
 
 def _read_longest(size: Any, default: int) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Ovis2Config, Ovis2VisionConfig
 
+from vlm_cli.checkpoint.parts.plain_types import PLAIN_TYPES
 from vlm_cli.checkpoint.published.announcing import read_processor
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
@@ -27,11 +28,7 @@ from vlm_cli.schema import show
 
 __all__ = ["HuggingFaceOvis2"]
 
-#: Settings of an AIMv2 that Ovis2's tower has under the same names.
-_AIMV2 = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size"),
-    *("patch_size", "rms_norm_eps", "attention_dropout", "qkv_bias", "mlp_bias", "hidden_act", "initializer_range"),
-)
+_AIMV2 = PLAIN_TYPES["ovis2_vision"]
 _SETTINGS = Settings(
     config=Ovis2Config,
     read={"vision_config", "text_config", "image_token_id", "visual_indicator_token_ids", "vocab_size", "hidden_size"},
@@ -39,7 +36,7 @@ _SETTINGS = Settings(
 )
 _VISION = Settings(
     config=Ovis2VisionConfig,
-    read={*_AIMV2, "vocab_size", "hidden_stride", "num_visual_indicator_tokens"},
+    read={*_AIMV2.settings, "vocab_size", "hidden_stride", "num_visual_indicator_tokens"},
     without_effect={"backbone_config"},
     fixed={"tokenize_function": ("softmax",)},
 )
@@ -94,7 +91,7 @@ class HuggingFaceOvis2:
             text_config={**parts.text_config, "tie_word_embeddings": False},
             vision_config={
                 **parts.vision_config,
-                "config": {"model_type": "aimv2_vision_model", "use_head": False, **{x: vision[x] for x in _AIMV2}},
+                "config": _AIMV2.convert_settings(vision),
             },
             optional_pattern=r"added_tokens\..*",
         )

@@ -20,8 +20,8 @@ from vlm_cli.checkpoint.published.settings import Settings
 from vlm_cli.checkpoint.published.targets import Rule, make_targets_of
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.encoders.timm import SIZES
 from vlm_cli.schema import show
+from vlm_cli.timm_sizes import TIMM_SIZES
 
 __all__ = ["HuggingFacePerceptionLM"]
 
@@ -94,10 +94,10 @@ def _read_tower(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
             f"{checkpoint.name!r} has a vision encoder of type {show(vision.get('model_type'))}; vlm reads models of "
             "timm, of type timm_wrapper with an architecture."
         )
-    if more := sorted(set(args) - set(SIZES)):
+    if more := sorted(set(args) - set(TIMM_SIZES)):
         raise CheckpointError(
             f"{checkpoint.name!r} has vision_config.model_args.{more[0]}={show(args[more[0]])}; vlm reads "
-            f"{', '.join(SIZES)}."
+            f"{', '.join(TIMM_SIZES)}."
         )
     size = args.get("img_size") or re.search(r"_(\d+)$", vision["architecture"])
     sides = {int(size[1])} if isinstance(size, re.Match) else set(size) if isinstance(size, (list, tuple)) else {size}
