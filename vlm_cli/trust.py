@@ -278,7 +278,9 @@ def find_vision_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
     Some vision halves of larger models have a class that no `Auto…` class lists. It stands beside the configuration.
     """
-    return next((x for x in list_model_classes(config) if name_pixels(x) is not None), None)
+    classes = [x for x in list_model_classes(config) if name_pixels(x) is not None]
+    # The class that others hold inside has not always the images as its main input.
+    return min(classes, key=lambda x: x.main_input_name != "pixel_values", default=None)
 
 
 def list_model_classes(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
@@ -304,7 +306,7 @@ def name_pixels(model: type[PreTrainedModel]) -> str | None:
     """
     first, *others = list_arguments(model)
     needed = [name for name, is_needed in others if is_needed and model.__name__ != "MllamaVisionModel"]
-    return first[0] if first[0] in ("pixel_values", "hidden_states", "image") and not needed else None
+    return first[0] if first[0] in ("pixel_values", "hidden_states") and not needed else None
 
 
 def list_arguments(model: type[PreTrainedModel]) -> list[tuple[str, bool]]:

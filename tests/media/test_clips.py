@@ -6,6 +6,7 @@ import base64
 import builtins
 import io
 import itertools
+import os
 import struct
 from fractions import Fraction
 
@@ -209,24 +210,59 @@ def test_a_variable_rate_is_read_by_its_times(tmp_path):
     assert [brightness(x) for x in found.frames] == [0, 4, 5, 6, 7]
 
 
-def rotated(data: bytes, degrees: int) -> bytes:
-    """Write a rotation into the track header of an MP4 file: clockwise, as a phone held upright does.
+def moved(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """Write a display matrix into the track header of an MP4 file.
 
     Source: ISO/IEC 14496-12, 8.3.2: the matrix a b u c d v x y w, of 16.16 and 2.30 numbers.
     """
-    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
     at = data.index(b"tkhd") + 4 + 40
     matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     return data[:at] + matrix + data[at + 36 :]
 
 
-@pytest.mark.parametrize(("degrees", "corner"), [(90, (-4, 4)), (180, (-4, -4)), (270, (4, -4))])
-def test_a_rotated_clip_is_turned_upright(tmp_path, degrees, corner):
-    (tmp_path / "a.mp4").write_bytes(rotated(write_video(3), degrees))
+#: Display matrix -> where its corner at the top left goes: of a phone that was turned, or of a mirror.
+MOVES = {
+    (1, 0, 0, 1): (4, 4),
+    (0, 1, -1, 0): (-4, 4),
+    (-1, 0, 0, -1): (-4, -4),
+    (0, -1, 1, 0): (4, -4),
+    (-1, 0, 0, 1): (-4, 4),
+    (1, 0, 0, -1): (4, -4),
+    (0, 1, 1, 0): (4, 4),
+    (0, -1, -1, 0): (-4, -4),
+}
+
+
+@pytest.mark.parametrize("matrix", MOVES)
+def test_a_turned_or_mirrored_clip_is_shown_as_a_player_shows_it(tmp_path, matrix):
+    (tmp_path / "a.mp4").write_bytes(moved(write_video(3), *matrix))
     found = load(tmp_path, "a.mp4?frames=1")
-    assert (found.width, found.height) == (SIZE if degrees == 180 else SIZE[::-1])
-    red = np.asarray(found.frames[0])[corner[1], corner[0]]  # the red corner, clockwise from the top left
-    assert red[0] > 200 and red[1] < 60
+    assert (found.width, found.height) == (SIZE if matrix[0] else SIZE[::-1]) == found.frames[0].size
+    pixels, (x, y) = np.asarray(found.frames[0]), MOVES[matrix]
+    assert pixels[y, x][0] > 200 and pixels[y, x][1] < 60
+    (tmp_path / "a.mp4").write_bytes(write_video(3))
+    stored = np.asarray(load(tmp_path, "a.mp4?frames=1").frames[0])
+    expected, (a, b, c, d) = np.zeros_like(pixels), matrix
+    for y, x in np.ndindex(stored.shape[:2]):  # a negative index counts from the other side, as these moves need it
+        expected[b * x + d * y - (b + d < 0), a * x + c * y - (a + c < 0)] = stored[y, x]
+    assert np.array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"), [("2/1", (96, 32)), ("1/2", (48, 64)), ("4/3", (64, 32)), ("1/1", (48, 32))]
+)
+def test_pixels_that_are_not_square_are_shown_square(tmp_path, aspect, size):
+    (tmp_path / "a.mkv").write_bytes(write_video(3, format="matroska", aspect=Fraction(aspect)))
+    found = load(tmp_path, "a.mkv?frames=2")
+    assert (found.width, found.height) == size == found.frames[0].size
+    assert [brightness(x) for x in found.frames] == [0, 2]
+    if aspect != "1/1":
+        assert "too many pixels" in refusal(tmp_path, "a.mkv?frames=2", max_pixels=48 * 32)
+
+
+def test_a_pipe_that_is_named_says_how_a_clip_is_piped(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "A pipe is read by `--video - < PIPE`" in refusal(tmp_path, "pipe?frames=2")
 
 
 def test_durations_of_an_animation_count(tmp_path):
@@ -290,7 +326,10 @@ BAD = {
         lambda: write_video(3, format="webm", codec="libvpx-vp9").replace(b"V_VP9", b"V_XY9"),
         "has a codec that this PyAV cannot decode",
     ),
-    "still.jpg": (lambda: _still("JPEG"), "is a still image (JPEG), and no clip. Write <image:FILE>"),
+    **{
+        f"still.{x.lower()}": ((lambda x=x: _still(x)), f"is a still image ({x}), and no clip. Write <image:FILE>")
+        for x in ("JPEG", "PNG", "GIF", "WEBP")
+    },
     "list.m3u8": (lambda: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "no video that vlm reads"),
     "list.ffconcat": (lambda: b"ffconcat version 1.0\nfile a.mp4\n", "no video that vlm reads"),
     "cut.gif": (lambda: write_animation(9, "GIF")[:-300], "damaged or cut short"),

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from vlm_cli.errors import MediaError
-from vlm_cli.media import MediaLoader, decode, jpeg
-from vlm_cli.media.decode import decode_image
+from vlm_cli.media import MediaLoader, decode, jpeg, jpeg2000
+from vlm_cli.media.decode import decode_image, measure_image
 
 PICTURE = Image.frombytes("RGB", (40, 32), random.Random(0).randbytes(40 * 32 * 3))
 SMOOTH = PICTURE.resize((400, 320), Image.Resampling.BICUBIC)
@@ -102,6 +102,27 @@ def test_a_large_photograph_is_decoded_at_a_smaller_size(monkeypatch, options):
     by_hand = np.asarray(SMOOTH.reduce(2), float)
     assert abs(np.asarray(found.image, float) - by_hand).mean() < 4
     assert decode_image(data, "'a'").image.size == (400, 320)
+
+
+@pytest.mark.parametrize("options", [{}, {"tile_size": (128, 128)}, {"irreversible": True}], ids=str)
+def test_a_large_jpeg2000_file_is_decoded_at_a_smaller_size(monkeypatch, options):
+    data = encode(SMOOTH, "JPEG2000", **options)
+    monkeypatch.setattr(jpeg2000, "REDUCED_PIXELS", 10_000)
+    found = decode_image(data, "'a'", max_pixels=100_000)
+    assert (found.width, found.height) == (400, 320) and found.image.size == (100, 80)
+    assert found.notes == ("read at 1/4 of its size",)
+    assert measure_image(data, "'a'", max_pixels=100_000) == (400, 320)
+    by_hand = np.asarray(SMOOTH, float)[::4, ::4]  # a wavelet keeps the even pixels, smoothed
+    assert abs(np.asarray(found.image, float) - by_hand).mean() < 6
+    assert abs(np.asarray(found.image, float) - by_hand[::-1]).mean() > 20  # the twin
+    assert decode_image(data, "'a'").image.size == (400, 320)
+    assert "damaged or cut short" in refusal(data[: len(data) // 2], max_pixels=100_000)
+
+
+def test_a_jpeg2000_file_without_smaller_sizes_keeps_the_limit():
+    data = encode(SMOOTH, "JPEG2000", num_resolutions=1)
+    assert "has 400 × 320 = 128,000 pixels" in refusal(data, max_pixels=100_000)
+    assert "vlm reads at most 1,000 of" in refusal(encode(SMOOTH, "JPEG2000"), max_pixels=1_000)
 
 
 def test_other_files_and_progressive_ones_keep_the_limit():

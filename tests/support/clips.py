@@ -36,6 +36,7 @@ def write_video(
     key_every: int = 8,
     size: tuple[int, int] = SIZE,
     milliseconds: Sequence[int] | None = None,
+    aspect: Fraction | None = None,
 ) -> bytes:
     """Encode a clip.
 
@@ -47,12 +48,15 @@ def write_video(
         key_every: frames from one key frame to the next.
         size: width and height in pixels.
         milliseconds: when each frame is shown; None for one each 1/rate seconds.
+        aspect: of a pixel, width to height; None for square ones.
     """
     stream = io.BytesIO()
     with av.open(stream, "w", format=format) as container:
         video = container.add_stream(codec, rate=rate if milliseconds is None else 1000)
         video.width, video.height = size
         video.pix_fmt, video.codec_context.gop_size = "yuv420p", key_every
+        if aspect is not None:
+            video.codec_context.sample_aspect_ratio = aspect
         video.codec_context.thread_count, video.bit_rate = 1, 4_000_000
         for i in range(count):
             picture = av.VideoFrame.from_image(frame(i, size))

@@ -52,12 +52,19 @@ def open_clip(file: BinaryIO, name: str, max_pixels: int | None) -> Clip:
     if format is None:
         return VideoFile(file, name, max_pixels)
     if format not in FORMATS:
-        raise MediaError(f"{name} is a still image ({format}), and no clip. Write <image:FILE> to show it.")
+        raise _still_error(name, format)
     file.seek(0)
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise MediaError(f"{name} is an animation of more than {MAX_BYTES:,} bytes. Save it as a video.")
-    return Animation(data, name, max_pixels)
+    animation = Animation(data, name, max_pixels)
+    if animation.stated == 1:
+        raise _still_error(name, format)
+    return animation
+
+
+def _still_error(name: str, format: str) -> MediaError:
+    return MediaError(f"{name} is a still image ({format}), and no clip. Write <image:FILE> to show it.")
 
 
 def _picture_format(file: BinaryIO) -> str | None:

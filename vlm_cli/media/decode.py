@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vlm_cli.errors import MediaError
 from vlm_cli.media.jpeg import close_jpeg, is_progressive, scale_jpeg
+from vlm_cli.media.jpeg2000 import has_all_tiles, scale_jpeg2000
 from vlm_cli.media.opening import non_image_error, open_image, unread_error
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def decode_image(data: bytes, name: str, max_pixels: int | None = None) -> Decod
     Args:
         data: the whole file.
         name: what messages call it.
-        max_pixels: the most pixels that are decoded; None takes `MAX_PIXELS`. A JPEG file with more is decoded at a
-            half, a quarter or an eighth of its size.
+        max_pixels: the most pixels that are decoded; None takes `MAX_PIXELS`. A JPEG or JPEG 2000 file with more is
+            decoded at a half, a quarter or an eighth of its size.
 
     Raises:
         MediaError: if `data` is no image, is damaged, has too many pixels, or is of a kind that Pillow does not read.
@@ -75,7 +76,7 @@ def decode_image(data: bytes, name: str, max_pixels: int | None = None) -> Decod
         _fit(image, name, max_pixels)
         if image.format == "EPS":  # Pillow would run Ghostscript to decode it
             raise MediaError(f"{name} is a PostScript program, and vlm runs none. Convert it to PNG.")
-        if image.format == "JPEG2000" and not _has_all_tiles(data):
+        if image.format == "JPEG2000" and not has_all_tiles(data):
             raise EOFError("its last tiles are missing")
         image = _load(image, data, name, max_pixels)
         return _finish(image, size, name)
@@ -157,13 +158,14 @@ def _limit(max_pixels: int | None) -> int:
 
 
 def _fit(image: Image, name: str, max_pixels: int | None) -> None:
-    """Refuse an image with too many pixels, or let Pillow decode a JPEG file at a smaller size.
+    """Refuse an image with too many pixels, or let Pillow decode a JPEG or JPEG 2000 file at a smaller size.
 
     Raises:
         MediaError: with the size, and the most that vlm reads.
     """
     limit = _limit(max_pixels)
-    if image.width * image.height > limit and image.format in ("JPEG", "MPO") and scale_jpeg(image, limit):
+    scale = {"JPEG": scale_jpeg, "MPO": scale_jpeg, "JPEG2000": scale_jpeg2000}.get(image.format or "")
+    if image.width * image.height > limit and scale is not None and scale(image, limit):
         return
     kind = "progressive JPEG files, which decode at full size" if is_progressive(image) else "one image"
     check_size(image.size, name, max_pixels, kind)
@@ -192,14 +194,6 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int | None, kind: s
         f"{limit:,} of {kind}, because a larger image may be a decompression bomb. Scale it down first, or "
         f"allow as many with --max-pixels {width * height}."
     )
-
-
-def _has_all_tiles(jpeg2000: bytes) -> bool:
-    """Tell whether the end of the codestream follows the last tile; Pillow leaves missing tiles gray.
-
-    Source: ITU-T T.800, table A.1 (SOT is FF90, EOC is FFD9; coded data holds neither).
-    """
-    return jpeg2000.rfind(b"\xff\xd9") > jpeg2000.rfind(b"\xff\x90")
 
 
 def _has_more_pictures(image: Image) -> bool:

@@ -232,7 +232,11 @@ class MediaLoader:
         if path is not None and path.is_dir():
             yield FrameFolder(path, name, lambda file: self.load(file).image)
             return
-        file = io.BytesIO(self._read(request.path, keep=keep)) if path is None else open_file(path, request.path)
+        file = (
+            io.BytesIO(self._read(request.path, keep=keep))
+            if path is None
+            else open_file(path, request.path, "--video")
+        )
         with file:
             yield open_clip(file, name, self.max_pixels)
 

@@ -274,12 +274,13 @@ def _read_file(path: Path, source: str) -> bytes:
             raise MediaError(f"{quote_source(source)} cannot be read: {error.strerror}.") from error
 
 
-def open_file(path: Path, source: str) -> BinaryIO:
+def open_file(path: Path, source: str, flag: str = "--image") -> BinaryIO:
     """Open a file for reading.
 
     Args:
         path: the file.
         source: what the user wrote for it.
+        flag: the option that reads such a file from a pipe.
 
     Raises:
         MediaError: if there is no such file, it may not be read, or it is a folder, a pipe or a device.
@@ -291,7 +292,7 @@ def open_file(path: Path, source: str) -> BinaryIO:
             words = f"{name} is a directory. Give one of its files."
             raise MediaError(f"{words} {_list_names(path)}", public=words)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe may wait for ever, and a device may never end
-            raise MediaError(f"{name} is a pipe or device, not a file. A pipe is read by `--image - < PIPE`.")
+            raise MediaError(f"{name} is a pipe or device, not a file. A pipe is read by `{flag} - < PIPE`.")
         return path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         raise MediaError(f"cannot find {name}: {_explain_missing(path)}", public=f"cannot find {name}.") from None

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlm_cli.errors import MediaError, first_line
 from vlm_cli.media.decode import MAX_PIXELS, check_size
+from vlm_cli.media.display import find_shape, show_frame
 from vlm_cli.media.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class VideoFile:
         self._keys: list[int] = []  # times of key frames, in ticks; empty if the packets have no times
         self._open()
         context = self.stream.codec_context
-        self.width, self.height = context.width, context.height
-        check_size((self.width, self.height), name, max_pixels)
+        check_size((context.width, context.height), name, max_pixels)
         self.stated: int | None = self.stream.frames or None
 
     def _open(self) -> None:
@@ -158,7 +158,7 @@ class VideoFile:
         yield from self.container.decode(self.stream)
 
     def read(self, chosen: Sequence[int]) -> Iterator[Image]:
-        """Yield the frames with these indices, which ascend, upright, as RGB.
+        """Yield the frames with these indices, which ascend, as a player shows them, as RGB.
 
         Raises:
             MediaError: if one of them cannot be decoded.
@@ -234,19 +234,16 @@ class VideoFile:
         return self._keys[max(0, bisect_right(self._keys, time) - 1)]
 
     def _finish(self, frame: Any) -> Image:
-        """Turn a frame upright, and into RGB."""
-        from PIL.Image import Transpose
+        """Turn a frame into what a player shows, as RGB."""
+        from av.sidedata.sidedata import Type
 
         check_size((frame.width, frame.height), self.name, self.max_pixels)
         if frame.is_corrupt:
             raise MediaError(f"{self.name} is damaged: a frame of it cannot be decoded whole. Fetch or save it again.")
-        image: Image = frame.to_image()
-        turns = round(frame.rotation / 90) % 4  # counterclockwise
-        return (
-            image.transpose((Transpose.ROTATE_90, Transpose.ROTATE_180, Transpose.ROTATE_270)[turns - 1])
-            if turns
-            else image
-        )
+        aspect = self.stream.sample_aspect_ratio
+        check_size(find_shape(frame.width, frame.height, aspect), self.name, self.max_pixels, "a frame as it is shown")
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        return show_frame(frame.to_image(), aspect, None if matrix is None else bytes(matrix))
 
     def _cut_short(self) -> MediaError:
         return MediaError(f"{self.name} is cut short: its end is missing. Fetch or save it again.")

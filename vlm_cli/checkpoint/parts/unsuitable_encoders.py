@@ -42,6 +42,7 @@ UNSUITABLE_ENCODERS: dict[str, str] = {
     **dict.fromkeys(("fuyu", "gemma4_unified"), _NO_ENCODER),
     **dict.fromkeys(("deepseek_ocr2_vision", "unlimited_ocr_vision"), _TWO_STACKS),
     **dict.fromkeys(("llama4_vision_model", "step3p5_vision"), "it merges neighbouring patches behind its layers"),
+    "bridgetower_vision_model": "it gives the features of all its layers at once",
     "seggpt": "it compares two images",
     "sam3_video": "it follows objects through a clip",
     "udop": _WITH_TEXT,
