@@ -50,6 +50,7 @@ class Flag:
         least: the value must be at least this.
         most: the value must be at most this.
         hint: a sentence that is added when the value is none of the choices.
+        repeated: the option may be given several times; the setting holds all values.
     """
 
     help: str
@@ -63,6 +64,7 @@ class Flag:
     least: float | None = None
     most: float | None = None
     hint: str = ""
+    repeated: bool = False
 
 
 @dataclass(frozen=True)

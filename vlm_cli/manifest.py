@@ -250,10 +250,10 @@ def write_now(folder: str | os.PathLike[str]) -> None:
 
 
 def _named_files(folder: Path) -> list[str]:
-    """List the files of a directory that a manifest names; in folders inside of it, only chat templates are read."""
+    """List the files of a directory that a manifest names; in folders inside of it, chat templates and adapters."""
     if not folder.is_dir():
         return []
-    found = (*folder.iterdir(), *folder.glob("*/*.jinja"))
+    found = (*folder.iterdir(), *folder.glob("*/*.jinja"), *folder.glob("adapters/*/adapter_*"))
     paths = (path for path in found if path.name.endswith(_NAMED) and path.is_file())
     names = (path.relative_to(folder).as_posix() for path in paths)
     return sorted(name for name in names if name not in _UNNAMED and _is_plain(name) and not name.startswith("."))

@@ -221,6 +221,11 @@ def load_meta_model(
             f"config.json of {chosen!r} describes no model that can be built. Check its composition, text_config and "
             f"vision_config: {explain_reading(error)}."
         ) from error
+    if config.adapters:
+        from vlm_cli.checkpoint.adapters import attach_adapters
+
+        with meta_device():
+            attach_adapters(chosen, model, weights=False, **hub)
     model.generation_config = read_generation_config(chosen, **hub) or model.generation_config
     return model, stored_dtype(config) or torch.float32, None
 
@@ -251,7 +256,7 @@ def read_gate_values(chosen: Composition | str, model: VLM, revision: str | None
     from vlm_cli.checkpoint.delta import DELTA_FILE
     from vlm_cli.checkpoint.directory import read_tensors
 
-    where = {"file": DELTA_FILE} if getattr(model.config, "backbones", None) else {}
+    where = {"file": DELTA_FILE} if model.config.is_delta else {}
     found = read_tensors(chosen, [f"fusion.{name}" for name in names], **where, **hub_arguments(revision))
     opened = {name: x.float().tanh() for name, x in found.items()}
     return {name: float(x) if x.numel() == 1 else float(x.abs().mean()) for name, x in opened.items()}

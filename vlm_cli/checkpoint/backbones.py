@@ -47,6 +47,7 @@ __all__ = [
     "locate_language_model",
     "locate_tower",
     "pin_language_model",
+    "pin_model",
     "pin_tower",
 ]
 
@@ -56,7 +57,8 @@ class Backbone:
     """Where the tensors are that a delta directory leaves out of a part. config.json holds the fields.
 
     Attributes:
-        kind: a repository of the hub, a file or directory, an address, or a package that has an encoder of its own.
+        kind: a repository of the hub, a file or directory, an address, a package that has an encoder of its own, or
+            another model of vlm (with a revision, on the hub) that has the part.
         name: the part's name in the composition.
         location: repository, absolute path or address.
         revision: commit of the repository.
@@ -67,7 +69,7 @@ class Backbone:
         bytes: their size.
     """
 
-    kind: Literal["hub", "path", "url", "package"]
+    kind: Literal["hub", "path", "url", "package", "model"]
     name: str
     location: str
     revision: str | None = None
@@ -103,7 +105,8 @@ class Backbone:
 
     def relocated(self, path: str) -> Backbone:
         """Return the same backbone in another file or directory."""
-        return replace(self, kind="path", location=str(find_named(path)), revision=None)
+        kind: Literal["path", "model"] = "model" if self.kind == "model" else "path"
+        return replace(self, kind=kind, location=str(find_named(path)), revision=None)
 
 
 @dataclass(frozen=True)
@@ -141,20 +144,20 @@ def _find_problem(record: Any) -> str | None:
     if min(record.get("tensors", 0), record.get("bytes", 0)) < 0:
         return "its numbers are negative"
     kind, location = record["kind"], record["location"]
-    if kind == "hub":
+    if kind == "hub" or (kind == "model" and record.get("revision") is not None):
         if not is_hub_id(location):
             return f"location {location[:80]!r} is no id of a hub repository (ORG/NAME)"
         if not _COMMIT.fullmatch(record.get("revision") or ""):
             return "revision is no commit of 40 hexadecimal digits"
         return None
-    if kind == "path":
+    if kind in ("path", "model"):
         # Two slashes name another machine on Windows; files of /proc and /dev are no weights.
         is_local = os.path.isabs(location) and not location.startswith(("//", "\\\\"))
         is_special = Path(os.path.realpath(location)).is_relative_to("/proc") or location.startswith(("/dev/", "/sys/"))
         return None if is_local and not is_special else f"location {location[:80]!r} is no absolute path of a file"
     if kind == "package":
         return f"location {location[:80]!r} is an address" if re.match(r"\w+:", location) else None
-    return None if kind == "url" else f"kind {kind[:40]!r} is none of hub, path, url, package"
+    return None if kind == "url" else f"kind {kind[:40]!r} is none of hub, path, url, package, model"
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -171,6 +174,17 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 # -- pinning -----------------------------------------------------------------------------------------------------------
+
+
+def pin_model(name: str) -> Backbone:
+    """Return where a built model is now, with the commit of a repository."""
+    path = Path(name)
+    if path.exists():
+        return Backbone(kind="model", name=name, location=str(path.resolve()))
+    cached = cached_file(name, "config.json")
+    assert cached is not None  # a file that is missing raises
+    found = _hub_location(Path(cached))
+    return Backbone(kind="model", name=name, location=name, revision=None if found is None else found[1])
 
 
 def pin_language_model(source: LanguageModelSource) -> Backbone:
@@ -250,6 +264,7 @@ def blaming(directory: str, part: str, backbone: Backbone | None) -> Iterator[No
             "path": "Put it back there.",
             "url": f"Download {backbone.location} yourself if you trust it.",
             "package": "Install the package that provides it.",
+            "model": "Put it back there." if backbone.revision is None else "Fetch it where there is a network.",
         }[backbone.kind]
         raise BackboneMissing(
             f"{directory!r} leaves out the tensors of its {part.replace('_', ' ')}, which cannot be read from "

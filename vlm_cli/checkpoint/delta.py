@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
+from vlm_cli.checkpoint.adapters import attach_adapters
 from vlm_cli.checkpoint.backbones import (
     Backbone,
     BackbonePlaces,
@@ -29,18 +30,29 @@ from vlm_cli.checkpoint.backbones import (
     pin_tower,
 )
 from vlm_cli.checkpoint.create import cast, put_together
-from vlm_cli.checkpoint.inside import read_index
+from vlm_cli.checkpoint.full import load_full
+from vlm_cli.checkpoint.inside import check_folder, read_index
 from vlm_cli.checkpoint.parts.language_models import find_language_model
 from vlm_cli.checkpoint.parts.tower import SeveralWeights
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, load_tower
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.composition import SeveralEncoderOptions
 from vlm_cli.errors import CheckpointError, UsageError, VLMError, first_line
+from vlm_cli.modeling.adapters import adapter_parameters, plain_tensors
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 
-__all__ = ["DELTA_FILE", "assemble", "count_delta_bytes", "write_delta"]
+__all__ = [
+    "DELTA_FILE",
+    "PREFIXES",
+    "assemble",
+    "count_delta_bytes",
+    "delta_names",
+    "own_tensors",
+    "write_delta",
+    "write_files",
+]
 
 DELTA_FILE = "delta.safetensors"  # Transformers loads no file of this name, so it cannot leave the other tensors random
 
@@ -59,14 +71,15 @@ def count_delta_bytes(model: VLM, dtype: torch.dtype | None = None) -> int:
     named = named and not isinstance(encoder, SeveralEncoderOptions)
     frozen = [part for part in PREFIXES if part not in parts.trainable and (part == "language_model" or named)]
     left_out = tuple(PREFIXES[part] for part in frozen)
-    held = {name: x for name, x in _tensors(model).items() if not (left_out and name.startswith(left_out))}
-    return sum(x.numel() * (dtype if dtype and x.is_floating_point() else x.dtype).itemsize for x in held.values())
+    held = [x for name, x in own_tensors(model).items() if not (left_out and name.startswith(left_out))]
+    held += [x for _, x in adapter_parameters(model)]
+    return sum(x.numel() * (dtype if dtype and x.is_floating_point() else x.dtype).itemsize for x in held)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a file of the model holds: tied weights once, under the first of their names."""
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a file of the model holds, adapters aside: tied ones once, under their first name."""
     names: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
+    state = plain_tensors(model)
     for name, x in state.items():
         names.setdefault(id(x), name)
     return {name: state[name] for name in names.values()}
@@ -104,9 +117,7 @@ def write_delta(
         UsageError: if no tensor can be left out.
         CheckpointError: if a pretrained part cannot be found.
     """
-    from huggingface_hub import save_torch_state_dict
-
-    held = _tensors(model)
+    held = own_tensors(model)
     pinned: dict[str, Backbone] = {}
     for part, prefix in PREFIXES.items():
         if part not in unchanged:
@@ -138,6 +149,26 @@ def write_delta(
             "Write a full one."
         )
     progress("writing what differs")
+    return write_files(model, out, held, pinned, max_shard_size)
+
+
+def write_files(
+    model: VLM, out: Path, held: Mapping[str, Tensor], pinned: Mapping[str, Backbone], max_shard_size: str
+) -> dict[str, Any]:
+    """Write the files of a delta.
+
+    Args:
+        model: the model.
+        out: an existing directory.
+        held: the tensors that `delta.safetensors` gets.
+        pinned: part -> where the others are.
+        max_shard_size: largest size of one weight file, such as "5GB".
+
+    Returns:
+        As of `write_delta`.
+    """
+    from huggingface_hub import save_torch_state_dict
+
     save_torch_state_dict(
         {name: x.detach() for name, x in held.items()},
         out,
@@ -182,6 +213,11 @@ def _pin(
     return backbone, load_tower(tower).state_dict() if load else None
 
 
+def delta_names(name: str, **keywords: Any) -> set[str]:
+    """Return the names of the tensors that a delta directory itself holds."""
+    return set(_read(name, keywords))
+
+
 def _delta_files(name: str) -> list[Path]:
     """List the weight files in a delta directory; empty for a hub id."""
     return [file for file in weight_files(name) if file.name.startswith(Path(DELTA_FILE).stem)]
@@ -216,26 +252,64 @@ def assemble(
     backbones = _read_backbones(name, config, places)
     held = _read(name, keywords)
     stored = stored_dtype(config) or torch.float32
-    vision, language = backbones.get("vision_encoder"), backbones.get("language_model")
-    with ExitStack() as downloads:  # an error below removes what was fetched
-        with torch.random.fork_rng(devices=[]):  # tensors of new modules start at random, before they are filled
-            with blaming(name, "vision_encoder", vision):
-                visual = load_tower(locate_tower(config, vision, places.hosts, downloads))
-            lang_model = None
-            if language is not None:
-                with blaming(name, "language_model", language):
-                    lang_model = locate_language_model(language, trust_remote_code).load(stored)
-            with limited_size(repr(name), _delta_files(name)):
-                model = put_together(config, visual, lang_model)
+    base = next((x for x in backbones.values() if x.kind == "model"), None)
+    with torch.random.fork_rng(devices=[]), ExitStack() as downloads:  # an error removes what was fetched
+        if base is not None:
+            model = _load_base(name, config, base, stored, trust_remote_code)
+        else:
+            model = _load_parts(name, config, backbones, stored, trust_remote_code, places, downloads)
         cast(model, stored)
         _fill(name, model, held, backbones)
         for part, backbone in backbones.items():
             _check_hash(name, model, part, backbone, held)
+    attach_adapters(name, model, **keywords)
+    model.set_trainable(config.composition.trainable)
+    cast(model, stored)
     if dtype != "auto":
         assert isinstance(dtype, torch.dtype)
         cast(model, dtype)
         model.config.dtype = model.config.text_config.dtype = dtype
     return model
+
+
+def _load_base(name: str, config: VLMConfig, base: Backbone, dtype: torch.dtype, trust_remote_code: bool) -> VLM:
+    """Load the model that a run began with, as a model of the configuration of the run's output.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    adapters, config.adapters = config.adapters, None
+    with blaming(name, "language_model", base):
+        check_folder(Path(base.location))
+        where = {} if base.revision is None else {"revision": base.revision}
+        model = load_full(base.location, config, dtype, trust_remote_code, where)
+    model.config.adapters = adapters
+    return model
+
+
+def _load_parts(
+    name: str,
+    config: VLMConfig,
+    backbones: Mapping[str, Backbone],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    places: BackbonePlaces,
+    downloads: ExitStack,
+) -> VLM:
+    """Load the pretrained parts of a delta directory, and make its model around them. Other tensors start at random.
+
+    Raises:
+        CheckpointError: if a part cannot be read.
+    """
+    vision, language = backbones.get("vision_encoder"), backbones.get("language_model")
+    with blaming(name, "vision_encoder", vision):
+        visual = load_tower(locate_tower(config, vision, places.hosts, downloads))
+    lang_model = None
+    if language is not None:
+        with blaming(name, "language_model", language):
+            lang_model = locate_language_model(language, trust_remote_code).load(dtype)
+    with limited_size(repr(name), _delta_files(name)):
+        return put_together(config, visual, lang_model)
 
 
 def _read_backbones(name: str, config: VLMConfig, places: BackbonePlaces) -> dict[str, Backbone]:
@@ -244,8 +318,7 @@ def _read_backbones(name: str, config: VLMConfig, places: BackbonePlaces) -> dic
     Raises:
         CheckpointError: for a record that vlm does not follow, or a path of a part that has no record.
     """
-    records = config.backbones
-    del config.backbones
+    records = vars(config).pop("backbones", None) or {}
     if not isinstance(records, dict) or not records.keys() <= PREFIXES.keys():
         raise CheckpointError(f"config.json of {name!r} must hold under backbones any of: {', '.join(PREFIXES)}.")
     for part in places.paths:
@@ -254,10 +327,18 @@ def _read_backbones(name: str, config: VLMConfig, places: BackbonePlaces) -> dic
     found = {}
     for part, record in records.items():
         if part in places.paths and isinstance(record, dict):
-            record = {**record, "kind": "path", "location": os.path.abspath(places.paths[part]), "revision": None}
+            kind = "model" if record.get("kind") == "model" else "path"
+            record = {**record, "kind": kind, "location": os.path.abspath(places.paths[part]), "revision": None}
         found[part] = Backbone.read(name, part, record)
         if part in places.paths:
             found[part] = found[part].relocated(places.paths[part])
+    # What is one model for one part is that model for each part, wherever the user says that it is.
+    if models := {part: x for part, x in found.items() if x.kind == "model"}:
+        if len(models) < len(found) or len({records[part]["location"] for part in found}) > 1:
+            raise CheckpointError(f"config.json of {name!r} must name one model under backbones, or none.")
+        moved = next((part for part in places.paths), next(iter(models)))
+        where = {"location": found[moved].location, "revision": found[moved].revision}
+        found = {part: replace(x, **where) for part, x in models.items()}
     return found
 
 
@@ -267,7 +348,7 @@ def _check_hash(name: str, model: VLM, part: str, backbone: Backbone, held: Mapp
     Raises:
         CheckpointError: if it does not.
     """
-    mine = [(k, x) for k, x in _tensors(model).items() if k.startswith(PREFIXES[part]) and k not in held]
+    mine = [(k, x) for k, x in own_tensors(model).items() if k.startswith(PREFIXES[part]) and k not in held]
     found = hash_tensors(mine)
     if found != backbone.sha256:
         raise CheckpointError(
@@ -284,7 +365,7 @@ def _fill(name: str, model: VLM, held: Mapping[str, Tensor], backbones: Mapping[
     Raises:
         CheckpointError: if a tensor is neither in the delta nor in a backbone, or the model has no such tensor.
     """
-    ours = _tensors(model)
+    ours = own_tensors(model)
     prefixes = tuple(PREFIXES[part] for part in backbones)
     missing = [k for k in ours if k not in held and not k.startswith(prefixes)]
     wrong = [k for k, x in held.items() if k not in ours or ours[k].shape != x.shape]

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlm_cli.checkpoint.inside import check_folder, check_index, read_index
+from vlm_cli.checkpoint.full import cannot_load, load_full
+from vlm_cli.checkpoint.inside import check_folder, read_index
 from vlm_cli.checkpoint.whole import check_fetched_files, check_files
 from vlm_cli.errors import (
     CheckpointError,
     CompositionError,
     PluginError,
     UntrustedCodeError,
-    explain_reading,
+    UsageError,
     first_line,
 )
 from vlm_cli.manifest import recording
-from vlm_cli.printable import count_of
 from vlm_cli.registry import ENCODER_TYPES, FUSIONS, VISION_ENCODERS, VISION_TOKENIZERS
 from vlm_cli.report.card import UNTRAINED, model_card
 from vlm_cli.report.parameters import ParameterReport
@@ -52,6 +52,7 @@ __all__ = [
     "read_processor",
     "read_tensors",
     "save",
+    "save_adapted",
     "save_delta",
 ]
 
@@ -86,6 +87,7 @@ def save(
         OSError, safetensors.SafetensorError: if the disk is full. `replacing_directory` turns both into an error for
             users.
     """
+    _refuse_adapters(model)
     folder = _make_folder(out)
     with recording(folder):
         _write_code(model, folder)
@@ -122,6 +124,7 @@ def save_delta(
     """
     from vlm_cli.checkpoint.delta import write_delta
 
+    _refuse_adapters(model)
     folder = _make_folder(out)
     with recording(folder):
         _write_code(model, folder)
@@ -137,10 +140,48 @@ def save_delta(
     return facts
 
 
+def save_adapted(
+    model: VLM, processor: VLMProcessor, out: str | Path, base: str, *, name: str | None = None, story: str = UNTRAINED
+) -> dict[str, Any]:
+    """Write a model with adapters as a delta directory over the model that it was trained from.
+
+    Args:
+        model, processor, out, name, story: as of `save`.
+        base: directory or hub id of the model that it was trained from.
+
+    Returns:
+        As of `save_delta`, and `adapter_bytes`.
+
+    Raises:
+        VLMError: if `base` cannot be read.
+    """
+    from vlm_cli.checkpoint.trained import write_trained
+
+    folder = _make_folder(out)
+    with recording(folder):
+        _write_code(model, folder)
+        facts = write_trained(model, folder, base)
+        _write_companions(model, processor, folder, model_card(model, name or folder.name, story))
+    return facts
+
+
 def _make_folder(out: str | Path) -> Path:
     folder = Path(out)
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def _refuse_adapters(model: VLM) -> None:
+    """Check that a model has no adapters, for which its file has no place.
+
+    Raises:
+        UsageError: if it has.
+    """
+    if model.config.adapters:
+        raise UsageError(
+            f"the model has an adapter of its {', '.join(model.config.adapters)}. Merge adapters before you write the "
+            "model: vlm_cli.merge_adapters(model), or vlm export MODEL OUT --format merged."
+        )
 
 
 def _write_code(model: VLM, folder: Path) -> None:
@@ -243,7 +284,7 @@ def _load(
     processor = read_processor(name, trust_remote_code=trust_remote_code, **keywords)
     check_pair(config, processor, name)
     check_generation_config(name, **keywords)
-    if getattr(config, "backbones", None):
+    if config.is_delta:
         from vlm_cli.checkpoint.backbones import BackbonePlaces
 
         places = BackbonePlaces(backbones or {}, frozenset(allow_hosts))
@@ -253,7 +294,7 @@ def _load(
             f"{name!r} holds all of its tensors, so that `backbones`, which is for delta directories, has no effect. "
             "Leave it out."
         )
-    model = _load_whole(name, config, dtype, trust_remote_code, keywords)
+    model = load_full(name, config, dtype, trust_remote_code, keywords)
     if "device_map" not in keywords:
         return model.to(device), processor
     if any(p.is_meta for p in model.vision_encoder.parameters()):
@@ -263,46 +304,6 @@ def _load(
             "the vision encoder cannot run from disk. Keep it in memory: device_map={'vision_encoder': 'cpu', …}."
         )
     return model, processor
-
-
-def _load_whole(
-    name: str, config: VLMConfig, dtype: torch.dtype | str, trust_remote_code: bool, keywords: Mapping[str, Any]
-) -> VLM:
-    """Load the model of a directory that holds all tensors.
-
-    Raises:
-        CheckpointError: if the files cannot be read, or do not hold exactly the model's tensors.
-    """
-    from vlm_cli.checkpoint.size_limits import limited_size, weight_files
-    from vlm_cli.modeling.vlm import VLM
-    from vlm_cli.trust import load_pretrained
-
-    check_index(name, keywords)
-    quantized = getattr(config.get_text_config(), "quantization_config", None) is not None
-    try:
-        with limited_size(repr(name), weight_files(name), elements_per_byte=8 if quantized else 1):
-            model, info = load_pretrained(
-                VLM,
-                name,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **keywords,
-            )
-    except (CheckpointError, PluginError, UntrustedCodeError):
-        raise
-    except Exception as error:
-        raise CheckpointError(_cannot_load(name, error)) from error
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
-    if wrong:
-        raise CheckpointError(
-            f"the weights in {name!r} do not cover the model: {count_of(len(info['missing_keys']), 'tensor')} missing, "
-            f"{len(info['mismatched_keys'])} of another shape, {len(info['unexpected_keys'])} not known; "
-            f"e.g. {sorted(map(str, wrong))[0]}."
-        )
-    return model.eval()
 
 
 def _load_delta(
@@ -361,7 +362,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, verify: bool = Fa
     except UntrustedCodeError:
         raise
     except Exception as error:
-        raise CheckpointError(_cannot_load(name, error)) from None
+        raise CheckpointError(cannot_load(name, error)) from None
     if not data:
         raise CheckpointError(f"{name!r} is no VLM: it has no config.json. `vlm build` writes one.")
     if data.get("model_type") != "vlm":
@@ -382,7 +383,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, verify: bool = Fa
         problems = " ".join(f"composition: {problem}" for problem in error.problems[:8])
         raise CheckpointError(f"config.json of {name!r} is not valid: {problems}") from None
     except Exception as error:
-        raise CheckpointError(_cannot_load(name, error)) from None
+        raise CheckpointError(cannot_load(name, error)) from None
 
 
 def _check_parts(name: str, data: Mapping[str, Any]) -> None:
@@ -422,7 +423,7 @@ def read_processor(name: str, *, trust_remote_code: bool = False, **keywords: An
     except UntrustedCodeError:
         raise
     except Exception as error:
-        raise CheckpointError(_cannot_load(name, error)) from None
+        raise CheckpointError(cannot_load(name, error)) from None
 
 
 def read_generation_config(name: str, **keywords: Any) -> GenerationConfig | None:
@@ -474,13 +475,4 @@ def read_tensors(
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(_cannot_load(name, error)) from None
-
-
-def _cannot_load(name: str, error: Exception) -> str:
-    if Path(name).is_dir():
-        return f"cannot load {name!r}: {explain_reading(error)}."
-    return (
-        f"cannot load {name!r}: it is no directory here, and the hub did not give it ({explain_reading(error)}). Give "
-        "a directory that `vlm build` wrote or a hub id; an offline machine knows only cached ones."
-    )
+        raise CheckpointError(cannot_load(name, error)) from None

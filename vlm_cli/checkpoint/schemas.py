@@ -13,6 +13,7 @@ from typing import Any
 
 from vlm_cli.checkpoint.inside import check_named_files
 from vlm_cli.composition import read_tiling
+from vlm_cli.composition.adapters import ADAPTABLE_PARTS
 from vlm_cli.errors import (
     CheckpointError,
     CompositionError,
@@ -415,6 +416,7 @@ _VLM_CONFIG = mapping(
         "eos_token_id": optional(_IDS),
         "dtype": optional(_DTYPE),
         "backbones": optional(mapping_of(ANYTHING)),
+        "adapters": optional(list_of(choice(*ADAPTABLE_PARTS))),
         "tiling_texts": optional(mapping_of(list_of(_ID))),
     },
 )

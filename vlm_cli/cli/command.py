@@ -174,6 +174,9 @@ def make_option(setting: Setting) -> Any:
         kind, keywords["parser"] = str, partial(_read_numbers, setting)
     elif get_origin(kind) is Mapping:
         kind, keywords["parser"] = str, partial(_read_settings, setting)
+    elif flag.repeated:
+        kind = list[str]
+        keywords["autocompletion"] = complete_parts  # --lora begins with a part
     elif get_origin(kind) is tuple:
         kind, keywords["parser"] = str, _split_names
         keywords["autocompletion"] = complete_parts  # the only list among the settings is --trainable

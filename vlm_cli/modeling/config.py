@@ -32,6 +32,7 @@ class VLMConfig(PreTrainedConfig):
         first_added_id: id of the first added token.
         media_token_id: id of `<image>`.
         tiling_texts: ids of each text that the composition's tiling puts around or between views; None without any.
+        adapters: parts that have an adapter; None without any.
     """
 
     model_type = "vlm"
@@ -45,6 +46,7 @@ class VLMConfig(PreTrainedConfig):
     first_added_id: Any = None
     media_token_id: Any = None
     tiling_texts: Any = None
+    adapters: Any = None
     pad_token_id: int | None = None
     eos_token_id: list[int] | None = None
     # The language model ties its own weights; VLM ties no others.
@@ -65,9 +67,15 @@ class VLMConfig(PreTrainedConfig):
         data = super().to_dict()
         if isinstance(self.composition, Composition):
             data["composition"] = self.composition.to_dict()
-        if data.get("tiling_texts") is None:
-            data.pop("tiling_texts", None)  # a model without such texts has the file that it always had
+        for name in ("tiling_texts", "adapters"):
+            if data.get(name) is None:
+                data.pop(name, None)  # a model without them has the file that it always had
         return data
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether the directory of this configuration is a delta: other places hold a part of the tensors."""
+        return bool(getattr(self, "backbones", None) or self.adapters)
 
     @property
     def image_token_id(self) -> int:

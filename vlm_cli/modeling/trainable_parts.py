@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_cli.composition import PARTS
+from vlm_cli.modeling.adapters import adapter_parameters, is_frozen, set_adapter_training
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vision_encoder import VisionEncoder
@@ -22,7 +23,7 @@ __all__ = ["TrainableParts"]
 
 
 class TrainableParts(PreTrainedModel):
-    """A model of parts, each of which trains or is frozen as a whole."""
+    """A model of parts, each of which trains as a whole, is frozen, or is frozen with an adapter that trains."""
 
     #: What the names of a part's tensors begin with, by the part's name in `PARTS`.
     PART_PREFIXES: ClassVar[dict[str, str]] = {
@@ -39,12 +40,12 @@ class TrainableParts(PreTrainedModel):
         return {part: self.get_submodule(prefix.removesuffix(".")) for part, prefix in self.PART_PREFIXES.items()}
 
     def trained_prefixes(self) -> list[str]:
-        """Return what the tensor names of each part with a trainable parameter begin with."""
+        """Return what the tensor names of each part that trains begin with. Adapters do not count."""
         modules = self.part_modules().items()
-        return [self.PART_PREFIXES[part] for part, x in modules if not _is_frozen(x)]
+        return [self.PART_PREFIXES[part] for part, x in modules if not is_frozen(x)]
 
     def set_trainable(self, parts: Iterable[str]) -> None:
-        """Train these parts and freeze the others.
+        """Train these parts and freeze the others. Adapters train in either case.
 
         Args:
             parts: names from `PARTS`.
@@ -57,6 +58,8 @@ class TrainableParts(PreTrainedModel):
             raise ValueError(f"unknown parts {sorted(unknown)}. Known: {', '.join(PARTS)}.")
         for name, module in self.part_modules().items():
             module.requires_grad_(name in parts)
+            for _, parameter in adapter_parameters(module):
+                parameter.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TrainableParts:
@@ -64,8 +67,9 @@ class TrainableParts(PreTrainedModel):
         super().train(mode)
         for part, module in self.part_modules().items():
             # The blocks of the fusion have no dropout, and they checkpoint activations only in training mode.
-            if mode and part != "fusion" and _is_frozen(module):
+            if mode and part != "fusion" and is_frozen(module):
                 module.eval()
+                set_adapter_training(module, True)
                 for layer in module.modules():
                     # So that it checkpoints its activations; `_checkpoint` evaluates it nevertheless.
                     layer.training = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
@@ -112,11 +116,6 @@ class TrainableParts(PreTrainedModel):
         return recompute(run, *args, **kwargs)
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Tell whether no parameter of a module trains."""
-    return not any(p.requires_grad for p in module.parameters())
-
-
 def _evaluating_frozen(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a frozen layer of Transformers run as in evaluation, although it checkpoints only in training mode.
 
@@ -128,7 +127,7 @@ def _evaluating_frozen(function: Callable[..., Any]) -> Callable[..., Any]:
         layer = function.args[0] if function.args else getattr(function.func, "__self__", None)
     else:
         layer = getattr(function, "__self__", None)
-    if not isinstance(layer, GradientCheckpointingLayer) or not _is_frozen(layer):
+    if not isinstance(layer, GradientCheckpointingLayer) or not is_frozen(layer):
         return function
 
     def run(*args: Any, **kwargs: Any) -> Any:

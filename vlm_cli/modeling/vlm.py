@@ -149,7 +149,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             if config is None:
                 where = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
                 config = load_pretrained(VLMConfig, pretrained_model_name_or_path, **where)
-            if getattr(config, "backbones", None):
+            if config.is_delta:
                 raise ValueError(
                     f"{str(pretrained_model_name_or_path)!r} is a delta directory: its frozen parts are in other "
                     "places. Load it with vlm_cli.load(…), or write a full directory: vlm build."

@@ -29,6 +29,7 @@ from vlm_cli.checkpoint.schemas import check_training_manifest
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.errors import CheckpointError, VLMError, explain_reading, first_line
 from vlm_cli.files import flush_to_disk
+from vlm_cli.modeling.adapters import adapter_parameters
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
 
@@ -265,8 +266,8 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
 
 
 def select_trained(model: VLM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select from a state dict the tensors of the parts that train; of tied tensors, only the first."""
-    prefixes = tuple(model.trained_prefixes())
+    """Select from a state dict the tensors of the parts that train and of adapters; of tied tensors, only the first."""
+    prefixes = (*model.trained_prefixes(), *(name for name, _ in adapter_parameters(model)))
     seen: set[int] = set()
     selected = {}
     for name, tensor in state.items():

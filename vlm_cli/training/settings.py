@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from vlm_cli.composition import PARTS
+from vlm_cli.composition.adapters import AdapterSettings, parse_adapters
 from vlm_cli.composition.composition import MAX_WEIGHT_DECAY
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import Alias, Flag, find_problems
@@ -172,9 +173,22 @@ class TrainingSettings:
     trainable: Annotated[
         tuple[str, ...] | None,
         Flag(
-            help=f"Train these parts, and not those that the model's composition names. Parts: {', '.join(PARTS)}.",
+            help=f"Train these parts, and not those that the model's composition names. Parts: {', '.join(PARTS)}; "
+            "none, with --lora.",
             heading=LEARNING,
             metavar="PART,…",
+        ),
+    ] = None
+    lora: Annotated[
+        tuple[str, ...] | None,
+        Flag(
+            help="Train small matrices beside the linear layers of PART, and leave PART as it is: LoRA. Settings are "
+            "r=16, alpha=32 (twice r), targets=q_proj+v_proj (names of layers; all by default), dropout=0, and dora or "
+            "rslora. May be given several times. OUT then holds the adapters and the parts that train whole, and names "
+            "MODEL for the rest. For a directory that runs alone: vlm export OUT OTHER --format merged.",
+            heading=LEARNING,
+            metavar="PART[:r=R,…]",
+            repeated=True,
         ),
     ] = None
     optimizer: Annotated[
@@ -338,6 +352,8 @@ class TrainingSettings:
     ] = 10
 
     def __post_init__(self) -> None:
+        if self.trainable == ("none",) and self.lora:
+            object.__setattr__(self, "trainable", ())
         problems = find_problems(self)
         for part in self.trainable or ():
             if part not in PARTS:
@@ -346,10 +362,23 @@ class TrainingSettings:
                 )
         if self.global_batch_size is not None and self.gradient_accumulation != 1:
             problems.append("--global-batch-size and --gradient-accumulation contradict each other. Give one of them.")
-        if self.trainable == ():
+        if self.trainable == () and not self.lora:
             problems.append(f"--trainable names no part. Known: {', '.join(PARTS)}.")
+        try:
+            _ = self.adapters
+        except UsageError as error:
+            problems.append(str(error))
         if problems:
             raise UsageError("\n".join(problems))
+
+    @property
+    def adapters(self) -> dict[str, AdapterSettings]:
+        """Part -> the adapter that trains beside it.
+
+        Raises:
+            UsageError: for a text that describes none.
+        """
+        return parse_adapters(self.lora or (), self.trainable or ())
 
     def total_steps(self, num_records: int, num_processes: int) -> int | None:
         """Return the number of steps of the run; None if only `max_minutes` limits it."""

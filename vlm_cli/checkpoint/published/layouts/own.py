@@ -51,7 +51,7 @@ class OwnDirectory:
         """
         data = dict(checkpoint.config)
         check_vlm_config(data, checkpoint.name)
-        if data.get("backbones"):
+        if data.get("backbones") or data.get("adapters"):
             raise CheckpointError(
                 f"{checkpoint.name!r} is a delta directory: its frozen parts are in other places. Write a full one "
                 f"first: vlm_cli.save(*vlm_cli.load({checkpoint.name!r}), OUT)."

@@ -1,0 +1,60 @@
+"""Write what a run with adapters trained: a delta directory over the model that the run began with.
+
+    OUT/delta.safetensors      the parts that trained whole, and other small parts
+    OUT/adapters/PART/         the adapters, see adapters.py
+    OUT/config.json            where the frozen tensors of the vision encoder and language model are, and their hash
+
+If that model is a delta directory itself, OUT names the same places as it does; otherwise OUT names the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vlm_cli.checkpoint.adapters import write_adapters
+from vlm_cli.checkpoint.backbones import Backbone, hash_tensors, pin_model
+from vlm_cli.checkpoint.delta import PREFIXES, delta_names, own_tensors, write_files
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.trust import load_pretrained
+
+__all__ = ["write_trained"]
+
+
+def write_trained(model: VLM, out: Path, base: str, *, max_shard_size: str = "5GB") -> dict[str, Any]:
+    """Write the weights, their configurations and the adapters of a model into `out`.
+
+    Args:
+        model: with its adapters. Its frozen tensors are those of `base`.
+        out: an existing directory.
+        base: directory or hub id of the model that the run began with.
+        max_shard_size: largest size of one weight file, such as "5GB".
+
+    Returns:
+        As of `write_delta`, and the bytes of the adapters.
+    """
+    held = own_tensors(model)
+    places, kept = _places(base)
+    pinned = {}
+    for part, place in places.items():
+        if part in model.config.composition.trainable:
+            continue
+        left_out = {name: x for name, x in held.items() if name.startswith(PREFIXES[part]) and name not in kept}
+        size = sum(x.nbytes for x in left_out.values())
+        pinned[part] = replace(place, sha256=hash_tensors(left_out.items()), tensors=len(left_out), bytes=size)
+        held = {name: x for name, x in held.items() if name not in left_out}
+    facts = write_files(model, out, held, pinned, max_shard_size)
+    bases = {part: pinned[part].location if part in pinned else base for part in model.config.adapters}
+    return {**facts, "adapter_bytes": write_adapters(model, out, bases)}
+
+
+def _places(base: str) -> tuple[dict[str, Backbone], Collection[str]]:
+    """Return where the tensors of the pretrained parts are, and the names of those that `base` itself holds."""
+    config = load_pretrained(VLMConfig, base)
+    if not config.is_delta:
+        model = pin_model(base)
+        return dict.fromkeys(PREFIXES, model), ()
+    return {part: Backbone.read(base, part, record) for part, record in config.backbones.items()}, delta_names(base)
