@@ -42,9 +42,12 @@ _SETTINGS = mapping(
     {"lora_dropout": number(0, 1), "use_dora": truth(), "use_rslora": truth()},
 )
 #: Settings that say where an adapter came from, how it began, or what PEFT finds out anyway.
-_WITHOUT_EFFECT = ("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights")
-_WITHOUT_EFFECT += ("peft_version", "task_type", "megatron_core", "qalora_group_size", "runtime_config")
-_WITHOUT_EFFECT += ("fan_in_fan_out",)
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights"),
+        *("peft_version", "task_type", "megatron_core", "qalora_group_size", "runtime_config", "fan_in_fan_out"),
+    }
+)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -70,6 +73,7 @@ def write_adapters(model: VLM, out: Path, bases: Mapping[str, str]) -> int:
         folder.mkdir(parents=True)
         config = module.peft_config[ADAPTER]
         config.base_model_name_or_path, config.inference_mode = bases[part], True
+        config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in each process
         config.save_pretrained(str(folder))
         tensors = {f"{_PREFIX}{name}": x.detach().contiguous() for name, x in named_as_peft(module).items()}
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})

@@ -179,8 +179,8 @@ def _refuse_adapters(model: VLM) -> None:
     """
     if model.config.adapters:
         raise UsageError(
-            f"the model has an adapter of its {', '.join(model.config.adapters)}. Merge adapters before you write the "
-            "model: vlm_cli.merge_adapters(model), or vlm export MODEL OUT --format merged."
+            f"the model has an adapter of its {', '.join(model.config.adapters)}. Merge it before you write the "
+            "model: model.merge_adapters(), or vlm export MODEL OUT --format merged."
         )
 
 
@@ -319,7 +319,7 @@ def _load_delta(
     Raises:
         CheckpointError: if a pretrained part or a tensor is missing, or a keyword is not about where files are.
     """
-    from vlm_cli.checkpoint.delta import assemble
+    from vlm_cli.checkpoint.assembling import assemble
     from vlm_cli.trust import HUB_ARGUMENTS
 
     if other := [key for key in keywords if key not in HUB_ARGUMENTS]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_cli.checkpoint.adapters import write_adapters
 from vlm_cli.checkpoint.backbones import Backbone, hash_tensors, pin_model
-from vlm_cli.checkpoint.delta import PREFIXES, delta_names, own_tensors, write_files
+from vlm_cli.checkpoint.delta import PREFIXES, own_tensors, read_held, write_files
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.trust import load_pretrained
@@ -57,4 +57,4 @@ def _places(base: str) -> tuple[dict[str, Backbone], Collection[str]]:
     if not config.is_delta:
         model = pin_model(base)
         return dict.fromkeys(PREFIXES, model), ()
-    return {part: Backbone.read(base, part, record) for part, record in config.backbones.items()}, delta_names(base)
+    return {part: Backbone.read(base, part, record) for part, record in config.backbones.items()}, read_held(base, {})

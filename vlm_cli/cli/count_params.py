@@ -87,7 +87,9 @@ def count_params(
 def _print_csv(report: ParameterReport) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("part", "parameters", "trainable", "frozen", "share", "bytes"))
+    writer.writerow(("part", "parameters", "trainable", "frozen", "share", "bytes", "adapter"))
     for row in (*report.rows, report.total):
-        writer.writerow([row.name, row.parameters, row.trainable, row.frozen, f"{row.share:.6f}", row.bytes])
+        writer.writerow(
+            [row.name, row.parameters, row.trainable, row.frozen, f"{row.share:.6f}", row.bytes, row.adapter]
+        )
     console.print_lines(text.getvalue())

@@ -203,9 +203,15 @@ def _part_rows(report: ModelDescription, *, short: bool) -> list[list[str]]:
         return [write(row.parameters), state, console.human_bytes(row.bytes).rjust(9)]
 
     counts = {row.name: row for row in report.parts}
-    rows = [[name, *cells(counts[name]), text] for name, text in _part_texts(report).items()]
+    texts = {name: f"{text}{_adapter_text(counts[name])}" for name, text in _part_texts(report).items()}
+    rows = [[name, *cells(counts[name]), text] for name, text in texts.items()]
     size = console.human_bytes(report.bytes).rjust(9)
     return [*rows, ["total", write(report.parameters), "      ", size, f"{report.class_name}, {report.dtype}"]]
+
+
+def _adapter_text(row: ParameterRow) -> str:
+    """Say how many of a part's parameters an adapter holds."""
+    return f"; {row.adapter:,} in an adapter" if row.adapter else ""
 
 
 def _part_texts(report: ModelDescription) -> dict[str, str]:

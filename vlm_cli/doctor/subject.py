@@ -8,6 +8,7 @@ B rows, T tokens, V columns of the logits.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,8 +200,17 @@ class WholeModel:
     @cached_property
     def saved(self) -> Path:
         """The directory of the saved model; the first check that asks for it saves the model."""
-        self.model.save_pretrained(self.workspace)
+        self.without_adapters.save_pretrained(self.workspace)
         return self.workspace
+
+    @cached_property
+    def without_adapters(self) -> VLM:
+        """The model as a full directory has it: of a model with adapters, a copy into which they are merged."""
+        if not self.model.config.adapters:
+            return self.model
+        merged = copy.deepcopy(self.model)
+        merged.merge_adapters()
+        return merged
 
 
 @dataclass

@@ -47,6 +47,7 @@ def accelerate(model: VLM, *, quantize: str | None = None, compile: bool = False
     Raises:
         VLMError: if the device, the language model or this machine does not support it.
     """
+    model.merge_adapters()  # each would cost two products more for each layer and token
     if quantize is not None:
         _QUANTIZERS[quantize](model)
     if compile or model.dtype != torch.float32:

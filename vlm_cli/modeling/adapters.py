@@ -58,7 +58,7 @@ def adapter_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def named_as_peft(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of the adapter inside a module, under the names that PEFT gives them in a file."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, x in adapter_parameters(module):
         name = name.replace(f".{ADAPTER}", "")
         found[name.removesuffix(".weight") if "lora_magnitude_vector" in name else name] = x
@@ -109,9 +109,7 @@ def add_adapter(module: nn.Module, part: str, settings: AdapterSettings) -> None
         with quiet_libraries():  # torchao, which PEFT imports, warns at every start
             from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UsageError(
-            "adapters need the package peft, which is missing: pip install 'vlm-cli[lora]'"
-        ) from None
+        raise UsageError("adapters need the package peft, which is missing: pip install 'vlm-cli[lora]'") from None
     trains = {id(p): p.requires_grad for p in module.parameters()}
     config = LoraConfig(
         r=settings.r,
@@ -123,7 +121,8 @@ def add_adapter(module: nn.Module, part: str, settings: AdapterSettings) -> None
         fan_in_fan_out=all(isinstance(module.get_submodule(name), Conv1D) for name in layers),
         task_type="CAUSAL_LM" if part == "language_model" else None,
     )
-    with warnings.catch_warnings(action="ignore"):  # of what Transformers no longer likes PEFT to ask
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what Transformers no longer likes PEFT to ask
         inject_adapter_in_model(config, module, ADAPTER)
     assert set(dict(adapter_layers(module))) == set(layers), "PEFT matched other layers than vlm"
     for parameter in module.parameters():  # PEFT freezes all but its own

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_cli.composition import PARTS
-from vlm_cli.modeling.adapters import adapter_parameters, is_frozen, set_adapter_training
+from vlm_cli.modeling.adapters import adapter_parameters, is_frozen, merge_adapters, set_adapter_training
 from vlm_cli.modeling.conditioning import Conditioning
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vision_encoder import VisionEncoder
@@ -44,6 +44,10 @@ class TrainableParts(PreTrainedModel):
         modules = self.part_modules().items()
         return [self.PART_PREFIXES[part] for part, x in modules if not is_frozen(x)]
 
+    def trained_names(self) -> list[str]:
+        """Say what trains: the parts that train whole, and the adapters."""
+        return [*self.config.composition.trainable, *(f"an adapter of {part}" for part in self.config.adapters or ())]
+
     def set_trainable(self, parts: Iterable[str]) -> None:
         """Train these parts and freeze the others. Adapters train in either case.
 
@@ -69,11 +73,20 @@ class TrainableParts(PreTrainedModel):
             # The blocks of the fusion have no dropout, and they checkpoint activations only in training mode.
             if mode and part != "fusion" and is_frozen(module):
                 module.eval()
-                set_adapter_training(module, True)
                 for layer in module.modules():
                     # So that it checkpoints its activations; `_checkpoint` evaluates it nevertheless.
                     layer.training = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+                set_adapter_training(module, True)
         return self
+
+    def merge_adapters(self) -> None:
+        """Add each adapter to the weights that it stands beside, in place. The model is then one without adapters.
+
+        Raises:
+            ValueError: if a merged weight is not finite.
+        """
+        merge_adapters(self)
+        self.config.adapters = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Group the trainable parameters for an optimizer: with and without the composition's weight decay."""

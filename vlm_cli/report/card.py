@@ -63,7 +63,7 @@ def training_story(model: VLM, *, steps: int, records: int, loss: float | None, 
         loss: last loss per token on the training records; None if none was logged.
         eval_loss: last loss per token on held-out records; None without such records.
     """
-    trained = ", ".join(model.config.composition.trainable)
+    trained = ", ".join(model.trained_names())
     held_out = "" if eval_loss is None else f", {eval_loss:.4f} on held-out records"
     last = "unknown" if loss is None else f"{loss:.4f}"
     return (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_cli.modeling.adapters import adapter_parameters
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["ParameterReport", "ParameterRow", "count_parameters"]
@@ -23,6 +24,7 @@ class ParameterRow:
         parameters, trainable, frozen: numbers of scalars.
         share: fraction of the model's parameters.
         bytes: of the parameters in the model's dtype.
+        adapter: how many of the trainable ones are an adapter's, which the other tensors can do without.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ParameterRow:
     frozen: int
     share: float
     bytes: int
+    adapter: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def count_parameters(model: VLM, *, depth: int = 1, dtype: torch.dtype | None = 
         dtype: what the weights are, for the bytes; None takes that of each parameter.
     """
     owners: set[int] = set()
+    adapters = {id(p) for _, p in adapter_parameters(model)}
     total = sum(p.numel() for p in model.parameters())
     rows: list[ParameterRow] = []
 
@@ -62,7 +66,9 @@ def count_parameters(model: VLM, *, depth: int = 1, dtype: torch.dtype | None = 
         count = sum(p.numel() for p in parameters)
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         size = sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
-        return ParameterRow(name, level, count, trainable, count - trainable, count / total if total else 0.0, size)
+        added = sum(p.numel() for p in parameters if id(p) in adapters)
+        share = count / total if total else 0.0
+        return ParameterRow(name, level, count, trainable, count - trainable, share, size, added)
 
     def visit(name: str, module: nn.Module, level: int) -> None:
         mine = [p for p in module.parameters() if id(p) not in owners]

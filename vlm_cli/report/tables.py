@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlm_cli.printable import markdown_text
@@ -57,16 +59,34 @@ def parameter_rows(report: ParameterReport, *, short: bool = False) -> list[list
         report: what was counted.
         short: write numbers as 428.3 M.
     """
-    return [_cells(row, short=short) for row in (*report.rows, report.total)]
+    return [_cells(row, short=short) for row in _rows(report)]
 
 
 def parameters_markdown(report: ParameterReport) -> str:
     """Write a table of parameters in Markdown."""
     lines = ["| part | parameters | trainable | frozen | share | bytes |", "|---|--:|--:|--:|--:|--:|"]
-    for row in (*report.rows, report.total):
+    for row in _rows(report):
         name, *cells = _cells(row)
         lines.append(f"| {'&nbsp;' * (2 * row.depth - 2)}{markdown_text(name.strip())} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _rows(report: ParameterReport) -> Iterator[ParameterRow]:
+    """Yield the rows and the total. After a part that has an adapter stands what the adapter holds of it."""
+    for row in (*report.rows, report.total):
+        yield row
+        if row.adapter and row.depth == 1 and row is not report.total:
+            share, size = row.share * row.adapter / row.parameters, row.bytes * row.adapter // row.parameters
+            yield replace(
+                row,
+                name="adapter",
+                depth=2,
+                parameters=row.adapter,
+                trainable=row.adapter,
+                frozen=0,
+                share=share,
+                bytes=size,
+            )
 
 
 def _cells(row: ParameterRow, *, short: bool = False) -> list[str]:

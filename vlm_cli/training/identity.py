@@ -36,7 +36,9 @@ def identify_run(
     }
     named = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
     parts = {f"parts in {k}": sorted(set(x) - {OTHERS}) for k, x in named.items() if isinstance(x, Mapping)}
+    adapters = {part: vars(x) for part, x in settings.adapters.items()}
     return {
+        **({"--lora": adapters} if adapters else {}),
         **parts,
         **{option: value for option, value in written.items() if value},
         "MODEL": f"{job.model} ({_hash_weights(model)})",

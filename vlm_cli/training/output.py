@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.directory import save, save_adapted
 from vlm_cli.checkpoint.run_record import RUN_FILE
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.files import replacing_directory
@@ -55,7 +55,10 @@ def write_output(
     )
     try:
         with replacing_directory(out, overwrite=job.overwrite) as partial:
-            save(model, processor, partial, name=out.name, story=story)
+            if model.config.adapters:
+                save_adapted(model, processor, partial, job.model, name=out.name, story=story)
+            else:
+                save(model, processor, partial, name=out.name, story=story)
             shutil.copy(metrics.path, partial / METRICS_FILE)
             draw_losses(metrics.entries, partial / "loss.png", title=f"{out.name}: loss per token")
             if job.earlier is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -15,6 +16,7 @@ from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import reserved_directory
 from vlm_cli.flags import OTHERS
 from vlm_cli.interrupt import Interrupted, at_signal
+from vlm_cli.modeling.adapters import adapter_parameters, add_adapter
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
@@ -85,9 +87,14 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
         verify=job.verify,
     )
     stored = model.dtype
-    composition = model.config.composition.to_dict()
-    if settings.trainable is not None:
-        composition["trainable"] = list(settings.trainable)
+    if model.config.adapters:
+        raise UsageError(
+            f"{job.model!r} has an adapter of its {', '.join(model.config.adapters)} already. Merge it first, then "
+            f"train what comes of it: vlm export {shlex.quote(job.model)} OUT --format merged"
+        )
+    composition, adapters = model.config.composition.to_dict(), settings.adapters
+    whole = composition["trainable"] if settings.trainable is None else settings.trainable
+    composition["trainable"] = [part for part in whole if part not in adapters]
     decay = settings.weight_decay
     if isinstance(decay, Mapping):
         decay = decay.get(OTHERS)
@@ -95,10 +102,10 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
         composition["weight_decay"] = decay
     model.config.composition = Composition.from_dict(composition)
     parts = model.config.composition.trainable
-    if not parts:
+    if not parts and not adapters:
         raise UsageError("nothing trains: the composition names no trainable part. Add --trainable PART,PART.")
     numbers = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
-    check_parts(numbers, settings.layer_decay, parts)
+    check_parts(numbers, settings.layer_decay, (*parts, *adapters))
     if not (settings.bf16 and stored in (torch.bfloat16, torch.float16)):
         model.float()
     for module in model.modules():
@@ -108,12 +115,31 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
     for name in parts:
         # In half precision, the weights would lose small updates.
         model.part_modules()[name].float()
+    _add_adapters(model, settings)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(
             f"nothing trains: {', '.join(parts)} {'has' if len(parts) == 1 else 'have'} no parameters in this "
             "composition. Add another part: --trainable PART,PART."
         )
     return model, processor, stored
+
+
+def _add_adapters(model: VLM, settings: TrainingSettings) -> None:
+    """Put the adapters of a run beside the parts of its model. The same seed gives the same ones.
+
+    Raises:
+        UsageError: if a part can have none.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        for part, adapter in settings.adapters.items():
+            module = model.part_modules()[part]
+            add_adapter(module, part, adapter)
+            for _, parameter in adapter_parameters(module):
+                parameter.data = parameter.data.float()
+    if settings.adapters:
+        model.config.adapters = list(settings.adapters)
+        model.train(model.training)
 
 
 class Run:
@@ -297,7 +323,7 @@ class Run:
             if isinstance(numbers, Mapping):
                 self.listener.notify(f"Own {name}: {', '.join(f'{part} {x:g}' for part, x in numbers.items())}.")
         self.listener.notify(
-            f"Training {', '.join(model.config.composition.trainable)} ({_count_trained(model):,} of "
+            f"Training {', '.join(model.trained_names())} ({_count_trained(model):,} of "
             f"{sum(p.numel() for p in model.parameters()):,} parameters) on {count_of(len(data), 'record')}{held_out} "
             f"for {' or '.join(limits)}. Checkpoints in {self.checkpoints.folder}"
         )

@@ -107,6 +107,23 @@ def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: Expor
     )
 
 
+def _check_merged(config: VLMConfig) -> None:
+    from vlm_cli.checkpoint.export.merged import check_merged
+
+    check_merged(config)
+
+
+def _write_full(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    from vlm_cli.checkpoint.directory import save
+    from vlm_cli.checkpoint.run_record import copy_run_record, read_story
+    from vlm_cli.report.card import UNTRAINED
+
+    copy_run_record(settings.source, out)
+    story = read_story(settings.source, model) or UNTRAINED
+    save(model, processor, out, name=settings.name, story=story, max_shard_size=settings.max_shard_size)
+    return {}
+
+
 def _write_llava(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
     from vlm_cli.checkpoint.export.llava import export_llava
 
@@ -136,6 +153,13 @@ FORMATS: dict[str, ExportFormat] = {
         summary="the VLM without the tensors that its pretrained parts hold",
         check=_accept,
         write=_write_delta,
+        next_line='vlm generate --model {out} --image FILE "A photo of"',
+        is_vlm=True,
+    ),
+    "merged": ExportFormat(
+        summary="the whole VLM, its adapters (vlm train --lora) added to the weights",
+        check=_check_merged,
+        write=_write_full,
         next_line='vlm generate --model {out} --image FILE "A photo of"',
         is_vlm=True,
     ),
@@ -221,14 +245,25 @@ def export_model(
     with reserved_directory(out, overwrite=overwrite):
         places = {"backbones": backbones, "allow_hosts": allow_hosts, "verify": verify}
         model, processor = _load(chosen, location, source or location, trust_remote_code, places, progress, **hub)
+        merged = _merge(model, progress)
         with replacing_directory(out, overwrite=overwrite) as partial:
             progress(f"exporting {name}")
             with recording(partial):
-                facts = chosen.write(model, processor, partial, settings)
+                facts = {**merged, **chosen.write(model, processor, partial, settings)}
             if not chosen.is_vlm:
                 manifest = {"format": name, "model": source or location, "vlm_cli": __version__, **facts}
                 (partial / EXPORT_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return facts
+
+
+def _merge(model: VLM, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Merge the adapters of a model, of which no format but vlm's own knows anything."""
+    if not model.config.adapters:
+        return {}
+    from vlm_cli.checkpoint.export.merged import merge_and_compare
+
+    progress("merging adapters")
+    return {"largest_difference": merge_and_compare(model)}
 
 
 def _load(

@@ -14,6 +14,7 @@ from vlm_cli.doctor.check import check_whole
 from vlm_cli.doctor.compare import compare, is_same
 from vlm_cli.doctor.finding import Decided, Measured
 from vlm_cli.doctor.subject import Inputs, WholeModel
+from vlm_cli.modeling.adapters import adapter_parameters
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
@@ -29,6 +30,7 @@ def gradients(subject: WholeModel) -> Decided:
     """Compare the parameters that one backward pass reaches with those that the model declares, by name."""
     model, modules = subject.model, subject.model.part_modules()
     trained = {id(p) for part in model.config.composition.trainable for p in modules[part].parameters()}
+    trained |= {id(p) for _, p in adapter_parameters(model)}
     declared = {name for name, p in model.named_parameters() if id(p) in trained}
     training = {name for name, p in model.named_parameters() if p.requires_grad}
     if not declared | training:
@@ -88,13 +90,13 @@ def saved(subject: WholeModel) -> Measured | Decided:
 
     If there are none, it changes the language model's head.
     """
-    model, inputs = subject.model, subject.draw(2, 11)
+    model, inputs = subject.without_adapters, subject.draw(2, 11)
     loaded, report = _load(model, subject.saved)
     problem = _problem(model, loaded.state_dict(), report)
     if problem:
         return Decided("fails", problem, difference=math.inf)
     with torch.no_grad():
-        expected = subject.logits(inputs)
+        expected = model(**inputs.to_dict()).logits[0]
         found = loaded(**inputs.to_dict()).logits[0]
         # Not every column: after a norm, channels may add up to nothing.
         added, own = loaded.added_tokens.head, loaded.lang_model.get_output_embeddings()
@@ -132,7 +134,7 @@ def tied(subject: WholeModel) -> Decided:
 
     The counts alone are not enough: a copy is counted twice and saved twice.
     """
-    model = subject.model
+    model = subject.without_adapters
     names = set(model.state_dict())
     buffers = sum(x.numel() for name, x in model.named_buffers() if name in names)
     counted = sum(p.numel() for p in model.parameters()) + buffers

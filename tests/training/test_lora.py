@@ -1,0 +1,276 @@
+"""`vlm train --lora`: what OUT holds, who reads it, what resumes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from typer.testing import Result
+
+from tests.support.training import LANGUAGE_STREAM
+from vlm_cli import load
+from vlm_cli.errors import CheckpointError, VLMError
+from vlm_cli.manifest import sign
+from vlm_cli.training.checkpoints import Checkpoints
+
+peft = pytest.importorskip("peft")
+
+Vlm = Callable[..., Result]
+
+STEPS = ("--batch-size", 6, "--log-every", 2, "--learning-rate", 1e-2, "--max-steps", 4)
+LORA = ("--lora", "language-model:r=2,dora", "--trainable", "vision-tokenizer")
+
+
+def output(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def error(result: Result, code: int) -> str:
+    assert result.exit_code == code, result.output
+    return result.stderr
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    config = model.config
+    pixels = torch.randn(1, 1, 1, 3, *model.vision_encoder.image_size, generator=torch.Generator().manual_seed(0))
+    return model(vision_x=pixels, lang_x=torch.tensor([[config.media_token_id, 65, 66, 67]])).logits
+
+
+@pytest.fixture(scope="module")
+def start(build: Callable[..., Path]) -> Path:
+    return build(LANGUAGE_STREAM)
+
+
+@pytest.fixture(scope="module")
+def trained(start: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from typer.testing import CliRunner
+
+    from vlm_cli.cli.app import app
+
+    out = tmp_path_factory.mktemp("lora") / "out"
+    arguments = ["train", start, "--data", folder / "train.jsonl", "--output", out, *STEPS, *LORA]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ACCELERATE_USE_CPU", "true")  # Accelerate writes here
+        output(CliRunner().invoke(app, [str(x) for x in arguments]))
+    return out
+
+
+def test_the_output_holds_what_trained_and_names_the_rest(trained: Path, start: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    assert config["adapters"] == ["language_model"]
+    assert {part: x["location"] for part, x in config["backbones"].items()} == {
+        "vision_encoder": str(start),
+        "language_model": str(start),
+    }
+    held, before = load_file(trained / "delta.safetensors"), load_file(start / "model.safetensors")
+    assert {name.split(".")[0] for name in held} == {"vision_tokenizer", "added_tokens"}
+    changed = {name.split(".")[0] for name, x in held.items() if not torch.equal(x, before[name])}
+    assert changed == {"vision_tokenizer"}
+    adapter = load_file(trained / "adapters/language_model/adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.model.layers.") for name in adapter)
+    assert any(x.any() for name, x in adapter.items() if "lora_B" in name)
+    model, _ = load(str(trained))
+    assert (logits(model) - logits(load(str(start))[0])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_peft_reads_the_adapter(trained: Path, start: Path, parts: dict[str, Any], alone: bool) -> None:
+    """Beside the language model of the VLM, and beside the one that was never in a VLM."""
+    model, _ = load(str(trained))
+    if alone:
+        bare = AutoModelForCausalLM.from_pretrained(parts["language_model"], dtype=torch.float32)
+        ids = torch.tensor([[65, 66, 67]])
+        wanted, before = model.lang_model(ids).logits, bare(ids).logits
+        found = peft.PeftModel.from_pretrained(bare, str(trained / "adapters/language_model"))(ids).logits
+    else:
+        other, _ = load(str(start))
+        other.vision_tokenizer.load_state_dict(model.vision_tokenizer.state_dict())
+        wanted, before = logits(model), logits(other)
+        peft.PeftModel.from_pretrained(other.lang_model, str(trained / "adapters/language_model"))
+        found = logits(other)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert (before - wanted).abs().max() > 1e-2
+
+
+def test_merged_weights_give_the_same_logits(trained: Path, start: Path, vlm: Vlm, tmp_path: Path) -> None:
+    facts = json.loads(output(vlm("export", trained, tmp_path / "merged", "--format", "merged", "--json")))
+    assert facts["largest_difference"] < 1e-4
+    merged, _ = load(str(tmp_path / "merged"))
+    wanted = logits(load(str(trained))[0])
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-4, rtol=1e-4)
+    assert merged.config.adapters is None and (tmp_path / "merged/model.safetensors").is_file()
+    output(vlm("export", trained, tmp_path / "lm", "--format", "language-model"))
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")(torch.tensor([[65, 66]])).logits
+    torch.testing.assert_close(alone, merged.lang_model(torch.tensor([[65, 66]])).logits, atol=1e-4, rtol=1e-4)
+    assert "no adapter, so there is nothing to merge" in error(
+        vlm("export", start, tmp_path / "again", "--format", "merged"), 2
+    )
+
+
+def test_commands_read_it_and_tell_adapters_apart(trained: Path, folder: Path, vlm: Vlm) -> None:
+    output(vlm("generate", "--model", trained, "--image", folder / "red.png", "Caption:", "--quiet"))
+    rows = {row["name"]: row for row in json.loads(output(vlm("count-params", trained, "--json")))["parts"]}
+    adapter = load_file(trained / "adapters/language_model/adapter_model.safetensors")
+    assert (
+        rows["language_model"]["adapter"]
+        == rows["language_model"]["trainable"]
+        == sum(x.numel() for x in adapter.values())
+    )
+    assert rows["vision_encoder"]["adapter"] == 0
+    assert "adapter" in output(vlm("inspect", trained)).lower()
+
+
+@pytest.mark.matrix
+def test_doctor_and_eval_read_it(trained: Path, folder: Path, vlm: Vlm) -> None:
+    output(vlm("doctor", trained))
+    output(vlm("eval", trained, "--data", folder / "train.jsonl", "--limit", 2))
+
+
+def test_a_resumed_run_equals_one_without_a_break_to_the_bit(
+    start: Path, folder: Path, vlm: Vlm, tmp_path: Path
+) -> None:
+    lora = ("--lora", "language_model:r=2,dropout=0.3", "--trainable", "none", "--save-every", 2)
+
+    def train(out: str, *more: Any) -> Result:
+        return vlm("train", start, "-d", folder / "train.jsonl", "-o", tmp_path / out, *STEPS, *lora, *more)
+
+    output(train("whole", "--keep-checkpoints"))
+    saved = Checkpoints(tmp_path / "whole.checkpoints").all()
+    assert [x.step for x in saved] == [2, 4]
+    names = load_file(saved[0].path / "model.safetensors")
+    assert names and all("lora_" in name for name in names)
+    shutil.copytree(tmp_path / "whole.checkpoints", tmp_path / "broken.checkpoints")
+    shutil.rmtree(tmp_path / "broken.checkpoints/checkpoint-4")
+    assert "--lora: was" in error(train("broken", "--resume", "--lora", "vision_tokenizer"), 2)
+    output(train("broken", "--resume"))
+    file = "adapters/language_model/adapter_model.safetensors"
+    one, other = (load_file(tmp_path / name / file) for name in ("whole", "broken"))
+    assert one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
+
+
+def test_checkpointed_activations_change_nothing(start: Path, folder: Path, vlm: Vlm, tmp_path: Path) -> None:
+    found = []
+    for name, flags in {"plain": (), "checkpointed": ("--gradient-checkpointing",)}.items():
+        lora = ("--lora", "language_model:r=2,targets=q_proj+v_proj", "--lora", "vision_encoder:r=1")
+        output(vlm("train", start, "-d", folder / "train.jsonl", "-o", tmp_path / name, *STEPS, *lora, *flags))
+        found.append(
+            {
+                part: load_file(tmp_path / name / f"adapters/{part}/adapter_model.safetensors")
+                for part in ("language_model", "vision_encoder")
+            }
+        )
+    for part, tensors in found[0].items():
+        for name, x in tensors.items():
+            torch.testing.assert_close(found[1][part][name], x, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.matrix
+def test_a_delta_directory_is_named_by_its_own_places(
+    start: Path, parts: dict[str, Any], folder: Path, vlm: Vlm, tmp_path: Path
+) -> None:
+    output(vlm("export", start, tmp_path / "delta", "--format", "delta"))
+    output(vlm("train", tmp_path / "delta", "-d", folder / "train.jsonl", "-o", tmp_path / "out", *STEPS, *LORA))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["backbones"]["language_model"]["location"] == parts["language_model"]
+    wanted = logits(load(str(tmp_path / "out"))[0])
+    shutil.rmtree(tmp_path / "delta")
+    assert torch.equal(logits(load(str(tmp_path / "out"))[0]), wanted)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lora", "langage_model"), "Did you mean 'language_model'"),
+        (("--lora", "language_model:r=0"), "r must be a whole number from 1"),
+        (("--lora", "language_model:targets=qkv"), "language_model has no layer 'qkv'. language_model has: q_proj (4)"),
+        (("--lora", "fusion"), "fusion can have no adapter"),
+        (("--lora", "language_model", "--trainable", "language_model"), "cannot train whole and through an adapter"),
+    ],
+)
+def test_wrong_adapters_are_refused(
+    start: Path, folder: Path, vlm: Vlm, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    result = vlm("train", start, "-d", folder / "train.jsonl", "-o", tmp_path / "out", *options)
+    assert words in " ".join(error(result, 2).split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_peft_the_extra_is_named(
+    trained: Path, start: Path, folder: Path, vlm: Vlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = vlm("train", start, "-d", folder / "train.jsonl", "-o", tmp_path / "out", *LORA)
+    assert "pip install 'vlm-cli[lora]'" in error(result, 2)
+    with pytest.raises(CheckpointError, match="vlm-cli\\[lora\\]"):
+        load(str(trained))
+
+
+def test_an_output_is_no_start_of_another_run(trained: Path, folder: Path, vlm: Vlm, tmp_path: Path) -> None:
+    message = error(vlm("train", trained, "-d", folder / "train.jsonl", "-o", tmp_path / "out"), 2)
+    assert "--format merged" in message
+
+
+@pytest.fixture
+def own(trained: Path, start: Path, tmp_path: Path) -> Path:
+    """A copy of the output and of the model that it names, to be spoilt."""
+    shutil.copytree(start, tmp_path / "start")
+    shutil.copytree(trained, tmp_path / "out")
+    config = tmp_path / "out/config.json"
+    config.write_text(config.read_text().replace(str(start), str(tmp_path / "start")))
+    sign(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_model_that_changed_is_noticed_and_one_that_moved_is_found(own: Path, trained: Path) -> None:
+    moved = own.with_name("moved")
+    own.with_name("start").rename(moved)
+    with pytest.raises(VLMError, match="--backbone language_model=PATH"):
+        load(str(own))
+    found, _ = load(str(own), backbones={"language_model": str(moved)})
+    assert torch.equal(logits(found), logits(load(str(trained))[0]))
+    weights = load_file(moved / "model.safetensors")
+    weights["lang_model.model.layers.0.self_attn.q_proj.weight"][0, 0] += 1e-3
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"is not the one that .* was made with: the hash"):
+        load(str(own), backbones={"language_model": str(moved)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"r": 3}, "does not hold what adapter_config.json beside it describes"),
+        ({"r": 0}, "r must be a whole number from 1"),
+        ({"peft_type": "VERA"}, "peft_type must be one of LORA"),
+        ({"modules_to_save": ["lm_head"]}, "sets modules_to_save to .* which vlm does not read"),
+        ({"layers_to_transform": 1}, "sets layers_to_transform to 1"),
+        ({"target_modules": ["no_such"]}, "language_model has no layer 'no_such'"),
+        (None, "cannot read adapters/language_model/adapter_config.json"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(own: Path, change: dict[str, Any] | None, words: str) -> None:
+    path = own / "adapters/language_model/adapter_config.json"
+    path.write_text("{" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    sign(own)
+    with pytest.raises(CheckpointError, match=words):
+        load(str(own))
+
+
+def test_a_missing_adapter_is_named(own: Path) -> None:
+    shutil.rmtree(own / "adapters")
+    sign(own)
+    with pytest.raises(CheckpointError, match=r"lacks adapters/language_model/adapter_config.json"):
+        load(str(own))
