@@ -134,7 +134,8 @@ def test_commands_read_it_and_tell_adapters_apart(trained: Path, folder: Path, v
 @pytest.mark.matrix
 def test_doctor_and_eval_read_it(trained: Path, folder: Path, vlm: Vlm) -> None:
     output(vlm("doctor", trained))
-    output(vlm("eval", trained, "--data", folder / "train.jsonl", "--limit", 2))
+    (folder / "asked.jsonl").write_text((folder / "train.jsonl").read_text().splitlines()[0])
+    output(vlm("eval", trained, "--data", folder / "asked.jsonl"))
 
 
 def test_a_resumed_run_equals_one_without_a_break_to_the_bit(
@@ -274,3 +275,24 @@ def test_a_missing_adapter_is_named(own: Path) -> None:
     sign(own)
     with pytest.raises(CheckpointError, match=r"lacks adapters/language_model/adapter_config.json"):
         load(str(own))
+
+
+@pytest.mark.matrix
+def test_the_last_of_several_stages_may_have_an_adapter(start: Path, folder: Path, vlm: Vlm, tmp_path: Path) -> None:
+    """OUT names the model of the first stage, for the parts that no stage changed."""
+    records = f"data: {folder}/train.jsonl, max_steps: 2, learning_rate: 0.01"
+    file = tmp_path / "stages.yaml"
+    first, last = (
+        "{name: a, %s, trainable: [vision_encoder]}",
+        "{name: b, %s, lora: ['language_model:r=1'], trainable: []}",
+    )
+    file.write_text(f"stages: [{first % records}, {last % records}]")
+    output(vlm("train", start, "--stages", file, "-o", tmp_path / "out"))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {part: x["location"] for part, x in config["backbones"].items()} == {"language_model": str(start)}
+    held, before = load_file(tmp_path / "out/delta.safetensors"), load_file(start / "model.safetensors")
+    assert any(not torch.equal(x, before[name]) for name, x in held.items() if name.startswith("vision_encoder."))
+    assert not (tmp_path / "out.stages").exists()
+    load(str(tmp_path / "out"))
+    file.write_text(f"stages: [{last % records}, {first % records}]")
+    assert "only the last stage may" in error(vlm("train", start, "--stages", file, "-o", tmp_path / "other"), 2)

@@ -141,13 +141,21 @@ def save_delta(
 
 
 def save_adapted(
-    model: VLM, processor: VLMProcessor, out: str | Path, base: str, *, name: str | None = None, story: str = UNTRAINED
+    model: VLM,
+    processor: VLMProcessor,
+    out: str | Path,
+    base: str,
+    *,
+    changed: Collection[str] = (),
+    name: str | None = None,
+    story: str = UNTRAINED,
 ) -> dict[str, Any]:
     """Write a model with adapters as a delta directory over the model that it was trained from.
 
     Args:
         model, processor, out, name, story: as of `save`.
         base: directory or hub id of the model that it was trained from.
+        changed: parts that do not hold the tensors of `base`, although they are frozen now.
 
     Returns:
         As of `save_delta`, and `adapter_bytes`.
@@ -160,7 +168,7 @@ def save_adapted(
     folder = _make_folder(out)
     with recording(folder):
         _write_code(model, folder)
-        facts = write_trained(model, folder, base)
+        facts = write_trained(model, folder, base, changed=changed)
         _write_companions(model, processor, folder, model_card(model, name or folder.name, story))
     return facts
 

@@ -24,13 +24,16 @@ from vlm_cli.trust import load_pretrained
 __all__ = ["write_trained"]
 
 
-def write_trained(model: VLM, out: Path, base: str, *, max_shard_size: str = "5GB") -> dict[str, Any]:
+def write_trained(
+    model: VLM, out: Path, base: str, *, changed: Collection[str] = (), max_shard_size: str = "5GB"
+) -> dict[str, Any]:
     """Write the weights, their configurations and the adapters of a model into `out`.
 
     Args:
         model: with its adapters. Its frozen tensors are those of `base`.
         out: an existing directory.
         base: directory or hub id of the model that the run began with.
+        changed: parts that do not hold the tensors of `base`, although they are frozen now.
         max_shard_size: largest size of one weight file, such as "5GB".
 
     Returns:
@@ -40,7 +43,7 @@ def write_trained(model: VLM, out: Path, base: str, *, max_shard_size: str = "5G
     places, kept = _places(base)
     pinned = {}
     for part, place in places.items():
-        if part in model.config.composition.trainable:
+        if part in model.config.composition.trainable or part in changed:
             continue
         left_out = {name: x for name, x in held.items() if name.startswith(PREFIXES[part]) and name not in kept}
         size = sum(x.nbytes for x in left_out.values())

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from vlm_cli.checkpoint.directory import save, save_adapted
+from vlm_cli.checkpoint.directory import read_config, save, save_adapted
 from vlm_cli.checkpoint.run_record import RUN_FILE
+from vlm_cli.composition import PARTS
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.files import replacing_directory
+from vlm_cli.modeling.config import stored_dtype
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
 from vlm_cli.processor import VLMProcessor
@@ -56,7 +58,8 @@ def write_output(
     try:
         with replacing_directory(out, overwrite=job.overwrite) as partial:
             if model.config.adapters:
-                save_adapted(model, processor, partial, job.model, name=out.name, story=story)
+                base, changed = job.base or job.model, _changed_before(job.earlier, model)
+                save_adapted(model, processor, partial, base, changed=changed, name=out.name, story=story)
             else:
                 save(model, processor, partial, name=out.name, story=story)
             shutil.copy(metrics.path, partial / METRICS_FILE)
@@ -82,6 +85,20 @@ def _keep_stages(folder: Path, out: Path) -> list[dict[str, Any]]:
         shutil.copy(stage / METRICS_FILE, out / f"metrics-{stage.name}.jsonl")
         records.append({"stage": stage.name, **read_json(stage / RUN_FILE)})
     return records
+
+
+def _changed_before(earlier: Path | None, model: VLM) -> set[str]:
+    """Return the parts that earlier stages changed.
+
+    Args:
+        earlier: the folder with the models of these stages; None if there were none.
+        model: the trained model. A stage that kept fewer bits of each weight than it does changed every part.
+    """
+    changed: set[str] = set()
+    for path in earlier.glob("*/config.json") if earlier else ():
+        config = read_config(str(path.parent))
+        changed |= set(PARTS if stored_dtype(config) != model.dtype else config.composition.trainable)
+    return changed
 
 
 def digest_of_run(out: Path) -> str:

@@ -64,6 +64,7 @@ class Job:
         allow_hosts: hosts that backbones may come from.
         verify: compare the hashes of the model's weight files with its manifest.
         earlier: the folder with the models of the earlier stages, if the run is the last of several.
+        base: the model that the first of several stages began with; an output with adapters names it.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Job:
     allow_hosts: tuple[str, ...] = ()
     verify: bool = False
     earlier: Path | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

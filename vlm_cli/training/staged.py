@@ -104,7 +104,7 @@ class _StagedRun:
         stage, is_last = self.stages[number], number == len(self.stages) - 1
         job = replace(self.job, **stage.paths)  # type: ignore[arg-type]  # its keys are those of paths
         if number:
-            job = replace(job, model=str(self._place(number - 1)), backbones=None)
+            job = replace(job, model=str(self._place(number - 1)), backbones=None, base=self.job.model)
         return replace(
             job,
             output=self.job.output if is_last else self._place(number),

@@ -80,6 +80,11 @@ def read_stages(path: Path, given: Mapping[str, Any] | None = None) -> list[Stag
     names = [stage.name for stage in stages]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"{file} has two stages of the name {repeated[0]!r}. Give each a name of its own.")
+    if wrong := next((stage for stage in stages[:-1] if stage.settings.lora), None):
+        raise UsageError(
+            f"stage {wrong.name!r} of {file} has an adapter (lora), and only the last stage may. To go on from it, "
+            "merge it: vlm export OUT OTHER --format merged"
+        )
     return stages
 
 
