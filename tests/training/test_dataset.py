@@ -23,7 +23,7 @@ from vlm_cli.modeling.learned import IGNORED, row_losses
 from vlm_cli.prompt import interleave
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, load_dataset
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
-from vlm_cli.training.order import StreamSampler
+from vlm_cli.training.order import Shares, StreamSampler
 from vlm_cli.writing.writer import PromptWriter
 
 
@@ -261,3 +261,23 @@ def test_like_sizes_share_a_batch() -> None:
     assert spread(drawn) < 0.1 < 1 < spread(stream(1000, 1000))
     batches = [tuple(sizes[drawn[i]]) for i in range(0, 200, 4)]
     assert batches != sorted(batches)  # short ones do not all come first
+
+
+def test_sources_are_drawn_by_their_weights() -> None:
+    counts, weights = (10, 300, 50), (0.5, 0.2, 0.3)
+    drawn = np.array(stream(360, 5_000, shares=Shares(counts, weights)))
+    sources = np.searchsorted([10, 310], drawn, side="right")
+    shares = np.bincount(sources, minlength=3) / len(drawn)
+    assert np.abs(shares - weights).max() < 1e-3
+    for source, first in enumerate((0, 10, 310)):  # each source goes through all its records before it begins again
+        own = drawn[sources == source][: counts[source]]
+        assert sorted(own) == list(range(first, first + counts[source]))
+    blocks = [sources[i : i + 40].tolist() for i in range(0, 400, 40)]
+    assert len({tuple(block) for block in blocks}) == len(blocks)
+
+
+def test_a_mixture_s_order_is_the_seed_s_and_goes_on() -> None:
+    shares = Shares((10, 30), (0.9, 0.1))
+    long = stream(40, 3_000, shares=shares)
+    assert long[:1_500] == stream(40, 1_500, shares=shares) != stream(40, 1_500, shares=shares, seed=1)
+    assert set(stream(40, 1_000, shares=Shares((10, 30), (1.0, 0.0)))) == set(range(10))
