@@ -17,7 +17,9 @@ from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import LoadedModel, ModelRequest, keep_collecting
 from vlm_cli.cli.options import (
     MAX_ROWS,
+    ColumnsOption,
     DeviceOptions,
+    ImageFolderOption,
     JsonOption,
     MaxPixelsOption,
     MaxTilesOption,
@@ -30,6 +32,7 @@ from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.cli.prompts import ChatTemplateOption, SpecialTokensOption, SystemOption
 from vlm_cli.cli.sampling import MAX_NEW_TOKENS, SamplingOptions, cut_note
 from vlm_cli.data.inputs import is_stdin
+from vlm_cli.data.records import Reading
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.models import DEMO
 from vlm_cli.printable import count_of
@@ -68,6 +71,8 @@ class EvalOptions:
         int | None,
         option(QUESTIONS, "Ask only the first N records; the default is all.", min=1, max=MAX_RECORDS, metavar="N"),
     ] = None
+    columns: ColumnsOption = None
+    image_folder: ImageFolderOption = None
     media_root: MediaRootOption = None
     max_pixels: MaxPixelsOption = None
     max_tiles: MaxTilesOption = None
@@ -98,6 +103,11 @@ class EvalOptions:
             metavar="N",
         ),
     ] = 32
+
+    @property
+    def reading(self) -> Reading:
+        """What the user says of the rows and pictures."""
+        return Reading(self.media_root, self.max_pixels, self.image_folder, self.columns)
 
 
 @dataclass(frozen=True)
@@ -192,7 +202,7 @@ def _make_report(model: str, questions: EvalOptions, request: ModelRequest) -> R
     from vlm_cli.evaluation.items import read_items
 
     assert questions.data is not None
-    items, records = read_items(questions.data, questions.limit, questions.media_root, questions.max_pixels)
+    items, records = read_items(questions.data, questions.limit, questions.reading)
     console.note(f"{count_of(len(items), 'item')} from {questions.data}")
     for note in records.notes:
         console.note(note)
@@ -286,6 +296,7 @@ class Report:
             "batch_size": self.questions.batch_size,
             "max_new_tokens": self.questions.max_new_tokens,
             "limit": self.questions.limit,
+            **({"columns": str(self.questions.columns)} if self.questions.columns else {}),
             "chat_template": self.questions.chat_template,
             **({} if self.questions.system is None else {"system": self.questions.system}),
             "special_tokens": self.questions.special_tokens,

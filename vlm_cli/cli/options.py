@@ -19,6 +19,7 @@ from vlm_cli.cli.command import make_option, option
 from vlm_cli.cli.spellings import accept_aliases, accept_old_names
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.composition.tiling import TILE_LIMIT
+from vlm_cli.data.formats import ColumnMap
 from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
 from vlm_cli.lookalike import find_named
@@ -35,9 +36,11 @@ __all__ = [
     "MAX_SEED",
     "MAX_WORKERS",
     "BackboneOptions",
+    "ColumnsOption",
     "ComposeOptions",
     "DeviceOptions",
     "ExactOption",
+    "ImageFolderOption",
     "JsonOption",
     "MaxPixelsOption",
     "MaxShardSizeOption",
@@ -106,6 +109,25 @@ MediaRootOption = Annotated[
         "option, image paths may lead anywhere.",
         metavar="DIR",
         callback=_find_folder,
+    ),
+]
+ImageFolderOption = Annotated[
+    Path | None,
+    option(
+        "Data",
+        "Start relative paths of pictures at DIR instead of the folder of FILE.",
+        metavar="DIR",
+        callback=_find_folder,
+    ),
+]
+ColumnsOption = Annotated[
+    ColumnMap | None,
+    option(
+        "Data",
+        "Say which columns of FILE count: prompt=question,completion=answer,images=image. Records of vlm, LLaVA "
+        "conversations, chat messages and texts of FineVision are recognised without it.",
+        metavar="NAME=COLUMN,…",
+        parser=ColumnMap.parse,
     ),
 ]
 MaxPixelsOption = Annotated[

@@ -17,6 +17,8 @@ from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import (
     BackboneOptions,
+    ColumnsOption,
+    ImageFolderOption,
     JsonOption,
     MaxPixelsOption,
     MediaRootOption,
@@ -26,6 +28,7 @@ from vlm_cli.cli.options import (
 )
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
+from vlm_cli.data.records import Reading
 from vlm_cli.errors import UsageError
 from vlm_cli.models import resolve_built_model
 from vlm_cli.training.listener import Listener
@@ -94,6 +97,8 @@ def train(
     data: DataOption = None,
     eval_data: EvalDataOption = None,
     stages: StagesOption = None,
+    columns: ColumnsOption = None,
+    image_folder: ImageFolderOption = None,
     media_root: MediaRootOption = None,
     max_pixels: MaxPixelsOption = None,
     settings: TrainingSettings,
@@ -123,8 +128,7 @@ def train(
         overwrite=overwrite,
         keep_checkpoints=keep_checkpoints,
         trust_remote_code=trust_remote_code,
-        media_root=media_root,
-        max_pixels=max_pixels,
+        reading=Reading(media_root, max_pixels, image_folder, columns),
         backbones=places.backbones,
         allow_hosts=places.allow_hosts,
         verify=verify,

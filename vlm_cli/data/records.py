@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
+from typing import Any
 
-from vlm_cli.data.formats import Format, recognise
+from vlm_cli.data.formats import ColumnMap, Format, recognise
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.meant import find_mentions, mention_notes
 from vlm_cli.data.record import Record, Segment
@@ -18,9 +19,20 @@ from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader, short_name
 from vlm_cli.media.decode import check_header
 from vlm_cli.media.sources import INSIDE
+from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium
 
-__all__ = ["Problem", "Record", "Records", "Segment", "raise_problems", "read_record", "read_records"]
+__all__ = [
+    "PLAIN_READING",
+    "Problem",
+    "Reading",
+    "Record",
+    "Records",
+    "Segment",
+    "raise_problems",
+    "read_record",
+    "read_records",
+]
 
 MOST_SHOWN = 20  # bad lines that a message lists
 
@@ -48,6 +60,39 @@ class Problem:
         return cls(number, message, row.shard, row.unit)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a user says of the rows and pictures of a source.
+
+    Attributes:
+        media_root: the folder that holds every image; None allows each path.
+        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
+        image_folder: where relative paths of images start; None for the folder of the source.
+        columns: which columns of a row are what; None recognises the format of each row.
+    """
+
+    media_root: Path | None = None
+    max_pixels: int | None = None
+    image_folder: Path | None = None
+    columns: ColumnMap | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the user said, the columns as on the command line."""
+        return {**vars(self), "columns": None if self.columns is None else str(self.columns)}
+
+    def loader(self, origin: Source) -> MediaLoader:
+        """Make a loader of the images of a source, which fetches nothing."""
+        return MediaLoader(
+            self.image_folder or origin.folder,
+            media_root=self.media_root,
+            max_pixels=self.max_pixels,
+            inside=origin.bytes_of,
+        )
+
+
+PLAIN_READING = Reading()
+
+
 @dataclass
 class Records:
     """The content of a source of records.
@@ -57,19 +102,17 @@ class Records:
         good: the records that can be used.
         problems: one problem for each row that cannot be used.
         sha256: hash of the source.
-        media_root: the folder that holds every image; None allows each path.
+        reading: how the rows were read.
         mentions: picture files and tags that texts name without showing a picture, each with the place of its row.
         formats: how many of the good records are in which format.
         format_notes: for each note of a format, the places of the rows that it is about.
-        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
     """
 
     origin: Source
+    reading: Reading = PLAIN_READING
     good: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     sha256: str = ""
-    media_root: Path | None = None
-    max_pixels: int | None = None
     mentions: list[tuple[str, str]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     format_notes: dict[str, list[str]] = field(default_factory=dict)
@@ -77,7 +120,15 @@ class Records:
     @property
     def notes(self) -> list[str]:
         """What the user should know about records that can be used."""
-        return [*starmap(format_note, self.format_notes.items()), *mention_notes(self.mentions)]
+        return [self.summary, *starmap(format_note, self.format_notes.items()), *mention_notes(self.mentions)]
+
+    @property
+    def summary(self) -> str:
+        """What the source is: `Data: a.json (JSON array, 24 rows): LLaVA conversations`."""
+        known = self.formats.most_common()
+        names = [name if len(known) == 1 else f"{count:,} {name}" for name, count in known]
+        rows = count_of(len(self.good), "row")
+        return f"Data: {self.origin.name} ({self.origin.kind}, {rows}): {', '.join(names)}"
 
     def add(self, record: Record) -> None:
         """Count a record that can be used."""
@@ -88,31 +139,27 @@ class Records:
 
     def loader(self) -> MediaLoader:
         """Make a loader of the images, which fetches nothing."""
-        origin = self.origin
-        return MediaLoader(
-            origin.folder, media_root=self.media_root, max_pixels=self.max_pixels, inside=origin.bytes_of
-        )
+        return self.reading.loader(self.origin)
 
 
-def read_records(source: Path | str | Source, media_root: Path | None = None, max_pixels: int | None = None) -> Records:
+def read_records(source: Path | str | Source, reading: Reading = PLAIN_READING) -> Records:
     """Read a source and check each record. Of an image or a clip, only the header is read.
 
     Bad rows are collected in `problems`; `raise_problems` turns them into an error.
 
     Args:
         source: what `open_source` opens, or an open source.
-        media_root: the folder that holds every image; None allows each path.
-        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
+        reading: what the user says of its rows and pictures.
 
     Raises:
         DataError: if the source cannot be read or holds no record.
     """
     origin = source if isinstance(source, Source) else open_source(str(source))
-    records = Records(origin, media_root=media_root, max_pixels=max_pixels)
+    records = Records(origin, reading)
     media = _MediaCheck(records.loader())
     for row in origin.all_rows():
         try:
-            record = read_record(row, origin.name)
+            record = read_record(row, origin.name, reading.columns)
             media.check(record.sources, thorough=len(records.problems) < MOST_SHOWN)
             context = [part for segment in record.segments if not segment.is_target for part in segment.parts]
             records.mentions += [(record.place, name) for name in find_mentions(context, media.loader)]

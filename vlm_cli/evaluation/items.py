@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.data.records import Problem, Record, Records, raise_problems, read_records
+from vlm_cli.data.records import PLAIN_READING, Problem, Reading, Record, Records, raise_problems, read_records
 from vlm_cli.evaluation.scores import is_exact
 from vlm_cli.generation.rows import Row
 from vlm_cli.prompt import Medium, Text, format
@@ -82,15 +82,13 @@ class GradedAnswer:
         }
 
 
-def read_items(
-    path: Path, limit: int | None = None, media_root: Path | None = None, max_pixels: int | None = None
-) -> tuple[list[Item], Records]:
+def read_items(path: Path, limit: int | None = None, reading: Reading = PLAIN_READING) -> tuple[list[Item], Records]:
     """Read and check a file of records; return the first `limit` items, and all records.
 
     Raises:
         DataError: if the file cannot be read, or listing every line that cannot be used.
     """
-    records = read_records(path, media_root, max_pixels)
+    records = read_records(path, reading)
     raise_problems(records, [Problem(r.line, problem) for r in records.good if (problem := _find_problem(r))])
     return [_item(record) for record in records.good[:limit]], records
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vlm_cli.data.records import Problem, raise_problems, read_records
+from vlm_cli.data.records import PLAIN_READING, Problem, Reading, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
@@ -111,8 +111,7 @@ def load_dataset(
     path: Path,
     model: VLM,
     processor: VLMProcessor,
-    media_root: Path | None = None,
-    max_pixels: int | None = None,
+    reading: Reading = PLAIN_READING,
     writer: PromptWriter | None = None,
 ) -> RecordDataset:
     """Read a file of records, check each record, and encode its text.
@@ -121,14 +120,13 @@ def load_dataset(
         path: the file.
         model: the model that learns them.
         processor: of the model.
-        media_root: the folder that holds every image; None allows each path.
-        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
+        reading: what the user says of its rows and pictures.
         writer: turns prompts into tokens; None for prompts as they stand.
 
     Raises:
         DataError: listing every line that cannot be used.
     """
-    records = read_records(path, media_root, max_pixels)
+    records = read_records(path, reading)
     preparer = RecordPreparer(model, processor, writer)
     images = processor.image_processor
     dataset = RecordDataset(

@@ -30,6 +30,7 @@ def identify_run(
     written = {
         "--chat-template": None if template.name == "auto" else template.identity,
         "--special-tokens": settings.special_tokens,
+        "--columns": job.reading.to_dict()["columns"],
         # The optimizer's groups follow from these; the numbers themselves may change.
         "--layer-decay": settings.layer_decay is not None,
         "--pack": settings.pack,

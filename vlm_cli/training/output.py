@@ -117,7 +117,7 @@ def describe_run(
 
     names = ("torch", "transformers", "accelerate", "open_clip_torch")
     return {
-        "job": {key: str(x) if isinstance(x, Path) else x for key, x in vars(job).items()},
+        "job": {key: str(x) if isinstance(x, Path) else x for key, x in job.to_dict().items()},
         "settings": settings.to_dict(),
         "processes": num_processes,
         "threads": torch.get_num_threads(),

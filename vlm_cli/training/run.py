@@ -271,13 +271,13 @@ class Run:
             VLMError: listing the records that cannot be learned.
         """
         files = [self.job.data, self.job.eval_data]
-        limits = self.job.media_root, self.job.max_pixels
         writer = PromptWriter(
             processor,
             TemplateChoice.parse(self.settings.chat_template),
             parse_special_tokens=self.settings.special_tokens,
         )
-        sets = [None if path is None else load_dataset(path, model, processor, *limits, writer) for path in files]
+        reading = self.job.reading
+        sets = [None if path is None else load_dataset(path, model, processor, reading, writer) for path in files]
         for path, data in zip(files, sets, strict=True):
             for note in [] if data is None else data.notes:
                 self.listener.notify(note)

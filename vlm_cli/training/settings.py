@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from vlm_cli.composition import PARTS
 from vlm_cli.composition.adapters import AdapterSettings, parse_adapters
 from vlm_cli.composition.composition import MAX_WEIGHT_DECAY
+from vlm_cli.data.records import PLAIN_READING, Reading
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import Alias, Flag, find_problems
 from vlm_cli.registry import suggest
@@ -58,8 +59,7 @@ class Job:
         overwrite: replace the output, and delete the checkpoints of an unfinished run.
         keep_checkpoints: keep the checkpoints after the output is written.
         trust_remote_code: run the language model's own code from the model's directory.
-        media_root: the folder that holds every image; None allows each path.
-        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
+        reading: what the user says of the rows and pictures of both.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
         verify: compare the hashes of the model's weight files with its manifest.
@@ -75,13 +75,16 @@ class Job:
     overwrite: bool = False
     keep_checkpoints: bool = False
     trust_remote_code: bool = False
-    media_root: Path | None = None
-    max_pixels: int | None = None
+    reading: Reading = PLAIN_READING
     backbones: Mapping[str, str] | None = None
     allow_hosts: tuple[str, ...] = ()
     verify: bool = False
     earlier: Path | None = None
     base: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the files, and what the user said of them."""
+        return {**{key: x for key, x in vars(self).items() if key != "reading"}, **self.reading.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)

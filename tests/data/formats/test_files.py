@@ -12,7 +12,7 @@ import pytest
 from tests.support.training import write
 from vlm_cli.data.formats import ColumnMap, recognise
 from vlm_cli.data.record import Content
-from vlm_cli.data.records import Records, read_records
+from vlm_cli.data.records import Reading, Records, read_records
 from vlm_cli.data.sources.base import Embedded
 from vlm_cli.prompt import Medium, Text
 
@@ -153,7 +153,8 @@ def test_what_a_format_leaves_out_is_noted(folder: Path) -> None:
     early = conversation("What?")
     early["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
     records = read(folder, early, texts("a <image>", images=["red.png"]), early)
-    answer, tag = records.notes
+    summary, answer, tag = records.notes
+    assert summary.endswith("rows.jsonl (JSON lines, 3 rows): 2 LLaVA conversations, 1 texts of FineVision")
     assert (
         answer.startswith("Note: line 1 of rows.jsonl begins with an answer, which is left out")
         and "1 more line" in answer
@@ -184,3 +185,11 @@ def test_columns_are_read_as_the_user_says(columns: str, row: dict[str, Any], ex
     assert [segment.parts for segment in content.segments] == expected
     assert content.is_turns == bool(expected[0])
     assert content.id == ("3" if "id=" in columns else None)
+
+
+def test_relative_paths_start_at_the_image_folder(folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [conversation("<image>", image="red.png")])
+    assert len(read_records(path).problems) == 1
+    assert read_records(path, Reading(image_folder=folder)).problems == []
+    (problem,) = read_records(path, Reading(image_folder=folder, media_root=tmp_path)).problems
+    assert "leads out of the media root" in problem.message

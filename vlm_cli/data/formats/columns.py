@@ -74,6 +74,9 @@ class ColumnMap(Format):
             )
         return cls(columns)
 
+    def __str__(self) -> str:
+        return ",".join(f"{name}={column}" for name, column in self.columns.items())
+
     def matches(self, data: dict[str, Any]) -> bool:
         return True
 
