@@ -6,7 +6,7 @@ From this description the command line makes the setting's option, and `find_pro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -44,6 +44,7 @@ class Flag:
         short: a shorter spelling, such as `-b`.
         old_names: spellings of earlier versions, which still work.
         aliases: names that other programs give this option.
+        items: what may stand in a list, if the value is one.
         per: names that may have numbers of their own: the value is then one number, or a mapping with these keys and
             `others`.
         above: the value must be greater than this.
@@ -59,6 +60,7 @@ class Flag:
     short: str | None = None
     old_names: tuple[str, ...] = ()
     aliases: tuple[Alias, ...] = ()
+    items: tuple[str, ...] = ()
     per: tuple[str, ...] = ()
     above: float | None = None
     least: float | None = None
@@ -92,6 +94,8 @@ class Setting:
             return None
         if self.flag.per and isinstance(value, Mapping):
             return self._find_problem_of_several(value)
+        if self.flag.items:
+            return self._find_problem_of_list(value)
         if self.choices:
             if value in self.choices:
                 return None
@@ -99,6 +103,13 @@ class Setting:
             known = ", ".join(self.choices)
             return f"unknown {self.name} {value!r}.{suggest(str(value), self.choices)} Known: {known}.{hint}"
         return self._find_problem_of_number(value) if self.type in (int, float) or self.flag.per else None
+
+    def _find_problem_of_list(self, values: Sequence[str]) -> str | None:
+        known = ", ".join(self.flag.items)
+        for x in values:
+            if x not in self.flag.items:
+                return f"unknown name {x!r} in {self.spelling}.{suggest(x, self.flag.items)} Known: {known}."
+        return None if values else f"{self.spelling} names nothing. Known: {known}."
 
     def _find_problem_of_several(self, values: Mapping[str, Any]) -> str | None:
         if not values:

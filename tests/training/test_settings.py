@@ -99,7 +99,7 @@ def test_spellings_of_transformers_set_our_settings(
     words: str, name: str, value: Any, monkeypatch: Any, vlm: Any
 ) -> None:
     seen: list[TrainingSettings] = []
-    monkeypatch.setattr(train_module, "_run", lambda job, settings, stages: seen.append(settings))
+    monkeypatch.setattr(train_module, "_run", lambda job, settings, *more: seen.append(settings))
     monkeypatch.setattr(train_module, "resolve_built_model", lambda model: model)
     result = vlm("train", "m", "--data", "d", "--output", "o", *words.split())
     assert result.exit_code == 0, result.stderr

@@ -179,7 +179,7 @@ def make_option(setting: Setting) -> Any:
         keywords["autocompletion"] = complete_parts  # --lora begins with a part
     elif get_origin(kind) is tuple:
         kind, keywords["parser"] = str, _split_names
-        keywords["autocompletion"] = complete_parts  # the only list among the settings is --trainable
+        keywords["autocompletion"] = offer(lambda: flag.items) if flag.items else complete_parts
     optional = kind | None if setting.default is None else kind
     return Annotated[optional, typer.Option(*names, **keywords)]
 

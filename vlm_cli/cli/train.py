@@ -27,9 +27,11 @@ from vlm_cli.cli.options import (
     flatten_options,
 )
 from vlm_cli.cli.progress import format_duration
+from vlm_cli.cli.spellings import accept_aliases
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
 from vlm_cli.data.records import Reading
 from vlm_cli.errors import UsageError
+from vlm_cli.flags import Alias
 from vlm_cli.models import resolve_built_model
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
@@ -82,6 +84,18 @@ KeepCheckpointsOption = Annotated[
     bool,
     option(RUN, "Keep OUT.checkpoints after the run has ended.", "--keep-checkpoints"),
 ]
+ResumeFromOption = Annotated[
+    str | None,
+    option(RUN, "Same as --resume; the value is true, or OUT's last checkpoint.", metavar="PATH", hidden=True),
+]
+PushOption = Annotated[
+    str | None,
+    option(
+        RUN,
+        "Send OUT to the Hugging Face hub when training is done. vlm makes the repository before training begins.",
+        metavar="ORG/NAME",
+    ),
+]
 TrustOption = Annotated[
     bool,
     option(RUN, "Run the language model's own code from the directory of MODEL.", "--trust-remote-code"),
@@ -103,8 +117,10 @@ def train(
     max_pixels: MaxPixelsOption = None,
     settings: TrainingSettings,
     resume: ResumeOption = False,
+    resume_from_checkpoint: ResumeFromOption = None,
     overwrite: OverwriteOption = False,
     keep_checkpoints: KeepCheckpointsOption = False,
+    push_to_hub: PushOption = None,
     trust_remote_code: TrustOption = False,
     verify: VerifyOption = False,
     places: BackboneOptions = BackboneOptions(),
@@ -124,7 +140,7 @@ def train(
         data=data or Path(),  # each stage has its own
         output=output,
         eval_data=eval_data,
-        resume=resume,
+        resume=resume or _is_resumed(resume_from_checkpoint, output),
         overwrite=overwrite,
         keep_checkpoints=keep_checkpoints,
         trust_remote_code=trust_remote_code,
@@ -134,7 +150,7 @@ def train(
         verify=verify,
     )
     plan = None if stages is None else read_stages(stages, _given_settings(context, settings))
-    results = _run(job, settings, plan)
+    results = _run(job, settings, plan, push_to_hub)
     if results is None:
         return  # only the first of several processes prints
     if as_json:
@@ -145,6 +161,9 @@ def train(
     else:
         _print_results(results)
     console.notify(f'Wrote {output}. Next: vlm generate --model {output} --image FILE "…"')
+
+
+accept_aliases(train, {Alias("--output-dir"): "--output", Alias("--hub-model-id"): "--push-to-hub"})
 
 
 def _check_given(model: Any, data: Any, eval_data: Any, stages: Any, output: Any) -> None:
@@ -170,20 +189,55 @@ def _given_settings(context: typer.Context, settings: TrainingSettings) -> dict[
     }
 
 
-def _run(job: Job, settings: TrainingSettings, stages: Sequence[Stage] | None) -> list[TrainingResult] | None:
+def _is_resumed(checkpoint: str | None, output: Path) -> bool:
+    """Read the value that Transformers' Trainer takes: true, false, or the path of a checkpoint.
+
+    Raises:
+        UsageError: if it is the path of anything but OUT's last checkpoint.
+    """
+    if checkpoint is None or checkpoint.lower() == "false":
+        return False
+    if checkpoint.lower() == "true":
+        return True
+    from vlm_cli.training.checkpoints import Checkpoints, checkpoint_folder
+
+    last = Checkpoints(checkpoint_folder(output)).last()
+    if last is None or last.path.resolve() != Path(checkpoint).resolve():
+        known = "it has none" if last is None else f"that is {str(last.path)!r}"
+        raise UsageError(
+            f"--resume-from-checkpoint {checkpoint!r} is not the last checkpoint of {output}: {known}. vlm continues "
+            "the run of OUT from its last checkpoint, with --resume. To start from trained weights, give them as MODEL."
+        )
+    return True
+
+
+def _run(
+    job: Job, settings: TrainingSettings, stages: Sequence[Stage] | None, repository: str | None
+) -> list[TrainingResult] | None:
+    """Train, and push the output to a repository of the hub if one is named."""
     terminal = _Terminal()
     try:
         terminal.step("starting")  # the libraries take seconds to load
         from vlm_cli.quiet import silence_libraries
+        from vlm_cli.training.processes import is_first_process
+        from vlm_cli.training.pushing import make_repository, push
         from vlm_cli.training.run import train_model
         from vlm_cli.training.staged import train_stages
 
         silence_libraries()
         keep_collecting()
+        if repository is not None and is_first_process():
+            make_repository(repository)
         if stages is not None:
-            return train_stages(job, stages, terminal)
-        result = train_model(job, settings, terminal)
-        return None if result is None else [result]
+            results = train_stages(job, stages, terminal)
+        else:
+            result = train_model(job, settings, terminal)
+            results = None if result is None else [result]
+        if repository is not None and results is not None:
+            terminal.step(f"sending {job.output} to {repository}")
+            push(job.output, repository)
+            terminal.step("")
+        return results
     finally:
         terminal.leave_line()
 

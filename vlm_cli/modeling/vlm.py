@@ -75,7 +75,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _no_split_modules = ["GatedCrossAttentionBlock", "VisionEncoder"]
+    _no_split_modules = ["VisionEncoder"]
     lang_model: Any  # any causal language model, which Transformers or its author's code defines
 
     if TYPE_CHECKING:

@@ -57,7 +57,9 @@ def make_arguments(
         dataloader_num_workers=workers,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to=[],
+        report_to=[],  # `make_reporters` makes them
+        run_name=folder.name.removesuffix(".checkpoints"),
+        project="vlm",
         disable_tqdm=True,
         log_level="error",
     )

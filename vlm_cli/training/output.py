@@ -24,6 +24,7 @@ from vlm_cli.training.checkpoints import Checkpoints
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.outcome import TrainingResult
 from vlm_cli.training.plot import draw_losses
+from vlm_cli.training.reporting import RUNS_FOLDER
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.version import __version__
 
@@ -38,7 +39,7 @@ def write_output(
     result: TrainingResult,
     run: dict[str, Any],
 ) -> None:
-    """Write the model, `metrics.jsonl`, `loss.png` and `training_args.json` to the output of a job.
+    """Write the model, its record, `metrics.jsonl`, `loss.png` and TensorBoard's files to the output of a job.
 
     Args:
         job: names the output and the folder of the checkpoints.
@@ -63,6 +64,8 @@ def write_output(
             else:
                 save(model, processor, partial, name=out.name, story=story)
             shutil.copy(metrics.path, partial / METRICS_FILE)
+            if (runs := metrics.path.parent / RUNS_FOLDER).is_dir():
+                shutil.copytree(runs, partial / RUNS_FOLDER)
             draw_losses(metrics.entries, partial / "loss.png", title=f"{out.name}: loss per token")
             if job.earlier is not None:
                 run = {**run, "stages": _keep_stages(job.earlier, partial)}

@@ -10,9 +10,14 @@ import torch
 
 from vlm_cli.errors import VLMError
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "is_first_process"]
 
 _T = TypeVar("_T")
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the only one of the run, or the first of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
 
 
 class Processes:

@@ -30,6 +30,7 @@ from vlm_cli.training.output import describe_run, digest_of_run, write_output
 from vlm_cli.training.packing import check_packing
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.rates import check_parts
+from vlm_cli.training.reporting import check_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
@@ -229,6 +230,7 @@ class Run:
             UsageError: naming the options.
         """
         make_schedule(self.settings)
+        check_reporters(self.settings.report_to)
         TemplateChoice.parse(self.settings.chat_template)  # before anything is loaded
         self.settings.accumulation(self.processes.count)
         piped = [path for path in (self.job.data, self.job.eval_data) if path is not None and is_pipe(path)]

@@ -344,6 +344,16 @@ class TrainingSettings:
             most=_MAX_STEPS,
         ),
     ] = 500
+    report_to: Annotated[
+        tuple[str, ...] | None,
+        Flag(
+            help="Send what is measured to these programs, too: tensorboard, wandb, trackio. Of tensorboard, OUT/runs "
+            "holds the files.",
+            heading=RUN,
+            metavar="NAME,…",
+            items=("tensorboard", "wandb", "trackio"),
+        ),
+    ] = None
     log_every: Annotated[
         int,
         Flag(

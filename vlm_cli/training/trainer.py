@@ -53,8 +53,10 @@ from vlm_cli.training.outcome import RunOutcome, StepReport
 from vlm_cli.training.packing import PackedRecords, PackedSampler, count_packs
 from vlm_cli.training.precision import float32_attention
 from vlm_cli.training.rates import group_parameters, rates_of_parts
+from vlm_cli.training.reporting import make_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import DEFAULT_RATE, TrainingSettings
+from vlm_cli.training.sharding import GatherForMethods
 from vlm_cli.training.watch import FiniteWatch
 
 __all__ = ["VLMTrainer"]
@@ -127,7 +129,7 @@ class VLMTrainer(Trainer):
                 data_collator=Collator(model.config.pad_token_id or 0),
                 train_dataset=train_set,
                 eval_dataset=eval_set,
-                callbacks=[history],
+                callbacks=[history, *make_reporters(settings.report_to, checkpoints.folder)],
             )
         self.metrics = MetricsLog(checkpoints.folder / METRICS_FILE, writes=self.is_world_process_zero())
         self.remove_callback(PrinterCallback)
@@ -170,6 +172,7 @@ class VLMTrainer(Trainer):
             evaluates = self.eval_set is not None
             self.add_callback(EndInTime(self.budget, is_interrupted=received, evaluates=evaluates))
             self.add_callback(_RestoreLosses(self, checkpoint))
+            self.add_callback(GatherForMethods())
             self.add_callback(_TellSteps(self.budget, self.step_done))
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
@@ -366,9 +369,8 @@ class VLMTrainer(Trainer):
         logs = logs | self._rates_of_parts(logs.get("learning_rate"))
         step, budget = self.state.global_step, self.budget
         epoch = round(step * self.settings.step_size(self.args.world_size) / self.rows_per_pass, 4)
-        self.state.log_history.append(
-            self.metrics.append({"step": step, "epoch": epoch, **logs}, seconds=budget.seconds)
-        )
+        entry = self.metrics.append({"step": step, "epoch": epoch, **logs}, seconds=budget.seconds)
+        self.state.log_history.append(entry)
         self.report(
             StepReport(
                 step,
@@ -382,7 +384,8 @@ class VLMTrainer(Trainer):
                 logs.get("grad_norm"),
             )
         )
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        measured = {name: x for name, x in entry.items() if name != "step"}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, measured)
 
     def _rates_of_parts(self, highest: float | None) -> dict[str, float]:
         """Return the rate now of each part that has its own, if the highest is this."""

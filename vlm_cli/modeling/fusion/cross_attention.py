@@ -77,6 +77,10 @@ class GatedCrossAttentionBlock(nn.Module):
         nn.init.zeros_(self.attn_gate)
         nn.init.zeros_(self.ff_gate)
 
+    def project(self, media: Tensor) -> Tensor:
+        """Compute keys and values of vision tokens, as `MaskedCrossAttention.project` does."""
+        return self.attn.project(media)
+
     @property
     def dim(self) -> int:
         """Channels of the hidden states."""
@@ -124,12 +128,12 @@ class GatedCrossAttention(nn.Module):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or vision_tokens.is_meta:
             media = vision_tokens.flatten(1, 2)
-            return torch.stack([block.attn.project(media) for block in self.blocks.values()], dim=1)
+            return torch.stack([block.project(media) for block in self.blocks.values()], dim=1)
         B, T, n, _ = vision_tokens.shape
         media, inverse = deduplicate(vision_tokens.flatten(0, 1))  # [media, n, dim_media], [B·T_img]
         keys_values: Any = None
         for slot, block in enumerate(self.blocks.values()):  # fill one tensor: stacking would need twice the memory
-            found = block.attn.project(media)  # [media, 2, h, n, k]
+            found = block.project(media)  # [media, 2, h, n, k]
             if keys_values is None:
                 keys_values = found.new_empty(B, len(self.blocks), 2, found.shape[2], T * n, found.shape[4])
             keys_values[:, slot] = rearrange(found[inverse], "(B T) two h n k -> B two h (T n) k", B=B)
@@ -159,6 +163,7 @@ class VLMWithCrossAttention(VLM):
     """
 
     _fusion_class: type[GatedCrossAttention] = GatedCrossAttention
+    _no_split_modules = ["GatedCrossAttentionBlock", "VisionEncoder"]
 
     fusion: GatedCrossAttention
 
