@@ -19,6 +19,7 @@ from transformers import (
     InternVLVideoProcessor,
     InternVLVisionConfig,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 from transformers.models.cohere2_vision.image_processing_cohere2_vision import get_optimal_tiled_canvas
@@ -154,3 +155,35 @@ def internvl(
     )
     processor.save_pretrained(folder)
     return TiledCase(source=folder, model=theirs, processor=processor, placeholder="<IMG_CONTEXT>")
+
+
+def qianfan_ocr(
+    folder: Path, *, is_tied: bool = False, shard: str = "5GB", images: dict[str, Any] | None = None, **changes: Any
+) -> TiledCase:
+    from transformers import (  # the oldest release may lack it
+        QianfanOCRConfig,
+        QianfanOCRForConditionalGeneration,
+        QianfanOCRProcessor,
+        QianfanOCRVisionConfig,
+    )
+
+    vision = QianfanOCRVisionConfig(
+        **TOWER | {"image_size": [TILE] * 2, "patch_size": [PATCH] * 2} | changes.pop("vision", {})
+    )
+    config = QianfanOCRConfig(
+        vision_config=vision,
+        text_config=Qwen3Config(**TEXT, head_dim=16, tie_word_embeddings=is_tied),
+        tie_word_embeddings=is_tied,
+        image_token_id=VOCABULARY + 2,
+        image_seq_length=4,
+        **changes,
+    )
+    theirs = stir(QianfanOCRForConditionalGeneration(config), seed=5)
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    names = {key: x for key, x in INTERNVL_TOKENS.items() if key != "video_token"}
+    tokenizer = write_tokenizer(folder, *names.values(), pad="w0", named=names)
+    image_processor = GotOcr2ImageProcessorPil(size=SQUARE, **{"crop_to_patches": True} | (images or {}))
+    side = round((TILE // PATCH) * config.downsample_ratio)
+    processor = QianfanOCRProcessor(image_processor, tokenizer, image_seq_length=side**2)
+    processor.save_pretrained(folder)
+    return TiledCase(source=folder, model=theirs, processor=processor)

@@ -1,4 +1,4 @@
-"""Cohere2 Vision, Aya Vision and InternVL, against Transformers' classes and processors."""
+"""Cohere2 Vision, Aya Vision, InternVL and Qianfan-OCR, against Transformers' classes and processors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from dataclasses import replace
 
 import pytest
 from transformers import Cohere2VisionImageProcessor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.support.grid_models import SQUARE, Cohere2VisionImageProcessorPil, aya_vision, cohere2_vision, internvl
+from tests.support.grid_models import (
+    SQUARE,
+    Cohere2VisionImageProcessorPil,
+    aya_vision,
+    cohere2_vision,
+    internvl,
+    qianfan_ocr,
+)
 from tests.support.photographs import PHOTOGRAPHS, photograph
 from tests.support.published import rewrite_config
 from tests.support.tiled import check_tiled
@@ -15,6 +23,7 @@ from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.errors import CheckpointError
 
 MADE = {"cohere2_vision": cohere2_vision, "aya_vision": aya_vision, "internvl": internvl}
+MADE |= {"qianfan_ocr": qianfan_ocr} if "qianfan_ocr" in CONFIG_MAPPING else {}  # of a later release
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -44,7 +53,7 @@ def test_photographs_of_many_shapes(tmp_path, kind):
     ids=str,
 )
 def test_ways_to_write_it(tmp_path, kind, changes):
-    if kind == "internvl":
+    if kind in ("internvl", "qianfan_ocr"):
         changes = {"downsample_ratio": 1.0} if "downsample_factor" in changes else changes
         changes = {key: x for key, x in changes.items() if key != "text"}  # Qwen's logits have no scale
     imported = check_tiled(MADE[kind](tmp_path, **changes), ["3:2", "1:4"])
@@ -53,7 +62,7 @@ def test_ways_to_write_it(tmp_path, kind, changes):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", ["aya_vision", "internvl"])
+@pytest.mark.parametrize("kind", [x for x in MADE if x != "cohere2_vision"])
 @pytest.mark.parametrize("layer", [-2, 1, 3])
 def test_another_layer(tmp_path, kind, layer):
     check_tiled(MADE[kind](tmp_path, vision_feature_layer=layer), ["2:3"])

@@ -25,6 +25,7 @@ from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo
 from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
 from vlm_cli.checkpoint.published.layouts.ovis2 import HuggingFaceOvis2
 from vlm_cli.checkpoint.published.layouts.perception_lm import HuggingFacePerceptionLM
+from vlm_cli.checkpoint.published.layouts.qianfan_ocr import HuggingFaceQianfanOCR
 from vlm_cli.checkpoint.published.layouts.vipllava import HuggingFaceViPLLaVA
 from vlm_cli.checkpoint.published.layouts.xgen_mm import XGenMM
 
@@ -41,6 +42,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceCohere2Vision(),
     HuggingFaceAyaVision(),
     HuggingFaceInternVL(),
+    HuggingFaceQianfanOCR(),
     Kosmos2(),
     HuggingFacePerceptionLM(),
     OriginalLLaVA(),

@@ -6,6 +6,7 @@ processing_internvl.py, with transformers/models/got_ocr2/image_processing_got_o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import InternVLConfig
@@ -21,14 +22,14 @@ from vlm_cli.checkpoint.published.layouts.hf_grid import (
     read_layer,
     read_limits,
 )
-from vlm_cli.checkpoint.published.layouts.hf_parts import read_parts
+from vlm_cli.checkpoint.published.layouts.hf_parts import HFParts, read_parts
 from vlm_cli.checkpoint.published.settings import Settings
 from vlm_cli.errors import CheckpointError
 from vlm_cli.schema import show
 
 __all__ = ["HuggingFaceInternVL"]
 
-_SETTINGS = Settings(
+_SETTINGS = Settings(  # Qianfan-OCR has the same
     config=InternVLConfig,
     read={"vision_config", "text_config", "image_token_id", "downsample_ratio", "vision_feature_layer"},
     without_effect={"tie_word_embeddings", "pad_token_id", "image_seq_length"},
@@ -43,19 +44,24 @@ class HuggingFaceInternVL:
 
     name = "InternVL (Hugging Face)"
     source = "transformers/models/internvl/modeling_internvl.py"
+    #: Settings of the processor, and their defaults.
+    written: Mapping[str, Any] = {"image_seq_length": 256}
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         """Look for the projector's first matrix and the configuration's type."""
         return matches_grid_model(checkpoint, "internvl")
 
+    def read_parts(self, checkpoint: PublishedCheckpoint) -> HFParts:
+        """Read the parts. The processor cuts whatever its image processor's file says of `crop_to_patches`."""
+        return read_parts(checkpoint, _SETTINGS, cuts=GRID_SETTINGS, like={})
+
     def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
         """Read sizes from `config.json`, and texts from the tokenizer: the checkpoint holds all parts."""
-        # The processor cuts whatever its image processor's file says of crop_to_patches.
-        parts = read_parts(checkpoint, _SETTINGS, cuts=GRID_SETTINGS, like={})
+        parts = self.read_parts(checkpoint)
         config: Any = parts.config
         tokens = read_named_tokens(checkpoint.folder, _TOKENS)
         factor = _read_factor(checkpoint.name, config.downsample_ratio)
-        written = read_processor(checkpoint.folder, {"image_seq_length": 256})["image_seq_length"]
+        written = read_processor(checkpoint.folder, self.written)["image_seq_length"]
         check_tokens_of_a_tile(checkpoint, parts, factor, written)
         return describe_grid_model(
             checkpoint,
