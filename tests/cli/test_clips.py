@@ -201,7 +201,7 @@ def test_bad_clips_are_refused_in_words(vlm, folder, open_gates, tmp_path):
     for clip, code, words in (
         ("clip.mp4?frames=2&fps=1", 2, "frames and fps both say how many frames are read"),
         ("clip.mp4?start=9", 1, "lies beyond the end of"),
-        ("photo.png?frames=2", 0, ""),  # a picture of one frame
+        ("photo.png?frames=2", 1, "is a still image (PNG), and no clip"),
         ("rows.txt", 1, "no video that vlm reads"),
     ):
         (folder / "rows.txt").write_text("no clip")

@@ -25,7 +25,9 @@ _MOST_CHARACTERS = 200  # of a template
 #: Setting -> what its text may name in braces. What stands in `_ONCE` must be named exactly once.
 _NAMES = {
     "picture_text": ("views",),
-    "clip_text": ("views", "frames", "seconds", "times"),
+    "clip_text": ("views", "frames", "frames_in_words", "seconds", "duration", "times"),
+    "frame_text": ("number", "time", "seconds", "image"),
+    "between_frames_text": (),
     "whole_text": ("image",),
     "thumbnail_text": ("image",),
     "tile_text": ("row", "column", "number", "image"),
@@ -44,6 +46,9 @@ class TilingOptions:
     picture_text: str = "{views}"  # text around a picture's views, such as "<img>{views}</img>" (InternVL)
     #: Text around a clip; it may name {frames}, their number, {times}, their seconds, and {seconds}, the clip's length.
     clip_text: str = "{views}"
+    #: Text around each frame of a clip, which is then a medium of its own, such as "Frame{number}: {image}" (InternVL).
+    frame_text: str | None = None
+    between_frames_text: str = ""  # between two such frames
 
     def __post_init__(self) -> None:
         problems = [*self._find_text_problems(), *self._find_problems()]
@@ -51,7 +56,9 @@ class TilingOptions:
             raise CompositionError(problems)
 
     def _find_problems(self) -> list[str]:
-        """Find what is wrong with a subclass's own settings."""
+        """Find what is wrong with settings beside the texts."""
+        if self.between_frames_text and self.frame_text is None:
+            return ['between_frames_text needs frame_text, which makes a medium of each frame: frame_text: "{image}".']
         return []
 
     def _find_text_problems(self) -> list[str]:
@@ -88,7 +95,7 @@ class _TileOptions(TilingOptions):
     max_tiles: int | None = None  # the most tiles of a picture, its thumbnail left out; None: no limit of its own
 
     def _find_problems(self) -> list[str]:
-        return _find_size_problems(self, tile_size=_MOST_PIXELS, max_tiles=TILE_LIMIT)
+        return [*super()._find_problems(), *_find_size_problems(self, tile_size=_MOST_PIXELS, max_tiles=TILE_LIMIT)]
 
 
 @dataclass(frozen=True, kw_only=True)

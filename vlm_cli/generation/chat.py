@@ -21,7 +21,7 @@ from vlm_cli.modeling.batching import MediumPixels, stack_grids, stack_media, st
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.tiling import MediumSize
-from vlm_cli.writing.clip_text import add_clip_texts, chosen_of
+from vlm_cli.writing.clip_text import add_clip_texts, chosen_of, split_clips
 from vlm_cli.writing.conversation import Conversation
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class Chat:
         """
         started = time.monotonic()
         asked = self.conversation.ask(add_clip_texts(parts, self.plan.processor, chosen_of(media)))
-        pixels = [self.plan.processor.image_processor.read(medium) for medium in media]
+        shown_media = split_clips(media, self.plan.processor)
+        pixels = [self.plan.processor.image_processor.read(medium) for medium in shown_media]
         sizes = (*self.media.sizes, *(medium.size for medium in pixels))
         positions = self._positions(asked, sizes)
         room = self.plan.room(positions, notify, sizes)

@@ -77,8 +77,8 @@ class Row:
         Raises:
             MediaError: if the header of a clip cannot be read.
         """
-        parts_to_write = add_clip_texts(parts, plan.processor, loader.choose_frames)
-        self.ids = plan.writer.encode(parts_to_write, is_turns=is_turns, system=system)
+        parts = add_clip_texts(parts, plan.processor, loader.choose_frames)
+        self.ids = plan.writer.encode(parts, is_turns=is_turns, system=system)
         self.sources = [part for part in parts if isinstance(part, Medium)]
         self.media = measure_media(parts, loader, plan.processor.image_processor)
 

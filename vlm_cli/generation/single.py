@@ -13,7 +13,7 @@ from transformers import BatchFeature
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.writing.clip_text import add_clip_texts, chosen_of
+from vlm_cli.writing.clip_text import add_clip_texts, chosen_of, split_clips
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -71,10 +71,11 @@ def generate_once(
     Raises:
         PromptError: if the prompt alone has too many positions or images for the model.
     """
-    pixels = [plan.processor.image_processor.read(medium) for medium in media]
+    parts = add_clip_texts(parts, plan.processor, chosen_of(media))
+    pixels = [plan.processor.image_processor.read(medium) for medium in split_clips(media, plan.processor)]
     sizes = [medium.size for medium in pixels]
     plan.budget.check_media(sizes)
-    ids, mask = pad_left([plan.writer.encode(add_clip_texts(parts, plan.processor, chosen_of(media)))], 0)
+    ids, mask = pad_left([plan.writer.encode(parts)], 0)
     inputs = BatchFeature({"input_ids": ids, "attention_mask": mask})
     if media:
         inputs.update(stack_pixels([pixels]))

@@ -15,7 +15,7 @@ from vlm_cli.lookalike import find_lookalike
 from vlm_cli.media.clip import Clip, open_clip
 from vlm_cli.media.decode import MAX_PIXELS, decode_image, measure_image
 from vlm_cli.media.frame_folder import FrameFolder
-from vlm_cli.media.request import ClipRequest
+from vlm_cli.media.request import ClipRequest, name_frame
 from vlm_cli.media.sources import (
     INSIDE,
     find_file,
@@ -106,6 +106,21 @@ class LoadedClip:
     height: int
     chosen: ChosenFrames
     notes: tuple[str, ...] = ()
+
+    def split(self) -> list[LoadedClip]:
+        """Return each frame as a clip of its own; the first has the notes."""
+        seconds = self.chosen.seconds
+        return [
+            LoadedClip(
+                (frame,),
+                name_frame(self.source, index),
+                frame.width,
+                frame.height,
+                ChosenFrames((index,), None if seconds is None else (seconds[i],), self.chosen.duration),
+                () if i else self.notes,
+            )
+            for i, (frame, index) in enumerate(zip(self.frames, self.chosen.indices, strict=True))
+        ]
 
 
 @dataclass

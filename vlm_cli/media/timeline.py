@@ -55,6 +55,13 @@ class Timeline:
         Raises:
             MediaError: if the part has no frame, or more frames than vlm reads.
         """
+        if request.frame is not None:
+            if request.frame >= len(self.ticks):
+                raise MediaError(
+                    f"{name} has {len(self.ticks):,} frames, so there is no frame={request.frame}; the last one is "
+                    f"frame={len(self.ticks) - 1}."
+                )
+            return [request.frame]
         first, last = self._part(request, name)
         if request.fps is None:
             wanted = request.most or 1

@@ -100,7 +100,8 @@ def lay_out(
         PromptError: if the vision tokenizer cannot take a medium.
     """
     loader = loader or MediaLoader()
-    ids = (writer or PromptWriter(processor)).encode(add_clip_texts(parts, processor, loader.choose_frames))
+    parts = add_clip_texts(parts, processor, loader.choose_frames)
+    ids = (writer or PromptWriter(processor)).encode(parts)
     budget = ContextBudget.of(model)
     spans: list[Span] = []
     media = [part for part in parts if isinstance(part, Medium)]

@@ -75,7 +75,8 @@ class RecordPreparer:
         Raises:
             VLMError: if a medium cannot be read, the chat template cannot write the record, or it is too long.
         """
-        encoded = self._encoder.encode(self._with_clip_texts(record, loader))
+        record = self._with_clip_texts(record, loader)
+        encoded = self._encoder.encode(record)
         sizes = measure_media(record.sources, loader, self.processor.image_processor)
         longest = encoded[-1]
         if problem := self._budget.problem(len(longest.ids), sizes[: longest.num_media]):

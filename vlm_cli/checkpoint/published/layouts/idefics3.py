@@ -58,6 +58,7 @@ class HuggingFaceIdefics3:
     model_type = "idefics3"
     config: type[PreTrainedConfig] = Idefics3Config
     longest_edge, tile = 4 * 364, 364  # pixels, where no file says it
+    clip_texts: Mapping[str, str] = {}  # it reads no clips
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         """Look for the projection and the configuration's type."""
@@ -79,7 +80,12 @@ class HuggingFaceIdefics3:
                 "vision_encoder": {"name": f"hf:{checkpoint.name}"},
                 "vision_tokenizer": {"type": "linear", "bias": False, "pixel_shuffle": config.scale_factor},
                 "fusion": "language-stream",
-                "tiling": {"type": "split", "longest_edge": self._read_edge(checkpoint.name, parts), **_TEXTS},
+                "tiling": {
+                    "type": "split",
+                    "longest_edge": self._read_edge(checkpoint.name, parts),
+                    **_TEXTS,
+                    **self.clip_texts,
+                },
                 "language_model": {"name": checkpoint.name},
                 "added_tokens": [MEDIA_TOKEN],
                 "trainable": ["vision_tokenizer", "language_model"],
@@ -121,6 +127,11 @@ class HuggingFaceSmolVLM(HuggingFaceIdefics3):
     source = "transformers/models/smolvlm/modeling_smolvlm.py"
     model_type = "smolvlm"
     config = SmolVLMConfig
+    clip_texts: Mapping[str, str] = {
+        "clip_text": "You are provided the following series of {frames_in_words} frames from a {duration} [H:MM:SS] "
+        "video.\n{views}\n\n",
+        "frame_text": "\nFrame from {time}:{image}",
+    }
 
 
 def _convert_tower(vision_config: dict[str, Any]) -> dict[str, Any]:

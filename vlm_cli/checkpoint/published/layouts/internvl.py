@@ -44,6 +44,8 @@ class HuggingFaceInternVL:
 
     name = "InternVL (Hugging Face)"
     source = "transformers/models/internvl/modeling_internvl.py"
+    #: What the processor writes around the frames of a clip.
+    clip_texts: Mapping[str, str] = {"frame_text": "Frame{number}: {image}", "between_frames_text": "\n"}
     #: Settings of the processor, and their defaults.
     written: Mapping[str, Any] = {"image_seq_length": 256}
 
@@ -71,6 +73,7 @@ class HuggingFaceInternVL:
             tiling={
                 **read_limits(parts.images),
                 "picture_text": f"{tokens['start_image_token']}{{views}}{tokens['end_image_token']}",
+                **self.clip_texts,
             },
         )
 

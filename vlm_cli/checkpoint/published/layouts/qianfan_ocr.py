@@ -7,7 +7,9 @@ which renames the published tensors.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.hf_parts import HFParts
@@ -40,8 +42,9 @@ class HuggingFaceQianfanOCR(HuggingFaceInternVL):
 
     name = "Qianfan-OCR (Hugging Face)"
     source = "transformers/models/qianfan_ocr/modeling_qianfan_ocr.py"
+    clip_texts: Mapping[str, str] = {}  # it reads no clips
     # The placeholder is what chat templates write; vlm's is <image>.
-    written = {"image_seq_length": 256, "image_placeholder_token": "<image>"}
+    written: Mapping[str, Any] = {"image_seq_length": 256, "image_placeholder_token": "<image>"}
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
         """Look for the projector's first matrix and the configuration's type."""
