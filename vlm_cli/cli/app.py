@@ -27,6 +27,7 @@ from vlm_cli.cli import (
     generate,
     inspect,
     list_parts,
+    serve,
     terminal,
     train,
 )
@@ -120,6 +121,7 @@ for _name, _command in (
     ("generate", generate.generate),
     ("chat", chat.chat),
     ("batch", batch.batch),
+    ("serve", serve.serve),
     ("count-params", count_params.count_params),
     ("list", list_parts.list_parts),
     ("doctor", doctor.doctor),

@@ -39,7 +39,11 @@ class TextStream(BaseStreamer):
             self.prompt_is_over = True
             self.prompt = value.reshape(-1).tolist()
             return
-        self.ids += value.reshape(-1).tolist()
+        self.add(value.reshape(-1).tolist())
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Receive new tokens, and write what they make certain."""
+        self.ids += ids
         self._advance(self._certain(self.decode(self.prompt, self.ids)))
 
     def end(self) -> None:

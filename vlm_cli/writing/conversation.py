@@ -148,6 +148,15 @@ class ChatFormat:
             add_special_tokens=is_start and self.template is None,  # a template writes its own
         )
 
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of messages, up to where the answer to the last of them begins.
+
+        Raises:
+            LanguageModelError: if the template cannot write these messages.
+        """
+        markers = Markers.absent_from(self.template or "", *(text for message in messages for text in message.texts))
+        return self.encode(self.render(messages, markers), markers, is_start=True)
+
     def _apply_system(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
         """Write messages that begin with the system text.
 

@@ -1,0 +1,1 @@
+"""Answer requests of other programs over HTTP, in the protocol of OpenAI."""
