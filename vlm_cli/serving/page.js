@@ -165,7 +165,7 @@ async function ask() {
       if (!piece) continue;
       first ??= since();
       text += piece;
-      words.textContent = text;
+      words.textContent = text.trimStart();
       keepInSight();
     }
   } catch (error) {
