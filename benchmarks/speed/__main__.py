@@ -16,7 +16,7 @@ import typer
 from benchmarks.speed.question import Settings, command
 from benchmarks.speed.results import Report, bars_table, page
 
-QUESTIONS = ("startup", "encode", "prefill", "decode", "train_step", "memory", "growth", "batch", "clip")
+QUESTIONS = ("startup", "encode", "prefill", "decode", "train_step", "training", "memory", "growth", "batch", "clip")
 
 
 def main(settings: Settings) -> None:

@@ -95,4 +95,6 @@ class AddedTokens(nn.Module):
 
         Columns from `first_id` on, which pad the language model's table and belong to no token, are dropped first.
         """
-        return torch.cat([logits[..., : self.first_id], self.head(hidden).to(logits.dtype)], dim=-1)
+        if logits.shape[-1] != self.first_id:  # in the backward pass, a slice of everything costs a copy
+            logits = logits[..., : self.first_id]
+        return torch.cat([logits, self.head(hidden).to(logits.dtype)], dim=-1)
