@@ -72,6 +72,15 @@ StagesOption = Annotated[
         metavar="FILE",
     ),
 ]
+CacheFeaturesOption = Annotated[
+    Path | None,
+    option(
+        DATA,
+        "Keep what the frozen vision encoder gives for each picture in the folder DIR, so that it reads a picture once "
+        "and not in each pass. vlm first tells how much that takes.",
+        metavar="DIR",
+    ),
+]
 ResumeOption = Annotated[
     bool,
     option(RUN, "Continue an interrupted run from its last complete checkpoint.", "--resume"),
@@ -115,6 +124,7 @@ def train(
     image_folder: ImageFolderOption = None,
     media_root: MediaRootOption = None,
     max_pixels: MaxPixelsOption = None,
+    cache_features: CacheFeaturesOption = None,
     settings: TrainingSettings,
     resume: ResumeOption = False,
     resume_from_checkpoint: ResumeFromOption = None,
@@ -148,6 +158,7 @@ def train(
         backbones=places.backbones,
         allow_hosts=places.allow_hosts,
         verify=verify,
+        cache_features=cache_features,
     )
     plan = None if stages is None else read_stages(stages, _given_settings(context, settings))
     results = _run(job, settings, plan, push_to_hub)

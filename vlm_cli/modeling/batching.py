@@ -86,15 +86,19 @@ class MediumPixels:
     size: MediumSize
 
 
-def stack_pixels(rows: Sequence[Sequence[MediumPixels]]) -> dict[str, Tensor]:
+def stack_pixels(rows: Sequence[Sequence[MediumPixels]], name: str = "pixel_values") -> dict[str, Tensor]:
     """Stack the media of rows as `VLM.forward` takes them.
 
+    Args:
+        rows: for each row its media; their views may be features, float[F, v, d].
+        name: by which `VLM.forward` takes the views.
+
     Returns:
-        `pixel_values` float[B, T_img, F, C, H, W], `vision_mask` bool[B, T_img, F], and if a picture has tiles
+        The views, float[B, T_img, F, C, H, W], `vision_mask` bool[B, T_img, F], and if a picture has tiles
         `vision_grid` int[B, T_img, 4].
     """
     pixels, mask = stack_media([[medium.views for medium in row] for row in rows])
-    return {"pixel_values": pixels, "vision_mask": mask, **stack_grids([[x.size for x in row] for row in rows])}
+    return {name: pixels, "vision_mask": mask, **stack_grids([[x.size for x in row] for row in rows])}
 
 
 def stack_grids(rows: Sequence[Sequence[MediumSize]]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.encoders.views import pad_views
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 
-__all__ = ["encode_media"]
+__all__ = ["encode_features", "encode_media"]
 
 
 def encode_media(
@@ -75,15 +75,63 @@ def encode_media(
         tokens = tokenizer(_encode_pictures_once(encoder, vision_x, frame_mask, vision_grid), frame_mask)
     else:
         features, number = _encode_frames(encoder, vision_x, frame_mask)
-        grouping = None if bands is None or vision_grid is None else (bands, vision_grid)
-        tokens = _make_tokens(tokenizer, features, number, independently, grouping)
-        if arrangement is not None and arrangement.pools_patches:
-            is_clip = arrangement.find_clips(number, vision_grid)
-            pooled = _make_tokens(tokenizer, arrangement.pool(features), number, independently)
-            pooled = nnf.pad(pooled, (0, 0, 0, tokens.shape[2] - pooled.shape[2]))
-            tokens = torch.where(is_clip[..., None, None], pooled, tokens)
+        tokens = _make_all_tokens(tokenizer, features, number, independently, arrangement, bands, vision_grid)
     if frame_mask is None:
         frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
+    return _arranged(tokenizer, tokens, frame_mask, vision_grid, arrangement)
+
+
+def encode_features(
+    tokenizer: Any,
+    features: Tensor,
+    vision_mask: Tensor | None = None,
+    vision_grid: Tensor | None = None,
+    *,
+    independently: bool,
+    arrangement: Arrangement | None = None,
+    bands: Bands | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the vision tokens of media whose features are known; arguments and results as for `encode_media`.
+
+    Args:
+        features: float[B, T_img, F, v, d], what the encoder gave for each view.
+    """
+    mask = torch.ones_like(features[..., 0, 0], dtype=torch.bool) if vision_mask is None else vision_mask.bool()
+    number = torch.arange(mask.numel(), device=mask.device).view(mask.shape).masked_fill(~mask, -1)
+    bands = None if vision_grid is None else bands
+    features = features.flatten(0, 2).to(next(tokenizer.parameters()).dtype)
+    tokens = _make_all_tokens(tokenizer, features, number, independently, arrangement, bands, vision_grid)
+    return _arranged(tokenizer, tokens, mask, vision_grid, arrangement)
+
+
+def _make_all_tokens(
+    tokenizer: Any,
+    features: Tensor,
+    number: Tensor,
+    independently: bool,
+    arrangement: Arrangement | None,
+    bands: Bands | None,
+    vision_grid: Tensor | None,
+) -> Tensor:
+    """Make the vision tokens of pictures and of clips, whose patches an arrangement may pool."""
+    grouping = None if bands is None or vision_grid is None else (bands, vision_grid)
+    tokens = _make_tokens(tokenizer, features, number, independently, grouping)
+    if arrangement is None or not arrangement.pools_patches:
+        return tokens
+    is_clip = arrangement.find_clips(number, vision_grid)
+    pooled = _make_tokens(tokenizer, arrangement.pool(features), number, independently)
+    pooled = nnf.pad(pooled, (0, 0, 0, tokens.shape[2] - pooled.shape[2]))
+    return torch.where(is_clip[..., None, None], pooled, tokens)
+
+
+def _arranged(
+    tokenizer: Any, tokens: Tensor, frame_mask: Tensor, vision_grid: Tensor | None, arrangement: Arrangement | None
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens in their order, and which of them are not padding.
+
+    Raises:
+        VisionEncoderError: if there are more or fewer than the configuration says.
+    """
     mask = tokenizer.token_mask(frame_mask)
     if mask.shape[2] != tokens.shape[2]:
         raise VisionEncoderError(

@@ -47,7 +47,7 @@ from vlm_cli.modeling.packed import positions_within
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import build_tower
 from vlm_cli.modeling.trainable_parts import TrainableParts
-from vlm_cli.modeling.vision import encode_media
+from vlm_cli.modeling.vision import encode_features, encode_media
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vision_tokenizers.making import make_vision_tokenizer
 from vlm_cli.registry import FUSIONS
@@ -363,6 +363,24 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             bands=self.bands,
         )
 
+    def encode_features(
+        self, features: Tensor, vision_mask: Tensor | None = None, vision_grid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the vision tokens of media from float[B, T_img, F, v, d], what the vision encoder gave for each view.
+
+        The other arguments and the results are those of `encode_vision`. An encoder that reads the views of a medium
+        together gives no features of a view.
+        """
+        return encode_features(
+            self.vision_tokenizer,
+            features,
+            vision_mask,
+            vision_grid,
+            independently=self.encodes_media_independently,
+            arrangement=self.arrangement,
+            bands=self.bands,
+        )
+
     def _resolve_media(
         self,
         vision_x: Tensor | None,
@@ -475,6 +493,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         prefix_mask: Tensor | None = None,
         logits_at: Tensor | None = None,
         segments: Tensor | None = None,
+        vision_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
@@ -504,6 +523,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             segments: int[B, T_txt] of packed rows, which do not see each other: the number of each token's row in its
                 packed row, from 1, and 0 at padding. None if rows are not packed. Give -100 as the label of the first
                 token of each row.
+            vision_features: float[B, T_img, F, v, d], what the encoder gave for each view, instead of `vision_x`.
             kwargs: for the language model.
 
         Returns:
@@ -520,6 +540,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             kwargs[self.lm_interface.cache_name] = past_key_values
         self._check_chunk(lang_x, kwargs.get(self.lm_interface.cache_name))
         num_tokens = lang_x.shape[1]
+        if vision_features is not None:
+            vision_tokens, media_mask = self.encode_features(vision_features, vision_mask, vision_grid)
         if media is None:
             media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
         expanded = None

@@ -23,6 +23,7 @@ from vlm_cli.modeling.learned import IGNORED, find_learned
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.prompt import Medium
+from vlm_cli.training.features import FeatureCache
 from vlm_cli.training.preparing import RecordPreparer
 from vlm_cli.writing.writer import PromptWriter
 
@@ -31,7 +32,9 @@ __all__ = ["Collator", "RecordDataset", "check_batch", "load_dataset"]
 
 @dataclass
 class RecordDataset(Dataset[dict[str, Any]]):
-    """N sequences of records, as tokens and sources of images; an item has `index`, `ids`, `labels` and `pixels`.
+    """N sequences of records, as tokens and sources of images.
+
+    An item has `index`, `ids`, `labels` and `pixels`, or `features` instead of pixels.
 
     One array holds the tokens of all records, so that worker processes share it; those of record i are
     `ids[ends[i] : ends[i + 1]]`.
@@ -52,6 +55,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
         positions: int[N], how many positions of the language model each record takes.
         names: for each record, its id.
         lines: for each record, the number of its line.
+        features: where the features of images and clips are; None to read their pixels.
     """
 
     name: str
@@ -69,6 +73,7 @@ class RecordDataset(Dataset[dict[str, Any]]):
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     names: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
+    features: FeatureCache | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -78,8 +83,14 @@ class RecordDataset(Dataset[dict[str, Any]]):
         ids = torch.from_numpy(self.ids[span].astype(np.int64))
         labels = ids.masked_fill(torch.from_numpy(~self.is_target[span]), IGNORED)
         item = {"index": int(index), "ids": ids, "labels": labels}
+        if self.features is not None:
+            kept = [self.features.find(medium) for medium in self.sources[index]]
+            if all(medium is not None for medium in kept):
+                return item | {"features": kept}
         try:
             media = [self.loader.load_medium(x.source, x.kind) for x in self.sources[index]]
+            if self.features is not None:
+                raise MediaError(f"its features are no longer in {str(self.features.folder)!r}. Repeat the command.")
         except (MediaError, PromptError) as error:
             # The item carries the message, because an error in a worker process reaches the user as a traceback.
             return item | {"error": f"line {self.lines[index]} of {self.name!r}: {error}"}
@@ -182,8 +193,8 @@ class Collator:
         Returns:
             `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; `segments`, int[B, T_txt], of packed records;
             `logits_at`, int[N], where the model learns; if a record has an image, `pixel_values`
-            float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F]; if one has tiles, `vision_grid`
-            int[B, T_img, 4]; `records`, the indices of the records; and `notes`, what became of images when they were
+            float[B, T_img, F, C, H, W] or `vision_features` float[B, T_img, F, v, d], and `vision_mask`
+            bool[B, T_img, F]; if one has tiles, `vision_grid` int[B, T_img, 4]; `records`, the indices of the records; and `notes`, what became of images when they were
             decoded.
             If an image is damaged, the batch is `error` alone: the message.
         """
@@ -202,8 +213,9 @@ class Collator:
         }
         if "segments" in items[0]:
             batch["segments"], _ = pad_left([item["segments"] for item in items], 0)
-        if any(item["pixels"] for item in items):
-            batch |= stack_pixels([item["pixels"] for item in items])
+        for name, of_items in (("pixel_values", "pixels"), ("vision_features", "features")):
+            if any(item.get(of_items) for item in items):
+                batch |= stack_pixels([item[of_items] for item in items], name)
         return batch
 
 

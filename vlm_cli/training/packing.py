@@ -154,6 +154,6 @@ def join_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ids": torch.cat([item["ids"] for item in items]),
         "labels": torch.cat(labels),
         "segments": torch.cat([torch.full_like(item["ids"], number) for number, item in enumerate(items, 1)]),
-        "pixels": [medium for item in items for medium in item["pixels"]],
+        **{name: [x for item in items for x in item[name]] for name in ("pixels", "features") if name in items[0]},
         "notes": [note for item in items for note in item.get("notes", ())],
     }

@@ -6,6 +6,7 @@ import shlex
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,7 @@ from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.checkpoints import Checkpoints, RunHistory, TrainingCheckpoint, checkpoint_folder
 from vlm_cli.training.dataset import RecordDataset, load_dataset
+from vlm_cli.training.features import FeatureCache, check_cacheable
 from vlm_cli.training.identity import check_same_run, continue_history, identify_run
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.metrics import METRICS_FILE
@@ -181,8 +183,12 @@ class Run:
         model, processor, stored = load_trainable(self.job, self.settings)
         if self.settings.pack is not None:
             check_packing(model, bf16=self.settings.bf16)
+        if self.job.cache_features is not None:
+            check_cacheable(model)
         self.listener.step(f"reading {self.job.data}")
         train_set, eval_set = self.processes.main_first(lambda: self.read_data(model, processor))
+        if self.job.cache_features is not None:
+            self.processes.main_first(lambda: self._cache_features(model, processor, train_set, eval_set))
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
         if checkpoint is not None:
             self.processes.main_first(lambda: check_same_run(checkpoint, run))
@@ -292,6 +298,24 @@ class Run:
         train_set, eval_set = sets
         assert train_set is not None
         return train_set, eval_set
+
+    def _cache_features(
+        self, model: VLM, processor: VLMProcessor, train_set: RecordDataset, eval_set: RecordDataset | None
+    ) -> None:
+        assert self.job.cache_features is not None
+        images, bf16 = processor.image_processor, self.settings.bf16
+        device = None if self.use_cpu else torch.accelerator.current_accelerator()
+        self.listener.step("encoding pictures")
+        empty = FeatureCache.of(self.job.cache_features, model, images, bf16=bf16)
+        for data in (train_set, eval_set):
+            if data is None:
+                continue
+            cache = replace(empty, digests={})  # each file has its own folder, where relative paths start
+            media = (medium for sources in data.sources for medium in sources)
+            cache.fill(
+                media, data.loader, images, model, device=device or torch.device("cpu"), tell=self.listener.notify
+            )
+            data.features = cache
 
     def _make_folder(self, *, is_new: bool) -> None:
         """Make the folder of checkpoints. A new run forgets what one without a checkpoint measured there."""

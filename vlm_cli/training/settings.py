@@ -62,6 +62,7 @@ class Job:
         reading: what the user says of the rows and pictures of both.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
+        cache_features: the folder that keeps what the frozen vision encoder gives for each picture; None keeps nothing.
         verify: compare the hashes of the model's weight files with its manifest.
         earlier: the folder with the models of the earlier stages, if the run is the last of several.
         base: the model that the first of several stages began with; an output with adapters names it.
@@ -79,6 +80,7 @@ class Job:
     backbones: Mapping[str, str] | None = None
     allow_hosts: tuple[str, ...] = ()
     verify: bool = False
+    cache_features: Path | None = None
     earlier: Path | None = None
     base: str | None = None
 

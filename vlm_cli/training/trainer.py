@@ -324,7 +324,7 @@ class VLMTrainer(Trainer):
         )
         self.metrics.images += int(self.train_set.num_images[records].sum()) * self.args.world_size
         self._step_records = [*self._step_records, *records]
-        if "pixel_values" not in inputs and not return_outputs:
+        if not inputs.keys() & {"pixel_values", "vision_features"} and not return_outputs:
             # Text alone leaves the parts that read images without a gradient, and the loss perhaps without any.
             result = result + 0.0 * torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
         loss = result[0] if return_outputs else result
