@@ -194,8 +194,8 @@ class Collator:
             `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; `segments`, int[B, T_txt], of packed records;
             `logits_at`, int[N], where the model learns; if a record has an image, `pixel_values`
             float[B, T_img, F, C, H, W] or `vision_features` float[B, T_img, F, v, d], and `vision_mask`
-            bool[B, T_img, F]; if one has tiles, `vision_grid` int[B, T_img, 4]; `records`, the indices of the records; and `notes`, what became of images when they were
-            decoded.
+            bool[B, T_img, F]; if one has tiles, `vision_grid` int[B, T_img, 4]; `records`, the indices of the records;
+            and `notes`, what became of images when they were decoded.
             If an image is damaged, the batch is `error` alone: the message.
         """
         for item in items:
