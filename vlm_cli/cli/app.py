@@ -21,6 +21,7 @@ from vlm_cli.cli import (
     chat,
     console,
     count_params,
+    data,
     doctor,
     eval,
     export,
@@ -126,6 +127,7 @@ for _name, _command in (
     ("list", list_parts.list_parts),
     ("doctor", doctor.doctor),
     ("train", train.train),
+    ("data", data.data),
     ("eval", eval.evaluate),
     ("export", export.export),
 ):

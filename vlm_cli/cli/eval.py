@@ -107,7 +107,7 @@ class EvalOptions:
     @property
     def reading(self) -> Reading:
         """What the user says of the rows and pictures."""
-        return Reading(self.media_root, self.max_pixels, self.image_folder, self.columns)
+        return Reading.of(self.media_root, self.max_pixels, self.image_folder, self.columns)
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Report:
             "batch_size": self.questions.batch_size,
             "max_new_tokens": self.questions.max_new_tokens,
             "limit": self.questions.limit,
-            **({"columns": str(self.questions.columns)} if self.questions.columns else {}),
+            **({"columns": self.questions.columns} if self.questions.columns else {}),
             "chat_template": self.questions.chat_template,
             **({} if self.questions.system is None else {"system": self.questions.system}),
             "special_tokens": self.questions.special_tokens,

@@ -19,7 +19,6 @@ from vlm_cli.cli.command import make_option, option
 from vlm_cli.cli.spellings import accept_aliases, accept_old_names
 from vlm_cli.composition import FAMILIES, PARTS, CompositionRequest
 from vlm_cli.composition.tiling import TILE_LIMIT
-from vlm_cli.data.formats import ColumnMap
 from vlm_cli.errors import UsageError, first_line
 from vlm_cli.flags import list_settings
 from vlm_cli.lookalike import find_named
@@ -121,13 +120,12 @@ ImageFolderOption = Annotated[
     ),
 ]
 ColumnsOption = Annotated[
-    ColumnMap | None,
+    str | None,
     option(
         "Data",
         "Say which columns of FILE count: prompt=question,completion=answer,images=image. Records of vlm, LLaVA "
         "conversations, chat messages and texts of FineVision are recognised without it.",
         metavar="NAME=COLUMN,…",
-        parser=ColumnMap.parse,
     ),
 ]
 MaxPixelsOption = Annotated[

@@ -154,7 +154,7 @@ def train(
         overwrite=overwrite,
         keep_checkpoints=keep_checkpoints,
         trust_remote_code=trust_remote_code,
-        reading=Reading(media_root, max_pixels, image_folder, columns),
+        reading=Reading.of(media_root, max_pixels, image_folder, columns),
         backbones=places.backbones,
         allow_hosts=places.allow_hosts,
         verify=verify,

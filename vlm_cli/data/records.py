@@ -23,7 +23,9 @@ from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium
 
 __all__ = [
+    "MOST_SHOWN",
     "PLAIN_READING",
+    "MediaCheck",
     "Problem",
     "Reading",
     "Record",
@@ -75,6 +77,17 @@ class Reading:
     max_pixels: int | None = None
     image_folder: Path | None = None
     columns: ColumnMap | None = None
+
+    @classmethod
+    def of(
+        cls, media_root: Path | None, max_pixels: int | None, image_folder: Path | None, columns: str | None
+    ) -> Reading:
+        """Make it of what stands on the command line.
+
+        Raises:
+            UsageError: if the columns cannot be read.
+        """
+        return cls(media_root, max_pixels, image_folder, None if columns is None else ColumnMap.parse(columns))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the user said, the columns as on the command line."""
@@ -156,7 +169,7 @@ def read_records(source: Path | str | Source, reading: Reading = PLAIN_READING) 
     """
     origin = source if isinstance(source, Source) else open_source(str(source))
     records = Records(origin, reading)
-    media = _MediaCheck(records.loader())
+    media = MediaCheck(records.loader())
     for row in origin.all_rows():
         try:
             record = read_record(row, origin.name, reading.columns)
@@ -248,7 +261,7 @@ def format_note(note: str, places: Sequence[str]) -> str:
 
 
 @dataclass
-class _MediaCheck:
+class MediaCheck:
     """Check each image and clip once, without decoding it."""
 
     loader: MediaLoader
