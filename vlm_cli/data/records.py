@@ -31,6 +31,7 @@ __all__ = [
     "Record",
     "Records",
     "Segment",
+    "describe_problems",
     "raise_problems",
     "read_record",
     "read_records",
@@ -199,12 +200,21 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
     Raises:
         DataError: if at least one row cannot be used.
     """
-    shards = list(records.origin.shards)
-    order = {name: i for i, name in enumerate(shards)}
-    problems = sorted([*records.problems, *more], key=lambda p: (order.get(p.shard, 0), p.line))
-    if not problems:
-        return
-    total, name = len(records.good) + len(records.problems), records.origin.quoted
+    if problems := [*records.problems, *more]:
+        raise DataError(describe_problems(problems, len(records.good) + len(records.problems), records.origin))
+
+
+def describe_problems(problems: Iterable[Problem], total: int, origin: Source) -> str:
+    """List bad rows.
+
+    Args:
+        problems: at least one.
+        total: number of rows in the source.
+        origin: the source.
+    """
+    shards, name = list(origin.shards), origin.quoted
+    order = {shard: i for i, shard in enumerate(shards)}
+    problems = sorted(problems, key=lambda p: (order.get(p.shard, 0), p.line))
     head = (
         f"{len(problems)} of the {total} records in {name} cannot be used:"
         if total > 1
@@ -219,7 +229,7 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
         rest = [place(p) for p in problems[MOST_SHOWN:]]
         shown = ", ".join(rest[:MOST_SHOWN]) + (", …" if len(rest) > MOST_SHOWN else "")
         lines.append(f"  … and {len(rest)} more: {problems[0].unit}s {shown}")
-    raise DataError("\n".join([head, *lines]))
+    return "\n".join([head, *lines])
 
 
 def read_record(row: Row, source: str, format: Format | None = None) -> Record:

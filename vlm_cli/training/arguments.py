@@ -55,6 +55,7 @@ def make_arguments(
         ddp_backend="gloo" if use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         ddp_find_unused_parameters=finds_unused,
         dataloader_num_workers=workers,
+        ignore_data_skip=settings.streaming,  # a stream continues where it was, by itself
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],  # `make_reporters` makes them

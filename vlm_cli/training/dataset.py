@@ -21,6 +21,7 @@ from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.modeling.learned import IGNORED, find_learned
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.printable import count_of
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
 from vlm_cli.prompt import Medium
 from vlm_cli.training.features import FeatureCache
@@ -98,6 +99,11 @@ class RecordDataset(Dataset[dict[str, Any]]):
         return item | {"pixels": [self.images.read(medium) for medium in media], "notes": notes}
 
     @property
+    def num_records(self) -> int:
+        """Number of records in a pass."""
+        return len(self)
+
+    @property
     def lengths(self) -> np.ndarray:
         """int[N]: number of tokens of each record."""
         return np.diff(self.ends)
@@ -106,6 +112,18 @@ class RecordDataset(Dataset[dict[str, Any]]):
     def num_images(self) -> np.ndarray:
         """int[N]: number of images of each record, each frame of a clip counted as one."""
         return self.frames
+
+    def identity(self) -> str:
+        """Return what differs between other records; checkpoints store it."""
+        return f"{len(self)} records ({self.sha256[:12]})"
+
+    def describe_whole(self) -> str:
+        """Say how many records there are."""
+        return count_of(len(self), "record")
+
+    def count_images(self, indices: Sequence[int]) -> int:
+        """Count the images of records, each frame of a clip as one."""
+        return int(self.frames[indices].sum())
 
     def describe(self, indices: Sequence[int], most: int = 8) -> str:
         """Name records for a message: `'a' (line 3), 'b' (line 7)`."""

@@ -13,13 +13,14 @@ from vlm_cli.resume import settings_diff
 from vlm_cli.training.checkpoints import RunHistory, TrainingCheckpoint
 from vlm_cli.training.dataset import RecordDataset
 from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.writing.choice import TemplateChoice
 
 __all__ = ["check_same_run", "continue_history", "identify_run"]
 
 
 def identify_run(
-    job: Job, settings: TrainingSettings, model: VLM, data: RecordDataset, num_processes: int
+    job: Job, settings: TrainingSettings, model: VLM, data: RecordDataset | StreamedRecords, num_processes: int
 ) -> dict[str, Any]:
     """Describe a run by what must not change when it is resumed. The keys are options of `vlm train`.
 
@@ -34,6 +35,7 @@ def identify_run(
         # The optimizer's groups follow from these; the numbers themselves may change.
         "--layer-decay": settings.layer_decay is not None,
         "--pack": settings.pack,
+        **(data.plan_identity() if isinstance(data, StreamedRecords) else {}),
     }
     named = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
     parts = {f"parts in {k}": sorted(set(x) - {OTHERS}) for k, x in named.items() if isinstance(x, Mapping)}
@@ -43,7 +45,7 @@ def identify_run(
         **parts,
         **{option: value for option, value in written.items() if value},
         "MODEL": f"{job.model} ({_hash_weights(model)})",
-        "--data": f"{len(data)} records ({data.sha256[:12]})",
+        "--data": data.identity(),
         "--batch-size × --gradient-accumulation × processes": settings.step_size(num_processes),
         "--group-by-length": settings.group_by_length,
         "--seed": settings.seed,

@@ -35,6 +35,9 @@ from vlm_cli.training.rates import check_parts
 from vlm_cli.training.reporting import check_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.stream_opening import open_stream
+from vlm_cli.training.stream_state import read_stream_state
+from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.trainer import VLMTrainer
 from vlm_cli.writing.choice import TemplateChoice
 from vlm_cli.writing.writer import PromptWriter
@@ -192,6 +195,8 @@ class Run:
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
         if checkpoint is not None:
             self.processes.main_first(lambda: check_same_run(checkpoint, run))
+            if isinstance(train_set, StreamedRecords):
+                train_set.continue_from(read_stream_state(checkpoint.path, self.processes.rank))
         history = continue_history(checkpoint, self.settings)
         self._tell_changes(checkpoint, history)
         self.processes.main_only(lambda: self._make_folder(is_new=checkpoint is None))
@@ -212,7 +217,7 @@ class Run:
         self.listener.step("")
         self._announce(model, trainer)
         outcome = trainer.run_from(checkpoint)
-        for note in trainer.picture_notes.lines():
+        for note in [*trainer.picture_notes.lines(), *trainer.skipped_rows()]:
             self.listener.notify(note)
         result = self._make_result(outcome, train_set, num_trained, checkpoint)
         return self.processes.main_only(lambda: self._finish(outcome, result, model, processor, stored, history))
@@ -272,13 +277,15 @@ class Run:
         self.checkpoints.clean()
         return None
 
-    def read_data(self, model: VLM, processor: VLMProcessor) -> tuple[RecordDataset, RecordDataset | None]:
+    def read_data(
+        self, model: VLM, processor: VLMProcessor
+    ) -> tuple[RecordDataset | StreamedRecords, RecordDataset | None]:
         """Read and check the records to learn, and those for the held-out loss.
 
         Raises:
             VLMError: listing the records that cannot be learned.
         """
-        files = [self.job.data, self.job.eval_data]
+        files = [None if self.settings.streaming else self.job.data, self.job.eval_data]
         writer = PromptWriter(
             processor,
             TemplateChoice.parse(self.settings.chat_template),
@@ -296,6 +303,11 @@ class Run:
                     "completion, so vlm split it. Write a space between the two at the start of the completion."
                 )
         train_set, eval_set = sets
+        if self.settings.streaming:
+            job, settings = self.job, self.settings
+            return open_stream(
+                job, settings, model, processor, writer, processes=self.processes, listener=self.listener
+            ), eval_set
         assert train_set is not None
         return train_set, eval_set
 
@@ -343,26 +355,30 @@ class Run:
         limits = [] if steps is None else [f"{count_of(steps, 'step')} of {size}"]
         limits += [] if minutes is None else [f"{minutes:g} minute{'' if minutes == 1 else 's'}"]
         held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
-        if data.num_images.any():
+        if isinstance(data, StreamedRecords) or data.num_images.any():
             self.listener.notify(f"Images: {data.preprocessing}")
         for name, numbers in (("rates", self.settings.learning_rate), ("weight decay", self.settings.weight_decay)):
             if isinstance(numbers, Mapping):
                 self.listener.notify(f"Own {name}: {', '.join(f'{part} {x:g}' for part, x in numbers.items())}.")
         self.listener.notify(
             f"Training {', '.join(model.trained_names())} ({_count_trained(model):,} of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters) on {count_of(len(data), 'record')}{held_out} "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters) on {data.describe_whole()}{held_out} "
             f"for {' or '.join(limits)}. Checkpoints in {self.checkpoints.folder}"
         )
 
     # -- after ----------------------------------------------------------------------------------------------------
 
     def _make_result(
-        self, outcome: RunOutcome, data: RecordDataset, num_trained: int, checkpoint: TrainingCheckpoint | None
+        self,
+        outcome: RunOutcome,
+        data: RecordDataset | StreamedRecords,
+        num_trained: int,
+        checkpoint: TrainingCheckpoint | None,
     ) -> TrainingResult:
         return TrainingResult(
             output=self.job.output,
             steps=outcome.steps,
-            records=len(data),
+            records=data.num_read if isinstance(data, StreamedRecords) else len(data),
             images=outcome.images,
             seconds=round(outcome.seconds, 2),
             loss=outcome.metrics.last("loss"),

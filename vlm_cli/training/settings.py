@@ -149,6 +149,39 @@ class TrainingSettings:
             most=_MAX_STEPS,
         ),
     ] = None
+    streaming: Annotated[
+        bool,
+        Flag(
+            help="Learn the records while they are read, and keep no more of them in memory than the shuffle buffer "
+            "holds. Needs --max-steps or --max-minutes.",
+            heading=DATA,
+        ),
+    ] = False
+    shuffle_buffer: Annotated[
+        int | None,
+        Flag(
+            help="With --streaming, draw each record from the next N (1000 by default). 1 shuffles files only.",
+            heading=DATA,
+            metavar="N",
+            above=0,
+            most=_MAX_STEPS,
+        ),
+    ] = None
+    check: Annotated[
+        bool,
+        Flag(
+            help="With --streaming, read all records before the first step, and list those that cannot be used. "
+            "Without --streaming, vlm always does.",
+            heading=DATA,
+        ),
+    ] = False
+    bad_rows: Annotated[
+        Literal["error", "skip"],
+        Flag(
+            help="What a record does that cannot be used: end the run, or be left out and named at the end.",
+            heading=DATA,
+        ),
+    ] = "error"
     workers: Annotated[
         int | None,
         Flag(
@@ -385,6 +418,7 @@ class TrainingSettings:
             _ = self.adapters
         except UsageError as error:
             problems.append(str(error))
+        problems += self._streaming_problems()
         if problems:
             raise UsageError("\n".join(problems))
 
@@ -397,13 +431,33 @@ class TrainingSettings:
         """
         return parse_adapters(self.lora or (), self.trainable or ())
 
-    def total_steps(self, num_records: int, num_processes: int) -> int | None:
-        """Return the number of steps of the run; None if only `max_minutes` limits it."""
+    def _streaming_problems(self) -> list[str]:
+        if not self.streaming:
+            return [] if self.shuffle_buffer is None else ["--shuffle-buffer has a meaning only with --streaming."]
+        if self.epochs is not None and self.pack is not None:
+            return ["with --streaming and --pack, nobody knows how long a pass is. Give --max-steps, not --epochs."]
+        if self.epochs is not None and not self.check:
+            return [
+                "with --streaming, nobody counts the records of a pass. Give --max-steps or --max-minutes, not "
+                "--epochs; or add --check, which reads all records before the first step."
+            ]
+        if self.epochs is None and self.max_steps is None and self.max_minutes is None:
+            return ["--streaming never comes to an end by itself. Give --max-steps or --max-minutes."]
+        return []
+
+    def total_steps(self, num_records: int | None, num_processes: int) -> int | None:
+        """Return the number of steps of the run; None if only `max_minutes` limits it.
+
+        Args:
+            num_records: of a pass; None if nobody has counted them.
+            num_processes: that share the run.
+        """
         epochs = self.epochs
         if epochs is None and self.max_steps is None and self.max_minutes is None:
             epochs = 1.0
         limits = [] if self.max_steps is None else [self.max_steps]
         if epochs is not None:
+            assert num_records is not None  # see `_streaming_problems`
             limits.append(max(1, math.ceil(epochs * num_records / self.step_size(num_processes))))
         return min(limits, default=None)
 

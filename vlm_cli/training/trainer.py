@@ -22,6 +22,7 @@ from typing import Any, cast
 import numpy as np
 import safetensors.torch
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,6 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import nested_gather
 
+from vlm_cli.data.skipped import SkippedRows
 from vlm_cli.errors import DataError
 from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
 from vlm_cli.media.notes import NoteTally
@@ -57,6 +59,8 @@ from vlm_cli.training.reporting import make_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import DEFAULT_RATE, TrainingSettings
 from vlm_cli.training.sharding import GatherForMethods
+from vlm_cli.training.stream_state import write_stream_states
+from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.watch import FiniteWatch
 
 __all__ = ["VLMTrainer"]
@@ -89,7 +93,7 @@ class VLMTrainer(Trainer):
         self,
         model: VLM,
         settings: TrainingSettings,
-        train_set: RecordDataset,
+        train_set: RecordDataset | StreamedRecords,
         eval_set: RecordDataset | None,
         checkpoints: Checkpoints,
         *,
@@ -109,8 +113,8 @@ class VLMTrainer(Trainer):
         arguments = make_arguments(
             settings, checkpoints.folder, use_cpu=use_cpu, has_eval=eval_set is not None, finds_unused=finds_unused
         )
-        self.rows_per_pass = len(train_set)
-        if settings.pack is not None:
+        self.rows_per_pass = train_set.num_records
+        if settings.pack is not None and isinstance(train_set, RecordDataset):
             self.rows_per_pass = count_packs(train_set.positions, length=settings.pack, seed=settings.seed)
         self.budget = RunBudget(
             settings.total_steps(self.rows_per_pass, arguments.world_size),
@@ -120,14 +124,14 @@ class VLMTrainer(Trainer):
         )
         arguments.max_steps = self.budget.steps
         self.watch = FiniteWatch(train_set, checkpoints)
-        self._step_records: list[int] = []
+        self._step_records: list[Any] = []
         self._writing: Path | None = None
         with keep_use_cache(model.config):
             super().__init__(
                 model,
                 arguments,
                 data_collator=Collator(model.config.pad_token_id or 0),
-                train_dataset=train_set,
+                train_dataset=cast(Any, train_set),
                 eval_dataset=eval_set,
                 callbacks=[history, *make_reporters(settings.report_to, checkpoints.folder)],
             )
@@ -243,9 +247,11 @@ class VLMTrainer(Trainer):
 
     # -- data -----------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def get_train_dataloader(self) -> Any:
         size = self.settings.step_size(self.args.world_size)
         data, length = self.train_set, self.settings.pack
+        if isinstance(data, StreamedRecords):
+            return data.batches(self.args.dataloader_num_workers, pin=self.args.device.type == "cuda")
         if length is not None:
             packs = PackedSampler(data.positions, self.budget.steps * size, length=length, seed=self.args.seed)
             return self._make_loader(PackedRecords(data), packs)
@@ -280,9 +286,21 @@ class VLMTrainer(Trainer):
         """Return the batches of the next step; a damaged image is an error here."""
         self._step_records = []
         try:
-            return super().get_batch_samples(self._checked(epoch_iterator), num_batches, device)
+            batches = super().get_batch_samples(self._checked(epoch_iterator), num_batches, device)
         except DataError as error:
             raise DataError(f"{error} {self._keep_steps()}".rstrip()) from None
+        if isinstance(self.train_set, StreamedRecords):
+            self.train_set.mark_learned()  # a checkpoint is written after the step
+        return batches
+
+    def skipped_rows(self) -> list[str]:
+        """Name the rows that all processes skipped, since the beginning of the run."""
+        if not isinstance(self.train_set, StreamedRecords):
+            return []
+        joined = SkippedRows()
+        for state in gather_object([self.train_set.skipped.state()]):
+            joined.join(SkippedRows.continued(state))
+        return [joined.describe()] if joined.count else []
 
     def _checked(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return (check_batch(batch, self.picture_notes) for batch in batches)
@@ -299,7 +317,8 @@ class VLMTrainer(Trainer):
         if last is None:
             return ""
         kept = f"{str(last.path)!r} keeps the run at step {last.step}."
-        return f"{kept} Mend the image, and repeat the command with --resume."
+        what = "data" if isinstance(self.train_set, StreamedRecords) else "image"
+        return f"{kept} Mend the {what}, and repeat the command with --resume."
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
@@ -322,7 +341,7 @@ class VLMTrainer(Trainer):
         result: Any = super().compute_loss(
             model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch=num_items_in_batch
         )
-        self.metrics.images += int(self.train_set.num_images[records].sum()) * self.args.world_size
+        self.metrics.images += self.train_set.count_images(records) * self.args.world_size
         self._step_records = [*self._step_records, *records]
         if not inputs.keys() & {"pixel_values", "vision_features"} and not return_outputs:
             # Text alone leaves the parts that read images without a gradient, and the loss perhaps without any.
@@ -368,8 +387,10 @@ class VLMTrainer(Trainer):
             return  # the summary of the base class
         logs = logs | self._rates_of_parts(logs.get("learning_rate"))
         step, budget = self.state.global_step, self.budget
-        epoch = round(step * self.settings.step_size(self.args.world_size) / self.rows_per_pass, 4)
-        entry = self.metrics.append({"step": step, "epoch": epoch, **logs}, seconds=budget.seconds)
+        done = step * self.settings.step_size(self.args.world_size)
+        epoch = None if self.rows_per_pass is None else round(done / self.rows_per_pass, 4)
+        place = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
+        entry = self.metrics.append(place | logs, seconds=budget.seconds)
         self.state.log_history.append(entry)
         self.report(
             StepReport(
@@ -417,6 +438,10 @@ class VLMTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._writing = None
+            if isinstance(self.train_set, StreamedRecords):
+                states = gather_object([self.train_set.state()])
+                if self.is_world_process_zero():
+                    write_stream_states(partial / f"checkpoint-{step}", states)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self.checkpoints.complete(

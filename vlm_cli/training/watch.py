@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vlm_cli.errors import TrainingError
 from vlm_cli.training.checkpoints import Checkpoints
 from vlm_cli.training.dataset import RecordDataset
+from vlm_cli.training.streaming import StreamedRecords
 
 __all__ = ["FiniteWatch"]
 
@@ -24,11 +27,11 @@ class FiniteWatch:
         checkpoints: the checkpoints of the run, the last of which the error recommends.
     """
 
-    def __init__(self, records: RecordDataset, checkpoints: Checkpoints) -> None:
+    def __init__(self, records: RecordDataset | StreamedRecords, checkpoints: Checkpoints) -> None:
         self.records, self.checkpoints = records, checkpoints
-        self._unchecked: list[tuple[int, str, list[int], Tensor]] = []
+        self._unchecked: list[tuple[int, str, list[Any], Tensor]] = []
 
-    def add(self, step: int, name: str, records: list[int], value: Tensor) -> None:
+    def add(self, step: int, name: str, records: list[Any], value: Tensor) -> None:
         """Collect a number.
 
         Args:
