@@ -60,6 +60,18 @@ def test_sources_are_drawn_by_weight_and_each_row_comes_once_in_a_pass() -> None
     assert passes - 3 < min(counts.values()) < passes + 3
 
 
+def test_without_weights_a_pass_shows_each_row_once() -> None:
+    stream = RowStream(sources(), None, buffer=1, seed=0)
+    passes = [[drawn.row.data["id"] for drawn in islice(stream, 98)] for _ in range(3)]
+    for rows in passes:
+        assert len(set(rows)) == 98
+        assert max(i for i, name in enumerate(rows) if name.startswith("b")) < 60  # mixed, while both have rows
+    assert passes[0] != passes[1]
+    rest = ReadAhead(sources(), None, buffer=9, seed=0)
+    undisturbed = take(rest, 400)
+    assert take(ReadAhead(sources(), None, buffer=9, seed=0, state=rest.state(300)), 100) == undisturbed[300:]
+
+
 def test_shards_and_rows_are_shuffled_by_the_seed() -> None:
     first, again, other = (take(open_stream(seed=seed), 300) for seed in (3, 3, 4))
     assert first == again and first != other

@@ -57,11 +57,13 @@ class Drawn:
 
 
 class RowStream(Iterator[Drawn]):
-    """The stream. A source that ends begins again, with its shards in another order.
+    """The stream. In each pass, the shards of a source have another order.
 
     Args:
         sources: where the rows come from.
-        weights: for each source, how often it is drawn, in relation to the others.
+        weights: for each source, how often it is drawn, in relation to the others, and it begins again when it ends.
+            None for passes over all sources, each of which shows each row once: the next source is any that has rows
+            left in the pass.
         buffer: number of rows among which the next one is drawn; at most so many rows are in memory.
         seed: equal seeds give equal streams.
         state: of the stream that this one continues; None to begin.
@@ -73,7 +75,7 @@ class RowStream(Iterator[Drawn]):
     def __init__(
         self,
         sources: Sequence[Source],
-        weights: Sequence[float],
+        weights: Sequence[float] | None,
         *,
         buffer: int,
         seed: int,
@@ -81,7 +83,7 @@ class RowStream(Iterator[Drawn]):
     ) -> None:
         self.size = buffer
         self._readers = [_Reader(source, i, seed) for i, source in enumerate(sources)]
-        self._bounds = np.cumsum(np.asarray(weights, float)) / np.sum(weights)
+        self._bounds = None if weights is None else np.cumsum(np.asarray(weights, float)) / np.sum(weights)
         self._random = np.random.PCG64([seed, len(sources)])
         self._buffer: list[tuple[Place, Row]] = []
         self.number = 0  # of the next row
@@ -99,8 +101,15 @@ class RowStream(Iterator[Drawn]):
         return Drawn(self.number - 1, place, row)
 
     def _read(self) -> tuple[Place, Row]:
-        chosen = int(np.searchsorted(self._bounds, self._uniform(), side="right"))
-        return self._readers[chosen].read()
+        if self._bounds is not None:
+            chosen = int(np.searchsorted(self._bounds, self._uniform(), side="right"))
+            return self._readers[chosen].read()
+        while True:
+            epoch = min(reader.epoch for reader in self._readers)
+            behind = [reader for reader in self._readers if reader.epoch == epoch]
+            found = behind[int(self._uniform() * len(behind))].read_in_pass()
+            if found is not None:
+                return found
 
     def _uniform(self) -> float:
         """Draw from [0, 1). Raw draws are the same in each version of NumPy."""
@@ -156,7 +165,14 @@ class _Reader:
 
     def read(self) -> tuple[Place, Row]:
         """Return the next row and its place."""
-        while True:
+        while (found := self.read_in_pass()) is None:
+            pass
+        return found
+
+    def read_in_pass(self) -> tuple[Place, Row] | None:
+        """Return the next row and its place; None if a pass ends here."""
+        epoch = self.epoch
+        while self.epoch == epoch:
             shard = self._shard()
             if self._rows is None:
                 self._rows = self.source.rows(shard, self.row)
@@ -166,6 +182,7 @@ class _Reader:
                 self._gave_rows = True
                 return Place(self.index, self.epoch, shard, self.row), row
             self._end_shard()
+        return None
 
     def _shard(self) -> int:
         """Return the index of the shard whose turn it is."""
@@ -228,7 +245,7 @@ class ReadAhead(Iterator[Drawn]):
     def __init__(
         self,
         sources: Sequence[Source],
-        weights: Sequence[float],
+        weights: Sequence[float] | None,
         *,
         buffer: int,
         seed: int,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlm_cli.data.mixture import Ingredient
 from vlm_cli.data.records import MediaCheck, Record, read_record
 from vlm_cli.data.sources import Embedded, Row, Source
 from vlm_cli.data.stream import Drawn
@@ -70,6 +71,7 @@ class RowReader(Dataset[PreparedRow]):
 
     Args:
         sources: of the stream.
+        ingredients: for each source, what the mixture says of it.
         preparer: makes tokens.
         media_root: the folder that holds every image; None allows each path.
         max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
@@ -78,20 +80,21 @@ class RowReader(Dataset[PreparedRow]):
     def __init__(
         self,
         sources: Sequence[Source],
+        ingredients: Sequence[Ingredient],
         preparer: RecordPreparer,
         media_root: Path | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        self.sources, self.preparer = sources, preparer
+        self.sources, self.ingredients, self.preparer = sources, ingredients, preparer
         self.media_root, self.max_pixels = media_root, max_pixels
         self.images = preparer.processor.image_processor
 
     def __getitem__(self, drawn: Drawn) -> PreparedRow:
         """Prepare a row. What is wrong with it becomes its `problem`, since an error would end the worker."""
-        row, source = drawn.row, self.sources[drawn.place.source]
+        row = drawn.row
         prepared = PreparedRow(drawn.number, row.place)
         try:
-            record, sequences, loader = self.prepare(row, source)
+            record, sequences, loader = self.prepare(row, drawn.place.source)
             loaded = [loader.load_medium(x.source, x.kind) for x in record.sources]
             media = [self.images.read(medium) for medium in loaded]
         except VLMError as error:
@@ -101,7 +104,7 @@ class RowReader(Dataset[PreparedRow]):
         prepared = replace(prepared, name=name, sequences=sequences, media=media, notes=notes)
         return prepared if torch.utils.data.get_worker_info() is None else prepared.pack()
 
-    def prepare(self, row: Row, source: Source) -> tuple[Record, list[LearnedSequence], MediaLoader]:
+    def prepare(self, row: Row, source_index: int) -> tuple[Record, list[LearnedSequence], MediaLoader]:
         """Check a row and make its tokens, without decoding an image.
 
         Returns:
@@ -110,13 +113,15 @@ class RowReader(Dataset[PreparedRow]):
         Raises:
             VLMError: if the row cannot be used.
         """
+        source, ingredient = self.sources[source_index], self.ingredients[source_index]
+        folder = ingredient.image_folder or source.folder
         held = {x.reference: x.data for x in _find_embedded(row.data)}
 
         def read_inside(reference: str) -> bytes:
             return held[reference] if reference in held else source.bytes_of(reference)
 
-        loader = MediaLoader(source.folder, media_root=self.media_root, max_pixels=self.max_pixels, inside=read_inside)
-        record = read_record(row, source.name)
+        loader = MediaLoader(folder, media_root=self.media_root, max_pixels=self.max_pixels, inside=read_inside)
+        record = read_record(row, source.name, ingredient.columns)
         MediaCheck(loader).check(record.sources, thorough=True)
         return record, self.preparer.prepare(record, loader), loader
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from vlm_cli.data.inputs import is_pipe
+from vlm_cli.data.mixture import Mixture
 from vlm_cli.data.records import Problem, describe_problems
-from vlm_cli.data.sources import Source, open_source
 from vlm_cli.errors import DataError, UsageError, VLMError
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
@@ -50,23 +47,22 @@ def open_stream(
         UsageError: if a source can be read only once.
         DataError: if a source cannot be read or, with `settings.check`, lists the rows that cannot be used.
     """
-    if is_pipe(job.data):
+    mixture = Mixture.of([job.data])
+    if mixture.pipes:
         raise UsageError(
-            f"--streaming reads data in several passes, and again after --resume, but {str(job.data)!r} is a pipe, "
-            "which can be read once. Give a file, or leave --streaming out."
+            f"--streaming reads data in several passes, and again after --resume, but {str(mixture.pipes[0])!r} is a "
+            "pipe, which can be read once. Give a file, or leave --streaming out."
         )
-    sources: Sequence[Source] = [open_source(str(job.data))]
-    reader = RowReader(
-        sources, RecordPreparer(model, processor, writer), media_root=job.media_root, max_pixels=job.max_pixels
-    )
+    sources, preparer = list(mixture.open()), RecordPreparer(model, processor, writer)
+    reader = RowReader(sources, mixture.ingredients, preparer, media_root=job.media_root, max_pixels=job.max_pixels)
     num_good = None
     if settings.check:
-        num_good = sum(_check_source(reader, source, settings, listener) for source in sources)
+        num_good = sum(_check_source(reader, index, settings, listener) for index in range(len(sources)))
     plan = StreamPlan(
         sources=sources,
-        weights=[1.0] * len(sources),
+        weights=mixture.weights,
         buffer=settings.shuffle_buffer or SHUFFLE_BUFFER,
-        seed=settings.seed,
+        seed=settings.seed if mixture.seed is None else mixture.seed,
         batch_size=settings.batch_size,
         pack=settings.pack,
         skips=settings.bad_rows == "skip",
@@ -77,19 +73,20 @@ def open_stream(
     return StreamedRecords(plan, reader, Collator(model.config.pad_token_id or 0))
 
 
-def _check_source(reader: RowReader, source: Source, settings: TrainingSettings, listener: Listener) -> int:
+def _check_source(reader: RowReader, index: int, settings: TrainingSettings, listener: Listener) -> int:
     """Read all rows of a source without decoding an image, and return the number of those that can be used.
 
     Raises:
         DataError: listing the others, unless they may be skipped.
     """
+    source = reader.sources[index]
     listener.step(f"checking {source.quoted}")
     problems: list[Problem] = []
     total = 0
     for row in source.all_rows():
         total += 1
         try:
-            reader.prepare(row, source)
+            reader.prepare(row, index)
         except VLMError as error:
             problems.append(Problem.of(row, str(error)))
     listener.step("")

@@ -49,7 +49,7 @@ class StreamPlan:
 
     Attributes:
         sources: where the rows come from.
-        weights: how often each source is drawn, in relation to the others.
+        weights: how often each source is drawn, in relation to the others; None for passes over all of them.
         buffer: number of rows among which the next one is drawn.
         seed: equal seeds give equal streams.
         batch_size: rows of a batch.
@@ -61,7 +61,7 @@ class StreamPlan:
     """
 
     sources: Sequence[Source]
-    weights: Sequence[float]
+    weights: Sequence[float] | None
     buffer: int
     seed: int
     batch_size: int
@@ -112,7 +112,7 @@ class StreamedRecords:
         """Return what must not change when the stream is continued, by option."""
         plan = self.plan
         found: dict[str, Any] = {"--shuffle-buffer": plan.buffer}
-        if len(plan.sources) > 1:
+        if plan.weights is not None:
             found["weights"] = list(plan.weights)
         if plan.num_processes > 1:  # each has a stream of its own, dealt by batches
             found |= {"processes": plan.num_processes, "--batch-size": plan.batch_size}
