@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
@@ -94,13 +94,18 @@ class Reading:
         """Return what the user said, the columns as on the command line."""
         return {**vars(self), "columns": None if self.columns is None else str(self.columns)}
 
-    def loader(self, origin: Source) -> MediaLoader:
-        """Make a loader of the images of a source, which fetches nothing."""
+    def loader(self, origin: Source, inside: Callable[[str], bytes] | None = None) -> MediaLoader:
+        """Make a loader of the images of a source, which fetches nothing.
+
+        Args:
+            origin: the source.
+            inside: returns the bytes of an image in a shard; None asks the source.
+        """
         return MediaLoader(
             self.image_folder or origin.folder,
             media_root=self.media_root,
             max_pixels=self.max_pixels,
-            inside=origin.bytes_of,
+            inside=inside or origin.bytes_of,
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vlm_cli.data.records import PLAIN_READING, Problem, Reading, raise_problems, read_records
+from vlm_cli.data.records import PLAIN_READING, Problem, Reading, describe_problems, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
@@ -142,6 +142,8 @@ def load_dataset(
     processor: VLMProcessor,
     reading: Reading = PLAIN_READING,
     writer: PromptWriter | None = None,
+    *,
+    skips: bool = False,
 ) -> RecordDataset:
     """Read a file of records, check each record, and encode its text.
 
@@ -151,9 +153,10 @@ def load_dataset(
         processor: of the model.
         reading: what the user says of its rows and pictures.
         writer: turns prompts into tokens; None for prompts as they stand.
+        skips: leave out the rows that cannot be used, and name them in `notes`, as long as others are left.
 
     Raises:
-        DataError: listing every line that cannot be used.
+        DataError: listing every row that cannot be used.
     """
     records = read_records(path, reading)
     preparer = RecordPreparer(model, processor, writer)
@@ -187,7 +190,11 @@ def load_dataset(
             dataset.lines.append(record.line)
         if sequences[-1].was_split:
             dataset.split_lines.append(record.line)
-    raise_problems(records, problems)
+    if skips and ids and (bad := [*records.problems, *problems]):
+        total = len(records.good) + len(records.problems)
+        dataset.notes.append(f"Skipped: {describe_problems(bad, total, records.origin)}")
+    else:
+        raise_problems(records, problems)
     dataset.notes += preparer.notes
     dataset.frames, dataset.positions = np.array(frames), np.array(positions)
     dataset.ids, dataset.is_target = np.concatenate(ids), np.concatenate(is_target)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm_cli.data.mixture import Ingredient
-from vlm_cli.data.records import MediaCheck, Record, read_record
+from vlm_cli.data.records import MediaCheck, Reading, Record, read_record
 from vlm_cli.data.sources import Embedded, Row, Source
 from vlm_cli.data.stream import Drawn
 from vlm_cli.errors import VLMError
@@ -71,22 +69,17 @@ class RowReader(Dataset[PreparedRow]):
 
     Args:
         sources: of the stream.
-        ingredients: for each source, what the mixture says of it.
+        readings: for each source, what the user says of its rows and pictures.
         preparer: makes tokens.
-        media_root: the folder that holds every image; None allows each path.
-        max_pixels: the most pixels that are decoded of one image; None takes the default of `MediaLoader`.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        ingredients: Sequence[Ingredient],
+        readings: Sequence[Reading],
         preparer: RecordPreparer,
-        media_root: Path | None = None,
-        max_pixels: int | None = None,
     ) -> None:
-        self.sources, self.ingredients, self.preparer = sources, ingredients, preparer
-        self.media_root, self.max_pixels = media_root, max_pixels
+        self.sources, self.readings, self.preparer = sources, readings, preparer
         self.images = preparer.processor.image_processor
 
     def __getitem__(self, drawn: Drawn) -> PreparedRow:
@@ -113,15 +106,14 @@ class RowReader(Dataset[PreparedRow]):
         Raises:
             VLMError: if the row cannot be used.
         """
-        source, ingredient = self.sources[source_index], self.ingredients[source_index]
-        folder = ingredient.image_folder or source.folder
+        source, reading = self.sources[source_index], self.readings[source_index]
         held = {x.reference: x.data for x in _find_embedded(row.data)}
 
         def read_inside(reference: str) -> bytes:
             return held[reference] if reference in held else source.bytes_of(reference)
 
-        loader = MediaLoader(folder, media_root=self.media_root, max_pixels=self.max_pixels, inside=read_inside)
-        record = read_record(row, source.name, ingredient.columns)
+        loader = reading.loader(source, read_inside)
+        record = read_record(row, source.name, reading.columns)
         MediaCheck(loader).check(record.sources, thorough=True)
         return record, self.preparer.prepare(record, loader), loader
 

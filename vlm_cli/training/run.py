@@ -292,7 +292,11 @@ class Run:
             parse_special_tokens=self.settings.special_tokens,
         )
         reading = self.job.reading
-        sets = [None if path is None else load_dataset(path, model, processor, reading, writer) for path in files]
+        skips = (self.settings.bad_rows == "skip", False)  # a held-out loss without some of its records is another one
+        sets = [
+            None if path is None else load_dataset(path, model, processor, reading, writer, skips=skip)
+            for path, skip in zip(files, skips, strict=True)
+        ]
         for path, data in zip(files, sets, strict=True):
             for note in [] if data is None else data.notes:
                 self.listener.notify(note)

@@ -160,7 +160,8 @@ class TrainingSettings:
     shuffle_buffer: Annotated[
         int | None,
         Flag(
-            help="With --streaming, draw each record from the next N (1000 by default). 1 shuffles files only.",
+            help="With --streaming, draw each record from N that are in memory (1000 by default). With 1, only files "
+            "are shuffled.",
             heading=DATA,
             metavar="N",
             above=0,
@@ -178,7 +179,8 @@ class TrainingSettings:
     bad_rows: Annotated[
         Literal["error", "skip"],
         Flag(
-            help="What a record does that cannot be used: end the run, or be left out and named at the end.",
+            help="What a record does that cannot be used: end the run, or be left out and named. Without --streaming, "
+            "a picture whose damage shows only when it is decoded ends the run.",
             heading=DATA,
         ),
     ] = "error"

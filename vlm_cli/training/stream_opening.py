@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vlm_cli.data.mixture import Mixture
 from vlm_cli.data.records import Problem, describe_problems
 from vlm_cli.errors import DataError, UsageError, VLMError
@@ -54,7 +56,11 @@ def open_stream(
             "pipe, which can be read once. Give a file, or leave --streaming out."
         )
     sources, preparer = list(mixture.open()), RecordPreparer(model, processor, writer)
-    reader = RowReader(sources, mixture.ingredients, preparer, media_root=job.media_root, max_pixels=job.max_pixels)
+    readings = [
+        replace(job.reading, **{key: x for key in ("columns", "image_folder") if (x := getattr(of, key)) is not None})
+        for of in mixture.ingredients
+    ]
+    reader = RowReader(sources, readings, preparer)
     num_good = None
     if settings.check:
         num_good = sum(_check_source(reader, index, settings, listener) for index in range(len(sources)))
