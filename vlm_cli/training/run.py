@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ from vlm_cli.training.rates import check_parts
 from vlm_cli.training.reporting import check_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import Job, TrainingSettings
-from vlm_cli.training.stream_opening import open_stream
+from vlm_cli.training.stream_opening import check_streamable, open_stream
 from vlm_cli.training.stream_state import read_stream_state
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.trainer import VLMTrainer
@@ -190,8 +190,8 @@ class Run:
             check_cacheable(model)
         self.listener.step(f"reading {self.job.data}")
         train_set, eval_set = self.processes.main_first(lambda: self.read_data(model, processor))
-        if self.job.cache_features is not None:
-            self.processes.main_first(lambda: self._cache_features(model, processor, train_set, eval_set))
+        if self.job.cache_features is not None and isinstance(train_set, RecordDataset):
+            self.processes.main_first(lambda: self._cache_features(model, processor, [train_set, eval_set]))
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
         if checkpoint is not None:
             self.processes.main_first(lambda: check_same_run(checkpoint, run))
@@ -244,6 +244,8 @@ class Run:
         check_reporters(self.settings.report_to)
         TemplateChoice.parse(self.settings.chat_template)  # before anything is loaded
         self.settings.accumulation(self.processes.count)
+        if self.settings.streaming:
+            check_streamable(self.job)
         piped = [path for path in (self.job.data, self.job.eval_data) if path is not None and is_pipe(path)]
         if len(piped) == 2 and piped[0] == piped[1]:
             raise UsageError("--data and --eval-data are the same pipe, which can be read only once. Give two files.")
@@ -315,17 +317,13 @@ class Run:
         assert train_set is not None
         return train_set, eval_set
 
-    def _cache_features(
-        self, model: VLM, processor: VLMProcessor, train_set: RecordDataset, eval_set: RecordDataset | None
-    ) -> None:
+    def _cache_features(self, model: VLM, processor: VLMProcessor, sets: Sequence[RecordDataset | None]) -> None:
         assert self.job.cache_features is not None
         images, bf16 = processor.image_processor, self.settings.bf16
         device = None if self.use_cpu else torch.accelerator.current_accelerator()
         self.listener.step("encoding pictures")
         empty = FeatureCache.of(self.job.cache_features, model, images, bf16=bf16)
-        for data in (train_set, eval_set):
-            if data is None:
-                continue
+        for data in (x for x in sets if x is not None):
             cache = replace(empty, digests={})  # each file has its own folder, where relative paths start
             media = (medium for sources in data.sources for medium in sources)
             cache.fill(

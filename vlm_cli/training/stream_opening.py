@@ -19,9 +19,25 @@ from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.streaming import StreamedRecords, StreamPlan
 from vlm_cli.writing.writer import PromptWriter
 
-__all__ = ["open_stream"]
+__all__ = ["check_streamable", "open_stream"]
 
 SHUFFLE_BUFFER = 1_000  # rows, unless the user says otherwise
+
+
+def check_streamable(job: Job) -> None:
+    """Check that the records of a job can be read as a stream, before anything is loaded.
+
+    Raises:
+        UsageError: if they can be read only once, or their pictures are to be read before the first step.
+    """
+    mixture = Mixture.of([job.data])
+    if mixture.pipes:
+        raise UsageError(
+            f"--streaming reads data in several passes, and again after --resume, but {str(mixture.pipes[0])!r} is a "
+            "pipe, which can be read once. Give a file, or leave --streaming out."
+        )
+    if job.cache_features is not None:
+        raise UsageError("--cache-features reads all pictures before the first step, and --streaming none. Give one.")
 
 
 def open_stream(
@@ -46,15 +62,9 @@ def open_stream(
         listener: hears what the check found.
 
     Raises:
-        UsageError: if a source can be read only once.
         DataError: if a source cannot be read or, with `settings.check`, lists the rows that cannot be used.
     """
     mixture = Mixture.of([job.data])
-    if mixture.pipes:
-        raise UsageError(
-            f"--streaming reads data in several passes, and again after --resume, but {str(mixture.pipes[0])!r} is a "
-            "pipe, which can be read once. Give a file, or leave --streaming out."
-        )
     sources, preparer = list(mixture.open()), RecordPreparer(model, processor, writer)
     readings = [
         replace(job.reading, **{key: x for key in ("columns", "image_folder") if (x := getattr(of, key)) is not None})
