@@ -21,6 +21,7 @@ from examples import tiny_language_model
 from examples.scenes import language, vision
 from examples.scenes.draw import IGNORE, PATCH, coverage, draw, label_patches, outline, paint
 from examples.scenes.texts import QUESTION_KINDS, ask, caption, sample_few_shot
+from examples.scenes.tiles import make_record
 from examples.scenes.train import make_table, open_gates
 from examples.scenes.world import (
     COLORS,
@@ -226,6 +227,16 @@ ANSWERS = {
 def answer(scene, question):
     (found,) = [x for pattern, x in ((re.fullmatch(p, question), p) for p in ANSWERS) if pattern]
     return ANSWERS[found](scene, *re.fullmatch(found, question).groups())
+
+
+def test_questions_about_pictures_of_tiles_are_right():
+    for i in range(40):
+        picture, record = make_record(stream("test", i))
+        color, shape = re.search(r"the (\w+) thing", record["prompt"])[1], record["completion"][1:-1]
+        assert picture.size == (128, 128) and shape in SHAPES and record["kind"].split()[0] in SIZES
+        # The colour that is asked about is that of one quarter alone: there it covers pixels, and nowhere else.
+        near = (np.abs(np.asarray(picture, float) - COLORS[color]).max(-1) < 30).reshape(2, 64, 2, 64).sum((1, 3))
+        assert near.max() > 20
 
 
 @pytest.mark.sample(2)

@@ -6,6 +6,7 @@ A tile has 2 x 2 vision tokens. `Tiled` holds pictures of several numbers of til
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import tiny
 from tests.support.invariants import bare, differs, logits, opened, same
@@ -359,6 +361,39 @@ def test_each_distinct_view_is_encoded_once_and_padding_never(tiling, monkeypatc
     plain = Tiled.draw([[MediumSize()]])
     logits(model, **plain.inputs())
     assert read == [1]
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations by name, and the numbers that they write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.counts[str(function)] += 1
+        self.numbers += sum(x.numel() for x in (found if isinstance(found, tuple) else [found]) if torch.is_tensor(x))
+        return found
+
+
+def count_operations(model: VLM, inputs: dict[str, Tensor]) -> Operations:
+    with Operations() as found:
+        logits(model, **inputs)
+    return found
+
+
+@pytest.mark.parametrize("fusion", ["language-stream", "cross-attention"])
+def test_a_picture_without_tiles_costs_what_it_did(fusion):
+    """As many operations, on as many numbers, as in a model that cuts no picture."""
+    drawn = Tiled.draw([[MediumSize(), MediumSize()]])
+    inputs = {k: x for k, x in drawn.inputs().items() if k != "vision_grid"}
+    plain = count_operations(opened(fusion=fusion, tokenizer="linear"), inputs)
+    found = count_operations(tiled_model("grid", fusion), inputs)
+    assert found.counts == plain.counts and found.numbers == plain.numbers
+    tiled = Tiled.draw([[size_of(tiled_model("grid", fusion), 1, 2), MediumSize()]])
+    assert count_operations(tiled_model("grid", fusion), tiled.inputs()).numbers > 1.2 * found.numbers  # the twin
 
 
 def test_a_picture_without_tiles_needs_no_grid():
