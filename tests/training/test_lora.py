@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from tests.support.training import LANGUAGE_STREAM
-from vlm_cli import load
+from vlm_cli import accelerate, load
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.manifest import sign
+from vlm_cli.modeling.adapters import adapter_parameters, has_adapter
 from vlm_cli.training.checkpoints import Checkpoints
 
 peft = pytest.importorskip("peft")
@@ -296,3 +297,23 @@ def test_the_last_of_several_stages_may_have_an_adapter(start: Path, folder: Pat
     load(str(tmp_path / "out"))
     file.write_text(f"stages: [{last % records}, {first % records}]")
     assert "only the last stage may" in error(vlm("train", start, "--stages", file, "-o", tmp_path / "other"), 2)
+
+
+def test_the_manifest_holds_adapters(own: Path) -> None:
+    file = own / "adapters/language_model/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: x + 1 for name, x in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not hold the weights that it was written with: adapters/"):
+        load(str(own))
+
+
+def test_faster_answers_come_from_merged_weights(trained: Path) -> None:
+    model, _ = load(str(trained))
+    wanted = logits(model)
+    accelerate(model, quantize="int8")
+    assert not has_adapter(model)
+    assert (logits(model) - wanted).abs().max() < 0.1 * wanted.abs().max()
+    nothing_merged, _ = load(str(trained))
+    for _, layer in adapter_parameters(nothing_merged):
+        layer.data.zero_()
+    assert (logits(nothing_merged) - wanted).abs().max() > 0.1 * wanted.abs().max()  # the twin: without the adapter

@@ -109,7 +109,7 @@ class VLMTrainer(Trainer):
         self.picture_notes = NoteTally()
         self.history, self.step_done = history, step_done
         # A vision tower's pooling and projection do not contribute to its patch features, so they get no gradient.
-        finds_unused = "vision_encoder" in model.config.composition.trainable
+        finds_unused = "vision_encoder" in (*model.config.composition.trainable, *(model.config.adapters or ()))
         arguments = make_arguments(
             settings, checkpoints.folder, use_cpu=use_cpu, has_eval=eval_set is not None, finds_unused=finds_unused
         )
