@@ -12,6 +12,7 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.resume import settings_diff
 from vlm_cli.training.checkpoints import RunHistory, TrainingCheckpoint
 from vlm_cli.training.dataset import RecordDataset
+from vlm_cli.training.processes import asks_for_sharding
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.writing.choice import TemplateChoice
@@ -34,6 +35,7 @@ def identify_run(
         "--columns": job.reading.to_dict()["columns"],
         # The optimizer's groups follow from these; the numbers themselves may change.
         "--layer-decay": settings.layer_decay is not None,
+        "FSDP": asks_for_sharding(),  # its checkpoints have files of their own
         "--pack": settings.pack,
         **(data.plan_identity() if isinstance(data, StreamedRecords) else {}),
     }

@@ -10,7 +10,7 @@ import torch
 
 from vlm_cli.errors import VLMError
 
-__all__ = ["Processes", "is_first_process"]
+__all__ = ["Processes", "asks_for_sharding", "is_first_process"]
 
 _T = TypeVar("_T")
 
@@ -18,6 +18,11 @@ _T = TypeVar("_T")
 def is_first_process() -> bool:
     """Tell whether this process is the only one of the run, or the first of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def asks_for_sharding() -> bool:
+    """Tell whether the launcher asks to spread the weights over the processes."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 class Processes:
@@ -66,6 +71,13 @@ class Processes:
         if failure[0]:
             raise SystemExit(failure[0])
         return result
+
+    def is_broken_by(self, error: RuntimeError) -> bool:
+        """Tell whether an error says that another process of the run has ended."""
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
+        return self.count > 1 and (
+            isinstance(error, torch.distributed.DistError) or any(x in str(error) for x in words)
+        )
 
     def end(self) -> None:
         """Release what the processes used to talk to each other."""

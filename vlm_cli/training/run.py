@@ -13,7 +13,7 @@ import torch
 from vlm_cli.checkpoint.directory import load, read_config
 from vlm_cli.composition import Composition
 from vlm_cli.data.inputs import is_pipe
-from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
+from vlm_cli.errors import CheckpointError, OutputExistsError, TrainingError, UsageError
 from vlm_cli.files import reserved_directory
 from vlm_cli.flags import OTHERS
 from vlm_cli.interrupt import Interrupted, at_signal
@@ -170,6 +170,12 @@ class Run:
             except KeyboardInterrupt as error:
                 number = error.number if isinstance(error, Interrupted) else signal.SIGINT
                 raise Interrupted(self._describe_kept(), number) from error
+            except RuntimeError as error:
+                if not self.processes.is_broken_by(error):
+                    raise
+                raise TrainingError(
+                    f"another process of the run has ended, so this one cannot go on. {self._describe_kept()}"
+                ) from error
 
     def check(self) -> None:
         """Check the settings and the records as `execute` does before it trains.

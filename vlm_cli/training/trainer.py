@@ -58,7 +58,7 @@ from vlm_cli.training.rates import group_parameters, rates_of_parts
 from vlm_cli.training.reporting import make_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import DEFAULT_RATE, TrainingSettings
-from vlm_cli.training.sharding import GatherForMethods
+from vlm_cli.training.sharding import GatherForMethods, blank_media, check_sharding
 from vlm_cli.training.stream_state import write_stream_states
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.watch import FiniteWatch
@@ -135,6 +135,7 @@ class VLMTrainer(Trainer):
                 eval_dataset=eval_set,
                 callbacks=[history, *make_reporters(settings.report_to, checkpoints.folder)],
             )
+        check_sharding(self.is_sharded)
         self.metrics = MetricsLog(checkpoints.folder / METRICS_FILE, writes=self.is_world_process_zero())
         self.remove_callback(PrinterCallback)
 
@@ -338,17 +339,27 @@ class VLMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         records = inputs.pop("records")
+        is_text = self._fill_media(inputs)
         result: Any = super().compute_loss(
             model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch=num_items_in_batch
         )
         self.metrics.images += self.train_set.count_images(records) * self.args.world_size
         self._step_records = [*self._step_records, *records]
-        if not inputs.keys() & {"pixel_values", "vision_features"} and not return_outputs:
+        if is_text and self.args.world_size == 1 and not return_outputs:
             # Text alone leaves the parts that read images without a gradient, and the loss perhaps without any.
             result = result + 0.0 * torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum()
         loss = result[0] if return_outputs else result
         self.watch.add(self.state.global_step + 1, "loss", records, loss.detach())
         return result
+
+    def _fill_media(self, inputs: dict[str, Any]) -> bool:
+        """Tell whether a batch is text alone; if several processes train, it gets media that nobody sees."""
+        is_text = not inputs.keys() & {"pixel_values", "vision_features"}
+        if is_text and self.args.world_size > 1:
+            model = self.accelerator.unwrap_model(self.model)
+            is_encoded = self.train_set.features is not None
+            inputs |= blank_media(model, len(inputs["input_ids"]), self.args.device, encoded=is_encoded)
+        return is_text
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # The base class counts the parameters again at each step.
@@ -371,6 +382,7 @@ class VLMTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             inputs.pop("records")
             labels = inputs.pop("labels")
+            self._fill_media(inputs)
             with self._attention():
                 rows = row_losses(model(**inputs, use_cache=False).logits, labels, inputs["logits_at"])
             # `gather_for_metrics` leaves out the rows that Accelerate repeats to fill the last batch.
