@@ -44,10 +44,11 @@ def blank_media(model: VLM, rows: int, device: torch.device, *, encoded: bool = 
         encoded: other batches hold what the vision encoder gave for their images, not the images.
     """
     encoder = model.vision_encoder
-    shape = encoder.num_channels, *encoder.image_size
+    shape: tuple[int, ...] = encoder.num_channels, *encoder.image_size
     if encoded:
-        reading = {"class_token": encoder.class_token, "norm": encoder.norm}
-        shape = find_tower_shape(model.config.vision_config, encoder.layer, **reading)
+        shape = find_tower_shape(
+            model.config.vision_config, encoder.layer, class_token=encoder.class_token, norm=encoder.norm
+        )
     blank = torch.zeros(rows, 1, 1, *shape, device=device)
     mask = torch.zeros(rows, 1, 1, dtype=torch.bool, device=device)
     return {"vision_features" if encoded else "pixel_values": blank, "vision_mask": mask}
