@@ -357,7 +357,7 @@ class VLMTrainer(Trainer):
         is_text = not inputs.keys() & {"pixel_values", "vision_features"}
         if is_text and self.args.world_size > 1:
             model = self.accelerator.unwrap_model(self.model)
-            is_encoded = self.train_set.features is not None
+            is_encoded = getattr(self.train_set, "features", None) is not None  # streamed records have none
             inputs |= blank_media(model, len(inputs["input_ids"]), self.args.device, encoded=is_encoded)
         return is_text
 
