@@ -23,28 +23,29 @@ from transformers import (
     ProcessorMixin,
 )
 
+from vlm_cli.chat_inputs import ChatText, encode_chat, load_media, split_batch
 from vlm_cli.composition import MEDIA_TOKEN, UNTILED, Choice, limit_tiles, read_tiling
 from vlm_cli.decoding import HALF, decode
 from vlm_cli.errors import CompositionError, PromptError
 from vlm_cli.manifest import recording
-from vlm_cli.media import LoadedClip, LoadedImage
-from vlm_cli.modeling.batching import MediumPixels, pad_left, stack_media
+from vlm_cli.media import LoadedClip, LoadedImage, MediaLoader
+from vlm_cli.modeling.batching import MediumPixels, pad_left, stack_media, stack_pixels
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.fusion.cross_attention import VLMWithCrossAttention
+from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
+from vlm_cli.modeling.fusion.llama_cross_attention import VLMWithLlamaCrossAttention
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.preprocessing import CROP_DOWN, Placement, Preprocessing, make_preprocessing
 from vlm_cli.printable import count_of
-from vlm_cli.prompt import Medium, Text, parse
+from vlm_cli.prompt import Medium, Text, TokenBreak, parse
+from vlm_cli.templates.messages import read_messages
 from vlm_cli.tiling import MediumSize, Views, check_tiling, plan
 from vlm_cli.tiling.texts import list_texts
 from vlm_cli.trust import check_code
 
-__all__ = ["OpenCLIPImageProcessor", "TokenBreak", "VLMProcessor"]
+__all__ = ["OpenCLIPImageProcessor", "VLMProcessor"]
 
 Frames = Sequence[Image]  # of one medium
-
-
-class TokenBreak:
-    """An empty part of a prompt; no token reaches across it."""
 
 
 class OpenCLIPImageProcessor(BaseImageProcessor):
@@ -326,14 +327,91 @@ class VLMProcessor(ProcessorMixin):
             PromptError: if placeholders and media do not match.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        rows = [_parts(x) for x in texts]
-        media = _media_in_order(rows, images, videos)
-        ids = [self.encode(row, parse_special_tokens=parse_special_tokens) for row in rows]
+        if texts and all(isinstance(x, ChatText) for x in texts):  # what `apply_chat_template` wrote
+            ids = [x.ids for x in texts if isinstance(x, ChatText)]
+            media = _media_of_rows(images, [row.count(self.media_token_id) for row in ids])
+        else:
+            rows = [_parts(x) for x in texts]
+            media = _media_in_order(rows, images, videos)
+            ids = [self.encode(row, parse_special_tokens=parse_special_tokens) for row in rows]
         input_ids, attention_mask = pad_left(ids, self.tokenizer.pad_token_id)
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         if any(media):
             data |= self.image_processor.preprocess(media)
         return BatchFeature(data)
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: Any = None,
+        documents: Any = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        images: Any = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Write conversations by the chat template: the tokens and pixels that `vlm chat` feeds for the same turns.
+
+        See `ProcessorMixin.apply_chat_template` for the messages. The template runs in a process with limits. If there
+        is none, an answer stands right behind its turn, and the next turn on a new line.
+
+        Args:
+            conversation: messages, or a list of such lists.
+            chat_template: in the place of the processor's own.
+            tools, documents, return_assistant_tokens_mask: are refused.
+            add_generation_prompt: go on to where the model's answer begins.
+            continue_final_message: the last message is the beginning of the model's answer.
+            tokenize: return tokens and pixels, not a text.
+            return_dict: with `tokenize`, return what `__call__` returns, and not the ids alone.
+            images: pictures for parts that name none, in reading order; of several conversations, a list of lists.
+            processor_kwargs: may hold `images`.
+            kwargs: ignored; Transformers passes options that do not apply.
+
+        Returns:
+            A text that `__call__` reads as the same tokens, or int[B, T_txt] ids, or a `BatchFeature`.
+
+        Raises:
+            PromptError: if the messages cannot be read.
+            MediaError: if a picture cannot be read.
+            LanguageModelError: if the template cannot write the messages.
+        """
+        for name, given in (("tools", tools), ("documents", documents)):
+            if given:
+                raise PromptError(f"{name} are not possible: vlm writes messages alone. Leave {name} out.")
+        if return_assistant_tokens_mask:
+            raise PromptError("return_assistant_tokens_mask is not possible. `vlm train` learns answers alone.")
+        conversations, is_batch = split_batch(conversation)
+        images = (processor_kwargs or {}).get("images", images)
+        of_each = [[] for _ in conversations] if images is None else list(images) if is_batch else [list(images)]
+        if len(of_each) != len(conversations):
+            raise PromptError(f"{len(conversations)} conversations have {len(of_each)} lists of images.")
+        loader = MediaLoader(allow_urls=True)
+        texts, media = [], []
+        for messages, given in zip(conversations, of_each, strict=True):
+            loaded = load_media(read_messages(messages).media, given, loader) if tokenize else None
+            texts.append(
+                encode_chat(
+                    self,
+                    messages,
+                    chat_template,
+                    opens_answer=add_generation_prompt,
+                    continues=bool(continue_final_message),
+                    media=loaded,
+                )
+            )
+            media.append([self.image_processor.read(x) for x in loaded or ()])
+        if not tokenize:
+            return texts if is_batch else texts[0]
+        input_ids, attention_mask = pad_left([x.ids for x in texts], self.tokenizer.pad_token_id)
+        if not return_dict:
+            return input_ids
+        pixels = stack_pixels(media) if any(media) else {}
+        return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **pixels})
 
     def encode(
         self, parts: Sequence[Any], *, parse_special_tokens: bool = False, add_special_tokens: bool = True
@@ -462,7 +540,9 @@ def _is_row(value: Any, count: int) -> bool:
 def _register_with_transformers() -> None:
     """Tell Transformers' `Auto…` classes which classes the directory of a VLM needs."""
     AutoConfig.register(VLMConfig.model_type, VLMConfig)
-    AutoModelForImageTextToText.register(VLMConfig, VLM)
+    # A pipeline compares the name of a model's class with those that are registered here.
+    classes = (VLM, VLMWithCrossAttention, VLMWithLlamaCrossAttention, VLMWithLanguageStream)
+    AutoModelForImageTextToText._model_mapping.register(VLMConfig, classes)  # type: ignore[arg-type]
     AutoImageProcessor.register(
         VLMConfig, image_processor_classes=dict.fromkeys(("torchvision", "pil"), OpenCLIPImageProcessor)
     )

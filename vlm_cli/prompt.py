@@ -30,7 +30,19 @@ from typing import Literal, TypeAlias, TypeVar
 
 from vlm_cli.errors import PromptError
 
-__all__ = ["KINDS", "Interleaved", "Kind", "Medium", "Slot", "Text", "escape", "format", "interleave", "parse"]
+__all__ = [
+    "KINDS",
+    "Interleaved",
+    "Kind",
+    "Medium",
+    "Slot",
+    "Text",
+    "TokenBreak",
+    "escape",
+    "format",
+    "interleave",
+    "parse",
+]
 
 Kind: TypeAlias = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
@@ -62,6 +74,10 @@ class Slot:
 
     offset: int = field(default=0, compare=False)
     kind: Kind = "image"
+
+
+class TokenBreak:
+    """An empty part of a prompt; no token reaches across it."""
 
 
 @dataclass(frozen=True)

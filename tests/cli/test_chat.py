@@ -25,7 +25,7 @@ from vlm_cli.generation.text_stream import TextStream
 from vlm_cli.interrupt import Interrupted
 from vlm_cli.manifest import sign
 from vlm_cli.prompt import Medium, Text, interleave
-from vlm_cli.writing.conversation import ChatFormat, Conversation
+from vlm_cli.templates.conversation import ChatFormat, Conversation
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

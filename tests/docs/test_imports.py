@@ -25,6 +25,7 @@ LAYERS = (
     ("preprocessing", "templates"),
     ("modeling",),
     ("decoding", "tokenizer"),
+    ("chat_inputs",),
     ("processor",),
     ("writing",),
     ("report",),

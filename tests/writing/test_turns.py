@@ -14,7 +14,7 @@ from vlm_cli.errors import LanguageModelError
 from vlm_cli.models import DEMO, read_processor_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text, interleave
-from vlm_cli.writing.conversation import ChatFormat, Conversation
+from vlm_cli.templates.conversation import ChatFormat, Conversation
 from vlm_cli.writing.turns import Exchange, TurnsWriter
 
 ENDS = ("<|im_end|>", "<|eot|>", "<|return|>", "<end_of_turn>")

@@ -20,9 +20,9 @@ from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.modeling.batching import MediumPixels, stack_grids, stack_media, stack_pixels
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.templates.clip_text import add_clip_texts, chosen_of, split_clips
+from vlm_cli.templates.conversation import Conversation
 from vlm_cli.tiling import MediumSize
-from vlm_cli.writing.clip_text import add_clip_texts, chosen_of, split_clips
-from vlm_cli.writing.conversation import Conversation
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

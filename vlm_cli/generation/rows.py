@@ -20,7 +20,7 @@ from vlm_cli.errors import LanguageModelError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.plain_data import is_finite
 from vlm_cli.prompt import Medium, Text, interleave
-from vlm_cli.writing.clip_text import add_clip_texts
+from vlm_cli.templates.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from transformers import BatchFeature
 from vlm_cli.generation.plan import Answer, GenerationPlan, ignore_message
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.writing.clip_text import add_clip_texts, chosen_of, split_clips
+from vlm_cli.templates.clip_text import add_clip_texts, chosen_of, split_clips
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

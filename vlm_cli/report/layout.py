@@ -13,7 +13,7 @@ from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.writing.clip_text import add_clip_texts
+from vlm_cli.templates.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 

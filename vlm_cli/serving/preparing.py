@@ -16,9 +16,9 @@ from vlm_cli.prompt import Medium, Text
 from vlm_cli.serving.limits import Limits
 from vlm_cli.serving.requests import Ask, BadRequest
 from vlm_cli.serving.row import Piece, ServedRow
+from vlm_cli.templates.clip_text import add_clip_texts
+from vlm_cli.templates.conversation import Message
 from vlm_cli.tiling import MediumSize
-from vlm_cli.writing.clip_text import add_clip_texts
-from vlm_cli.writing.conversation import Message
 
 __all__ = ["Prepared", "Preparer"]
 

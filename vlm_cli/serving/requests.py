@@ -20,7 +20,7 @@ from vlm_cli.prompt import Medium, Text
 from vlm_cli.schema import Kind, list_of, mapping, number, optional, show, text, truth, whole
 from vlm_cli.serving.limits import Limits
 from vlm_cli.serving.sampling import Sampling
-from vlm_cli.writing.conversation import Message
+from vlm_cli.templates.conversation import Message
 
 __all__ = ["Ask", "BadRequest", "read_chat", "read_completion"]
 

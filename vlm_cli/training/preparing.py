@@ -17,8 +17,8 @@ from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium
+from vlm_cli.templates.clip_text import add_clip_texts
 from vlm_cli.training.encoder import RecordEncoder, find_end_token
-from vlm_cli.writing.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 

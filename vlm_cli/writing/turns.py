@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.writing.conversation import AnswerEnd, ChatFormat, Conversation, Markers, Message, squash
+from vlm_cli.templates.conversation import AnswerEnd, ChatFormat, Conversation, Markers, Message, squash
 
 __all__ = ["Exchange", "TurnsWriter", "WrittenTurns"]
 

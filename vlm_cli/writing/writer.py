@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from vlm_cli.errors import UsageError
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.templates.conversation import ChatFormat, Conversation
 from vlm_cli.writing.choice import AUTO, TemplateChoice
-from vlm_cli.writing.conversation import ChatFormat, Conversation
 
 if TYPE_CHECKING:
     from vlm_cli.processor import VLMProcessor

@@ -31,7 +31,7 @@ from vlm_cli.checkpoint.export.formats import find_format
 from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava, export_llava
 from vlm_cli.errors import CheckpointError, UsageError
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.writing.conversation import ChatFormat, Conversation
+from vlm_cli.templates.conversation import ChatFormat, Conversation
 
 CLOSE = {"atol": 1e-4, "rtol": 0}  # float32, through different kernels
 

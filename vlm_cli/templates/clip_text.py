@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 from vlm_cli.errors import MediaError
 from vlm_cli.media import short_name
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.writing.number_words import spell
+from vlm_cli.templates.number_words import spell
 
 if TYPE_CHECKING:
     from vlm_cli.composition.tiling import TilingOptions
     from vlm_cli.media import ChosenFrames, LoadedClip, LoadedImage
-    from vlm_cli.processor import VLMProcessor
+    from vlm_cli.templates.conversation import Encoder
 
 __all__ = ["add_clip_texts", "chosen_of", "split_clips"]
 
@@ -35,7 +35,7 @@ _PLACE = re.compile(r"\{(\w+)\}")
 
 
 def add_clip_texts(
-    parts: Sequence[Text | Medium], processor: VLMProcessor, choose: Callable[[str], ChosenFrames]
+    parts: Sequence[Text | Medium], processor: Encoder, choose: Callable[[str], ChosenFrames]
 ) -> list[Text | Medium]:
     """Put the composition's texts around each clip of a prompt, and around each of its frames.
 
@@ -61,9 +61,7 @@ def add_clip_texts(
     return written
 
 
-def split_clips(
-    media: Sequence[LoadedImage | LoadedClip], processor: VLMProcessor
-) -> Sequence[LoadedImage | LoadedClip]:
+def split_clips(media: Sequence[LoadedImage | LoadedClip], processor: Encoder) -> Sequence[LoadedImage | LoadedClip]:
     """Return loaded media as `add_clip_texts` writes them: a clip per frame, if the composition has a text for each."""
     from vlm_cli.media import LoadedClip
 

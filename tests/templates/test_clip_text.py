@@ -11,8 +11,8 @@ from vlm_cli.composition import GridOptions, TilingOptions
 from vlm_cli.errors import CompositionError, MediaError
 from vlm_cli.media import ChosenFrames
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.writing.clip_text import add_clip_texts
-from vlm_cli.writing.number_words import _SMALL, spell
+from vlm_cli.templates.clip_text import add_clip_texts
+from vlm_cli.templates.number_words import _SMALL, spell
 
 CLIP, IMAGE = Medium("a.mp4", "video"), Medium("a.png")
 CHOSEN = ChosenFrames((0, 14, 29), (0.0, 1.4, 2.9), 3.0)

@@ -21,18 +21,33 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.printable import count_of
-from vlm_cli.processor import TokenBreak, VLMProcessor
-from vlm_cli.prompt import Medium, Text
+from vlm_cli.prompt import Medium, Text, TokenBreak
 from vlm_cli.templates.pictures import takes_text
 from vlm_cli.templates.render import render_template
 
-__all__ = ["AnswerEnd", "ChatFormat", "Conversation", "Markers", "Message", "squash"]
+__all__ = ["AnswerEnd", "ChatFormat", "Conversation", "Encoder", "Markers", "Message", "squash"]
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that Unicode leaves to programs
+
+
+class Encoder(Protocol):
+    """What a conversation needs of a processor."""
+
+    tokenizer: Any
+    image_processor: Any
+
+    @property
+    def chat_program(self) -> str | None:
+        """The chat template; None if there is none."""
+
+    def encode(
+        self, parts: Sequence[Any], *, parse_special_tokens: bool = False, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Return the tokens of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ class ChatFormat:
 
     Args:
         processor: of the model.
+        template: in the place of the processor's own.
         plain: write turns as lines, even if there is a template.
         parse_special_tokens: read the spelling of a special token in the user's text as that token.
 
@@ -85,10 +101,17 @@ class ChatFormat:
         template: the chat template, a Jinja program; None if the tokenizer has none.
     """
 
-    def __init__(self, processor: VLMProcessor, *, plain: bool = False, parse_special_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        processor: Encoder,
+        template: str | None = None,
+        *,
+        plain: bool = False,
+        parse_special_tokens: bool = False,
+    ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.parse_special_tokens = parse_special_tokens
-        self.template = None if plain else processor.chat_program
+        self.template = None if plain else template or processor.chat_program
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         spellings = "|".join(map(re.escape, sorted(special))) or "(?!)"
         # The first character of each spelling, so that the marker can be put behind it.
@@ -148,14 +171,23 @@ class ChatFormat:
             add_special_tokens=is_start and self.template is None,  # a template writes its own
         )
 
-    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of messages, up to where the answer to the last of them begins.
+    def encode_messages(
+        self, messages: Sequence[Message], *, opens_answer: bool = True, begun: Message | None = None
+    ) -> list[int]:
+        """Return the tokens of messages.
+
+        Args:
+            messages: in their order.
+            opens_answer: go on to where the answer to the last of them begins.
+            begun: the beginning of that answer, for the model to go on with.
 
         Raises:
             LanguageModelError: if the template cannot write these messages.
         """
-        markers = Markers.absent_from(self.template or "", *(text for message in messages for text in message.texts))
-        return self.encode(self.render(messages, markers), markers, is_start=True)
+        texts = (text for message in (*messages, *([begun] if begun else [])) for text in message.texts)
+        markers = Markers.absent_from(self.template or "", *texts)
+        rendered = self.render(messages, markers, opens_answer=opens_answer or begun is not None)
+        return self.encode(rendered + (self.insert_markers(begun, markers) if begun else ""), markers, is_start=True)
 
     def _apply_system(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
         """Write messages that begin with the system text.
