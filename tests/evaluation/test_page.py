@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.support import ROOT
 from tests.support.questions import Write
+from vlm_cli.data.record import Record
 from vlm_cli.evaluation.items import GradedAnswer, Item, read_items
 from vlm_cli.evaluation.page import MAX_PIXELS, write_page
 from vlm_cli.evaluation.scores import score
@@ -143,7 +144,9 @@ def test_a_picture_that_became_another_file_does_not_show_it(folder: Path, write
 
 def test_table(folder: Path) -> None:
     answers = [
-        GradedAnswer(Item(line=1, id="1", kind=kind, prompt=(), expected="a"), text, True)
+        GradedAnswer(
+            Item(line=1, id="1", kind=kind, prompt=(), expected="a", record=Record(1, "1", kind, ())), text, True
+        )
         for kind, text in (("b", "a"), ("a", "x"), ("b", "x"))
     ]
     file = io.StringIO()

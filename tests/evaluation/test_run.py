@@ -14,6 +14,7 @@ from tests.support.questions import PROMPTS, Write
 from vlm_cli import VLM
 from vlm_cli.checkpoint.directory import load
 from vlm_cli.cli.sampling import SamplingOptions
+from vlm_cli.data.record import Record
 from vlm_cli.errors import DataError
 from vlm_cli.evaluation.items import GradedAnswer, Item, encode_items, read_items
 from vlm_cli.evaluation.run import answer_items, sort_items
@@ -112,7 +113,7 @@ def test_an_item_that_is_too_large_alone_ends_the_evaluation(ask: Ask, monkeypat
 def test_similar_items_stand_together() -> None:
     def item(kind: str | None, num_images: int, length: int) -> Item:
         prompt = tuple(Medium("a") for _ in range(num_images))
-        found = Item(line=1, id="1", kind=kind, prompt=prompt, expected="x")
+        found = Item(line=1, id="1", kind=kind, prompt=prompt, expected="x", record=Record(1, "1", kind, ()))
         found.ids, found.media = [0] * length, [MediumSize()] * num_images
         return found
 
@@ -137,7 +138,7 @@ def test_answer_ends_at_a_stop_token(ids: list[int], text: str, reason: str, fol
             return "".join(f"<{i}>" for i in ids)
 
     class Processor:
-        tokenizer = Tokenizer()
+        tokenizer, chat_program = Tokenizer(), None
 
     model, _ = load(str(folder / "stream"))
     model.generation_config.eos_token_id = [2, 9]

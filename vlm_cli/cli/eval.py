@@ -60,8 +60,8 @@ class EvalOptions:
         Path | None,
         option(
             QUESTIONS,
-            "Records with questions and right answers (JSONL), or - for stdin; image paths start at the folder of "
-            "FILE. Required.",
+            "Records with questions and right answers: JSON lines, JSON, Parquet and what else `vlm train` reads, or - "
+            "for stdin. Of a conversation, each answer is asked for behind the turns before it. Required.",
             "--data",
             "-d",
             metavar="FILE",

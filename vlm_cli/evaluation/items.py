@@ -1,4 +1,4 @@
-"""Items: questions with known answers. Each is a record with one prompt and one completion."""
+"""Items: questions with known answers. A record is one; of a conversation, each answer is one with the turns before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.data.records import PLAIN_READING, Problem, Reading, Record, Records, raise_problems, read_records
+from vlm_cli.data.records import PLAIN_READING, Problem, Reading, Record, Records, Segment, raise_problems, read_records
 from vlm_cli.evaluation.scores import is_exact
 from vlm_cli.generation.rows import Row
 from vlm_cli.prompt import Medium, Text, format
@@ -27,21 +27,27 @@ class Item(Row):
         kind: by which scores are grouped.
         prompt: in reading order.
         expected: the right answer.
-        is_turns: whether the record is an exchange of messages.
-        system: what the record tells the model beforehand.
+        record: that asks.
+        earlier: the turns before the prompt, with the answers that are right.
     """
 
     id: str
     kind: str | None
     prompt: tuple[Text | Medium, ...]
     expected: str
-    is_turns: bool = False
-    system: str | None = None
+    record: Record
+    earlier: tuple[Segment, ...] = ()
+
+    @property
+    def asked(self) -> list[Text | Medium]:
+        """The earlier turns and the prompt, each turn on a line of its own."""
+        lines = [[*turn.parts, Text("\n")] for turn in self.earlier]
+        return [part for line in (*lines, self.prompt) for part in line]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the line of an item without an answer in the file of answers. `error` shows no content of a file."""
         assert self.error is not None
-        prompt = format(self.prompt)
+        prompt = format(self.asked)
         return {
             "id": self.id,
             "kind": self.kind,
@@ -75,7 +81,7 @@ class GradedAnswer:
         return {
             "id": self.item.id,
             "kind": self.item.kind,
-            "prompt": format(self.item.prompt),
+            "prompt": format(self.item.asked),
             "expected": self.item.expected,
             "answer": self.text,
             "exact": self.exact,
@@ -89,13 +95,13 @@ def read_items(path: Path, limit: int | None = None, reading: Reading = PLAIN_RE
         DataError: if the file cannot be read, or listing every line that cannot be used.
     """
     records = read_records(path, reading)
-    raise_problems(records, [Problem(r.line, problem) for r in records.good if (problem := _find_problem(r))])
-    return [_item(record) for record in records.good[:limit]], records
+    raise_problems(records, [Problem.of(r, problem) for r in records.good if (problem := _find_problem(r))])
+    return [item for record in records.good[:limit] for item in _make_items(record)], records
 
 
 def _find_problem(record: Record) -> str | None:
     """Say why a record has no single answer that could be compared; None if it has one."""
-    if len(record.segments) > 2:
+    if len(record.segments) > 2 and not record.is_turns:
         return f'has {len(record.segments) // 2} turns. Write each as a record: a "prompt" and its "completion".'
     if not any(isinstance(part, Medium) or part.text.strip() for part in record.segments[0].parts):
         return "asks nothing: its prompt is empty."
@@ -114,18 +120,21 @@ def _has_half_characters(record: Record) -> bool:
     return any("\ud800" <= x <= "\udfff" for text in (*texts, record.id, record.kind or "") for x in text)
 
 
-def _item(record: Record) -> Item:
-    prompt, answer = (segment.parts for segment in record.segments)
-    expected = "".join(part.text for part in answer if isinstance(part, Text))
-    return Item(
-        line=record.line,
-        id=record.id,
-        kind=record.kind,
-        prompt=prompt,
-        expected=expected,
-        is_turns=record.is_turns,
-        system=record.system,
-    )
+def _make_items(record: Record) -> list[Item]:
+    """Return an item for each answer of a record; of several, the id tells the turn."""
+    num_turns = len(record.segments) // 2
+    return [
+        Item(
+            line=record.line,
+            id=record.id if num_turns == 1 else f"{record.id}, turn {turn + 1}",
+            kind=record.kind,
+            prompt=record.segments[2 * turn].parts,
+            expected="".join(part.text for part in record.segments[2 * turn + 1].parts if isinstance(part, Text)),
+            record=record,
+            earlier=record.segments[: 2 * turn],
+        )
+        for turn in range(num_turns)
+    ]
 
 
 def encode_items(items: Sequence[Item], records: Records, plan: GenerationPlan) -> None:
@@ -137,12 +146,13 @@ def encode_items(items: Sequence[Item], records: Records, plan: GenerationPlan) 
     problems: list[Problem] = []
     loader = records.loader()
     for item in items:
-        item.encode(plan, item.prompt, loader, is_turns=item.is_turns, system=item.system)
+        record = item.record
+        item.encode(plan, item.prompt, loader, is_turns=record.is_turns, system=record.system, earlier=item.earlier)
         num_tokens, most = len(item.ids), plan.max_new_tokens
         if problem := plan.budget.problem(num_tokens, item.media):
-            problems.append(Problem(item.line, problem))
+            problems.append(Problem.of(record, problem))
         elif problem := plan.budget.problem(num_tokens + most, item.media):
-            problems.append(Problem(item.line, f"with --max-new-tokens {most}, {problem}"))
+            problems.append(Problem.of(record, f"with --max-new-tokens {most}, {problem}"))
         else:
             item.reserve(plan)
     raise_problems(records, problems)

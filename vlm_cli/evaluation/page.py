@@ -141,7 +141,7 @@ def _card(answer: GradedAnswer, kind: int, loader: MediaLoader) -> str:
     item, mark = answer.item, "✓ right" if answer.exact else "✗ wrong"
     prompt = "".join(
         _pictures(part, loader) if isinstance(part, Medium) else f'<span class="text">{_text(part.text)}</span>'
-        for part in item.prompt
+        for part in item.asked
     )
     return (
         f'<article class="card{" right" if answer.exact else ""}" data-kind="{kind}">\n'

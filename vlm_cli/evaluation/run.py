@@ -106,7 +106,7 @@ def describe_failed(failed: Sequence[Item], total: int, name: str) -> str:
         total: number of all items.
         name: of the file of the items.
     """
-    lines = [f"  line {item.line} of {name!r}: {item.error}" for item in failed[:MOST_DETAILS]]
+    lines = [f"  {item.record.unit} {item.line} of {name!r}: {item.error}" for item in failed[:MOST_DETAILS]]
     more = [f"  and {len(failed) - MOST_DETAILS:,} more"] if len(failed) > MOST_DETAILS else []
     return "\n".join([f"{len(failed):,} of {total:,} items have no answer, and are not counted:", *lines, *more])
 

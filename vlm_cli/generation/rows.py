@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_cli.data.formats.ours import get_files
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
 from vlm_cli.data.meant import check_picture_keys, find_mentions
+from vlm_cli.data.record import Segment
 from vlm_cli.errors import LanguageModelError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.plain_data import is_finite
@@ -71,16 +72,21 @@ class Row:
         *,
         is_turns: bool = False,
         system: str | None = None,
+        earlier: Sequence[Segment] = (),
     ) -> None:
-        """Turn the prompt into tokens, sources and sizes of media. The last two arguments are those of `PromptWriter`.
+        """Turn the prompt into tokens, sources and sizes of media. The last arguments are those of `PromptWriter`.
 
         Raises:
             MediaError: if the header of a clip cannot be read.
         """
-        parts = add_clip_texts(parts, plan.processor, loader.choose_frames)
-        self.ids = plan.writer.encode(parts, is_turns=is_turns, system=system)
-        self.sources = [part for part in parts if isinstance(part, Medium)]
-        self.media = measure_media(parts, loader, plan.processor.image_processor)
+        turns = [
+            Segment(tuple(add_clip_texts(turn.parts, plan.processor, loader.choose_frames)), turn.is_target)
+            for turn in (*earlier, Segment(tuple(parts), False))
+        ]
+        *before, asked = turns
+        self.ids = plan.writer.encode(asked.parts, is_turns=is_turns, system=system, earlier=before)
+        self.sources = [part for turn in turns for part in turn.parts if isinstance(part, Medium)]
+        self.media = measure_media(self.sources, loader, plan.processor.image_processor)
 
     def reserve(self, plan: GenerationPlan) -> None:
         """Count the positions of the prompt, and the new tokens that fit after it.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlm_cli.data.record import Segment
 from vlm_cli.errors import UsageError
 from vlm_cli.prompt import Medium, Text
-from vlm_cli.templates.conversation import ChatFormat, Conversation
+from vlm_cli.templates.conversation import ChatFormat, Message
 from vlm_cli.writing.choice import AUTO, TemplateChoice
 
 if TYPE_CHECKING:
@@ -67,20 +68,40 @@ class PromptWriter:
         """
         return self.format is not None and (self.choice.when == "all" or is_turns or self.system is not None)
 
-    def encode(self, parts: Sequence[Text | Medium], *, is_turns: bool = False, system: str | None = None) -> list[int]:
+    def encode(
+        self,
+        parts: Sequence[Text | Medium],
+        *,
+        is_turns: bool = False,
+        system: str | None = None,
+        earlier: Sequence[Segment] = (),
+    ) -> list[int]:
         """Return the tokens of a prompt, up to where the answer begins.
 
         Args:
             parts: of the prompt, in reading order.
             is_turns: whether the row of the prompt is an exchange of messages.
             system: what its row tells the model beforehand, in the place of what every prompt gets.
+            earlier: the turns before, the user's first and an answer last.
         """
         if self.format is None or not self.uses_template(is_turns=is_turns or system is not None):
+            return self._encode_plain(parts, system, earlier)
+        said = self.system if system is None else system
+        told = [] if said is None else [Message("system", (Text(said),))]
+        before = [_make_message(segment, "") for segment in earlier]
+        return self.format.encode_messages([*told, *before, Message("user", tuple(parts))])
+
+    def _encode_plain(
+        self, parts: Sequence[Text | Medium], system: str | None, earlier: Sequence[Segment]
+    ) -> list[int]:
+        if not earlier:
             return self.processor.encode(
                 [*plain_system(system), *parts], parse_special_tokens=self.parse_special_tokens
             )
-        said = self.system if system is None else system
-        return list(Conversation.begin(self.format, said).ask(parts).ids)
+        plain = ChatFormat(self.processor, plain=True, parse_special_tokens=self.parse_special_tokens)
+        first = Message("user", (*plain_system(system), *earlier[0].parts))
+        before = [first, *(_make_message(segment, " ") for segment in earlier[1:])]
+        return plain.encode_messages([*before, Message("user", tuple(parts))])
 
     @property
     def note(self) -> str | None:
@@ -90,6 +111,13 @@ class PromptWriter:
         if self.parse_special_tokens or self.processor.chat_program is None or self.choice.when == "none":
             return None
         return "Note: the tokenizer has a chat template, which `vlm chat` uses. --chat-template all uses it here, too."
+
+
+def _make_message(turn: Segment, start: str) -> Message:
+    """Return what the user says as it is, and an answer with this whitespace before it and none behind it."""
+    if not turn.is_target:
+        return Message("user", turn.parts)
+    return Message("assistant", (Text(start + "".join(x.text for x in turn.parts if isinstance(x, Text)).strip()),))
 
 
 def plain_system(system: str | None) -> list[Text | Medium]:
