@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -81,7 +82,7 @@ def learned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dic
     compute, path = VLMTrainer.compute_loss, tmp_path / "learned.jsonl"
 
     def note(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        names = [record.name.split("'")[1] for record in inputs["records"]]
+        names = [getattr(record, "name", "'").split("'")[1] for record in inputs["records"]]
         with path.open("a") as file:
             file.write(json.dumps([self.state.global_step + 1, names]) + "\n")
         return compute(self, model, inputs, *args, **kwargs)
@@ -211,3 +212,105 @@ def test_a_killed_stream_goes_on_to_the_bit(
 def last_step(path: Path) -> int:
     lines = path.read_text().splitlines() if path.exists() else []
     return int(json.loads(lines[-1])[0]) if lines else 0
+
+
+# -- what cannot be used -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(folder: Path, tmp_path: Path) -> Path:
+    """Twelve records, of which three cannot be used: no JSON, no such picture, and a picture without its end."""
+    whole = (folder / "red.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) - 30])
+    records: list[Any] = [
+        {"prompt": f"<image:{folder}/red.png>", "completion": f" {i}", "id": f"good{i}"} for i in range(12)
+    ]
+    records[4] = {"prompt": "<image:gone.png>", "completion": " x"}
+    records[7] = {"prompt": "<image:cut.png>", "completion": " x"}
+    lines = [json.dumps(record) for record in records]
+    lines[2] = "{"
+    path = tmp_path / "spoilt.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_row_that_cannot_be_used_ends_the_run_or_is_named(
+    train: Vlm, out: Path, spoilt: Path, learned: Callable[..., Any]
+) -> None:
+    options = ("--max-steps", 7, "--shuffle-buffer", 1, "--batch-size", 2)
+    message = error(train(*options, data=spoilt))
+    checkpoint = f"{out}.checkpoints/checkpoint-1"
+    assert "line 3 of spoilt.jsonl: not JSON" in message
+    assert f"{checkpoint!r} keeps the run at step 1. Mend the data, and repeat the command with --resume." in message
+    assert learned() == {1: ["good0", "good1"]}
+    result = train(*options, "--resume", "--bad-rows", "skip", "--workers", 1, "--json", data=spoilt)
+    report = json.loads(output(result))
+    assert report["records"] == 12 + 7 and report["skipped"] == 5  # lines 3 and 5 came twice
+    notes = result.stderr
+    assert "Skipped 5 rows that cannot be used, each time that they came:\n  line 3 of spoilt.jsonl: not JSON" in notes
+    assert "  line 5 of spoilt.jsonl: " in notes and "gone.png" in notes and "  line 8 of spoilt.jsonl: " in notes
+    names = [name for names in learned().values() for name in names]
+    assert names == [f"good{i}" for i in (3, 5, 6, 8, 9, 10, 11, 0, 1, 3, 5, 6)]
+
+
+def test_a_check_lists_what_cannot_be_used_before_the_first_step(train: Vlm, out: Path, spoilt: Path) -> None:
+    """It decodes no picture, so the one without its end is found when its turn comes."""
+    options = ("--epochs", 1, "--check", "--batch-size", 5)
+    message = error(train(*options, data=spoilt))
+    assert "2 of the 12 records in" in message and "  line 3: not JSON" in message and "  line 5: " in message
+    assert not out.with_name("out.checkpoints").exists()
+    result = train(*options, "--bad-rows", "skip", data=spoilt)
+    output(result)
+    assert "for 2 steps of 5 records" in result.stderr and "The run will skip them." in result.stderr
+
+
+def test_a_file_that_disappears_leaves_a_checkpoint(
+    train: Vlm, out: Path, mixture: Path, tmp_path: Path, learned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "mixture"
+    shutil.copytree(mixture.parent, data)
+    options = ("--max-steps", 9, "--shuffle-buffer", 2, "--batch-size", 6)
+    compute = VLMTrainer.compute_loss
+
+    def remove(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            (data / "small.jsonl").rename(data / "elsewhere")
+        return compute(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VLMTrainer, "compute_loss", remove)
+        message = error(train(*options, data=data / "mixture.yaml"))
+    before = learned()
+    assert "small.jsonl" in message and f"checkpoint-{len(before)}' keeps the run at step {len(before)}." in message
+    (data / "elsewhere").rename(data / "small.jsonl")
+    output(train(*options, "--resume", data=data / "mixture.yaml"))
+    assert [*before, *learned()] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "--streaming never comes to an end by itself. Give --max-steps or --max-minutes."),
+        (("--epochs", 2), "nobody counts the records of a pass"),
+        (("--epochs", 2, "--check", "--pack", 90), "nobody knows how long a pass is"),
+        (("--max-steps", 2, "--data", "/dev/stdin"), "is a pipe, which can be read once"),
+        (("--max-steps", 2, "--cache-features", "kept"), "reads all pictures before the first step"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_said_at_once(train: Vlm, flags: tuple[Any, ...], words: str) -> None:
+    data = {"data": Path(flags[-1])} if "--data" in flags else {}
+    assert words in error(train(*(flags[:-2] if data else flags), **data), 2)
+
+
+def test_a_buffer_needs_a_stream(vlm: Vlm, folder: Path, model: Path, out: Path) -> None:
+    command = ("train", model, "--data", folder / "train.jsonl", "--output", out, "--shuffle-buffer", 5)
+    assert "--shuffle-buffer has a meaning only with --streaming" in error(vlm(*command), 2)
+
+
+def test_rows_are_left_out_without_a_stream_too(vlm: Vlm, model: Path, out: Path, spoilt: Path, folder: Path) -> None:
+    command = ("train", model, "--data", spoilt, "--output", out, "--max-steps", 1, "--batch-size", 2)
+    assert "2 of the 12 records in" in error(vlm(*command))
+    (spoilt.parent / "cut.png").write_bytes((folder / "red.png").read_bytes())
+    result = vlm(*command, "--bad-rows", "skip")
+    output(result)
+    assert "Skipped: 2 of the 12 records" in result.stderr and "on 10 records" in result.stderr

@@ -64,6 +64,7 @@ class TrainingResult:
     trainable_parameters: int
     resumed_from: int | None  # step
     checkpoints: Path | None  # the folder, if it was kept
+    skipped: int = 0  # rows of a stream that could not be used, repeats included
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "output": str(self.output), "checkpoints": self.checkpoints and str(self.checkpoints)}

@@ -223,9 +223,10 @@ class Run:
         self.listener.step("")
         self._announce(model, trainer)
         outcome = trainer.run_from(checkpoint)
-        for note in [*trainer.picture_notes.lines(), *trainer.skipped_rows()]:
+        skipped = trainer.skipped_rows()
+        for note in [*trainer.picture_notes.lines(), *([skipped.describe()] if skipped.count else [])]:
             self.listener.notify(note)
-        result = self._make_result(outcome, train_set, num_trained, checkpoint)
+        result = replace(self._make_result(outcome, train_set, num_trained, checkpoint), skipped=skipped.count)
         return self.processes.main_only(lambda: self._finish(outcome, result, model, processor, stored, history))
 
     # -- before ---------------------------------------------------------------------------------------------------

@@ -294,14 +294,14 @@ class VLMTrainer(Trainer):
             self.train_set.mark_learned()  # a checkpoint is written after the step
         return batches
 
-    def skipped_rows(self) -> list[str]:
-        """Name the rows that all processes skipped, since the beginning of the run."""
-        if not isinstance(self.train_set, StreamedRecords):
-            return []
+    def skipped_rows(self) -> SkippedRows:
+        """Return the rows of a stream that all processes skipped, since the beginning of the run."""
         joined = SkippedRows()
+        if not isinstance(self.train_set, StreamedRecords):
+            return joined
         for state in gather_object([self.train_set.skipped.state()]):
             joined.join(SkippedRows.continued(state))
-        return [joined.describe()] if joined.count else []
+        return joined
 
     def _checked(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return (check_batch(batch, self.picture_notes) for batch in batches)
