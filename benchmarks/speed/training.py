@@ -130,10 +130,10 @@ def _against_pixels(report: Report, models: Models, settings: Settings, *, rows:
     data = _records(models, ours, [(16, 32)] * rows)
     images = plan(ours.model.config.composition).processor.image_processor
     cache = FeatureCache.of(models.scratch / "features", ours.model, images, bf16=False)
-    media = [medium for sources in data.sources for medium in sources]
-    cache.fill(media, data.loader, images, ours.model, device=torch.device("cpu"), tell=lambda message: None)
+    media = list(data.media_of(0))
+    cache.fill(media, data.loaders[0], images, ours.model, device=torch.device("cpu"), tell=lambda message: None)
     parts = ("vision_tokenizer",)
-    cached = partial(_our_steps, models, ours, replace(data, features=cache), parts, batch_size=rows)
+    cached = partial(_our_steps, models, ours, replace(data, features=[cache]), parts, batch_size=rows)
     pixels = partial(_our_steps, models, ours, data, parts, batch_size=rows)
     outcome = compare(Subject("--cache-features", cached), [Subject("pixels", pixels)], settings.few)
     case = f"{rows} rows of 1 image and 48 tokens, 32 of them learned; the projector trains"

@@ -103,7 +103,7 @@ def test_tokens_are_those_that_generate_feeds(folder: Path, model: Any, prompt: 
     assert ids(data) == [*both, find_end_token(*model)]
     assert ids(data)[: len(given)] == given
     assert (data[0]["labels"] == IGNORED).sum() == len(given)
-    assert not data.split_lines
+    assert not data.split
 
 
 def test_turns_are_the_tokens_of_the_prompt_that_spells_them(folder: Path, model: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_token_over_the_border_is_cut(folder: Path, model: Any) -> None:
     assert ids(data)[: len(given)] == given
     assert ids(data)[:-1] != fed_by_generate(prompt + completion, model[1])
     assert model[1].tokenizer.decode(ids(data)) == f"<image>A: red{END_OF_CHUNK}"
-    assert data.split_lines == [1]
+    assert data.split == ["line 1 of some.jsonl"]
 
 
 def test_a_begin_token_comes_once(folder: Path, model: Any) -> None:
@@ -201,7 +201,7 @@ def test_a_batch_is_what_the_processor_makes(folder: Path, model: Any) -> None:
     data = dataset(folder, model, *LINES)
     batch = Collator(model[0].config.pad_token_id)([data[0], data[1]])
     rows = [interleave(line["prompt"] + line["completion"] + END_OF_CHUNK).parts for line in LINES]
-    images = [[Image.open(folder / medium.source) for medium in sources] for sources in data.sources]
+    images = [[Image.open(folder / medium.source) for medium in sources] for sources in data.media]
     theirs = model[1](text=rows, images=images, parse_special_tokens=True)
     for name, tensor in theirs.items():
         torch.testing.assert_close(batch[name], tensor, atol=0, rtol=0)

@@ -64,8 +64,8 @@ def fill(root: Path, model: tuple[Any, Any], data: RecordDataset, **options: Any
     vlm, processor = model
     told: list[str] = []
     cache = FeatureCache.of(root, vlm, processor.image_processor, bf16=False)
-    media = [medium for sources in data.sources for medium in sources]
-    cache.fill(media, data.loader, data.images, vlm, device=CPU, tell=told.append)
+    media = list(data.media_of(0))
+    cache.fill(media, data.loaders[0], data.images, vlm, device=CPU, tell=told.append)
     return cache, told
 
 
@@ -94,7 +94,7 @@ def test_each_picture_is_encoded_once(model: Any, data: RecordDataset, tmp_path:
     assert encoded == [2 + 3]  # two names of one picture are one file
     assert len(list(cache.folder.rglob("*.safetensors"))) == 3
     assert told[0].startswith(f"Features of 3 pictures take 0.0 MB in {cache.folder}; ")
-    data.features = cache
+    data.features = [cache]
     kept = batch_of(data)
     assert "pixel_values" not in kept and torch.equal(kept["vision_mask"], plain["vision_mask"])
     same(logits(model[0], **kept), logits(model[0], **plain))
@@ -150,11 +150,11 @@ def test_another_encoder_has_its_own_folder(model: Any, tmp_path: Path) -> None:
 def test_a_file_that_changed_is_another_picture(model: Any, data: RecordDataset, folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "one.png"
     shutil.copy(folder / "red.png", picture)
-    data.sources = [(Medium(str(picture), "image"),)]
+    data.media = [(Medium(str(picture), "image"),)]
     cache, _ = fill(tmp_path / "cache", model, data)
     shutil.copy(folder / "green.png", picture)
     again, _ = fill(tmp_path / "cache", model, data)
-    before, after = cache.find(data.sources[0][0]), again.find(data.sources[0][0])
+    before, after = cache.find(data.media[0][0]), again.find(data.media[0][0])
     assert before is not None and after is not None and differs(before.views, after.views)
 
 
@@ -168,11 +168,12 @@ def test_too_little_space_is_told_before_anything_is_written(
 
 
 def test_features_that_vanish_are_named(model: Any, data: RecordDataset, tmp_path: Path) -> None:
-    data.features, _ = fill(tmp_path / "cache", model, data)
-    shutil.rmtree(data.features.folder)
+    cache, _ = fill(tmp_path / "cache", model, data)
+    data.features = [cache]
+    shutil.rmtree(cache.folder)
     assert "line 1 of 'some.jsonl': its features are no longer in" in Collator(0)([data[0]])["error"]
-    data.features = replace(data.features, digests={})
-    data.sources[0] = (Medium("absent.png", "image"),)
+    data.features = [replace(cache, digests={})]
+    data.media[0] = (Medium("absent.png", "image"),)
     assert "cannot find 'absent.png'" in data[0]["error"]
 
 

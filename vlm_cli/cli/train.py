@@ -29,6 +29,7 @@ from vlm_cli.cli.options import (
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.spellings import accept_aliases
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
+from vlm_cli.data.mixture import Mixture, is_mixture_file
 from vlm_cli.data.records import Reading
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import Alias
@@ -56,12 +57,29 @@ OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the trained model to the directory OUT.")
 ]
 DataOption = Annotated[
-    Path | None,
-    option(DATA, "Learn the records in FILE (JSONL), or in stdin if FILE is -.", "--data", "-d", metavar="FILE"),
+    list[str] | None,
+    option(
+        DATA,
+        "Learn the records of SOURCE: a file of JSON lines or JSON, Parquet, Arrow or tar files ('a/{000..012}.tar', "
+        "'a/*.parquet'), a directory of them, hf:ORG/NAME[:CONFIG][:SPLIT], - for stdin, or a YAML file of several "
+        "sources. Give it several times for several sources.",
+        "--data",
+        "-d",
+        metavar="SOURCE",
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    option(
+        DATA,
+        "With several --data, draw the first source so often, the second so often, and so on: 2,1 draws twice as many "
+        "records from the first. Without weights, a pass shows each record once.",
+        metavar="X,…",
+    ),
 ]
 EvalDataOption = Annotated[
     Path | None,
-    option(DATA, "Measure the loss on the records in FILE (JSONL) at each checkpoint.", metavar="FILE"),
+    option(DATA, "Measure the loss on the records of SOURCE at each checkpoint.", metavar="SOURCE"),
 ]
 StagesOption = Annotated[
     Path | None,
@@ -118,6 +136,7 @@ def train(
     model: ModelOption = None,
     output: OutputOption = None,
     data: DataOption = None,
+    weights: WeightsOption = None,
     eval_data: EvalDataOption = None,
     stages: StagesOption = None,
     columns: ColumnsOption = None,
@@ -143,11 +162,11 @@ def train(
 
     Example: vlm train my-flamingo --data train.jsonl --output my-trained --max-steps 1000
     """
-    _check_given(model, data, eval_data, stages, output)
+    _check_given(model, data or None, eval_data, stages, output)
     assert model is not None and output is not None
     job = Job(
         model=resolve_built_model(model),
-        data=data or Path(),  # each stage has its own
+        data=_mix(data, weights) if data else Path(),  # each stage has its own
         output=output,
         eval_data=eval_data,
         resume=resume or _is_resumed(resume_from_checkpoint, output),
@@ -190,6 +209,21 @@ def _check_given(model: Any, data: Any, eval_data: Any, stages: Any, output: Any
     for name, given in (("MODEL", model), records, ("--output OUT", output)):
         if given is None:
             raise UsageError(f"no {name} is given: vlm train MODEL {records[0]} --output OUT")
+
+
+def _mix(data: Sequence[str], weights: str | None) -> Path | Mixture:
+    """Return what --data and --weights say.
+
+    Raises:
+        UsageError: if the weights are no numbers, or do not fit the sources.
+    """
+    if weights is None and len(data) == 1 and not is_mixture_file(data[0]):
+        return Path(data[0])
+    try:
+        numbers = None if weights is None else [float(x) for x in weights.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights expects a number for each --data, such as 2,1, got {weights!r}.") from None
+    return Mixture.of(data, numbers)
 
 
 def _given_settings(context: typer.Context, settings: TrainingSettings) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_cli.data.formats import ColumnMap
 from vlm_cli.data.inputs import is_pipe
+from vlm_cli.data.records import Reading
 from vlm_cli.data.sources import Source, open_source
 from vlm_cli.errors import UsageError
 from vlm_cli.lookalike import find_named
@@ -28,7 +29,7 @@ from vlm_cli.plain_data import COMPOSITION_BYTES, parse_yaml, read_text
 from vlm_cli.registry import suggest
 from vlm_cli.schema import check, list_of, mapping, mapping_of, number, text, whole
 
-__all__ = ["Ingredient", "Mixture", "place_data", "read_mixture"]
+__all__ = ["Ingredient", "Mixture", "is_mixture_file", "place_data"]
 
 _MOST = 1_000  # sources of a mixture
 _LARGEST = 1e9  # weight
@@ -52,6 +53,11 @@ class Ingredient:
     share: float | None = None
     columns: ColumnMap | None = None
     image_folder: Path | None = None
+
+    def refine(self, reading: Reading) -> Reading:
+        """Return what holds for this source, where `reading` holds for the whole mixture."""
+        columns, folder = self.columns or reading.columns, self.image_folder or reading.image_folder
+        return replace(reading, columns=columns, image_folder=folder)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Mixture:
             UsageError: if the numbers of sources and weights differ, or the mixture cannot be made.
         """
         texts = [str(name) for name in names]
-        files = [name for name in texts if name.lower().endswith((".yaml", ".yml"))]
+        files = [name for name in texts if is_mixture_file(name)]
         if files and (len(texts) > 1 or weights is not None):
             raise UsageError(f"{files[0]!r} is a mixture. Give it alone, and write other sources and weights in it.")
         if files:
@@ -152,6 +158,11 @@ class Mixture:
         return tuple(
             float(x.share) if x.share is not None else left * float(x.weight or 0) / weights for x in self.ingredients
         )
+
+
+def is_mixture_file(name: str) -> bool:
+    """Tell whether a name is that of a file of a mixture."""
+    return name.lower().endswith((".yaml", ".yml"))
 
 
 def read_mixture(path: Path) -> Mixture:

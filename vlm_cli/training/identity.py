@@ -37,7 +37,8 @@ def identify_run(
         "--layer-decay": settings.layer_decay is not None,
         "FSDP": asks_for_sharding(),  # its checkpoints have files of their own
         "--pack": settings.pack,
-        **(data.plan_identity() if isinstance(data, StreamedRecords) else {}),
+        "--too-long": None if settings.too_long == "error" else settings.too_long,
+        **(data.plan_identity() if isinstance(data, StreamedRecords) else data.mixture_identity()),
     }
     named = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
     parts = {f"parts in {k}": sorted(set(x) - {OTHERS}) for k, x in named.items() if isinstance(x, Mapping)}

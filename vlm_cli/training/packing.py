@@ -28,7 +28,7 @@ from vlm_cli.modeling.learned import IGNORED
 from vlm_cli.modeling.packable import find_packing_problem
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.dataset import RecordDataset
-from vlm_cli.training.order import StreamSampler
+from vlm_cli.training.order import Shares, StreamSampler
 
 __all__ = ["PackedRecords", "PackedSampler", "check_packing", "count_packs", "join_items", "pack"]
 
@@ -96,23 +96,26 @@ class PackedSampler(Sampler[list[int]]):
         num_drawn: number of packs.
         length: positions of a pack.
         seed: equal seeds give equal packs.
+        shares: how often each source is drawn; None draws every record once in a pass.
     """
 
-    def __init__(self, sizes: np.ndarray, num_drawn: int, *, length: int, seed: int) -> None:
-        self.sizes, self.num_drawn, self.length, self.seed = sizes, num_drawn, length, seed
+    def __init__(
+        self, sizes: np.ndarray, num_drawn: int, *, length: int, seed: int, shares: Shares | None = None
+    ) -> None:
+        self.sizes, self.num_drawn, self.length, self.seed, self.shares = sizes, num_drawn, length, seed, shares
 
     def __len__(self) -> int:
         return self.num_drawn
 
     def __iter__(self) -> Iterator[list[int]]:
-        records = StreamSampler(len(self.sizes), _ENDLESS, seed=self.seed, batch_size=WINDOW)
+        records = StreamSampler(len(self.sizes), _ENDLESS, seed=self.seed, batch_size=WINDOW, shares=self.shares)
         return islice(pack(records, self.length, lambda record: int(self.sizes[record])), self.num_drawn)
 
 
-def count_packs(sizes: np.ndarray, *, length: int, seed: int) -> int:
+def count_packs(sizes: np.ndarray, *, length: int, seed: int, shares: Shares | None = None) -> int:
     """Count the first packs of a run until they hold as many records as there are; arguments as for `PackedSampler`."""
     left = len(sizes)
-    for number, records in enumerate(PackedSampler(sizes, _ENDLESS, length=length, seed=seed), 1):
+    for number, records in enumerate(PackedSampler(sizes, _ENDLESS, length=length, seed=seed, shares=shares), 1):
         left -= len(records)
         if left <= 0:
             return number

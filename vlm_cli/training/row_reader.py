@@ -31,6 +31,7 @@ class PreparedRow:
         number: of the row in the stream.
         name: of the record, for messages.
         problem: why the row cannot be used; None if it can.
+        is_left_out: the user wants rows with this problem to be left out.
         sequences: what is learned at a time. Each shows the first of the row's media.
         media: the row's images and clips; None while `pixels` holds them.
         pixels: all media as one tensor, which travels between processes as one file.
@@ -41,6 +42,7 @@ class PreparedRow:
     number: int
     name: str
     problem: str | None = None
+    is_left_out: bool = False
     sequences: Sequence[LearnedSequence] = ()
     media: Sequence[MediumPixels] = ()
     pixels: Tensor | None = None
@@ -88,6 +90,8 @@ class RowReader(Dataset[PreparedRow]):
         prepared = PreparedRow(drawn.number, row.place)
         try:
             record, sequences, loader = self.prepare(row, drawn.place.source)
+            if not sequences:  # --too-long drop
+                return replace(prepared, problem=self.preparer.too_long_words, is_left_out=True)
             loaded = [loader.load_medium(x.source, x.kind) for x in record.sources]
             media = [self.images.read(medium) for medium in loaded]
         except VLMError as error:

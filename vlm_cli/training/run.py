@@ -12,7 +12,7 @@ import torch
 
 from vlm_cli.checkpoint.directory import load, read_config
 from vlm_cli.composition import Composition
-from vlm_cli.data.inputs import is_pipe
+from vlm_cli.data.mixture import Mixture
 from vlm_cli.errors import CheckpointError, OutputExistsError, TrainingError, UsageError
 from vlm_cli.files import reserved_directory
 from vlm_cli.flags import OTHERS
@@ -194,7 +194,7 @@ class Run:
             check_packing(model, bf16=self.settings.bf16)
         if self.job.cache_features is not None:
             check_cacheable(model)
-        self.listener.step(f"reading {self.job.data}")
+        self.listener.step(f"reading {self.job.mixture.describe()}")
         train_set, eval_set = self.processes.main_first(lambda: self.read_data(model, processor))
         if self.job.cache_features is not None and isinstance(train_set, RecordDataset):
             self.processes.main_first(lambda: self._cache_features(model, processor, [train_set, eval_set]))
@@ -253,8 +253,9 @@ class Run:
         self.settings.accumulation(self.processes.count)
         if self.settings.streaming:
             check_streamable(self.job)
-        piped = [path for path in (self.job.data, self.job.eval_data) if path is not None and is_pipe(path)]
-        if len(piped) == 2 and piped[0] == piped[1]:
+        evaluated = [] if self.job.eval_data is None else Mixture.of([self.job.eval_data]).pipes
+        piped = [*self.job.mixture.pipes, *evaluated]
+        if len(set(piped)) < len(piped):
             raise UsageError("--data and --eval-data are the same pipe, which can be read only once. Give two files.")
         if piped and self.processes.count > 1:
             raise UsageError(f"{self.processes.count} processes cannot share the pipe {str(piped[0])!r}. Give a file.")
@@ -294,26 +295,25 @@ class Run:
         Raises:
             VLMError: listing the records that cannot be learned.
         """
-        files = [None if self.settings.streaming else self.job.data, self.job.eval_data]
+        files = [None if self.settings.streaming else self.job.mixture, self.job.eval_data]
         writer = PromptWriter(
             processor,
             TemplateChoice.parse(self.settings.chat_template),
             parse_special_tokens=self.settings.special_tokens,
         )
-        reading = self.job.reading
+        loaded = model, processor, self.job.reading, writer, self.settings.too_long
         skips = (self.settings.bad_rows == "skip", False)  # a held-out loss without some of its records is another one
         sets = [
-            None if path is None else load_dataset(path, model, processor, reading, writer, skips=skip)
-            for path, skip in zip(files, skips, strict=True)
+            None if x is None else load_dataset(x, *loaded, skips=skip) for x, skip in zip(files, skips, strict=True)
         ]
-        for path, data in zip(files, sets, strict=True):
+        for data in sets:
             for note in [] if data is None else data.notes:
                 self.listener.notify(note)
-            if data is not None and data.split_lines:
+            if data is not None and data.split:
                 self.listener.notify(
-                    f"Note: in {count_of(len(data.split_lines), 'record')} of {path}, as in line "
-                    f"{data.split_lines[0]}, one token would hold the end of the prompt and the start of the "
-                    "completion, so vlm split it. Write a space between the two at the start of the completion."
+                    f"Note: in {count_of(len(data.split), 'record')}, as in {data.split[0]}, one token would hold the "
+                    "end of the prompt and the start of the completion, so vlm split it. Write a space between the two "
+                    "at the start of the completion."
                 )
         train_set, eval_set = sets
         if self.settings.streaming:
@@ -331,12 +331,14 @@ class Run:
         self.listener.step("encoding pictures")
         empty = FeatureCache.of(self.job.cache_features, model, images, bf16=bf16)
         for data in (x for x in sets if x is not None):
-            cache = replace(empty, digests={})  # each file has its own folder, where relative paths start
-            media = (medium for sources in data.sources for medium in sources)
-            cache.fill(
-                media, data.loader, images, model, device=device or torch.device("cpu"), tell=self.listener.notify
-            )
-            data.features = cache
+            data.features = []
+            for source, loader in enumerate(data.loaders):
+                cache = replace(empty, digests={})  # each source has its own folder, where relative paths start
+                media = data.media_of(source)
+                cache.fill(
+                    media, loader, images, model, device=device or torch.device("cpu"), tell=self.listener.notify
+                )
+                data.features.append(cache)
 
     def _make_folder(self, *, is_new: bool) -> None:
         """Make the folder of checkpoints. A new run forgets what one without a checkpoint measured there."""

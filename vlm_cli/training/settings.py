@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 from vlm_cli.composition import PARTS
 from vlm_cli.composition.adapters import AdapterSettings, parse_adapters
 from vlm_cli.composition.composition import MAX_WEIGHT_DECAY
+from vlm_cli.data.mixture import Mixture
 from vlm_cli.data.records import PLAIN_READING, Reading
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import Alias, Flag, find_problems
 from vlm_cli.registry import suggest
 
-__all__ = ["DATA", "DEFAULT_RATE", "LEARNING", "LENGTH", "RUN", "Job", "Schedule", "TrainingSettings"]
+__all__ = ["DATA", "DEFAULT_RATE", "LEARNING", "LENGTH", "RUN", "Job", "Schedule", "TooLong", "TrainingSettings"]
 
 DATA, LEARNING, LENGTH, RUN = "Data", "Learning", "Length of the run", "Run"  # headings in --help
 
@@ -41,6 +42,9 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 
+#: What becomes of a record that the language model's context does not hold.
+TooLong = Literal["error", "drop", "cut"]
+
 _MAX_SEED = 2**32 - 1  # the largest seed that NumPy takes
 _MAX_ROWS = 65_536  # records of a batch
 _MAX_STEPS = 1_000_000_000  # also the most epochs and minutes
@@ -52,7 +56,7 @@ class Job:
 
     Attributes:
         model: the directory that `vlm build` wrote, or a hub id.
-        data: records to learn.
+        data: records to learn: a source, or a mixture of several.
         output: the directory to write.
         eval_data: records for the held-out loss.
         resume: continue from the last complete checkpoint, if there is a checkpoint.
@@ -69,7 +73,7 @@ class Job:
     """
 
     model: str
-    data: Path
+    data: Path | Mixture
     output: Path
     eval_data: Path | None = None
     resume: bool = False
@@ -84,9 +88,15 @@ class Job:
     earlier: Path | None = None
     base: str | None = None
 
+    @property
+    def mixture(self) -> Mixture:
+        """The records to learn, as a mixture of perhaps one source."""
+        return self.data if isinstance(self.data, Mixture) else Mixture.of([self.data])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the files, and what the user said of them."""
-        return {**{key: x for key, x in vars(self).items() if key != "reading"}, **self.reading.to_dict()}
+        data = self.data.to_dict() if isinstance(self.data, Mixture) else self.data
+        return {**{key: x for key, x in vars(self).items() if key != "reading"}, "data": data, **self.reading.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +205,14 @@ class TrainingSettings:
             most=256,
         ),
     ] = None
+    too_long: Annotated[
+        TooLong,
+        Flag(
+            help="What becomes of a record that the language model's context does not hold: it is an error, or vlm "
+            "leaves it out, or cuts its end off. vlm tells how many.",
+            heading=DATA,
+        ),
+    ] = "error"
     chat_template: Annotated[
         str,
         Flag(
@@ -436,6 +454,8 @@ class TrainingSettings:
     def _streaming_problems(self) -> list[str]:
         if not self.streaming:
             return [] if self.shuffle_buffer is None else ["--shuffle-buffer has a meaning only with --streaming."]
+        if self.too_long == "cut":
+            return ["--streaming does not count what it cuts. Give --too-long drop, which names the records, or error."]
         if self.epochs is not None and self.pack is not None:
             return ["with --streaming and --pack, nobody knows how long a pass is. Give --max-steps, not --epochs."]
         if self.epochs is not None and not self.check:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
+from vlm_cli.data.mixture import place_data
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import OTHERS, Setting, list_settings
 from vlm_cli.lookalike import find_named
@@ -100,7 +101,7 @@ def _make_stage(
         settings = TrainingSettings(**{**plain, **given})
     except UsageError as error:
         raise UsageError(f"stage {data['name']!r} of {file}: {error}") from None
-    paths = {key: folder / data[key] for key in _PATHS if data.get(key) is not None}
+    paths = {key: Path(place_data(data[key], folder)) for key in _PATHS if data.get(key) is not None}
     return Stage(data["name"], paths, settings)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from vlm_cli.data.mixture import Mixture
 from vlm_cli.data.records import Problem, describe_problems
 from vlm_cli.errors import DataError, UsageError, VLMError
 from vlm_cli.modeling.vlm import VLM
@@ -30,7 +27,7 @@ def check_streamable(job: Job) -> None:
     Raises:
         UsageError: if they can be read only once, or their pictures are to be read before the first step.
     """
-    mixture = Mixture.of([job.data])
+    mixture = job.mixture
     if mixture.pipes:
         raise UsageError(
             f"--streaming reads data in several passes, and again after --resume, but {str(mixture.pipes[0])!r} is a "
@@ -64,12 +61,9 @@ def open_stream(
     Raises:
         DataError: if a source cannot be read or, with `settings.check`, lists the rows that cannot be used.
     """
-    mixture = Mixture.of([job.data])
-    sources, preparer = list(mixture.open()), RecordPreparer(model, processor, writer)
-    readings = [
-        replace(job.reading, **{key: x for key in ("columns", "image_folder") if (x := getattr(of, key)) is not None})
-        for of in mixture.ingredients
-    ]
+    mixture = job.mixture
+    sources, preparer = list(mixture.open()), RecordPreparer(model, processor, writer, settings.too_long)
+    readings = [ingredient.refine(job.reading) for ingredient in mixture.ingredients]
     reader = RowReader(sources, readings, preparer)
     num_good = None
     if settings.check:

@@ -114,8 +114,13 @@ class VLMTrainer(Trainer):
             settings, checkpoints.folder, use_cpu=use_cpu, has_eval=eval_set is not None, finds_unused=finds_unused
         )
         self.rows_per_pass = train_set.num_records
-        if settings.pack is not None and isinstance(train_set, RecordDataset):
-            self.rows_per_pass = count_packs(train_set.positions, length=settings.pack, seed=settings.seed)
+        self.order_seed = settings.seed
+        if isinstance(train_set, RecordDataset):
+            self.order_seed = settings.seed if train_set.seed is None else train_set.seed
+            if settings.pack is not None:
+                self.rows_per_pass = count_packs(
+                    train_set.positions, length=settings.pack, seed=self.order_seed, shares=train_set.shares
+                )
         self.budget = RunBudget(
             settings.total_steps(self.rows_per_pass, arguments.world_size),
             settings.max_minutes,
@@ -254,13 +259,16 @@ class VLMTrainer(Trainer):
         if isinstance(data, StreamedRecords):
             return data.batches(self.args.dataloader_num_workers, pin=self.args.device.type == "cuda")
         if length is not None:
-            packs = PackedSampler(data.positions, self.budget.steps * size, length=length, seed=self.args.seed)
+            packs = PackedSampler(
+                data.positions, self.budget.steps * size, length=length, seed=self.order_seed, shares=data.shares
+            )
             return self._make_loader(PackedRecords(data), packs)
         sampler = StreamSampler(
             len(data),
             self.budget.steps * size,
-            seed=self.args.seed,
+            seed=self.order_seed,
             batch_size=size,
+            shares=data.shares,
             sizes=np.stack([data.num_images, data.lengths], axis=1) if self.settings.group_by_length else None,
         )
         return self._make_loader(data, sampler)
@@ -318,8 +326,7 @@ class VLMTrainer(Trainer):
         if last is None:
             return ""
         kept = f"{str(last.path)!r} keeps the run at step {last.step}."
-        what = "data" if isinstance(self.train_set, StreamedRecords) else "image"
-        return f"{kept} Mend the {what}, and repeat the command with --resume."
+        return f"{kept} Mend the data, and repeat the command with --resume."
 
     # -- loss -----------------------------------------------------------------------------------------------------
 

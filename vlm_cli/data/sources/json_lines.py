@@ -32,19 +32,21 @@ class PipedLines(Source):
     def __init__(self, path: Path) -> None:
         self.name, self.path, self.folder = str(path), path, Path()
         self.shards = ["standard input" if self.name == "-" else path.name]
-        self._digest = hashlib.sha256()
+        self._digest = ""
 
     def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
         yield from _parse(self._hashed(), self.shards[shard], start)
 
     def _hashed(self) -> Iterator[bytes]:
+        digest = hashlib.sha256()
         for raw in read_lines(self.path):
-            self._digest.update(raw)
+            digest.update(raw)
             yield raw
+        self._digest = digest.hexdigest()
 
     def digest(self) -> str:
-        """Return the hash of the bytes that were read so far."""
-        return self._digest.hexdigest()
+        """Return the hash of what was read; empty before the end of the pipe."""
+        return self._digest
 
 
 def _parse(lines: Iterator[bytes], shard: str, start: int) -> Iterator[Row]:

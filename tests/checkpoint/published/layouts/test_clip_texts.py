@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, SmolVLMProcessor, SmolVLMVideoProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_utils import VideoMetadata
-from vlm_cli.writing.clip_text import add_clip_texts, chosen_of, split_clips
 
 from tests.checkpoint.published.layouts import test_idefics3, test_perception_lm
 from tests.support.grid_models import SQUARE, internvl
@@ -27,6 +26,7 @@ from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.media import ChosenFrames, LoadedClip
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.templates.clip_text import add_clip_texts, chosen_of, split_clips
 
 WORDS = slice(0, VOCABULARY)
 
