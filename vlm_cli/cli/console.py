@@ -258,13 +258,9 @@ def _is_number(cell: str) -> bool:
 
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has held so far, plus those on the accelerator if `device` is one."""
-    import resource
+    from vlm_cli.modeling import memory
 
-    import torch
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return host + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+    return memory.peak_memory(device)
 
 
 @contextmanager

@@ -29,19 +29,26 @@ from vlm_cli.cli.options import (
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.spellings import accept_aliases
 from vlm_cli.cli.terminal import is_terminal, overwrite_line
+from vlm_cli.data.inputs import is_pipe
 from vlm_cli.data.mixture import Mixture, is_mixture_file
 from vlm_cli.data.records import Reading
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import Alias
 from vlm_cli.models import resolve_built_model
+from vlm_cli.printable import count_of
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
 from vlm_cli.training.stages import Stage, read_stages
 
 if TYPE_CHECKING:
+    from vlm_cli.evaluation.examiner import HeldOutExaminer
+    from vlm_cli.report.examination import Examination
     from vlm_cli.training.outcome import StepReport, TrainingResult
 
 __all__ = ["train"]
+
+MOST_ANSWERS = 3  # that the log shows at each checkpoint
+MAX_RECORDS = 1_000_000_000  # of a file
 
 
 ModelOption = Annotated[
@@ -99,6 +106,17 @@ CacheFeaturesOption = Annotated[
         metavar="DIR",
     ),
 ]
+EvalAnswersOption = Annotated[
+    int | None,
+    option(
+        DATA,
+        "Put the first N records of --eval-data to the model before the first step and at each checkpoint, as "
+        "`vlm eval` does. The log and OUT/run.html show the answers.",
+        min=1,
+        max=MAX_RECORDS,
+        metavar="N",
+    ),
+]
 ResumeOption = Annotated[
     bool,
     option(RUN, "Continue an interrupted run from its last complete checkpoint.", "--resume"),
@@ -141,6 +159,7 @@ def train(
     stages: StagesOption = None,
     columns: ColumnsOption = None,
     image_folder: ImageFolderOption = None,
+    eval_answers: EvalAnswersOption = None,
     media_root: MediaRootOption = None,
     max_pixels: MaxPixelsOption = None,
     cache_features: CacheFeaturesOption = None,
@@ -169,6 +188,7 @@ def train(
         data=_mix(data, weights) if data else Path(),  # each stage has its own
         output=output,
         eval_data=eval_data,
+        eval_answers=eval_answers,
         resume=resume or _is_resumed(resume_from_checkpoint, output),
         overwrite=overwrite,
         keep_checkpoints=keep_checkpoints,
@@ -179,6 +199,8 @@ def train(
         verify=verify,
         cache_features=cache_features,
     )
+    if eval_answers is not None:
+        _check_questions(eval_data, stages)
     plan = None if stages is None else read_stages(stages, _given_settings(context, settings))
     results = _run(job, settings, plan, push_to_hub)
     if results is None:
@@ -194,6 +216,27 @@ def train(
 
 
 accept_aliases(train, {Alias("--output-dir"): "--output", Alias("--hub-model-id"): "--push-to-hub"})
+
+
+def _check_questions(eval_data: Path | None, stages: Path | None) -> None:
+    """Refuse to ask questions that are not given, or can be read only once.
+
+    Raises:
+        UsageError: naming the options.
+    """
+    if eval_data is None and stages is None:
+        raise UsageError("--eval-answers asks held-out records, and none are given. Add --eval-data FILE.")
+    if eval_data is not None and is_pipe(eval_data):
+        raise UsageError("--eval-answers reads --eval-data a second time, and a pipe is read once. Give a file.")
+
+
+def _make_examiner(job: Job) -> HeldOutExaminer | None:
+    """Make what asks the held-out questions of a job, or of a stage."""
+    if job.eval_answers is None or job.eval_data is None:
+        return None
+    from vlm_cli.evaluation.examiner import HeldOutExaminer
+
+    return HeldOutExaminer(job.eval_data, job.eval_answers, job.reading)
 
 
 def _check_given(model: Any, data: Any, eval_data: Any, stages: Any, output: Any) -> None:
@@ -274,9 +317,9 @@ def _run(
         if repository is not None and is_first_process():
             make_repository(repository)
         if stages is not None:
-            results = train_stages(job, stages, terminal)
+            results = train_stages(job, stages, terminal, make_examiner=_make_examiner)
         else:
-            result = train_model(job, settings, terminal)
+            result = train_model(job, settings, terminal, make_examiner=_make_examiner)
             results = None if result is None else [result]
         if repository is not None and results is not None:
             terminal.step(f"sending {job.output} to {repository}")
@@ -291,6 +334,7 @@ class _Terminal(Listener):
     """Shows a run on stderr: messages and losses on lines that stay, and the last step on one that it overwrites."""
 
     def __init__(self) -> None:
+        self.last = ""  # what the last report says of the loss and the speed
         self.shown = False  # whether the cursor stands behind the progress line
         self.running_step = contextlib.ExitStack()  # the part of the preparation that began last
 
@@ -306,13 +350,17 @@ class _Terminal(Listener):
 
     def progress(self, report: StepReport) -> None:
         self.notify(_format_report(report))
+        for line in _format_answers(report.examination):
+            self.notify(line)
+        if report.loss is not None:
+            self.last = f"  loss {report.loss:.4f}  {_format_speed(report)}"
 
     def step_done(self, step: int, total: int | None, seconds_left: float) -> None:
         """Show the number of the step until the next message; only a terminal can take the line back."""
         if is_terminal(sys.stderr) and not console.is_quiet():
             left = f", {_format_left(seconds_left)} left" if math.isfinite(seconds_left) else ""
             of = "" if total is None else f"/{total}"
-            overwrite_line(f"  step {step}{of} done{left}" if step else "  the first step …")
+            overwrite_line(f"  step {step}{of} done{self.last}{left}" if step else "  the first step …")
             self.shown = True
 
     def leave_line(self) -> None:
@@ -331,12 +379,31 @@ def _format_report(report: StepReport) -> str:
     """
     total = "" if report.total_steps is None else f"/{report.total_steps}"
     if report.loss is None:
-        return f"step {report.step}{total}  eval loss {report.eval_loss:.4f}"
+        found = report.examination
+        right = "" if found is None else f"  {found.exact:,} of {count_of(len(found.answers), 'answer')} right"
+        return f"step {report.step}{total}  eval loss {report.eval_loss:.4f}{right}"
     numbers = (("epoch", report.epoch, ".3g"), ("lr", report.learning_rate, ".2g"), ("grad", report.grad_norm, ".2g"))
     known = [f"{name} {value:{how}}" for name, value, how in numbers if value is not None]
-    speed = f"{report.images_per_second:.{0 if report.images_per_second >= 10 else 1}f} images/s"
-    words = [f"step {report.step}{total}", f"loss {report.loss:.4f}", *known, speed]
+    words = [f"step {report.step}{total}", f"loss {report.loss:.4f}", *known, _format_speed(report)]
     return "  ".join([*words, f"{_format_left(report.seconds_left)} left"])
+
+
+def _format_speed(report: StepReport) -> str:
+    speed = f"{report.images_per_second:.{0 if report.images_per_second >= 10 else 1}f} images/s"
+    return speed if report.tokens_per_second is None else f"{speed}  {report.tokens_per_second:,.0f} tokens/s"
+
+
+def _format_answers(found: Examination | None) -> list[str]:
+    """Write the first answers to held-out questions, one line each.
+
+    >>> from vlm_cli.report.examination import Examination, ExaminedAnswer
+    >>> _format_answers(Examination([ExaminedAnswer("a", " a cat", False), ExaminedAnswer("b", " two", True)]))
+    ["  wrong  a: 'a cat'", "  right  b: 'two'"]
+    """
+    return [
+        f"  {'right' if x.exact else 'wrong'}  {x.id}: {x.answer.strip()[:100]!r}"
+        for x in ([] if found is None else found.answers[:MOST_ANSWERS])
+    ]
 
 
 def _format_left(seconds: float) -> str:

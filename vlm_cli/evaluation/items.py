@@ -15,7 +15,9 @@ from vlm_cli.prompt import Medium, Text, format
 if TYPE_CHECKING:
     from vlm_cli.generation.plan import GenerationPlan
 
-__all__ = ["GradedAnswer", "Item", "encode_items", "read_items"]
+__all__ = ["MAX_NEW_TOKENS", "GradedAnswer", "Item", "encode_items", "find_problem", "make_items", "read_items"]
+
+MAX_NEW_TOKENS = 32  # of an answer, unless the user says more
 
 
 @dataclass(eq=False, kw_only=True)
@@ -95,11 +97,11 @@ def read_items(path: Path, limit: int | None = None, reading: Reading = PLAIN_RE
         DataError: if the file cannot be read, or listing every line that cannot be used.
     """
     records = read_records(path, reading)
-    raise_problems(records, [Problem.of(r, problem) for r in records.good if (problem := _find_problem(r))])
-    return [item for record in records.good[:limit] for item in _make_items(record)], records
+    raise_problems(records, [Problem.of(r, problem) for r in records.good if (problem := find_problem(r))])
+    return [item for record in records.good[:limit] for item in make_items(record)], records
 
 
-def _find_problem(record: Record) -> str | None:
+def find_problem(record: Record) -> str | None:
     """Say why a record has no single answer that could be compared; None if it has one."""
     if len(record.segments) > 2 and not record.is_turns:
         return f'has {len(record.segments) // 2} turns. Write each as a record: a "prompt" and its "completion".'
@@ -120,7 +122,7 @@ def _has_half_characters(record: Record) -> bool:
     return any("\ud800" <= x <= "\udfff" for text in (*texts, record.id, record.kind or "") for x in text)
 
 
-def _make_items(record: Record) -> list[Item]:
+def make_items(record: Record) -> list[Item]:
     """Return an item for each answer of a record; of several, the id tells the turn."""
     num_turns = len(record.segments) // 2
     return [

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from vlm_cli.errors import MediaError, PromptError
 from vlm_cli.evaluation.items import GradedAnswer
 from vlm_cli.evaluation.scores import RULE, Score
 from vlm_cli.media import MediaLoader, short_name
 from vlm_cli.prompt import Medium
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from vlm_cli.report.web_page import data_uri, page_head
+from vlm_cli.report.web_page import page_text as _text
 
 __all__ = ["write_page"]
 
@@ -27,9 +22,6 @@ MAX_PIXELS = 320  # of the longer side of a picture in the file
 _FILES = Path(__file__).parent
 _STYLE = (_FILES / "page.css").read_text(encoding="utf-8")
 _SCRIPT = (_FILES / "page.js").read_text(encoding="utf-8")
-
-#: Control characters, which HTML cannot hold, and the symbols that stand for them: ␀ for NUL.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 
 def write_page(
@@ -54,7 +46,7 @@ def write_page(
         answers: in the order of the records.
         loader: finds images.
     """
-    file.write(_head(title))
+    file.write(page_head(title, _STYLE, _SCRIPT))
     file.write(_facts(facts) + _table(kinds, total) + _filter(list(kinds)))
     numbers = {kind: number for number, kind in enumerate(kinds)}
     wrong = [a for a in answers if not a.exact]
@@ -62,24 +54,6 @@ def write_page(
     _write_section(file, f"Wrong answers ({len(wrong):,})", wrong, numbers, loader, is_open=True)
     _write_section(file, f"Right answers ({len(right):,})", right, numbers, loader, is_open=not wrong)
     file.write(f"<script>{_SCRIPT}</script>\n</body>\n</html>\n")
-
-
-def _head(title: str) -> str:
-    # The policy forbids the page to fetch anything and to run any other script, whatever a record says.
-    script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode("ascii")
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{_text(title)}</h1>
-"""
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -155,15 +129,6 @@ def _card(answer: GradedAnswer, kind: int, loader: MediaLoader) -> str:
 _NOTHING = '<span class="nothing">(nothing)</span>'
 
 
-def _text(text: str) -> str:
-    """Turn text into HTML that shows it.
-
-    >>> _text("<b>\\0")
-    '&lt;b&gt;␀'
-    """
-    return escape(text.translate(_CONTROLS))
-
-
 def _pictures(medium: Medium, loader: MediaLoader) -> str:
     """Return an image, or frames of a clip, as HTML."""
     name = _text(short_name(medium.source))
@@ -174,13 +139,7 @@ def _pictures(medium: Medium, loader: MediaLoader) -> str:
     step = -(-len(frames) // MOST_FRAMES)
     # A browser leaves a template alone, so that pictures cost nothing until the script shows them.
     return "".join(
-        f'<span class="picture"><template><img src="{_data_uri(frame)}" alt="{name}" title="{name}"></template></span>'
+        f'<span class="picture"><template><img src="{data_uri(frame, MAX_PIXELS)}" alt="{name}" title="{name}">'
+        "</template></span>"
         for frame in frames[::step]
     )
-
-
-def _data_uri(image: Image) -> str:
-    image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=90, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"

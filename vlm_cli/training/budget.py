@@ -43,6 +43,8 @@ class RunBudget:
         self._pause_every, self._eval_steps = pause_every, eval_steps
         self._paused = 0.0  # seconds between steps, for held-out losses and checkpoints
         self._last: dict[str, float] = {}  # what was done between steps -> seconds of the last time
+        self._is_pause_due = False  # whether the last step is one behind which a pause is still to come
+        self._first_step: float | None = None  # seconds of the first step since the start or the resume, a slow one
 
     @contextlib.contextmanager
     def pause(self, what: Literal["eval", "checkpoint"]) -> Iterator[None]:
@@ -53,6 +55,7 @@ class RunBudget:
         finally:
             seconds = time.monotonic() - started
             self._paused += seconds
+            self._is_pause_due = False
             self._last[what] = seconds
 
     def expected_pause(self, step: int) -> float:
@@ -82,6 +85,11 @@ class RunBudget:
     def seconds(self) -> float:
         """Seconds of training until now, those before a resume included."""
         return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of training until now without the pauses since the start or the resume."""
+        return self.seconds - self._paused
 
     def is_over(self, step: int, seconds: float) -> bool:
         """Tell whether the run ends after this step and this many seconds."""
@@ -132,11 +140,25 @@ class RunBudget:
         whole, rest = divmod(seconds - first - pause, period + pause)
         return first + whole * period + min(rest, period)
 
+    def note_step(self, step: int) -> None:
+        """Hear that a step has ended."""
+        self._is_pause_due = step % self._pause_every == 0
+        if self._first_step is None and step == self._steps_before + 1:
+            self._first_step = self.seconds - self._seconds_before - self._paused
+
     def seconds_left(self, step: int) -> float:
-        """Estimate the seconds until the end from the mean duration of the steps since the start or the resume."""
-        seconds = self.seconds
-        per_step = (seconds - self._seconds_before) / max(step - self._steps_before, 1)
-        left = (self.steps - step) * per_step
+        """Estimate the seconds until the end: those of the steps, and of the pauses between them and at the end.
+
+        The first step since the start or the resume prepares much, so it counts only while there is no other.
+        """
+        seconds, done = self.seconds, step - self._steps_before
+        trained = max(0.0, seconds - self._seconds_before - self._paused)
+        if done > 1 and self._first_step is not None:
+            trained, done = trained - self._first_step, done - 1
+        per_step = trained / max(done, 1)
+        evaluation = self._last.get("eval", 0.5 * self._eval_steps * per_step)
+        pauses = -(-self.steps // self._pause_every) - step // self._pause_every + self._is_pause_due
+        left = (self.steps - step) * per_step + pauses * (evaluation + self._last.get("checkpoint", 0.0))
         return max(0.0, left if self.max_seconds is None else min(left, self.max_seconds - self.reserved - seconds))
 
 
@@ -167,6 +189,7 @@ class EndInTime(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         budget, step = self.budget, state.global_step
+        budget.note_step(step)
         if budget.is_over(step, budget.seconds_at_step):
             control.should_training_stop = control.should_save = control.should_log = True
             control.should_evaluate = self.evaluates

@@ -329,6 +329,7 @@ class Collator:
             "labels": labels,
             "logits_at": find_learned(labels),
             "records": [record for item in items for record in _records_of(item)],
+            "num_tokens": sum(len(item["ids"]) for item in items),
             "notes": [note for item in items for note in item.get("notes", ())],
         }
         if "segments" in items[0]:

@@ -15,7 +15,10 @@ __all__ = ["METRICS_FILE", "MetricsLog"]
 METRICS_FILE = "metrics.jsonl"
 
 #: Keys of an entry in the file, in this order. An entry has `loss` or `eval_loss`.
-_KEYS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "images", "images_per_second", "seconds")
+_KEYS = (
+    *("step", "epoch", "loss", "eval_loss", "exact", "examined", "learning_rate", "grad_norm", "images"),
+    *("images_per_second", "tokens_per_second", "memory", "seconds"),
+)
 
 
 class MetricsLog:
@@ -28,29 +31,33 @@ class MetricsLog:
     Attributes:
         entries: all measurements so far, those before a resume included.
         images: images that the model has seen so far, repeats included.
+        tokens: that the model has read since the start or the resume.
     """
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path, self.writes = path, writes
         self.entries: list[dict[str, Any]] = []
-        self.images = 0
-        self._images_logged, self._seconds_logged = 0, 0.0  # at the last entry with a speed
+        self.images, self.tokens = 0, 0
+        self._images_logged, self._tokens_logged, self._seconds_logged = 0, 0, 0.0  # at the last entry with a speed
 
-    def append(self, values: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
+    def append(self, values: Mapping[str, Any], *, seconds: float, training: float | None = None) -> dict[str, Any]:
         """Complete an entry by images, seconds and speed, and write it.
 
         Args:
             values: `step`, `epoch` and what was measured.
             seconds: seconds of training so far.
+            training: those of them that are no pause for a checkpoint or held-out records; None if none is.
 
         Raises:
             CheckpointError: if the file cannot be written.
         """
         entry = {**values, "images": self.images, "seconds": round(seconds, 2)}
         if "loss" in entry:
-            speed = (self.images - self._images_logged) / max(seconds - self._seconds_logged, 1e-9)
-            self._images_logged, self._seconds_logged = self.images, seconds
-            entry["images_per_second"] = round(speed, 2)
+            training = seconds if training is None else training
+            passed = max(training - self._seconds_logged, 1e-9)
+            entry["images_per_second"] = round((self.images - self._images_logged) / passed, 2)
+            entry["tokens_per_second"] = round((self.tokens - self._tokens_logged) / passed, 1)
+            self._images_logged, self._tokens_logged, self._seconds_logged = self.images, self.tokens, training
         self.entries.append(entry)
         if self.writes:
             try:
@@ -79,6 +86,6 @@ class MetricsLog:
 
 
 def _format_entry(entry: Mapping[str, Any]) -> str:
-    # `learning_rate/PART` stands in runs whose parts have rates of their own.
-    keys = [*_KEYS, *(key for key in entry if key.startswith("learning_rate/"))]
+    # `learning_rate/PART` stands in runs whose parts have rates of their own, `gates/KIND` in those that have gates.
+    keys = [*_KEYS, *(key for key in entry if key.startswith(("learning_rate/", "gates/")))]
     return json.dumps(finite({key: entry[key] for key in keys if key in entry}), allow_nan=False) + "\n"

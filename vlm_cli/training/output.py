@@ -26,6 +26,7 @@ from vlm_cli.training.outcome import TrainingResult
 from vlm_cli.training.plot import draw_losses
 from vlm_cli.training.reporting import RUNS_FOLDER
 from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.watching import ANSWERS_FILE, PAGE_FILE
 from vlm_cli.version import __version__
 
 __all__ = ["describe_run", "digest_of_run", "write_output"]
@@ -39,7 +40,7 @@ def write_output(
     result: TrainingResult,
     run: dict[str, Any],
 ) -> None:
-    """Write the model, its record, `metrics.jsonl`, `loss.png` and TensorBoard's files to the output of a job.
+    """Write the model, its record, the log, pictures of the losses and TensorBoard's files to the output of a job.
 
     Args:
         job: names the output and the folder of the checkpoints.
@@ -63,7 +64,9 @@ def write_output(
                 save_adapted(model, processor, partial, base, changed=changed, name=out.name, story=story)
             else:
                 save(model, processor, partial, name=out.name, story=story)
-            shutil.copy(metrics.path, partial / METRICS_FILE)
+            for name in (METRICS_FILE, PAGE_FILE, ANSWERS_FILE):
+                if (file := metrics.path.with_name(name)).exists():
+                    shutil.copy(file, partial / name)
             if (runs := metrics.path.parent / RUNS_FOLDER).is_dir():
                 shutil.copytree(runs, partial / RUNS_FOLDER)
             draw_losses(metrics.entries, partial / "loss.png", title=f"{out.name}: loss per token")

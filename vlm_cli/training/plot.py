@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
+
+from vlm_cli.report.curves import choose_ticks, smooth
 
 __all__ = ["draw_losses"]
 
@@ -36,7 +37,7 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path, *, title: str) ->
     if train or held_out:
         to_pixels = _draw_axes(draw, [*train, *held_out], small)
         _draw_line(draw, [to_pixels(p) for p in train], _RAW, 1)
-        _draw_line(draw, [to_pixels(p) for p in _smooth(train)], _MEAN, 3)
+        _draw_line(draw, [to_pixels(p) for p in smooth(train)], _MEAN, 3)
         _draw_line(draw, [to_pixels(p) for p in held_out], _EVAL, 2)
         for x, y in map(to_pixels, held_out):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_EVAL)
@@ -47,7 +48,7 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path, *, title: str) ->
 def _draw_axes(draw: ImageDraw.ImageDraw, points: Sequence[_Point], font: _Font) -> Callable[[_Point], _Point]:
     """Draw the grid and its labels; return a function from (step, loss) to pixels."""
     last = max(step for step, _ in points) or 1
-    ys = _choose_ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    ys = choose_ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
     low, high = ys[0], ys[-1]
     width, height = SIZE[0] - _LEFT - _RIGHT, SIZE[1] - _TOP - _BOTTOM
 
@@ -59,37 +60,13 @@ def _draw_axes(draw: ImageDraw.ImageDraw, points: Sequence[_Point], font: _Font)
         row = to_pixels((0, y))[1]
         draw.line((_LEFT, row, _LEFT + width, row), fill=_GRID)
         draw.text((_LEFT - 8, row), f"{y:g}", fill=_INK, font=font, anchor="rm")
-    for step in _choose_ticks(0, last):
+    for step in choose_ticks(0, last):
         if step <= last:
             column = to_pixels((step, low))[0]
             draw.line((column, _TOP, column, _TOP + height), fill=_GRID)
             draw.text((column, _TOP + height + 8), f"{step:,.0f}", fill=_INK, font=font, anchor="mt")
     draw.text((_LEFT + width / 2, SIZE[1] - 8), "step", fill=_INK, font=font, anchor="mb")
     return to_pixels
-
-
-def _choose_ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Choose round numbers that span a range.
-
-    >>> _choose_ticks(0, 3.7)
-    [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
-    """
-    size = (high - low) / most or 1.0
-    unit = 10 ** math.floor(math.log10(size))
-    unit *= next(m for m in (1, 2, 5, 10) if m * unit >= size)
-    first, last = math.floor(low / unit), math.ceil(high / unit)
-    return [round(i * unit, 10) for i in range(first, max(last, first + 1) + 1)]
-
-
-def _smooth(points: Sequence[_Point]) -> list[_Point]:
-    """Smooth a curve: the running mean over a tenth of the points."""
-    half = len(points) // 20
-    losses = [y for _, y in points]
-    sums = [0.0]
-    for y in losses:
-        sums.append(sums[-1] + y)
-    spans = [(max(0, i - half), min(len(losses), i + half + 1)) for i in range(len(losses))]
-    return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(spans)]
 
 
 def _draw_line(draw: ImageDraw.ImageDraw, points: Sequence[_Point], colour: str, width: int) -> None:

@@ -21,6 +21,7 @@ from vlm_cli.modeling.adapters import adapter_parameters, add_adapter
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.training.best import BestWeights
 from vlm_cli.training.checkpoints import Checkpoints, RunHistory, TrainingCheckpoint, checkpoint_folder
 from vlm_cli.training.dataset import RecordDataset, load_dataset
 from vlm_cli.training.features import FeatureCache, check_cacheable
@@ -39,6 +40,7 @@ from vlm_cli.training.stream_opening import check_streamable, open_stream
 from vlm_cli.training.stream_state import read_stream_state
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.trainer import VLMTrainer
+from vlm_cli.training.watching import ANSWERS_FILE, PAGE_FILE, MakeExaminer, RunPage, Watching, make_no_examiner
 from vlm_cli.writing.choice import TemplateChoice
 from vlm_cli.writing.writer import PromptWriter
 
@@ -46,7 +48,12 @@ __all__ = ["Run", "load_trainable", "train_model", "trains_on_cpu"]
 
 
 def train_model(
-    job: Job, settings: TrainingSettings, listener: Listener | None = None, processes: Processes | None = None
+    job: Job,
+    settings: TrainingSettings,
+    listener: Listener | None = None,
+    processes: Processes | None = None,
+    *,
+    make_examiner: MakeExaminer = make_no_examiner,
 ) -> TrainingResult | None:
     """Train a model on records, and write it as a directory that can be loaded without any other file.
 
@@ -55,6 +62,7 @@ def train_model(
         settings: how the model learns.
         listener: hears how the run goes.
         processes: those that share the run, if the caller has more work for them; None ends them after the run.
+        make_examiner: makes what asks held-out questions at each checkpoint; None of it asks none.
 
     Returns:
         The result; None in all but the first of several processes.
@@ -65,7 +73,7 @@ def train_model(
     """
     shared = processes or Processes(trains_on_cpu(settings))
     try:
-        return Run(job, settings, listener or Listener(), shared).execute()
+        return Run(job, settings, listener or Listener(), shared, make_examiner).execute()
     finally:
         if processes is None:
             shared.end()
@@ -151,8 +159,16 @@ def _add_adapters(model: VLM, settings: TrainingSettings) -> None:
 class Run:
     """One call of `train_model`, in one of its processes."""
 
-    def __init__(self, job: Job, settings: TrainingSettings, listener: Listener, processes: Processes) -> None:
+    def __init__(
+        self,
+        job: Job,
+        settings: TrainingSettings,
+        listener: Listener,
+        processes: Processes,
+        make_examiner: MakeExaminer = make_no_examiner,
+    ) -> None:
         self.job, self.settings, self.processes = job, settings, processes
+        self.examiner = make_examiner(job)
         self.use_cpu = trains_on_cpu(settings)
         self.listener = listener if self.processes.is_main else Listener()
         self.checkpoints = Checkpoints(checkpoint_folder(job.output))
@@ -207,6 +223,7 @@ class Run:
         self._tell_changes(checkpoint, history)
         self.processes.main_only(lambda: self._make_folder(is_new=checkpoint is None))
         num_trained = _count_trained(model)  # now, since FSDP leaves each process a share of the model
+        watching = self._make_watching(model, processor, train_set)
         trainer = VLMTrainer(
             model,
             self.settings,
@@ -218,6 +235,7 @@ class Run:
             report=self.listener.progress,
             step_done=self.listener.step_done,
             notify=self.listener.notify,
+            watching=watching,
             use_cpu=self.use_cpu,
         )
         self.listener.step("")
@@ -253,6 +271,10 @@ class Run:
         self.settings.accumulation(self.processes.count)
         if self.settings.streaming:
             check_streamable(self.job)
+        if self.settings.best is not None and self.job.eval_data is None:
+            raise UsageError("--best compares held-out records, and none are given. Add --eval-data FILE.")
+        if self.settings.best == "score" and self.examiner is None:
+            raise UsageError("--best score compares answers, and none are asked for. Add --eval-answers N.")
         evaluated = [] if self.job.eval_data is None else Mixture.of([self.job.eval_data]).pipes
         piped = [*self.job.mixture.pipes, *evaluated]
         if len(set(piped)) < len(piped):
@@ -296,11 +318,7 @@ class Run:
             VLMError: listing the records that cannot be learned.
         """
         files = [None if self.settings.streaming else self.job.mixture, self.job.eval_data]
-        writer = PromptWriter(
-            processor,
-            TemplateChoice.parse(self.settings.chat_template),
-            parse_special_tokens=self.settings.special_tokens,
-        )
+        writer = self._make_writer(processor)
         loaded = model, processor, self.job.reading, writer, self.settings.too_long
         skips = (self.settings.bad_rows == "skip", False)  # a held-out loss without some of its records is another one
         sets = [
@@ -340,12 +358,36 @@ class Run:
                 )
                 data.features.append(cache)
 
+    def _make_writer(self, processor: VLMProcessor) -> PromptWriter:
+        return PromptWriter(
+            processor,
+            TemplateChoice.parse(self.settings.chat_template),
+            parse_special_tokens=self.settings.special_tokens,
+        )
+
+    def _make_watching(self, model: VLM, processor: VLMProcessor, data: RecordDataset | StreamedRecords) -> Watching:
+        """Make what measures and shows the run beside its losses, and check the held-out questions."""
+        page = None
+        if self.processes.is_main:
+            facts = {
+                "model": self.job.model,
+                "trains": f"{', '.join(model.config.composition.trainable)} ({_count_trained(model):,} parameters)",
+                "records": data.describe_whole(),
+            }
+            page = RunPage(self.checkpoints.folder, f"Training {self.job.output.name}", facts, self.listener.notify)
+        measure = self.settings.best
+        best = None if measure is None else BestWeights(self.checkpoints.folder, measure)
+        watching = Watching(page, self.examiner, best)
+        watching.begin(model, processor, self._make_writer(processor))
+        return watching
+
     def _make_folder(self, *, is_new: bool) -> None:
         """Make the folder of checkpoints. A new run forgets what one without a checkpoint measured there."""
         try:
             self.checkpoints.folder.mkdir(exist_ok=True)
             if is_new:
-                (self.checkpoints.folder / METRICS_FILE).unlink(missing_ok=True)
+                for name in (METRICS_FILE, ANSWERS_FILE, PAGE_FILE):
+                    (self.checkpoints.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write {str(self.checkpoints.folder)!r}: {error.strerror}.") from None
 
@@ -393,7 +435,8 @@ class Run:
             images=outcome.images,
             seconds=round(outcome.seconds, 2),
             loss=outcome.metrics.last("loss"),
-            eval_loss=outcome.metrics.last("eval_loss"),
+            eval_loss=outcome.eval_loss,
+            best_step=outcome.best_step,
             images_per_second=round(outcome.images / max(outcome.seconds, 1e-9), 2),
             trainable_parameters=num_trained,
             resumed_from=None if checkpoint is None else checkpoint.step,

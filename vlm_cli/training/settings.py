@@ -59,6 +59,7 @@ class Job:
         data: records to learn: a source, or a mixture of several.
         output: the directory to write.
         eval_data: records for the held-out loss.
+        eval_answers: how many of them are put to the model at each checkpoint, by the examiner of the run.
         resume: continue from the last complete checkpoint, if there is a checkpoint.
         overwrite: replace the output, and delete the checkpoints of an unfinished run.
         keep_checkpoints: keep the checkpoints after the output is written.
@@ -76,6 +77,7 @@ class Job:
     data: Path | Mixture
     output: Path
     eval_data: Path | None = None
+    eval_answers: int | None = None
     resume: bool = False
     overwrite: bool = False
     keep_checkpoints: bool = False
@@ -407,6 +409,14 @@ class TrainingSettings:
             heading=RUN,
             metavar="NAME,…",
             items=("tensorboard", "wandb", "trackio"),
+        ),
+    ] = None
+    best: Annotated[
+        Literal["loss", "score"] | None,
+        Flag(
+            help="Keep the checkpoint with the lowest held-out loss, or with the most right answers (score, with "
+            "--eval-answers), and write it as OUT. Without this option, OUT has the last weights.",
+            heading=RUN,
         ),
     ] = None
     log_every: Annotated[

@@ -31,6 +31,7 @@ from vlm_cli.training.processes import Processes
 from vlm_cli.training.run import Run, train_model, trains_on_cpu
 from vlm_cli.training.settings import Job
 from vlm_cli.training.stages import Stage
+from vlm_cli.training.watching import MakeExaminer, make_no_examiner
 
 __all__ = ["stages_folder", "train_stages"]
 
@@ -40,13 +41,20 @@ def stages_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.stages")
 
 
-def train_stages(job: Job, stages: Sequence[Stage], listener: Listener | None = None) -> list[TrainingResult] | None:
+def train_stages(
+    job: Job,
+    stages: Sequence[Stage],
+    listener: Listener | None = None,
+    *,
+    make_examiner: MakeExaminer = make_no_examiner,
+) -> list[TrainingResult] | None:
     """Train a model in stages.
 
     Args:
         job: model, output and options of the whole run; each stage replaces its files of records.
         stages: at least one.
         listener: hears how the run goes.
+        make_examiner: makes what asks the held-out questions of a stage.
 
     Returns:
         The result of each stage; None in all but the first of several processes.
@@ -57,7 +65,7 @@ def train_stages(job: Job, stages: Sequence[Stage], listener: Listener | None = 
     """
     processes = Processes(trains_on_cpu(stages[0].settings))
     try:
-        return _StagedRun(job, stages, listener or Listener(), processes).execute()
+        return _StagedRun(job, stages, listener or Listener(), processes, make_examiner).execute()
     finally:
         processes.end()
 
@@ -65,7 +73,15 @@ def train_stages(job: Job, stages: Sequence[Stage], listener: Listener | None = 
 class _StagedRun:
     """One call of `train_stages`, in one of its processes."""
 
-    def __init__(self, job: Job, stages: Sequence[Stage], listener: Listener, processes: Processes) -> None:
+    def __init__(
+        self,
+        job: Job,
+        stages: Sequence[Stage],
+        listener: Listener,
+        processes: Processes,
+        make_examiner: MakeExaminer,
+    ) -> None:
+        self.make_examiner = make_examiner
         self.job, self.stages, self.processes = job, stages, processes
         self.listener = listener if processes.is_main else Listener()
         self.work = Checkpoints(stages_folder(job.output))
@@ -92,7 +108,8 @@ class _StagedRun:
 
     def _train(self, number: int, job: Job) -> TrainingResult | None:
         try:
-            return train_model(job, self.stages[number].settings, self.listener, self.processes)
+            settings = self.stages[number].settings
+            return train_model(job, settings, self.listener, self.processes, make_examiner=self.make_examiner)
         except Interrupted as error:
             if number and "nothing was kept" in str(error):
                 kept = f"The models of the earlier stages are in {self.work.folder}. To continue, repeat the command "
@@ -167,7 +184,7 @@ class _StagedRun:
         for job, stage in list(zip(jobs, self.stages, strict=True))[done + 1 :]:
             self.listener.step(f"checking the records of stage {stage.name}")
             first = replace(job, model=jobs[done].model, backbones=jobs[done].backbones)
-            Run(first, stage.settings, Listener(), self.processes).check()
+            Run(first, stage.settings, Listener(), self.processes, self.make_examiner).check()
             gc.collect()
         self.listener.step("")
 

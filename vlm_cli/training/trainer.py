@@ -36,6 +36,7 @@ from vlm_cli.errors import DataError
 from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.learned import row_losses
+from vlm_cli.modeling.memory import peak_memory
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
@@ -62,6 +63,7 @@ from vlm_cli.training.sharding import GatherForMethods, blank_media, check_shard
 from vlm_cli.training.stream_state import write_stream_states
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.watch import FiniteWatch
+from vlm_cli.training.watching import Watching, preserved_randomness
 
 __all__ = ["VLMTrainer"]
 
@@ -80,6 +82,7 @@ class VLMTrainer(Trainer):
         report: is called with each report.
         step_done: is called after each step; see `Listener`.
         notify: is called with messages for the user.
+        watching: what else is measured and shown while the model trains.
         use_cpu: train on the CPU, whatever accelerators the machine has.
     """
 
@@ -102,12 +105,13 @@ class VLMTrainer(Trainer):
         report: Callable[[StepReport], None],
         step_done: Callable[[int, int | None, float], None],
         notify: Callable[[str], None],
+        watching: Watching,
         use_cpu: bool,
     ) -> None:
         self.settings, self.train_set, self.eval_set = settings, train_set, eval_set
         self.checkpoints, self.run, self.report, self.notify = checkpoints, run, report, notify
         self.picture_notes = NoteTally()
-        self.history, self.step_done = history, step_done
+        self.history, self.step_done, self.watching = history, step_done, watching
         # A vision tower's pooling and projection do not contribute to its patch features, so they get no gradient.
         finds_unused = "vision_encoder" in (*model.config.composition.trainable, *(model.config.adapters or ()))
         arguments = make_arguments(
@@ -158,6 +162,7 @@ class VLMTrainer(Trainer):
             with reading(checkpoint.path):
                 state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
                 self.metrics.restore(state.log_history, images=checkpoint.images, seconds=checkpoint.seconds)
+                self.watching.restore(checkpoint.path, checkpoint.step, self.metrics.entries)
                 os.path.isdir(state.best_model_checkpoint or "")  # as Transformers asks later, where nobody explains it
         if checkpoint is not None and self.budget.is_over(checkpoint.step, checkpoint.seconds):
             self._load_from_checkpoint(str(checkpoint.path))
@@ -165,8 +170,23 @@ class VLMTrainer(Trainer):
         else:
             self._train_from(checkpoint)
         steps, seconds = self.state.global_step, self.budget.seconds
+        best_step = self._load_best()
+        self._update_page(is_over=True)
         gathered = self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
-        return RunOutcome(steps, seconds, self.metrics.images, self.metrics, gathered)
+        return RunOutcome(steps, seconds, self.metrics.images, self.metrics, gathered, best_step)
+
+    def _load_best(self) -> int | None:
+        """Give the model the weights of the best checkpoint, if they are kept; return its step."""
+        if self.watching.best is None:
+            return None
+        found = self.watching.best.find(self.metrics.entries)
+        step = self.watching.best.find_step(self.metrics.entries)
+        if found is None:
+            self.notify("Note: no checkpoint was measured, so the last weights are kept.")
+            return None
+        if step != self.state.global_step:
+            self._load_from_checkpoint(str(found))
+        return step
 
     def _train_from(self, checkpoint: TrainingCheckpoint | None) -> None:
         """Train until the budget is used.
@@ -184,6 +204,7 @@ class VLMTrainer(Trainer):
             self.add_callback(_RestoreLosses(self, checkpoint))
             self.add_callback(GatherForMethods())
             self.add_callback(_TellSteps(self.budget, self.step_done))
+            self.args.eval_on_start = self.watching.examiner is not None and checkpoint is None
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
             except RuntimeError:
@@ -345,12 +366,13 @@ class VLMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        records = inputs.pop("records")
+        records, num_tokens = inputs.pop("records"), inputs.pop("num_tokens")
         is_text = self._fill_media(inputs)
         result: Any = super().compute_loss(
             model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch=num_items_in_batch
         )
         self.metrics.images += self.train_set.count_images(records) * self.args.world_size
+        self.metrics.tokens += num_tokens * self.args.world_size
         self._step_records = [*self._step_records, *records]
         if is_text and self.args.world_size == 1 and not return_outputs:
             # Text alone leaves the parts that read images without a gradient, and the loss perhaps without any.
@@ -376,18 +398,32 @@ class VLMTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the held-out loss: the mean over all learned tokens of the held-out records."""
-        with self.budget.pause("eval"):
-            return self._measure_held_out()
+        """Measure the held-out loss and put the held-out questions; what is learned later does not change by that."""
+        with self.budget.pause("eval"), preserved_randomness():
+            metrics = self._measure_held_out() | self._examine()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _examine(self) -> dict[str, float]:
+        """Put the held-out questions to the model, in the main process."""
+        if self.watching.examiner is None:
+            return {}
+        if self.is_world_process_zero():
+            with self.accelerator.autocast(), self._attention():
+                self.watching.examine(self.state.global_step)
+        self.accelerator.wait_for_everyone()
+        return self.watching.last_scores()
 
     def _measure_held_out(self) -> dict[str, float]:
+        """Return the mean loss over all learned tokens of the held-out records."""
         self.watch.check()
         model: Any = self.model_wrapped if self.is_sharded else self.model
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         for batch in self._checked(self.get_eval_dataloader()):
             inputs = self._prepare_inputs(batch)
-            inputs.pop("records")
+            del inputs["records"], inputs["num_tokens"]
             labels = inputs.pop("labels")
             self._fill_media(inputs)
             with self._attention():
@@ -395,21 +431,18 @@ class VLMTrainer(Trainer):
             # `gather_for_metrics` leaves out the rows that Accelerate repeats to fill the last batch.
             losses, counts = self.accelerator.gather_for_metrics(rows)
             totals += torch.stack([losses.double().sum(), counts.double().sum()]).cpu()
-        metrics = {"eval_loss": float(totals[0] / totals[1])}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {"eval_loss": float(totals[0] / totals[1])}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.watch.check()
         if "loss" not in logs and "eval_loss" not in logs:
             return  # the summary of the base class
-        logs = logs | self._rates_of_parts(logs.get("learning_rate"))
+        logs = logs | self._rates_of_parts(logs.get("learning_rate")) | self._measure_model()
         step, budget = self.state.global_step, self.budget
         done = step * self.settings.step_size(self.args.world_size)
         epoch = None if self.rows_per_pass is None else round(done / self.rows_per_pass, 4)
         place = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
-        entry = self.metrics.append(place | logs, seconds=budget.seconds)
+        entry = self.metrics.append(place | logs, seconds=budget.seconds, training=budget.training_seconds)
         self.state.log_history.append(entry)
         self.report(
             StepReport(
@@ -422,8 +455,11 @@ class VLMTrainer(Trainer):
                 epoch,
                 logs.get("learning_rate"),
                 logs.get("grad_norm"),
+                self.metrics.last("tokens_per_second"),
+                self.watching.last if "exact" in logs else None,
             )
         )
+        self._update_page(is_due="eval_loss" in logs)
         measured = {name: x for name, x in entry.items() if name != "step"}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, measured)
 
@@ -433,6 +469,23 @@ class VLMTrainer(Trainer):
         if highest is None or len(rates) < 2:
             return {}
         return {f"learning_rate/{part}": highest * rate / max(rates.values()) for part, rate in rates.items()}
+
+    def _measure_model(self) -> dict[str, float]:
+        """Return the peak of the memory so far, in bytes, and how far the gates of each kind are open on average."""
+        gates: dict[str, list[float]] = {}
+        for name, gate in {} if self.is_sharded else self.accelerator.unwrap_model(self.model).gates().items():
+            gates.setdefault(name.rpartition(".")[2], []).append(float(gate.detach().float().tanh().abs().mean()))
+        opened = {f"gates/{kind}": round(sum(some) / len(some), 6) for kind, some in gates.items()}
+        return {"memory": peak_memory(self.args.device), **opened}
+
+    def _update_page(self, *, is_due: bool = False, is_over: bool = False) -> None:
+        step, budget = self.state.global_step, self.budget
+        total = "" if budget.max_steps is None else f" of {budget.max_steps:,}"
+        facts = {"step": f"{step:,}{total}", "time": f"{budget.seconds:,.0f} s"}
+        if not is_over:
+            facts["time left"] = f"about {budget.seconds_left(step):,.0f} s"
+        progress = None if is_over else min(1.0, budget.progress(step))
+        self.watching.update(self.metrics.entries, facts, progress, is_due=is_due or is_over)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -471,6 +524,7 @@ class VLMTrainer(Trainer):
                     run=self.run,
                     unlogged=unlogged,
                 )
+                self.watching.keep_best(self.checkpoints.folder / f"checkpoint-{step}", step, self.metrics.entries)
         self.accelerator.wait_for_everyone()
 
     def _unlogged_losses(self) -> UnloggedLosses | None:
