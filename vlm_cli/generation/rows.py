@@ -3,8 +3,10 @@
     {"prompt": "<image:a.png>What is it?", "id": 7}
     {"prompt": "<image> or <image>?", "images": ["a.png", "b.png"]}
     {"prompt": "<video>What happens?", "videos": ["a.mp4?frames=4"]}
+    {"messages": [{"role": "user", "content": "<image>What is it?"}], "images": ["a.png"]}
 
-A prompt follows the grammar of `vlm generate`. Other keys of a line stay as they are.
+A prompt follows the grammar of `vlm generate`; chat messages and LLaVA conversations end with the turn to answer. Other
+keys of a line stay as they are.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vlm_cli.data.formats import find_turns
 from vlm_cli.data.formats.ours import get_files
 from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
 from vlm_cli.data.meant import check_picture_keys, find_mentions
-from vlm_cli.data.record import Segment
+from vlm_cli.data.record import Content, Segment
 from vlm_cli.errors import LanguageModelError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.plain_data import is_finite
@@ -149,16 +152,30 @@ class RowReader:
         row.data = {key: x for key, x in data.items() if key != "error" and is_finite(x)}
         if lost := [key for key in data if key not in row.data and key != "error"]:
             raise RecordError(f'"{lost[0]}" holds a number that JSON cannot write, such as NaN or 1e400.')
-        prompt = get_field(data, "prompt", str, "text")
-        images, videos = get_files(data, "image"), get_files(data, "video")
         if taken := [key for key in ANSWER_KEYS if key in data]:
             raise RecordError(
                 f'"{taken[0]}" is a key of the answer, which would overwrite yours. Rename the key in this line.'
             )
-        check_picture_keys(data, [prompt])
-        parts = interleave(prompt, images, videos, given_with='"images"').parts
+        asked = _read_question(data)
+        parts = [part for segment in asked.segments for part in segment.parts]
         if any(isinstance(part, Medium) and part.is_stdin for part in parts):
             raise RecordError("the image '-' means standard input, which the rows of a file cannot share. Give a file.")
-        row.mentions = find_mentions(parts, self.loader)
-        row.encode(self.plan, parts, self.loader)
+        *earlier, last = asked.segments
+        row.mentions = find_mentions(last.parts, self.loader)
+        row.encode(self.plan, last.parts, self.loader, is_turns=asked.is_turns, system=asked.system, earlier=earlier)
         row.reserve(self.plan)
+
+
+def _read_question(data: dict[str, Any]) -> Content:
+    """Return what a row asks: its prompt, or its turns, the last of which is the question.
+
+    Raises:
+        RecordError, PromptError: if the row asks nothing, or its placeholders and files do not match.
+    """
+    if (turns := find_turns(data)) is not None:
+        return turns.read_question(data)
+    prompt = get_field(data, "prompt", str, "text")
+    images, videos = get_files(data, "image"), get_files(data, "video")
+    check_picture_keys(data, [prompt])
+    parts = interleave(prompt, images, videos, given_with='"images"').parts
+    return Content((Segment(tuple(parts), False),))

@@ -9,15 +9,16 @@ from typing import Any
 
 from vlm_cli.data.formats.columns import ColumnMap
 from vlm_cli.data.formats.conversations import Conversations
-from vlm_cli.data.formats.format import Format
+from vlm_cli.data.formats.format import Format, TurnFormat
 from vlm_cli.data.formats.messages import Messages
 from vlm_cli.data.formats.ours import OwnRecords
 from vlm_cli.data.formats.texts import Texts
 from vlm_cli.data.jsonl import RecordError
 
-__all__ = ["FORMATS", "ColumnMap", "Format", "recognise"]
+__all__ = ["FORMATS", "ColumnMap", "Format", "find_turns", "recognise"]
 
-FORMATS: tuple[Format, ...] = (OwnRecords(), Conversations(), Messages(), Texts())
+_TURNS: tuple[TurnFormat, ...] = (Conversations(), Messages())
+FORMATS: tuple[Format, ...] = (OwnRecords(), *_TURNS, Texts())
 
 
 def recognise(data: dict[str, Any]) -> Format:
@@ -32,3 +33,8 @@ def recognise(data: dict[str, Any]) -> Format:
         key = next((key for key in ("messages", "conversations", "texts") if key in data), "completion")
         raise RecordError(f"can be read as {both}. Say which columns count, for instance --columns {key}={key}")
     return found[0] if found else FORMATS[0]
+
+
+def find_turns(data: dict[str, Any]) -> TurnFormat | None:
+    """Return the format of a row of turns, which may end with a question; None for a row with a prompt of its own."""
+    return None if "prompt" in data else next((x for x in _TURNS if x.matches(data)), None)

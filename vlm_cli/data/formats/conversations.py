@@ -17,11 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_cli.data.formats.format import Format, read_id, read_kind
+from vlm_cli.data.formats.format import TurnFormat
 from vlm_cli.data.formats.pictures import read_media_beside
-from vlm_cli.data.formats.turns import Turn, pair_turns, place_media, read_role, read_system, split_placeholders
+from vlm_cli.data.formats.turns import Turn, place_media, read_role, read_system, split_placeholders
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
-from vlm_cli.data.record import Content
 from vlm_cli.prompt import KINDS, Kind, Medium, Slot, Text
 
 __all__ = ["Conversations"]
@@ -29,16 +28,17 @@ __all__ = ["Conversations"]
 _TAG = "<image>"
 
 
-class Conversations(Format):
+class Conversations(TurnFormat):
     """Turns of a human and of GPT, as LLaVA trains on them."""
 
     name = "LLaVA conversations"
+    key = "conversations"
     keys = '"conversations", with "image"'
 
     def matches(self, data: dict[str, Any]) -> bool:
         return data.get("conversations") is not None
 
-    def read(self, data: dict[str, Any]) -> Content:
+    def read_turns(self, data: dict[str, Any]) -> tuple[str | None, list[Turn], tuple[str, ...]]:
         media = {kind: read_media_beside(data, kind) for kind in KINDS}
         given = get_field(data, "conversations", list, "a list of turns")
         turns = [_read_turn(turn, number, media) for number, turn in enumerate(given, start=1)]
@@ -47,8 +47,7 @@ class Conversations(Format):
         if len(turns) > 1 and turns[0].role == "assistant" and turns[1].role == "user":
             notes = ["begins with an answer, which is left out, as LLaVA does"]
             turns = turns[1:]
-        segments = pair_turns(place_media(turns, media), "conversations")
-        return Content(segments, system, read_id(data), read_kind(data), tuple(notes), is_turns=True)
+        return system, place_media(turns, media), tuple(notes)
 
 
 def _read_turn(turn: Any, number: int, media: dict[Kind, list[Medium]]) -> Turn:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from vlm_cli.data.formats.turns import Turn, pair_turns
 from vlm_cli.data.record import Content
 
-__all__ = ["Format"]
+__all__ = ["Format", "TurnFormat"]
 
 
 class Format(ABC):
@@ -32,6 +33,40 @@ class Format(ABC):
         Raises:
             RecordError: if the row cannot be used.
         """
+
+
+class TurnFormat(Format):
+    """Rows of turns. They may end with a question, which a model is to answer.
+
+    Attributes:
+        key: under which a row has its turns.
+    """
+
+    key: ClassVar[str]
+
+    @abstractmethod
+    def read_turns(self, data: dict[str, Any]) -> tuple[str | None, list[Turn], tuple[str, ...]]:
+        """Return what the system says, the turns with their files, and notes.
+
+        Raises:
+            RecordError: if the row cannot be used.
+        """
+
+    def read(self, data: dict[str, Any]) -> Content:
+        return self._read(data, is_open=False)
+
+    def read_question(self, data: dict[str, Any]) -> Content:
+        """Return what a row says whose last turn is a question; its last segment is that question.
+
+        Raises:
+            RecordError: if the row cannot be used, or ends with an answer.
+        """
+        return self._read(data, is_open=True)
+
+    def _read(self, data: dict[str, Any], *, is_open: bool) -> Content:
+        system, turns, notes = self.read_turns(data)
+        segments = pair_turns(turns, self.key, is_open=is_open)
+        return Content(segments, system, read_id(data), read_kind(data), notes, is_turns=True)
 
 
 def read_id(data: dict[str, Any]) -> str | None:

@@ -20,11 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_cli.data.formats.format import Format, read_id, read_kind
+from vlm_cli.data.formats.format import TurnFormat
 from vlm_cli.data.formats.pictures import HOLDERS, read_media_beside, read_medium
-from vlm_cli.data.formats.turns import Turn, pair_turns, place_media, read_role, read_system, split_placeholders
+from vlm_cli.data.formats.turns import Turn, place_media, read_role, read_system, split_placeholders
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
-from vlm_cli.data.record import Content
 from vlm_cli.prompt import KINDS, Kind, Medium, Slot, Text
 
 __all__ = ["Messages"]
@@ -40,22 +39,22 @@ _MEDIA_PARTS: dict[str, Kind] = {
 _HINT = 'To show the words <image>, write the content as parts: [{"type": "text", "text": "…"}].'
 
 
-class Messages(Format):
+class Messages(TurnFormat):
     """Messages of a user and an assistant, with pictures in them or beside them."""
 
     name = "chat messages"
+    key = "messages"
     keys = '"messages", with "images" or with pictures in them'
 
     def matches(self, data: dict[str, Any]) -> bool:
         return data.get("messages") is not None or _is_split(data)
 
-    def read(self, data: dict[str, Any]) -> Content:
+    def read_turns(self, data: dict[str, Any]) -> tuple[str | None, list[Turn], tuple[str, ...]]:
         is_whole = data.get("messages") is not None
         given = get_field(data, "messages", list, "a list") if is_whole else [*data["prompt"], *data["completion"]]
         files = _Files({kind: read_media_beside(data, kind) for kind in KINDS})
         system, turns = read_system(data, [_read_message(x, i, files) for i, x in enumerate(given, start=1)])
-        segments = pair_turns(place_media(turns, files.rest(), _HINT), "messages")
-        return Content(segments, system, read_id(data), read_kind(data), is_turns=True)
+        return system, place_media(turns, files.rest(), _HINT), ()
 
 
 def _is_split(data: dict[str, Any]) -> bool:

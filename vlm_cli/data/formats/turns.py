@@ -129,18 +129,19 @@ def place_media(turns: Sequence[Turn], media: Mapping[Kind, Sequence[Medium]], h
     ]
 
 
-def pair_turns(turns: Sequence[Turn], key: str) -> tuple[Segment, ...]:
+def pair_turns(turns: Sequence[Turn], key: str, *, is_open: bool = False) -> tuple[Segment, ...]:
     """Pair each answer with the turn of the user before it.
 
     Args:
         turns: without the system's, all files in their places.
         key: of the turns in the row, for messages.
+        is_open: whether the last turn is a question, which a model is to answer.
 
     Raises:
         RecordError: if the turns do not alternate, beginning with the user's, or an answer is empty.
     """
     if not turns:
-        raise RecordError(f'"{key}" is empty: the model would have nothing to learn.')
+        raise RecordError(f'"{key}" is empty: the model would have nothing to {"answer" if is_open else "learn"}.')
     expected: tuple[Role, Role] = ("user", "assistant")
     for i, turn in enumerate(turns):
         if turn.role != expected[i % 2]:
@@ -152,7 +153,9 @@ def pair_turns(turns: Sequence[Turn], key: str) -> tuple[Segment, ...]:
             raise RecordError(f"turn {turn.number}, an answer, is empty: the model would have nothing to learn.")
         if turn.role == "user" and not turn.parts:
             raise RecordError(f"turn {turn.number}, of the user, is empty.")
-    if turns[-1].role == "user":
+    if is_open and turns[-1].role == "assistant":
+        raise RecordError(f"turn {turns[-1].number}, the last, is an answer. Leave it out, and a model answers there.")
+    if not is_open and turns[-1].role == "user":
         raise RecordError(f"turn {turns[-1].number}, the last, has no answer from which the model could learn.")
     return tuple(
         Segment(tuple(part for part in turn.parts if not isinstance(part, Slot)), turn.role == "assistant")
