@@ -146,7 +146,7 @@ class Records:
         """What the source is: `Data: a.json (JSON array, 24 rows): LLaVA conversations`."""
         known = self.formats.most_common()
         names = [name if len(known) == 1 else f"{count:,} {name}" for name, count in known]
-        rows = count_of(len(self.good), "row")
+        rows = ", ".join(x for x in (self.origin.detail, count_of(len(self.good), "row")) if x)
         return f"Data: {self.origin.name} ({self.origin.kind}, {rows}): {', '.join(names)}"
 
     def add(self, record: Record) -> None:
