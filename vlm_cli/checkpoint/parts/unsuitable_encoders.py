@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["UNSUITABLE_ENCODERS", "explain_unsuitable"]
+__all__ = ["UNREADABLE_HALVES", "UNSUITABLE_ENCODERS", "explain_unsuitable"]
 
 _DETECTOR = "it detects objects, and its output is one token per object"
 _OWN_GRID = "it reads patches of images of any size, and takes their grid as another argument"
@@ -57,6 +57,12 @@ UNSUITABLE_ENCODERS: dict[str, str] = {
     "mllama_vision_model": "it reads the tiles of a picture together; vlm imports it with the model around it",
     "levit": "its stages have grids that are rounded up, and its tokens do not say so; write timm:levit_128",
 }
+
+
+#: Type of a larger model -> why its vision half cannot be taken, which alone could be a vision encoder.
+UNREADABLE_HALVES: dict[str, str] = dict.fromkeys(
+    ("mistral_large4", "nemotron_h_omni", "qianfan_ocr"), "the files of the whole model name its tensors in another way"
+)
 
 
 def explain_unsuitable(config: PreTrainedConfig) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.checkpoint.parts.unsuitable_encoders import explain_unsuitable
+from vlm_cli.checkpoint.parts.unsuitable_encoders import UNREADABLE_HALVES, explain_unsuitable
 from vlm_cli.errors import VisionEncoderError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def take_vision_half(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
     if (plain := find_plain_type(config)) is not None:
         settings = plain.convert_settings({key: getattr(found, key, None) for key in plain.settings})
         found = make_config(**settings)
-    if reason := explain_unsuitable(found):
+    if reason := explain_unsuitable(found) or UNREADABLE_HALVES.get(config.model_type):
         half = "" if found is config else f". Its vision half, of type {found.model_type!r},"
         raise VisionEncoderError(
             f"{name!r} is of type {config.model_type!r}{half or ', which'} cannot be a vision encoder: {reason}. `vlm "
