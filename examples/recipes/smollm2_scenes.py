@@ -22,7 +22,7 @@ from examples.scenes.draw import draw
 from examples.scenes.texts import QUESTION_KINDS, Question, ask, ask_about, caption
 from examples.scenes.world import Scene, sample_scene, stream
 
-QUESTIONS = 5  # about each picture of the training records
+QUESTIONS = 4  # about each picture of the training records
 CAPTIONS = 0.25  # share of the held-out questions that ask for a description
 WINDOW = 512  # tokens of text that the language model reads at once
 WINDOWS = 32
