@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 from typer.testing import Result
 
+from tests.support import ROOT
 from tests.support.command import start
-from tests.support.training import COLOURS, LANGUAGE_STREAM, write
+from tests.support.hub_server import serving
+from tests.support.training import COLOURS, LANGUAGE_STREAM, losses, write
 from vlm_cli.data import stream as stream_module
 from vlm_cli.training.trainer import VLMTrainer
 
@@ -314,3 +321,55 @@ def test_rows_are_left_out_without_a_stream_too(vlm: Vlm, model: Path, out: Path
     result = vlm(*command, "--bad-rows", "skip")
     output(result)
     assert "Skipped: 2 of the 12 records" in result.stderr and "on 10 records" in result.stderr
+
+
+# -- several processes, and far away -------------------------------------------------------------------------------
+
+
+def run_several(*words: Any, **environment: str) -> str:
+    """Run `vlm` in two processes, and return what they note."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "vlm_cli", *words]
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(list(map(str, command)), env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.matrix
+def test_two_processes_learn_the_rows_of_one(vlm: Vlm, mixture: Path, language_stream: Path, tmp_path: Path) -> None:
+    """Also when they are resumed; another seed is seen to differ."""
+    steady = ("--log-every", 1, "--lr", 3e-3, "--schedule", "constant", "--warmup-steps", 0, "--save-every", 2)
+    stream = ("--data", mixture, "--streaming", "--shuffle-buffer", 8, *steady)
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    output(vlm("train", language_stream, *stream, "-b", 4, "--max-steps", 8, "--output", one))
+    output(vlm("train", language_stream, *stream, "-b", 4, "--max-steps", 8, "--output", other, "--seed", 1))
+    half = ("train", language_stream, *stream, "-b", 2, "--output", two)
+    run_several(*half, "--max-steps", 4, "--keep-checkpoints", "--workers", 1)
+    assert len(json.loads((tmp_path / "two.checkpoints/checkpoint-4/stream.json").read_text())["processes"]) == 2
+    run_several(*half, "--max-steps", 8, "--resume", "--overwrite")
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5) and losses(other) != pytest.approx(losses(one), abs=1e-2)
+    torch.testing.assert_close(weights(two), weights(one), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.matrix
+def test_a_data_set_of_the_hub_is_downloaded_as_it_is_read(language_stream: Path, tmp_path: Path, folder: Path) -> None:
+    """Of six files, a run of three steps fetches those of which it needs rows."""
+    made = tmp_path / "made/data"
+    made.mkdir(parents=True)
+    picture = {"bytes": (folder / "red.png").read_bytes(), "path": "red.png"}
+    for number in range(6):
+        turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "red"}]
+        rows = [{"id": f"{number}-{i}", "messages": turns, "images": [picture]} for i in range(8)]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), made / f"train-{number:05}-of-00006.parquet")
+    with serving() as hub:
+        hub.add("org/set", made.parent)
+        own = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        own |= {"HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": hub.address, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        words = ("train", language_stream, "--data", "hf:org/set", "--output", tmp_path / "out", "--streaming")
+        words += ("--max-steps", 3, "-b", 2, "--shuffle-buffer", 4, "--workers", 1)
+        command = [sys.executable, "-m", "vlm_cli", *map(str, words)]
+        done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        fetched = {x.rsplit("/", 1)[1] for x in hub.requests if x.startswith("GET") and x.endswith(".parquet")}
+    assert 2 <= len(fetched) <= 3, hub.requests  # the first, by which the kind is recognised, and those of the stream

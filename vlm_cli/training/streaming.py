@@ -120,7 +120,7 @@ class StreamedRecords:
 
     def describe_whole(self) -> str:
         """Say where the records come from."""
-        names = ", ".join(source.quoted for source in self.plan.sources)
+        names = ", ".join(f"{source.quoted} ({source.kind})" for source in self.plan.sources)
         known = "" if self.plan.num_records is None else f"{count_of(self.plan.num_records, 'record')}, "
         return f"a stream of {names} ({known}shuffle buffer of {count_of(self.plan.buffer, 'row')})"
 
