@@ -46,9 +46,9 @@ TRAINED = {
 def measure(report: Report, models: Models, settings: Settings) -> None:
     """Seconds are those of the processor, so that other programs of the machine change little."""
     is_tiny = models.size.name == "tiny"
-    _against_transformers(report, models, settings, rows=2 if is_tiny else 8, words=16 if is_tiny else 128)
-    _against_pixels(report, models, settings, rows=2 if is_tiny else 8)
-    _against_padding(report, models, settings, rows=4 if is_tiny else 8)
+    _against_transformers(report, models, settings, rows=2 if is_tiny else 4, words=16 if is_tiny else 128)
+    _against_pixels(report, models, settings, rows=2 if is_tiny else 4)
+    _against_padding(report, models, settings, rows=4)
 
 
 # -- next to Transformers --------------------------------------------------------------------------------------------

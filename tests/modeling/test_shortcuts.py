@@ -5,20 +5,25 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import seed_torch, tiny
 from tests.support.tiny import IMAGE
-from vlm_cli.modeling import vision
+from vlm_cli.modeling import media_layout
 from vlm_cli.modeling import vlm as core
 from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, Readers, attend_to_media
+from vlm_cli.modeling.learned import find_learned
+from vlm_cli.modeling.media_layout import MediaLayout
 from vlm_cli.modeling.vlm import VLM
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -110,7 +115,7 @@ def test_equal_images_train_as_different_ones(monkeypatch):
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     once = gradients()
-    monkeypatch.setattr(vision, "deduplicate", lambda frames: (frames, torch.arange(len(frames))))
+    monkeypatch.setattr(media_layout, "find_equal", lambda views: (torch.arange(len(views)),) * 2)
     each = gradients()
     assert len(once) == len(each) > 30
     for a, b in zip(once, each, strict=True):
@@ -235,3 +240,44 @@ def test_projection_in_place_is_that_of_training(fusion):
         other = model.fusion.project(tokens.flip(0))
     torch.testing.assert_close(found, trained, **TOLERANCE)
     differ(other, trained)
+
+
+#: Operations after which a process waits for an accelerator that holds their inputs.
+WAITING = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal")
+
+
+class Waiting(TorchDispatchMode):
+    """The lines of this package that look at the numbers in a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        masked = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in WAITING or masked:
+            frames = [frame for frame in traceback.extract_stack() if "/vlm_cli/" in frame.filename]
+            inner = [frame for frame in traceback.extract_stack() if "/site-packages/transformers/" in frame.filename]
+            if not inner:  # Transformers looks at its own masks
+                self.places.append(f"{Path(frames[-1].filename).name}: {frames[-1].line}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokenizer", ["mlp", "perceiver"])
+@pytest.mark.parametrize("fusion", ["language-stream", "cross-attention"])
+def test_a_step_with_a_layout_does_not_wait(fusion, tokenizer):
+    model = tiny.open_gates(tiny.build(fusion=fusion, tokenizer=tokenizer)).train()
+    inputs = tiny.batch(model, (1, 0, 1))
+    labels = inputs["lang_x"].masked_fill(torch.arange(inputs["lang_x"].shape[1]) < 5, -100)
+    inputs |= {"labels": labels, "logits_at": find_learned(labels)}
+    layout = MediaLayout.of(inputs["vision_x"], inputs["vision_mask"])
+    with Waiting() as plain:
+        expected = model(**inputs).loss
+    with Waiting() as ahead:
+        found = model(**inputs, media_layout=layout).loss
+        found.backward()
+    torch.testing.assert_close(found, expected)
+    lengths = ["expansion.py: length = int(ends[:, -1].max())  # L"]  # by which the language model is called
+    assert ahead.places == (lengths if fusion == "language-stream" else [])
+    assert len(plain.places) >= len(ahead.places) + 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["deduplicate"]
+__all__ = ["deduplicate", "find_equal"]
 
 
 def deduplicate(tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,8 +24,15 @@ def deduplicate(tensors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         unique: float[M, *] with M <= N, and inverse: int[N].
     """
+    first, inverse = find_equal(tensors)
+    return (tensors if len(first) == len(tensors) else tensors[first]), inverse
+
+
+def find_equal(tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """Find one of each group of equal tensors: int[M] indices of what `deduplicate` keeps, and int[N] `inverse`."""
+    numbers = torch.arange(len(tensors), device=tensors.device)
     if len(tensors) < 2:
-        return tensors, torch.zeros(len(tensors), dtype=torch.long, device=tensors.device)
+        return numbers, numbers
     tensors = tensors.contiguous()
     # The bits as integers: their sums do not depend on the order of summation, so that equal tensors have equal sums on
     # every device.
@@ -33,8 +40,7 @@ def deduplicate(tensors: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.arange(1, words.shape[1] + 1, device=tensors.device) * 0x9E3779B97F4A7C1
     sums = torch.stack([(x * weights).sum() for x in words])  # [N]
     values, inverse = sums.unique(return_inverse=True)
-    numbers = torch.arange(len(tensors), device=tensors.device)
     first = numbers.new_full(values.shape, len(tensors)).scatter_reduce(0, inverse, numbers, "amin")  # [M]
     if len(first) < len(tensors) and torch.equal(words[first][inverse], words):
-        return tensors[first], inverse
-    return tensors, numbers
+        return first, inverse
+    return numbers, numbers

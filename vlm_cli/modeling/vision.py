@@ -17,6 +17,7 @@ from vlm_cli.modeling.arrangement import Arrangement
 from vlm_cli.modeling.bands import Bands
 from vlm_cli.modeling.deduplicate import deduplicate
 from vlm_cli.modeling.encoders.views import pad_views
+from vlm_cli.modeling.media_layout import MediaLayout
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 
 __all__ = ["encode_features", "encode_media"]
@@ -32,6 +33,7 @@ def encode_media(
     independently: bool,
     arrangement: Arrangement | None = None,
     bands: Bands | None = None,
+    layout: MediaLayout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the vision tokens of media.
 
@@ -44,6 +46,7 @@ def encode_media(
         independently: whether the tokenizer encodes each medium independently of the others in its row.
         arrangement: puts the tokens of a picture's tiles in order; None leaves them view after view.
         bands: groups the patches of a picture's tiles before the tokenizer reads them; None leaves them tile by tile.
+        layout: which views are encoded; None to find it here.
 
     Returns:
         float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
@@ -74,8 +77,10 @@ def encode_media(
     elif frame_mask is not None and encoder.num_views is not None:
         tokens = tokenizer(_encode_pictures_once(encoder, vision_x, frame_mask, vision_grid), frame_mask)
     else:
-        features, number = _encode_frames(encoder, vision_x, frame_mask)
-        tokens = _make_all_tokens(tokenizer, features, number, independently, arrangement, bands, vision_grid)
+        layout = layout or MediaLayout.of(vision_x, frame_mask)
+        views = vision_x.flatten(0, 2)[layout.views]  # [views, C, H, W]
+        features = encoder(views[:, None, None]).flatten(0, 2)  # [views, v, d]
+        tokens = _make_all_tokens(tokenizer, features, layout, independently, arrangement, bands, vision_grid)
     if frame_mask is None:
         frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
     return _arranged(tokenizer, tokens, frame_mask, vision_grid, arrangement)
@@ -90,6 +95,7 @@ def encode_features(
     independently: bool,
     arrangement: Arrangement | None = None,
     bands: Bands | None = None,
+    layout: MediaLayout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the vision tokens of media whose features are known; arguments and results as for `encode_media`.
 
@@ -97,17 +103,17 @@ def encode_features(
         features: float[B, T_img, F, v, d], what the encoder gave for each view.
     """
     mask = torch.ones_like(features[..., 0, 0], dtype=torch.bool) if vision_mask is None else vision_mask.bool()
-    number = torch.arange(mask.numel(), device=mask.device).view(mask.shape).masked_fill(~mask, -1)
+    layout = layout or MediaLayout.of(features, mask)
     bands = None if vision_grid is None else bands
-    features = features.flatten(0, 2).to(next(tokenizer.parameters()).dtype)
-    tokens = _make_all_tokens(tokenizer, features, number, independently, arrangement, bands, vision_grid)
+    features = features.flatten(0, 2)[layout.views].to(next(tokenizer.parameters()).dtype)
+    tokens = _make_all_tokens(tokenizer, features, layout, independently, arrangement, bands, vision_grid)
     return _arranged(tokenizer, tokens, mask, vision_grid, arrangement)
 
 
 def _make_all_tokens(
     tokenizer: Any,
     features: Tensor,
-    number: Tensor,
+    layout: MediaLayout,
     independently: bool,
     arrangement: Arrangement | None,
     bands: Bands | None,
@@ -115,11 +121,11 @@ def _make_all_tokens(
 ) -> Tensor:
     """Make the vision tokens of pictures and of clips, whose patches an arrangement may pool."""
     grouping = None if bands is None or vision_grid is None else (bands, vision_grid)
-    tokens = _make_tokens(tokenizer, features, number, independently, grouping)
+    tokens = _make_tokens(tokenizer, features, layout, independently, grouping)
     if arrangement is None or not arrangement.pools_patches:
         return tokens
-    is_clip = arrangement.find_clips(number, vision_grid)
-    pooled = _make_tokens(tokenizer, arrangement.pool(features), number, independently)
+    is_clip = arrangement.find_clips(layout.number, vision_grid)
+    pooled = _make_tokens(tokenizer, arrangement.pool(features), layout, independently)
     pooled = nnf.pad(pooled, (0, 0, 0, tokens.shape[2] - pooled.shape[2]))
     return torch.where(is_clip[..., None, None], pooled, tokens)
 
@@ -155,41 +161,19 @@ def _with_six_dimensions(vision_x: Tensor, shape: tuple[int, int, int]) -> Tenso
     return vision_x
 
 
-def _encode_frames(encoder: VisionEncoder, vision_x: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Encode equal frames once and padding never.
-
-    Two rows of two clips of two frames, with frames A, B, C and padding ·:
-
-        frames               AB  A·          AB  C·
-        distinct frames      A B C           the encoder reads 3 images instead of 8
-        number               01  0-          01  2-      (- is -1: padding)
-
-    Returns:
-        float[frames, v, d] features of the distinct frames, and int[B, T_img, F], the number of each frame.
-    """
-    number = torch.full(vision_x.shape[:3], -1, device=vision_x.device)
-    is_valid = number < 0 if frame_mask is None or not frame_mask.any() else frame_mask
-    frames, number[is_valid] = deduplicate(vision_x[is_valid])  # [frames, C, H, W]
-    return encoder(frames[:, None, None]).flatten(0, 2), number
-
-
 def _make_tokens(
     tokenizer: Any,
     features: Tensor,
-    number: Tensor,
+    layout: MediaLayout,
     independently: bool,
     grouping: tuple[Bands, Tensor] | None = None,
 ) -> Tensor:
     """Make the vision tokens of media, of equal media once if the tokenizer is independent.
 
-        number               01  0-          01  2-
-        distinct media       01  0-  2-      an independent tokenizer reads 3 media instead of 4
-        medium               0 1             0 2
-
     Args:
         tokenizer: the vision tokenizer.
-        features: float[frames, v, d] of the distinct frames.
-        number: int[B, T_img, F], of each frame; -1 is padding.
+        features: float[views, v, d] of the distinct views.
+        layout: of the batch.
         independently: whether the tokenizer encodes each medium independently of the others in its row.
         grouping: what groups the patches of a picture by its tiles, and int[B, T_img, 4], these tiles; equal media also
             have equal tiles. None leaves the patches tile by tile.
@@ -197,20 +181,24 @@ def _make_tokens(
     Returns:
         float[B, T_img, n, d].
     """
-    shape, num_frames, medium = number.shape[:2], number.shape[-1], None
+    number, medium = layout.number, None
+    shape, num_frames = number.shape[:2], number.shape[-1]
     if grouping is not None:
         number = torch.cat([number, grouping[1].to(number)], dim=-1)  # [B, T_img, F + 4]
+        if independently:
+            number, medium = number.flatten(0, 1).unique(dim=0, return_inverse=True)  # [media, F + 4], [B·T_img]
+    elif independently:
+        number, medium = layout.media, layout.medium
     if independently:
-        number, medium = number.flatten(0, 1).unique(dim=0, return_inverse=True)  # [media, F], [B·T_img]
-        number = number[:, None]  # [media, 1, F]: each medium is a row of its own
+        number = number[:, None]  # each medium is a row of its own
     number, grid = number[..., :num_frames], number[..., num_frames:]
     mask = number >= 0
     features = torch.where(mask[..., None, None], features[number.clamp(min=0)], 0)  # [rows, media, F, v, d]
     if grouping is None:
-        tokens = tokenizer(features, None if mask.all() else mask)  # [rows, media, n, d]
+        tokens = tokenizer(features, mask if layout.has_padding else None)  # [rows, media, n, d]
     else:
         features, patch_mask = grouping[0](features, grid)
-        tokens = tokenizer(features, None if mask.all() else mask, patch_mask)
+        tokens = tokenizer(features, mask if layout.has_padding else None, patch_mask)
     return tokens if medium is None else tokens[medium, 0].unflatten(0, shape)
 
 

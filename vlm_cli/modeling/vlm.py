@@ -43,6 +43,7 @@ from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, find_widths
 from vlm_cli.modeling.learned import chosen_positions, learned_loss
 from vlm_cli.modeling.lm_interface import LanguageModelInterface, is_filled, num_cached
+from vlm_cli.modeling.media_layout import MediaLayout
 from vlm_cli.modeling.packed import positions_within
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import build_tower
@@ -335,7 +336,11 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         return encodes_media_independently(self.vision_tokenizer)
 
     def encode_vision(
-        self, vision_x: Tensor, vision_mask: Tensor | None = None, vision_grid: Tensor | None = None
+        self,
+        vision_x: Tensor,
+        vision_mask: Tensor | None = None,
+        vision_grid: Tensor | None = None,
+        media_layout: MediaLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the vision tokens of media.
 
@@ -345,6 +350,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             vision_mask: bool[B, T_img, F], true for views that are not padding; None for no padding.
             vision_grid: int[B, T_img, 4], the rows and columns of tiles of each picture, and the height and width in
                 pixels that it was given with; zeros for a medium without tiles. None for media without tiles.
+            media_layout: what `MediaLayout.of` says of these media; None to find it here.
 
         Returns:
             float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
@@ -361,10 +367,15 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             independently=self.encodes_media_independently,
             arrangement=self.arrangement,
             bands=self.bands,
+            layout=media_layout,
         )
 
     def encode_features(
-        self, features: Tensor, vision_mask: Tensor | None = None, vision_grid: Tensor | None = None
+        self,
+        features: Tensor,
+        vision_mask: Tensor | None = None,
+        vision_grid: Tensor | None = None,
+        media_layout: MediaLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the vision tokens of media from float[B, T_img, F, v, d], what the vision encoder gave for each view.
 
@@ -379,6 +390,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             independently=self.encodes_media_independently,
             arrangement=self.arrangement,
             bands=self.bands,
+            layout=media_layout,
         )
 
     def _resolve_media(
@@ -388,6 +400,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         vision_grid: Tensor | None,
         tokens: Tensor | None,
         media_mask: Tensor | None,
+        media_layout: MediaLayout | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the media as `project_media` does, and bool[B, T_img, n]; None and None without media.
 
@@ -397,7 +410,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         if vision_x is not None:
             if tokens is not None:
                 raise ValueError("vision_x and vision_tokens are the same media. Give one of them.")
-            tokens, media_mask = self.encode_vision(vision_x, vision_mask, vision_grid)
+            tokens, media_mask = self.encode_vision(vision_x, vision_mask, vision_grid, media_layout)
         if tokens is None:
             if media_mask is not None:
                 raise ValueError("media_mask is given without vision_tokens.")
@@ -494,6 +507,7 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         logits_at: Tensor | None = None,
         segments: Tensor | None = None,
         vision_features: Tensor | None = None,
+        media_layout: MediaLayout | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
@@ -524,6 +538,9 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
                 packed row, from 1, and 0 at padding. None if rows are not packed. Give -100 as the label of the first
                 token of each row.
             vision_features: float[B, T_img, F, v, d], what the encoder gave for each view, instead of `vision_x`.
+            media_layout: what `MediaLayout.of` says of `vision_x` or `vision_features`. A data loader finds it on the
+                CPU, and `forward` then neither waits for an accelerator to find it nor checks that media and media
+                tokens match.
             kwargs: for the language model.
 
         Returns:
@@ -541,14 +558,16 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         self._check_chunk(lang_x, kwargs.get(self.lm_interface.cache_name))
         num_tokens = lang_x.shape[1]
         if vision_features is not None:
-            vision_tokens, media_mask = self.encode_features(vision_features, vision_mask, vision_grid)
+            vision_tokens, media_mask = self.encode_features(vision_features, vision_mask, vision_grid, media_layout)
         if media is None:
-            media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
+            given = (vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
+            media, media_mask = self._resolve_media(*given, media_layout)
         expanded = None
         if prefix_mask is None and media_counts is None and not is_filled(kwargs.get(self.lm_interface.cache_name)):
             prefix_mask = self.find_prefix(lang_x, labels, segments)
         if media_counts is None:
-            check_media(lang_x, media_mask, self.config.media_token_id)
+            if media_layout is None:
+                check_media(lang_x, media_mask, self.config.media_token_id)
             if attention_mask is None and media_mask is not None and past_key_values is not None:
                 # Expansion may pad the new positions; the mask must then cover the old positions too.
                 attention_mask = lang_x.new_ones(len(lang_x), num_cached(past_key_values) + lang_x.shape[1])

@@ -33,6 +33,7 @@ from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.modeling.learned import IGNORED, find_learned
+from vlm_cli.modeling.media_layout import MediaLayout
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
@@ -313,8 +314,8 @@ class Collator:
         Returns:
             `input_ids`, `attention_mask` and `labels`, int[B, T_txt]; `segments`, int[B, T_txt], of packed records;
             `logits_at`, int[N], where the model learns; if a record has an image, `pixel_values`
-            float[B, T_img, F, C, H, W] or `vision_features` float[B, T_img, F, v, d], and `vision_mask`
-            bool[B, T_img, F]; if one has tiles, `vision_grid` int[B, T_img, 4]; `records`, the indices of the records;
+            float[B, T_img, F, C, H, W] or `vision_features` float[B, T_img, F, v, d], `vision_mask` bool[B, T_img, F]
+            and `media_layout`; if one has tiles, `vision_grid` int[B, T_img, 4]; `records`, the indices of the records;
             and `notes`, what became of images when they were decoded.
             If an image is damaged, the batch is `error` alone: the message.
         """
@@ -337,6 +338,7 @@ class Collator:
         for name, of_items in (("pixel_values", "pixels"), ("vision_features", "features")):
             if any(item.get(of_items) for item in items):
                 batch |= stack_pixels([item[of_items] for item in items], name)
+                batch["media_layout"] = MediaLayout.of(batch[name], batch["vision_mask"])
         return batch
 
 
