@@ -66,7 +66,7 @@ class BatchMedia:
         for some in _of_one_length(images):
             pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None]  # [k, 1, F, C, H, W]
             grids = stack_grids([[x.size] for x in some])
-            tokens, mask = self.model.encode_vision(pixels.to(self.model.device), **grids)
+            tokens, mask = self.model.encode_vision(pixels.to(self.model.device), vision_grid=grids.get("vision_grid"))
             for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
                 image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
             self.encoded += len(some)

@@ -8,7 +8,7 @@ B rows, T_img media, F views of a medium.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,5 +69,4 @@ class MediaLayout:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> MediaLayout:
-        values = (getattr(self, field.name) for field in fields(self))
-        return MediaLayout(*(change(x) if isinstance(x, Tensor) else x for x in values))
+        return replace(self, **{name: change(getattr(self, name)) for name in ("views", "number", "media", "medium")})

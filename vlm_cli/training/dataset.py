@@ -324,7 +324,7 @@ class Collator:
                 return {"error": item["error"]}
         input_ids, attention_mask = pad_left([item["ids"] for item in items], self.pad_id)
         labels, _ = pad_left([item["labels"] for item in items], IGNORED)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
