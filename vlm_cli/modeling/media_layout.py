@@ -8,7 +8,7 @@ B rows, T_img media, F views of a medium.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,4 +69,5 @@ class MediaLayout:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> MediaLayout:
-        return replace(self, **{name: change(getattr(self, name)) for name in ("views", "number", "media", "medium")})
+        views, number, media, medium = map(change, (self.views, self.number, self.media, self.medium))
+        return MediaLayout(views, number, media, medium, self.has_padding)
