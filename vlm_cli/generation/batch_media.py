@@ -6,7 +6,7 @@ B rows of a batch, T_img media per row, F frames, C H W pixels, n vision tokens 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,8 +65,8 @@ class BatchMedia:
         """Replace the pixels of images by vision tokens, which wait in the memory of the CPU."""
         for some in _of_one_length(images):
             pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None]  # [k, 1, F, C, H, W]
-            grids = stack_grids([[x.size] for x in some])
-            tokens, mask = self.model.encode_vision(pixels.to(self.model.device), vision_grid=grids.get("vision_grid"))
+            grids: dict[str, Any] = stack_grids([[x.size] for x in some])
+            tokens, mask = self.model.encode_vision(pixels.to(self.model.device), **grids)
             for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
                 image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
             self.encoded += len(some)

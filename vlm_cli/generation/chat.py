@@ -178,8 +178,8 @@ class Chat:
         encodes_apart = self.model.encodes_media_independently
         if not encodes_apart:
             media = [*self.media.pixels, *media]
-        given = {name: x.to(self.model.device) for name, x in stack_pixels([media]).items()}
-        tokens, mask = self.model.encode_vision(given["pixel_values"], given["vision_mask"], given.get("vision_grid"))
+        given: dict[str, Any] = {name: x.to(self.model.device) for name, x in stack_pixels([media]).items()}
+        tokens, mask = self.model.encode_vision(given.pop("pixel_values"), **given)
         if not encodes_apart:
             return EncodedMedia(sizes, tuple(media), tokens, mask)
         if self.media.tokens is not None and self.media.mask is not None:

@@ -410,7 +410,8 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
         if vision_x is not None:
             if tokens is not None:
                 raise ValueError("vision_x and vision_tokens are the same media. Give one of them.")
-            tokens, media_mask = self.encode_vision(vision_x, vision_mask, vision_grid, media_layout)
+            known = {} if media_layout is None else {"media_layout": media_layout}
+            tokens, media_mask = self.encode_vision(vision_x, vision_mask, vision_grid, **known)
         if tokens is None:
             if media_mask is not None:
                 raise ValueError("media_mask is given without vision_tokens.")
