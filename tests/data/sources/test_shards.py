@@ -247,3 +247,10 @@ def test_a_stream_that_ends_between_batches_is_told(folder: Path, tmp_path: Path
     (tmp_path / "a.arrow").write_bytes((folder / "stream.arrow").read_bytes()[:-8])
     with pytest.raises(DataError, match="no end of the stream is found"):
         list(open_source(str(tmp_path / "a.arrow")).all_rows())
+
+
+def test_a_shard_is_named_once_or_with_its_source(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.tar").write_bytes((folder / "a.tar").read_bytes()[:9_000])
+    for name, words in (("cut.tar", "^'cut.tar' is damaged"), ("*.tar", r"^'cut.tar' of '.*\*.tar' is damaged")):
+        with pytest.raises(DataError, match=words):
+            list(open_source(str(tmp_path / name)).all_rows())

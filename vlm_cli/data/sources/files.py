@@ -11,7 +11,7 @@ from typing import BinaryIO
 from vlm_cli.data.sources.base import Source
 from vlm_cli.errors import DataError
 
-__all__ = ["FileSource", "Shards", "reading_shard"]
+__all__ = ["FileSource", "Shards", "name_shard", "reading_shard"]
 
 _STEP = 1 << 20  # bytes per read
 _WHOLE = 1 << 30  # bytes of a source up to which its digest covers every byte
@@ -90,14 +90,18 @@ def reading_shard(source: Source, index: int) -> Iterator[None]:
     Raises:
         DataError: if the block cannot read the shard.
     """
-    name = source.shards[index]
-    of = "" if name == Path(source.name).name else f" of {source.quoted}"
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"the file {name!r}{of} is gone. Put it back, or leave it out.") from None
+        raise DataError(f"the file {name_shard(source, index)} is gone. Put it back, or leave it out.") from None
     except OSError as error:
-        raise DataError(f"cannot read {name!r}{of}: {error.strerror or error}.") from None
+        raise DataError(f"cannot read {name_shard(source, index)}: {error.strerror or error}.") from None
+
+
+def name_shard(source: Source, index: int) -> str:
+    """Name a shard for a message, and its source if that has another name."""
+    name = source.shards[index]
+    return repr(name) if name == Path(source.name).name else f"{name!r} of {source.quoted}"
 
 
 def _name(path: Path, folder: Path) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vlm_cli.data.sources.base import Embedded, Row, absent
-from vlm_cli.data.sources.files import FileSource, Shards, reading_shard
+from vlm_cli.data.sources.files import FileSource, Shards, name_shard, reading_shard
 from vlm_cli.errors import DataError, UsageError
 
 __all__ = ["ArrowFiles", "ArrowStreams", "ParquetFiles", "TableSource"]
@@ -86,7 +86,7 @@ class TableSource(FileSource):
         except (pyarrow.ArrowException, MemoryError, UnicodeDecodeError) as error:
             words = str(error).splitlines()[0][:200] if str(error) else "no memory is left"
             raise DataError(
-                f"{self.shards[shard]!r} of {self.quoted} is damaged or cut short: {words.rstrip('.')}. Get it again."
+                f"{name_shard(self, shard)} is damaged or cut short: {words.rstrip('.')}. Get it again."
             ) from None
 
     def _opened(self, shard: int) -> Any:
@@ -106,7 +106,7 @@ class TableSource(FileSource):
             self._open[shard] = identity, self._open_file(str(path))
         before, file = self._open[shard]
         if before != identity:
-            raise DataError(f"{self.shards[shard]!r} of {self.quoted} has changed since it was opened.")
+            raise DataError(f"{name_shard(self, shard)} has changed since it was opened.")
         return file
 
     def _keep(self, key: tuple[Any, ...], value: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from vlm_cli.data.jsonl import RecordError, parse_object
 from vlm_cli.data.sources.base import Embedded, Row, absent
-from vlm_cli.data.sources.files import FileSource, reading_shard
+from vlm_cli.data.sources.files import FileSource, name_shard, reading_shard
 from vlm_cli.errors import DataError
 from vlm_cli.media import MAX_BYTES
 from vlm_cli.plain_data import JSON_BYTES
@@ -63,7 +63,7 @@ class TarShards(FileSource):
             file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            raise DataError(f"{name!r} of {self.quoted} is shorter than it was. Get it again.")
+            raise DataError(f"{name_shard(self, shard)} is shorter than it was. Get it again.")
         return data
 
     @contextmanager
@@ -72,8 +72,7 @@ class TarShards(FileSource):
             with reading_shard(self, shard):
                 yield
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            name = self.shards[shard]
-            raise DataError(f"{name!r} of {self.quoted} is damaged or cut short: {error}. Get it again.") from None
+            raise DataError(f"{name_shard(self, shard)} is damaged or cut short: {error}. Get it again.") from None
 
 
 def _samples(file: BinaryIO) -> Iterator[tuple[str, list[tuple[str, tarfile.TarInfo]]]]:
