@@ -140,7 +140,7 @@ def test_a_sample_of_a_tar_shard_becomes_a_row(tmp_path: Path) -> None:
         ("d.mp4", b"clip"),
         ("d.npy", b"not read"),
     )
-    assert (captioned["id"], captioned["prompt"], len(captioned["images"])) == ("a", "", 1)
+    assert (captioned["__key__"], captioned["prompt"], len(captioned["images"])) == ("a", "", 1)
     assert "".join(x.text for x in parse(captioned["completion"])) == "A tag, <image>"  # type: ignore[union-attr]
     assert [x.data for x in listed["images"]] == [draw(9), image]
     assert metadata["completion"] == "caption" and metadata["key"] == "7"

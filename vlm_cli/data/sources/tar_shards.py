@@ -131,7 +131,7 @@ def _read_sample(
     if caption is not None and not any(name in data for name in _LEARNED if name not in texts):
         data.pop("text", None)
         data |= {"prompt": "", "completion": escape(caption)}
-    data.setdefault("id", key)
+    data.setdefault("__key__", key)  # no id: shards may repeat it
     return data
 
 
