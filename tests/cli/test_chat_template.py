@@ -97,3 +97,29 @@ def test_thousands_of_prompts_are_written_by_one_process():
     with pytest.raises(LanguageModelError, match="TemplateSyntaxError"):
         render_template("{% if %}", [], {})
     assert render_template("{{ messages[0].role }}", [{"role": "user"}], {}, opens_answer=False) == "user"
+
+
+def test_a_system_text_stands_where_the_template_puts_it(vlm, templated, open_gates, tmp_path):
+    def shown(model, *flags):
+        return vlm("generate", "-m", model, "What?", "--dry-run", *flags)
+
+    asked = "<s>system: Be brief.</s>\\n<s>user: What?</s>\\n<s>assistant: "
+    assert asked in shown(templated, "--system", "Be brief.").stdout.replace("\n", "")
+    assert asked.partition("\\n")[0] not in shown(templated, "--chat-template", "all").stdout
+    file = tmp_path / "other.jinja"
+    file.write_text(TEMPLATE.replace("<s>", "<s>[").replace(": {{", "] {{"))
+    found = shown(open_gates, "--system", "Be brief.", "--chat-template", file).stdout
+    assert "<s>[system] Be brief.</s>" in found
+    for flags, problem in (
+        (("--system", "x"), "no chat template, which would say where --system stands"),
+        (("--system", "x", "--chat-template", "none"), "Leave out --system or --chat-template none"),
+        (("--chat-template", "al"), "expects auto, all, none or a file with a template, got 'al', which is no file"),
+    ):
+        result = shown(open_gates, *flags)
+        assert result.exit_code == 2 and problem in result.stderr, result.stderr
+
+
+def test_a_chat_is_told_the_system_text(vlm, templated):
+    told = [vlm("chat", templated, "--json", "-n", 2, *x, input="Hi\n").stdout for x in ((), ("--system", "Be."))]
+    plain, with_system = (json.loads(x)["prompt_positions"] for x in told)
+    assert with_system > plain

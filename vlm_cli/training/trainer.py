@@ -32,7 +32,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import nested_gather
 
 from vlm_cli.data.skipped import SkippedRows
-from vlm_cli.errors import DataError
+from vlm_cli.errors import DataError, UsageError
 from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.learned import row_losses
@@ -150,6 +150,18 @@ class VLMTrainer(Trainer):
 
     # -- the run --------------------------------------------------------------------------------------------------
 
+    def _check_watching(self) -> None:
+        """Refuse what needs all weights in one process.
+
+        Raises:
+            UsageError: naming the options.
+        """
+        if self.is_sharded and (self.watching.examiner is not None or self.watching.best is not None):
+            raise UsageError(
+                "FSDP and DeepSpeed spread the weights over the processes, where --eval-answers and --best need whole "
+                "ones. Leave these options out, and run `vlm eval` on OUT."
+            )
+
     def run_from(self, checkpoint: TrainingCheckpoint | None) -> RunOutcome:
         """Train to the end, from the beginning or from a checkpoint. A signal ends the run after its step.
 
@@ -157,6 +169,7 @@ class VLMTrainer(Trainer):
             Interrupted: after a signal.
             VLMError: if the loss is not a number, an image is damaged, or a checkpoint cannot be written.
         """
+        self._check_watching()
         if checkpoint is not None:
             self.budget.continue_from(checkpoint.step, checkpoint.seconds)
             with reading(checkpoint.path):
