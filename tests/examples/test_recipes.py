@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from examples import tiny_language_model
 from tests.support import ROOT
-from tests.support.training import TRAINING_TOWER, write_pictures_and_records
+from tests.support.training import COLOURS, TRAINING_TOWER, write_pictures_and_records
 from vlm_cli.cli.app import app
 from vlm_cli.composition.files import read_file
 from vlm_cli.training.stages import read_stages
@@ -42,12 +42,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_pictures_and_records(tmp_path_factory.mktemp("recipes"))
     tiny_language_model.make(path / "lm")
     (path / "lm" / "chat_template.jinja").write_text(CHAT)
+    write_conversations(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def run() -> Callable[..., Any]:
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def write_conversations(folder: Path) -> None:
+    """Write LLaVA's two files under their own names: captions, and conversations of several turns."""
+    for name, num_turns in (("blip_laion_cc_sbu_558k.json", 1), ("llava_v1_5_mix665k.json", 2)):
+        rows: list[dict[str, Any]] = []
+        for number, colour in enumerate(COLOURS):
+            turns = []
+            for turn in range(num_turns):
+                start = "" if turn else "<image>\n"
+                turns.append({"from": "human", "value": f"{start}What colour is it?"})
+                turns.append({"from": "gpt", "value": f"It is {colour}."})
+            rows.append({"id": str(number), "image": f"{colour}.png", "conversations": turns})
+        rows.append({"id": "text", "conversations": turns_of_text(num_turns)})
+        (folder / name).write_text(json.dumps(rows))
+
+
+def turns_of_text(count: int) -> list[dict[str, str]]:
+    return [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "Yes."}] * count
 
 
 def shrink(recipe: str, folder: Path) -> Path:
@@ -74,7 +94,8 @@ def test_a_recipe_runs_from_end_to_end(recipe: str, folder: Path, tmp_path: Path
     assert built.exit_code == 0, built.stderr
     plan = yaml.safe_load((RECIPES / f"{recipe}.stages.yaml").read_text())
     for stage in plan["stages"]:
-        stage["data"] = "train.jsonl"
+        # LLaVA's recipe reads LLaVA's own format.
+        stage["data"] = stage["data"] if recipe == "llava-1.5" else "train.jsonl"
     path = folder / f"{recipe}.stages.yaml"
     path.write_text(yaml.safe_dump(plan))
     sizes = ("--batch-size", 3, "--max-steps", 2, "--log-every", 1, "--warmup-steps", 0)

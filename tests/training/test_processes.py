@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from typer.testing import Result
 
@@ -66,6 +69,18 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     # The same comparison sees another order of the records, or a loss that each process normalises by itself.
     one, other = processes.losses(tmp_path, "one", 0), processes.losses(tmp_path, "DDP", 1)
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_reads_the_configurations(name: str, kind: str) -> None:
+    config = load_config_from_file(str(ROOT / f"examples/recipes/accelerate/{name}.yaml"))
+    assert str(config.distributed_type).endswith(kind) and config.num_processes == 8
+    settings = dict(config.fsdp_config)
+    assert settings.get("fsdp_version") == (2 if name == "fsdp2" else None)
+    fields = {field.name for field in dataclasses.fields(FullyShardedDataParallelPlugin)}
+    aliases = {"auto_wrap_policy", "reshard_after_forward", "state_dict_type", "cpu_ram_efficient_loading"}
+    known = fields | aliases | {"version", "offload_params", "activation_checkpointing"}
+    assert {key.removeprefix("fsdp_") for key in settings} <= known
 
 
 def test_the_page_shows_each_comparison() -> None:

@@ -74,8 +74,9 @@ def test_wandb_gets_what_is_measured_without_a_network(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    result = train("--report_to", "wandb")
+    result = train("--report_to", "wandb", "--json")
     assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == 2  # what wandb prints is on stderr
     [file] = tmp_path.rglob("*.wandb")
     read = {}
     for record in records_of_wandb(file.read_bytes()):

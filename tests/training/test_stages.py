@@ -121,6 +121,26 @@ def test_a_fault_of_a_later_stage_is_found_before_the_first(
     assert not out.exists()
 
 
+def test_a_stage_says_how_its_records_are_read(plan: Any, folder: Path) -> None:
+    said = {"image_folder": "pictures", "media_root": "/safe", "columns": "prompt=q,completion=a"}
+    [stage] = read_stages(plan(ALIGN | said))
+    assert {key: str(x) for key, x in stage.reading.items()} == {
+        "image_folder": str(folder / "pictures"),
+        "media_root": "/safe",
+        "columns": "prompt=q,completion=a",
+    }
+    found = [
+        read_stages(plan(ALIGN | {"data": x}))[0].sources["data"] for x in ("train.jsonl", "ORG/NAME", "a/b.jsonl/")
+    ]
+    assert found == [folder / "train.jsonl", Path("ORG/NAME"), folder / "a/b.jsonl"]
+
+
+def test_a_stage_may_stream_its_records(vlm: Vlm, plan: Any, language_stream: Path, out: Path) -> None:
+    short = {"max_steps": 1, "streaming": True, "group_by_length": False}
+    result = vlm("train", language_stream, "--stages", plan(ALIGN | short, TUNE | short), "--output", out)
+    assert result.exit_code == 0, result.stderr
+
+
 def test_options_beside_the_file_hold_for_every_stage(plan: Any) -> None:
     path = plan(ALIGN, TUNE, bf16=True, chat_template="mine.jinja")
     (path.parent / "mine.jinja").write_text("{{ messages }}")

@@ -316,11 +316,13 @@ def _run(
         keep_collecting()
         if repository is not None and is_first_process():
             make_repository(repository)
-        if stages is not None:
-            results = train_stages(job, stages, terminal, make_examiner=_make_examiner)
-        else:
-            result = train_model(job, settings, terminal, make_examiner=_make_examiner)
-            results = None if result is None else [result]
+        # Programs to which a run reports write on stdout, which is for the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            if stages is not None:
+                results = train_stages(job, stages, terminal, make_examiner=_make_examiner)
+            else:
+                result = train_model(job, settings, terminal, make_examiner=_make_examiner)
+                results = None if result is None else [result]
         if repository is not None and results is not None:
             terminal.step(f"sending {job.output} to {repository}")
             push(job.output, repository)

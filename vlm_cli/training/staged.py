@@ -36,6 +36,10 @@ from vlm_cli.training.watching import MakeExaminer, make_no_examiner
 __all__ = ["stages_folder", "train_stages"]
 
 
+#: What of a stage's files must be as it was when the stage was done, as attributes of `Job`.
+_SAME = ("model", "data", "eval_data", "image_folder", "media_root", "columns")
+
+
 def stages_folder(out: Path) -> Path:
     """Return the folder that holds the models of the earlier stages of the run whose output is `out`."""
     return out.with_name(f"{out.name}.stages")
@@ -119,7 +123,8 @@ class _StagedRun:
     def _make_job(self, number: int) -> Job:
         """Return the job of a stage: it reads the model of the stage before it."""
         stage, is_last = self.stages[number], number == len(self.stages) - 1
-        job = replace(self.job, **stage.paths)  # type: ignore[arg-type]  # its keys are those of paths
+        reading = replace(self.job.reading, **stage.reading)
+        job = replace(self.job, **stage.sources, reading=reading)  # type: ignore[arg-type]  # data and eval_data
         if number:
             job = replace(job, model=str(self._place(number - 1)), backbones=None, base=self.job.model)
         return replace(
@@ -166,8 +171,9 @@ class _StagedRun:
             if not job.output.is_dir():
                 return number
             record = _read_record(job.output)
-            was = {**record["settings"], **{key: record["job"].get(key) for key in ("model", *stage.paths)}}
-            now = {**stage.settings.to_dict(), "model": job.model, **{k: str(x) for k, x in stage.paths.items()}}
+            files = {key: None if x is None else str(x) for key, x in job.to_dict().items() if key in _SAME}
+            was = {**record["settings"], **{key: record["job"].get(key) for key in files}}
+            now = {**stage.settings.to_dict(), **files}
             if differences := settings_diff(was, now):
                 raise UsageError(
                     f"{str(job.output)!r} holds stage {stage.name!r} with other settings:\n{differences}\n"

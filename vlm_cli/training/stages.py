@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
+from vlm_cli.data.formats.columns import ColumnMap
 from vlm_cli.data.mixture import place_data
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import OTHERS, Setting, list_settings
@@ -35,8 +36,9 @@ __all__ = ["Stage", "read_stages"]
 _MOST_STAGES = 20
 _LARGEST = 10**12  # that a number of a file may be; `TrainingSettings` says what a setting may be
 
-#: What a stage says of its files, as attributes of `Job`.
-_PATHS = ("data", "eval_data", "media_root")
+#: What a stage says of its records, as attributes of `Job` and of `Reading`.
+_SOURCES, _READING = ("data", "eval_data"), ("image_folder", "media_root", "columns")
+_FILES = (*_SOURCES, *_READING)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Stage:
 
     Attributes:
         name: of the stage, which names its folder.
-        paths: `data`, and perhaps `eval_data` and `media_root`.
+        sources: `data`, and perhaps `eval_data`.
+        reading: what it says of rows and pictures, as attributes of `Reading`.
         settings: how the model learns in this stage.
     """
 
     name: str
-    paths: Mapping[str, Path]
+    sources: Mapping[str, Path]
+    reading: Mapping[str, Any]
     settings: TrainingSettings
 
 
@@ -92,7 +96,7 @@ def read_stages(path: Path, given: Mapping[str, Any] | None = None) -> list[Stag
 def _make_stage(
     data: Mapping[str, Any], shared: Mapping[str, Any], given: Mapping[str, Any], folder: Path, file: str
 ) -> Stage:
-    values = {key: x for key, x in data.items() if key not in ("name", *_PATHS)}
+    values = {key: x for key, x in data.items() if key not in ("name", *_FILES)}
     plain = {**_plain(shared), **_plain(values)}
     template = plain.get("chat_template")
     if template is not None and (folder / template).is_file():
@@ -101,8 +105,11 @@ def _make_stage(
         settings = TrainingSettings(**{**plain, **given})
     except UsageError as error:
         raise UsageError(f"stage {data['name']!r} of {file}: {error}") from None
-    paths = {key: Path(place_data(data[key], folder)) for key in _PATHS if data.get(key) is not None}
-    return Stage(data["name"], paths, settings)
+    files = {key: x for key, x in data.items() if key in _FILES and x is not None}
+    columns = {"columns": ColumnMap.parse(files.pop("columns"))} if "columns" in files else {}
+    found = {key: folder / x if key in _READING else Path(place_data(x, folder)) for key, x in files.items()}
+    sources = {key: x for key, x in found.items() if key in _SOURCES}
+    return Stage(data["name"], sources, {**{k: x for k, x in found.items() if k in _READING}, **columns}, settings)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,13 +124,13 @@ def _check(data: Any, file: str) -> None:
         UsageError: naming the keys.
     """
     settings = {setting.name: _kind(setting) for setting in list_settings(TrainingSettings)}
-    stage = mapping({"name": _NAME, "data": text()}, {**dict.fromkeys(_PATHS[1:], text()), **settings})
+    stage = mapping({"name": _NAME, "data": text()}, {**dict.fromkeys(_FILES[1:], text()), **settings})
     known = {"stages": list_of(stage, least=1, most=_MOST_STAGES)}
     check(data, mapping(known, {"settings": mapping({}, settings)}), file, UsageError)
     _check_keys(data, ("settings", "stages"), file)
     _check_keys(data.get("settings") or {}, tuple(settings), f"settings of {file}")
     for x in data["stages"]:
-        _check_keys(x, ("name", *_PATHS, *settings), f"stage {x['name']!r} of {file}")
+        _check_keys(x, ("name", *_FILES, *settings), f"stage {x['name']!r} of {file}")
 
 
 def _check_keys(data: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
