@@ -130,9 +130,9 @@ def test_a_stage_says_how_its_records_are_read(plan: Any, folder: Path) -> None:
         "columns": "prompt=q,completion=a",
     }
     found = [
-        read_stages(plan(ALIGN | {"data": x}))[0].sources["data"] for x in ("train.jsonl", "ORG/NAME", "a/b.jsonl/")
+        read_stages(plan(ALIGN | {"data": x}))[0].sources["data"] for x in ("train.jsonl", "hf:ORG/NAME", "a/b.jsonl")
     ]
-    assert found == [folder / "train.jsonl", Path("ORG/NAME"), folder / "a/b.jsonl"]
+    assert found == [folder / "train.jsonl", Path("hf:ORG/NAME"), folder / "a/b.jsonl"]
 
 
 def test_a_stage_may_stream_its_records(vlm: Vlm, plan: Any, language_stream: Path, out: Path) -> None:
