@@ -164,7 +164,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_records(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("trian.jsonl", "Did you mean 'train.jsonl'?"), (".", "is a directory"), ("empty.jsonl", "holds no records")],
+    [("trian.jsonl", "Did you mean 'train.jsonl'?"), ("empty.jsonl", "holds no records")],
 )
 def test_files_that_hold_no_records(folder: Path, name: str, words: str) -> None:
     (folder / "empty.jsonl").write_text("\n")

@@ -138,6 +138,7 @@ def test_a_configuration_fetches_no_tower():
 
 #: Functions that join a folder and a name which is no constant, and why the name does not lead out.
 JOINS = {
+    "adapters.py:write_adapters": "names of parts, which are constants",
     "backbones.py:_fetch": "the last part of an address of OpenCLIP's table",
     "downloads.py:downloaded": "a hash",
     "inside.py:resolve_inside": "the rule itself",

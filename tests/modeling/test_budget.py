@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support import tiny
+from vlm_cli.data.record import Record
 from vlm_cli.errors import DataError, PromptError
 from vlm_cli.evaluation.items import Item, encode_items
 from vlm_cli.generation.plan import GenerationPlan
@@ -88,8 +89,9 @@ def test_a_tokenizer_that_numbers_frames_takes_so_many():
 
 def test_evaluation_checks_lengths_on_mpt():
     processor = SimpleNamespace(encode=lambda parts, **options: list(range(100)), image_processor=None)
+    record = Record(1, "a", None, ())
     records = SimpleNamespace(path="a.jsonl", problems=[], good=[None], loader=MediaLoader)
-    item = Item(line=1, id="a", kind=None, prompt=(Text("What?"),), expected="A cat.")
+    item = Item(line=1, id="a", kind=None, prompt=(Text("What?"),), expected="A cat.", record=record)
     model = tiny.build(language_model="mpt")
     encode_items([item], records, GenerationPlan(model, processor, {"max_new_tokens": 28}))
     assert (item.positions, item.room) == (100, 28)

@@ -23,6 +23,7 @@ import torch
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.files import replacing_file
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.plain_data import parse_json
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.examination import Examination, Question
 from vlm_cli.report.run_page import format_run_page
@@ -102,7 +103,7 @@ class RunPage:
         """Read the answers of the steps up to a checkpoint, and forget later ones; step 0 begins anew."""
         try:
             lines = self.answers.read_text(encoding="utf-8").splitlines() if step else []
-            found = [Examination.from_dict(json.loads(line)) for line in lines]
+            found = [Examination.from_dict(parse_json(line)) for line in lines]
         except (OSError, ValueError, KeyError, TypeError):  # it is for reading alone: a damaged one costs old answers
             found = []
         self.examinations = [x for x in found if x.step <= step]
