@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,11 +133,7 @@ def data(
     done = count(1)
     with ProgressLine(None, noun="rows", has_summary=False) as progress:
         for source, ingredient in zip(mixture.open(), mixture.ingredients, strict=True):
-            of_source = replace(
-                reading,
-                columns=ingredient.columns or reading.columns,
-                image_folder=ingredient.image_folder or image_folder,
-            )
+            of_source = ingredient.refine(reading)
             summary = summarize(
                 source, of_source, measure=measure, show=show, seed=seed, report=lambda: progress.show(next(done))
             )
