@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests.support import tiny
-from vlm_cli.data.record import Record
+from vlm_cli.data.records import read_records
 from vlm_cli.errors import DataError, PromptError
 from vlm_cli.evaluation.items import Item, encode_items
 from vlm_cli.generation.plan import GenerationPlan
-from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.prompt import Text
 from vlm_cli.tiling import MediumSize
@@ -87,10 +86,13 @@ def test_a_tokenizer_that_numbers_frames_takes_so_many():
         budget.check_media([MediumSize(3)])
 
 
-def test_evaluation_checks_lengths_on_mpt():
-    processor = SimpleNamespace(encode=lambda parts, **options: list(range(100)), image_processor=None)
-    record = Record(1, "a", None, ())
-    records = SimpleNamespace(path="a.jsonl", problems=[], good=[None], loader=MediaLoader)
+def test_evaluation_checks_lengths_on_mpt(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "What?", "completion": " A cat."}')
+    records = read_records(file)
+    (record,) = records.good
+    ids = list(range(100))
+    processor = SimpleNamespace(encode=lambda parts, **options: ids, image_processor=None, chat_program=None)
     item = Item(line=1, id="a", kind=None, prompt=(Text("What?"),), expected="A cat.", record=record)
     model = tiny.build(language_model="mpt")
     encode_items([item], records, GenerationPlan(model, processor, {"max_new_tokens": 28}))
