@@ -13,7 +13,8 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError, PromptError
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.image_processor import OpenCLIPImageProcessor
+from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text, interleave
 from vlm_cli.tokenizer import add_tokens
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, list_towers
 from vlm_cli.composition import VisionEncoderOptions
+from vlm_cli.image_processor import OpenCLIPImageProcessor
 from vlm_cli.modeling.towers import build_tower, find_image_size, find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
-from vlm_cli.processor import OpenCLIPImageProcessor
 from vlm_cli.registry import VISION_ENCODERS
 
 __all__ = [

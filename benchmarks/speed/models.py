@@ -37,10 +37,11 @@ from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
 from vlm_cli.composition import Composition, VisionEncoderOptions
+from vlm_cli.image_processor import OpenCLIPImageProcessor
 from vlm_cli.modeling.fusion.gates import is_gate
 from vlm_cli.modeling.towers import build_tower
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.processor import VLMProcessor
 
 __all__ = [
     "FIRST_WORD",

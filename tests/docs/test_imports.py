@@ -25,6 +25,7 @@ LAYERS = (
     ("preprocessing", "templates"),
     ("modeling",),
     ("decoding", "tokenizer"),
+    ("image_processor",),
     ("chat_inputs",),
     ("processor",),
     ("writing",),

@@ -408,7 +408,7 @@ def test_the_vision_encoder_is_read_as_it_was_written(tmp_path):
 
 
 def test_the_encoder_learns_from_what_the_processor_shows(tmp_path):
-    from vlm_cli.processor import OpenCLIPImageProcessor
+    from vlm_cli.image_processor import OpenCLIPImageProcessor
 
     vision.save(vision.build_tower(vision.CONFIG["model_cfg"]), tmp_path)
     config = find_tower(VisionEncoderOptions(name=f"local-dir:{tmp_path}")).config

@@ -22,7 +22,7 @@ from tests.support.photographs import PHOTOGRAPHS, nanovlm_views, photograph
 from vlm_cli.checkpoint.schemas import check_processor_files
 from vlm_cli.composition import UNTILED
 from vlm_cli.errors import CheckpointError, CompositionError, MediaError
-from vlm_cli.processor import OpenCLIPImageProcessor
+from vlm_cli.image_processor import OpenCLIPImageProcessor
 
 MEAN, STD = [0.48, 0.45, 0.40], [0.26, 0.25, 0.27]
 PINPOINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]

@@ -24,6 +24,7 @@ from vlm_cli.checkpoint.size_limits import check_memory, limited_size
 from vlm_cli.checkpoint.tiling_texts import tokenize_texts
 from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN, Composition
 from vlm_cli.errors import CheckpointError, CompositionError, VLMError, explain_reading
+from vlm_cli.image_processor import OpenCLIPImageProcessor
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.generation_settings import inherit_checked
@@ -33,7 +34,7 @@ from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.towers import find_grid, find_tower_shape
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.processor import VLMProcessor
 from vlm_cli.quiet import quiet_libraries
 from vlm_cli.tiling import MediumSize, check_tiling
 from vlm_cli.tokenizer import add_tokens

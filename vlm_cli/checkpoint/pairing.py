@@ -11,8 +11,9 @@ from vlm_cli.prompt import Text
 from vlm_cli.tiling import check_tiling
 
 if TYPE_CHECKING:
+    from vlm_cli.image_processor import OpenCLIPImageProcessor
     from vlm_cli.modeling.config import VLMConfig
-    from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+    from vlm_cli.processor import VLMProcessor
 
 __all__ = ["check_pair"]
 

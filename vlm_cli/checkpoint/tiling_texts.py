@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from vlm_cli.composition import Choice
 from vlm_cli.errors import CompositionError
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.image_processor import OpenCLIPImageProcessor
+from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Slot, Text
 from vlm_cli.tiling.texts import list_texts
 

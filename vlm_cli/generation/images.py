@@ -32,7 +32,7 @@ from vlm_cli.prompt import Medium
 from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
-    from vlm_cli.processor import OpenCLIPImageProcessor
+    from vlm_cli.image_processor import OpenCLIPImageProcessor
 
 __all__ = ["ImageCache", "Preprocessor", "with_images"]
 

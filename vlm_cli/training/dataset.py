@@ -29,6 +29,7 @@ from vlm_cli.data.records import (
 )
 from vlm_cli.data.repeated import RepeatedIds
 from vlm_cli.errors import DataError, MediaError, VLMError
+from vlm_cli.image_processor import OpenCLIPImageProcessor
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left, stack_pixels
@@ -36,7 +37,7 @@ from vlm_cli.modeling.learned import IGNORED, find_learned
 from vlm_cli.modeling.media_layout import MediaLayout
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium
 from vlm_cli.training.features import FeatureCache
 from vlm_cli.training.order import Shares

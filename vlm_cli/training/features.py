@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm_cli.errors import MediaError, PromptError, UsageError
+from vlm_cli.image_processor import OpenCLIPImageProcessor
 from vlm_cli.media import MediaLoader
 from vlm_cli.modeling.batching import MediumPixels
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
-from vlm_cli.processor import OpenCLIPImageProcessor
 from vlm_cli.prompt import Medium
 from vlm_cli.tiling import MediumSize
 

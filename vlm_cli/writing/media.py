@@ -9,8 +9,8 @@ from vlm_cli.prompt import Medium, Text
 from vlm_cli.tiling import MediumSize
 
 if TYPE_CHECKING:
+    from vlm_cli.image_processor import OpenCLIPImageProcessor
     from vlm_cli.media import MediaLoader
-    from vlm_cli.processor import OpenCLIPImageProcessor
 
 __all__ = ["measure_media"]
 

@@ -28,6 +28,7 @@ from vlm_cli.checkpoint.published.recognising import RecognisedCheckpoint, recog
 from vlm_cli.checkpoint.published.swapping import Swap, find_swap
 from vlm_cli.composition import UNTILED, Composition, keep_trained_settings
 from vlm_cli.errors import CheckpointError, CompositionError
+from vlm_cli.image_processor import OpenCLIPImageProcessor
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.generation_settings import inherit_checked
 from vlm_cli.modeling.language_model import check_causal
@@ -37,7 +38,7 @@ from vlm_cli.modeling.vision_encoder import VisionEncoder
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.plain_data import read_json
 from vlm_cli.preprocessing import CROP_DOWN
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.processor import VLMProcessor
 from vlm_cli.tokenizer import make_media_plain, rename_token
 from vlm_cli.trust import check_settings, find_causal_class, make_config, make_language_model
 

@@ -37,7 +37,8 @@ from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.recognising import recognise
 from vlm_cli.composition import CompositionRequest
 from vlm_cli.errors import CheckpointError, CompositionError
-from vlm_cli.processor import OpenCLIPImageProcessor, VLMProcessor
+from vlm_cli.image_processor import OpenCLIPImageProcessor
+from vlm_cli.processor import VLMProcessor
 
 
 @pytest.mark.sample(2)
