@@ -40,7 +40,7 @@ class Flag:
     Attributes:
         help: the text in `--help`.
         heading: the heading of `--help` under which the option stands.
-        metavar: what the user types after the option, such as `N` or `FILE`; not needed for choices.
+        metavar: what the user types after the option, such as `N` or `FILE`; of choices, their list without it.
         short: a shorter spelling, such as `-b`.
         old_names: spellings of earlier versions, which still work.
         aliases: names that other programs give this option.

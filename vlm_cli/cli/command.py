@@ -168,7 +168,7 @@ def make_option(setting: Setting) -> Any:
     names += [flag.short] if flag.short is not None else []
     keywords: dict[str, Any] = {"help": flag.help, "rich_help_panel": flag.heading, "metavar": flag.metavar}
     if setting.choices:
-        kind, keywords["metavar"] = str, "|".join(setting.choices)
+        kind, keywords["metavar"] = str, flag.metavar or "|".join(setting.choices)
         keywords["autocompletion"] = offer(lambda: setting.choices)
     elif flag.per:
         kind, keywords["parser"] = str, partial(_read_numbers, setting)

@@ -286,8 +286,11 @@ class TrainingSettings:
     schedule: Annotated[
         Schedule,
         Flag(
-            help="How the learning rate falls after the warm-up, by Transformers' names. constant falls not at all.",
+            help="How the learning rate falls after the warm-up, by Transformers' names: cosine, linear, constant (it "
+            "falls not at all), constant_with_warmup, cosine_with_restarts, polynomial, inverse_sqrt, "
+            "cosine_with_min_lr, cosine_warmup_with_min_lr or warmup_stable_decay.",
             heading=LEARNING,
+            metavar="NAME",
             aliases=(Alias("--lr-scheduler-type"),),
             hint="A schedule that follows the loss, such as reduce_lr_on_plateau, is not possible.",
         ),
