@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import vlm_cli
 from tests.support.grid import first_of
+from vlm_cli.cli.app import app
 
 COMMANDS = ("build", "inspect", "generate", "chat", "batch", "eval", "count-params", "list")
 VLM = [sys.executable, "-m", "vlm_cli"]
@@ -101,3 +104,9 @@ def test_output_that_cannot_be_written(shell):
     result = shell(["bash", "-c", " ".join([*VLM, "list", ">/dev/full"])])
     assert result.returncode == 1
     assert "No space left on device" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))  # type: ignore[attr-defined]
+def test_help_fits_80_columns(command: str) -> None:
+    lines = CliRunner().invoke(app, [command, "--help"], terminal_width=80).output.splitlines()
+    assert len(lines) > 10 and [line for line in lines if len(line) > 80] == []

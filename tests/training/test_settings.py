@@ -31,7 +31,8 @@ def test_each_setting_is_an_option(setting: Setting) -> None:
     assert option.opts[0] == setting.spelling and option.help == setting.flag.help
     assert option.rich_help_panel == setting.flag.heading
     if setting.choices:
-        assert option.metavar == "|".join(setting.choices)
+        assert option.metavar == (setting.flag.metavar or "|".join(setting.choices))
+        assert setting.flag.metavar is None or all(choice in setting.flag.help for choice in setting.choices)
     elif setting.type is not bool:
         assert option.metavar, "say what the user types"
 
