@@ -96,12 +96,13 @@ def running(demo: tuple[VLM, VLMProcessor], *, host: str = "127.0.0.1", origins:
     finally:
         server.should_exit = True
         thread.join(30)
+        assert not thread.is_alive()
         service.engine.close()
         assert service.engine.join(30)
         listener.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other tests copy their process, which has no threads of a server then
 def server(demo: tuple[VLM, VLMProcessor]) -> Iterator[Running]:
     with running(demo) as found:
         yield found

@@ -20,9 +20,10 @@ from vlm_cli.tiling import MediumSize
 PICTURES = ("two.png", "three.png", "one.png")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as found:
+        yield found
 
 
 def greedy(demo, prompt: str, new_tokens: int = 32) -> str:

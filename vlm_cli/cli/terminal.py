@@ -8,11 +8,13 @@ before everything else that writes there: Typer's messages, warnings, tracebacks
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 from rich.cells import cell_len, set_cell_size
@@ -23,6 +25,7 @@ __all__ = [
     "guard_streams",
     "has_colours",
     "is_terminal",
+    "keep_stdout",
     "overwrite_line",
     "unguarded",
     "width",
@@ -73,6 +76,13 @@ def overwrite_line(text: str, end: str = "") -> None:
 def write_styled(text: str, *, to_stderr: bool = False) -> None:
     """Write text with colours. The caller has escaped whatever a file brought into it."""
     _write(sys.stderr if to_stderr else sys.stdout, text)
+
+
+@contextlib.contextmanager
+def keep_stdout() -> Iterator[None]:
+    """Let stderr have what other libraries print on stdout, which is for the result of the command."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def unguarded(stream: TextIO) -> TextIO:

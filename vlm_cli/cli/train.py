@@ -28,7 +28,7 @@ from vlm_cli.cli.options import (
 )
 from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.spellings import accept_aliases
-from vlm_cli.cli.terminal import is_terminal, overwrite_line
+from vlm_cli.cli.terminal import is_terminal, keep_stdout, overwrite_line
 from vlm_cli.data.inputs import is_pipe
 from vlm_cli.data.mixture import Mixture, is_mixture_file
 from vlm_cli.data.records import Reading
@@ -316,8 +316,7 @@ def _run(
         keep_collecting()
         if repository is not None and is_first_process():
             make_repository(repository)
-        # Programs to which a run reports write on stdout, which is for the result.
-        with contextlib.redirect_stdout(sys.stderr):
+        with keep_stdout():  # from the programs to which a run reports
             if stages is not None:
                 results = train_stages(job, stages, terminal, make_examiner=_make_examiner)
             else:
