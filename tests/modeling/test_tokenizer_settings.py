@@ -112,6 +112,17 @@ def mistral3() -> tuple[nn.Module, dict[str, Any], Callable[[Tensor], Tensor]]:
     return theirs, {"type": "linear", **settings}, run
 
 
+def got_ocr2() -> tuple[nn.Module, dict[str, Any], Callable[[Tensor], Tensor]]:
+    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2MultiModalProjector
+
+    theirs = GotOcr2MultiModalProjector(config(vision_config=SimpleNamespace(output_channels=D)))
+
+    def run(x: Tensor) -> Tensor:
+        return theirs(x.transpose(1, 2).unflatten(2, (SIDE, SIDE)))
+
+    return theirs, {"type": "linear", "convolutions": 2}, run
+
+
 TOKENIZERS: dict[str, Any] = {"linear": (LinearProjection, LinearOptions), "mlp": (MLPProjection, MLPOptions)}
 
 
@@ -122,7 +133,7 @@ def make(settings: dict[str, Any], grid: tuple[int, int] = (SIDE, SIDE)) -> Any:
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("model", [gemma3, internvl, aya, perception, idefics3, vipllava, mistral3])
+@pytest.mark.parametrize("model", [gemma3, internvl, aya, perception, idefics3, vipllava, mistral3, got_ocr2])
 @torch.no_grad()
 def test_the_projector_of(model):
     theirs, settings, run = model()
@@ -172,6 +183,22 @@ def test_pooling_rounds_a_bilinear_grid_up():
     same(found, expected.flatten(2).transpose(1, 2).view(2, 3, 6, D))
     assert differs(found, pool(features.flip(2), 2, (3, 5), "bilinear"))
     assert make({"type": "linear", "pool": 2, "pool_by": "bilinear"}, grid=(3, 5)).num_tokens(2) == 12
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_convolutions_halve_the_grid_rounded_up(count):
+    tokenizer = make({"type": "linear", "convolutions": count}, grid=(3, 5))
+    assert tokenizer.token_grid == {1: (2, 3), 3: (1, 1)}[count]
+    assert [x.out_channels for x in tokenizer.convolutions] == [*[2 * D, 4 * D][: count - 1], OUT]
+    features = torch.randn(1, 1, 2, 15, D)
+    x = features[0, 0, 1].T.reshape(1, D, 3, 5)
+    for weight in tokenizer.convolutions.state_dict().values():  # each token from its 3 × 3 neighbours, by hand
+        windows = functional.unfold(x, 3, padding=1, stride=2)[0]
+        x = (weight.flatten(1) @ windows).reshape(1, len(weight), -(-x.shape[2] // 2), -(-x.shape[3] // 2))
+    found, expected = tokenizer(features)[0, 0], tokenizer.proj(x[0].flatten(1).T)
+    same(found[len(expected) :], expected)
+    assert differs(found[: len(expected)], expected)
 
 
 @torch.no_grad()
@@ -283,6 +310,9 @@ def test_invariants_hold(tokenizer, fusion):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"convolutions": 2, "pixel_shuffle": 2}, "pixel_shuffle=2 and convolutions=2 both merge .*one of them[.]"),
+        ({"convolutions": -1}, "convolutions must be at least 0, got -1"),
+        ({"convolutions": 9}, "convolutions must be at most 8, got 9"),
         ({"pool": 2, "pixel_shuffle": 2}, "pool=2 and pixel_shuffle=2 both merge patches before the map"),
         ({"pad": True}, "pad fills the grid for pixel_shuffle, which is 1"),
         ({"norm": "layer", "norm_eps": 0.0}, "norm_eps must be positive"),

@@ -60,6 +60,7 @@ _MOST = {
     "ff_mult": 1_024,
     "pixel_shuffle": 64,
     "pool": 1_024,
+    "convolutions": 8,
     "map_depth": 64,
     "image_size": 16_384,
     "every": 10_000,
@@ -141,7 +142,8 @@ class QFormerOptions:
 class LinearOptions:
     """Settings of a linear projection, in the order in which they apply.
 
-    Of one frame's grid of patches: `pixel_shuffle` or `pool`, the map, `pool` if it comes after, `scale`.
+    Of one frame's grid of patches: `pixel_shuffle`, `pool` or `convolutions`, the map, `pool` if it comes after,
+    `scale`.
     """
 
     frames: Literal["concatenate", "mean"] = "concatenate"  # a video gives F·v tokens, or v tokens averaged over F
@@ -152,6 +154,7 @@ class LinearOptions:
     pool: int = field(default=1, metadata=_RARE)  # p×p neighbours become one token (Gemma 3: 4)
     pool_by: Literal["average", "bilinear"] = field(default="average", metadata=_RARE)  # bilinear: LLaVA-OneVision
     pool_at: Literal["before", "after"] = field(default="before", metadata=_RARE)  # after the map: Perception-LM
+    convolutions: int = field(default=0, metadata=_RARE)  # of 3×3 patches; each halves rows and columns (GOT-OCR: 2)
     norm: Literal["layer", "rms", "gemma"] | None = field(default=None, metadata=_RARE)  # gemma: RMSNorm by 1 + weight
     norm_at: Literal["patches", "before", "after"] = field(default="before", metadata=_RARE)  # of the map
     norm_eps: float = field(default=1e-5, metadata=_RARE)
@@ -159,13 +162,15 @@ class LinearOptions:
     dim_out: int | None = None  # output channels; None: the width that the fusion asks for
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "pixel_shuffle", "pool", "dim_out", *self._own_sizes())
+        _check_sizes(self, "pixel_shuffle", "pool", "dim_out", *self._own_sizes(), or_zero=("convolutions",))
         problems = []
-        if self.pixel_shuffle > 1 and self.pool > 1 and self.pool_at == "before":
-            problems.append(
-                f"pool={self.pool} and pixel_shuffle={self.pixel_shuffle} both merge patches before the map. Set one "
-                "of them to 1, or pool_at to after."
-            )
+        merging = [f"pool={self.pool}"] if self.pool > 1 and self.pool_at == "before" else []
+        merging += [f"pixel_shuffle={self.pixel_shuffle}"] if self.pixel_shuffle > 1 else []
+        merging += [f"convolutions={self.convolutions}"] if self.convolutions else []
+        if len(merging) > 1:
+            remedy = ", or set pool_at to after" if "pool=" in merging[0] else ""
+            count = "both" if len(merging) == 2 else "all"
+            problems.append(f"{' and '.join(merging)} {count} merge patches before the map. Keep one of them{remedy}.")
         if self.pad and self.pixel_shuffle == 1:
             problems.append("pad fills the grid for pixel_shuffle, which is 1. Set pixel_shuffle, or leave pad out.")
         if not 0 < self.norm_eps <= 1:

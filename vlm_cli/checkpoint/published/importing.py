@@ -321,6 +321,8 @@ def _load_own_tokenizer(
         tokenizer.add_bos_token = found.description.starts_with_bos
     if found.description.chat_template is not None and other is None:
         tokenizer.chat_template = found.description.chat_template
+    if (end := found.description.end_of_answer) in tokenizer.get_vocab() and other is None:
+        tokenizer.eos_token = end
     if found.description.text_config is not None and other is None:
         make_media_plain(tokenizer)
     if tokenizer.chat_template is None and other is None:

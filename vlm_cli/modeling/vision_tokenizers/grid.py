@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import isqrt
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm_cli.errors import CompositionError
 
-__all__ = ["Grid", "merge_sizes", "pixel_shuffle", "pool", "whole_grid"]
+__all__ = ["Grid", "convolve", "make_convolutions", "merge_sizes", "pixel_shuffle", "pool", "whole_grid"]
 
 Grid = tuple[int, int]  # rows, columns
 
@@ -119,3 +120,24 @@ def pool(features: Tensor, p: int, grid: Grid, by: Literal["average", "bilinear"
     else:
         image = nn.functional.interpolate(image, size=(-(-rows // p), -(-columns // p)), mode="bilinear")
     return image.flatten(2).transpose(1, 2).unflatten(0, features.shape[:-2])
+
+
+def make_convolutions(count: int, dim_in: int, dim_out: int) -> nn.Sequential:
+    """Make convolutions of 3×3 patches, each of which halves rows and columns, as the two of GOT-OCR 2.0 do.
+
+    Each doubles the channels, and the last gives `dim_out`. Nothing is between them, and they have no biases.
+    """
+    dims = [*(dim_in << i for i in range(count)), dim_out]
+    return nn.Sequential(*(nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1, bias=False) for a, b in pairwise(dims)))
+
+
+def convolve(features: Tensor, convolutions: nn.Sequential, grid: Grid) -> Tensor:
+    """Apply `convolutions` to the patches of frames: float[*, v, d] -> float[*, v', dim_out].
+
+    Args:
+        features: of patches.
+        convolutions: each halves the sides of the grid, rounded up.
+        grid: rows and columns.
+    """
+    image = features.flatten(0, -3).transpose(1, 2).unflatten(2, grid)  # [N, d, rows, columns]
+    return convolutions(image).flatten(2).transpose(1, 2).unflatten(0, features.shape[:-2])

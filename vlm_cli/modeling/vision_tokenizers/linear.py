@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from vlm_cli.composition import LinearOptions, MLPOptions
 from vlm_cli.modeling.layers import linear_maps, make_norm
-from vlm_cli.modeling.vision_tokenizers.grid import Grid, merge_sizes, pixel_shuffle, pool, whole_grid
+from vlm_cli.modeling.vision_tokenizers.grid import (
+    Grid,
+    convolve,
+    make_convolutions,
+    merge_sizes,
+    pixel_shuffle,
+    pool,
+    whole_grid,
+)
 
 __all__ = ["LinearProjection", "MLPProjection", "pixel_shuffle"]
 
@@ -29,7 +37,7 @@ class LinearProjection(nn.Module):
         grid: rows and columns of patches; None for a square.
 
     Raises:
-        CompositionError: if `pixel_shuffle` or `pool` does not fit the grid of patches.
+        CompositionError: if `pixel_shuffle`, `pool` or `convolutions` does not fit the grid of patches.
     """
 
     #: A medium's tokens depend on nothing else in its row.
@@ -50,15 +58,16 @@ class LinearProjection(nn.Module):
         self.mapped_grid, self.token_grid = self._find_merged_grids()
         self.num_patches = num_patches if self.token_grid is None else self.token_grid[0] * self.token_grid[1]
         self.dim_out = dim_in if dim_out is None else dim_out
-        dim_mapped = options.pixel_shuffle**2 * dim_in
+        dim_mapped = self.dim_out if options.convolutions else options.pixel_shuffle**2 * dim_in
         width = {"patches": dim_in, "before": dim_mapped, "after": self.dim_out}[options.norm_at]
         self.norm = make_norm(options.norm, width, options.norm_eps)
+        self.convolutions = make_convolutions(options.convolutions, dim_in, dim_mapped)
         self.proj = self.build(dim_mapped, self.dim_out, options)
 
     def _find_grid(self, num_patches: int, grid: Grid | None) -> Grid | None:
         """Return the grid of patches; None if nothing merges neighbours and the features are no known grid."""
-        for setting in ("pixel_shuffle", "pool"):
-            if getattr(self.options, setting) > 1:
+        for setting, unset in (("pixel_shuffle", 1), ("pool", 1), ("convolutions", 0)):
+            if getattr(self.options, setting) > unset:
                 return whole_grid(setting, num_patches, grid)
         return grid if grid is not None and grid[0] * grid[1] == num_patches else None
 
@@ -70,6 +79,8 @@ class LinearProjection(nn.Module):
         pooled = partial(merge_sizes, "pool", options.pool, rounds_up=options.pool_by == "bilinear")
         if options.pixel_shuffle > 1:
             grid = merge_sizes("pixel_shuffle", options.pixel_shuffle, grid, rounds_up=options.pad)
+        elif options.convolutions:
+            grid = merge_sizes("convolutions", 2**options.convolutions, grid, rounds_up=True)
         elif options.pool_at == "before":
             grid = pooled(grid)
         return grid, grid if options.pool_at == "before" else pooled(grid)
@@ -101,8 +112,11 @@ class LinearProjection(nn.Module):
         options = self.options
         if options.pixel_shuffle > 1:
             return pixel_shuffle(features, options.pixel_shuffle, self.grid, options.shuffle_order)
-        if options.pool > 1 and options.pool_at == "before":
+        if options.convolutions:
             assert self.grid is not None  # checked when it was made
+            return convolve(features, self.convolutions, self.grid)
+        if options.pool > 1 and options.pool_at == "before":
+            assert self.grid is not None
             return pool(features, options.pool, self.grid, options.pool_by)
         return features
 

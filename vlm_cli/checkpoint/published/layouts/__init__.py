@@ -8,6 +8,7 @@ from vlm_cli.checkpoint.published.layouts.deepseek_vl import HuggingFaceDeepSeek
 from vlm_cli.checkpoint.published.layouts.fast_vlm import HuggingFaceFastVLM
 from vlm_cli.checkpoint.published.layouts.flamingo_mini import FlamingoMini
 from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, HuggingFacePaliGemma
+from vlm_cli.checkpoint.published.layouts.got_ocr2 import HuggingFaceGotOCR2
 from vlm_cli.checkpoint.published.layouts.idefics import HuggingFaceIDEFICS
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
 from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
@@ -43,6 +44,7 @@ LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceAyaVision(),
     HuggingFaceInternVL(),
     HuggingFaceQianfanOCR(),
+    HuggingFaceGotOCR2(),
     Kosmos2(),
     HuggingFacePerceptionLM(),
     OriginalLLaVA(),

@@ -38,6 +38,8 @@ class CheckpointDescription:
         renamed_tokens: token of the tokenizer -> its new text. vlm's `<image>` stands for a whole picture, so that a
             tokenizer must not have this text for anything else.
         chat_template: in the place of the tokenizer's own; None keeps that one.
+        end_of_answer: token that ends an answer, in the place of the tokenizer's end of a text; None keeps that one. A
+            tokenizer without the token stays as it is.
         first_added_id: id of the first token with a row in `added_tokens`; None for the id after the tokenizer's last.
         initialize_like: added token -> a text. The token's embedding starts as that of the text's first token, if the
             checkpoint never had the added token itself.
@@ -55,6 +57,7 @@ class CheckpointDescription:
     starts_with_bos: bool | None = None
     renamed_tokens: Mapping[str, str] | None = None
     chat_template: str | None = None
+    end_of_answer: str | None = None
     first_added_id: int | None = None
     initialize_like: Mapping[str, str] | None = None
     optional_pattern: str = r"(?!)"  # matches no name
