@@ -93,8 +93,8 @@ def test_ways_to_write_it(tmp_path, changes):
 
 @pytest.mark.matrix
 def test_a_picture_is_cut_where_the_user_asks(tmp_path):
-    over = {"tiling": {"type": "grid", "picture_text": "<img>{views}</img>"}}
-    imported = check_tiled(replace(got_ocr2(tmp_path, crops=True), over=over))
+    imported = check_tiled(replace(got_ocr2(tmp_path, crops=True), over={"tiling": {"max_tiles": 12}}))
+    assert "--set tiling.max_tiles=12" in imported.notes[1]
     assert imported.processor.image_processor.measure(400, 266).num_frames == 7
 
 

@@ -46,7 +46,7 @@ _TEMPLATE = (
 _NOTES = (
     "GOT-OCR 2.0 was trained with few prompts: $'<image>\\n OCR: ', or $'<image>\\n OCR with format: ' for formatted "
     "text. The chat template writes what stands around them; outside `vlm chat`, give --chat-template all.",
-    "Its processor cuts no picture unless it is asked. --set tiling.type=grid cuts, and the prompt is then "
+    "Its processor cuts no picture unless it is asked. --set tiling.max_tiles=12 cuts, and the prompt is then "
     "$'<image>\\n OCR upon the patch reference: '.",
 )
 
@@ -76,7 +76,7 @@ class HuggingFaceGotOCR2:
                 "vision_encoder": {"name": f"hf:{checkpoint.name}"},
                 "vision_tokenizer": {"type": "linear", "convolutions": 2},
                 "fusion": "language-stream",
-                "tiling": {"type": "none", "picture_text": "<img>{views}</img>"},
+                "tiling": {"type": "grid", "max_tiles": 1, "picture_text": "<img>{views}</img>"},
                 "language_model": {"name": checkpoint.name},
                 "added_tokens": [MEDIA_TOKEN],
                 "trainable": ["vision_tokenizer", "language_model"],
