@@ -161,6 +161,7 @@ def test_a_resumed_run_equals_one_without_a_break_to_the_bit(
     assert one.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in one.items())
 
 
+@pytest.mark.matrix
 def test_checkpointed_activations_change_nothing(start: Path, folder: Path, vlm: Vlm, tmp_path: Path) -> None:
     found = []
     for name, flags in {"plain": (), "checkpointed": ("--gradient-checkpointing",)}.items():
@@ -307,6 +308,7 @@ def test_the_manifest_holds_adapters(own: Path) -> None:
         load(str(own))
 
 
+@pytest.mark.matrix
 def test_faster_answers_come_from_merged_weights(trained: Path) -> None:
     model, _ = load(str(trained))
     wanted = logits(model)

@@ -93,6 +93,7 @@ def test_sources_without_weights_are_one_long_file(train: Vlm, tmp_path: Path) -
     assert losses(tmp_path / "one") == losses(tmp_path / "two") != losses(tmp_path / "weighed")
 
 
+@pytest.mark.matrix
 def test_pictures_inside_shards_train_as_files_do(train: Vlm, model: Any, sources: Path, tmp_path: Path) -> None:
     batches = []
     for name in ("a.parquet", "a.tar"):
@@ -106,6 +107,7 @@ def test_pictures_inside_shards_train_as_files_do(train: Vlm, model: Any, source
         assert torch.equal(batch["pixel_values"], expected["pixel_values"])
 
 
+@pytest.mark.matrix
 def test_a_mixture_of_every_kind_trains_and_goes_on(train: Vlm, sources: Path, tmp_path: Path) -> None:
     listed = ["a.jsonl", "a.parquet", "a.tar", "pictures.jsonl"]
     mixture = {"seed": 3, "sources": [{"data": name, "weight": i + 1} for i, name in enumerate(listed)]}

@@ -110,6 +110,7 @@ def test_positions_are_counted(folder: Path, language_stream: Path, tmp_path: Pa
     assert data.positions.tolist() == [data.lengths[0] + 3, data.lengths[1]]  # a picture has 4 patches
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("fusion", first_of(["language_stream", "cross_attention"]))
 def test_a_packed_run(
     vlm: Callable[..., Result], folder: Path, tmp_path: Path, fusion: str, request: pytest.FixtureRequest

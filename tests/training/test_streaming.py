@@ -168,6 +168,7 @@ def test_an_interrupted_stream_goes_on_to_the_bit(
     assert equal(weights(out), undisturbed)
 
 
+@pytest.mark.matrix
 def test_a_state_that_forgets_the_buffer_is_noticed(
     train: Vlm, out: Path, learned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def answers(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.matrix
 def test_questions_at_checkpoints_change_nothing_that_is_learned(
     vlm: Any, train: Any, held_out: Any, folder: Path, tmp_path: Path, cross_attention: Path
 ) -> None:
