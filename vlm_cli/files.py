@@ -72,7 +72,7 @@ def check_directory(out: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"{str(out)!r} is the working directory or holds it. Choose another name.")
     if not out.absolute().parent.is_dir():
         raise CheckpointError(f"cannot write {str(out)!r}: the folder {str(out.absolute().parent)!r} does not exist.")
-    if not out.exists() and not out.is_symlink():
+    if not os.path.lexists(out):
         return
     if not overwrite:
         raise OutputExistsError(f"{str(out)!r} exists. Choose another name, or add --overwrite to replace it.")
@@ -91,7 +91,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"cannot write {str(path)!r}: the folder {str(folder)!r} does not exist.")
     if not os.access(folder, os.W_OK):
         raise CheckpointError(f"cannot write {str(path)!r}: this user may not write to {str(folder)!r}.")
-    if not path.exists():
+    if not os.path.exists(path):  # other than Path.exists, it takes a name that is too long for one that does not exist
         return
     if not path.is_file():
         raise OutputExistsError(f"{str(path)!r} is a directory or a device, not a file. Choose another name.")

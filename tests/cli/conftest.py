@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from tests.support import ROOT
 from tests.support.disk import TOWER
 from tests.support.screens import Screens, Terminal
+from vlm_cli import VLM
 from vlm_cli.checkpoint import directory
+from vlm_cli.cli import chat as chat_module
 from vlm_cli.manifest import sign
 
 SMALL_PERCEIVER = ("depth=1", "num_heads=2", "head_dim=8", "num_latents=6", "ff_mult=2")
@@ -139,5 +141,41 @@ def open_screens(monkeypatch: pytest.MonkeyPatch) -> Screens:
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
         return out, err
+
+    return run
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Tokens that reach `VLM.generate`, a list for each turn of a chat."""
+    found: list[list[int]] = []
+    original = VLM.generate
+
+    def spy(self: VLM, *args: Any, **kwargs: Any) -> Any:
+        if "prompt_cache" in kwargs:
+            found.append(kwargs["lang_x"][0].tolist())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(VLM, "generate", spy)
+    return found
+
+
+@pytest.fixture
+def typed(vlm: Callable[..., Any], open_gates: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Types lines into a chat; an exception is what a key brings."""
+
+    def run(*lines: str | BaseException, flags: Sequence[str] = (), model: Path | str = open_gates) -> Any:
+        keys = iter(lines)
+
+        def read(prompt: str = "") -> str:
+            key = next(keys)
+            if isinstance(key, str):
+                return key
+            raise key
+
+        monkeypatch.setattr(chat_module, "is_terminal", lambda stream: True)
+        monkeypatch.setattr("vlm_cli.cli.line_editor._read_line", read)
+        monkeypatch.setenv("VLM_HISTORY", "")
+        return vlm("chat", model, "-n", 6, *flags)
 
     return run

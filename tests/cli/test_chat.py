@@ -20,7 +20,6 @@ import vlm_cli.checkpoint.directory as directory
 from tests.support import ROOT
 from tests.support.grid import first_of
 from vlm_cli import VLM
-from vlm_cli.cli import chat as chat_module
 from vlm_cli.generation.text_stream import TextStream
 from vlm_cli.interrupt import Interrupted
 from vlm_cli.manifest import sign
@@ -83,21 +82,6 @@ def in_order(vlm, parts):
     flags = ("--set", "vision_tokenizer.max_num_media=4", "--quiet")
     assert vlm("build", out, *parts.kosmos, *flags).exit_code == 0
     return out
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Tokens that reach `VLM.generate`, a list for each turn."""
-    found = []
-    original = VLM.generate
-
-    def spy(self, *args, **kwargs):
-        if "prompt_cache" in kwargs:
-            found.append(kwargs["lang_x"][0].tolist())
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(VLM, "generate", spy)
-    return found
 
 
 @pytest.fixture
@@ -362,26 +346,6 @@ def test_the_context_ends_the_chat(vlm, open_gates):
 # -- on a terminal -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def typed(vlm, open_gates, monkeypatch):
-    """Types lines; an exception is what a key brings."""
-
-    def run(*lines, flags=()):
-        keys = iter(lines)
-
-        def read(prompt=""):
-            key = next(keys)
-            if isinstance(key, str):
-                return key
-            raise key
-
-        monkeypatch.setattr(chat_module, "is_terminal", lambda stream: True)
-        monkeypatch.setattr("vlm_cli.cli.chat._read_line", read)
-        return vlm("chat", open_gates, "-n", 6, *flags)
-
-    return run
-
-
 def test_a_terminal_is_left_by_its_keys(typed, talk):
     texts = "".join(x["text"] + "\n" for x in talk("The cat", "The dog"))
     left = typed("The cat", "", "The dog", EOFError())
@@ -400,7 +364,7 @@ def test_ctrl_c_clears_the_line(typed, talk):
 
 
 def test_a_chat_begins_with_what_to_type(typed, vlm, open_gates):
-    hint = "Type a turn and press Enter; <image:FILE> in it shows an image. Ctrl-D ends the chat.\n"
+    hint = "Type a turn and press Enter; /help lists the commands. Ctrl-D ends the chat.\n"
     assert hint not in vlm("chat", open_gates, "-n", 1, input="The cat\n").stderr
     assert hint in typed(EOFError()).stderr
 

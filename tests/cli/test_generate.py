@@ -117,6 +117,16 @@ def test_greedy_is_what_the_model_says(generate, open_gates, photo):
     assert generate("--no-stream").stdout == processor.decode(ids, skip_special_tokens=True) + "\n"
 
 
+def test_a_prompt_file_goes_with_any_source(vlm, open_gates, photo, tmp_path):
+    """Paths of the command line start at the current folder; a long source is no file name."""
+    (tmp_path / "prompt.txt").write_text("A photo of")
+    uri = f"data:image/png;base64,{base64.b64encode(photo.read_bytes()).decode()}"
+    words = ("generate", "-m", open_gates, "-n", 4, "-f", tmp_path / "prompt.txt", "-i")
+    texts = {vlm(*words, source).stdout for source in (photo, uri)}
+    assert len(texts) == 1 and texts != {""}
+    assert "Error: OSError" not in vlm(*words, "x" * 300).stderr
+
+
 def test_the_image_matters(generate, open_gates, vlm, tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "other.png")
     other = vlm("generate", "-m", open_gates, PROMPT, "-i", tmp_path / "other.png", "-n", 8)

@@ -432,9 +432,10 @@ def test_no_code_from_the_hub(hostile, made, marker, tmp_path, run):
 
 
 def test_no_library_asks_on_stdin(tmp_path):
-    """`main` takes `input` away; the chat, which reads what a user types, has kept it."""
-    script = "import sys; from vlm_cli.cli import app, chat; kept = chat._read_line; sys.argv = ['vlm', '--version']\n"
-    script += "app.main()\nprint(kept())\ntry:\n    input('[y/N]')\nexcept app.VLMError as error:\n    print(error)\n"
+    """`main` takes `input` away; the editor of a chat's lines has kept it."""
+    script = "import sys; from vlm_cli.cli import app, line_editor; kept = line_editor._read_line\n"
+    script += "sys.argv = ['vlm', '--version']\napp.main()\nprint(kept())\n"
+    script += "try:\n    input('[y/N]')\nexcept app.VLMError as error:\n    print(error)\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, input="typed\ny\n", capture_output=True, text=True, timeout=60

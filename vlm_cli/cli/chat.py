@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.chat_commands import COMMANDS, ChatEnd, is_command, run_command, unescape
+from vlm_cli.cli.chat_completion import complete_line
+from vlm_cli.cli.chat_session import ChatRequest, ChatSession
 from vlm_cli.cli.completion import complete_models
+from vlm_cli.cli.history import History
+from vlm_cli.cli.line_editor import LineEditor
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
-from vlm_cli.cli.prompts import ReadingOptions, TurnOptions, load_images, prepended_note, tell_images
+from vlm_cli.cli.prompts import ReadingOptions, TurnOptions
 from vlm_cli.cli.sampling import SamplingOptions
-from vlm_cli.cli.terminal import is_terminal, write
+from vlm_cli.cli.terminal import is_terminal
 from vlm_cli.data.inputs import read_stdin_lines
 from vlm_cli.errors import ContextError, PromptError, UsageError, VLMError
-from vlm_cli.interrupt import deferred_signals, raising_signals
 from vlm_cli.models import DEMO
-from vlm_cli.printable import count_of
-from vlm_cli.prompt import Interleaved, Medium, interleave
 from vlm_cli.text import decode_text
-from vlm_cli.writing.choice import AUTO, TemplateChoice
 
 if TYPE_CHECKING:
     from vlm_cli.cli.loading import LoadedModel
     from vlm_cli.generation.chat import Chat
-    from vlm_cli.media import LoadedClip, LoadedImage
 
-__all__ = ["ChatRequest", "chat", "talk"]
+__all__ = ["chat", "talk"]
 
 
 @flatten_options
@@ -51,12 +47,21 @@ def chat(
     source: SourceOptions = SourceOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     printing: PrintOptions = PrintOptions(),
+    no_history: Annotated[
+        bool,
+        typer.Option(
+            "--no-history",
+            help="Neither read nor keep the lines that you type. VLM_HISTORY= in the environment does the same for all "
+            "chats, and VLM_HISTORY=FILE names another file than ~/.local/state/vlm/chat_history.",
+        ),
+    ] = False,
 ) -> None:
     """Hold a conversation about images with a model.
 
-    On a terminal, type a turn and press Enter; <image:FILE> in a turn shows an image, <video:FILE> a clip. Ctrl-C ends
-    an answer or clears the line, Ctrl-D ends the chat. In a pipe, each line of stdin is a turn. --prompt,
-    --prompt-file, --image and --video bring the first turn.
+    On a terminal, type a turn and press Enter; <image:FILE> in a turn shows an image, <video:FILE> a clip. /image FILE
+    shows an image in the next turn, /save and /load keep a conversation as JSON messages, and /help lists all commands
+    and keys. Ctrl-C ends an answer or clears the line, Ctrl-D ends the chat. In a pipe, each line of stdin is a turn,
+    whatever it begins with. --prompt, --prompt-file, --image and --video bring the first turn.
 
     The model sees the whole conversation, and computes only what is new in each turn. The tokenizer's chat template
     formats the turns. Without a template, each answer follows its
@@ -64,93 +69,32 @@ def chat(
 
     Example: vlm chat my-flamingo --image cat.jpg
     """
-    request = ChatRequest(turn, reading, sampling, printing, source.allow_hosts, reading.choice)
+    request = ChatRequest(turn, reading, sampling, printing, source.allow_hosts, reading.choice, not no_history)
     request.check()
     talk(request, ModelRequest.of(model, devices, source, quantize=quantize, max_tiles=reading.max_tiles))
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """What a user wants of a chat.
-
-    Attributes:
-        first: the first turn, and its images.
-        reading: how turns are read.
-        sampling: how answers are made.
-        printing: how answers are printed.
-        allow_hosts: hosts of images that may have an internal address.
-        choice: which chat template writes the turns.
-    """
-
-    first: TurnOptions
-    reading: ReadingOptions
-    sampling: SamplingOptions
-    printing: PrintOptions
-    allow_hosts: tuple[str, ...] = ()
-    choice: TemplateChoice = AUTO
-
-    def check(self) -> None:
-        """Refuse what contradicts itself.
-
-        Raises:
-            UsageError: naming the flags.
-        """
-        if self.first.takes_stdin:
-            raise UsageError("a chat reads its turns from stdin, the first one too. Leave out the prompt -.")
-        self.sampling.keywords()
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What the user says: text, images and clips, in reading order."""
-
-    words: Interleaved
-    images: list[LoadedImage | LoadedClip]
 
 
 def talk(request: ChatRequest, wanted: ModelRequest) -> None:
     """Answer turns until the user has no more.
 
     Raises:
-        ContextError: if the conversation has outgrown the context.
         VLMError: for a turn in a pipe that cannot be answered. On a terminal the user is told, and the turn forgotten.
     """
-    first = _first_turn(request)  # read before the model is
+    first = request.first_turn()  # read before the model is
     loaded = wanted.load()
     keep_collecting()
     session = ChatSession(request, wanted, _start(request, loaded), is_typed=is_terminal(sys.stdin))
     if session.is_typed:
-        console.note("Type a turn and press Enter; <image:FILE> in it shows an image. Ctrl-D ends the chat.")
+        console.note("Type a turn and press Enter; /help lists the commands. Ctrl-D ends the chat.")
     if first is not None:
         session.answer(first)
-    for text in _typed_turns() if session.is_typed else _piped_turns():
-        try:
-            session.answer(session.read(text))
-        except VLMError as error:
-            if not session.is_typed or isinstance(error, ContextError):
-                raise
-            console.error(str(error))
-    if not session.chat.turns and not session.is_typed:
+    if session.is_typed:
+        _answer_typed(session)
+        return
+    for text in _piped_turns():
+        session.answer(session.read(text))
+    if not session.chat.turns:
         raise UsageError('no turn is given: printf "%s\\n" "<image:a.jpg>A photo of" "It is" | vlm chat')
-
-
-def _first_turn(request: ChatRequest) -> Turn | None:
-    """Read the prompt of the command line; None if the user gave none."""
-    if not request.first.has_prompt:
-        return None
-    return _turn(request.first.interleave(), request, request.first.folder)
-
-
-def _turn(words: Interleaved, request: ChatRequest, folder: Path | None) -> Turn:
-    """Load the images of a turn.
-
-    Raises:
-        PromptError: if one of them is stdin.
-        MediaError: if one of them cannot be read.
-    """
-    if any(isinstance(part, Medium) and part.is_stdin for part in words.parts):
-        raise PromptError("stdin brings the turns of a chat, and cannot be an image. Give it as a file.")
-    return Turn(words, load_images(words, request.reading.loader(folder, request.allow_hosts)))
 
 
 def _start(request: ChatRequest, loaded: LoadedModel) -> Chat:
@@ -171,98 +115,22 @@ def _start(request: ChatRequest, loaded: LoadedModel) -> Chat:
     return Chat(plan)
 
 
-@dataclass(frozen=True)
-class ChatSession:
-    """A conversation, and where its answers go.
-
-    Attributes:
-        request: what the user wants.
-        wanted: the model that the user asked for.
-        chat: the conversation.
-        is_typed: whether the user types the turns on a terminal.
-    """
-
-    request: ChatRequest
-    wanted: ModelRequest
-    chat: Chat
-    is_typed: bool
-
-    def read(self, text: str) -> Turn:
-        """Read a turn; the first one takes the images of the command line."""
-        first = self.request.first
-        files = ((), ()) if self.chat.turns else (tuple(first.image or ()), tuple(first.video or ()))
-        words = interleave(text, *files)
-        if words.images_prepended:
-            console.note(prepended_note("turn", *files))
-        return _turn(words, self.request, None)
-
-    def answer(self, turn: Turn) -> None:
-        """Answer a turn, and print the answer.
-
-        Raises:
-            VLMError: if the turn cannot be answered. The conversation stays as it was.
-        """
-        from vlm_cli.generation.text_stream import TextStream
-
-        plan, printing = self.chat.plan, self.request.printing
-        tell_images(turn.images, plan.processor)
-        self.wanted.warn_of_photographs(turn.images)
-        streamer = TextStream(plan.decode, console.write_answer, plan.stops) if printing.streams else None
-        # On a terminal, Ctrl-C ends the answer; in a pipe, it ends the command, as SIGTERM always does.
-        ends_answer = deferred_signals(numbers=(signal.SIGINT,)) if self.is_typed else nullcontext(lambda: False)
-        with ends_answer as is_interrupted:
-            found = self.chat.answer(
-                turn.words.parts,
-                turn.images,
-                streamer=streamer,
-                notify=console.note,
-                is_interrupted=is_interrupted,
-            )
-        if printing.as_json:
-            console.print_json(found.to_dict(), indent=None)
-        else:
-            console.print_answer("" if printing.streams else found.answer.text)
-        self.request.sampling.tell_cut([found.answer])
-        if printing.stats:
-            console.notify(
-                f"{count_of(found.prompt_positions, 'position')}, {found.reused_positions:,} of them read before, "
-                f"{count_of(found.answer.new_tokens, 'new token')} in {found.seconds:.2f} s, "
-                f"peak memory {console.human_bytes(console.peak_memory(plan.model.device))}"
-            )
-
-
-#: Python's `input`. `main` takes that name away from libraries, which could ask for what only a user may answer.
-_read_line = input
-
-
-def _typed_turns() -> Iterator[str]:
-    """Yield lines that the user types, until Ctrl-D; skip those without text.
-
-    Ctrl-C clears the line. A second one, with no line between the two, ends the chat.
-    """
-    with suppress(ImportError):  # gives arrow keys and a history, on systems that have it
-        import readline  # noqa: F401
-    has_cleared = False  # whether Ctrl-C was the last key
-    while True:
-        # `input` writes its prompt to stdout, among the answers if these go to a file.
-        if not is_terminal(sys.stdout):
-            write("> ", end="", to_stderr=True)
+def _answer_typed(session: ChatSession) -> None:
+    """Do what the user types; an error is told, and the chat goes on."""
+    takes = {name: command.takes for name, command in COMMANDS.items()}
+    history = History.of_user() if session.request.keeps_history else None
+    for entry in LineEditor(lambda line: complete_line(line, takes), history).entries():
         try:
-            with raising_signals():
-                text = _read_line("> " if is_terminal(sys.stdout) else "")
-        except EOFError:
-            console.notify("")
+            if not entry.is_block and is_command(entry.text):
+                run_command(session, entry.text)
+            else:
+                session.answer(session.read(entry.text if entry.is_block else unescape(entry.text)))
+        except ChatEnd:
             return
-        except KeyboardInterrupt as error:
-            if has_cleared or getattr(error, "number", signal.SIGINT) != signal.SIGINT:
-                raise
-            has_cleared = True
-            console.notify("")
-            console.notify("Ctrl-D ends the chat, and so does a second Ctrl-C.")
-            continue
-        has_cleared = False
-        if text.strip():
-            yield text
+        except VLMError as error:
+            console.error(str(error))
+            if isinstance(error, ContextError):
+                console.notify("/save FILE keeps the conversation, and /clear begins another one.")
 
 
 def _piped_turns() -> Iterator[str]:

@@ -10,7 +10,8 @@ import typer
 
 from vlm_cli.cli import console
 from vlm_cli.cli.batch import BatchJob, BatchOptions, PromptFile, answer_file
-from vlm_cli.cli.chat import ChatRequest, talk
+from vlm_cli.cli.chat import talk
+from vlm_cli.cli.chat_session import ChatRequest
 from vlm_cli.cli.command import option
 from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
 from vlm_cli.cli.options import HIDDEN, RUN, DeviceOptions, PrintOptions, SourceOptions, flatten_options

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from vlm_cli.cli.options import MaxPixelsOption, MaxTilesOption, MediaRootOption
 from vlm_cli.cli.standard_streams import find_piped_picture
 from vlm_cli.data.inputs import base_folder, is_stdin, read_bytes
 from vlm_cli.errors import PromptError, UsageError
+from vlm_cli.media import is_uri
 from vlm_cli.prompt import Interleaved, Medium, interleave
 from vlm_cli.text import clean_text, decode_text
 from vlm_cli.writing.choice import TemplateChoice
@@ -32,6 +34,7 @@ __all__ = [
     "SpecialTokensOption",
     "SystemOption",
     "TurnOptions",
+    "absolute_source",
     "check_piped_picture",
     "load_images",
     "prepended_note",
@@ -185,7 +188,7 @@ class TurnOptions:
         images, videos = list(self.image or ()), list(self.video or ())
         if self.prompt_file is not None:
             # Relative paths in the file start at its folder; those on the command line start at the current folder.
-            images, videos = ([_absolute(x) for x in given] for given in (images, videos))
+            images, videos = ([absolute_source(x) for x in given] for given in (images, videos))
         found = interleave(self._text([*images, *videos]), images, videos)
         if found.images_prepended:
             console.note(prepended_note("prompt", images, videos))
@@ -283,7 +286,14 @@ def prepended_note(what: str, images: Sequence[str], videos: Sequence[str]) -> s
     return f"Note: the {what} has no <{'image' if images else 'video'}> placeholder, so the {files} come first."
 
 
-def _absolute(source: str) -> str:
-    """Let a path start at the current folder, if it leads to a file from there."""
+def absolute_source(source: str, find: Callable[[str], Path] = Path) -> str:
+    """Let a path start at the root, if it leads to a file; other sources stay as they are.
+
+    Args:
+        source: of an image or a clip; settings may follow a `?`.
+        find: returns where a path leads.
+    """
+    if is_uri(source):
+        return source
     path = source.rpartition("?")[0] or source
-    return next((str(Path(x).absolute()) + source[len(x) :] for x in (source, path) if Path(x).exists()), source)
+    return next((str(find(x).absolute()) + source[len(x) :] for x in (source, path) if os.path.exists(find(x))), source)

@@ -21,8 +21,9 @@ from vlm_cli.modeling.batching import MediumPixels, stack_grids, stack_media, st
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.clip_text import add_clip_texts, chosen_of, split_clips
-from vlm_cli.templates.conversation import Conversation
+from vlm_cli.templates.conversation import Conversation, Markers
 from vlm_cli.tiling import MediumSize
+from vlm_cli.writing.turns import Exchange
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -87,10 +88,42 @@ class Chat:
 
     def __init__(self, plan: GenerationPlan) -> None:
         self.plan, self.model = plan, plan.model
-        self.conversation = Conversation.begin(plan.writer.turn_format, plan.writer.system)
+        self.begin(plan.writer.system)
+
+    def begin(self, system: str | None) -> None:
+        """Forget what was said, and begin with this system text, or with none."""
+        self.conversation = Conversation.begin(self.plan.writer.turn_format, system)
         self.media = EncodedMedia()
         self.cache = PromptCache()
         self.turns = 0
+
+    @torch.inference_mode()
+    def resume(self, turns: Sequence[Exchange], media: Sequence[LoadedImage | LoadedClip], system: str | None) -> None:
+        """Take up a conversation in the place of this one; if that fails, this one stays.
+
+        Args:
+            turns: what was said, in its order.
+            media: the images and clips of all turns.
+            system: what the model is told before the first turn.
+
+        Raises:
+            ContextError: if the conversation has no room for an answer.
+            LanguageModelError: if the model's chat template cannot write it.
+        """
+        processor = self.plan.processor
+        choose = chosen_of(media)
+        asks = [add_clip_texts(turn.asks, processor, choose) for turn in turns]
+        conversation = Conversation.begin(self.plan.writer.turn_format, system)
+        texts = [part.text for parts in asks for part in parts if isinstance(part, Text)]
+        answers = [turn.answer for turn in turns]
+        markers = Markers.absent_from(conversation.format.template or "", system or "", *texts, *answers)
+        for parts, answer in zip(asks, answers, strict=True):
+            conversation = conversation.ask(parts, markers).recall(answer)
+        pixels = [processor.image_processor.read(medium) for medium in split_clips(media, processor)]
+        sizes = tuple(medium.size for medium in pixels)
+        self._positions(conversation, sizes)
+        self.media = self._encode(pixels, sizes, EncodedMedia())
+        self.conversation, self.cache, self.turns = conversation, PromptCache(), len(turns)
 
     @torch.inference_mode()
     def answer(
@@ -122,7 +155,7 @@ class Chat:
         sizes = (*self.media.sizes, *(medium.size for medium in pixels))
         positions = self._positions(asked, sizes)
         room = self.plan.room(positions, notify, sizes)
-        shown = self._encode(pixels, sizes)
+        shown = self._encode(pixels, sizes, self.media)
         ids = torch.tensor([asked.ids], device=self.model.device)
         criteria = self.plan.stopping_criteria()
         criteria.append(_Interruption(is_interrupted))
@@ -146,7 +179,7 @@ class Chat:
         return ChatAnswer(self.turns, answer, positions, self.cache.reused, time.monotonic() - started)
 
     def _positions(self, asked: Conversation, sizes: Sequence[MediumSize]) -> int:
-        """Count the positions of a conversation whose last turn has no answer yet.
+        """Count the positions of a conversation.
 
         Raises:
             ContextError: if they leave no room for an answer, or if the vision tokenizer takes fewer images.
@@ -164,27 +197,30 @@ class Chat:
             )
         return positions
 
-    def _encode(self, media: Sequence[MediumPixels], sizes: tuple[MediumSize, ...]) -> EncodedMedia:
-        """Return all images and clips so far, with those of this turn.
+    def _encode(
+        self, media: Sequence[MediumPixels], sizes: tuple[MediumSize, ...], known: EncodedMedia
+    ) -> EncodedMedia:
+        """Return all images and clips so far, with new ones.
 
         Only new ones pass the vision encoder, if a medium does not change the vision tokens of others.
 
         Args:
-            media: of this turn.
+            media: the new ones.
             sizes: of all.
+            known: those so far.
         """
         if not media:
-            return self.media
+            return known
         encodes_apart = self.model.encodes_media_independently
         if not encodes_apart:
-            media = [*self.media.pixels, *media]
+            media = [*known.pixels, *media]
         given: dict[str, Any] = {name: x.to(self.model.device) for name, x in stack_pixels([media]).items()}
         tokens, mask = self.model.encode_vision(given.pop("pixel_values"), **given)
         if not encodes_apart:
             return EncodedMedia(sizes, tuple(media), tokens, mask)
-        if self.media.tokens is not None and self.media.mask is not None:
+        if known.tokens is not None and known.mask is not None:
             # A clip has more tokens than an image: the shorter ones are padded.
-            tokens, mask = stack_media([[*self.media.tokens[0], *tokens[0]]], [[*self.media.mask[0], *mask[0]]])
+            tokens, mask = stack_media([[*known.tokens[0], *tokens[0]]], [[*known.mask[0], *mask[0]]])
         return EncodedMedia(sizes, (), tokens, mask)
 
 

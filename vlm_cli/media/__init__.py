@@ -7,7 +7,7 @@ of a clip, `request` and `timeline` choose its frames, and `MediaLoader` does it
 from vlm_cli.media.decode import MAX_PIXELS
 from vlm_cli.media.loader import ChosenFrames, LoadedClip, LoadedImage, MediaLoader
 from vlm_cli.media.request import name_frame
-from vlm_cli.media.sources import MAX_BYTES, short_name
+from vlm_cli.media.sources import MAX_BYTES, is_uri, short_name
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "ChosenFrames", "LoadedClip", "LoadedImage", "MediaLoader", "name_frame"]
-__all__ += ["short_name"]
+__all__ += ["is_uri", "short_name"]

@@ -14,7 +14,7 @@ from vlm_cli.writing.choice import AUTO, TemplateChoice
 if TYPE_CHECKING:
     from vlm_cli.processor import VLMProcessor
 
-__all__ = ["PromptWriter"]
+__all__ = ["PromptWriter", "check_system"]
 
 
 class PromptWriter:
@@ -125,16 +125,21 @@ def plain_system(system: str | None) -> list[Text | Medium]:
     return [] if system is None else [Text(f"{system}\n")]
 
 
-def check_system(processor: VLMProcessor, choice: TemplateChoice) -> None:
+def check_system(processor: VLMProcessor, choice: TemplateChoice, given: str = "--system") -> None:
     """Refuse a system text for a model whose prompts no template writes.
 
+    Args:
+        processor: of the model.
+        choice: which prompts the template writes.
+        given: what brings the text, for messages.
+
     Raises:
-        UsageError: naming --system.
+        UsageError: if no template writes it.
     """
     if choice.when == "none":
-        raise UsageError("--system is written by the chat template. Leave out --system or --chat-template none.")
+        raise UsageError(f"{given} is written by the chat template. Leave out {given} or --chat-template none.")
     if processor.chat_program is None:
         raise UsageError(
-            "the tokenizer of this model has no chat template, which would say where --system stands. Write the text "
+            f"the tokenizer of this model has no chat template, which would say where {given} stands. Write the text "
             "at the start of the prompt, or give a template: --chat-template FILE."
         )

@@ -129,13 +129,16 @@ def place_media(turns: Sequence[Turn], media: Mapping[Kind, Sequence[Medium]], h
     ]
 
 
-def pair_turns(turns: Sequence[Turn], key: str, *, is_open: bool = False) -> tuple[Segment, ...]:
+def pair_turns(
+    turns: Sequence[Turn], key: str, *, is_open: bool = False, may_be_empty: bool = False
+) -> tuple[Segment, ...]:
     """Pair each answer with the turn of the user before it.
 
     Args:
         turns: without the system's, all files in their places.
         key: of the turns in the row, for messages.
         is_open: whether the last turn is a question, which a model is to answer.
+        may_be_empty: whether an answer may say nothing, since nobody learns it.
 
     Raises:
         RecordError: if the turns do not alternate, beginning with the user's, or an answer is empty.
@@ -149,7 +152,7 @@ def pair_turns(turns: Sequence[Turn], key: str, *, is_open: bool = False) -> tup
             raise RecordError(
                 f"turn {turn.number}, of the {turn.role}, {before}. Turns must alternate: user, assistant, user, …"
             )
-        if turn.role == "assistant" and turn.is_empty:
+        if turn.role == "assistant" and turn.is_empty and not may_be_empty:
             raise RecordError(f"turn {turn.number}, an answer, is empty: the model would have nothing to learn.")
         if turn.role == "user" and not turn.parts:
             raise RecordError(f"turn {turn.number}, of the user, is empty.")
