@@ -59,6 +59,16 @@ def test_the_epsilon_of_the_vision_encoder(tmp_path: Path, epsilon: float) -> No
     assert {x.eps for x in tower.modules() if isinstance(x, nn.LayerNorm)} == {epsilon}
 
 
+def test_sizes_that_a_file_leaves_out_are_those_of_transformers(tmp_path: Path) -> None:
+    """Early releases wrote no size that is the default of the vision encoder's class."""
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "projection_dim": 24}
+    case = huggingface(tmp_path, vision=CLIPVisionConfig(**sizes, image_size=SIZE, patch_size=16))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["vision_config"].pop("num_attention_heads") == 12
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    check(case)
+
+
 TINY = register_siglip("tiny_siglip_of_llava", width=32, layers=2, heads=2, patch=16)
 
 

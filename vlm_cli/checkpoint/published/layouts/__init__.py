@@ -27,6 +27,7 @@ from vlm_cli.checkpoint.published.layouts.open_flamingo_v3 import OpenFlamingoV3
 from vlm_cli.checkpoint.published.layouts.ovis2 import HuggingFaceOvis2
 from vlm_cli.checkpoint.published.layouts.perception_lm import HuggingFacePerceptionLM
 from vlm_cli.checkpoint.published.layouts.qianfan_ocr import HuggingFaceQianfanOCR
+from vlm_cli.checkpoint.published.layouts.video_llava import HuggingFaceVideoLLaVA
 from vlm_cli.checkpoint.published.layouts.vipllava import HuggingFaceViPLLaVA
 from vlm_cli.checkpoint.published.layouts.xgen_mm import XGenMM
 
@@ -35,6 +36,7 @@ __all__ = ["LAYOUTS"]
 LAYOUTS: tuple[Layout, ...] = (
     HuggingFaceLLaVA(),
     HuggingFaceViPLLaVA(),
+    HuggingFaceVideoLLaVA(),
     HuggingFaceLLaVANeXT(),
     HuggingFaceLLaVANeXTVideo(),
     HuggingFaceLLaVAOneVision(),

@@ -54,6 +54,10 @@ class HuggingFaceLLaVA:
     name = "LLaVA (Hugging Face)"
     source = "transformers/models/llava/modeling_llava.py"
     model_type = "llava"
+    #: The module that reads pictures.
+    tower = "vision_tower"
+    #: Sentences that the user should read.
+    notes: tuple[str, ...] = ()
     settings = Settings(
         config=LlavaConfig,
         read={
@@ -82,7 +86,8 @@ class HuggingFaceLLaVA:
             )
         check_settings_of(checkpoint.name, "vision_config", vision, _TOWERS[kind])
         is_clip = kind == "clip_vision_model"
-        vision = {**(_CLIP_LARGE if is_clip else _SIGLIP_BASE), **vision}
+        # Files of early releases lack what is the default of Transformers.
+        vision = {**_TOWERS[kind].config().to_dict(), **vision}
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy not in ("default", "full"):
             raise CheckpointError(
@@ -94,7 +99,7 @@ class HuggingFaceLLaVA:
                 f"{checkpoint.name!r} has vision_feature_select_strategy='default', which drops the first patch of a "
                 "SigLIP, as if it were a class token; vlm takes all patches."
             )
-        prefix = rf"{_MODEL}vision_tower\.(?:vision_model\.)?"
+        prefix = rf"{_MODEL}{self.tower}\.(?:vision_model\.)?"
         make_rules = make_clip_rules if is_clip else make_siglip_rules
         media_id = config.get("image_token_index", config.get("image_token_id", 32000))
         rules: list[Rule] = [
@@ -123,7 +128,7 @@ class HuggingFaceLLaVA:
             vision_config=_convert_tower(checkpoint, vision, prefix, is_clip),
             first_added_id=media_id,
             optional_pattern=_OPTIONAL if is_clip else rf"{SIGLIP_OPTIONAL}|vision_encoder\.visual\.trunk\.norm\.\w+",
-            notes=(PADS_TO_SQUARES,) if pads_to_squares(checkpoint.folder) else (),
+            notes=(*self.notes, *((PADS_TO_SQUARES,) if pads_to_squares(checkpoint.folder) else ())),
         )
 
     def read_layers(self, config: Mapping[str, Any]) -> int | list[int]:
@@ -186,25 +191,6 @@ def _make_language_model_rules(checkpoint: PublishedCheckpoint, config: VLMConfi
 
 #: Type of a vision encoder -> what becomes of its settings.
 _TOWERS = {"clip_vision_model": CLIP_SETTINGS, "siglip_vision_model": SIGLIP_SETTINGS}
-
-#: Defaults of `vision_config` for a SigLIP (`SiglipVisionConfig`).
-_SIGLIP_BASE: Mapping[str, Any] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-}
-#: Defaults of `vision_config`: CLIP ViT-L/14 at 336 pixels.
-_CLIP_LARGE: Mapping[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 
 
 _PROJECTOR = r"(?:model\.)?mm_projector\."
