@@ -18,7 +18,7 @@ __all__ = ["find_lookalike", "find_named"]
 
 def find_named(path: str | Path) -> Path:
     """Return the path that a user named, `~` expanded, or the only one that looks the same, with a `VLMWarning`."""
-    named = Path(path).expanduser()
+    named = Path(os.path.expanduser(path))  # other than Path.expanduser, it takes an unknown user's ~ for a name
     found = find_lookalike(named)
     if found is None:
         return named

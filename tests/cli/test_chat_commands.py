@@ -120,6 +120,7 @@ MISTAKES = {
     "/load nowhere.json": "cannot read 'nowhere.json': No such file or directory.",
     f"/image {'x' * 300}": "is given as data:image/png;base64,DATA",
     f"/load {'x' * 300}": "File name too long",
+    "/load ~no-such-user/x": "cannot read '~no-such-user/x'",
     "/load -": "- means a standard stream",
     "/load .": "Is a directory",
 }
@@ -183,7 +184,7 @@ def test_a_full_context_does_not_end_a_typed_chat(typed: Typed, asked: Asked) ->
 
 def test_a_system_text_begins_the_conversation_anew(vlm: Typed, templated: Path, typed: Typed, asked: Asked) -> None:
     found = typed("The cat", "/system Be kind.", "The dog", "/clear", "The dog", EOFError(), model=templated)
-    assert "The conversation begins anew with this system text; 1 turn forgotten." in found.stderr
+    assert "The conversation begins with this system text; 1 turn forgotten." in found.stderr
     assert "forgotten. The system text stays." in found.stderr
     vlm("chat", templated, "-n", 2, "--system", "Be kind.", "-p", "The dog", input="")
     assert asked[1] == asked[2] == asked[3] != asked[0]
@@ -284,6 +285,7 @@ HOSTILE: list[tuple[Any, str]] = [
     ([{"role": "user", "content": [{"type": "image", "path": "-"}]}, ANSWER], "stdin brings the turns"),
     ([{"role": "user", "content": [{"type": "image", "url": "http://x.org/a.png"}]}, ANSWER], "--allow-urls"),
     ([{"role": "user", "content": "cat " * 3000}, ANSWER], "the conversation takes"),
+    ([USER, ANSWER] * 5000, "the conversation takes"),
 ]
 
 

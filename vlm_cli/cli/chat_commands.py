@@ -74,6 +74,7 @@ def run_command(session: ChatSession, text: str) -> None:
 
 def _read_path(typed: str) -> str:
     """Return the path that is meant; terminals write the name of a file that is dropped on them as a shell takes it."""
+    typed = os.path.expanduser(typed)
     is_quoted = typed[0] in "'\"" or (os.name != "nt" and "\\ " in typed)
     if is_quoted and not os.path.exists(typed):
         try:
@@ -98,20 +99,20 @@ def _clear(session: ChatSession, given: str) -> None:
 
 
 def _tell_system(session: ChatSession, given: str) -> None:
-    forgotten = count_of(len(session.exchanges), "turn")
+    forgotten = f"; {count_of(len(session.exchanges), 'turn')} forgotten" if session.exchanges else ""
     session.begin(given)
-    console.note(f"The conversation begins anew with this system text; {forgotten} forgotten.")
+    console.note(f"The conversation begins with this system text{forgotten}.")
 
 
 def _save(session: ChatSession, given: str) -> None:
-    session.save(Path(given).expanduser())
+    session.save(Path(given))
     console.note(f"Saved: {given} ({count_of(len(session.exchanges), 'turn')})")
     if empty := [i for i, turn in enumerate(session.exchanges, start=1) if not turn.answer.strip()]:
         console.note(f"Note: the answer to turn {empty[0]} is empty, which `vlm train` refuses.")
 
 
 def _load(session: ChatSession, given: str) -> None:
-    session.load(Path(given).expanduser())
+    session.load(Path(given))
     console.note(f"Loaded: {given} ({count_of(len(session.exchanges), 'turn')})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -117,7 +118,7 @@ def _paths(incomplete: str, pattern: str) -> Iterator[str]:
     """Yield the paths that match a pattern in the folder of what is typed, spelled as it is."""
     folder = incomplete[: incomplete.rfind("/") + 1]
     try:
-        names = sorted(path.name for path in Path(folder or ".").expanduser().glob(pattern))
+        names = sorted(path.name for path in Path(os.path.expanduser(folder or ".")).glob(pattern))
     except OSError:
         return
     yield from (found for name in names if (found := f"{folder}{name}").startswith(incomplete))
@@ -126,7 +127,7 @@ def _paths(incomplete: str, pattern: str) -> Iterator[str]:
 def _folders(incomplete: str, is_wanted: Callable[[str | None], bool]) -> Iterator[str]:
     """Yield the folders whose config.json has a wanted `model_type`."""
     for name in _paths(incomplete, "*"):
-        config = Path(name).expanduser() / "config.json"
+        config = Path(os.path.expanduser(name)) / "config.json"
         try:
             data = read_json(config) if config.is_file() else None  # a pipe would hold the shell
         except (OSError, ValueError):

@@ -36,7 +36,7 @@ class History:
             return cls(Path(os.path.expanduser(chosen))) if chosen else None
         state = Path(os.environ.get("XDG_STATE_HOME", ""))  # https://specifications.freedesktop.org/basedir-spec
         folder = state if state.is_absolute() else Path(os.path.expanduser("~/.local/state"))
-        return cls(folder / "vlm" / "chat_history")
+        return cls(folder / "vlm" / "chat_history") if folder.is_absolute() else None  # a user may have no home
 
     def read(self) -> list[str]:
         """Return the last lines, the oldest first; shorten a file that has grown long."""

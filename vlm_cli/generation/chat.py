@@ -119,6 +119,7 @@ class Chat:
         markers = Markers.absent_from(conversation.format.template or "", system or "", *texts, *answers)
         for parts, answer in zip(asks, answers, strict=True):
             conversation = conversation.ask(parts, markers).recall(answer)
+            self._positions(conversation, ())  # each turn renders all before it: a file may hold too many for that
         pixels = [processor.image_processor.read(medium) for medium in split_clips(media, processor)]
         sizes = tuple(medium.size for medium in pixels)
         self._positions(conversation, sizes)

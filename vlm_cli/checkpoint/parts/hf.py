@@ -5,6 +5,7 @@ Of a model that also reads text, the vision half is taken, and only its tensors 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -90,7 +91,7 @@ def _locate(name: str) -> RepositoryWeights:
         VisionEncoderError: if it is neither.
     """
     place = name.removeprefix("hf:")
-    folder = Path(place).expanduser()
+    folder = Path(os.path.expanduser(place))
     if place and folder.is_dir():
         try:
             check_folder(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def find_outside_tower(options: VisionEncoderOptions) -> Tower:
             f"{encoder.__name__}.configure gives no configuration of the vision encoder {name!r}: "
             f"{type(error).__name__}: {first_line(error)}. It must return plain data with vision_cfg.image_size."
         ) from error
-    weights = None if options.pretrained is None else OutsideWeights(str(Path(options.pretrained).expanduser()))
+    weights = None if options.pretrained is None else OutsideWeights(str(Path(os.path.expanduser(options.pretrained))))
     return Tower({**config, "type": name, "preprocess": preprocess}, {}, weights)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def find_timm_tower(options: VisionEncoderOptions) -> Tower:
     notes: tuple[str, ...] = ()
     weights: TowerWeights | None = None
     if options.pretrained is not None:
-        file = Path(options.pretrained).expanduser()
+        file = Path(os.path.expanduser(options.pretrained))
         if not file.is_file():
             raise VisionEncoderError(
                 f"there is no file {options.pretrained!r}. timm's own weights stand after the name: "
