@@ -297,6 +297,7 @@ def test_the_c_abstractor_matches_its_drawing():
         {"type": "qformer", "frames": "apart"},
         {"type": "mlp", "pixel_shuffle": 2, "norm": "layer", "activation": "swiglu"},
         {"type": "linear", "pool": 2, "norm": "gemma", "scale": 0.5, "bias": False},
+        {"type": "mlp", "convolutions": 1, "norm": "rms", "frames": "mean"},
     ],
     ids=lambda x: x["type"],
 )
