@@ -164,7 +164,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def typed(vlm: Callable[..., Any], open_gates: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Types lines into a chat; an exception is what a key brings."""
 
-    def run(*lines: str | BaseException, flags: Sequence[str] = (), model: Path | str = open_gates) -> Any:
+    def run(
+        *lines: str | BaseException,
+        flags: Sequence[str] = (),
+        model: Path | str = open_gates,
+        history: Path | str = "",
+    ) -> Any:
         keys = iter(lines)
 
         def read(prompt: str = "") -> str:
@@ -175,7 +180,7 @@ def typed(vlm: Callable[..., Any], open_gates: Path, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(chat_module, "is_terminal", lambda stream: True)
         monkeypatch.setattr("vlm_cli.cli.line_editor._read_line", read)
-        monkeypatch.setenv("VLM_HISTORY", "")
+        monkeypatch.setenv("VLM_HISTORY", str(history))
         return vlm("chat", model, "-n", 6, *flags)
 
     return run

@@ -161,6 +161,14 @@ def test_a_turn_may_have_any_text(open_gates: Path, typed: Typed, asked: Asked) 
     assert asked == [processor.encode([Text(turn)]) for _, turn in TURNS]
 
 
+def test_typed_lines_are_kept_unless_the_user_does_not_want_it(tmp_path: Path, typed: Typed) -> None:
+    history = tmp_path / "history"
+    typed("/clear", "", "/exit", history=history, flags=["--no-history"])
+    assert not history.exists()
+    typed("/clear", "", "/exit", history=history)
+    assert history.read_text() == "/clear\n/exit\n"
+
+
 def test_an_empty_block_is_no_turn(typed: Typed, asked: Asked) -> None:
     assert typed('"""', "", '"""', '""""""', '"""', EOFError()).exit_code == 0 and asked == []
 
