@@ -32,7 +32,7 @@ CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 13
 App = Callable[[], object]
 
 #: What differs from run to run: times, and what is made of them.
-VARYING = {"seconds", "images_per_second", "resume", "resumed_from"}
+VARYING = {"seconds", "images_per_second", "tokens_per_second", "memory", "resume", "resumed_from"}
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def contents(folder: Path, outputs: Sequence[str]) -> dict[str, Any]:
 def _without_times(file: Path) -> Any:
     data = file.read_bytes()
     is_training = (file.parent / "training_args.json").exists()
-    if is_training and file.name in ("README.md", "loss.png"):  # the time, and an axis of minutes
+    if is_training and file.name in ("README.md", "loss.png", "run.html"):  # the time, and axes of minutes
         return "written"
     if is_training and file.name == "manifest.json":  # hashes of files that hold times
         return sorted(json.loads(data))

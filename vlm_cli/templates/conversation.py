@@ -206,7 +206,7 @@ class ChatFormat:
         return found
 
     def _apply(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
-        return self._apply_template(messages, opens_answer) + (self._heading if opens_answer else "")
+        return self._apply_template(messages, opens_answer) + (self.heading if opens_answer else "")
 
     def _apply_template(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
         conversation = [
@@ -218,11 +218,13 @@ class ChatFormat:
         return render_template(self.template, conversation, tokens, opens_answer=opens_answer)
 
     @cached_property
-    def _heading(self) -> str:
+    def heading(self) -> str:
         """What a template that knows no `add_generation_prompt` writes before each answer, such as `Assistant: `.
 
         Else the model would have to write it at the start of each answer. Whitespace is left to the model.
         """
+        if self.template is None:
+            return ""
         said = [("user", "hello")]
         try:
             opened, closed = (self._apply_template(said, opens) for opens in (True, False))

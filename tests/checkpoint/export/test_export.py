@@ -242,7 +242,7 @@ IN_PARTS = [{"type": "image"}, {"type": "text", "text": "Is "}, {"type": "text",
     ("template", "around"),
     [
         pytest.param(TURNS, ("[user]", "</s>[assistant]"), id="text"),
-        pytest.param(PARTS, ("[user]", ""), id="parts", marks=pytest.mark.matrix),
+        pytest.param(PARTS, ("[user]", "[assistant]"), id="parts", marks=pytest.mark.matrix),
     ],
 )
 def test_a_message_with_a_picture_becomes_what_chat_makes_of_it(folder, tmp_path, template, around):
@@ -253,8 +253,9 @@ def test_a_message_with_a_picture_becomes_what_chat_makes_of_it(folder, tmp_path
     back = AutoProcessor.from_pretrained(tmp_path)
     photo = Image.effect_noise((64, 64), 80).convert("RGB")
     messages = [{"role": "user", "content": [{**IN_PARTS[0], "image": photo}, *IN_PARTS[1:]]}]
-    assert back.apply_chat_template(messages, tokenize=False) == f"{around[0]}<image>Is it?{around[1]}"
-    found = back.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    opens = {"add_generation_prompt": True}
+    assert back.apply_chat_template(messages, tokenize=False, **opens) == f"{around[0]}<image>Is it?{around[1]}"
+    found = back.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **opens)
     ours = Conversation(ChatFormat(processor)).ask([Medium("a.png"), Text("Is it?")])
     num = model.num_positions()
     ids = [i for i in ours.ids for _ in range(num if i == model.config.media_token_id else 1)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.templates.conversation import ChatFormat
 from vlm_cli.templates.pictures import PLAIN, take_pictures
 from vlm_cli.trust import load_pretrained
 
@@ -246,12 +248,14 @@ def _processor(model: VLM, processor: VLMProcessor, config: Any) -> Any:
     )
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = None  # it takes no pictures, and the processor has one that does
+    heading = ChatFormat(processor).heading  # that vlm writes for a template that does not open answers
+    opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(heading)} }}}}{{% endif %}}" if heading else ""
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=take_pictures(processor.chat_program or PLAIN, processor.tokenizer.special_tokens_map),
+        chat_template=take_pictures(processor.chat_program or PLAIN, processor.tokenizer.special_tokens_map) + opening,
         image_token=MEDIA_TOKEN,
         num_additional_image_tokens=1,  # the class token
     )
