@@ -177,3 +177,32 @@ def test_actions_of_closed_blocks_are_forgotten() -> None:
     assert run(signal.SIGINT, place).stdout == "cleaned\n"
     with at_signal(lambda: None):
         pass
+
+
+def test_a_copy_of_a_process_ends_its_own_workers_and_not_those_of_the_original() -> None:
+    program = """
+import multiprocessing, os, signal, time
+from vlm_cli.interrupt import end_at_signals
+context = multiprocessing.get_context("fork")
+def start():
+    worker = context.Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    return worker
+first = start()
+read, write = os.pipe()
+copy = os.fork()
+if not copy:
+    end_at_signals()
+    own = start()
+    os.write(write, str(own.pid).encode())
+    time.sleep(60)
+own = int(os.read(read, 20))
+os.kill(copy, signal.SIGTERM)
+os.waitpid(copy, 0)
+time.sleep(0.1)
+state = open(f"/proc/{own}/stat").read().split()[2] if os.path.exists(f"/proc/{own}") else "gone"
+print(first.is_alive(), state in ("Z", "gone"))
+first.kill()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.returncode) == ("True True\n", 0), ended.stderr

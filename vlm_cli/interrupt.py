@@ -132,7 +132,9 @@ def _kill_workers() -> None:
 
         with contextlib.suppress(Exception):
             for worker in multiprocessing.active_children():
-                worker.kill()
+                # A process that is a copy of another one knows that one's workers, too, and leaves them alone.
+                if getattr(worker, "_parent_pid", None) == os.getpid():
+                    worker.kill()
 
 
 def _tell(line: str) -> None:

@@ -77,20 +77,20 @@ def test_hundreds_of_turns(shop: Workshop, tmp_path: Path) -> None:
 def is_steady() -> None:
     for _ in range(60):
         bytearray(10**6)
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def leaks_memory() -> None:
     kept = []
     for _ in range(60):
         kept.append(bytearray(os.urandom(1)) * (4 * 2**20))
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def leaks_files() -> None:
     for _ in range(60):
         os.dup(0)
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 @pytest.mark.sample(2)
