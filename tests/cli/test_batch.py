@@ -199,14 +199,14 @@ def test_without_left_padding_only_equal_lengths_go_together(request, vlm, answe
     model = request.getfixturevalue(model)
     rows = [{"prompt": i % 2 * "<image:0.png>" + "cat " * n} for n in range(1, 9) for i in range(6)]
     wanted = answer(rows, model=model, out="padded.jsonl")[1]
-    monkeypatch.setattr("vlm_cli.generation.answers.NO_LEFT_PADDING", {"llama": "why"})
+    monkeypatch.setattr("vlm_cli.generation.choosing.NO_LEFT_PADDING", {"llama": "why"})
     monkeypatch.setattr("vlm_cli.modeling.vlm.NO_LEFT_PADDING", {"llama": "why"})
     asked[0].clear()
     assert answer(rows, model=model)[1] == wanted
     assert all(kwargs["attention_mask"].all() for kwargs in asked[0])
     assert max(len(kwargs["input_ids"]) for kwargs in asked[0]) > 1
     # The twin: padded rows are refused.
-    monkeypatch.setattr("vlm_cli.generation.answers.NO_LEFT_PADDING", {})
+    monkeypatch.setattr("vlm_cli.generation.choosing.NO_LEFT_PADDING", {})
     words = ["-o", folder / "twin.jsonl", "--workers", 0, "-b", 5]
     assert "padded at the left" in vlm("batch", write(folder, rows), "-m", model, *words).stderr
 
