@@ -116,9 +116,6 @@ class ChatFormat:
         spellings = "|".join(map(re.escape, sorted(special))) or "(?!)"
         # The first character of each spelling, so that the marker can be put behind it.
         self._special = re.compile(f"(?=(?:{spellings}))(.)", re.DOTALL)
-        self._takes_parts = self.template is not None and not takes_text(
-            self.template, self.tokenizer.special_tokens_map
-        )
 
     def render(self, messages: Sequence[Message], markers: Markers, *, opens_answer: bool = True) -> str:
         """Write all messages as one text with markers.
@@ -216,6 +213,11 @@ class ChatFormat:
         assert self.template is not None
         tokens = self.tokenizer.special_tokens_map
         return render_template(self.template, conversation, tokens, opens_answer=opens_answer)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template wants the content of a message as parts. It runs only where something is written."""
+        return self.template is not None and not takes_text(self.template, self.tokenizer.special_tokens_map)
 
     @cached_property
     def heading(self) -> str:
