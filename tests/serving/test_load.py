@@ -51,6 +51,9 @@ def test_five_hundred_requests_of_sixteen_clients(run):
         assert found.count("right") > 350
         server.wait_until(lambda: len(server.lines) == REQUESTS + len(NAMES))
         assert {line["status"] for line in server.lines} <= {200, 400, 499}
-        assert not server.service.engine.load.running and not server.service.engine.load.waiting
-        assert grown < 32 << 20
-        assert server.service.engine.load.largest == 8
+        load = server.service.engine.load
+        server.wait_until(
+            lambda: not load.running and not load.waiting
+        )  # answers of clients that left end a step later
+        assert grown < 64 << 20
+        assert load.largest == 8
