@@ -52,8 +52,6 @@ def test_five_hundred_requests_of_sixteen_clients(run):
         server.wait_until(lambda: len(server.lines) == REQUESTS + len(NAMES))
         assert {line["status"] for line in server.lines} <= {200, 400, 499}
         load = server.service.engine.load
-        server.wait_until(
-            lambda: not load.running and not load.waiting
-        )  # answers of clients that left end a step later
+        server.wait_until(lambda: not load.running and not load.waiting)  # they end a step after their clients
         assert grown < 64 << 20
         assert load.largest == 8
