@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -734,10 +733,11 @@ def test_a_pipe_is_read_once(vlm, open_gates, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(photo.parent)
     row = json.dumps({"prompt": f"<image:{photo.name}>The cat"}).encode()
     os.mkfifo(tmp_path / "pipe")
-    threading.Thread(
-        target=(tmp_path / "pipe").write_bytes, args=[b"\xef\xbb\xbf" + row + b"\r\n"], daemon=True
-    ).start()
+    (tmp_path / "rows").write_bytes(b"\xef\xbb\xbf" + row + b"\r\n")
+    # Another process writes: of a thread, the command's workers would inherit the open pipe, which then has no end.
+    writer = subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', tmp_path / "rows", tmp_path / "pipe"])
     piped = vlm("batch", tmp_path / "pipe", "-o", "-", "-m", open_gates, "-n", 4)
+    assert writer.wait(30) == 0
     assert piped.exit_code == 0, piped.stderr
     assert (
         json.loads(piped.stdout)["text"]
