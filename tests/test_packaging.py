@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
+import pytest
 
 from tests.support import ROOT
 
@@ -19,7 +18,8 @@ def unpacked(patterns: list[str]) -> list[str]:
 
 
 def test_every_data_file_is_installed() -> None:
-    settings = tomllib.loads(Path(ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["setuptools"]["package-data"]["vlm_cli"]
     assert unpacked(patterns) == []
     assert "report/run_page.css" in unpacked(["demo/*", "report/*.json"])
