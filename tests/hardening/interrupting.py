@@ -243,6 +243,7 @@ def _wait(
             status = ended if found else None
             while select.select([output], [], [], 0.01)[0] and (data := file.read(65_536)):
                 text += data
+                watch(pid)  # a process that prints without a pause is watched, too
     if status is None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
