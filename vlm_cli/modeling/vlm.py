@@ -7,22 +7,19 @@
                  │ vision tokenizer                           ▲
                  ▼ vision tokens (B, T_img, n, d) ────────────┘
 
-`VLM` hooks the language model and does not change it. The hooks sit at its entrance, at its input embedding, at its
-head and, for cross-attention, before its decoder layers. They read a `Conditioning` that lives for one call; without
-one they do nothing.
+`VLM` hooks the language model and does not change it (`hooked.py`); `vision_half.py` makes the vision tokens, and
+`generation.py` continues prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -31,34 +28,33 @@ from vlm_cli.errors import LanguageModelLimit
 from vlm_cli.manifest import recording, write_now
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.announcement import make_announcement
-from vlm_cli.modeling.arrangement import Arrangement, make_arrangement
+from vlm_cli.modeling.arrangement import make_arrangement
 from vlm_cli.modeling.bands import make_bands
 from vlm_cli.modeling.conditioning import Conditioning, count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.fusion.contract import Fusion
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.generation import GenerationMixin
-from vlm_cli.modeling.hooks import Hooks, ModelHook, check_tied_rows
+from vlm_cli.modeling.hooked import HookedLanguageModel
+from vlm_cli.modeling.hooks import Hooks
 from vlm_cli.modeling.inputs import check_media, resolve_names
-from vlm_cli.modeling.language_model import NO_CHUNKED_PREFILL, NO_LEFT_PADDING, find_widths
+from vlm_cli.modeling.language_model import NO_LEFT_PADDING, find_widths
 from vlm_cli.modeling.learned import chosen_positions, learned_loss
-from vlm_cli.modeling.lm_interface import LanguageModelInterface, is_filled, num_cached
+from vlm_cli.modeling.lm_interface import is_filled, num_cached
 from vlm_cli.modeling.media_layout import MediaLayout
 from vlm_cli.modeling.packed import positions_within
-from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.towers import build_tower
 from vlm_cli.modeling.trainable_parts import TrainableParts
-from vlm_cli.modeling.vision import encode_features, encode_media
 from vlm_cli.modeling.vision_encoder import VisionEncoder
+from vlm_cli.modeling.vision_half import VisionHalf
 from vlm_cli.modeling.vision_tokenizers.making import make_vision_tokenizer
 from vlm_cli.registry import FUSIONS
-from vlm_cli.tiling import MediumSize
 from vlm_cli.trust import HUB_ARGUMENTS, check_code, load_pretrained, make_language_model
 
 __all__ = ["VLM"]
 
 
-class VLM(Fusion, TrainableParts, GenerationMixin):
+class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMixin):
     """A vision-language model. `VLM(config)` and `VLM.from_pretrained(…)` return the class of its fusion.
 
     Each fusion is a subclass; `Fusion` says what it defines.
@@ -193,232 +189,6 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             module.init_non_persistent_buffers()
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
-
-    def _attach_hooks(self) -> None:
-        lm = self.lang_model
-        lm.register_forward_pre_hook(ModelHook(self, "_enter_language_model"), with_kwargs=True)
-        self.hooks.attach(lm, lm.get_input_embeddings(), ModelHook(self, "_embed"))
-        self.hooks.attach(lm, lm.get_output_embeddings(), ModelHook(self, "_choose_positions"), is_before=True)
-        self.hooks.attach(lm, lm.get_output_embeddings(), ModelHook(self, "_extend_logits"))
-
-    @cached_property
-    def lm_interface(self) -> LanguageModelInterface:
-        """Names by which the language model takes and returns things."""
-        return LanguageModelInterface.of(self.lang_model)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the language model's input embeddings, without those of added tokens."""
-        return self.lang_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's input embeddings."""
-        self.lang_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the language model's head, without the rows of added tokens."""
-        return self.lang_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's head."""
-        self.lang_model.set_output_embeddings(value)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Return the input embeddings. Another number of tokens is refused, before anything changes.
-
-        Raises:
-            LanguageModelLimit: for a number of tokens. Added tokens stand beside the language model's tables.
-        """
-        if new_num_tokens is None:
-            return self.get_input_embeddings()
-        raise LanguageModelLimit(
-            "a VLM keeps the language model's tables as they are, and added tokens beside them, so "
-            "resize_token_embeddings cannot change their number. Name new tokens when you build the model: "
-            "--set 'added_tokens=[…]', or Composition.compose(…, {'added_tokens': […]})."
-        )
-
-    def get_decoder(self) -> nn.Module:
-        """Return the language model's decoder."""
-        return self.lang_model.get_decoder()
-
-    # -- hooks ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _conditioning(self) -> Conditioning | None:
-        """`conditioning` under its name until 0.1."""
-        return self.conditioning
-
-    def _enter_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note what this call reads, and replace ids of added tokens, for which the language model has no embedding."""
-        if self.conditioning is None:
-            return None
-        if not torch.compiler.is_compiling():
-            self.hooks.follow()
-            check_tied_rows(self.lang_model)
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
-            raise ValueError("a conditioned language model takes input_ids; inputs_embeds would bypass the media.")
-        mask = kwargs.get("attention_mask")
-        end = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        prompt = self.conditioning.prompt or self.conditioning
-        self.conditioning = replace(self.condition_call(prompt, ids, end), prompt=prompt)
-        kwargs = self.mask_call(self.conditioning, kwargs)
-        safe = ids.masked_fill(ids >= self.config.first_added_id, 0)
-        return ((safe, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": safe})
-
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
-        """Embed the added tokens, and let the fusion change the embeddings."""
-        conditioning = self.conditioning
-        # Some language models use the same table for other things than the ids of the call.
-        if conditioning is None or embeddings.shape[:-1] != conditioning.ids.shape:
-            return None
-        conditioning.is_embedded = True
-        return self.embed_media(self.added_tokens.embed(conditioning.ids, embeddings), conditioning)
-
-    def _choose_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give the head the chosen positions alone: float[B, T, d] -> float[1, N, d]."""
-        conditioning = self.conditioning
-        if conditioning is None or conditioning.chosen is None:
-            return None
-        hidden = args[0]
-        assert hidden.shape[:2] == conditioning.ids.shape, "the head reads other positions than the language model"
-        return (hidden.flatten(0, 1)[conditioning.chosen][None], *args[1:]), kwargs
-
-    def _extend_logits(self, module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
-        """Append the logits of added tokens."""
-        conditioning = self.conditioning
-        if conditioning is None:
-            return None
-        conditioning.head_input = args[0]
-        return self._with_added_logits(args[0], self.added_tokens.bias_logits(logits), conditioning)
-
-    def _with_added_logits(self, hidden: Tensor, logits: Tensor, conditioning: Conditioning) -> Tensor:
-        logits = self.added_tokens.append_logits(hidden, logits)
-        if conditioning.hide_media_logit:
-            logits[..., self.config.media_token_id] = torch.finfo(logits.dtype).min
-        return logits
-
-    @contextmanager
-    def _condition(self, conditioning: Conditioning | None) -> Iterator[None]:
-        before, self.conditioning = self.conditioning, conditioning
-        try:
-            yield
-        finally:
-            self.conditioning = before
-
-    # -- media ----------------------------------------------------------------------------------------------------
-
-    @property
-    def arrangement(self) -> Arrangement | None:
-        """What puts the vision tokens of a picture's tiles in order; None leaves them view after view."""
-        found: Arrangement | None = getattr(self.vision_tokenizer, "arrangement", None)
-        return found
-
-    def num_vision_tokens(self, size: MediumSize) -> int:
-        """Count the vision tokens of a medium."""
-        if self.arrangement is not None:
-            return self.arrangement.num_tokens(size)
-        return self.vision_tokenizer.num_tokens(size.num_frames)
-
-    def positions_of(self, size: MediumSize) -> int:
-        """Count the positions of the language model that a medium takes, those of the text around its views included.
-
-        `num_positions` is what the fusion says of a medium whose views follow each other.
-        """
-        if self.announcement is not None:
-            return len(self.announcement.ids(size))
-        if self.splices_media and self.arrangement is not None:
-            return self.arrangement.num_tokens(size)
-        return self.num_positions(size.num_frames)
-
-    @property
-    def encodes_media_independently(self) -> bool:
-        """Whether the vision tokens of a medium depend on nothing else in its row, so that they can be kept."""
-        return encodes_media_independently(self.vision_tokenizer)
-
-    def encode_vision(
-        self,
-        vision_x: Tensor,
-        vision_mask: Tensor | None = None,
-        vision_grid: Tensor | None = None,
-        media_layout: MediaLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the vision tokens of media.
-
-        Args:
-            vision_x: float[B, T_img, F, C, H, W]; F may be left out where it is 1, and so may T_img and F. The F views
-                of a medium are the frames of a clip, or the tiles of a picture.
-            vision_mask: bool[B, T_img, F], true for views that are not padding; None for no padding.
-            vision_grid: int[B, T_img, 4], the rows and columns of tiles of each picture, and the height and width in
-                pixels that it was given with; zeros for a medium without tiles. None for media without tiles.
-            media_layout: what `MediaLayout.of` says of these media; None to find it here.
-
-        Returns:
-            float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
-
-        Raises:
-            ValueError: if there are no media, or if `vision_x`, `vision_mask` or `vision_grid` has another shape.
-        """
-        return encode_media(
-            self.vision_encoder,
-            self.vision_tokenizer,
-            vision_x,
-            vision_mask,
-            vision_grid,
-            independently=self.encodes_media_independently,
-            arrangement=self.arrangement,
-            bands=self.bands,
-            layout=media_layout,
-        )
-
-    def encode_features(
-        self,
-        features: Tensor,
-        vision_mask: Tensor | None = None,
-        vision_grid: Tensor | None = None,
-        media_layout: MediaLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the vision tokens of media from float[B, T_img, F, v, d], what the vision encoder gave for each view.
-
-        The other arguments and the results are those of `encode_vision`. An encoder that reads the views of a medium
-        together gives no features of a view.
-        """
-        return encode_features(
-            self.vision_tokenizer,
-            features,
-            vision_mask,
-            vision_grid,
-            independently=self.encodes_media_independently,
-            arrangement=self.arrangement,
-            bands=self.bands,
-            layout=media_layout,
-        )
-
-    def _resolve_media(
-        self,
-        vision_x: Tensor | None,
-        vision_mask: Tensor | None,
-        vision_grid: Tensor | None,
-        tokens: Tensor | None,
-        media_mask: Tensor | None,
-        media_layout: MediaLayout | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the media as `project_media` does, and bool[B, T_img, n]; None and None without media.
-
-        Raises:
-            ValueError: for both pixels and tokens, or for a mask without tokens.
-        """
-        if vision_x is not None:
-            if tokens is not None:
-                raise ValueError("vision_x and vision_tokens are the same media. Give one of them.")
-            known = {} if media_layout is None else {"media_layout": media_layout}
-            tokens, media_mask = self.encode_vision(vision_x, vision_mask, vision_grid, **known)
-        if tokens is None:
-            if media_mask is not None:
-                raise ValueError("media_mask is given without vision_tokens.")
-            return None, None
-        if media_mask is None:
-            media_mask = torch.ones_like(tokens[..., 0], dtype=torch.bool)
-        return self.project_media(tokens, media_mask), media_mask
 
     def _expand_checked(
         self,
@@ -608,36 +378,6 @@ class VLM(Fusion, TrainableParts, GenerationMixin):
             output.loss = ForCausalLMLoss(
                 output.logits, labels, vocab_size=output.logits.shape[-1], num_items_in_batch=num_items
             )
-        return output
-
-    def _check_chunk(self, lang_x: Tensor, cache: Any) -> None:
-        """Refuse several tokens after a cache, if the language model cannot read them.
-
-        Raises:
-            LanguageModelLimit: with the reason.
-        """
-        kind = self.lang_model.config.model_type
-        if kind in NO_CHUNKED_PREFILL and lang_x.shape[1] > 1 and is_filled(cache):
-            raise LanguageModelLimit(
-                f"a language model of type {kind} cannot read several tokens after a cache: "
-                f"{NO_CHUNKED_PREFILL[kind]}. Give the whole prompt at once, without prefill_chunk_size."
-            )
-
-    def _run_language_model(self, conditioning: Conditioning, kwargs: dict[str, Any]) -> Any:
-        """Call the language model under a conditioning, with those of `kwargs` that it takes."""
-        with self._condition(conditioning):
-            output = self.lm_interface.call(self.lang_model, conditioning.ids, **kwargs)
-            after = self.conditioning  # of the call that has run
-        if after is None or after.head_input is None or not after.is_embedded:
-            raise LanguageModelLimit(
-                "the language model did not run through the embedding table and the head that vlm knows, so it saw no "
-                "media: another library replaced or wrapped the language model as a whole. Let it change parts of it "
-                "(PEFT: target_modules or modules_to_save that name layers, the embedding table or the head)."
-            )
-        if output.logits.shape[-1] != self.config.first_added_id + self.added_tokens.num_tokens:
-            # The model cuts its head's output down to its own vocabulary (inkling2).
-            hidden = after.head_input[:, -output.logits.shape[1] :]
-            output.logits = self._with_added_logits(hidden, output.logits, after)
         return output
 
 
