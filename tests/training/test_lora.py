@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
-from tests.support.training import LANGUAGE_STREAM
+from tests.support.training import LANGUAGE_STREAM, losses
 from vlm_cli import accelerate, load
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.manifest import sign
@@ -222,9 +222,17 @@ def test_without_peft_the_extra_is_named(
         load(str(trained))
 
 
-def test_an_output_is_no_start_of_another_run(trained: Path, folder: Path, vlm: Vlm, tmp_path: Path) -> None:
-    message = error(vlm("train", trained, "-d", folder / "train.jsonl", "-o", tmp_path / "out"), 2)
-    assert "--format merged" in message
+def test_the_model_that_an_output_names_is_not_replaced_by_it(
+    start: Path, trained: Path, folder: Path, vlm: Vlm, tmp_path: Path
+) -> None:
+    shutil.copytree(start, tmp_path / "start")
+    words = ("-d", folder / "train.jsonl", *STEPS, "--overwrite")
+    message = error(vlm("train", tmp_path / "start", "-o", tmp_path / "start", *words, *LORA), 2)
+    assert "cannot replace the model whose weights it would name" in message
+    load(str(tmp_path / "start"))
+    shutil.copytree(trained, tmp_path / "trained")  # a model with adapters names another one, so it may be replaced
+    output(vlm("train", tmp_path / "trained", "-o", tmp_path / "trained", *words))
+    load(str(tmp_path / "trained"))
 
 
 @pytest.fixture
@@ -288,6 +296,7 @@ def test_the_last_of_several_stages_may_have_an_adapter(start: Path, folder: Pat
         "{name: a, %s, trainable: [vision_encoder]}",
         "{name: b, %s, lora: ['language_model:r=1'], trainable: []}",
     )
+    whole = "{name: c, %s, trainable: [language_model]}"
     file.write_text(f"stages: [{first % records}, {last % records}]")
     output(vlm("train", start, "--stages", file, "-o", tmp_path / "out"))
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -296,8 +305,9 @@ def test_the_last_of_several_stages_may_have_an_adapter(start: Path, folder: Pat
     assert any(not torch.equal(x, before[name]) for name, x in held.items() if name.startswith("vision_encoder."))
     assert not (tmp_path / "out.stages").exists()
     load(str(tmp_path / "out"))
-    file.write_text(f"stages: [{last % records}, {first % records}]")
-    assert "only the last stage may" in error(vlm("train", start, "--stages", file, "-o", tmp_path / "other"), 2)
+    file.write_text(f"stages: [{last % records}, {whole % records}]")
+    message = error(vlm("train", start, "--stages", file, "-o", tmp_path / "other"), 2)
+    assert "names language_model, which has an adapter since stage 'b'" in " ".join(message.split())
 
 
 def test_the_manifest_holds_adapters(own: Path) -> None:
@@ -319,3 +329,93 @@ def test_faster_answers_come_from_merged_weights(trained: Path) -> None:
     for _, layer in adapter_parameters(nothing_merged):
         layer.data.zero_()
     assert (logits(nothing_merged) - wanted).abs().max() > 0.1 * wanted.abs().max()  # the twin: without the adapter
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def adapter(out: Path, part: str = "language_model") -> dict[str, Tensor]:
+    return load_file(out / f"adapters/{part}/adapter_model.safetensors")
+
+
+def test_adapters_go_on_training(trained: Path, start: Path, folder: Path, vlm: Vlm, tmp_path: Path) -> None:
+    """OUT names the model of the first run, and holds the adapters that both runs trained."""
+
+    def train(out: str, *more: Any) -> Result:
+        words = (*STEPS, "--trainable", "none", "--lora", "vision_tokenizer:r=1", "--save-every", 2, *more)
+        return vlm("train", trained, "-d", folder / "train.jsonl", "-o", tmp_path / out, *words)
+
+    output(train("whole", "--keep-checkpoints"))
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert config["adapters"] == ["language_model", "vision_tokenizer"]
+    assert {x["location"] for x in config["backbones"].values()} == {str(start)}
+    before, after = adapter(trained), adapter(tmp_path / "whole")
+    assert before.keys() == after.keys() and all(x.shape == after[name].shape for name, x in before.items())
+    assert all(not torch.equal(x, after[name]) for name, x in before.items())
+    assert (logits(load(str(tmp_path / "whole"))[0]) - logits(load(str(trained))[0])).abs().max() > 1e-3
+
+    shutil.copytree(tmp_path / "whole.checkpoints", tmp_path / "broken.checkpoints")
+    shutil.rmtree(tmp_path / "broken.checkpoints/checkpoint-4")
+    output(train("broken", "--resume"))
+    for part in config["adapters"]:
+        other = adapter(tmp_path / "broken", part)
+        assert all(torch.equal(x, other[name]) for name, x in adapter(tmp_path / "whole", part).items())
+
+
+def test_two_runs_of_one_pass_each_equal_one_of_two_whose_optimizer_forgets(
+    trained: Path, start: Path, folder: Path, vlm: Vlm, tmp_path: Path
+) -> None:
+    """Nothing but the adapters and the trained parts goes from one run to the next: its first loss tells."""
+    first = vlm("train", trained, "-d", folder / "train.jsonl", "-o", tmp_path / "out", *STEPS, "--log-every", 1)
+    output(first)
+    output(vlm("export", trained, tmp_path / "merged", "--format", "merged"))
+    again = ("--log-every", 1, "--trainable", "vision_tokenizer")
+    output(vlm("train", tmp_path / "merged", "-d", folder / "train.jsonl", "-o", tmp_path / "other", *STEPS, *again))
+    output(vlm("train", start, "-d", folder / "train.jsonl", "-o", tmp_path / "new", *STEPS, *again))
+    found = [losses(tmp_path / name)[1] for name in ("out", "other", "new")]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert abs(found[0] - found[2]) > 1e-2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_adapters_may_be_merged_first(
+    trained: Path, start: Path, folder: Path, vlm: Vlm, tmp_path: Path, again: bool
+) -> None:
+    """A tiny rate changes nothing that one can see, so OUT has the logits of MODEL, in the layout that is asked for."""
+    lora = ("--lora", "language_model:r=1") if again else ()
+    words = ("--trainable", "vision_tokenizer", "--learning-rate", 1e-12, "--merge-adapters", *lora)
+    output(vlm("train", trained, "-d", folder / "train.jsonl", "-o", tmp_path / "out", *STEPS, *words))
+    found, _ = load(str(tmp_path / "out"))
+    assert found.config.adapters == (["language_model"] if again else None)
+    assert (tmp_path / "out/delta.safetensors").exists() == again
+    torch.testing.assert_close(logits(found), logits(load(str(trained))[0]), atol=1e-4, rtol=1e-4)
+    if again:
+        assert json.loads((tmp_path / "out/config.json").read_text())["backbones"].keys() == {"vision_encoder"}
+    assert "has no adapter" in error(
+        vlm("train", start, "-d", folder / "train.jsonl", "-o", tmp_path / "other", *STEPS, *words), 2
+    )
+
+
+@pytest.mark.parametrize("option", ["--lora", "--trainable"])
+def test_an_adapter_is_described_once(trained: Path, folder: Path, vlm: Vlm, tmp_path: Path, option: str) -> None:
+    words = ("train", trained, "-d", folder / "train.jsonl", "-o", tmp_path / "out", option, "language_model")
+    message = " ".join(error(vlm(*words), 2).split())
+    assert f"Leave language_model out of {option}, or add --merge-adapters" in message
+
+
+@pytest.mark.matrix
+def test_adapters_go_on_from_stage_to_stage(start: Path, folder: Path, vlm: Vlm, tmp_path: Path) -> None:
+    records = f"data: {folder}/train.jsonl, max_steps: 2, learning_rate: 0.01"
+    stages = (
+        f"{{name: a, {records}, trainable: [vision_encoder]}}",
+        f"{{name: b, {records}, trainable: [none], lora: ['language_model:r=1']}}",
+        f"{{name: c, {records}}}",
+    )
+    file = tmp_path / "stages.yaml"
+    file.write_text(f"stages: [{', '.join(stages)}]")
+    output(vlm("train", start, "--stages", file, "-o", tmp_path / "out"))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["adapters"] == ["language_model"]
+    assert {part: x["location"] for part, x in config["backbones"].items()} == {"language_model": str(start)}
+    assert any(x.any() for name, x in adapter(tmp_path / "out").items() if "lora_B" in name)
+    load(str(tmp_path / "out"))

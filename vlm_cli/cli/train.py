@@ -37,7 +37,7 @@ from vlm_cli.flags import Alias
 from vlm_cli.models import resolve_built_model
 from vlm_cli.printable import count_of
 from vlm_cli.training.listener import Listener
-from vlm_cli.training.settings import DATA, RUN, Job, TrainingSettings
+from vlm_cli.training.settings import DATA, LEARNING, RUN, Job, TrainingSettings
 from vlm_cli.training.stages import Stage, read_stages
 
 if TYPE_CHECKING:
@@ -129,6 +129,14 @@ KeepCheckpointsOption = Annotated[
     bool,
     option(RUN, "Keep OUT.checkpoints after the run has ended.", "--keep-checkpoints"),
 ]
+MergeAdaptersOption = Annotated[
+    bool,
+    option(
+        LEARNING,
+        "If MODEL has adapters, add them to its weights before training. Without this option, they go on training.",
+        "--merge-adapters",
+    ),
+]
 ResumeFromOption = Annotated[
     str | None,
     option(RUN, "Same as --resume; the value is true, or OUT's last checkpoint.", metavar="PATH", hidden=True),
@@ -170,6 +178,7 @@ def train(
     keep_checkpoints: KeepCheckpointsOption = False,
     push_to_hub: PushOption = None,
     trust_remote_code: TrustOption = False,
+    merge_adapters: MergeAdaptersOption = False,
     verify: VerifyOption = False,
     places: BackboneOptions = BackboneOptions(),
     quiet: QuietOption = False,
@@ -197,6 +206,7 @@ def train(
         backbones=places.backbones,
         allow_hosts=places.allow_hosts,
         verify=verify,
+        merge_adapters=merge_adapters,
         cache_features=cache_features,
     )
     if eval_answers is not None:

@@ -60,7 +60,7 @@ def write_output(
     try:
         with replacing_directory(out, overwrite=job.overwrite) as partial:
             if model.config.adapters:
-                base, changed = job.base or job.model, _changed_before(job.earlier, model)
+                base, changed = _base_of(job, model)
                 save_adapted(model, processor, partial, base, changed=changed, name=out.name, story=story)
             else:
                 save(model, processor, partial, name=out.name, story=story)
@@ -93,18 +93,21 @@ def _keep_stages(folder: Path, out: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _changed_before(earlier: Path | None, model: VLM) -> set[str]:
-    """Return the parts that earlier stages changed.
+def _base_of(job: Job, model: VLM) -> tuple[str, set[str]]:
+    """Return the model that an output with adapters names, and the parts that do not hold the tensors of that model.
 
-    Args:
-        earlier: the folder with the models of these stages; None if there were none.
-        model: the trained model. A stage that kept fewer bits of each weight than it does changed every part.
+    The models of earlier stages go when the run ends, so the last stage names the model with which the first began. A
+    stage that kept fewer bits of each weight than the trained model does changed every part.
     """
+    is_last = job.earlier is not None
+    base = job.base if is_last and job.base is not None else job.model
     changed: set[str] = set()
-    for path in earlier.glob("*/config.json") if earlier else ():
+    for path in job.earlier.glob("*/config.json") if job.earlier is not None else ():
         config = read_config(str(path.parent))
         changed |= set(PARTS if stored_dtype(config) != model.dtype else config.composition.trainable)
-    return changed
+    if job.merge_adapters and base == (job.base or job.model):
+        changed |= set(read_config(base).adapters or ())
+    return base, changed
 
 
 def digest_of_run(out: Path) -> str:

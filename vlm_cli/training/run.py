@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -10,14 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from vlm_cli.checkpoint.directory import load, read_config
-from vlm_cli.composition import Composition
+from vlm_cli.checkpoint.directory import read_config
 from vlm_cli.data.mixture import Mixture
 from vlm_cli.errors import CheckpointError, OutputExistsError, TrainingError, UsageError
 from vlm_cli.files import reserved_directory
-from vlm_cli.flags import OTHERS
 from vlm_cli.interrupt import Interrupted, at_signal
-from vlm_cli.modeling.adapters import adapter_parameters, add_adapter
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
@@ -32,19 +28,19 @@ from vlm_cli.training.outcome import RunOutcome, TrainingResult
 from vlm_cli.training.output import describe_run, digest_of_run, write_output
 from vlm_cli.training.packing import check_packing
 from vlm_cli.training.processes import Processes
-from vlm_cli.training.rates import check_parts
 from vlm_cli.training.reporting import check_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import Job, TrainingSettings
 from vlm_cli.training.stream_opening import check_streamable, open_stream
 from vlm_cli.training.stream_state import read_stream_state
 from vlm_cli.training.streaming import StreamedRecords
+from vlm_cli.training.trainable import load_trainable, trains_on_cpu
 from vlm_cli.training.trainer import VLMTrainer
 from vlm_cli.training.watching import ANSWERS_FILE, PAGE_FILE, MakeExaminer, RunPage, Watching, make_no_examiner
 from vlm_cli.writing.choice import TemplateChoice
 from vlm_cli.writing.writer import PromptWriter
 
-__all__ = ["Run", "load_trainable", "train_model", "trains_on_cpu"]
+__all__ = ["Run", "train_model"]
 
 
 def train_model(
@@ -77,83 +73,6 @@ def train_model(
     finally:
         if processes is None:
             shared.end()
-
-
-def trains_on_cpu(settings: TrainingSettings) -> bool:
-    """Tell whether a run trains on the CPU."""
-    return settings.device == "cpu" or not torch.accelerator.is_available()
-
-
-def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProcessor, torch.dtype]:
-    """Load a model, choose its trainable parts, and convert them to float32.
-
-    Returns:
-        The model, its processor, and the dtype of the weights on the disk.
-
-    Raises:
-        VLMError: if the model cannot be loaded, or no parameter would train.
-    """
-    model, processor = load(
-        job.model,
-        trust_remote_code=job.trust_remote_code,
-        backbones=job.backbones,
-        allow_hosts=job.allow_hosts,
-        verify=job.verify,
-    )
-    stored = model.dtype
-    if model.config.adapters:
-        raise UsageError(
-            f"{job.model!r} has an adapter of its {', '.join(model.config.adapters)} already. Merge it first, then "
-            f"train what comes of it: vlm export {shlex.quote(job.model)} OUT --format merged"
-        )
-    composition, adapters = model.config.composition.to_dict(), settings.adapters
-    whole = composition["trainable"] if settings.trainable is None else settings.trainable
-    composition["trainable"] = [part for part in whole if part not in adapters]
-    decay = settings.weight_decay
-    if isinstance(decay, Mapping):
-        decay = decay.get(OTHERS)
-    if decay is not None:
-        composition["weight_decay"] = decay
-    model.config.composition = Composition.from_dict(composition)
-    parts = model.config.composition.trainable
-    if not parts and not adapters:
-        raise UsageError("nothing trains: the composition names no trainable part. Add --trainable PART,PART.")
-    numbers = {"--learning-rate": settings.learning_rate, "--weight-decay": settings.weight_decay}
-    check_parts(numbers, settings.layer_decay, (*parts, *adapters))
-    if not (settings.bf16 and stored in (torch.bfloat16, torch.float16)):
-        model.float()
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):  # on the CPU, it takes no half weights for float32 inputs
-            module.float()
-    model.set_trainable(parts)
-    for name in parts:
-        # In half precision, the weights would lose small updates.
-        model.part_modules()[name].float()
-    _add_adapters(model, settings)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UsageError(
-            f"nothing trains: {', '.join(parts)} {'has' if len(parts) == 1 else 'have'} no parameters in this "
-            "composition. Add another part: --trainable PART,PART."
-        )
-    return model, processor, stored
-
-
-def _add_adapters(model: VLM, settings: TrainingSettings) -> None:
-    """Put the adapters of a run beside the parts of its model. The same seed gives the same ones.
-
-    Raises:
-        UsageError: if a part can have none.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        for part, adapter in settings.adapters.items():
-            module = model.part_modules()[part]
-            add_adapter(module, part, adapter)
-            for _, parameter in adapter_parameters(module):
-                parameter.data = parameter.data.float()
-    if settings.adapters:
-        model.config.adapters = list(settings.adapters)
-        model.train(model.training)
 
 
 class Run:

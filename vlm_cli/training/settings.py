@@ -69,6 +69,7 @@ class Job:
         allow_hosts: hosts that backbones may come from.
         cache_features: the folder that keeps what the frozen vision encoder gives for each picture; None keeps nothing.
         verify: compare the hashes of the model's weight files with its manifest.
+        merge_adapters: add the adapters of the model to its weights before training, and do not go on training them.
         earlier: the folder with the models of the earlier stages, if the run is the last of several.
         base: the model that the first of several stages began with; an output with adapters names it.
     """
@@ -86,6 +87,7 @@ class Job:
     backbones: Mapping[str, str] | None = None
     allow_hosts: tuple[str, ...] = ()
     verify: bool = False
+    merge_adapters: bool = False
     cache_features: Path | None = None
     earlier: Path | None = None
     base: str | None = None
@@ -236,7 +238,7 @@ class TrainingSettings:
         tuple[str, ...] | None,
         Flag(
             help=f"Train these parts, and not those that the model's composition names. Parts: {', '.join(PARTS)}; "
-            "none, with --lora.",
+            "none, where only adapters train.",
             heading=LEARNING,
             metavar="PART,…",
         ),
@@ -435,7 +437,7 @@ class TrainingSettings:
     ] = 10
 
     def __post_init__(self) -> None:
-        if self.trainable == ("none",) and self.lora:
+        if self.trainable == ("none",):
             object.__setattr__(self, "trainable", ())
         problems = find_problems(self)
         for part in self.trainable or ():
@@ -445,8 +447,6 @@ class TrainingSettings:
                 )
         if self.global_batch_size is not None and self.gradient_accumulation != 1:
             problems.append("--global-batch-size and --gradient-accumulation contradict each other. Give one of them.")
-        if self.trainable == () and not self.lora:
-            problems.append(f"--trainable names no part. Known: {', '.join(PARTS)}.")
         try:
             _ = self.adapters
         except UsageError as error:

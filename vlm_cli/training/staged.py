@@ -28,16 +28,17 @@ from vlm_cli.training.listener import Listener
 from vlm_cli.training.outcome import TrainingResult
 from vlm_cli.training.output import digest_of_run
 from vlm_cli.training.processes import Processes
-from vlm_cli.training.run import Run, train_model, trains_on_cpu
+from vlm_cli.training.run import Run, train_model
 from vlm_cli.training.settings import Job
 from vlm_cli.training.stages import Stage
+from vlm_cli.training.trainable import trains_on_cpu
 from vlm_cli.training.watching import MakeExaminer, make_no_examiner
 
 __all__ = ["stages_folder", "train_stages"]
 
 
 #: What of a stage's files must be as it was when the stage was done, as attributes of `Job`.
-_SAME = ("model", "data", "eval_data", "image_folder", "media_root", "columns")
+_SAME = ("model", "data", "eval_data", "image_folder", "media_root", "columns", "merge_adapters")
 
 
 def stages_folder(out: Path) -> Path:
@@ -171,8 +172,10 @@ class _StagedRun:
             if not job.output.is_dir():
                 return number
             record = _read_record(job.output)
-            files = {key: None if x is None else str(x) for key, x in job.to_dict().items() if key in _SAME}
+            said = {key: x for key, x in job.to_dict().items() if key in _SAME}
+            files = {key: x if x is None or isinstance(x, bool) else str(x) for key, x in said.items()}
             was = {**record["settings"], **{key: record["job"].get(key) for key in files}}
+            was["merge_adapters"] = bool(was["merge_adapters"])  # a record of an earlier version has none
             now = {**stage.settings.to_dict(), **files}
             if differences := settings_diff(was, now):
                 raise UsageError(
@@ -180,6 +183,11 @@ class _StagedRun:
                     "Give the same values again, or start a new run with --overwrite."
                 )
         return len(self.stages) - 1
+
+    def _adapters_of(self, done: int, stage: Stage) -> tuple[str, ...]:
+        """Return the adapters that begin after the first stages that are done, and that a stage begins or goes on."""
+        until = self.stages.index(stage) + 1
+        return tuple(text for x in self.stages[done:until] for text in x.settings.lora or ())
 
     def _check(self, jobs: Sequence[Job], done: int) -> None:
         """Check the settings and records of the later stages now, not after hours of the first.
@@ -189,8 +197,9 @@ class _StagedRun:
         """
         for job, stage in list(zip(jobs, self.stages, strict=True))[done + 1 :]:
             self.listener.step(f"checking the records of stage {stage.name}")
-            first = replace(job, model=jobs[done].model, backbones=jobs[done].backbones)
-            Run(first, stage.settings, Listener(), self.processes, self.make_examiner).check()
+            first = replace(job, model=jobs[done].model, backbones=jobs[done].backbones, base=jobs[done].base)
+            settings = replace(stage.settings, lora=self._adapters_of(done, stage))
+            Run(first, settings, Listener(), self.processes, self.make_examiner).check()
             gc.collect()
         self.listener.step("")
 

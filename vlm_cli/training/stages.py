@@ -16,11 +16,12 @@ The keys of a stage are the settings of `TrainingSettings` and some of `Job`. Pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_origin
 
+from vlm_cli.composition.adapters import parse_adapter, parse_adapters
 from vlm_cli.data.formats.columns import ColumnMap
 from vlm_cli.data.mixture import place_data
 from vlm_cli.errors import UsageError
@@ -81,16 +82,29 @@ def read_stages(path: Path, given: Mapping[str, Any] | None = None) -> list[Stag
     stages: list[Stage] = []
     for stage in data["stages"]:
         before = {} if not stages else {"trainable": stages[-1].settings.trainable}
-        stages.append(_make_stage(stage, {**before, **shared}, given or {}, path.parent, file))
+        stages.append(_go_on(stages, _make_stage(stage, {**before, **shared}, given or {}, path.parent, file), file))
     names = [stage.name for stage in stages]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"{file} has two stages of the name {repeated[0]!r}. Give each a name of its own.")
-    if wrong := next((stage for stage in stages[:-1] if stage.settings.lora), None):
-        raise UsageError(
-            f"stage {wrong.name!r} of {file} has an adapter (lora), and only the last stage may. To go on from it, "
-            "merge it: vlm export OUT OTHER --format merged"
-        )
     return stages
+
+
+def _go_on(earlier: Sequence[Stage], stage: Stage, file: str) -> Stage:
+    """Leave out of a stage the adapters that an earlier one begins: it goes on training them.
+
+    Raises:
+        UsageError: if it describes one in other words, or trains a part whole that has one.
+    """
+    begun = {text: before.name for before in earlier for text in before.settings.lora or ()}
+    own = tuple(text for text in stage.settings.lora or () if text not in begun)
+    parts = {parse_adapter(text)[0]: name for text, name in begun.items()}
+    for part in [*parse_adapters(own), *(stage.settings.trainable or ())]:
+        if part in parts:
+            raise UsageError(
+                f"stage {stage.name!r} of {file} names {part}, which has an adapter since stage {parts[part]!r}. Leave "
+                "it out of lora and trainable: the stage goes on training the adapter."
+            )
+    return replace(stage, settings=replace(stage.settings, lora=own or None))
 
 
 def _make_stage(
