@@ -60,7 +60,7 @@ def offered(*words: str) -> list[str]:
         (["export", "mine", "out", "--format", ""], [*FORMATS]),
         (["generate", "--model", ""], ["mine", "demo"]),
         (["generate", "--device", "c"], ["cpu", "cuda"]),
-        (["generate", "--quantize", ""], ["int8"]),
+        (["generate", "--quantize", ""], ["int8", "int4", "fp8"]),
         (["chat", "./"], ["./mine"]),
         (["train", "m"], ["mine"]),
         (["train", "mine", "--trainable", "fusion,"], [f"fusion,{part}" for part in PARTS if part != "fusion"]),

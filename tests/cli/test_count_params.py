@@ -269,3 +269,17 @@ def test_a_composition_comes_from_stdin(vlm, parts):
     piped = vlm(*words, "--config", "-", input=b"\xef\xbb\xbffusion:\r\n  every: 2\r\n")
     assert piped.exit_code == 0, piped.stderr
     assert piped.stdout == vlm(*words, "--set", "fusion.every=2").stdout != vlm(*words).stdout
+
+
+def test_memory_of_the_weights(vlm, parts):
+    """The bytes of each part as they are, and with each quantization; what a picture needs keeps its weights."""
+    found = vlm("count-params", *parts.flamingo, "--memory", "--json", "--dtype", "bfloat16")
+    sizes = json.loads(found.stdout)["bytes"]
+    plain = json.loads(vlm("count-params", *parts.flamingo, "--json", "--dtype", "bfloat16").stdout)["parts"]
+    assert sizes["bfloat16"] == {row["name"]: row["bytes"] for row in plain}
+    assert sizes["int4"]["vision_encoder"] == sizes["bfloat16"]["vision_encoder"]
+    assert sizes["int4"]["fusion"] < sizes["int8"]["fusion"] < sizes["bfloat16"]["fusion"]
+    table = vlm("count-params", *parts.flamingo, "--memory")
+    assert [row.split()[0] for row in table.stdout.splitlines() if row.strip()][-1] == "total"
+    refused = vlm("count-params", *parts.flamingo, "--memory", "--csv")
+    assert refused.exit_code == 2 and "--memory prints a table" in refused.stderr

@@ -1,8 +1,7 @@
-"""Int8 weights, the compiled step and the attention for one position: near enough to the plain path, or equal to it."""
+"""The compiled step and the attention for one position: near enough to the plain path, or equal to it."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import shutil
 from typing import Any
@@ -18,7 +17,7 @@ from tests.support.grid import grid
 from tests.support.tiny import IMAGE
 from vlm_cli.errors import LanguageModelLimit, VLMError
 from vlm_cli.modeling import acceleration
-from vlm_cli.modeling.acceleration import Int8Linear, compile_for, one_position_attention
+from vlm_cli.modeling.acceleration import compile_for, one_position_attention
 from vlm_cli.modeling.vlm import VLM
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -74,88 +73,6 @@ def test_attention_changes_no_answer(language_model, monkeypatch):
     torch.testing.assert_close(scores(model, inputs), expected, **TOLERANCE)
     if language_model == "llama":
         assert 1 in calls  # the comparison was one
-
-
-# -- int8 -----------------------------------------------------------------------------------------------------------
-
-
-def test_int8_is_as_near_as_torchao():
-    quantization = pytest.importorskip("torchao.quantization")
-    seed_torch(0)
-    theirs = nn.Sequential(nn.Linear(64, 48, bias=False))
-    weight = theirs[0].weight.detach().clone()
-    quantization.quantize_(theirs, quantization.Int8WeightOnlyConfig())
-    our_error, their_error = (
-        (x.float() - weight).pow(2).mean()
-        for x in (Int8Linear(weight, None)._dequantized(torch.float32), theirs[0].weight.dequantize())
-    )
-    assert our_error < 1.05 * their_error
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 7)])
-def test_int8_linear(shape, dtype):
-    seed_torch(0)
-    linear = nn.Linear(64, 48).to(dtype)
-    linear.weight.data[3] = 0  # a row without a scale
-    quantized = Int8Linear(linear.weight, linear.bias)
-    x = torch.randn(*shape, 64).to(dtype)
-    with torch.no_grad():
-        out, plain = quantized(x), linear(x)
-        as_multiplied = nn.functional.linear(x.float(), quantized._dequantized(torch.float32), linear.bias.float())
-    assert out.dtype == dtype and out.shape == (*shape, 48)
-    torch.testing.assert_close(out.float(), as_multiplied, atol=0.03, rtol=0.02)  # sums in bfloat16
-    assert 0 < (out - plain).abs().max() < 0.1
-    # Half a step, and what the largest of a row loses to the scale's rounding.
-    error = (quantized._dequantized(torch.float32) - linear.weight.float()).abs()
-    assert error.max() < linear.weight.abs().max() * (1 / 254 + 1 / 256)
-
-
-@pytest.mark.sample(2)
-@grid(
-    language_model=tiny.LANGUAGE_MODELS, fusion=["cross-attention", "language-stream"], quick={"language_model": QUICK}
-)
-def test_int8_answers_nearly_the_same(language_model, fusion):
-    model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
-    inputs = tiny.batch(model, (2, 2))
-    with torch.no_grad():
-        plain = model(**inputs).logits[..., :IMAGE]
-        other = model(**inputs | {"vision_x": -inputs["vision_x"]}).logits[..., :IMAGE]
-    hooks = len(model.lang_model.get_output_embeddings()._forward_hooks)
-    vlm_cli.accelerate(model, quantize="int8")
-    head = model.lang_model.get_output_embeddings()
-    assert isinstance(head, Int8Linear) and len(head._forward_hooks) == hooks
-    assert not any(isinstance(x, nn.Linear) for part in (model.fusion, model.lang_model) for x in part.modules())
-    with torch.no_grad():
-        found = model(**inputs).logits
-    assert found.shape[-1] == tiny.VOCABULARY + len(model.config.added_tokens)
-    error, signal = ((x - plain).pow(2).mean().sqrt() for x in (found[..., :IMAGE], other))
-    assert 0 < error < 0.35 * plain.std() and error < 2 * signal
-    assert model.generate(**inputs, **NEW).shape[1] == inputs["lang_x"].shape[1] + 6
-
-
-def test_int8_keeps_the_input_table_and_frees_the_rest():
-    model = tiny.build()
-    before = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    vlm_cli.accelerate(model, quantize="int8")
-    left = {name for name, _ in model.named_parameters()}
-    gone = [name for name in before if name not in left]
-    assert "lang_model.model.embed_tokens.weight" in left
-    assert sum(name.startswith("fusion.blocks") for name in gone) >= 8 and any("mlp" in name for name in gone)
-
-
-def test_int8_refusals(monkeypatch):
-    model = tiny.build()
-    with monkeypatch.context() as patched:
-        patched.setattr(acceleration, "Conv1D", int)
-        # A head alone is not worth it: everything else is of a kind that is not known.
-        for module in model.lang_model.modules():
-            if type(module) is nn.Linear and module is not model.lang_model.get_output_embeddings():
-                module.__class__ = type("Other", (nn.Linear,), {"forward": lambda self, x: x.relu()})
-        with pytest.raises(LanguageModelLimit, match="no linear layers"):
-            acceleration.quantize_int8(model)
-    with pytest.raises(VLMError, match="int8 weights work on the CPU only"):
-        acceleration.quantize_int8(copy.deepcopy(model).to("meta"))
 
 
 # -- compilation ----------------------------------------------------------------------------------------------------

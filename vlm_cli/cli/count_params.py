@@ -50,6 +50,9 @@ def count_params(
             autocompletion=complete_dtypes,
         ),
     ] = "auto",
+    memory: Annotated[
+        bool, option(OUTPUT, "Print what the weights take as they are and with each --quantize.", "--memory")
+    ] = False,
     exact: ExactOption = False,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, option(OUTPUT, "Print comma-separated values.", "--csv")] = False,
@@ -61,16 +64,21 @@ def count_params(
     """
     if as_json + as_csv + as_markdown > 1:
         raise UsageError("--json, --csv and --markdown exclude each other. Choose one.")
+    if memory and (as_csv or as_markdown or depth > 1):
+        raise UsageError("--memory prints a table of the parts. Leave out --csv, --markdown and --depth.")
     chosen = resolve(model, compose.request)
     from vlm_cli.checkpoint.delta import count_delta_bytes
     from vlm_cli.quiet import silence_libraries
-    from vlm_cli.report.parameters import count_parameters
+    from vlm_cli.report.parameters import count_memory, count_parameters
 
     wanted = resolve_dtype(dtype)
     silence_libraries()
     vlm, stored, _ = load_meta_model(chosen, trust_remote_code=compose.trust_remote_code, revision=compose.revision)
     dtype_of_weights = stored if isinstance(wanted, str) else wanted
     notify_of_random_tower(chosen)
+    if memory:
+        _print_memory(count_memory(vlm, dtype_of_weights), as_json)
+        return
     report = count_parameters(vlm, depth=depth, dtype=dtype_of_weights)
     size = count_delta_bytes(vlm, dtype_of_weights)
     if as_json:
@@ -82,6 +90,15 @@ def count_params(
     else:
         console.print_parameters(report, exact)
         console.print_line(f"A delta directory (build --delta) holds {human_bytes(size)} of tensors once trained.")
+
+
+def _print_memory(memory: dict[str, dict[str, int]], as_json: bool) -> None:
+    if as_json:
+        console.print_json({"bytes": memory})
+        return
+    rows = [[part, *(human_bytes(sizes[part]) for sizes in memory.values())] for part in next(iter(memory.values()))]
+    rows.append(["total", *(human_bytes(sum(sizes.values())) for sizes in memory.values())])
+    console.print_table(["part", *memory], rows, total=True)
 
 
 def _print_csv(report: ParameterReport) -> None:

@@ -44,7 +44,8 @@ QuantizeOption = Annotated[
     str | None,
     option(
         RUN,
-        "Store weights in fewer bits, which makes answers faster and a little different: int8, on the CPU.",
+        "Keep the weights that each token reads in fewer bits: int8, int4 (NF4) or fp8. Answers change a little. "
+        "int8 on a CPU needs nothing; the others need vlm-cli[quantize].",
         "--quantize",
         metavar="NAME",
         autocompletion=complete_quantizations,

@@ -1,4 +1,4 @@
-"""Faster decoding of a loaded model: int8 weights, a compiled step, attention for one position.
+"""Faster decoding of a loaded model: weights of few bits, a compiled step, attention for one position.
 
 Nothing here runs unless the user asks for it; training, saving and a model's default results stay the same.
 B batch, h heads, g key-value heads, S attended positions, k head width.
@@ -11,25 +11,20 @@ from itertools import count
 from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 from transformers import CompileConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
 from vlm_cli.errors import LanguageModelLimit, VLMError, first_line
-from vlm_cli.modeling.quantizations import QUANTIZATIONS
+from vlm_cli.modeling.quantizing import quantize_model
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = [
-    "QUANTIZATIONS",
-    "Int8Linear",
     "accelerate",
     "compile_decoding",
     "compile_for",
-    "quantize_int8",
     "use_one_position_attention",
 ]
 
@@ -49,7 +44,7 @@ def accelerate(model: VLM, *, quantize: str | None = None, compile: bool = False
     """
     model.merge_adapters()  # each would cost two products more for each layer and token
     if quantize is not None:
-        _QUANTIZERS[quantize](model)
+        quantize_model(model, quantize)
     if compile or model.dtype != torch.float32:
         use_one_position_attention(model)
     if compile:
@@ -91,96 +86,6 @@ def use_one_position_attention(model: VLM) -> None:
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, one_position_attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         lm.set_attn_implementation(_ATTENTION)
-
-
-class Int8Linear(nn.Module):
-    """`nn.Linear` with int8 weights and a scale for each row of them, as in torchao's `Int8WeightOnlyConfig`.
-
-    Inputs are rounded to bfloat16. torchao copies the weights into the input's dtype at every call; for a few rows,
-    torch has a kernel that needs no copy.
-
-    Args:
-        weight: float[out, in].
-        bias: float[out], or None.
-    """
-
-    int8: Tensor  # int8[out, in]
-    scale: Tensor  # bfloat16[out]
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.dtype = weight.dtype
-        weight = weight.detach().float().contiguous()
-        # With more than 8 rows, converting the weights and multiplying matrices is faster. The kernel reads 16 columns
-        # at a time; with another number of columns it would read past the end.
-        self.most_rows = 8 if weight.shape[1] % 16 == 0 else 0
-        # Round the scale before dividing by it, so that its rounding adds no error.
-        scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
-        self.register_buffer("int8", (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights as float[out, in], for models that read them."""
-        return self._dequantized(self.dtype)
-
-    def _dequantized(self, dtype: torch.dtype) -> Tensor:
-        return self.int8.to(dtype) * self.scale[:, None].to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float[*, in] -> float[*, out]."""
-        rows = x.flatten(0, -2).to(torch.bfloat16)
-        if len(rows) <= self.most_rows:
-            out = torch._weight_int8pack_mm(rows, self.int8, self.scale)
-        else:
-            out = nnf.linear(rows, self.int8.to(torch.bfloat16)) * self.scale
-        out = out.to(x.dtype).unflatten(0, x.shape[:-1])
-        return out if self.bias is None else out + self.bias
-
-
-def quantize_int8(model: VLM) -> None:
-    """Keep the linear layers of the language model and of the fusion in one byte per weight; each token reads them all.
-
-    Raises:
-        VLMError: if the model is not on the CPU.
-        LanguageModelLimit: if the language model has no linear layer besides its head.
-    """
-    if model.device.type != "cpu":
-        raise VLMError(
-            f"int8 weights work on the CPU only, and the model is on {model.device.type}. There, load it with "
-            "Transformers' own quantization_config."
-        )
-    for part in (model.lang_model, model.fusion):
-        for name, module in list(part.named_modules()):
-            if not _is_linear(module):
-                continue
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            quantized = Int8Linear(weight, module.bias)
-            for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"):
-                setattr(quantized, kind, getattr(module, kind))  # the hook of VLM at the head
-            part.set_submodule(name, quantized)
-    head = model.lang_model.get_output_embeddings()
-    if not any(isinstance(x, Int8Linear) for x in model.lang_model.modules() if x is not head):
-        raise LanguageModelLimit(
-            f"a language model of type {model.lang_model.config.model_type} has no linear layers to keep in int8. "
-            "Leave out --quantize."
-        )
-
-
-@torch.no_grad()
-def _is_linear(module: nn.Module) -> bool:
-    """Say whether a layer only multiplies by a matrix. A subclass of `nn.Linear` may do more; falcon's does not."""
-    kind = type(module)
-    if kind in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
-        return kind in (nn.Linear, Conv1D)
-    x = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
-    try:
-        found = kind.forward(module, x)
-    except (TypeError, RuntimeError):  # its forward takes other arguments
-        return False
-    plain = nnf.linear(x, module.weight, module.bias)
-    return isinstance(found, Tensor) and found.shape == plain.shape and torch.allclose(found, plain, atol=1e-5)
 
 
 def compile_decoding(model: VLM) -> None:
@@ -237,6 +142,3 @@ def compile_for(model: VLM, **arguments: Any) -> float:
     least = min(4, arguments.get("max_new_tokens", 4))
     model.generate(**arguments | {"min_new_tokens": least}, stopping_criteria=[are_enough])
     return time.monotonic() - started
-
-
-_QUANTIZERS = dict(zip(QUANTIZATIONS, (quantize_int8,), strict=True))

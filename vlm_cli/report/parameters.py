@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from vlm_cli.modeling.adapters import adapter_parameters
+from vlm_cli.modeling.quantizations import QUANTIZATIONS
+from vlm_cli.modeling.quantizing import quantized_bytes
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["ParameterReport", "ParameterRow", "count_parameters"]
+__all__ = ["ParameterReport", "ParameterRow", "count_memory", "count_parameters"]
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,17 @@ def count_parameters(model: VLM, *, depth: int = 1, dtype: torch.dtype | None = 
         visit(name, module, 1)
     dtypes = {str(dtype or p.dtype).removeprefix("torch.") for p in model.parameters()}
     return ParameterReport(rows, row("total", 1, list(model.parameters())), "+".join(sorted(dtypes)))
+
+
+def count_memory(model: VLM, dtype: torch.dtype | None = None) -> dict[str, dict[str, int]]:
+    """Count the bytes of each part's weights: as they are, and in each of `QUANTIZATIONS`.
+
+    Args:
+        model: not quantized; on the meta device nothing is allocated.
+        dtype: of weights that are not quantized; None takes the model's.
+    """
+    dtype = dtype or model.dtype
+    plain = {row.name: row.bytes for row in count_parameters(model, dtype=dtype).rows}
+    return {str(dtype).removeprefix("torch."): plain} | {
+        name: quantized_bytes(model, name, dtype) for name in QUANTIZATIONS
+    }
