@@ -29,7 +29,7 @@ from vlm_cli.prompt import Medium, Text, TokenBreak
 from vlm_cli.templates.pictures import takes_text
 from vlm_cli.templates.render import render_template
 
-__all__ = ["AnswerEnd", "ChatFormat", "Conversation", "Encoder", "Markers", "Message", "squash"]
+__all__ = ["AnswerEnd", "ChatFormat", "Conversation", "Encoder", "Markers", "Message", "gap", "squash"]
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that Unicode leaves to programs
 
@@ -129,9 +129,10 @@ class ChatFormat:
             LanguageModelError: if the template cannot write these messages, or leaves an image or the system text out.
         """
         if self.template is None:
-            # An answer stands right behind its turn, and the next turn on a new line.
-            breaks = [k > 0 and message.role == "user" for k, message in enumerate(messages)]
-            return "".join("\n" * b + self.insert_markers(m, markers) for b, m in zip(breaks, messages, strict=True))
+            rendered = ""
+            for message in messages:
+                rendered = self.append(rendered, message, markers)
+            return rendered
         texts = [self.insert_markers(message, markers) for message in messages]
         pairs = [(m.role, text) for m, text in zip(messages, texts, strict=True)]
         found = self._apply_system(pairs, opens_answer) if pairs[0][0] == "system" else self._apply(pairs, opens_answer)
@@ -142,6 +143,12 @@ class ChatFormat:
                 "conversation, or change the chat_template of the model's directory."
             )
         return found
+
+    def append(self, rendered: str, message: Message, markers: Markers) -> str:
+        """Write a message behind others; a template has written what stands between them."""
+        text = self.insert_markers(message, markers)
+        apart = "" if self.template is not None or not rendered else gap(rendered, text, message.role)
+        return f"{rendered}{apart}{text}"
 
     def insert_markers(self, message: Message, markers: Markers) -> str:
         """Write a message as text, with a marker for each image and in each spelling of a special token."""
@@ -239,6 +246,22 @@ class ChatFormat:
         return heading.rstrip(" ") if found and heading.strip() else ""
 
 
+def gap(before: str, text: str, role: str) -> str:
+    """Return what stands before a message that no template writes: an answer follows its turn after whitespace.
+
+    >>> gap("What is it?", "A cat.", "assistant"), gap("A cat.", "Sure?", "user")
+    (' ', '\\n')
+
+    Args:
+        before: what was said before it.
+        text: of the message.
+        role: who says it.
+    """
+    if role != "assistant":
+        return "\n"
+    return "" if before[-1:].isspace() or text[:1].isspace() else " "
+
+
 def squash(text: str) -> str:
     """Return a text without its whitespace, which templates change as they like."""
     return "".join(text.split())
@@ -308,9 +331,9 @@ class Conversation:
     def recall(self, text: str) -> Conversation:
         """Add an answer of which only the text is known, to a turn that was asked with markers absent from it."""
         message = Message("assistant", (Text(text),))
-        shown = self.format.insert_markers(message, self.markers)
-        ids = self.format.encode(shown, self.markers, is_start=False)
-        return replace(self, messages=(*self.messages, message), ids=(*self.ids, *ids), rendered=self.rendered + shown)
+        rendered = self.format.append(self.rendered, message, self.markers)
+        ids = self.format.encode(rendered[len(self.rendered) :], self.markers, is_start=False)
+        return replace(self, messages=(*self.messages, message), ids=(*self.ids, *ids), rendered=rendered)
 
     def answer(self, ids: Sequence[int], text: str, decode: Callable[[list[int]], str]) -> Conversation:
         """Add an answer of the model.
@@ -323,10 +346,10 @@ class Conversation:
         kept = len(ids)
         while not text.startswith(decode(list(ids[:kept]))):
             kept -= 1
-        shown = self.format.insert_markers(Message("assistant", (Text(decode(list(ids[:kept]))),)), self.markers)
+        written = Message("assistant", (Text(decode(list(ids[:kept]))),))
         return replace(
             self,
             messages=(*self.messages, Message("assistant", (Text(text),))),
             ids=(*self.ids, *ids[:kept]),
-            rendered=self.rendered + shown,
+            rendered=self.format.append(self.rendered, written, self.markers),
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
-from vlm_cli.composition import END_OF_CHUNK
+from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.records import Record, Segment
 from vlm_cli.errors import LanguageModelError
@@ -16,6 +17,7 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Slot, Text
+from vlm_cli.templates.conversation import gap
 from vlm_cli.writing.turns import Exchange, TurnsWriter
 from vlm_cli.writing.writer import PromptWriter, plain_system
 
@@ -57,12 +59,13 @@ class EncodedRecord(NamedTuple):
 
 def _spaced(record: Record) -> Record:
     """Put whitespace between the turns of a record that no template writes, as a chat without a template has it."""
-    segments = []
-    for number, segment in enumerate(record.segments):
-        start = Text(" " if segment.is_target else "\n")
+    segments = list(record.segments[:1])
+    for before, segment in pairwise(record.segments):
+        ends = "".join(part.text if isinstance(part, Text) else MEDIA_TOKEN for part in before.parts)
         first = segment.parts[0] if segment.parts else None
-        is_apart = number == 0 or (isinstance(first, Text) and first.text[:1].isspace())
-        segments.append(segment if is_apart else replace(segment, parts=(start, *segment.parts)))
+        start = first.text if isinstance(first, Text) else ""
+        apart = gap(ends, start, "assistant" if segment.is_target else "user")
+        segments.append(replace(segment, parts=(Text(apart), *segment.parts)) if apart else segment)
     return replace(record, segments=tuple(segments))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vlm_cli.data.record import Segment
@@ -58,7 +59,11 @@ class PromptWriter:
     @property
     def turn_format(self) -> ChatFormat:
         """How the turns of a chat are written: with the template, or plainly if no prompt is written with it."""
-        return self.format or ChatFormat(self.processor, plain=True, parse_special_tokens=self.parse_special_tokens)
+        return self.format or self._plain_format
+
+    @cached_property
+    def _plain_format(self) -> ChatFormat:
+        return ChatFormat(self.processor, plain=True, parse_special_tokens=self.parse_special_tokens)
 
     def uses_template(self, *, is_turns: bool = False) -> bool:
         """Tell whether a prompt is written with the template.
@@ -84,24 +89,14 @@ class PromptWriter:
             system: what its row tells the model beforehand, in the place of what every prompt gets.
             earlier: the turns before, the user's first and an answer last.
         """
-        if self.format is None or not self.uses_template(is_turns=is_turns or system is not None):
-            return self._encode_plain(parts, system, earlier)
         said = self.system if system is None else system
-        told = [] if said is None else [Message("system", (Text(said),))]
-        before = [_make_message(segment, "") for segment in earlier]
-        return self.format.encode_messages([*told, *before, Message("user", tuple(parts))])
-
-    def _encode_plain(
-        self, parts: Sequence[Text | Medium], system: str | None, earlier: Sequence[Segment]
-    ) -> list[int]:
-        if not earlier:
-            return self.processor.encode(
-                [*plain_system(system), *parts], parse_special_tokens=self.parse_special_tokens
-            )
-        plain = ChatFormat(self.processor, plain=True, parse_special_tokens=self.parse_special_tokens)
-        first = Message("user", (*plain_system(system), *earlier[0].parts))
-        before = [first, *(_make_message(segment, " ") for segment in earlier[1:])]
-        return plain.encode_messages([*before, Message("user", tuple(parts))])
+        before = [_make_message(segment) for segment in earlier]
+        if self.uses_template(is_turns=is_turns or system is not None):
+            told, format = said, self.turn_format
+        else:
+            told, format = system, self._plain_format
+        first = [] if told is None else [Message("system", (Text(told),))]
+        return format.encode_messages([*first, *before, Message("user", tuple(parts))])
 
     @property
     def note(self) -> str | None:
@@ -113,11 +108,11 @@ class PromptWriter:
         return "Note: the tokenizer has a chat template, which `vlm chat` uses. --chat-template all uses it here, too."
 
 
-def _make_message(turn: Segment, start: str) -> Message:
-    """Return what the user says as it is, and an answer with this whitespace before it and none behind it."""
+def _make_message(turn: Segment) -> Message:
+    """Return what the user says as it is, and an answer without whitespace at its ends."""
     if not turn.is_target:
         return Message("user", turn.parts)
-    return Message("assistant", (Text(start + "".join(x.text for x in turn.parts if isinstance(x, Text)).strip()),))
+    return Message("assistant", (Text("".join(x.text for x in turn.parts if isinstance(x, Text)).strip()),))
 
 
 def plain_system(system: str | None) -> list[Text | Medium]:
