@@ -151,11 +151,16 @@ def asker(vlm: Callable[..., Any], typed: Callable[..., Any], model: Path, tmp_p
 def messages(request: pytest.FixtureRequest, photo: Path, model: Path) -> list[dict[str, Any]]:
     shown = {"type": "image", "path": str(photo)}
     asked = say("user", "The ", shown, " sits </s> on?")
-    if request.param == "system":
-        if not (model / "chat_template.jinja").exists():
-            pytest.skip("a chat without a template takes no system text")
-        return [say("system", "The dog."), asked]
-    return [asked] if request.param == "one turn" else [asked, say("assistant", "the mat"), say("user", "A cat?")]
+    has_template = (model / "chat_template.jinja").exists()
+    if request.param == "system" and not has_template:
+        pytest.skip("a chat without a template takes no system text")
+    answer = "the mat" if has_template else " the mat"  # as the model would write it
+    turns = {
+        "one turn": [asked],
+        "two turns": [asked, say("assistant", answer), say("user", "A cat?")],
+        "system": [say("system", "The dog."), asked],
+    }
+    return turns[request.param]
 
 
 @pytest.mark.sample(3)

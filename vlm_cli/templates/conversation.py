@@ -329,10 +329,13 @@ class Conversation:
                 yield (*self.messages[:-1], Message("assistant", (Text(text.strip()),)))
 
     def recall(self, text: str) -> Conversation:
-        """Add an answer of which only the text is known, to a turn that was asked with markers absent from it."""
+        """Add an answer of which only the text is known, as the model wrote it, to a turn that was asked with markers
+        absent from it.
+        """
         message = Message("assistant", (Text(text),))
+        shown = self.format.insert_markers(message, self.markers)
+        ids = self.format.encode(shown, self.markers, is_start=False)
         rendered = self.format.append(self.rendered, message, self.markers)
-        ids = self.format.encode(rendered[len(self.rendered) :], self.markers, is_start=False)
         return replace(self, messages=(*self.messages, message), ids=(*self.ids, *ids), rendered=rendered)
 
     def answer(self, ids: Sequence[int], text: str, decode: Callable[[list[int]], str]) -> Conversation:
