@@ -150,7 +150,8 @@ def load(
     Args:
         name: "demo", a directory that `vlm build` or `vlm train` wrote, or a hub id of such a directory.
         dtype: of the weights, such as torch.bfloat16; "auto" keeps the dtype of the files.
-        device: where the model goes, such as "cuda"; a `device_map` among the keywords replaces it.
+        device: where the model goes, such as "cuda"; a `device_map` among the keywords replaces it. "auto" spreads the
+            decoder layers over GPUs, memory and disk, as `max_memory` or else the free memory allows.
         trust_remote_code: whether the language model's own code from the directory may run.
         revision: branch, tag or commit of a hub id.
         backbones: for a delta directory, part -> where its pretrained weights are now, if they moved.

@@ -258,7 +258,8 @@ def load(
     Args:
         name: directory that `vlm build` wrote, or the hub id of such a directory.
         dtype: of the weights; "auto" keeps the dtype of the files.
-        device: where the model goes; a `device_map` among the keywords replaces it.
+        device: where the model goes; a `device_map` among the keywords replaces it. "auto" spreads the decoder layers
+            over GPUs, memory and disk, as `max_memory` or else the free memory allows.
         trust_remote_code: whether the language model's own code from the directory may run.
         backbones: for a delta directory, part -> where its pretrained weights are now, if they moved.
         allow_hosts: for a delta directory, hosts that its backbones may come from beside the hub.
@@ -302,6 +303,10 @@ def _load(
             f"{name!r} holds all of its tensors, so that `backbones`, which is for delta directories, has no effect. "
             "Leave it out."
         )
+    if keywords.get("device_map") == "auto":
+        from vlm_cli.checkpoint.placement import places_for
+
+        keywords = {**keywords, "device_map": places_for(config, dtype, keywords.get("max_memory"))}
     model = load_full(name, config, dtype, trust_remote_code, keywords)
     if "device_map" not in keywords:
         return model.to(device), processor

@@ -18,8 +18,8 @@ from vlm_cli.cli.loading import ModelOption, ModelRequest, QuantizeOption, keep_
 from vlm_cli.cli.options import (
     MAX_ROWS,
     MAX_WORKERS,
-    DeviceOptions,
     JsonOption,
+    PlacementOptions,
     QuietOption,
     SourceOptions,
     StatsOption,
@@ -183,7 +183,7 @@ def batch(
     batching: BatchOptions = BatchOptions(),
     reading: ReadingOptions = ReadingOptions(),
     model: ModelOption = DEMO.name,
-    devices: DeviceOptions = DeviceOptions(),
+    devices: PlacementOptions = PlacementOptions(),
     quantize: QuantizeOption = None,
     source: SourceOptions = SourceOptions(),
     sampling: SamplingOptions = SamplingOptions(),

@@ -16,7 +16,7 @@ from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.history import History
 from vlm_cli.cli.line_editor import LineEditor
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
-from vlm_cli.cli.options import DeviceOptions, PrintOptions, SourceOptions, flatten_options
+from vlm_cli.cli.options import PlacementOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import ReadingOptions, TurnOptions
 from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.cli.terminal import is_terminal
@@ -42,7 +42,7 @@ def chat(
     ] = DEMO.name,
     turn: TurnOptions = TurnOptions(),
     reading: ReadingOptions = ReadingOptions(),
-    devices: DeviceOptions = DeviceOptions(),
+    devices: PlacementOptions = PlacementOptions(),
     quantize: QuantizeOption = None,
     source: SourceOptions = SourceOptions(),
     sampling: SamplingOptions = SamplingOptions(),

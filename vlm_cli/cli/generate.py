@@ -14,7 +14,7 @@ from vlm_cli.cli.chat import talk
 from vlm_cli.cli.chat_session import ChatRequest
 from vlm_cli.cli.command import option
 from vlm_cli.cli.loading import LoadedModel, ModelOption, ModelRequest, QuantizeOption
-from vlm_cli.cli.options import HIDDEN, RUN, DeviceOptions, PrintOptions, SourceOptions, flatten_options
+from vlm_cli.cli.options import HIDDEN, RUN, PlacementOptions, PrintOptions, SourceOptions, flatten_options
 from vlm_cli.cli.prompts import (
     PromptOptions,
     ReadingOptions,
@@ -96,7 +96,7 @@ def generate(
     prompts: PromptOptions = PromptOptions(),
     reading: ReadingOptions = ReadingOptions(),
     model: ModelOption = DEMO.name,
-    devices: DeviceOptions = DeviceOptions(),
+    devices: PlacementOptions = PlacementOptions(),
     quantize: QuantizeOption = None,
     compile: Annotated[
         bool,

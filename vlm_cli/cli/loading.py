@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from vlm_cli.cli import console
 from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_models, complete_quantizations
-from vlm_cli.cli.options import RUN, DeviceOptions, SourceOptions
+from vlm_cli.cli.options import RUN, PlacementOptions, SourceOptions
 from vlm_cli.composition import Composition
 from vlm_cli.errors import UsageError
 from vlm_cli.manifest import MANIFEST_FILE
@@ -108,7 +108,7 @@ class ModelRequest:
 
     name: str
     directory: str
-    devices: DeviceOptions
+    devices: PlacementOptions
     source: SourceOptions
     quantize: str | None = None
     compile: bool = False
@@ -118,7 +118,7 @@ class ModelRequest:
     def of(
         cls,
         name: str,
-        devices: DeviceOptions,
+        devices: PlacementOptions,
         source: SourceOptions,
         *,
         quantize: str | None = None,
@@ -132,6 +132,9 @@ class ModelRequest:
         """
         if quantize not in (None, *QUANTIZATIONS):
             raise UsageError(f"unknown --quantize {quantize!r}. Known: {', '.join(QUANTIZATIONS)}.")
+        if devices.spread and (quantize or compile):
+            flag = "--quantize" if quantize else "--compile"
+            raise UsageError(f"{flag} needs the whole model on one device. Leave out {flag} or --device-map.")
         return cls(name, resolve_built_model(name, source.revision), devices, source, quantize, compile, max_tiles)
 
     def load(self) -> LoadedModel:
@@ -144,6 +147,7 @@ class ModelRequest:
 
         silence_libraries()
         from vlm_cli.checkpoint.directory import load
+        from vlm_cli.checkpoint.placement import describe_places
         from vlm_cli.modeling.acceleration import accelerate
         from vlm_cli.modeling.generation_settings import inherit_settings
 
@@ -156,14 +160,16 @@ class ModelRequest:
             trust_remote_code=self.source.trust_remote_code,
             **self.source.places,
             **self.source.hub,
+            **self.devices.spread,
         )
         self.limit_tiles(processor)
         # Directories that an earlier vlm wrote may hold settings under which greedy answers are not greedy, or fail.
         model.generation_config, left_out = inherit_settings(model.generation_config)
         accelerate(model, quantize=self.quantize, compile=self.compile)
         loaded = LoadedModel(model, processor, device, time.monotonic() - started)
+        places = describe_places(model) if self.devices.spread else None
         how = ", ".join([loaded.dtype, *([self.quantize] if self.quantize else [])])
-        console.note(f"Model {self.name} on {device}, {how}")
+        console.note(f"Model {self.name} on {places or device}, {how}")
         if left_out:
             console.note(f"Note: generation_config.json sets {', '.join(left_out)}, which vlm does not use.")
         return loaded

@@ -47,6 +47,7 @@ __all__ = [
     "MediaRootOption",
     "ModelArgument",
     "OverwriteOption",
+    "PlacementOptions",
     "PrintOptions",
     "QuietOption",
     "SourceOptions",
@@ -399,6 +400,57 @@ class DeviceOptions:
                 f"device {device!r} cannot be used here: {first_line(error)}. Give another, or --device auto."
             ) from None
         return device, resolve_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class PlacementOptions(DeviceOptions):
+    """Where a model runs that answers: on one device, or spread over several."""
+
+    device_map: Annotated[
+        str | None,
+        option(
+            RUN,
+            "auto spreads the language model's layers over all GPUs, then the memory, then the files on disk.",
+            metavar="auto",
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        option(
+            RUN,
+            "What weights may take of each device with --device-map, such as 0=20GB,cpu=8GB; the default is most of "
+            "what is free.",
+            metavar="DEVICE=SIZE,…",
+        ),
+    ] = None
+
+    @property
+    def spread(self) -> dict[str, Any]:
+        """The keywords of `load` that spread the model; none if it goes to one device.
+
+        Raises:
+            UsageError: for another value, or an option that has no effect.
+        """
+        if self.device_map is None:
+            if self.max_memory is not None:
+                raise UsageError("--max-memory has no effect without --device-map auto.")
+            return {}
+        if self.device_map != "auto":
+            raise UsageError(f"--device-map knows auto, got {show(self.device_map)}. For one device: --device NAME.")
+        if self.device != "auto":
+            raise UsageError("--device and --device-map exclude each other. Give one of them.")
+        if self.max_memory is None:
+            return {"device_map": "auto"}
+        sizes: dict[int | str, str] = {}
+        for part in self.max_memory.split(","):
+            found = re.fullmatch(r"\s*(cpu|\d{1,3})\s*=\s*(\d{1,6}\s*[kKMGT]i?B)\s*", part)
+            if found is None:
+                raise UsageError(
+                    f"--max-memory expects DEVICE=SIZE with cpu or the number of a GPU, such as 0=20GB,cpu=8GB, got "
+                    f"{show(part)}."
+                )
+            sizes[found[1] if found[1] == "cpu" else int(found[1])] = found[2].replace(" ", "")
+        return {"device_map": "auto", "max_memory": sizes}
 
 
 def resolve_dtype(name: str) -> torch.dtype | str:

@@ -13,9 +13,9 @@ from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import ModelRequest, QuantizeOption, keep_collecting
 from vlm_cli.cli.options import (
-    DeviceOptions,
     MaxPixelsOption,
     MaxTilesOption,
+    PlacementOptions,
     QuietOption,
     SourceOptions,
     flatten_options,
@@ -112,7 +112,7 @@ def serve(
     max_pixels: MaxPixelsOption = None,
     max_tiles: MaxTilesOption = None,
     chat_template: ChatTemplateOption = "auto",
-    devices: DeviceOptions = DeviceOptions(),
+    devices: PlacementOptions = PlacementOptions(),
     quantize: QuantizeOption = None,
     source: SourceOptions = SourceOptions(),
     quiet: QuietOption = False,
