@@ -27,10 +27,11 @@ class Case:
 
     Attributes:
         name: as the table has it.
-        model: the composition, in `tests.support.training`.
+        model: the composition, in `tests.support.training`; empty for what the case before it wrote.
         settings: of `TrainingSettings`.
         text: every other record is text alone.
         batches: number of batches of each process in a step.
+        is_cached: the features of pictures are kept on the disk.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     settings: dict[str, Any]
     text: bool = False
     batches: int = 1
+    is_cached: bool = False
 
 
 FULL = ("vision_tokenizer", "added_tokens", "language_model")
@@ -51,6 +53,10 @@ CASES = (
     Case("gated blocks, half of the records text alone", "CROSS_ATTENTION", {}, text=True),
     Case("the vision encoder, too", "LANGUAGE_STREAM", {"trainable": ("vision_encoder", *FULL)}),
     Case("LoRA beside the projection", "LANGUAGE_STREAM", {"trainable": FULL[:1], "lora": ("language_model",)}),
+    Case("… and another run of both", "", {"trainable": FULL[:1]}),
+    Case("records packed into rows of 80 positions", "LANGUAGE_STREAM", {"pack": 80}),
+    Case("gated blocks, records packed", "CROSS_ATTENTION", {"pack": 80}),
+    Case("features of pictures kept on the disk", "LANGUAGE_STREAM", {}, is_cached=True),
 )
 
 
@@ -73,7 +79,7 @@ def prepare(folder: Path) -> None:
         "vision_encoder": str(folder / "tower.json"),
         "language_model": str(tiny_language_model.make(folder / "lm")),
     }
-    for name in sorted({case.model for case in CASES}):
+    for name in sorted({case.model for case in CASES} - {""}):
         blueprint = vlm_cli.plan(Composition.compose(None, parts, getattr(training, name)))
         (folder / name).mkdir()
         save(vlm_cli.create(blueprint), blueprint.processor, folder / name)
@@ -91,7 +97,9 @@ def run(folder: Path, launcher: str) -> None:
         size = 6 // processes.count // (case.batches if processes.count > 1 else 1)
         settings |= {"batch_size": size, "global_batch_size": 6}
         data = folder / ("text.jsonl" if case.text else "train.jsonl")
-        job = Job(model=str(folder / case.model), data=data, output=folder / f"{launcher}-{number}")
+        model = folder / (case.model or f"{launcher}-{number - 1}")
+        features = folder / "features" if case.is_cached else None
+        job = Job(model=str(model), data=data, output=folder / f"{launcher}-{number}", cache_features=features)
         train_model(job, TrainingSettings(**settings), processes=processes)
     processes.end()
 
@@ -123,6 +131,15 @@ def losses(folder: Path, launcher: str, number: int) -> list[float]:
     """Read the losses of a case."""
     lines = (folder / f"{launcher}-{number}" / "metrics.jsonl").read_text().splitlines()
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def weights(folder: Path, launcher: str, number: int) -> dict[str, Any]:
+    """Read the tensors that a case wrote, by file and name."""
+    from safetensors.torch import load_file
+
+    out = folder / f"{launcher}-{number}"
+    files = sorted(out.rglob("*.safetensors"))
+    return {f"{file.relative_to(out)} {name}": x for file in files for name, x in load_file(file).items()}
 
 
 def compare(folder: Path) -> dict[str, dict[str, float]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.shards import write_tar
 from vlm_cli.data.sources import Row, Source, open_source
 from vlm_cli.data.stream import ReadAhead, RowStream
 from vlm_cli.errors import DataError
@@ -26,7 +27,7 @@ class Counted(Source):
         self.shards = [f"{name}{i}" for i in range(len(sizes))]
         self.num_read = 0
 
-    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+    def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
         for i in range(self.sizes[shard]):
             number = i + i // 2 + 1
             if number > start:
@@ -129,6 +130,52 @@ def test_to_continue_reads_few_rows() -> None:
     assert source.num_read < 3_000
 
 
+def write_lines(path: Path, count: int) -> None:
+    lines = [f'{{"id": "ü{i}", "text": "{"x" * (i % 7)}"}}' for i in range(count)]
+    path.write_text("".join(f"{line}\n{chr(10) if i % 3 else ''}" for i, line in enumerate(lines)), encoding="utf-8")
+
+
+def write_array(path: Path, count: int) -> None:
+    path.write_text(
+        "\ufeff" + json.dumps([{"id": f"ü{i}", "text": "ü" * 20} for i in range(count)], ensure_ascii=False), "utf-8"
+    )
+
+
+def write_samples(path: Path, count: int) -> None:
+    long = "a" * 120  # a name for which tar writes two headers
+    write_tar(path, [(f"{long}{i}.json", json.dumps({"id": f"ü{i}"}).encode()) for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.jsonl", write_lines), ("a.json", write_array), ("a.tar", write_samples)]
+)
+def test_to_continue_reads_no_byte_before_the_rows_that_are_needed(
+    tmp_path: Path, name: str, write: Callable[[Path, int], None]
+) -> None:
+    path, count = tmp_path / name, 1_500
+    write(path, count)
+
+    def open_again(state: dict[str, Any] | None = None) -> ReadAhead:
+        return ReadAhead([open_source(str(path))], None, buffer=20, seed=0, state=state)
+
+    stream = open_again()
+    undisturbed = take(stream, 1_200)
+    state = json.loads(json.dumps(stream.state(1_000)))
+    begins = [place[4] for place in state["stream"]["buffer"]] + [state["stream"]["readers"][0][3]]
+    spoilt = b"\xff" * (min(begins) - 8_192)  # the first bytes tell what the file is
+    assert len(spoilt) > path.stat().st_size // 4
+    with path.open("r+b") as file:
+        file.seek(8_192)
+        file.write(spoilt)
+    assert take(open_again(state), 200) == undisturbed[1_000:]
+    for place in state["stream"]["buffer"]:
+        del place[4]  # as of an earlier version, which finds rows by their numbers
+    with pytest.raises((DataError, KeyError)):
+        take(open_again(state), 200)
+    write(path, count)
+    assert take(open_again(state), 200) == undisturbed[1_000:]
+
+
 def test_no_more_rows_are_in_memory_than_the_buffer_holds() -> None:
     alive = 0
     most = 0
@@ -145,7 +192,7 @@ def test_no_more_rows_are_in_memory_than_the_buffer_holds() -> None:
             alive -= 1
 
     class WatchedSource(Counted):
-        def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+        def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
             for row in super().rows(shard, start):
                 yield Row(row.shard, row.number, Watched(row.data))
 

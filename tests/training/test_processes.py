@@ -66,6 +66,10 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     found = processes.compare(tmp_path)
     assert list(found) == [case.name for case in processes.CASES]
     assert all(x < 1e-5 for values in found.values() for x in values.values()), found
+    for number in range(len(processes.CASES)):
+        wanted = processes.weights(tmp_path, "one", number)
+        for launcher in processes.LAUNCHERS:
+            torch.testing.assert_close(processes.weights(tmp_path, launcher, number), wanted, atol=1e-5, rtol=1e-4)
     # The same comparison sees another order of the records, or a loss that each process normalises by itself.
     one, other = processes.losses(tmp_path, "one", 0), processes.losses(tmp_path, "DDP", 1)
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1e-3

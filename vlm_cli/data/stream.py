@@ -10,7 +10,7 @@ small, and a stream that continues reads these rows again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,12 +33,14 @@ class Place(NamedTuple):
         epoch: number of passes over the source before this one.
         shard: index of the shard in the source.
         row: number of the row in the shard, from 1.
+        begin: bytes of the shard before the row, if that helps to find it.
     """
 
     source: int
     epoch: int
     shard: int
     row: int
+    begin: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,15 @@ class RowStream(Iterator[Drawn]):
         return {
             "number": self.number,
             "random": self._random.state["state"],
-            "readers": [[reader.epoch, reader.turn, reader.row] for reader in self._readers],
-            "buffer": [list(place) for place, _ in self._buffer],
+            "readers": [[reader.epoch, reader.turn, *_known(reader.row, reader.begin)] for reader in self._readers],
+            "buffer": [[*place[:3], *_known(place.row, place.begin)] for place, _ in self._buffer],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.number = state["number"]
         self._random.state = {**self._random.state, "state": state["random"]}
-        for reader, (epoch, turn, row) in zip(self._readers, state["readers"], strict=True):
-            reader.continue_at(epoch, turn, row)
+        for reader, place in zip(self._readers, state["readers"], strict=True):
+            reader.continue_at(*place)
         places = [Place(*place) for place in state["buffer"]]
         rows = self._read_again(places)
         self._buffer = [(place, rows[place]) for place in places]
@@ -142,7 +144,8 @@ class RowStream(Iterator[Drawn]):
         for place in sorted(places, key=lambda place: place.row):
             by_shard.setdefault((place.source, place.shard), {}).setdefault(place.row, []).append(place)
         for (source, shard), wanted in by_shard.items():
-            for row in _rows_at(self._readers[source].source, shard, list(wanted)):
+            begins = {number: some[0].begin for number, some in wanted.items()}
+            for row in _rows_at(self._readers[source].source, shard, begins):
                 found.update(dict.fromkeys(wanted[row.number], row))
         return found
 
@@ -154,11 +157,13 @@ class _Reader:
         epoch: number of passes that are done.
         turn: number of shards that are done in this pass.
         row: number of the last row that was read in this shard; 0 before the first.
+        begin: bytes of the shard before that row, if that helps to find it.
     """
 
     def __init__(self, source: Source, index: int, seed: int) -> None:
         self.source, self.index, self.seed = source, index, seed
         self.epoch, self.turn, self.row = 0, 0, 0
+        self.begin: int | None = None
         self._rows: Iterator[Row] | None = None
         self._order: tuple[int, Sequence[int]] = (-1, ())  # a pass, and the order of its shards
         self._gave_rows = False  # whether the pass has given a row
@@ -175,12 +180,12 @@ class _Reader:
         while self.epoch == epoch:
             shard = self._shard()
             if self._rows is None:
-                self._rows = self.source.rows(shard, self.row)
+                self._rows = self.source.rows(shard, self.row, _find(self.row, self.begin))
             row = next(self._rows, None)
             if row is not None:
-                self.row = row.number
+                self.row, self.begin = row.number, row.begin
                 self._gave_rows = True
-                return Place(self.index, self.epoch, shard, self.row), row
+                return Place(self.index, self.epoch, shard, self.row, self.begin), row
             self._end_shard()
         return None
 
@@ -193,35 +198,44 @@ class _Reader:
 
     def _end_shard(self) -> None:
         self._rows = None
-        self.turn, self.row = self.turn + 1, 0
+        self.turn, self.row, self.begin = self.turn + 1, 0, None
         if self.turn < len(self.source.shards):
             return
         if not self._gave_rows:
             raise DataError(f"{self.source.quoted} holds no rows.")
         self.epoch, self.turn, self._gave_rows = self.epoch + 1, 0, False
 
-    def continue_at(self, epoch: int, turn: int, row: int) -> None:
+    def continue_at(self, epoch: int, turn: int, row: int, begin: int | None = None) -> None:
         """Read on after a row, as the attributes say."""
-        self.epoch, self.turn, self.row = epoch, turn, row
+        self.epoch, self.turn, self.row, self.begin = epoch, turn, row, begin
         self._gave_rows = True  # perhaps, in the shards before this one
 
 
-def _rows_at(source: Source, shard: int, wanted: Sequence[int]) -> Iterator[Row]:
+def _known(row: int, begin: int | None) -> list[int]:
+    """Return where a row stands in its shard, as a state has it. States of earlier versions have the number alone."""
+    return [row] if begin is None else [row, begin]
+
+
+def _find(row: int, begin: int | None) -> tuple[int, int] | None:
+    return None if begin is None else (row, begin)
+
+
+def _rows_at(source: Source, shard: int, wanted: Mapping[int, int | None]) -> Iterator[Row]:
     """Yield some rows of a shard.
 
     Args:
         source: of the shard.
         shard: its index.
-        wanted: numbers of rows, rising.
+        wanted: numbers of rows, rising, with the bytes before each.
 
     Raises:
         DataError: if the shard no longer has them.
     """
     rows: Iterator[Row] = iter(())
     at = -_NEAR  # number of the last row that was read
-    for number in wanted:
+    for number, begin in wanted.items():
         if number - at > _NEAR:
-            rows = source.rows(shard, number - 1)
+            rows = source.rows(shard, number - 1, _find(number, begin))
         row = next((row for row in rows if row.number >= number), None)
         if row is None or row.number != number:
             raise DataError(

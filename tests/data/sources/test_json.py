@@ -29,6 +29,10 @@ def test_an_array_gives_the_objects_that_json_gives(
     assert [row.data for row in rows] == ROWS
     assert rows[6].place == "element 7 of a.json"
     assert list(source.rows(0, start=5)) == rows[5:]
+    begins = [row.begin for row in rows]
+    assert None not in begins and begins == sorted(set(begins))
+    for start in range(1, 7):
+        assert list(source.rows(0, start, known=(start, begins[start - 1]))) == rows[start:]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Row:
         data: its values as JSON has them; a picture or a clip that the file holds is an `Embedded`.
         problem: why the row cannot be read, as a sentence; `data` is then empty.
         unit: what messages call a row of this source: "line 7", "row 7".
+        begin: bytes of the shard before the row; None where these do not help to find it.
     """
 
     shard: str
@@ -33,6 +34,7 @@ class Row:
     data: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
     unit: str = "row"
+    begin: int | None = None
 
     @property
     def place(self) -> str:
@@ -100,7 +102,7 @@ class Source(ABC):
         return "standard input" if self.name == "-" else repr(self.name)
 
     @abstractmethod
-    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+    def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
         """Yield the rows of a shard whose number is above `start`, in order.
 
         A row that cannot be read has a `problem`, and the rows behind it follow.
@@ -108,6 +110,8 @@ class Source(ABC):
         Args:
             shard: index in `shards`.
             start: the number of the last row that is left out; 0 for all rows.
+            known: number and `begin` of a row that is not above `start + 1`, from which the shard is read; None reads
+                it from its beginning, unless its format has another way.
 
         Raises:
             DataError: if the shard cannot be read, or not to its end.

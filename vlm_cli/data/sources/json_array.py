@@ -16,6 +16,7 @@ __all__ = ["JsonArray"]
 
 _STEP = 1 << 20  # bytes per read
 _BLANK = " \t\r\n"
+_MARK = "\ufeff"  # at the start of a file in UTF-8 that some programs write
 
 
 class JsonArray(FileSource):
@@ -23,20 +24,21 @@ class JsonArray(FileSource):
 
     kind = "JSON array"
 
-    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+    def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
         name = self.shards[shard]
+        first, begin = known or (1, 0)
         with reading_shard(self, shard), self.files.path(shard).open("rb") as file:
-            elements = _Elements(file)
-            number = 0
+            elements = _Elements(file, begin)
+            number = first - 1
             try:
-                for number, value in enumerate(elements, start=1):
+                for number, value in enumerate(elements, start=first):
                     if number <= start:
                         continue
                     if isinstance(value, dict):
-                        yield Row(name, number, value, unit="element")
+                        yield Row(name, number, value, unit="element", begin=elements.begin)
                     else:
                         problem = f"not a record: expected an object, {{…}}, got {describe_type(value)}."
-                        yield Row(name, number, problem=problem, unit="element")
+                        yield Row(name, number, problem=problem, unit="element", begin=elements.begin)
             except RecordError as error:
                 yield Row(name, number + 1, problem=f"{error} Nothing behind it can be read.", unit="element")
 
@@ -45,13 +47,19 @@ class _Elements:
     """The elements of an array, one after the other.
 
     Args:
-        file: open for bytes, at its start.
+        file: open for bytes.
+        begin: bytes before the first element that is wanted; 0 to begin with the array.
+
+    Attributes:
+        begin: bytes of the file before the last element.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    def __init__(self, file: BinaryIO, begin: int = 0) -> None:
+        self.file, self.begin, self.is_inside = file, begin, begin > 0
+        file.seek(begin)
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text, self.place, self.is_whole = "", 0, False
+        self._counted, self._bytes = 0, begin  # characters of the text, and bytes of the file before them
         self._scan = json.JSONDecoder().raw_decode
 
     def __iter__(self) -> Iterator[Any]:
@@ -60,8 +68,11 @@ class _Elements:
         Raises:
             RecordError: where the array is no JSON, or an element is too large.
         """
-        self._expect("[")
-        if self._next() == "]":
+        if not self.is_inside:
+            if self._next() == _MARK:
+                self.place += 1
+            self._expect("[")
+        if self._next() == "]" and not self.is_inside:
             self.place += 1
         else:
             yield self._element()
@@ -91,6 +102,7 @@ class _Elements:
 
     def _element(self) -> Any:
         """Parse one element. What follows it must be known, since the text may end within a number."""
+        self.begin = self._count_bytes()
         while True:
             try:
                 value, end = self._scan(self.text, self.place)
@@ -112,6 +124,12 @@ class _Elements:
             if not is_open or not self._read(max(_STEP, len(self.text) - self.place)):
                 raise RecordError(problem)
 
+    def _count_bytes(self) -> int:
+        """Return the bytes of the file before the next character."""
+        self._bytes += len(self.text[self._counted : self.place].encode())
+        self._counted = self.place
+        return self._bytes
+
     def _read(self, most: int) -> bool:
         """Append to the text, from which what was parsed is removed; tell whether there was anything left to read."""
         if self.is_whole:
@@ -123,5 +141,6 @@ class _Elements:
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise RecordError(f"not UTF-8 text: it has the byte {byte:#04x}. Save it as UTF-8.") from None
-        self.text, self.place = self.text[self.place :] + more, 0
+        self._count_bytes()
+        self.text, self.place, self._counted = self.text[self.place :] + more, 0, 0
         return bool(raw)

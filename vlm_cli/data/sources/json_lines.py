@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlm_cli.data.inputs import read_lines
@@ -19,9 +19,11 @@ class JsonLines(FileSource):
 
     kind = "JSON lines"
 
-    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
-        with reading_shard(self, shard):
-            yield from _parse(read_lines(self.files.path(shard)), self.shards[shard], start)
+    def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
+        first, begin = known or (1, 0)
+        with reading_shard(self, shard), self.files.path(shard).open("rb") as file:
+            file.seek(begin)
+            yield from _parse(file, self.shards[shard], start, first, begin)
 
 
 class PipedLines(Source):
@@ -34,7 +36,7 @@ class PipedLines(Source):
         self.shards = ["standard input" if self.name == "-" else path.name]
         self._digest = ""
 
-    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+    def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
         yield from _parse(self._hashed(), self.shards[shard], start)
 
     def _hashed(self) -> Iterator[bytes]:
@@ -49,11 +51,13 @@ class PipedLines(Source):
         return self._digest
 
 
-def _parse(lines: Iterator[bytes], shard: str, start: int) -> Iterator[Row]:
-    for number, raw in enumerate(lines, start=1):
+def _parse(lines: Iterable[bytes], shard: str, start: int, first: int = 1, begin: int = 0) -> Iterator[Row]:
+    """Yield the rows of lines whose number is above `start`. The first line has the number `first`, and `begin`."""
+    for number, raw in enumerate(lines, start=first):
+        place, begin = begin, begin + len(raw)
         if number <= start or not raw.strip():
             continue
         try:
-            yield Row(shard, number, parse_object(raw), unit="line")
+            yield Row(shard, number, parse_object(raw), unit="line", begin=place)
         except RecordError as error:
-            yield Row(shard, number, problem=str(error), unit="line")
+            yield Row(shard, number, problem=str(error), unit="line", begin=place)

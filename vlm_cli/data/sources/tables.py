@@ -44,7 +44,7 @@ class TableSource(FileSource):
         vars(self).update(state)
         self._forget()
 
-    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+    def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
         name, number = self.shards[shard], 0
         with self._reading(shard):
             file = self._opened(shard)

@@ -40,16 +40,20 @@ class TarShards(FileSource):
 
     kind = "tar shards"
 
-    def rows(self, shard: int, start: int = 0) -> Iterator[Row]:
+    def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
         name = self.shards[shard]
+        first, begin = known or (1, 0)
         with self._reading(shard), self.files.path(shard).open("rb") as file:
-            for number, (key, members) in enumerate(_samples(file), start=1):
+            file.seek(begin)
+            for number, (key, members) in enumerate(_samples(file), start=first):
                 if number <= start:
                     continue
+                place = members[0][1].offset  # of its header, or of the first of several
                 try:
-                    yield Row(name, number, _read_sample(file, name, number, key, members), unit="sample")
+                    data = _read_sample(file, name, number, key, members)
+                    yield Row(name, number, data, unit="sample", begin=place)
                 except RecordError as error:
-                    yield Row(name, number, problem=f"{key!r}: {error}", unit="sample")
+                    yield Row(name, number, problem=f"{key!r}: {error}", unit="sample", begin=place)
 
     def bytes_of(self, reference: str) -> bytes:
         name, _, where = Embedded.parse(reference)
