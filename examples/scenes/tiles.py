@@ -101,7 +101,7 @@ def compare(
             flags = ("--max-steps", max_steps, "--batch-size", 24, "--learning-rate", "1e-3", "--seed", seed)
             shop.run("vlm_cli", "train", start, "--data", "data/data.jsonl", "--output", name, *flags, "--quiet")
         answers = json.loads(shop.run("vlm_cli", "eval", name, "--data", "questions/data.jsonl", "--json", "--quiet"))
-        found[name] = {kind["kind"]: kind["exact"] / kind["items"] for kind in answers["kinds"]}
+        found[name] = {kind["kind"]: kind["scores"]["exact"]["value"] for kind in answers["kinds"]}
     return found
 
 

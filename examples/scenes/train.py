@@ -237,8 +237,9 @@ def question(shop: Workshop, name: str) -> None:
 def report(shop: Workshop, recipe: Recipe, name: str) -> None:
     """Write what was done and what came of it, beside the weights."""
     answers = {
-        asked: json.loads((shop.folder / "answers" / f"{name}.{asked}.json").read_text(encoding="utf-8"))["kinds"]
+        asked: [_shorten(kind) for kind in json.loads(path.read_text(encoding="utf-8"))["kinds"]]
         for asked in EVALUATIONS
+        for path in [shop.folder / "answers" / f"{name}.{asked}.json"]
     }
     settings = asdict(recipe) | {"names": [name]}
     facts = {"recipe": settings, "versions": versions(), "machine": machine(), "results": answers}
@@ -247,6 +248,13 @@ def report(shop: Workshop, recipe: Recipe, name: str) -> None:
     table = make_table(answers)
     (shop.folder / name / "recipe.md").write_text(write_report(name, facts, table), encoding="utf-8")
     shop.say(table)
+
+
+def _shorten(kind: dict[str, Any]) -> dict[str, Any]:
+    """Keep of a kind's score what the report shows."""
+    exact = kind["scores"]["exact"]
+    counts = {"kind": kind["kind"], "items": kind["items"], "exact": exact["right"]}
+    return {**counts, "share": exact["value"], "interval": exact["interval"]}
 
 
 def make_table(answers: dict[str, list[dict[str, Any]]]) -> str:

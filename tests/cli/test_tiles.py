@@ -67,7 +67,7 @@ def test_every_command_cuts_as_many(vlm: Callable[..., Any], model: Path, tmp_pa
     scores = vlm("eval", model, "--data", rows, "--json", *one)
     assert scores.exit_code == 0, scores.stderr
     found = json.loads(scores.stdout)
-    assert (found["total"]["exact"], found["max_tiles"]) == (1, 4)
+    assert (found["total"]["scores"]["exact"]["right"], found["max_tiles"]) == (1, 4)
     others = vlm("generate", "--model", model, "--json", "--max-new-tokens", 4, PROMPT)
     assert json.loads(others.stdout)["prompt_positions"] > json.loads(answer.stdout)["prompt_positions"]
 

@@ -16,7 +16,7 @@ from tests.support.questions import PROMPTS, Write
 from vlm_cli.cli.app import app
 from vlm_cli.cli.loading import ModelRequest
 from vlm_cli.cli.progress import ProgressLine
-from vlm_cli.evaluation.scores import wilson_interval
+from vlm_cli.evaluation.intervals import wilson_interval
 
 SHORT = ["--max-new-tokens", "6"]
 
@@ -60,13 +60,13 @@ def test_answers_are_those_of_generate(records: list[dict[str, Any]], write: Wri
     ]
     assert [x["answer"] for x in lines] == [x["answer"] for x in records]
     assert [x["expected"] for x in lines] == [x["completion"] for x in records]
-    assert [x["exact"] for x in lines] == [True, False, False, True, True, True]
+    assert [x["scores"]["exact"] for x in lines] == [1, 0, 0, 1, 1, 1]
     rows = [line.split()[:4] for line in stdout.splitlines() if line.strip() and "─" not in line]
     assert rows[1:] == [
-        ["colour", "3", "2", "66.7"],
-        ["few-shot", "2", "1", "50.0"],
-        ["(no", "kind)", "1", "1"],
-        ["total", "6", "4", "66.7"],
+        ["colour", "3", "exact", "66.7"],
+        ["few-shot", "2", "exact", "50.0"],
+        ["(no", "kind)", "1", "exact"],
+        ["total", "6", "exact", "66.7"],
     ]
     assert "Wrong answers (2)" in Path("o.html").read_text(encoding="utf-8")
     assert not list(folder.glob(".*.partial"))
@@ -76,8 +76,10 @@ def test_json(records: list[dict[str, Any]], write: Write) -> None:
     code, stdout, stderr = evaluate("stream", "-d", write(records), *SHORT, "--limit", 3, "-b", 2, "--json")
     assert code == 0, stderr
     report = json.loads(stdout)
-    assert report["total"] == {"items": 3, "exact": 1, "share": 1 / 3, "interval": [*wilson_interval(1, 3)]}
-    assert [(x["kind"], x["items"], x["exact"]) for x in report["kinds"]] == [("colour", 2, 1), ("few-shot", 1, 0)]
+    exact = {"right": 1, "value": 1 / 3, "interval": [*wilson_interval(1, 3)]}
+    assert report["total"] == {"items": 3, "scores": {"exact": exact}}
+    kinds = [(x["kind"], x["items"], x["scores"]["exact"]["right"]) for x in report["kinds"]]
+    assert kinds == [("colour", 2, 1), ("few-shot", 1, 0)]
     assert [x["answer"] for x in report["answers"]] == [x["answer"] for x in records[:3]]
     assert (report["batch_size"], report["limit"], report["max_new_tokens"]) == (2, 3, 6)
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from PIL import Image
 from tests.support import ROOT
 from tests.support.questions import Write
 from vlm_cli.data.record import Record
-from vlm_cli.evaluation.items import GradedAnswer, Item, read_items
-from vlm_cli.evaluation.page import MAX_PIXELS, write_page
-from vlm_cli.evaluation.scores import score
+from vlm_cli.evaluation.answers import GradedAnswer, make_sample
+from vlm_cli.evaluation.items import Item, read_items
+from vlm_cli.evaluation.metrics import METRICS
+from vlm_cli.evaluation.page import MAX_PIXELS, Column, write_page
+from vlm_cli.evaluation.scores import Marks
 from vlm_cli.media import MediaLoader
 
 EVIL = "<script>alert('&')</script>\"><img src=http://x onerror=y>\0"
@@ -53,10 +56,17 @@ class Page(HTMLParser):
 
 
 def page(answers: list[GradedAnswer], folder: Path) -> Page:
+    return Page(written(EVIL, {"model": EVIL}, answers, folder))
+
+
+def written(title: str, facts: dict[str, str], answers: list[GradedAnswer], folder: Path, metric: str = "exact") -> str:
+    metrics = [METRICS[metric]]
+    marks = Marks([make_sample(a.item, a.text) for a in answers], [a.item.kind for a in answers], metrics)
+    graded = [replace(a, marks=own) for a, own in zip(answers, marks.of_items(), strict=True)]
     file = io.StringIO()
-    kinds, total = score((a.item.kind, a.exact) for a in answers)
-    write_page(file, EVIL, {"model": EVIL}, kinds, total, answers, MediaLoader(folder))
-    return Page(file.getvalue())
+    column = Column("", marks.by_kind(), marks.total(), graded)
+    write_page(file, title, facts, metrics, [column], MediaLoader(folder))
+    return file.getvalue()
 
 
 def answers_of(write: Write, *records: dict[str, str]) -> list[GradedAnswer]:
@@ -137,9 +147,8 @@ def test_a_picture_that_became_another_file_does_not_show_it(folder: Path, write
     (folder / "gone.png").write_bytes((folder / "red.png").read_bytes())
     answers = answers_of(write, {"prompt": "<image:gone.png>", "completion": "x"})
     (folder / "gone.png").write_text("root:x:0:0:root:/root:/bin/bash")
-    file = io.StringIO()
-    write_page(file, "title", {}, *score([(None, True)]), answers, MediaLoader(folder))
-    assert "(cannot be read: gone.png)" in file.getvalue() and "root:" not in file.getvalue()
+    found = written("title", {}, answers, folder)
+    assert "(cannot be read: gone.png)" in found and "root:" not in found
 
 
 def test_table(folder: Path) -> None:
@@ -149,7 +158,6 @@ def test_table(folder: Path) -> None:
         )
         for kind, text in (("b", "a"), ("a", "x"), ("b", "x"))
     ]
-    file = io.StringIO()
-    write_page(file, "t", {}, *score((a.item.kind, a.exact) for a in answers), answers, MediaLoader(folder))
-    rows = re.findall(r"<tr><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td>", file.getvalue())
-    assert rows == [("a", "1", "0", "0.0 %"), ("b", "2", "1", "50.0 %"), ("total", "3", "1", "33.3 %")]
+    found = written("t", {}, answers, folder)
+    rows = re.findall(r"<tr><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td><td>(.+?)</td>", found)
+    assert rows == [("a", "1", "exact", "0.0 %"), ("b", "2", "exact", "50.0 %"), ("total", "3", "exact", "33.3 %")]

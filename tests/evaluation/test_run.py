@@ -16,7 +16,8 @@ from vlm_cli.checkpoint.directory import load
 from vlm_cli.cli.sampling import SamplingOptions
 from vlm_cli.data.record import Record
 from vlm_cli.errors import DataError
-from vlm_cli.evaluation.items import GradedAnswer, Item, encode_items, read_items
+from vlm_cli.evaluation.answers import GradedAnswer
+from vlm_cli.evaluation.items import Item, encode_items, read_items
 from vlm_cli.evaluation.run import answer_items, sort_items
 from vlm_cli.generation.answers import RowAnswerer
 from vlm_cli.generation.batch_size import BatchSize

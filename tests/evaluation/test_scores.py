@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
+import numpy as np
 import pytest
 
-from vlm_cli.evaluation.scores import Score, is_exact, score, wilson_interval
+from vlm_cli.evaluation.comparison import mcnemar
+from vlm_cli.evaluation.intervals import draw_sums, percentile_interval, wilson_interval
+from vlm_cli.evaluation.metrics import METRICS, Sample
+from vlm_cli.evaluation.metrics.exact import is_exact
+from vlm_cli.evaluation.scores import Marks
 
 
 @pytest.mark.parametrize(
@@ -46,6 +54,27 @@ def test_is_exact(answer: str, expected: str, exact: bool) -> None:
 
 def test_score_by_kind() -> None:
     answers = [("b", True), (None, False), ("a", False), ("b", False), ("b", True)]
-    kinds, total = score(answers)
-    assert list(kinds.items()) == [("a", Score(1, 0)), ("b", Score(3, 2)), (None, Score(1, 0))]
-    assert total == Score(5, 2) and total.share == 0.4
+    samples = [Sample("x" if right else "y", "x", ("x",)) for _, right in answers]
+    marks = Marks(samples, [kind for kind, _ in answers], [METRICS["exact"]])
+    found = [(kind, score.items, score.main.right) for kind, score in marks.by_kind().items()]
+    assert found == [("a", 1, 0), ("b", 3, 2), (None, 1, 0)]
+    total = marks.total()
+    assert (total.items, total.main.right, total.main.value) == (5, 2, 0.4)
+    assert total.main.interval == wilson_interval(2, 5)
+
+
+def test_a_bootstrap_of_shares_is_near_the_normal_interval() -> None:
+    statistics = np.array([[1.0, i % 4 == 0] for i in range(400)])
+    drawn = METRICS["exact"].values(draw_sums(statistics)[0])[:, 0]
+    low, high = percentile_interval(drawn)
+    half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
+    assert (low, high) == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
+    assert (draw_sums(statistics)[0] == draw_sums(statistics)[0]).all()
+    assert (draw_sums(statistics)[0] != draw_sums(statistics, seed=1)[0]).any()
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (3, 12), (40, 40), (100, 160)])
+def test_mcnemar_is_the_binomial_distribution(first: int, second: int) -> None:
+    total = first + second
+    tail = sum(Fraction(math.comb(total, k), 2**total) for k in range(min(first, second) + 1))
+    assert mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), abs=1e-12)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vlm_cli.prompt import Medium, Text
 
-__all__ = ["Content", "Record", "Segment"]
+__all__ = ["NO_MARKING", "Content", "Marking", "Record", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,26 @@ class Segment:
 
     parts: tuple[Text | Medium, ...]
     is_target: bool
+
+
+@dataclass(frozen=True)
+class Marking:
+    """By what answers to a record are marked, beyond its target.
+
+    Attributes:
+        answers: every right answer; one that several people gave stands there as often. Empty for the target alone.
+        choices: among which the question lets one choose.
+        metric: by which the benchmark of the record is marked; None if it is of no benchmark.
+        group: the questions that count as one, such as those about one picture; empty for none.
+    """
+
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    metric: str | None = None
+    group: str = ""
+
+
+NO_MARKING = Marking()
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class Content:
         notes: what the user should know of how the row was read.
         is_turns: whether it is an exchange of messages, whose spelling a chat template knows; a prompt and its
             completion are the very texts that the model reads and writes.
+        marking: by what answers are marked.
     """
 
     segments: tuple[Segment, ...]
@@ -37,6 +58,7 @@ class Content:
     kind: str | None = None
     notes: tuple[str, ...] = ()
     is_turns: bool = False
+    marking: Marking = NO_MARKING
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,7 @@ class Record:
         is_turns: whether it is an exchange of messages, whose spelling a chat template knows.
         format: the name of the row's format.
         notes: what the user should know of how the row was read.
+        marking: by what answers are marked.
     """
 
     line: int
@@ -68,6 +91,7 @@ class Record:
     is_turns: bool = False
     format: str = ""
     notes: tuple[str, ...] = ()
+    marking: Marking = NO_MARKING
 
     @property
     def place(self) -> str:

@@ -264,6 +264,7 @@ def read_record(row: Row, source: str, format: Format | None = None) -> Record:
         is_turns=content.is_turns,
         format=format.name,
         notes=content.notes,
+        marking=content.marking,
     )
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_cli.data.records import Problem, Reading, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, PromptError
+from vlm_cli.evaluation.answers import make_sample
 from vlm_cli.evaluation.items import MAX_NEW_TOKENS, Item, encode_items, find_problem, make_items
+from vlm_cli.evaluation.metrics.exact import Exact
 from vlm_cli.evaluation.run import answer_items
-from vlm_cli.evaluation.scores import is_exact
 from vlm_cli.generation.answers import RowAnswerer
 from vlm_cli.generation.batch_size import BatchSize
 from vlm_cli.generation.plan import GenerationPlan
@@ -96,7 +97,8 @@ class HeldOutExaminer:
 
 def _answer(item: Item) -> ExaminedAnswer:
     text = "" if item.answers is None else item.answers[0].text
-    return ExaminedAnswer(item.id, text, item.answers is not None and is_exact(text, item.expected))
+    is_right = item.answers is not None and Exact().score(make_sample(item, text)) == 1
+    return ExaminedAnswer(item.id, text, is_right)
 
 
 def _questions(items: Sequence[Item], loader: MediaLoader) -> list[Question]:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.data.records import PLAIN_READING, Problem, Reading, Record, Records, Segment, raise_problems, read_records
-from vlm_cli.evaluation.scores import is_exact
 from vlm_cli.generation.rows import Row
 from vlm_cli.prompt import Medium, Text, format
 
 if TYPE_CHECKING:
     from vlm_cli.generation.plan import GenerationPlan
 
-__all__ = ["MAX_NEW_TOKENS", "GradedAnswer", "Item", "encode_items", "find_problem", "make_items", "read_items"]
+__all__ = ["MAX_NEW_TOKENS", "Item", "encode_items", "find_problem", "make_items", "read_items"]
 
 MAX_NEW_TOKENS = 32  # of an answer, unless the user says more
 
@@ -40,6 +39,23 @@ class Item(Row):
     record: Record
     earlier: tuple[Segment, ...] = ()
 
+    def copy(self) -> Item:
+        """Return the question without tokens and answers, for another model."""
+        return Item(
+            line=self.line,
+            id=self.id,
+            kind=self.kind,
+            prompt=self.prompt,
+            expected=self.expected,
+            record=self.record,
+            earlier=self.earlier,
+        )
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What tells the item from the others of its data."""
+        return self.record.shard, self.line, self.id
+
     @property
     def asked(self) -> list[Text | Medium]:
         """The earlier turns and the prompt, each turn on a line of its own."""
@@ -56,37 +72,6 @@ class Item(Row):
             "prompt": prompt,
             "expected": self.expected,
             "error": self.error.public,
-        }
-
-
-@dataclass(frozen=True)
-class GradedAnswer:
-    """What a model answered to an item.
-
-    Attributes:
-        item: the question.
-        text: the answer.
-        has_ended: whether a stop token ended the answer, and not its length.
-    """
-
-    item: Item
-    text: str
-    has_ended: bool
-
-    @property
-    def exact(self) -> bool:
-        """Whether the answer is right; see `scores.RULE`."""
-        return is_exact(self.text, self.item.expected)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a line of the file of answers."""
-        return {
-            "id": self.item.id,
-            "kind": self.item.kind,
-            "prompt": format(self.item.asked),
-            "expected": self.item.expected,
-            "answer": self.text,
-            "exact": self.exact,
         }
 
 

@@ -1,15 +1,18 @@
-"""Put items to a model, and count the right answers."""
+"""Put items to a model, and mark the answers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlm_cli.errors import DataError
-from vlm_cli.evaluation.items import GradedAnswer, Item
-from vlm_cli.evaluation.scores import Score, score
+from vlm_cli.evaluation.answers import GradedAnswer, make_sample
+from vlm_cli.evaluation.items import Item
+from vlm_cli.evaluation.metrics import METRICS, Metric
+from vlm_cli.evaluation.metrics.exact import Exact
+from vlm_cli.evaluation.scores import Marks, Score
 from vlm_cli.generation.answers import Counts, RowAnswerer
 from vlm_cli.media import MediaLoader
 
@@ -25,6 +28,8 @@ class Evaluation:
     Attributes:
         answers: in the order of the items.
         failed: items without an answer, whose pictures cannot be read, for instance; no score counts them.
+        metrics: by which the answers are marked, the main one first.
+        marks: what the metrics counted.
         kinds: the score of each kind.
         total: the score of all items.
         counts: what the engine did.
@@ -33,6 +38,8 @@ class Evaluation:
 
     answers: list[GradedAnswer]
     failed: list[Item]
+    metrics: Sequence[Metric]
+    marks: Marks
     kinds: dict[str | None, Score]
     total: Score
     counts: Counts
@@ -53,16 +60,18 @@ def evaluate_items(
     answerer: RowAnswerer,
     items: Sequence[Item],
     loader: MediaLoader,
+    metrics: Sequence[Metric] = (METRICS[Exact.name],),
     *,
     name: str = "the records",
     report: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Answer items, and count the right answers.
+    """Answer items, and mark the answers.
 
     Args:
         answerer: the engine, also of `vlm batch`.
         items: encoded, with room reserved.
         loader: finds images.
+        metrics: by which the answers are marked, the main one first.
         name: of the file of the items, for messages.
         report: receives the number of items that are done.
 
@@ -72,8 +81,11 @@ def evaluate_items(
     started = time.monotonic()
     answers = answer_items(answerer, items, loader, name=name, report=report)
     failed = [item for item in items if item.error is not None]
-    kinds, total = score((answer.item.kind, answer.exact) for answer in answers)
-    return Evaluation(answers, failed, kinds, total, answerer.counts, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    samples = [make_sample(x.item, x.text, x.likelihoods) for x in answers]
+    marks = Marks(samples, [x.item.kind for x in answers], metrics)
+    graded = [replace(x, marks=own) for x, own in zip(answers, marks.of_items(), strict=True)]
+    return Evaluation(graded, failed, metrics, marks, marks.by_kind(), marks.total(), answerer.counts, seconds)
 
 
 def answer_items(

@@ -1,71 +1,110 @@
-"""Count right answers, and say how certain the share is."""
+"""The figures of some answers, by kind, each with an interval that says how certain it is."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CONFIDENCE", "RULE", "Score", "is_exact", "score", "wilson_interval"]
+from vlm_cli.evaluation.intervals import draw_sums, percentile_interval, wilson_interval
+from vlm_cli.evaluation.metrics import Figure, Metric, Sample
 
-CONFIDENCE = 0.95
-RULE = "An answer is exact if it equals the completion; only whitespace before and after them does not count."
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Estimate", "Marks", "Score"]
 
 
-def is_exact(answer: str, expected: str) -> bool:
-    r"""Tell whether an answer is right; see `RULE`.
+@dataclass(frozen=True)
+class Estimate:
+    """A figure of some items.
 
-    >>> is_exact(" A cat.\n", "A cat."), is_exact("a cat.", "A cat."), is_exact("A  cat.", "A cat.")
-    (True, False, False)
+    Attributes:
+        figure: what it is.
+        value: of the figure.
+        interval: the 95 % confidence interval: Wilson's for shares of right answers, and else a bootstrap's.
+        right: the number of right answers, where an answer is right or wrong.
     """
-    return answer.strip() == expected.strip()
 
+    figure: Figure
+    value: float
+    interval: tuple[float, float]
+    right: int | None = None
 
-def wilson_interval(exact: int, items: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the interval in which the share of right answers to all such questions lies, with this confidence.
-
-    Unlike the normal approximation, it has a width at shares of 0 and 1, and is right for few items.
-
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927
-    (https://doi.org/10.1080/01621459.1927.10502953).
-
-    >>> [round(x, 3) for x in wilson_interval(10, 10)]
-    [0.722, 1.0]
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, spread = exact / items, z * z / items
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / items + spread / (4 * items))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers, those of shares from 0 to 1."""
+        right = {} if self.right is None else {"right": self.right}
+        return {**right, "value": self.value, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many of some items were answered right."""
+    """The figures of some items, those of the first metric first."""
 
     items: int
-    exact: int
+    estimates: tuple[Estimate, ...]
 
     @property
-    def share(self) -> float:
-        return self.exact / self.items
+    def main(self) -> Estimate:
+        """The main figure of the first metric."""
+        return self.estimates[0]
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The share's 95 % confidence interval."""
-        return wilson_interval(self.exact, self.items)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the number of items, and the figures by name."""
+        return {"items": self.items, "scores": {x.figure.name: x.to_dict() for x in self.estimates}}
 
 
-def score(answers: Iterable[tuple[str | None, bool]]) -> tuple[dict[str | None, Score], Score]:
-    """Return the score of each kind, by name, and the score of all.
+class Marks:
+    """The statistics of answers by several metrics.
 
     Args:
-        answers: the kind of each item, and whether its answer is exact; at least one item.
+        samples: the answers; at least one.
+        kinds: of each item; None for none.
+        metrics: at least one.
+
+    Attributes:
+        statistics: float[n, k] for each metric.
     """
-    found: dict[str | None, list[bool]] = {}
-    for kind, exact in answers:
-        found.setdefault(kind, []).append(exact)
-    # Items without a kind come last.
-    kinds = {kind: Score(len(found[kind]), sum(found[kind])) for kind in sorted(found, key=lambda x: (x is None, x))}
-    return kinds, Score(sum(x.items for x in kinds.values()), sum(x.exact for x in kinds.values()))
+
+    def __init__(self, samples: Sequence[Sample], kinds: Sequence[str | None], metrics: Sequence[Metric]) -> None:
+        self.kinds, self.metrics = list(kinds), list(metrics)
+        self.statistics = [metric.measure(samples) for metric in metrics]
+
+    def of_items(self) -> list[dict[str, float]]:
+        """Return for each item the main figure of each metric, by the metric's name, as if it were the only item."""
+        columns = [metric.values(x)[:, 0] for metric, x in zip(self.metrics, self.statistics, strict=True)]
+        names = [metric.name for metric in self.metrics]
+        return [dict(zip(names, map(float, row), strict=True)) for row in zip(*columns, strict=True)]
+
+    def total(self) -> Score:
+        """Return the score of all items."""
+        return self._score(range(len(self.kinds)))
+
+    def by_kind(self) -> dict[str | None, Score]:
+        """Return the score of each kind, in the order of their names; items without a kind come last."""
+        found: dict[str | None, list[int]] = {}
+        for i, kind in enumerate(self.kinds):
+            found.setdefault(kind, []).append(i)
+        return {kind: self._score(found[kind]) for kind in sorted(found, key=lambda x: (x is None, x))}
+
+    def _score(self, chosen: Sequence[int]) -> Score:
+        estimates: list[Estimate] = []
+        for metric, statistics in zip(self.metrics, self.statistics, strict=True):
+            estimates += _estimate(metric, statistics[list(chosen)])
+        return Score(len(chosen), tuple(estimates))
+
+
+def _estimate(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
+    """Return the figures of a metric from float[n, k] statistics."""
+    values = metric.values(statistics.sum(axis=0))
+    drawn = None
+    estimates = []
+    for i, figure in enumerate(metric.figures):
+        if i == 0 and metric.is_binary:
+            right, items = round(float(values[0]) * len(statistics)), len(statistics)
+            estimates.append(Estimate(figure, right / items, wilson_interval(right, items), right))
+            continue
+        if drawn is None:
+            drawn = metric.values(draw_sums(statistics)[0])
+        estimates.append(Estimate(figure, float(values[i]), percentile_interval(drawn[:, i])))
+    return estimates

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlm_cli.data.formats.conversations import Conversations
 from vlm_cli.data.formats.format import Format, read_id, read_kind
+from vlm_cli.data.formats.marking import read_marking
 from vlm_cli.data.formats.messages import Messages
 from vlm_cli.data.formats.pictures import read_media_beside
 from vlm_cli.data.formats.texts import Texts
@@ -30,7 +31,7 @@ from vlm_cli.registry import suggest
 __all__ = ["ColumnMap"]
 
 _CHATS: dict[str, Format] = {"messages": Messages(), "conversations": Conversations(), "texts": Texts()}
-_READ = ("prompt", "completion", "images", "videos", "system", "id", "kind", *_CHATS)
+_READ = ("prompt", "completion", "answers", "choices", "images", "videos", "system", "id", "kind", *_CHATS)
 _EXAMPLE = "Write, for instance, --columns prompt=question,completion=answer,images=image"
 
 
@@ -104,7 +105,8 @@ class ColumnMap(Format):
             segments: tuple[Segment, ...] = (Segment((), False), Segment((Text(completion),), True))
         else:
             segments = pair_turns(turns, "row")
-        return Content(segments, system, read_id(row), read_kind(row), is_turns=bool(segments[0].parts))
+        marking, is_turns = read_marking(row), bool(segments[0].parts)
+        return Content(segments, system, read_id(row), read_kind(row), is_turns=is_turns, marking=marking)
 
 
 def _find_column(data: dict[str, Any], column: str) -> Any:

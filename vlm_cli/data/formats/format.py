@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from vlm_cli.data.formats.marking import read_marking
 from vlm_cli.data.formats.turns import Turn, pair_turns
-from vlm_cli.data.record import Content
+from vlm_cli.data.record import NO_MARKING, Content
 
 __all__ = ["Format", "TurnFormat"]
 
@@ -66,7 +67,8 @@ class TurnFormat(Format):
     def _read(self, data: dict[str, Any], *, is_open: bool) -> Content:
         system, turns, notes = self.read_turns(data)
         segments = pair_turns(turns, self.key, is_open=is_open)
-        return Content(segments, system, read_id(data), read_kind(data), notes, is_turns=True)
+        marking = read_marking(data) if len(segments) == 2 else NO_MARKING
+        return Content(segments, system, read_id(data), read_kind(data), notes, is_turns=True, marking=marking)
 
 
 def read_id(data: dict[str, Any]) -> str | None:

@@ -4,12 +4,14 @@ r"""vlm's own records: prompts and completions in the grammar of `vlm generate`.
     {"prompt": "<image>Caption:", "completion": " A cat.", "images": ["a.png"], "id": "7", "kind": "caption"}
     {"prompt": "<image:a.png>", "turns": [{"prompt": "How many?", "completion": " Two."}, …]}
     {"prompt": "<video>What happens?", "completion": " A cat jumps.", "videos": ["a.mp4?frames=4"]}
+    {"prompt": "<image:a.png>Which one?", "completion": " cat", "answers": ["cat", "kitten"], "choices": ["cat", "dog"]}
     {"text": "A page with <image:a.png> and the text that follows the image."}
 
 `\<image>` is text, a relative path starts at the folder of the file, a bare `<image>` takes the next file in "images",
 and a bare `<video>` the next in "videos". Without any placeholder, the images and then the clips stand before the text.
 The model learns to write the completions; of a "text", it learns everything after the first image or clip. A record may
-be text alone. Other keys have no effect, but a key that plainly names pictures or clips is an error.
+be text alone. "answers" holds further right answers, and "choices" those among which the prompt lets one choose: `vlm
+eval` marks by them. Other keys have no effect, but a key that plainly names pictures or clips is an error.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_cli.data.formats.format import Format
+from vlm_cli.data.formats.marking import read_own_marking
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
 from vlm_cli.data.meant import check_picture_keys
 from vlm_cli.data.record import Content, Segment
@@ -47,10 +50,12 @@ class OwnRecords(Format):
 
     def read(self, data: dict[str, Any]) -> Content:
         identity = get_field(data, "id", (str, int), "text or a number", None)
+        segments = tuple(_find_segments(data))
         return Content(
-            segments=tuple(_find_segments(data)),
+            segments=segments,
             id=None if identity is None else str(identity),
             kind=get_field(data, "kind", str, "text", None),
+            marking=read_own_marking(data, num_turns=len(segments) // 2),
         )
 
 
