@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def held(model: VLM, places: dict[str, int | str]) -> dict[int | str, int]:
     quick={"language_model": ("llama", "gpt2"), "fusion": ["cross-attention"]},
 )
 def test_layers_fill_devices_in_turn(language_model, fusion):
-    model = tiny.build(language_model=language_model, fusion=fusion).to("meta")
+    model = copy.deepcopy(tiny.build(language_model=language_model, fusion=fusion)).to("meta")  # the tower is shared
     layers = decoder_layers(model.lang_model)
     sizes = [4 * sum(p.numel() for p in layer.parameters()) for layer in layers]
     together = 4 * sum(p.numel() for p in model.parameters()) - sum(sizes)
