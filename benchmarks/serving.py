@@ -18,7 +18,7 @@ from typing import Any
 
 PICTURES = Path(__file__).parents[1] / "examples" / "images"
 NAMES = ("one.png", "two.png", "three.png")
-REQUESTS, CLIENTS = 240, 16
+REQUESTS, CLIENTS = 500, 16
 
 
 def question(number: int) -> bytes:
@@ -72,7 +72,8 @@ def main() -> None:
         rates[clients], first = measure(port, clients)
         tail = statistics.quantiles(first, n=20)[-1]
         middle = statistics.median(first)
-        print(f"{clients:>3} clients  first word: median {middle:.3f} s, 95 % within {tail:.3f} s")
+        rate = f"{rates[clients]:.1f} answers a second"
+        print(f"{clients:>3} clients  {rate}  first word: median {middle:.3f} s, 95 % within {tail:.3f} s")
     print(f"answers per second, {CLIENTS} clients ÷ 1: {rates[CLIENTS] / rates[1]:.2f}")
     server.should_exit = True
     thread.join()

@@ -52,6 +52,7 @@ __all__ = [
     "VisionEncoderError",
     "explain_reading",
     "first_line",
+    "is_out_of_memory",
 ]
 
 
@@ -218,3 +219,11 @@ def first_line(error: BaseException) -> str:
     text = str(error).strip()
     lines = text.splitlines() or [type(error).__name__]
     return shorten(lines[0], 300, placeholder=" …").rstrip(".:")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory did not suffice; on the CPU and on MPS only torch's text says so."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # this module imports no torch
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "out of memory" in text)

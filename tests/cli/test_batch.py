@@ -22,8 +22,9 @@ from tests.support import ROOT, command
 from tests.support.grid import first_of, grid
 from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
+from vlm_cli.errors import is_out_of_memory
 from vlm_cli.generation import answers, choosing
-from vlm_cli.generation.batch_size import BatchSize, RowCost, is_out_of_memory
+from vlm_cli.generation.batch_size import BatchSize, RowCost
 from vlm_cli.generation.encoded_image import ImageSlot
 from vlm_cli.generation.images import ImageCache, Pixels, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of

@@ -6,9 +6,11 @@ import json
 import socket
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
+from starlette.responses import PlainTextResponse
 
 from tests.serving.conftest import ask_about, picture
 from vlm_cli.media import MediaLoader
@@ -60,6 +62,7 @@ BAD = [
     (chat(HELLO, logit_bias={"1": 2}), 400, "'logit_bias' is not known here"),
     (chat(HELLO, model="gpt"), 404, "This server has 'demo'"),
     (chat(*[shown(picture("two.png"))] * 65), 400, "has 65 images, and may have 64"),
+    (chat({"role": "user", "content": shown("data:,")["content"] * 10_000}), 400, "has 10000 images"),
     (chat({"role": "user", "content": "a " * 5000}), 400, "positions"),
 ]
 
@@ -109,7 +112,7 @@ def test_an_internal_address_is_fetched_only_if_its_host_is_named(run, allowed, 
 
 def test_a_large_body_is_refused_before_it_is_read(run):
     with run(limits=Limits(body=1 << 20)) as server:
-        assert server.send("/v1/chat/completions", b" " * (2 << 20))[0] == 413
+        assert server.send("/v1/chat/completions", b" " * (64 << 20))[0] == 413
         with socket.create_connection(("127.0.0.1", server.port)) as client:  # no length is announced
             client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
                            b"Content-Type: application/json\r\n\r\n")  # fmt: skip
@@ -121,7 +124,7 @@ def test_a_large_body_is_refused_before_it_is_read(run):
             except OSError:
                 pass  # the server closed the connection
         assert server.send("/health")[0] == 200
-        assert 413 in [line["status"] for line in server.lines[1:]]
+        server.wait_until(lambda: 413 in [line["status"] for line in server.lines[1:]])
 
 
 def test_a_full_queue_is_told_when_to_come_back(run):
@@ -160,14 +163,36 @@ def test_a_body_that_never_ends_is_left(run):
         assert slow(server).startswith(b"HTTP/1.1 408")
 
 
-def test_a_connection_without_a_request_is_closed(run, monkeypatch):
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", HEALTH])
+def test_a_connection_whose_request_never_ends_is_closed(run, monkeypatch, before):
     from vlm_cli.serving import server as module
 
     monkeypatch.setattr(module, "HEADER_SECONDS", 0.2)
     with run() as server, socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(b"GET / HT")
         client.settimeout(10)
-        assert client.recv(100) == b""
+        client.sendall(before + b"GET / HT")
+        received = b"".join(iter(partial(client.recv, 4096), b""))
+        assert received.count(b"200 OK") == (1 if before else 0)
+
+
+def test_a_client_that_does_not_read_its_answer_is_left(run, monkeypatch):
+    from vlm_cli.serving import server as module
+
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(module, "make_app", lambda service: PlainTextResponse("x" * (32 << 20)))
+    with run() as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(HEALTH)
+        client.recv(1)
+        time.sleep(0.6)
+        client.settimeout(10)
+        read = 1
+        with suppress(ConnectionResetError):
+            while piece := client.recv(1 << 20):
+                read += len(piece)
+        assert read < 32 << 20
 
 
 LONG = chat(ask_about("two.png"), max_tokens=400, temperature=2, seed=1, presence_penalty=2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vlm_cli.checkpoint.inside import check_index
-from vlm_cli.checkpoint.size_limits import limited_size, weight_files
+from vlm_cli.checkpoint.size_limits import check_files_fit, limited_size, weight_files
 from vlm_cli.errors import CheckpointError, PluginError, UntrustedCodeError, explain_reading
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.vlm import VLM
@@ -28,6 +28,8 @@ def load_full(
         CheckpointError: if the files cannot be read, or do not hold exactly the model's tensors.
     """
     check_index(name, keywords)
+    if "device_map" not in keywords:
+        check_files_fit(name)
     quantized = getattr(config.get_text_config(), "quantization_config", None) is not None
     try:
         with limited_size(repr(name), weight_files(name), elements_per_byte=8 if quantized else 1):

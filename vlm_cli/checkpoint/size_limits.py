@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 
 from vlm_cli.errors import CheckpointError
 
-__all__ = ["MOST_TENSORS", "check_memory", "limited_size", "weight_files"]
+__all__ = ["MOST_TENSORS", "check_files_fit", "check_memory", "limited_size", "weight_files"]
 
 MOST_TENSORS = 200_000  # of one model; one with 671 billion parameters has 91,000
 _MOST_MODULES = 1_000_000
@@ -110,9 +110,27 @@ def check_memory(model: nn.Module, name: str) -> None:
         CheckpointError: if it cannot.
     """
     needed = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    here = psutil.virtual_memory().total + psutil.swap_memory().total
-    if needed > here:
+    if needed > (here := _all_memory()):
         raise CheckpointError(
             f"{name} would take {needed / 1e9:,.0f} GB, and this machine has {here / 1e9:,.0f} GB. Choose smaller "
             "parts or settings."
         )
+
+
+def check_files_fit(place: str) -> None:
+    """Check that this machine can hold the weights in a directory; those of a hub id are not known here.
+
+    Raises:
+        CheckpointError: if it cannot.
+    """
+    needed = sum(file.stat().st_size for file in weight_files(place))
+    if needed > (here := _all_memory()):
+        raise CheckpointError(
+            f"the weights in {place!r} take {needed / 1e9:,.1f} GB, and this machine has {here / 1e9:,.1f} GB of "
+            "memory. Choose a smaller model or a machine with more memory; from Python, load(…, device_map=…) puts "
+            "parts of it elsewhere."
+        )
+
+
+def _all_memory() -> int:
+    return psutil.virtual_memory().total + psutil.swap_memory().total

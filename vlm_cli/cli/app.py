@@ -35,7 +35,7 @@ from vlm_cli.cli import (
 from vlm_cli.cli.command import Command, Group
 from vlm_cli.cli.completion import mend_scripts
 from vlm_cli.cli.standard_streams import OutputError, flush_streams, open_streams
-from vlm_cli.errors import VLMError, first_line
+from vlm_cli.errors import VLMError, first_line, is_out_of_memory
 from vlm_cli.interrupt import Interrupted, describe_signal, end_at_signals
 
 __all__ = ["app", "main"]
@@ -105,7 +105,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if _debug:
                 raise
-            console.error(f"{type(error).__name__}: {first_line(error)}. Run `vlm --debug …` to see where.")
+            console.error(_describe_unexpected(error))
             raise typer.Exit(1) from None
         except BaseException as error:
             if _debug or type(error).__name__ != "PanicException":  # of a library in Rust, and no Exception
@@ -199,6 +199,15 @@ def _run(step: Callable[[], Any]) -> int:
         _report_output(error)
         return 1
     return 0
+
+
+def _describe_unexpected(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return (
+            f"memory does not suffice ({first_line(error)}). Choose a smaller model or batch, fewer bits for each "
+            "weight (--dtype bfloat16, --quantize), or a device with more memory (--device)."
+        )
+    return f"{type(error).__name__}: {first_line(error)}. Run `vlm --debug …` to see where."
 
 
 def _report_output(error: OutputError) -> None:

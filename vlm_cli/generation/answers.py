@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from vlm_cli.errors import VLMError
+from vlm_cli.errors import VLMError, is_out_of_memory
 from vlm_cli.generation.batch_media import BatchMedia, count_token_bytes
-from vlm_cli.generation.batch_size import BatchSize, is_out_of_memory
+from vlm_cli.generation.batch_size import BatchSize
 from vlm_cli.generation.choosing import RowChooser
 from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
 from vlm_cli.generation.plan import GenerationPlan, ignore_message

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["BatchSize", "RowCost", "available_memory", "is_out_of_memory"]
+__all__ = ["BatchSize", "RowCost", "available_memory"]
 
 START_ROWS = 4  # rows of the first batch
 MAX_ROWS = 256  # rows of the largest batch
@@ -89,11 +89,3 @@ def available_memory(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory did not suffice; on the CPU and on MPS only its text says so."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "out of memory" in text)

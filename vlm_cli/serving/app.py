@@ -8,7 +8,6 @@ GET  /                      a page to chat with       GET /metrics     for Prome
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from vlm_cli.plain_data import parse_json
+from vlm_cli.serving.admission import check_key, check_model, parse_body, read_body, refuse
 from vlm_cli.serving.engine import Busy, Stopping
 from vlm_cli.serving.page import read_page
 from vlm_cli.serving.preparing import Prepared
@@ -30,8 +29,6 @@ from vlm_cli.serving.row import Piece
 from vlm_cli.serving.service import Service
 
 __all__ = ["make_app"]
-
-RETRY_SECONDS = 1  # that a client should wait when the queue is full
 
 
 def make_app(service: Service) -> Starlette:
@@ -48,7 +45,7 @@ def make_app(service: Service) -> Starlette:
         Route("/health", partial(_health, service)),
         Route("/", partial(_page, service)),
     ]
-    handlers: Any = {BadRequest: _refuse, 404: _not_found, 405: _wrong_method, Exception: _failed}
+    handlers: Any = {BadRequest: refuse, 404: _not_found, 405: _wrong_method, Exception: _failed}
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -56,13 +53,13 @@ def make_app(service: Service) -> Starlette:
 
 
 async def _models(service: Service, request: Request) -> Response:
-    _check_key(service, request)
+    check_key(service, request)
     return JSONResponse({"object": "list", "data": [_describe(service)]})
 
 
 async def _model(service: Service, request: Request) -> Response:
-    _check_key(service, request)
-    _check_model(service, request.path_params["name"])
+    check_key(service, request)
+    check_model(service, request.path_params["name"])
     return JSONResponse(_describe(service))
 
 
@@ -78,7 +75,7 @@ async def _health(service: Service, request: Request) -> Response:
 
 
 async def _metrics(service: Service, request: Request) -> Response:
-    _check_key(service, request)
+    check_key(service, request)
     text, kind = service.metrics.write(service.engine.load)
     return Response(text, headers={"content-type": kind})
 
@@ -94,10 +91,10 @@ async def _page(service: Service, request: Request) -> Response:
 
 async def _answer(service: Service, read: Callable[..., Ask], is_chat: bool, request: Request) -> Response:
     """Read a request, let the engine answer it, and send the answer, whole or piece by piece."""
-    _check_key(service, request)
-    body = await _read_body(service, request)
-    data = await run_in_threadpool(_parse, body)
-    _check_model(service, data.get("model"))
+    check_key(service, request)
+    body = await read_body(service, request)
+    data = await run_in_threadpool(parse_body, body)
+    check_model(service, data.get("model"))
     ask = read(data, service.limits, temperature=service.temperature)
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
 
@@ -227,86 +224,7 @@ def _problem_of(service: Service, reply: Reply) -> tuple[int, str] | None:
     return None
 
 
-# -- what every request passes -----------------------------------------------------------------------------------------
-
-
-def _check_key(service: Service, request: Request) -> None:
-    """Compare the key in the same time, whatever it is.
-
-    Raises:
-        BadRequest: if it is another one.
-    """
-    if service.api_key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    same = hmac.compare_digest(given.strip().encode(), service.api_key.encode())
-    if scheme.lower() != "bearer" or not same:
-        raise BadRequest(
-            "the API key is missing or wrong. Send the header: Authorization: Bearer KEY.",
-            status=401,
-            code="invalid_api_key",
-        )
-
-
-def _check_model(service: Service, name: Any) -> None:
-    if name is not None and name != service.name:
-        raise BadRequest(
-            f"the model {str(name)[:100]!r} is not here. This server has {service.name!r}.",
-            "model",
-            404,
-            "model_not_found",
-        )
-
-
-async def _read_body(service: Service, request: Request) -> bytes:
-    """Read the body of a request, which has to arrive in time and to be JSON.
-
-    Raises:
-        BadRequest: if it is too large, or takes too long.
-    """
-    limits = service.limits
-    # A page of another origin may send other types to this server without asking.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise BadRequest("send JSON, with the header Content-Type: application/json.", status=415)
-    too_large = BadRequest(f"the body has more than {limits.body >> 20} MB.", status=413, code="body_too_large")
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > limits.body:
-        raise too_large
-    body = bytearray()
-
-    async def read() -> None:
-        async for chunk in request.stream():
-            body.extend(chunk)
-            if len(body) > limits.body:
-                raise too_large
-
-    try:
-        await asyncio.wait_for(read(), limits.body_seconds)
-    except asyncio.TimeoutError:
-        words = f"the body did not arrive within {limits.body_seconds:g} seconds."
-        raise BadRequest(words, status=408) from None
-    return bytes(body)
-
-
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        data = parse_json(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadRequest("the body is not UTF-8 text.") from None
-    except ValueError as error:
-        raise BadRequest(f"the body cannot be read: {error}.") from None
-    if not isinstance(data, dict):
-        raise BadRequest('the body must be a JSON object such as {"messages": […]}.')
-    return data
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, BadRequest)
-    headers = {"connection": "close"} if error.status in (408, 413) else {}
-    headers |= {"retry-after": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
-    headers |= {"www-authenticate": "Bearer"} if error.status == 401 else {}
-    body = error_body(str(error), error.status, param=error.param, code=error.code)
-    return JSONResponse(body, error.status, headers)
+# -- other errors ------------------------------------------------------------------------------------------------------
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

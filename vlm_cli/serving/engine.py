@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from vlm_cli.errors import VLMError, first_line
+from vlm_cli.errors import VLMError, first_line, is_out_of_memory
 from vlm_cli.generation.batch_media import BatchMedia
-from vlm_cli.generation.batch_size import is_out_of_memory
 from vlm_cli.generation.choosing import RowChooser
 from vlm_cli.generation.plan import GenerationPlan
 from vlm_cli.modeling.batching import pad_left

@@ -1,7 +1,8 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
-const messages = []; // of the conversation, as the server takes them
+let messages = []; // of the conversation, as the server takes them
 let pictures = []; // of the next turn: {name, url}
+const hint = $("hint");
 let running = null; // what stops the answer that is being written
 
 function make(tag, text, kind) {
@@ -26,15 +27,16 @@ function drawPictures() {
     const remove = make("button", "×");
     remove.type = "button";
     remove.setAttribute("aria-label", `Remove ${picture.name}`);
-    remove.onclick = () => { pictures.splice(i, 1); drawPictures(); };
+    remove.onclick = () => { pictures.splice(i, 1); drawPictures(); $("text").focus(); };
     item.append(show(picture), remove);
     return item;
   }));
 }
 
 async function addFiles(files) {
+  const others = [];
   for (const file of files) {
-    if (!/^(image|video)\//.test(file.type)) continue;
+    if (!/^(image|video)\//.test(file.type)) { others.push(file.name); continue; }
     const url = await new Promise((done, fail) => {
       const reader = new FileReader();
       reader.onload = () => done(reader.result);
@@ -44,12 +46,29 @@ async function addFiles(files) {
     pictures.push({ name: file.name || "picture", url });
   }
   drawPictures();
+  say(others.length ? `Neither a picture nor a clip: ${others.join(", ")}` : "");
+}
+
+// A line above the text box, which screen readers read out.
+function say(words) {
+  $("status").textContent = words;
+}
+
+// A page that comes from another machine without TLS has no clipboard of its own.
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const held = make("textarea", text, "unseen");
+  document.body.append(held);
+  held.select();
+  document.execCommand("copy");
+  held.remove();
 }
 
 function addTurn(role) {
   const turn = make("article", undefined, role);
   turn.setAttribute("aria-label", role === "user" ? "You" : "Model");
-  $("hint")?.remove();
+  turn.setAttribute("aria-busy", role === "assistant"); // a screen reader reads the answer when it is complete
+  hint.remove();
   $("turns").append(turn);
   return turn;
 }
@@ -69,7 +88,7 @@ function drawLayout(usage) {
   bar.setAttribute("viewBox", `0 0 ${usage.prompt_tokens} 4`);
   bar.setAttribute("preserveAspectRatio", "none");
   bar.setAttribute("role", "img");
-  bar.setAttribute("aria-label", `The prompt: ${images.length} pictures and ${text} tokens of text`);
+  bar.setAttribute("aria-label", `The prompt: pictures (${images.length}) and ${text} tokens of text`);
   let start = 0;
   const add = (width, kind, words) => {
     const part = document.createElementNS(space, "rect");
@@ -88,20 +107,20 @@ function drawLayout(usage) {
 }
 
 function finish(turn, text, usage, seconds, first) {
+  turn.setAttribute("aria-busy", "false");
   const cost = make("div", undefined, "cost");
   if (usage) {
     const images = usage.prompt_tokens_details.image_tokens;
     turn.append(drawLayout(usage));
     cost.append(make("span", `${usage.prompt_tokens} positions (${images} of pictures), ${usage.completion_tokens} new`));
   }
-  cost.append(make("span", `${first === null ? "" : `first word ${first.toFixed(2)} s, `}${seconds.toFixed(2)} s`));
-  const copy = make("button", "Copy");
-  copy.type = "button";
-  copy.onclick = async () => {
-    await navigator.clipboard.writeText(text);
-    copy.textContent = "Copied";
-  };
-  cost.append(copy);
+  cost.append(make("span", `${first === null ? "" : `first word after ${first.toFixed(2)} s, `}all after ${seconds.toFixed(2)} s`));
+  if (text) {
+    const button = make("button", "Copy");
+    button.type = "button";
+    button.onclick = async () => { await copy(text.trimStart()); button.textContent = "Copied"; button.focus(); };
+    cost.append(button);
+  }
   turn.append(cost);
 }
 
@@ -133,10 +152,12 @@ async function ask() {
   if (said) content.push({ type: "text", text: said });
   const mine = addTurn("user");
   mine.append(...shown.map(show), make("p", said));
-  messages.push({ role: "user", content });
+  const conversation = messages; // a new chat begins another one
+  conversation.push({ role: "user", content });
   pictures = [];
   drawPictures();
   $("text").value = "";
+  say("");
   const turn = addTurn("assistant");
   const words = make("p");
   turn.append(words);
@@ -146,14 +167,14 @@ async function ask() {
   $("send").disabled = true;
   const started = performance.now();
   const since = () => (performance.now() - started) / 1000;
-  let text = "", usage = null, first = null, problem = null;
+  let text = "", usage = null, first = null, problem = null, stopped = false;
   try {
     const headers = { "Content-Type": "application/json" };
     if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
     const response = await fetch("v1/chat/completions", {
       method: "POST", headers, signal: running.signal,
       body: JSON.stringify({
-        messages, stream: true, stream_options: { include_usage: true },
+        messages: conversation, stream: true, stream_options: { include_usage: true },
         max_tokens: Number($("most").value) || 256, temperature: Number($("temperature").value) || 0,
       }),
     });
@@ -169,7 +190,8 @@ async function ask() {
       keepInSight();
     }
   } catch (error) {
-    if (error.name !== "AbortError") problem = error.message;
+    stopped = error.name === "AbortError";
+    if (!stopped) problem = error.message;
   }
   running = null;
   $("stop").hidden = true;
@@ -177,9 +199,15 @@ async function ask() {
   if (problem !== null) {
     turn.append(make("p", problem, "error"));
     turn.lastChild.setAttribute("role", "alert");
-    messages.pop(); // the turn was not answered: the next one does not repeat it
+    conversation.pop(); // the turn was not answered: the next one does not repeat it
+    if (!$("text").value && !pictures.length && conversation === messages) {
+      $("text").value = said; // to change it and try again
+      pictures = shown;
+      drawPictures();
+    }
   } else {
-    messages.push({ role: "assistant", content: text });
+    conversation.push({ role: "assistant", content: text });
+    if (!text.trim()) words.replaceWith(make("p", stopped ? "(stopped)" : "(the answer is empty)", "empty"));
   }
   finish(turn, text, usage, since(), first);
   keepInSight();
@@ -194,10 +222,11 @@ document.onkeydown = (event) => { if (event.key === "Escape") running?.abort(); 
 $("stop").onclick = () => running?.abort();
 $("new").onclick = () => {
   running?.abort();
-  messages.length = 0;
+  messages = [];
   pictures = [];
   drawPictures();
-  $("turns").replaceChildren();
+  $("turns").replaceChildren(hint);
+  say("");
   $("text").focus();
 };
 $("file").onchange = async (event) => { await addFiles(event.target.files); event.target.value = ""; };

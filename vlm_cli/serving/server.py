@@ -91,10 +91,15 @@ def make_server(service: Service, *, host: str, origins: tuple[str, ...] = ()) -
 
 
 class _PromptProtocol(H11Protocol):
-    """Closes a connection that sends no whole request head in time."""
+    """Closes a connection that sends no whole request head in time: its first, and each one after that."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEADER_SECONDS, self._close_without_request)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._head_timer.cancel()
         self._head_timer = self.loop.call_later(HEADER_SECONDS, self._close_without_request)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -102,8 +107,9 @@ class _PromptProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _close_without_request(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()  # when the client has read the last answer
+            self._head_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)  # which it may never do
 
 
 def _logged(app: ASGIApp, service: Service) -> ASGIApp:
