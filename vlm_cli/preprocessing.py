@@ -26,7 +26,7 @@ from vlm_cli.tiling.check import check_one_size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CROP_DOWN", "Placement", "Preprocessing", "SeveralPreprocessing", "make_preprocessing"]
+__all__ = ["CROP_DOWN", "Placement", "Preprocessing", "SeveralPreprocessing", "make_preprocessing", "three"]
 
 #: The setting that makes an odd margin start at the lower of its two middles, as Transformers' image processors do.
 CROP_DOWN = {"crop": "down"}
@@ -136,7 +136,7 @@ class Preprocessing:
     def _normalize(self, pixels: Tensor) -> Tensor:
         from torchvision.transforms.functional import normalize
 
-        return normalize(pixels, _three(self.config.mean), _three(self.config.std))
+        return normalize(pixels, three(self.config.mean), three(self.config.std))
 
     def cut_into_views(self, image: Image, views: Views) -> Tensor:
         """Turn one picture into its views, float[F, C, H, W]."""
@@ -274,5 +274,6 @@ def make_preprocessing(settings: Mapping[str, Any]) -> Preprocessing:
     return SeveralPreprocessing(settings) if "encoders" in settings else Preprocessing(settings)
 
 
-def _three(values: Any) -> list[float]:
+def three(values: Any) -> list[float]:
+    """Return one number for each channel, of which there may be a single one for all."""
     return list(values) if isinstance(values, (tuple, list)) else [values] * 3

@@ -59,7 +59,7 @@ def export(
 
     vlm compares the outputs with those of the model before it writes OUT.
 
-    Example: vlm export my-llava their-llava --format llava
+    Example: vlm export my-model their-model --format hf
     """
     if kind in OLD_NAMES:
         console.notify(f"Note: the format {kind} is now called {OLD_NAMES[kind]}.")
@@ -92,9 +92,11 @@ def export(
         console.print_table(("File", "Bytes"), [[name, f"{size:,}"] for name, size in files.items()])
     if "largest_difference" in facts:
         console.notify(f"Compared with the model: they differ by {facts['largest_difference']:.1e} at most.")
-    if "largest_picture_difference" in facts:
-        difference = facts["largest_picture_difference"]
-        console.notify(f"From a picture and a message on, the logits differ by {difference:.1e} of the largest.")
+    if "largest_pixel_levels" in facts:
+        console.notify(
+            "Pixels are equal with the Pillow backend of the image processor; with torchvision, Transformers' default, "
+            f"they differ by {facts['largest_pixel_levels']:.0f} of 255 levels at most."
+        )
     for note in facts.get("notes", ()):
         console.notify(f"Note: {note}")
     console.notify(f"Wrote {out}. Next: {chosen.next_line.format(out=out)}")

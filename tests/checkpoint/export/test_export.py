@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import errno
 import json
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
-    LlavaForConditionalGeneration,
 )
 
 import vlm_cli
 from tests.support import disk, tiny
 from tests.support.disk import run
 from tests.support.grid import first_of
-from vlm_cli.checkpoint.export import llava, programs
+from vlm_cli.checkpoint.export import programs
 from vlm_cli.checkpoint.export.agreement import check_agreement
 from vlm_cli.checkpoint.export.formats import find_format
-from vlm_cli.checkpoint.export.llava import LANGUAGE_MODELS, check_llava, export_llava
 from vlm_cli.errors import CheckpointError, UsageError
-from vlm_cli.prompt import Medium, Text
-from vlm_cli.templates.conversation import ChatFormat, Conversation
 
 CLOSE = {"atol": 1e-4, "rtol": 0}  # float32, through different kernels
 
@@ -172,160 +165,7 @@ def test_agreement_is_measured():
         check_agreement("x", ours, ours[:1])
 
 
-# -- LLaVA -------------------------------------------------------------------------------------------------------------
-
-READINGS = {
-    "llama": {"layer": -2},
-    "mistral": {"layer": -1, "norm": False},
-    "qwen2": {"layer": -3, "class_token": True},
-}
-
-
-def llava_logits(ours, processor, theirs, their_processor):
-    """Logits of both for a prompt with an image; theirs at the last of its positions."""
-    photo = Image.effect_noise((48, 40), 80).convert("RGB")
-    prompt = "The cat <image> sits on"
-    batch = processor(text=prompt, images=[photo])
-    spread = their_processor(text=prompt, images=photo, return_tensors="pt")
-    assert (spread["pixel_values"] - batch["pixel_values"][0, 0]).abs().max() < 0.1  # torchvision resizes, not PIL
-    spread["pixel_values"] = batch["pixel_values"][0, 0]
-    is_image = spread["input_ids"][0] == ours.config.media_token_id
-    assert is_image.sum() == ours.num_positions()
-    kept = ~is_image
-    kept[is_image.nonzero()[-1]] = True
-    return ours(**batch).logits, theirs(**spread).logits[:, kept]
-
-
-@pytest.mark.parametrize("model_type", first_of(LANGUAGE_MODELS))
-@torch.no_grad()
-def test_llava_gives_the_same_logits(folder, tmp_path, model_type):
-    reading = READINGS.get(model_type, {"layer": -2})
-    lm = disk.language_model(tmp_path / "lm", model_type)
-    named = f"local-dir:{folder / 'tower'}", str(lm), "mlp", "language-stream"
-    disk.write(tmp_path / "llava", disk.composition(*named, vision_encoder=reading))
-    exported(tmp_path, "llava", "llava", tmp_path / "out")
-    ours, processor = vlm_cli.load(str(tmp_path / "llava"))
-    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    pair = processor, theirs, AutoProcessor.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(*llava_logits(ours, *pair), **CLOSE)
-    with tiny.nudged(ours.vision_encoder.visual.transformer.resblocks[0].mlp.c_fc.weight, by=1.0):
-        mine, back = llava_logits(ours, *pair)
-        assert (mine - back).abs().max() > 1e-4
-
-
-@pytest.mark.matrix
-def test_llava_generates_what_the_model_generates(folder, tmp_path):
-    exported(folder, "llava", "llava", tmp_path / "out")
-    # Of the tower's size, so that nothing is resized; without a word, <image> would come first on some.
-    photos = [Image.frombytes("RGB", (32, 32), random.Random(i).randbytes(3 * 32 * 32)) for i in range(6)]
-    texts = []
-    for model, processor in (
-        vlm_cli.load(str(folder / "llava")),
-        (
-            LlavaForConditionalGeneration.from_pretrained(tmp_path / "out"),
-            AutoProcessor.from_pretrained(tmp_path / "out"),
-        ),
-    ):
-        for photo in photos:
-            batch = processor(text="<image>The", images=photo, return_tensors="pt")
-            ids = model.generate(**batch, max_new_tokens=6, do_sample=False)
-            texts.append(ids[0, batch["input_ids"].shape[1] :].tolist())
-    assert texts[: len(photos)] == texts[len(photos) :]
-
-
-TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}[assistant]"
-PARTS = "{% for m in messages %}[{{ m['role'] }}]{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
-IN_PARTS = [{"type": "image"}, {"type": "text", "text": "Is "}, {"type": "text", "text": "it?"}]
-
-
-@pytest.mark.parametrize(
-    ("template", "around"),
-    [
-        pytest.param(TURNS, ("[user]", "</s>[assistant]"), id="text"),
-        pytest.param(PARTS, ("[user]", "[assistant]"), id="parts", marks=pytest.mark.matrix),
-    ],
-)
-def test_a_message_with_a_picture_becomes_what_chat_makes_of_it(folder, tmp_path, template, around):
-    model, processor = vlm_cli.load(str(folder / "llava"))
-    processor.tokenizer.chat_template = template
-    facts = export_llava(model, processor, tmp_path)
-    assert facts["largest_picture_difference"] > 0 and "a quarter of all pictures" in facts["notes"][0]
-    back = AutoProcessor.from_pretrained(tmp_path)
-    photo = Image.effect_noise((64, 64), 80).convert("RGB")
-    messages = [{"role": "user", "content": [{**IN_PARTS[0], "image": photo}, *IN_PARTS[1:]]}]
-    opens = {"add_generation_prompt": True}
-    assert back.apply_chat_template(messages, tokenize=False, **opens) == f"{around[0]}<image>Is it?{around[1]}"
-    found = back.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **opens)
-    ours = Conversation(ChatFormat(processor)).ask([Medium("a.png"), Text("Is it?")])
-    num = model.num_positions()
-    ids = [i for i in ours.ids for _ in range(num if i == model.config.media_token_id else 1)]
-    assert found["input_ids"][0].tolist() == ids
-    assert (found["pixel_values"] - processor(text="<image>", images=photo)["pixel_values"][0, 0]).abs().max() < 0.05
-
-
-@pytest.mark.matrix
-def test_a_model_without_a_template_takes_messages_as_chat_writes_them(folder, tmp_path):
-    model, processor = vlm_cli.load(str(folder / "llava"))
-    assert processor.chat_program is None
-    export_llava(model, processor, tmp_path)
-    back = AutoProcessor.from_pretrained(tmp_path)
-    turns = [("user", IN_PARTS), ("assistant", " Yes."), ("user", "Why?")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    assert back.apply_chat_template(messages, tokenize=False) == "<image>Is it? Yes.\nWhy?"
-    with pytest.raises(Exception, match="no video"):
-        back.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda found: setattr(found.image_processor, "image_mean", [0.5] * 3), "different pixels of pictures of 32"),
-        pytest.param(
-            lambda found: setattr(found, "num_additional_image_tokens", 3),
-            "makes other tokens of a message",
-            marks=pytest.mark.matrix,
-        ),
-    ],
-)
-def test_a_processor_that_differs_is_not_written(folder, tmp_path, monkeypatch, spoil, words):
-    make = llava._processor
-
-    def other(*args):
-        found = make(*args)
-        spoil(found)
-        return found
-
-    monkeypatch.setattr(llava, "_processor", other)
-    result = run("export", folder / "llava", tmp_path / "out", "--format", "llava")
-    assert result.exit_code == 1 and words in result.stderr and not list(tmp_path.iterdir())
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize(
-    ("parts", "problem"),
-    [
-        ({"fusion": "cross-attention"}, "fusion is cross-attention; it would have to be language-stream"),
-        ({"tokenizer": "linear"}, "vision_tokenizer is linear; it would have to be mlp"),
-        ({"fusion": {"type": "language-stream", "mask": "image"}}, "fusion.mask is image; it would have to be causal"),
-        ({"tokenizer": {"type": "mlp", "pixel_shuffle": 2}}, "pixel_shuffle is 2; it would have to be 1"),
-        ({"tiling": {"type": "grid"}}, "tiling is grid; it would have to be none, without texts"),
-        ({"tiling": {"type": "none", "picture_text": "<{views}>"}}, "tiling is none with picture_text"),
-        ({"language_model": "gpt2"}, "the language model is of type gpt2; it would have to be llama"),
-        ({"vision": "resnet"}, "has a ResNet; it would have to be a plain ViT"),
-        ({"vision": "siglip"}, "timm_model_name='test_vit'; it would have to be a plain ViT"),
-        ({"vision": "coca"}, "attentional_pool=True; it would have to be a plain ViT"),
-        (
-            {"vision_encoder": {"name": "vit", "layer": -1}},
-            "layer -1 of the vision encoder passes through its last norm",
-        ),
-    ],
-)
-def test_what_llava_cannot_hold(parts, problem):
-    fitting = {"tokenizer": "mlp", "fusion": "language-stream", "vision_encoder": {"name": "vit", "layer": -2}}
-    check_llava(tiny.config(**fitting))
-    with pytest.raises(UsageError, match="Transformers' LLaVA class cannot hold this model:") as caught:
-        check_llava(tiny.config(**{**fitting, **parts}))
-    assert problem in str(caught.value)
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["torch-export", "vision-onnx"])

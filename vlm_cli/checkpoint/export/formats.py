@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +66,10 @@ def _accept(config: VLMConfig) -> None:
     """Every model can be written so."""
 
 
-def _check_llava(config: VLMConfig) -> None:
-    from vlm_cli.checkpoint.export.llava import check_llava
+def _check_hf(config: VLMConfig, name: str | None = None) -> None:
+    from vlm_cli.checkpoint.export.hf.write import check_hf
 
-    check_llava(config)
+    check_hf(config, name)
 
 
 def _check_program(config: VLMConfig) -> None:
@@ -124,10 +125,12 @@ def _write_full(model: VLM, processor: VLMProcessor, out: Path, settings: Export
     return {}
 
 
-def _write_llava(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
-    from vlm_cli.checkpoint.export.llava import export_llava
+def _write_hf(
+    model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings, name: str | None = None
+) -> dict[str, Any]:
+    from vlm_cli.checkpoint.export.hf.write import export_hf
 
-    return export_llava(model, processor, out, max_shard_size=settings.max_shard_size)
+    return export_hf(model, processor, out, name=name, max_shard_size=settings.max_shard_size)
 
 
 def _write_torch_program(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
@@ -163,10 +166,16 @@ FORMATS: dict[str, ExportFormat] = {
         next_line='vlm generate --model {out} --image FILE "A photo of"',
         is_vlm=True,
     ),
+    "hf": ExportFormat(
+        summary="the whole model, for the class of Transformers that holds it",
+        check=_check_hf,
+        write=_write_hf,
+        next_line='AutoModelForImageTextToText.from_pretrained("{out}")',
+    ),
     "llava": ExportFormat(
-        summary="the whole model, for Transformers' LLaVA class",
-        check=_check_llava,
-        write=_write_llava,
+        summary="as hf, for Transformers' LLaVA class alone",
+        check=partial(_check_hf, name="llava"),
+        write=partial(_write_hf, name="llava"),
         next_line='LlavaForConditionalGeneration.from_pretrained("{out}")',
     ),
     "torch-export": ExportFormat(
@@ -246,13 +255,13 @@ def export_model(
         places = {"backbones": backbones, "allow_hosts": allow_hosts, "verify": verify}
         model, processor = _load(chosen, location, source or location, trust_remote_code, places, progress, **hub)
         merged = _merge(model, progress)
-        with replacing_directory(out, overwrite=overwrite) as partial:
+        with replacing_directory(out, overwrite=overwrite) as unfinished:
             progress(f"exporting {name}")
-            with recording(partial):
-                facts = {**merged, **chosen.write(model, processor, partial, settings)}
+            with recording(unfinished):
+                facts = {**merged, **chosen.write(model, processor, unfinished, settings)}
             if not chosen.is_vlm:
                 manifest = {"format": name, "model": source or location, "vlm_cli": __version__, **facts}
-                (partial / EXPORT_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                (unfinished / EXPORT_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return facts
 
 

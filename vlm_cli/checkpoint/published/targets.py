@@ -35,12 +35,14 @@ class Target:
         target_rows: rows that are filled; None for all.
         source_rows: rows of the checkpoint's tensor that are copied; None for all.
         transform: reshapes or scales the copied rows.
+        restore: makes of the VLM's rows what `transform` made them of, for exports; None if nothing does.
     """
 
     target: str
     target_rows: slice | None = None
     source_rows: slice | None = None
     transform: Callable[[Tensor], Tensor] = field(default=identity, repr=False)
+    restore: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def select(self, source: Tensor) -> Tensor:
         """Return what is copied of the checkpoint's tensor, transformed."""
@@ -49,6 +51,16 @@ class Target:
     def region(self, parameter: Tensor) -> Tensor:
         """Return the rows of the VLM's tensor that are filled, as a view."""
         return parameter if self.target_rows is None else parameter[self.target_rows]
+
+    @property
+    def is_reversible(self) -> bool:
+        """Whether the checkpoint's rows follow from the VLM's."""
+        return self.restore is not None or self.transform is identity
+
+    def give_back(self, parameter: Tensor) -> Tensor:
+        """Return the checkpoint's rows, from the VLM's tensor that they fill."""
+        rows = self.region(parameter)
+        return rows if self.restore is None else self.restore(rows)
 
     def selected_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Return the shape of `select(source)` for a source of this shape; None if `select` would fail."""

@@ -14,12 +14,13 @@ from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, H
 from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
 from vlm_cli.checkpoint.published.layouts.janus import HuggingFaceJanus
 from vlm_cli.checkpoint.published.layouts.kosmos2 import Kosmos2
-from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA, OriginalLLaVA
+from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA
 from vlm_cli.checkpoint.published.layouts.llava_next import (
     HuggingFaceLLaVANeXT,
     HuggingFaceLLaVANeXTVideo,
     HuggingFaceLLaVAOneVision,
 )
+from vlm_cli.checkpoint.published.layouts.llava_original import OriginalLLaVA
 from vlm_cli.checkpoint.published.layouts.mllama import HuggingFaceMllama
 from vlm_cli.checkpoint.published.layouts.nanovlm import NanoVLM
 from vlm_cli.checkpoint.published.layouts.open_flamingo import OpenFlamingo

@@ -22,16 +22,20 @@ from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.trust import make_config
 
-__all__ = ["MODEL", "HFParts", "make_language_model_rules", "read_parts"]
+__all__ = ["EMBEDDING", "HEAD", "MODEL", "NO_SETTINGS", "OPTIONAL_IN_TOWERS", "HFParts"]
+__all__ += ["make_language_model_rules", "read_parts"]
 
 #: What stands before the name of a part.
 MODEL = r"(?:model\.)?"
 
+#: Names of a language model's tables in a VLM.
+EMBEDDING, HEAD = "lang_model.model.embed_tokens.weight", "lang_model.lm_head.weight"
+
 _HEAD = r"(?:language_model\.)?lm_head\.weight"
 #: Settings that say where a configuration comes from, and nothing of the model.
-_NO_SETTINGS = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+NO_SETTINGS = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 #: Norms and heads of towers that a VLM which reads patches does not need.
-_OPTIONAL = r"vision_encoder\.visual\.(?:post_layernorm|head|layernorm|pooler)\..*"
+OPTIONAL_IN_TOWERS = r"vision_encoder\.visual\.(?:post_layernorm|head|layernorm|pooler)\..*"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class HFParts:
     text_config: dict[str, Any]
     images: Mapping[str, Any]
     rules: list[Rule]
-    optional: str = _OPTIONAL
+    optional: str = OPTIONAL_IN_TOWERS
 
 
 def read_parts(
@@ -89,11 +93,11 @@ def read_parts(
         config=config,
         vision_config={
             "type": "hf",
-            "config": {key: x for key, x in vision.items() if key not in _NO_SETTINGS},
+            "config": {key: x for key, x in vision.items() if key not in NO_SETTINGS},
             "vision_cfg": {"image_size": size},
             "preprocess": complete_preprocessing(squashed),
         },
-        text_config={key: x for key, x in text.items() if key not in _NO_SETTINGS},
+        text_config={key: x for key, x in text.items() if key not in NO_SETTINGS},
         images=read_image_settings(checkpoint.folder),
         rules=[(rf"{MODEL}vision_tower\.(?:vision_model\.)?(.*)", r"vision_encoder.visual.\1")],
     )
@@ -128,14 +132,13 @@ def make_language_model_rules(
     """
     prefix = rf"{MODEL}{under}\.(?:model\.)?"
     embedding = rf"{prefix}embed_tokens\.weight"
-    ours_embedding, ours_head = "lang_model.model.embed_tokens.weight", "lang_model.lm_head.weight"
     layers: Rule = (rf"{prefix}(layers\..*|norm\..*)", r"lang_model.model.\1")
     if not has_added_rows:
-        return [(embedding, ours_embedding), (_HEAD, ours_head), layers]
+        return [(embedding, EMBEDDING), (_HEAD, HEAD), layers]
     added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
     filled = tables_filled(checkpoint, config, embedding=embedding, head=_HEAD)
     return [
-        (embedding, lambda _: table_targets(ours_embedding, filled["embedding"], added=added)),
-        (_HEAD, lambda _: table_targets(ours_head, filled["head"], added=added)),
+        (embedding, lambda _: table_targets(EMBEDDING, filled["embedding"], added=added)),
+        (_HEAD, lambda _: table_targets(HEAD, filled["head"], added=added)),
         layers,
     ]

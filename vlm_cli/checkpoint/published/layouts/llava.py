@@ -1,51 +1,44 @@
-"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744), as Transformers writes it and as its authors do.
+"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744), as Transformers writes it.
 
-Sources: transformers/models/llava, `LlavaForConditionalGeneration`, with the names of releases before and after 4.52;
-https://github.com/haotian-liu/LLaVA, `llava/model/llava_arch.py` and `llava/model/multimodal_encoder/clip_encoder.py`.
+Source: transformers/models/llava, `LlavaForConditionalGeneration`, with the names of releases before and after 4.52.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlavaConfig
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlavaConfig
 
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.layouts.hf_parts import NO_SETTINGS, OPTIONAL_IN_TOWERS, make_language_model_rules
 from vlm_cli.checkpoint.published.preprocessing import PADS_TO_SQUARES, pads_to_squares, read_preprocessing
 from vlm_cli.checkpoint.published.settings import Settings, check_settings_of
 from vlm_cli.checkpoint.published.shapes import find_shape
-from vlm_cli.checkpoint.published.tables import table_targets, tables_filled
-from vlm_cli.checkpoint.published.targets import Rule, TargetsOf, make_targets_of
+from vlm_cli.checkpoint.published.targets import Rule, Target, make_targets_of
 from vlm_cli.checkpoint.published.towers.clip import (
     CLIP_OPTIONAL,
     CLIP_SETTINGS,
-    CLIP_TOWERS,
     convert_clip_config,
     make_clip_rules,
     name_clip_tower,
-    read_clip_shapes,
 )
-from vlm_cli.checkpoint.published.towers.siglip import (
-    SIGLIP_OPTIONAL,
-    SIGLIP_PIXELS,
-    SIGLIP_SETTINGS,
-    convert_siglip_config,
-    make_siglip_rules,
-    name_siglip_tower,
-)
+from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_PIXELS
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
-from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.encoders.hf import find_structure
 from vlm_cli.schema import show
+from vlm_cli.trust import find_vision_class, make_config
 
-__all__ = ["HuggingFaceLLaVA", "OriginalLLaVA"]
+__all__ = ["OPTIONAL", "HuggingFaceLLaVA"]
 
 _MODEL = r"(?:model\.)?"
 #: LLaVA takes features before the vision encoder's last norm, so it does not need that norm.
-_OPTIONAL = rf"{CLIP_OPTIONAL}|vision_encoder\.visual\.ln_post\.\w+"
+OPTIONAL = rf"{CLIP_OPTIONAL}|vision_encoder\.visual\.ln_post\.\w+"
 
 
 class HuggingFaceLLaVA:
@@ -65,7 +58,7 @@ class HuggingFaceLLaVA:
             *("vision_feature_layer", "multimodal_projector_bias"),
         },
         without_effect={"image_seq_length", "tie_word_embeddings", "ignore_index", "pad_token_id"},
-        fixed={"projector_hidden_act": ("gelu",)},
+        fixed={"projector_hidden_act": ("gelu", "linear")},
     )
 
     def matches(self, checkpoint: PublishedCheckpoint) -> bool:
@@ -78,56 +71,33 @@ class HuggingFaceLLaVA:
         """Read sizes from `config.json`: the checkpoint holds all parts, and its tokenizer has `<image>`."""
         config = checkpoint.config
         check_settings_of(checkpoint.name, "", config, self.settings)
-        vision, text = config["vision_config"], dict(config["text_config"])
+        vision, text = dict(config["vision_config"]), dict(config["text_config"])
         text.setdefault("model_type", "llama")
-        if (kind := vision.get("model_type", "clip_vision_model")) not in _TOWERS:
-            raise CheckpointError(
-                f"{checkpoint.name!r} has a vision encoder of type {kind!r}; vlm reads {' and '.join(_TOWERS)}."
-            )
-        check_settings_of(checkpoint.name, "vision_config", vision, _TOWERS[kind])
-        is_clip = kind == "clip_vision_model"
-        # Files of early releases lack what is the default of Transformers.
-        vision = {**_TOWERS[kind].config().to_dict(), **vision}
-        strategy = config.get("vision_feature_select_strategy", "default")
-        if strategy not in ("default", "full"):
-            raise CheckpointError(
-                f"{checkpoint.name!r} takes features by strategy {show(strategy)}; vlm takes them with or without "
-                "their class token."
-            )
-        if not is_clip and strategy == "default":
-            raise CheckpointError(
-                f"{checkpoint.name!r} has vision_feature_select_strategy='default', which drops the first patch of a "
-                "SigLIP, as if it were a class token; vlm takes all patches."
-            )
-        prefix = rf"{_MODEL}{self.tower}\.(?:vision_model\.)?"
-        make_rules = make_clip_rules if is_clip else make_siglip_rules
+        vision.setdefault("model_type", "clip_vision_model")
+        tower = _read_tower(checkpoint, vision, rf"{_MODEL}{self.tower}\.(?:vision_model\.)?")
         media_id = config.get("image_token_index", config.get("image_token_id", 32000))
-        rules: list[Rule] = [
-            *make_rules(prefix, vision["hidden_size"]),
-            (rf"{_MODEL}multi_modal_projector\.linear_1\.(\w+)", r"vision_tokenizer.proj.0.\1"),
-            (rf"{_MODEL}multi_modal_projector\.linear_2\.(\w+)", r"vision_tokenizer.proj.2.\1"),
-            (rf"{_MODEL}multi_modal_projector\.projector_layernorm\.(\w+)", r"vision_tokenizer.norm.\1"),
-        ]
         return CheckpointDescription(
             composition={
                 "family": "llava",
                 "vision_encoder": {
-                    "name": name_clip_tower(vision) if is_clip else name_siglip_tower(vision),
-                    "layer": _count_from_end(checkpoint.name, self.read_layers(config), vision["num_hidden_layers"]),
-                    "norm": False,
-                    "class_token": is_clip and strategy == "full",
+                    "name": tower.name,
+                    "layer": _count_from_end(checkpoint.name, self.read_layers(config), tower.depth),
+                    **({"norm": False} if tower.has_norm else {}),
+                    "class_token": _takes_class_token(checkpoint, tower),
                 },
-                "vision_tokenizer": {"type": "mlp", **self.read_projector(config)},
+                "vision_tokenizer": self.read_projector(config),
                 "fusion": "language-stream",
                 "language_model": {"name": checkpoint.name},
                 "added_tokens": [MEDIA_TOKEN],
                 "trainable": ["vision_tokenizer", "language_model"],
             },
-            targets_for=lambda ours: make_targets_of([*rules, *_make_language_model_rules(checkpoint, ours)]),
+            targets_for=lambda ours: make_targets_of(
+                [*tower.rules, *_projector_rules(checkpoint), *make_language_model_rules(checkpoint, ours)]
+            ),
             text_config=text,
-            vision_config=_convert_tower(checkpoint, vision, prefix, is_clip),
+            vision_config=tower.config,
             first_added_id=media_id,
-            optional_pattern=_OPTIONAL if is_clip else rf"{SIGLIP_OPTIONAL}|vision_encoder\.visual\.trunk\.norm\.\w+",
+            optional_pattern=tower.optional,
             notes=(*self.notes, *((PADS_TO_SQUARES,) if pads_to_squares(checkpoint.folder) else ())),
         )
 
@@ -138,7 +108,8 @@ class HuggingFaceLLaVA:
 
     def read_projector(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Read the settings of the vision tokenizer."""
-        return {"bias": config.get("multimodal_projector_bias", True)}
+        is_single = config.get("projector_hidden_act") == "linear"
+        return {"type": "linear" if is_single else "mlp", "bias": config.get("multimodal_projector_bias", True)}
 
 
 def _count_from_end(name: str, layers: int | list[int], depth: int) -> int | list[int]:
@@ -156,229 +127,145 @@ def _count_from_end(name: str, layers: int | list[int], depth: int) -> int | lis
     return found[0] if isinstance(layers, int) else found
 
 
-def _convert_tower(
-    checkpoint: PublishedCheckpoint, vision: Mapping[str, Any], prefix: str, is_clip: bool
-) -> dict[str, Any]:
-    """Turn the configuration of a CLIP or a SigLIP into OpenCLIP's.
+@dataclass(frozen=True, kw_only=True)
+class _Tower:
+    """The vision encoder of a checkpoint.
+
+    Attributes:
+        name: of the composition's vision encoder.
+        config: of the VLM's vision encoder.
+        rules: for its tensors.
+        optional: pattern of names that the vision encoder has and LLaVA does not need.
+        depth: number of layers.
+        num_before: tokens before the patches.
+        has_class_token: whether the first of them is a class token.
+        has_norm: whether a norm follows the last layer.
+    """
+
+    name: str
+    config: dict[str, Any]
+    rules: list[Rule]
+    optional: str
+    depth: int
+    num_before: int
+    has_class_token: bool
+    has_norm: bool = True
+
+
+def _read_tower(checkpoint: PublishedCheckpoint, vision: Mapping[str, Any], prefix: str) -> _Tower:
+    """Describe a CLIP as OpenCLIP's tower, and any other vision model as Transformers' own.
 
     Raises:
-        CheckpointError: for a setting that OpenCLIP's tower does not have.
+        CheckpointError: for a setting that vlm cannot carry over, or a model that is no vision transformer.
     """
-    if is_clip:
-        return convert_clip_config(vision, checkpoint.folder)
-    preprocess = read_preprocessing(checkpoint.folder, vision["image_size"], resize_mode="squash", like=SIGLIP_PIXELS)
-    has_head = find_shape(checkpoint, rf"{prefix}head\.probe") is not None
-    return {**convert_siglip_config(vision, has_head=has_head), "preprocess": preprocess}
+    if vision["model_type"] == "clip_vision_model":
+        check_settings_of(checkpoint.name, "vision_config", vision, CLIP_SETTINGS)
+        # Files of early releases lack what is the default of Transformers.
+        whole = {**CLIPVisionConfig().to_dict(), **vision}
+        return _Tower(
+            name=name_clip_tower(whole),
+            config=convert_clip_config(whole, checkpoint.folder),
+            rules=make_clip_rules(prefix, whole["hidden_size"]),
+            optional=OPTIONAL,
+            depth=whole["num_hidden_layers"],
+            num_before=1,
+            has_class_token=True,
+        )
+    found = dict(vision)
+    config = make_config(found.pop("model_type"), **found)
+    settings, size = config.to_dict(), getattr(config, "image_size", None)
+    if find_vision_class(config) is None or not isinstance(size, int):
+        raise CheckpointError(
+            f"{checkpoint.name!r} has a vision encoder of type {vision['model_type']!r}; vlm reads CLIP, SigLIP and "
+            "other vision transformers of Transformers."
+        )
+    preprocess = read_preprocessing(checkpoint.folder, size, resize_mode="squash", like=SIGLIP_PIXELS)
+    whole = {
+        "type": "hf",
+        "config": {key: x for key, x in settings.items() if key not in NO_SETTINGS},
+        "vision_cfg": {"image_size": size},
+        "preprocess": preprocess,
+    }
+    structure = find_structure(whole)
+    return _Tower(
+        name=f"hf:{checkpoint.name}",
+        config=whole,
+        rules=[(rf"{prefix}(.*)", r"vision_encoder.visual.\1")],
+        optional=OPTIONAL_IN_TOWERS,
+        depth=structure.depth,
+        num_before=structure.before,
+        has_class_token=structure.has_class_token,
+        has_norm=structure.norm is not None,
+    )
 
 
-_HF_EMBEDDING = rf"{_MODEL}language_model\.(?:model\.)?embed_tokens\.weight"
-_HF_HEAD = r"(?:language_model\.)?lm_head\.weight"
+def _takes_class_token(checkpoint: PublishedCheckpoint, tower: _Tower) -> bool:
+    """Say whether the class token is projected, too.
+
+    Raises:
+        CheckpointError: for tokens that vlm does not take.
+    """
+    strategy = checkpoint.config.get("vision_feature_select_strategy", "default")
+    if strategy not in ("default", "full"):
+        raise CheckpointError(
+            f"{checkpoint.name!r} takes features by strategy {show(strategy)}; vlm takes them with or without "
+            "their class token."
+        )
+    if strategy == "default" and not tower.num_before:
+        raise CheckpointError(
+            f"{checkpoint.name!r} has vision_feature_select_strategy='default', which drops the first patch of a "
+            "SigLIP, as if it were a class token; vlm takes all patches."
+        )
+    if tower.num_before > 1 or (tower.num_before and not tower.has_class_token):
+        raise CheckpointError(
+            f"{checkpoint.name!r} projects {tower.num_before} tokens before the patches; vlm takes patches with or "
+            "without a class token."
+        )
+    return strategy == "full" and tower.has_class_token
 
 
-def _make_language_model_rules(checkpoint: PublishedCheckpoint, config: VLMConfig) -> list[Rule]:
-    """Make the rules for a language model under `language_model`, whose tables have a row for each added token."""
-    added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
-    filled = tables_filled(checkpoint, config, embedding=_HF_EMBEDDING, head=_HF_HEAD)
+def _projector_rules(checkpoint: PublishedCheckpoint) -> list[Rule]:
+    """Make the rules for the two maps and the norm. Without an activation, the second map changes nothing."""
+    projector = rf"{_MODEL}multi_modal_projector\."
+    norm: Rule = (rf"{projector}projector_layernorm\.(\w+)", r"vision_tokenizer.norm.\1")
+    if checkpoint.config.get("projector_hidden_act") != "linear":
+        return [
+            (rf"{projector}linear_1\.(\w+)", r"vision_tokenizer.proj.0.\1"),
+            (rf"{projector}linear_2\.(\w+)", r"vision_tokenizer.proj.2.\1"),
+            norm,
+        ]
+    shape = find_shape(checkpoint, rf"{projector}linear_1\.weight")
+    assert shape is not None
     return [
-        (
-            _HF_EMBEDDING,
-            lambda _: table_targets("lang_model.model.embed_tokens.weight", filled["embedding"], added=added),
-        ),
-        (_HF_HEAD, lambda _: table_targets("lang_model.lm_head.weight", filled["head"], added=added)),
-        (rf"{_MODEL}language_model\.(?:model\.)?(layers\..*|norm\..*)", r"lang_model.model.\1"),
+        (rf"{projector}linear_1\.(\w+)", r"vision_tokenizer.proj.\1"),
+        (rf"{projector}linear_2\.(\w+)", lambda match: [_changes_nothing(match[1], shape)]),
+        norm,
     ]
 
 
-#: Type of a vision encoder -> what becomes of its settings.
-_TOWERS = {"clip_vision_model": CLIP_SETTINGS, "siglip_vision_model": SIGLIP_SETTINGS}
-
-
-_PROJECTOR = r"(?:model\.)?mm_projector\."
-_TOWER = r"model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
-#: Channels of the projection -> the language model that LLaVA-1.5 was published with.
-_LANGUAGE_MODELS = {4096: "lmsys/vicuna-7b-v1.5", 5120: "lmsys/vicuna-13b-v1.5"}
-#: Settings in `config.json` that belong to LLaVA; the others are the language model's.
-_OWN = re.compile(
-    r"(un)?freeze_mm.*|image_.*|mm_.*|tokenizer_.*|tune_mm.*|use_mm_proj|architectures|auto_map|_name_or_path"
-)
-
-
-class OriginalLLaVA:
-    """`model.mm_projector`, alone or in a language model that keeps its own names, with or without the tower.
-
-    LLaVA's code marks an image by the id -200, which is no token. Here `<image>` has a row, which nothing reads.
-    """
-
-    name = "LLaVA (original)"
-    source = "https://github.com/haotian-liu/LLaVA/blob/main/llava/model/llava_arch.py"
-
-    def matches(self, checkpoint: PublishedCheckpoint) -> bool:
-        """Look for the projector's first matrix."""
-        return any(re.fullmatch(rf"{_PROJECTOR}(?:0\.)?weight", name) for name in checkpoint.tensors)
-
-    def describe(self, checkpoint: PublishedCheckpoint) -> CheckpointDescription:
-        """Find out which parts the files hold; the others are known by name, or by the projector's shapes."""
-        config = checkpoint.config
-        if "model.image_newline" in checkpoint.tensors or config.get("image_aspect_ratio") == "anyres":
-            raise CheckpointError(
-                f"{checkpoint.name!r} cuts images into tiles, as LLaVA-1.6 does; vlm gives each image to the vision "
-                "encoder as a whole. Give a checkpoint of LLaVA-1.5."
-            )
-        _check_original(checkpoint)
-        features = _read_feature_settings(checkpoint)
-        vision, tower, notes = _find_tower(checkpoint)
-        holds_lm = "model.norm.weight" in checkpoint.tensors
-        text = {key: value for key, value in config.items() if not _OWN.fullmatch(key)}
-        text["model_type"] = _read_model_type(checkpoint)
-        lm = checkpoint.name if holds_lm else _guess_language_model(checkpoint)
-        if not holds_lm:
-            notes.append(
-                f"The files do not hold the language model. vlm takes {lm or 'none'}; name another with "
-                "--language-model."
-            )
-        if config.get("image_aspect_ratio") == "pad":
-            notes.append(PADS_TO_SQUARES)
-        return CheckpointDescription(
-            composition={
-                "family": "llava",
-                "vision_encoder": {**tower, **features},
-                "vision_tokenizer": _read_projector(checkpoint),
-                "fusion": "language-stream",
-                "language_model": {"name": lm or ""},
-                "added_tokens": [MEDIA_TOKEN],
-                "trainable": ["vision_tokenizer", *(["language_model"] if holds_lm else [])],
-            },
-            targets_for=lambda ours: _make_original_targets(checkpoint, ours, features),
-            text_config=text if holds_lm else None,
-            vision_config=vision,
-            crops_down=True,
-            optional_pattern=rf"{_OPTIONAL}|added_tokens\..*",
-            notes=tuple(notes),
-        )
-
-
-#: LLaVA's settings that decide how images are projected and where they stand -> what vlm builds.
-_ORIGINAL = {
-    "mm_projector_type": ("linear", "mlp2x_gelu"),
-    "mm_use_im_start_end": (False,),
-    "mm_patch_merge_type": ("flat",),
-    "image_aspect_ratio": ("square", "pad", None),
-    "mm_resampler_type": (None,),
-}
-
-
-def _check_original(checkpoint: PublishedCheckpoint) -> None:
-    """Refuse settings that vlm cannot build.
-
-    Raises:
-        CheckpointError: naming the setting.
-    """
-    for name, possible in _ORIGINAL.items():
-        if (given := checkpoint.config.get(name, possible[0])) not in possible:
-            raise CheckpointError(
-                f"{checkpoint.name!r} has {name}={show(given)}; vlm builds only {' or '.join(map(show, possible))}."
-            )
-
-
-def _read_feature_settings(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
-    """Read which features of the vision encoder are projected; LLaVA-1.5's if the configuration does not say.
-
-    Raises:
-        CheckpointError: for features that vlm does not have.
-    """
-    config = checkpoint.config
-    layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
-    if not isinstance(layer, int) or layer >= 0 or feature not in ("patch", "cls_patch"):
-        raise CheckpointError(
-            f"{checkpoint.name!r} takes {feature!r} of layer {layer!r}; vlm takes patches of a single layer, counted "
-            "from the end (-1, -2, …), with or without the class token."
-        )
-    return {"layer": layer, "norm": False, "class_token": feature == "cls_patch"}
-
-
-def _find_tower(checkpoint: PublishedCheckpoint) -> tuple[dict[str, Any] | None, dict[str, Any], list[str]]:
-    """Find the vision encoder.
-
-    Returns:
-        OpenCLIP's configuration of a tower in the files, or None; settings of `composition["vision_encoder"]`; notes.
-    """
-    named = checkpoint.config.get("mm_vision_tower")
-    name, pretrained = CLIP_TOWERS.get(str(named), ("", None))
-    if (vision := read_clip_shapes(checkpoint, _TOWER, named)) is not None:
-        return convert_clip_config(vision, checkpoint.folder), {"name": name or name_clip_tower(vision)}, []
-    projection = _find_projection(checkpoint)
-    if named is None and len(projection) == 2 and projection[0][1] == 1024:
-        name, pretrained = CLIP_TOWERS["openai/clip-vit-large-patch14-336"]
-        return None, {"name": name, "pretrained": pretrained}, [_GUESSED]
-    notes = []
-    if named is not None and not name:
-        notes.append(f"vlm does not know the vision encoder {named!r}. Give OpenCLIP's name: --vision-encoder NAME:TAG")
-    return None, {"name": name, "pretrained": pretrained}, notes
-
-
-_GUESSED = "The file does not name its vision encoder. By its shapes it is LLaVA-1.5's: ViT-L-14-336:openai, layer -2."
-
-
-def _find_projection(checkpoint: PublishedCheckpoint) -> list[tuple[int, ...]]:
-    """Return the shapes of the projection's matrices, in order."""
-    names = sorted(name for name in checkpoint.tensors if re.fullmatch(rf"{_PROJECTOR}(?:\d+\.)?weight", name))
-    return [checkpoint.shape(name) for name in names]
-
-
-def _read_projector(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
-    """Read the settings of the vision tokenizer.
-
-    Raises:
-        CheckpointError: if the projection has more than two layers.
-    """
-    count = len(_find_projection(checkpoint))
-    if count > 2:
-        raise CheckpointError(
-            f"{checkpoint.name!r} has a projection of {count} layers; vlm has projections of 1 and 2 layers."
-        )
-    return {"type": "linear" if count == 1 else "mlp"}
-
-
-def _read_model_type(checkpoint: PublishedCheckpoint) -> str:
-    """Return the language model's type; LLaVA names its own types after it: `llava_mistral`."""
-    given = checkpoint.config.get("model_type", "llava")
-    return {"llava": "llama"}.get(given, given.removeprefix("llava_"))
-
-
-def _guess_language_model(checkpoint: PublishedCheckpoint) -> str | None:
-    """Return the language model that the configuration names, or that LLaVA-1.5 had with such a projection."""
-    projection = _find_projection(checkpoint)
-    known = _LANGUAGE_MODELS.get(projection[-1][0]) if len(projection) == 2 else None
-    return checkpoint.config.get("_name_or_path") or known
-
-
-def _make_original_targets(
-    checkpoint: PublishedCheckpoint, config: VLMConfig, features: Mapping[str, Any]
-) -> TargetsOf:
-    """Make the lookup of targets.
+def _changes_nothing(kind: str, shape: tuple[int, ...]) -> Target:
+    """Read the second of two maps without an activation between them, of which vlm keeps the first.
 
     Args:
-        checkpoint: named in errors.
-        config: of the VLM.
-        features: the features that the projection was trained on.
-
-    Raises:
-        CheckpointError: if the composition takes other features of its vision encoder.
+        kind: `weight` or `bias`.
+        shape: of the first map's matrix.
     """
-    found = config.composition.vision_encoder.feature_arguments
-    if found != dict(features):
-        wrong = [name for name in features if found[name] != features[name]]
-        flags = " ".join(f"--set vision_encoder.{name}={str(features[name]).lower()}" for name in wrong)
-        raise CheckpointError(
-            f"{checkpoint.name!r} was trained on other features than "
-            f"{' and '.join(f'{name}={found[name]}' for name in wrong)}. Add {flags}"
-        )
-    width = config.vision_config["vision_cfg"].get("width", 0)
-    return make_targets_of(
-        [
-            (rf"{_PROJECTOR}(weight|bias)", r"vision_tokenizer.proj.\1"),
-            (rf"{_PROJECTOR}(\d+)\.(\w+)", r"vision_tokenizer.proj.\1.\2"),
-            *make_clip_rules(_TOWER, width),
-            (r"(model\.(?:embed_tokens|layers|norm)\..*|lm_head\.weight)", r"lang_model.\1"),
-        ]
+    dim_out, dim_in = shape
+
+    def nothing() -> Tensor:
+        return torch.eye(dim_out) if kind == "weight" else torch.zeros(dim_out)
+
+    def check(x: Tensor) -> Tensor:
+        if not x.is_meta and not torch.equal(x, nothing().to(x)):
+            raise CheckpointError(
+                f"multi_modal_projector.linear_2.{kind} changes what the first map gives, and no activation stands "
+                "between the two; vlm has a single map (linear), or two with an activation (mlp)."
+            )
+        return x.new_empty(0, dim_in)
+
+    return Target(
+        "vision_tokenizer.proj.weight",
+        target_rows=slice(0),
+        transform=check,
+        restore=lambda x: nothing().to(x),
     )

@@ -42,4 +42,4 @@ class HuggingFaceViPLLaVA(HuggingFaceLLaVA):
 
     def read_projector(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Read the settings of the vision tokenizer."""
-        return {"norm": "layer", "norm_eps": config.get("projector_layernorm_eps", 1e-5)}
+        return {"type": "mlp", "norm": "layer", "norm_eps": config.get("projector_layernorm_eps", 1e-5)}

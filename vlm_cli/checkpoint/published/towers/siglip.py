@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import SiglipVisionConfig
 
 from vlm_cli.checkpoint.parts.openclip import complete_preprocessing
-from vlm_cli.checkpoint.published.settings import Settings
 from vlm_cli.checkpoint.published.targets import Rule, Target, stack_rows
 from vlm_cli.errors import CheckpointError
 
 __all__ = [
     "SIGLIP_OPTIONAL",
     "SIGLIP_PIXELS",
-    "SIGLIP_SETTINGS",
     "SIGLIP_TOWERS",
     "convert_siglip_config",
     "make_siglip_rules",
@@ -41,18 +38,6 @@ SIGLIP_TOWERS: dict[tuple[int, int, int, int], str] = {
 }
 
 _OURS = "vision_encoder.visual.trunk."
-
-#: What becomes of the settings in a `vision_config`.
-SIGLIP_SETTINGS = Settings(
-    config=SiglipVisionConfig,
-    read={
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_act"),
-        "layer_norm_eps",
-    },
-    # The tensors tell whether there is a pooling head, and the width of the feed-forward.
-    without_effect={"attention_dropout", "vision_use_head", "intermediate_size"},
-    fixed={"num_channels": (3,)},
-)
 
 #: How SigLIP's images are prepared where no file says it: OpenCLIP's words.
 SIGLIP_PIXELS: Mapping[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
@@ -98,11 +83,15 @@ def make_siglip_rules(prefix: str, width: int) -> list[Rule]:
 
 def _add_batch_axis(match: re.Match[str]) -> list[Target]:
     """Turn float[v, d] position embeddings into timm's float[1, v, d]."""
-    return [Target(f"{_OURS}pos_embed", transform=_unsqueeze)]
+    return [Target(f"{_OURS}pos_embed", transform=_unsqueeze, restore=_squeeze)]
 
 
 def _unsqueeze(x: Tensor) -> Tensor:
     return x.unsqueeze(0)
+
+
+def _squeeze(x: Tensor) -> Tensor:
+    return x.squeeze(0)
 
 
 def convert_siglip_config(

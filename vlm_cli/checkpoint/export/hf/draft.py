@@ -1,0 +1,123 @@
+"""What a class of Transformers would be made of, to hold a model as well as it can.
+
+A class of this folder turns a composition into the class's settings, where the class has such a setting. What it cannot
+hold is found afterwards (`fit.py`): the import reads the draft as if it were a published checkpoint, and what it reads
+is compared with the composition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from vlm_cli.checkpoint.export.hf.towers import HFTower
+from vlm_cli.checkpoint.published.layouts.base import Layout
+from vlm_cli.composition import MEDIA_TOKEN
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.preprocessing import make_preprocessing, three
+
+__all__ = ["PLAIN_LANGUAGE_MODELS", "Draft", "HFClass", "Source", "image_settings"]
+
+#: Types of language models whose embedding is a plain table and whose head is a plain linear map: the classes of
+#: Transformers' VLMs assume both.
+PLAIN_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model that is written.
+
+    Attributes:
+        config: of the VLM.
+        tower: its vision encoder in Transformers' terms.
+        text_config: of its language model, as plain data with a `model_type`.
+        tokenizer: its tokenizer; None where only the configuration is known.
+        num_positions: vision tokens of a view.
+    """
+
+    config: VLMConfig
+    tower: HFTower
+    text_config: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    num_positions: int = 0
+
+    def option(self, part: str, name: str, default: Any = None) -> Any:
+        """Return a setting of a part; the default if the part's type does not have it."""
+        chosen: Any = getattr(self.config.composition, part)
+        return getattr(getattr(chosen, "options", chosen), name, default)
+
+    @property
+    def layer(self) -> int | list[int]:
+        """The layers of the vision encoder whose features are read, counted from the end."""
+        layer = self.config.composition.vision_encoder.layer
+        return list(layer) if isinstance(layer, tuple) else layer
+
+    def named_token(self, name: str, default: str) -> str:
+        """Return a special token that the tokenizer has under a name, as published tokenizers do."""
+        found = getattr(self.tokenizer, name, None) if self.tokenizer is not None else None
+        return found if isinstance(found, str) else default
+
+    def rows(self, *, of_added: bool) -> dict[str, Any]:
+        """Return the settings of the language model's tables, with a row for each added token or without."""
+        first, num = self.config.first_added_id, len(self.config.added_tokens)
+        size = self.config.get_text_config(decoder=True).vocab_size
+        return {"vocab_size": max(size, first + num)} if of_added else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A class's settings.
+
+    Attributes:
+        config: content of `config.json`, with `model_type`.
+        images: the image processor, with its torchvision backend, which Transformers takes by default.
+        processor: arguments of the class of processors beside its image processor and its tokenizer.
+        media_token: what the processor writes for a vision token, or for a picture.
+        named_tokens: name -> special token that the tokenizer has under this name.
+        token_ids: id -> token of the tokenizer that `config` names by its id.
+        has_added_rows: whether the tables get a row for each token that vlm added.
+    """
+
+    config: Mapping[str, Any]
+    images: Any
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    media_token: str = MEDIA_TOKEN
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
+    token_ids: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    has_added_rows: bool = True
+
+
+class HFClass(Protocol):
+    """A class of Transformers' VLMs that vlm writes.
+
+    Attributes:
+        layout: reads what is written; its tables and settings are those of the import.
+        model: name of the class.
+        processor: name of its processor's class.
+        tower: pattern before the names of the vision encoder's tensors, in memory.
+        language_models: types of language models that the class computes as they are; None for all.
+    """
+
+    @property
+    def layout(self) -> Layout: ...
+
+    model: str
+    processor: str
+    tower: str
+    language_models: tuple[str, ...] | None
+
+    def draft(self, source: Source) -> Draft:
+        """Return the settings with which the class is nearest to a model."""
+
+
+def image_settings(config: VLMConfig) -> dict[str, Any]:
+    """Return the settings of Transformers' image processors that say how a view becomes numbers."""
+    found = make_preprocessing(config.vision_config.get("preprocess") or {})
+    return {
+        "image_mean": three(found.config.mean),
+        "image_std": three(found.config.std),
+        "resample": int(found.filter),
+    }

@@ -1,0 +1,199 @@
+"""Whether a class of Transformers holds a composition, and if not, which settings stand in the way.
+
+The import reads a draft of the class as if it were a published checkpoint. Each setting that it reads and that differs
+from the composition's is a setting that the class cannot hold. So the export knows no more of a class than the import.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source
+from vlm_cli.checkpoint.export.hf.tensors import Plan, plan_tensors
+from vlm_cli.checkpoint.export.hf.towers import STAND_IN, NoTower, find_hf_tower
+from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
+from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
+from vlm_cli.checkpoint.published.layouts.hf_parts import NO_SETTINGS
+from vlm_cli.checkpoint.published.targets import Target, make_targets_of
+from vlm_cli.composition import Composition
+from vlm_cli.errors import VLMError, first_line
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.meta import SkipsFilling, meta_device
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.preprocessing import make_preprocessing, three
+from vlm_cli.schema import show
+from vlm_cli.trust import make_config
+
+__all__ = ["Fit", "fit_class"]
+
+#: Settings that no picture and no text reaches: those of clips, of training, and widths that follow from other parts.
+_NO_MATTER = ("frames", "dropout", "dim_out", "max_num_frames", "frame_text", "between_frames_text")
+_ADDRESS = "the export"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a class makes of a composition.
+
+    Attributes:
+        draft: the class's settings.
+        config: the class's configuration.
+        problems: what stands in the way; empty if the class holds the composition.
+        plan: where the class's tensors come from; None if there are problems.
+    """
+
+    draft: Draft
+    config: Any
+    problems: tuple[str, ...]
+    plan: Plan | None = None
+
+
+def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Fit:
+    """Find out whether a class holds a composition. No weights are read.
+
+    Args:
+        target: the class.
+        config: of the VLM.
+        tokenizer: of the VLM, if it is known.
+    """
+    problems = list(_language_problems(target, config))
+    try:
+        tower = find_hf_tower(config.vision_config, config.composition.vision_encoder.name)
+    except NoTower as error:
+        problems.append(str(error))
+        tower = STAND_IN
+    with meta_device():
+        ours = VLM(config)
+    source = Source(
+        config=config,
+        tower=tower,
+        text_config=_find_text_config(target, config),
+        tokenizer=tokenizer,
+        num_positions=ours.vision_tokenizer.num_tokens(1),
+    )
+    try:
+        draft = target.draft(source)
+        theirs_config = make_config(**{**draft.config})
+        with meta_device(), SkipsFilling():
+            theirs = getattr(transformers, target.model)(theirs_config)
+        found = _read_back(target, draft, theirs)
+    except (VLMError, ValueError, TypeError, KeyError) as error:
+        return Fit(Draft(config={}, images=None), None, (*problems, first_line(error)))
+    problems += _differences(config, found, tower is STAND_IN)
+    if problems:
+        return Fit(draft, theirs_config, tuple(problems))
+    tower_of, layout_of = make_targets_of(tower.make_rules(target.tower)), found.targets_for(config)
+
+    def targets_of(name: str) -> Sequence[Target] | None:
+        targets = tower_of(name)
+        return layout_of(name) if targets is None else targets
+
+    plan = plan_tensors(ours, theirs, targets_of, found.optional_pattern)
+    return Fit(draft, theirs_config, tuple(_tensor_problems(plan)), plan)
+
+
+def _language_problems(target: HFClass, config: VLMConfig) -> Iterator[str]:
+    kind = config.text_config.model_type
+    if target.language_models is not None and kind not in target.language_models:
+        yield f"language_model is of type {kind}; it would have to be {', '.join(target.language_models)}."
+    if getattr(config.composition.language_model, "head_bias", False):
+        yield "language_model.head_bias is true; the class has false."
+
+
+def _find_text_config(target: HFClass, config: VLMConfig) -> dict[str, Any]:
+    """Return the configuration of the language model; of one of the class's types if the class has no such type."""
+    kind = config.text_config.model_type
+    if target.language_models is not None and kind not in target.language_models:
+        return {"model_type": target.language_models[0]}
+    return {key: x for key, x in config.text_config.to_dict().items() if key not in NO_SETTINGS}
+
+
+def _read_back(target: HFClass, draft: Draft, theirs: nn.Module) -> CheckpointDescription:
+    """Read a draft as the import reads a published checkpoint."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        tokens = {"extra_special_tokens": draft.named_tokens, "added_tokens_decoder": draft.token_ids}
+        (folder / "config.json").write_text(json.dumps(draft.config), encoding="utf-8")
+        (folder / "preprocessor_config.json").write_text(draft.images.to_json_string(), encoding="utf-8")
+        (folder / "processor_config.json").write_text(json.dumps(draft.processor), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokens), encoding="utf-8")
+        tensors = {k: TensorInfo(tuple(x.shape), x.dtype, folder) for k, x in theirs.state_dict().items()}
+        return target.layout.describe(PublishedCheckpoint(_ADDRESS, folder, tensors, draft.config))
+
+
+def _differences(config: VLMConfig, found: CheckpointDescription, ignores_tower: bool) -> Iterator[str]:
+    """Say what a class has other than a composition."""
+    ours, theirs = config.composition, Composition.compose(None, found.composition, {})
+    if ours.fusion.type != theirs.fusion.type:
+        yield f"fusion is {ours.fusion.type}; the class has {theirs.fusion.type}."
+    else:
+        yield from _option_differences("fusion", ours.fusion.options, theirs.fusion.options)
+    for part in ("vision_tokenizer", "tiling"):
+        one, other = getattr(ours, part), getattr(theirs, part)
+        if one.type != other.type:
+            yield f"{part} is {one.type}; the class has {other.type}."
+        else:
+            yield from _option_differences(part, one.options, other.options)
+    if not ignores_tower:
+        yield from _feature_differences(ours.vision_encoder, theirs.vision_encoder)
+        assert found.vision_config is not None
+        yield from _pixel_differences(config, found.vision_config["preprocess"])
+
+
+def _option_differences(part: str, ours: Any, theirs: Any) -> Iterator[str]:
+    has_norm = getattr(ours, "norm", None) or getattr(theirs, "norm", None)
+    for field in fields(ours):
+        name = field.name
+        if name in _NO_MATTER or name.startswith("clip_") or (name.startswith("norm_") and not has_norm):
+            continue
+        if (one := getattr(ours, name)) != (other := getattr(theirs, name)):
+            yield f"{part}.{name} is {show(one)}; the class has {show(other)}."
+
+
+def _feature_differences(ours: Any, theirs: Any) -> Iterator[str]:
+    if ours.layers != theirs.layers:
+        yield f"vision_encoder.layer is {show(ours.layer)}; the class has {show(theirs.layer)}."
+    if ours.class_token != theirs.class_token:
+        yield f"vision_encoder.class_token is {show(ours.class_token)}; the class has {show(theirs.class_token)}."
+    one, other = (-1 in x.layers if x.norm is None else x.norm for x in (ours, theirs))
+    if one != other:
+        how = "passes" if one else "does not pass"
+        yield (
+            f"layer {show(ours.layer)} of the vision encoder {how} its last norm; in the class it "
+            f"{'does' if other else 'does not'}."
+            + (" Take layer -2, or set norm to false." if one and -1 in ours.layers else "")
+        )
+
+
+def _pixel_differences(config: VLMConfig, theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Say what is done to every picture other than in the class."""
+    ours = make_preprocessing(config.vision_config.get("preprocess") or {})
+    back = make_preprocessing(theirs)
+    mode = None if config.composition.tiling.type != "none" else ours.config.resize_mode or "shortest"
+    for name, one, other in (
+        ("size", (ours.width, ours.height), (back.width, back.height)),
+        ("mean", three(ours.config.mean), three(back.config.mean)),
+        ("std", three(ours.config.std), three(back.config.std)),
+        ("interpolation", ours.filter.name.lower(), back.filter.name.lower()),
+        ("resize_mode", mode, mode and (back.config.resize_mode or "shortest")),
+        ("squashed", ours.squashed, back.squashed if mode == "squash" else ours.squashed),
+        ("shortest_edge", ours.edge, back.edge if mode == "shortest" else ours.edge),
+    ):
+        if one != other:
+            yield f"pictures are prepared with {name} {show(one)}; the class has {show(other)}."
+
+
+def _tensor_problems(plan: Plan) -> Iterator[str]:
+    if plan.unfilled:
+        yield f"the class has {plan.unfilled[0]}, and the model has no tensor for it."
+    if plan.left_over:
+        yield f"the model has {plan.left_over[0]}, and the class has no tensor for it."

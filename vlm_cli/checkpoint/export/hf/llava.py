@@ -1,0 +1,68 @@
+"""Transformers' `LlavaForConditionalGeneration`: patches of one view, through two linear maps, among the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_cli.checkpoint.export.hf.draft import PLAIN_LANGUAGE_MODELS, Draft, Source, image_settings
+from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA
+from vlm_cli.composition import MEDIA_TOKEN
+
+__all__ = ["LLaVAClass", "make_plain_images", "projector_settings"]
+
+
+class LLaVAClass:
+    """LLaVA-1.5's class. Its tower may be a CLIP, a SigLIP, or another vision transformer of Transformers."""
+
+    layout = HuggingFaceLLaVA()
+    model = "LlavaForConditionalGeneration"
+    processor = "LlavaProcessor"
+    tower = r"model\.vision_tower\."
+    language_models: tuple[str, ...] | None = PLAIN_LANGUAGE_MODELS
+
+    def draft(self, source: Source) -> Draft:
+        ours = source.config
+        drops = source.tower.num_before == 1 and not source.option("vision_encoder", "class_token", False)
+        strategy = "default" if drops else "full"
+        return Draft(
+            config={
+                "model_type": "llava",
+                "vision_config": dict(source.tower.config),
+                "text_config": {**source.text_config, **source.rows(of_added=True)},
+                "image_token_index": ours.media_token_id,
+                "image_seq_length": source.num_positions,
+                "vision_feature_layer": source.layer,
+                "vision_feature_select_strategy": strategy,
+                **projector_settings(source),
+            },
+            images=make_plain_images(source),
+            processor={
+                "patch_size": source.tower.patch_size,
+                "vision_feature_select_strategy": strategy,
+                "image_token": MEDIA_TOKEN,
+                "num_additional_image_tokens": source.tower.num_before,
+            },
+        )
+
+
+def projector_settings(source: Source) -> dict[str, Any]:
+    """Return the settings of two maps. A single map is the first of them, and the second one changes nothing."""
+    is_single = source.config.composition.vision_tokenizer.type == "linear"
+    return {
+        "projector_hidden_act": "linear" if is_single else "gelu",
+        "multimodal_projector_bias": source.option("vision_tokenizer", "bias", True),
+    }
+
+
+def make_plain_images(source: Source) -> Any:
+    """Return the image processor of a picture that is one view."""
+    from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+    given: Any = source.config.vision_config.get("preprocess") or {}
+    side = source.tower.image_size
+    square = {"height": side, "width": side}
+    if given.get("resize_mode") == "squash":
+        return SiglipImageProcessor(size=square, **image_settings(source.config))
+    return CLIPImageProcessor(
+        size={"shortest_edge": given.get("shortest_edge", side)}, crop_size=square, **image_settings(source.config)
+    )

@@ -1,0 +1,112 @@
+"""The tensors of a class of Transformers, taken from a VLM: the import's tables of names, read backwards.
+
+import:  a tensor of the class  ->  what it fills in a VLM (`Target`)
+export:  a tensor of the class  <-  the same targets
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlm_cli.checkpoint.published.layouts.hf_parts import EMBEDDING, HEAD
+from vlm_cli.checkpoint.published.targets import Target
+from vlm_cli.modeling.vlm import VLM
+
+__all__ = ["Plan", "plan_tensors"]
+
+#: Names in a VLM that hold the rows of added tokens, which become rows of the language model's tables.
+_ADDED = "added_tokens."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each tensor of a class comes from.
+
+    Attributes:
+        targets: name of the class -> names of the VLM.
+        unfilled: names of the class that a VLM does not have.
+        left_over: names of the VLM that the class does not have, and the model needs.
+    """
+
+    targets: Mapping[str, Sequence[Target]]
+    unfilled: Sequence[str]
+    left_over: Sequence[str]
+
+    def gather(self, model: VLM, theirs: nn.Module, *, has_added_rows: bool) -> dict[str, Tensor]:
+        """Return the tensors of the class, with the numbers of a VLM.
+
+        Args:
+            model: the VLM.
+            theirs: of the class; it may be on the meta device.
+            has_added_rows: whether the tables of the class have a row for each added token.
+        """
+        ours, added = model.state_dict(), model.added_tokens
+        tables = {EMBEDDING: added.embedding.weight, HEAD: added.head.weight} if has_added_rows else {}
+        state: dict[str, Tensor] = {}
+        for name, like in theirs.state_dict().items():
+            if not (targets := [x for x in self.targets.get(name, ()) if not x.target.startswith(_ADDED)]):
+                continue
+            base = ours[targets[0].target]
+            if (rows := tables.get(targets[0].target)) is not None:
+                state[name] = _make_table(base, rows, added.first_id, len(like))
+            else:
+                state[name] = _restore(targets, ours, like.shape)
+        return {name: x.detach().contiguous() for name, x in state.items()}
+
+
+def _make_table(base: Tensor, rows: Tensor, first: int, size: int) -> Tensor:
+    """Put the rows of added tokens, from row `first` on, into a language model's table of `size` rows."""
+    table = base.new_zeros(size, base.shape[1])
+    table[: len(base)] = base
+    table[first : first + len(rows)] = rows
+    return table
+
+
+def _restore(targets: Sequence[Target], ours: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """Make a tensor of the class from all that it fills in a VLM."""
+    if len(targets) == 1 and targets[0].source_rows is None:
+        return targets[0].give_back(ours[targets[0].target])
+    found = ours[targets[0].target].new_full(tuple(shape), torch.nan)
+    for target in targets:
+        rows = found if target.source_rows is None else found[target.source_rows]
+        rows.copy_(target.give_back(ours[target.target]))
+    assert not found.isnan().any(), "a tensor of the class has rows that no tensor of the model fills"
+    return found
+
+
+def plan_tensors(
+    model: VLM, theirs: nn.Module, targets_of: Callable[[str], Sequence[Target] | None], unneeded: str
+) -> Plan:
+    """Find what each tensor of a class is in a VLM; both may be on the meta device.
+
+    Args:
+        model: the VLM.
+        theirs: of the class.
+        targets_of: the import's table of names.
+        unneeded: pattern of names that a VLM has and does not need.
+    """
+    ours = model.state_dict()
+    targets: dict[str, Sequence[Target]] = {}
+    unfilled: list[str] = []
+    used: set[str] = set()
+    for name in theirs.state_dict():
+        found = targets_of(name)
+        if found is None or any(x.target not in ours or not x.is_reversible for x in found):
+            unfilled.append(name)
+        elif found:
+            targets[name] = found
+            used |= {x.target for x in found}
+    left = [x for x in ours if x not in used and not x.startswith(_ADDED) and not re.fullmatch(unneeded, x)]
+    return Plan(targets, unfilled, _without_tied(model, used, left))
+
+
+def _without_tied(model: VLM, used: set[str], left: Sequence[str]) -> list[str]:
+    """Leave out names of tensors that are the same as one with another name."""
+    state = model.state_dict(keep_vars=True)
+    seen = {id(state[name]) for name in used if name in state}
+    return [name for name in left if id(state[name]) not in seen]

@@ -1,0 +1,149 @@
+"""Write a model as the class of Transformers that holds it, load it back, and compare the two."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from vlm_cli.checkpoint.export.hf.agreement import compare_pictures
+from vlm_cli.checkpoint.export.hf.classes import CLASSES
+from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass
+from vlm_cli.checkpoint.export.hf.fit import Fit, fit_class
+from vlm_cli.composition import MEDIA_TOKEN
+from vlm_cli.errors import UsageError
+from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.generation_settings import inherit_settings
+from vlm_cli.modeling.meta import SkipsFilling, meta_device
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.processor import VLMProcessor
+from vlm_cli.templates.conversation import ChatFormat
+from vlm_cli.templates.pictures import PLAIN, take_pictures
+from vlm_cli.trust import load_pretrained
+
+__all__ = ["check_hf", "export_hf"]
+
+
+def check_hf(config: VLMConfig, name: str | None = None) -> None:
+    """Check that a class of Transformers holds a model.
+
+    Args:
+        config: of the VLM.
+        name: a key of `CLASSES`; None for any class.
+
+    Raises:
+        UsageError: naming the settings that stand in the way of each class.
+    """
+    _choose(config, None, name)
+
+
+def _choose(config: VLMConfig, processor: VLMProcessor | None, name: str | None) -> tuple[str, Fit]:
+    """Return the first class that holds a model.
+
+    Raises:
+        UsageError: if none does.
+    """
+    problems: dict[str, tuple[str, ...]] = {}
+    for word, target in CLASSES.items():
+        if name not in (None, word):
+            continue
+        fit = fit_class(target, config, None if processor is None else processor.tokenizer)
+        if not fit.problems:
+            return word, fit
+        problems[target.model] = fit.problems
+    lines = "".join(
+        f"\n  {model}:" + "".join(f"\n    - {problem}" for problem in found) for model, found in problems.items()
+    )
+    raise UsageError(
+        f"no class of Transformers that vlm writes holds this model. What stands in the way of each:{lines}\n"
+        "Export another format, such as --format delta; Transformers also loads a directory of vlm as it is "
+        "(AutoModel, with vlm-cli installed)."
+    )
+
+
+def export_hf(
+    model: VLM, processor: VLMProcessor, out: Path, *, name: str | None = None, max_shard_size: str = "5GB"
+) -> dict[str, Any]:
+    """Write a model and its processor as a class of Transformers, load both back, and compare what they give.
+
+    Args:
+        model: the VLM.
+        processor: its processor.
+        out: an empty directory.
+        name: a key of `CLASSES`; None takes the first that holds the model.
+        max_shard_size: largest size of one weight file.
+
+    Raises:
+        UsageError: if no class holds the model.
+        CheckpointError: if the two differ.
+    """
+    word, fit = _choose(model.config, processor, name)
+    target = CLASSES[word]
+    _write_weights(model, fit, target, out, max_shard_size)
+    _write_processor(processor, fit.draft, target, out)
+    theirs = load_pretrained(getattr(transformers, target.model), out, dtype=model.dtype).eval()
+    their_processor = load_pretrained(getattr(transformers, target.processor), out)
+    facts = {"class": target.model, "positions_per_image": model.num_positions()}
+    return facts | compare_pictures(model, processor, theirs, their_processor, out, fit.draft.media_token)
+
+
+def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_size: str) -> None:
+    config, draft = fit.config, fit.draft
+    assert fit.plan is not None
+    tied = _is_tied(model, has_added_rows=draft.has_added_rows)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = tied
+        part.pad_token_id = model.config.pad_token_id
+    config.dtype = config.get_text_config().dtype = model.dtype
+    with meta_device(), SkipsFilling():
+        theirs = getattr(transformers, target.model)(config)
+    state = fit.plan.gather(model, theirs, has_added_rows=draft.has_added_rows)
+    theirs.load_state_dict(state, assign=True, strict=False)
+    theirs.tie_weights()
+    left = [name for name, x in theirs.state_dict().items() if x.is_meta]
+    assert not left, f"no number for {left[0]}"
+    theirs.generation_config, _ = inherit_settings(model.generation_config)
+    theirs.generation_config.suppress_tokens = _suppressed(model, config, draft)
+    theirs.save_pretrained(out, max_shard_size=max_shard_size)
+
+
+def _is_tied(model: VLM, *, has_added_rows: bool) -> bool:
+    """Say whether the tables are one tensor in the class: if they are in the language model, added rows and all."""
+    lm, added = model.lang_model, model.added_tokens
+    if lm.get_input_embeddings().weight is not lm.get_output_embeddings().weight:
+        return False
+    return not has_added_rows or torch.equal(added.embedding.weight, added.head.weight)
+
+
+def _suppressed(model: VLM, config: Any, draft: Draft) -> list[int]:
+    """List what a VLM never writes: the image token, and rows of the tables that belong to no token."""
+    given = list(model.generation_config.suppress_tokens or [])
+    first, num = model.config.first_added_id, len(model.config.added_tokens)
+    own = [model.config.media_token_id] if draft.has_added_rows else []
+    beyond = range(first + (num if draft.has_added_rows else 0), config.get_text_config().vocab_size)
+    return sorted({*given, *own, *beyond})
+
+
+def _write_processor(processor: VLMProcessor, draft: Draft, target: HFClass, out: Path) -> None:
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = None  # it may take no pictures, and the processor has one that does
+    found = getattr(transformers, target.processor)(
+        image_processor=draft.images,
+        tokenizer=tokenizer,
+        chat_template=_make_template(processor, draft.media_token),
+        **draft.processor,
+    )
+    found.save_pretrained(out)
+
+
+def _make_template(processor: VLMProcessor, media_token: str) -> str:
+    """Return a chat template that takes pictures."""
+    heading = ChatFormat(processor).heading  # that vlm writes for a template that does not open answers
+    opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(heading)} }}}}{{% endif %}}" if heading else ""
+    special = processor.tokenizer.special_tokens_map
+    given = processor.chat_program or PLAIN
+    return take_pictures(given, special).replace(MEDIA_TOKEN, media_token) + opening
