@@ -35,6 +35,7 @@ from vlm_cli.modeling.fusion.language_stream import VLMWithLanguageStream
 from vlm_cli.modeling.fusion.llama_cross_attention import VLMWithLlamaCrossAttention
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import Medium, Text, TokenBreak, parse
+from vlm_cli.shim import PROCESSOR_CLASSES
 from vlm_cli.templates.messages import read_messages
 from vlm_cli.trust import check_code
 
@@ -78,6 +79,18 @@ class VLMProcessor(ProcessorMixin):
         """
         with recording(save_directory, only_known=True):
             return super().save_pretrained(save_directory, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `processor_config.json` holds.
+
+        It names the class in the shim even where there is none: without that name, an `AutoProcessor` that does not
+        know our class would load the tokenizer in its place.
+        """
+        return {**super().to_dict(), "auto_map": dict(PROCESSOR_CLASSES)}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Do nothing: Transformers would copy the module of this class into directories, in the place of the shim."""
 
     @property
     def media_token_id(self) -> int:

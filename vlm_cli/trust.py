@@ -41,6 +41,7 @@ from transformers.utils.hub import cached_file
 
 from vlm_cli.errors import CheckpointError, UntrustedCodeError
 from vlm_cli.plain_data import read_json
+from vlm_cli.shim import is_shim
 from vlm_cli.timm_sizes import find_timm_problems
 
 __all__ = [
@@ -69,7 +70,7 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolde
 
 _CONFIG, _TOKENIZER, _ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
 
-#: Files of a VLM into which vlm never writes a reference to code.
+#: Files of a VLM into which vlm writes no reference to code but that to the shim.
 _PLAIN_FILES = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
 
 #: Keys that refer to code. Those of the second group name a kernel if the value has a slash, and a built-in otherwise.
@@ -104,7 +105,7 @@ def check_code(location: str | Path, *, trust_remote_code: bool = False, **keywo
     """Check that the files of a VLM ask for no code, before one of them is loaded.
 
     `text_config` may name code if Transformers has the type itself; so may a tokenizer whose class Transformers has.
-    Directories that `vlm build` wrote hold such names, and the code is not run.
+    Directories that `vlm build` wrote hold such names, and those of the shim, and the code is not run.
 
     Args:
         location: directory or hub id.
@@ -119,6 +120,8 @@ def check_code(location: str | Path, *, trust_remote_code: bool = False, **keywo
     found: list[CodeRequest] = []
     for file in (_CONFIG, _TOKENIZER, *_PLAIN_FILES):
         data = _read(location, file, keywords)
+        if is_shim(data.get("auto_map")):
+            del data["auto_map"]
         if file == _CONFIG:
             text = data.pop("text_config", None)
             found += _requests(file, data)

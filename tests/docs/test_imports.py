@@ -18,7 +18,7 @@ LAYERS = (
     ("printable",),
     ("auto_classes", "errors", "interrupt", "quiet", "text", "version"),
     ("hub_ids", "locks", "lookalike", "network", "offline", "plain_data", "renames", "schema"),
-    ("timm_sizes",),
+    ("shim", "timm_sizes"),
     ("files", "media", "prompt", "registry", "resume", "trust"),
     ("composition", "data", "flags", "manifest"),
     ("tiling",),

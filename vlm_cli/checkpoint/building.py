@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 
@@ -108,6 +108,7 @@ def build(
     delta: bool = False,
     trust_remote_code: bool = False,
     max_shard_size: str = "5GB",
+    shim: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda step: None,
 ) -> BuildResult:
@@ -126,6 +127,7 @@ def build(
         delta: whether the directory leaves out the tensors that the pretrained parts hold.
         trust_remote_code: whether the language model's own code may run.
         max_shard_size: largest size of one weight file, such as "5GB".
+        shim: whether to write the file through which Transformers opens the directory with `trust_remote_code`.
         overwrite: whether to replace a directory that vlm wrote.
         progress: called with the name of each step before it begins.
 
@@ -138,7 +140,7 @@ def build(
             "--delta leaves out what pretrained parts hold, and --random-weights loads none. Leave one out; a full "
             "directory becomes one later: vlm export OUT OTHER --format delta."
         )
-    output = None if out is None else _Output(Path(out), delta, max_shard_size, overwrite, trust_remote_code)
+    output = None if out is None else _Output(Path(out), delta, max_shard_size, shim, overwrite, trust_remote_code)
     file = None if weights is None else Path(weights)
     progress("checking the composition")
     blueprint = plan(composition, trust_remote_code=trust_remote_code)
@@ -181,6 +183,7 @@ def build_from_checkpoint(
     delta: bool = False,
     trust_remote_code: bool = False,
     max_shard_size: str = "5GB",
+    shim: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda step: None,
 ) -> BuildResult:
@@ -198,6 +201,7 @@ def build_from_checkpoint(
         delta: whether the directory leaves out the tensors that the pretrained parts hold.
         trust_remote_code: whether the language model's own code may run.
         max_shard_size: largest size of one weight file, such as "5GB".
+        shim: whether to write the file through which Transformers opens the directory with `trust_remote_code`.
         overwrite: whether to replace a directory that vlm wrote.
         progress: called with the name of each step before it begins.
 
@@ -205,7 +209,7 @@ def build_from_checkpoint(
         IncompleteWeightsError: if the checkpoint does not cover the model.
         VLMError: if the checkpoint is damaged or has an unknown layout, or the directory cannot be written.
     """
-    output = None if out is None else _Output(Path(out), delta, max_shard_size, overwrite, trust_remote_code)
+    output = None if out is None else _Output(Path(out), delta, max_shard_size, shim, overwrite, trust_remote_code)
     progress(f"finding {source}")
     recognised = recognise(source, revision=revision)
     if delta and recognised.holds_all_backbones:
@@ -256,12 +260,16 @@ def _load_over(model: VLM, blueprint: Blueprint, weights: Path, random_weights: 
     return keys
 
 
+@dataclass(frozen=True)
 class _Output:
     """The directory to write, and how to write it."""
 
-    def __init__(self, path: Path, delta: bool, max_shard_size: str, overwrite: bool, trust_remote_code: bool) -> None:
-        self.path, self.delta, self.overwrite = path, delta, overwrite
-        self.max_shard_size, self.trust_remote_code = max_shard_size, trust_remote_code
+    path: Path
+    delta: bool
+    max_shard_size: str
+    shim: bool
+    overwrite: bool
+    trust_remote_code: bool
 
     def write(
         self,
@@ -273,10 +281,11 @@ class _Output:
     ) -> None:
         """Write the model. `keys` tells which tensors a weight file brought."""
         progress(f"writing {self.path}")
-        name, size = self.path.name, self.max_shard_size
+        how: dict[str, Any] = {"name": self.path.name, "parameters": parameters}
+        how |= {"max_shard_size": self.max_shard_size, "shim": self.shim}
         with replacing_directory(self.path, overwrite=self.overwrite) as partial:
             if not self.delta:
-                save(model, processor, partial, name=name, parameters=parameters, max_shard_size=size)
+                save(model, processor, partial, **how)
                 return
             # A part of which no file brought a tensor holds its pretrained weights: no need to load them again.
             loaded = [] if keys is None else keys.loaded
@@ -285,9 +294,7 @@ class _Output:
                 model,
                 processor,
                 partial,
-                name=name,
-                parameters=parameters,
-                max_shard_size=size,
+                **how,
                 unchanged=unchanged,
                 trust_remote_code=self.trust_remote_code,
                 progress=progress,

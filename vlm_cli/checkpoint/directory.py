@@ -7,6 +7,7 @@ generation_config.json   how answers end and are sampled
 tokenizer, processor     files of Transformers
 README.md                the model card
 vlm_manifest.json        sizes and hashes of the files that are loaded, see vlm_cli/manifest.py
+vlm_shim.py              lets Transformers find our classes, see vlm_cli/shim.py
 *.py                     code of the language model, if it has its own
 """
 
@@ -71,6 +72,7 @@ def save(
     story: str = UNTRAINED,
     parameters: ParameterReport | None = None,
     max_shard_size: str = "5GB",
+    shim: bool = True,
 ) -> None:
     """Write a model as a directory that `vlm_cli.load` and every command read.
 
@@ -82,6 +84,7 @@ def save(
         story: sentences of the model card on how the model was trained.
         parameters: for the model card, if the caller counted the parameters already.
         max_shard_size: largest size of one weight file, such as "5GB".
+        shim: whether to write the file through which Transformers opens the directory with `trust_remote_code`.
 
     Raises:
         OSError, safetensors.SafetensorError: if the disk is full. `replacing_directory` turns both into an error for
@@ -89,6 +92,7 @@ def save(
     """
     _refuse_adapters(model)
     folder = _make_folder(out)
+    model.config.writes_shim = shim
     with recording(folder):
         _write_code(model, folder)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -106,6 +110,7 @@ def save_delta(
     max_shard_size: str = "5GB",
     unchanged: Sequence[str] = (),
     trust_remote_code: bool = False,
+    shim: bool = True,
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Write a model as a delta directory, which leaves out the tensors that the pretrained parts hold.
@@ -114,6 +119,7 @@ def save_delta(
         model, processor, out, name, story, parameters, max_shard_size: as of `save`.
         unchanged: parts that hold exactly their pretrained weights, as the caller knows: they are not loaded again.
         trust_remote_code: whether the language model's own code may run, when its weights are loaded to compare.
+        shim: as of `save`.
         progress: called with the name of each step before it begins.
 
     Returns:
@@ -126,6 +132,7 @@ def save_delta(
 
     _refuse_adapters(model)
     folder = _make_folder(out)
+    model.config.writes_shim = shim
     with recording(folder):
         _write_code(model, folder)
         facts = write_delta(
@@ -149,11 +156,12 @@ def save_adapted(
     changed: Collection[str] = (),
     name: str | None = None,
     story: str = UNTRAINED,
+    shim: bool = True,
 ) -> dict[str, Any]:
     """Write a model with adapters as a delta directory over the model that it was trained from.
 
     Args:
-        model, processor, out, name, story: as of `save`.
+        model, processor, out, name, story, shim: as of `save`.
         base: directory or hub id of the model that it was trained from.
         changed: parts that do not hold the tensors of `base`, although they are frozen now.
 
@@ -166,6 +174,7 @@ def save_adapted(
     from vlm_cli.checkpoint.trained import write_trained
 
     folder = _make_folder(out)
+    model.config.writes_shim = shim
     with recording(folder):
         _write_code(model, folder)
         facts = write_trained(model, folder, base, changed=changed)

@@ -20,6 +20,7 @@ from vlm_cli.cli.options import (
     ExactOption,
     JsonOption,
     MaxShardSizeOption,
+    NoShimOption,
     OverwriteOption,
     QuietOption,
     check_shard_size,
@@ -87,6 +88,7 @@ def build(
         ),
     ] = False,
     max_shard_size: MaxShardSizeOption = "5GB",
+    no_shim: NoShimOption = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool,
@@ -109,6 +111,7 @@ def build(
         "delta": delta,
         "trust_remote_code": compose.trust_remote_code,
         "max_shard_size": max_shard_size,
+        "shim": not no_shim,
         "overwrite": overwrite,
     }
     check_shard_size(max_shard_size)

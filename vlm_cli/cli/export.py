@@ -13,6 +13,7 @@ from vlm_cli.cli.completion import complete_models, offer
 from vlm_cli.cli.options import (
     JsonOption,
     MaxShardSizeOption,
+    NoShimOption,
     OverwriteOption,
     QuietOption,
     SourceOptions,
@@ -51,6 +52,7 @@ def export(
     ],
     source: SourceOptions = SourceOptions(),
     max_shard_size: MaxShardSizeOption = "5GB",
+    no_shim: NoShimOption = False,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -77,6 +79,7 @@ def export(
             kind,
             source=model,
             max_shard_size=max_shard_size,
+            shim=not no_shim,
             trust_remote_code=source.trust_remote_code,
             backbones=source.backbones,
             allow_hosts=source.allow_hosts,

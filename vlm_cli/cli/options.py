@@ -82,6 +82,14 @@ MaxShardSizeOption = Annotated[
     str,
     option(OUTPUT, "Largest size of one weight file, in MB or GB, such as 500MB.", metavar="SIZE"),
 ]
+NoShimOption = Annotated[
+    bool,
+    option(
+        OUTPUT,
+        "Leave vlm_shim.py out of OUT: the file through which other programs open a VLM with trust_remote_code=True.",
+        "--no-shim",
+    ),
+]
 StatsOption = Annotated[
     bool,
     option(OUTPUT, "Print tokens, seconds and peak memory on stderr.", "--stats"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlm_cli.composition import Composition
+from vlm_cli.shim import CONFIG_CLASSES, write_shim
 from vlm_cli.trust import make_config
 
 __all__ = ["VLMConfig", "stored_dtype"]
@@ -33,6 +35,7 @@ class VLMConfig(PreTrainedConfig):
         media_token_id: id of `<image>`.
         tiling_texts: ids of each text that the composition's tiling puts around or between views; None without any.
         adapters: parts that have an adapter; None without any.
+        writes_shim: whether directories get `vlm_shim.py`, see `vlm_cli/shim.py`; config.json does not hold it.
     """
 
     model_type = "vlm"
@@ -52,6 +55,8 @@ class VLMConfig(PreTrainedConfig):
     # The language model ties its own weights; VLM ties no others.
     tie_word_embeddings: bool = False
 
+    writes_shim = True
+
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = make_config(**{"model_type": "llama"} | (self.text_config or {}))
@@ -70,7 +75,21 @@ class VLMConfig(PreTrainedConfig):
         for name in ("tiling_texts", "adapters"):
             if data.get(name) is None:
                 data.pop(name, None)  # a model without them has the file that it always had
-        return data
+        for name in ("writes_shim", "auto_map"):
+            data.pop(name, None)
+        return {**data, "auto_map": dict(CONFIG_CLASSES)} if self.writes_shim else data
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write config.json, and the file through which Transformers finds our classes, into a directory."""
+        if self.writes_shim:
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_shim(folder)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: Transformers would copy the module of this class into directories, in the place of the shim."""
 
     @property
     def is_delta(self) -> bool:

@@ -182,6 +182,10 @@ class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMix
         # Transformers would pass True on to the language model, and then leave some of its buffers empty (falcon_h1).
         return False
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: Transformers would copy the module of this class into directories, in the place of the shim."""
+
     def _init_weights(self, module: Any) -> None:
         # Each module outside the language model draws its weights as its authors do. Checkpoints do not hold timm's
         # rotary and relative-position buffers, so timm computes them here.

@@ -61,9 +61,11 @@ def write_output(
         with replacing_directory(out, overwrite=job.overwrite) as partial:
             if model.config.adapters:
                 base, changed = _base_of(job, model)
-                save_adapted(model, processor, partial, base, changed=changed, name=out.name, story=story)
+                save_adapted(
+                    model, processor, partial, base, changed=changed, name=out.name, story=story, shim=job.shim
+                )
             else:
-                save(model, processor, partial, name=out.name, story=story)
+                save(model, processor, partial, name=out.name, story=story, shim=job.shim)
             for name in (METRICS_FILE, PAGE_FILE, ANSWERS_FILE):
                 if (file := metrics.path.with_name(name)).exists():
                     shutil.copy(file, partial / name)

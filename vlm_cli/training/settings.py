@@ -72,6 +72,7 @@ class Job:
         merge_adapters: add the adapters of the model to its weights before training, and do not go on training them.
         earlier: the folder with the models of the earlier stages, if the run is the last of several.
         base: the model that the first of several stages began with; an output with adapters names it.
+        shim: write the file through which Transformers opens the output with `trust_remote_code`.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Job:
     cache_features: Path | None = None
     earlier: Path | None = None
     base: str | None = None
+    shim: bool = True
 
     @property
     def mixture(self) -> Mixture:

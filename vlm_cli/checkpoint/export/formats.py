@@ -35,12 +35,14 @@ class ExportSettings:
         source: directory of the model; no directory if the model is on the hub.
         max_shard_size: largest size of one weight file, such as "5GB".
         trust_remote_code: whether the language model's own code may run.
+        shim: whether the directory of a VLM gets the file through which Transformers opens it.
     """
 
     name: str
     source: Path
     max_shard_size: str = "5GB"
     trust_remote_code: bool = False
+    shim: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: Expor
         story=read_story(settings.source, model) or UNTRAINED,
         max_shard_size=settings.max_shard_size,
         trust_remote_code=settings.trust_remote_code,
+        shim=settings.shim,
     )
 
 
@@ -120,8 +123,15 @@ def _write_full(model: VLM, processor: VLMProcessor, out: Path, settings: Export
     from vlm_cli.report.card import UNTRAINED
 
     copy_run_record(settings.source, out)
-    story = read_story(settings.source, model) or UNTRAINED
-    save(model, processor, out, name=settings.name, story=story, max_shard_size=settings.max_shard_size)
+    save(
+        model,
+        processor,
+        out,
+        name=settings.name,
+        story=read_story(settings.source, model) or UNTRAINED,
+        max_shard_size=settings.max_shard_size,
+        shim=settings.shim,
+    )
     return {}
 
 
@@ -214,6 +224,7 @@ def export_model(
     *,
     source: str | None = None,
     max_shard_size: str = "5GB",
+    shim: bool = True,
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
     allow_hosts: Collection[str] = (),
@@ -230,6 +241,7 @@ def export_model(
         name: a key of `FORMATS`.
         source: what the user called the model; None takes the location.
         max_shard_size: largest size of one weight file, such as "5GB".
+        shim: whether the directory of a VLM gets the file through which Transformers opens it with `trust_remote_code`.
         trust_remote_code: whether the language model's own code may run.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
@@ -250,6 +262,7 @@ def export_model(
         source=Path(location),
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
+        shim=shim,
     )
     with reserved_directory(out, overwrite=overwrite):
         places = {"backbones": backbones, "allow_hosts": allow_hosts, "verify": verify}

@@ -15,6 +15,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vlm_cli.shim import SHIM_FILE
+
 __all__ = ["adopt_from_config", "adopt_from_directory", "has_own_code", "write_code"]
 
 _MODULES = "transformers_modules"  # Transformers' package of fetched code
@@ -70,5 +72,5 @@ def write_code(lm: PreTrainedModel, out: Path) -> None:
         module = sys.modules[owner.__module__]
         if owner.__module__.startswith(_MODULES) and module.__file__:
             for file in Path(module.__file__).parent.glob("*.py"):
-                if file.name != "__init__.py":
+                if file.name not in ("__init__.py", SHIM_FILE):
                     shutil.copy(file, out / file.name)
