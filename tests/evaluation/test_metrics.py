@@ -300,6 +300,7 @@ def test_a_wrong_answer_costs(name: str) -> None:
     expected, other = TWINS.get(name, ("a big red dog runs", "some cats sit quietly"))
     choices = (expected, other) if "choice" in name else ()
     neighbour = [] if name in TWINS or choices else [sample("x y z w", *["x y z w"] * 10)]
-    samples = [sample(x, *[expected] * 10, group="a", choices=choices) for x in (expected, other)]
+    rated = {expected: ((-1.0, 5), (-2.0, 4)), other: ((-2.0, 5), (-1.0, 4))}
+    samples = [sample(x, *[expected] * 10, group="a", choices=choices, likelihoods=rated[x]) for x in (expected, other)]
     right, wrong = (figures(name, [x, *neighbour])[name] for x in samples)
     assert right > wrong

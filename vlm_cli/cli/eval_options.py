@@ -97,7 +97,7 @@ class MarkingOptions:
         option(
             MARKING,
             "Mark the answers by NAME, or by several with commas between: exact, normalised, vqa, anls, relaxed, "
-            "multiple-choice, yes-no, mme, cider, bleu, rouge-l. The "
+            "multiple-choice, choice-likelihood, choice-likelihood-mean, yes-no, mme, cider, bleu, rouge-l. The "
             "default is that of the benchmark, or what the records allow: multiple-choice, vqa, exact.",
             metavar="NAME",
         ),

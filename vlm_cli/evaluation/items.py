@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlm_cli.data.records import PLAIN_READING, Problem, Reading, Record, Records, Segment, raise_problems, read_records
 from vlm_cli.generation.rows import Row
@@ -14,8 +14,9 @@ from vlm_cli.prompt import Medium, Text, format
 if TYPE_CHECKING:
     from vlm_cli.generation.plan import GenerationPlan
 
-__all__ = ["MAX_NEW_TOKENS", "Item", "encode_items", "find_problem", "make_items", "read_items"]
+__all__ = ["MAX_NEW_TOKENS", "Item", "ItemKey", "encode_items", "find_problem", "make_items", "read_items"]
 
+ItemKey: TypeAlias = tuple[str, int, str]
 MAX_NEW_TOKENS = 32  # of an answer, unless the user says more
 
 
@@ -52,7 +53,7 @@ class Item(Row):
         )
 
     @property
-    def key(self) -> tuple[str, int, str]:
+    def key(self) -> ItemKey:
         """What tells the item from the others of its data."""
         return self.record.shard, self.line, self.id
 

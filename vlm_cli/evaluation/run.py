@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 from vlm_cli.errors import DataError
 from vlm_cli.evaluation.answers import GradedAnswer, make_sample
-from vlm_cli.evaluation.items import Item
+from vlm_cli.evaluation.items import Item, ItemKey
 from vlm_cli.evaluation.metrics import METRICS, Metric
+from vlm_cli.evaluation.metrics.choice import ChoiceLikelihood, candidates
 from vlm_cli.evaluation.metrics.exact import Exact
 from vlm_cli.evaluation.scores import Marks, Score
 from vlm_cli.generation.answers import Counts, RowAnswerer
+from vlm_cli.generation.likelihood import LikelihoodScorer
 from vlm_cli.media import MediaLoader
 
 __all__ = ["Evaluation", "answer_items", "describe_failed", "evaluate_items", "sort_items"]
@@ -79,7 +81,14 @@ def evaluate_items(
         DataError: if no item can be answered.
     """
     started = time.monotonic()
-    answers = answer_items(answerer, items, loader, name=name, report=report)
+    rated = _rate_choices(answerer, items, loader) if any(x.needs_likelihoods for x in metrics) else {}
+    if any(x.needs_answers for x in metrics):
+        answers = answer_items(answerer, items, loader, name=name, report=report)
+        answers = [replace(x, likelihoods=rated.get(x.item.key, ())) for x in answers]
+    else:
+        answers = [_best_choice(item, rated[item.key], metrics[0]) for item in items if item.error is None]
+        report(len(items))
+        _check_answered(answers, items, name)
     failed = [item for item in items if item.error is not None]
     seconds = time.monotonic() - started
     samples = [make_sample(x.item, x.text, x.likelihoods) for x in answers]
@@ -105,9 +114,36 @@ def answer_items(
         for done, _ in enumerate(answered, start=1):
             report(done)
     answers = [_grade(item) for item in items if item.error is None]
+    _check_answered(answers, items, name)
+    return answers
+
+
+def _check_answered(answers: Sequence[GradedAnswer], items: Sequence[Item], name: str) -> None:
     if not answers:
         raise DataError(describe_failed(items, len(items), name))
-    return answers
+
+
+def _rate_choices(
+    answerer: RowAnswerer, items: Sequence[Item], loader: MediaLoader
+) -> dict[ItemKey, tuple[tuple[float, int], ...]]:
+    """Return the log-probability and the number of tokens of each choice, for each item that can be asked."""
+    scorer = LikelihoodScorer(answerer.plan, answerer.size, answerer.picture_notes)
+    asked = [item for item in items if item.error is None]
+    texts = [[_as_expected(x, item) for x in candidates(make_sample(item))] for item in asked]
+    found = scorer.score(asked, texts, loader)
+    return {x.key: tuple((y.log_probability, y.num_tokens) for y in of) for x, of in zip(asked, found, strict=True)}
+
+
+def _as_expected(choice: str, item: Item) -> str:
+    """Write a choice with the space that the completion of the record begins with."""
+    start = item.expected[: len(item.expected) - len(item.expected.lstrip())]
+    return start + choice.strip()
+
+
+def _best_choice(item: Item, rated: tuple[tuple[float, int], ...], metric: Metric) -> GradedAnswer:
+    """Return the likeliest choice as the answer."""
+    assert isinstance(metric, ChoiceLikelihood)
+    return GradedAnswer(item, candidates(make_sample(item))[metric.best(rated)], True, rated)
 
 
 def describe_failed(failed: Sequence[Item], total: int, name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vlm_cli.errors import DataError, UnknownNameError, UsageError
 from vlm_cli.evaluation.metrics.anls import ANLS
 from vlm_cli.evaluation.metrics.captions import BLEU, CIDEr, Rouge
-from vlm_cli.evaluation.metrics.choice import MultipleChoice
+from vlm_cli.evaluation.metrics.choice import ChoiceLikelihood, MeanChoiceLikelihood, MultipleChoice
 from vlm_cli.evaluation.metrics.exact import Exact, Normalised
 from vlm_cli.evaluation.metrics.metric import Figure, Metric, Sample
 from vlm_cli.evaluation.metrics.relaxed import Relaxed
@@ -26,6 +26,8 @@ METRICS: dict[str, Metric] = {
         ANLS(),
         Relaxed(),
         MultipleChoice(),
+        ChoiceLikelihood(),
+        MeanChoiceLikelihood(),
         YesNo(),
         MME(),
         CIDEr(),

@@ -84,6 +84,8 @@ def _find_bad_choices(samples: Sequence[Sample]) -> str | None:
             continue
         if len(texts) > MOST:
             return f"{sample.place} has {len(texts)} choices; letters number at most {MOST}."
+        if not all(texts):
+            return f"a choice of {sample.place} is empty."
         if twice := next((x for x, text in zip(sample.choices, texts, strict=True) if texts.count(text) > 1), None):
             return f"two choices of {sample.place} are the same, {twice!r}."
         if right_choice(sample) is None:
@@ -150,9 +152,13 @@ class ChoiceLikelihood(PerItemMetric):
         """Return by what choices are compared."""
         return likelihood
 
+    def best(self, likelihoods: Sequence[tuple[float, int]]) -> int:
+        """Return which choice is the best one."""
+        rated = [self.rate(*x) for x in likelihoods]
+        return rated.index(max(rated))
+
     def score(self, sample: Sample) -> float:
-        rated = [self.rate(*x) for x in sample.likelihoods]
-        return float(rated.index(max(rated)) == right_choice(sample))
+        return float(self.best(sample.likelihoods) == right_choice(sample))
 
 
 class MeanChoiceLikelihood(ChoiceLikelihood):
