@@ -1,0 +1,127 @@
+"""Write a VLM as the two GGUF files that llama.cpp reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+from torch import Tensor
+
+from vlm_cli.checkpoint.export.gguf.checking import check_gguf
+from vlm_cli.checkpoint.export.gguf.comparing import compare_with_llama_cpp
+from vlm_cli.checkpoint.export.gguf.language_models import ARCHITECTURES, describe_language_model, language_weights
+from vlm_cli.checkpoint.export.gguf.projectors import PROJECTORS, find_projector
+from vlm_cli.checkpoint.export.gguf.towers import Tower, read_tower
+from vlm_cli.checkpoint.export.gguf.vocabulary import read_vocabulary
+from vlm_cli.checkpoint.export.gguf.writing import write_file
+from vlm_cli.modeling.generation_settings import inherit_settings
+from vlm_cli.modeling.stop_tokens import stop_token_ids
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.processor import VLMProcessor
+from vlm_cli.templates.conversation import ChatFormat
+from vlm_cli.templates.pictures import PLAIN, take_pictures
+
+__all__ = ["export_gguf", "kept_tokens", "write_gguf"]
+
+#: Tensors of the vision side that stay float32.
+_VISION_EXACT = ("v.position_embd.weight", "v.class_embd")
+
+
+def export_gguf(
+    model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str
+) -> dict[str, Any]:
+    """Write the language model and the vision side as GGUF files, and compare llama.cpp with the model.
+
+    Args:
+        model: to write.
+        processor: of the model.
+        out: an existing directory.
+        name: of the model, from which the files get their names.
+        out_type: a key of `OUT_TYPES`.
+
+    Raises:
+        UsageError: if llama.cpp cannot hold the model.
+        CheckpointError: if llama.cpp gives other answers, or a weight does not fit the type.
+    """
+    check_gguf(model.config)
+    files = write_gguf(model, processor, out, name=name, out_type=out_type)
+    return files | compare_with_llama_cpp(
+        model,
+        processor,
+        out,
+        out_type=out_type,
+        language_model=files["language_model"],
+        mmproj=files["mmproj"],
+        kept=kept_tokens(model),
+    )
+
+
+def write_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str) -> dict[str, Any]:
+    """Write both files, and return their names and the projector type."""
+    stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+    language, vision = (f"{prefix}{stem}-{out_type.upper()}.gguf" for prefix in ("", "mmproj-"))
+    kept = kept_tokens(model)
+    ids = [*range(model.config.first_added_id), *kept]
+    text = model.config.text_config
+    vocabulary = read_vocabulary(processor.tokenizer, ids)
+    settings, _ = inherit_settings(model.generation_config)
+    stops = [ids.index(i) for i in stop_token_ids(settings, processor.tokenizer) if i in ids]
+    arch = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[text.model_type].arch]
+    describe = [
+        lambda writer: writer.add_name(name),
+        describe_language_model(text, len(ids)),
+        vocabulary.describe(processor.tokenizer, stops, _chat_template(processor)),
+    ]
+    write_file(out / language, arch, language_weights(model, kept), out_type, describe)
+    visual: Any = model.vision_encoder.visual
+    tower = read_tower(visual, model.config)
+    projector, _ = find_projector(model.config, tower)
+    assert projector is not None  # check_gguf found one
+    weights: dict[str, Tensor] = {**tower.weights(), **PROJECTORS[projector].weights(model)}
+    pixels = processor.image_processor.preprocessing.config
+
+    def describe_vision(writer: gguf.GGUFWriter) -> None:
+        writer.add_name(name)
+        _describe_tower(writer, tower, projector, text.hidden_size)
+        writer.add_vision_image_mean(_three(pixels.mean))
+        writer.add_vision_image_std(_three(pixels.std))
+        PROJECTORS[projector].describe(writer, model.config, tower)
+
+    write_file(out / vision, "clip", weights, out_type, [describe_vision], exact=_VISION_EXACT)
+    return {"language_model": language, "mmproj": vision, "projector": projector}
+
+
+def kept_tokens(model: VLM) -> list[int]:
+    """Return the added tokens that get rows: all but `<image>` and `<pad>`, which the model never writes."""
+    config = model.config
+    added = range(config.first_added_id, config.first_added_id + len(config.added_tokens))
+    return [i for i in added if i not in (config.media_token_id, config.pad_token_id)]
+
+
+def _describe_tower(writer: gguf.GGUFWriter, tower: Tower, projector: str, dim_out: int) -> None:
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(projector)
+    writer.add_vision_projection_dim(dim_out)
+    writer.add_vision_image_size(tower.image_size)
+    writer.add_vision_patch_size(tower.patch_size)
+    writer.add_vision_embedding_length(tower.width)
+    writer.add_vision_feed_forward_length(tower.hidden)
+    writer.add_vision_block_count(tower.depth)
+    writer.add_vision_head_count(tower.heads)
+    writer.add_vision_attention_layernorm_eps(tower.eps)
+    writer.add_vision_use_gelu(tower.activation != "quick_gelu")
+
+
+def _three(values: Any) -> list[float]:
+    """Return a number for each colour."""
+    return [float(x) for x in values] if isinstance(values, (list, tuple)) else [float(values)] * 3
+
+
+def _chat_template(processor: VLMProcessor) -> str:
+    """Return a chat template that takes pictures, and opens the answer as `vlm chat` does."""
+    heading = ChatFormat(processor).heading
+    opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(heading)} }}}}{{% endif %}}" if heading else ""
+    return take_pictures(processor.chat_program or PLAIN, processor.tokenizer.special_tokens_map) + opening
