@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlm_cli.checkpoint.export.formats import FORMATS, OLD_NAMES, export_model, find_format
+from vlm_cli.checkpoint.export.gguf.types import OUT_TYPES, check_out_type
 from vlm_cli.cli import console
 from vlm_cli.cli.completion import complete_models, offer
 from vlm_cli.cli.options import (
@@ -20,10 +21,12 @@ from vlm_cli.cli.options import (
     check_shard_size,
     flatten_options,
 )
+from vlm_cli.errors import UsageError
 from vlm_cli.models import resolve_built_model
 
 __all__ = ["export"]
 
+_OUT_TYPES_HELP = "; ".join(f"{name}: {x}" for name, x in OUT_TYPES.items())
 _FORMATS_HELP = "; ".join(f"{name}: {x.summary}" for name, x in FORMATS.items())
 
 
@@ -53,6 +56,15 @@ def export(
     source: SourceOptions = SourceOptions(),
     max_shard_size: MaxShardSizeOption = "5GB",
     no_shim: NoShimOption = False,
+    out_type: Annotated[
+        str,
+        typer.Option(
+            "--outtype",
+            metavar="TYPE",
+            help=f"With --format gguf, the type of the weights. {_OUT_TYPES_HELP}.",
+            autocompletion=offer(lambda: OUT_TYPES),
+        ),
+    ] = "f16",
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -68,6 +80,10 @@ def export(
         kind = OLD_NAMES[kind]
     chosen = find_format(kind)
     check_shard_size(max_shard_size)
+    out_type = out_type.lower()
+    check_out_type(out_type)
+    if kind != "gguf" and out_type != "f16":
+        raise UsageError(f"--outtype is for --format gguf; the format is {kind}. Leave --outtype out.")
     location = resolve_built_model(model, source.revision)
     from vlm_cli.quiet import silence_libraries
 
@@ -80,6 +96,7 @@ def export(
             source=model,
             max_shard_size=max_shard_size,
             shim=not no_shim,
+            out_type=out_type,
             trust_remote_code=source.trust_remote_code,
             backbones=source.backbones,
             allow_hosts=source.allow_hosts,
@@ -102,4 +119,4 @@ def export(
         )
     for note in facts.get("notes", ()):
         console.notify(f"Note: {note}")
-    console.notify(f"Wrote {out}. Next: {chosen.next_line.format(out=out)}")
+    console.notify(f"Wrote {out}. Next: {chosen.next_line.format(out=out, **facts)}")

@@ -36,6 +36,7 @@ class ExportSettings:
         max_shard_size: largest size of one weight file, such as "5GB".
         trust_remote_code: whether the language model's own code may run.
         shim: whether the directory of a VLM gets the file through which Transformers opens it.
+        out_type: type of the weights in GGUF files.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ExportSettings:
     max_shard_size: str = "5GB"
     trust_remote_code: bool = False
     shim: bool = True
+    out_type: str = "f16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class ExportFormat:
         summary: what the directory holds.
         check: raises a UsageError if a model of this configuration cannot be written so; called before weights load.
         write: writes the files into an existing directory, and returns facts about them.
-        next_line: what to type next, with `{out}` for the directory.
+        next_line: what to type next, with `{out}` for the directory and the names of facts that `write` returns.
         is_vlm: whether the directory is itself a VLM, which `vlm` loads.
     """
 
@@ -143,6 +145,18 @@ def _write_hf(
     return export_hf(model, processor, out, name=name, max_shard_size=settings.max_shard_size)
 
 
+def _check_gguf(config: VLMConfig) -> None:
+    from vlm_cli.checkpoint.export.gguf.checking import check_gguf
+
+    check_gguf(config)
+
+
+def _write_gguf(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
+    from vlm_cli.checkpoint.export.gguf.exporting import export_gguf
+
+    return export_gguf(model, processor, out, name=settings.name, out_type=settings.out_type)
+
+
 def _write_torch_program(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
     from vlm_cli.checkpoint.export.programs import export_torch_program
 
@@ -188,6 +202,12 @@ FORMATS: dict[str, ExportFormat] = {
         write=partial(_write_hf, name="llava"),
         next_line='LlavaForConditionalGeneration.from_pretrained("{out}")',
     ),
+    "gguf": ExportFormat(
+        summary="the language model and the vision side as two GGUF files, for llama.cpp",
+        check=_check_gguf,
+        write=_write_gguf,
+        next_line='llama-mtmd-cli -m {out}/{language_model} --mmproj {out}/{mmproj} --image FILE -p "What is it?"',
+    ),
     "torch-export": ExportFormat(
         summary="the vision encoder and vision tokenizer, as a program of torch.export",
         check=_check_program,
@@ -225,6 +245,7 @@ def export_model(
     source: str | None = None,
     max_shard_size: str = "5GB",
     shim: bool = True,
+    out_type: str = "f16",
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
     allow_hosts: Collection[str] = (),
@@ -242,6 +263,7 @@ def export_model(
         source: what the user called the model; None takes the location.
         max_shard_size: largest size of one weight file, such as "5GB".
         shim: whether the directory of a VLM gets the file through which Transformers opens it with `trust_remote_code`.
+        out_type: type of the weights in GGUF files, a key of `OUT_TYPES`.
         trust_remote_code: whether the language model's own code may run.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
@@ -263,6 +285,7 @@ def export_model(
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
         shim=shim,
+        out_type=out_type,
     )
     with reserved_directory(out, overwrite=overwrite):
         places = {"backbones": backbones, "allow_hosts": allow_hosts, "verify": verify}

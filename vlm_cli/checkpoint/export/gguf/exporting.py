@@ -30,9 +30,7 @@ __all__ = ["export_gguf", "kept_tokens", "write_gguf"]
 _VISION_EXACT = ("v.position_embd.weight", "v.class_embd")
 
 
-def export_gguf(
-    model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str
-) -> dict[str, Any]:
+def export_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str) -> dict[str, Any]:
     """Write the language model and the vision side as GGUF files, and compare llama.cpp with the model.
 
     Args:

@@ -1,7 +1,7 @@
 """Which language models llama.cpp runs, and what their GGUF files hold.
 
-gguf knows the names of an architecture's tensors. This module adds the hyperparameters and the few tensors that llama.cpp
-wants in another order than Transformers.
+gguf knows the names of an architecture's tensors. This module adds the hyperparameters, and the few tensors that
+llama.cpp wants in another order than Transformers.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def find_language_problems(config: Any) -> list[str]:
                 f"the language model's rope_type is {rope['rope_type']}; it would have to be {' or '.join(_ROTATIONS)}."
             )
         if rope.get("partial_rotary_factor", 1) != 1:
-            problems.append("the language model rotates a part of each head (partial_rotary_factor); it would have to be 1.")
+            problems.append("the language model's partial_rotary_factor would have to be 1: all of each head rotates.")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and not found.windows and window < config.max_position_embeddings:
         problems.append(
@@ -175,7 +175,8 @@ def language_weights(model: VLM, kept: list[int]) -> dict[str, Tensor]:
     lm, config = model.lang_model, model.config.text_config
     found = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(found.arch, config.num_hidden_layers)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tables: tuple[Any, Any] = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (table.weight for table in tables)
     rows = [token - model.config.first_added_id for token in kept]
     weights: dict[str, Tensor] = {}
     for name, x in lm.state_dict().items():

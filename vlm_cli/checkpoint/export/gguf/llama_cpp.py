@@ -1,6 +1,6 @@
 """Run llama.cpp on two GGUF files, in a process of its own: a program that ends itself on an error, and writes notes.
 
-    python -m vlm_cli.checkpoint.export.gguf.llama_cpp < request.json > answer.json
+python -m vlm_cli.checkpoint.export.gguf.llama_cpp < request.json > answer.json
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ def _complete(address: str, text: str, picture: str | None, request: dict[str, A
             "return_tokens": True,
         },
     )
-    first = next(iter(found.get("completion_probabilities") or []), {"top_logprobs": []})
+    first = (found.get("completion_probabilities") or [{}])[0].get("top_logprobs", [])
     return {
         "tokens": found["tokens"],
-        "logprobs": {x["id"]: x["logprob"] for x in first["top_logprobs"]},
+        "logprobs": {x["id"]: x["logprob"] for x in first},
         "num_prompt": found["tokens_evaluated"],
     }
 

@@ -45,7 +45,7 @@ _FREE = ("bias", "dim_out", "frames", "scale", "dim_hidden")
 
 _CLASS_TOKEN = (
     "the vision encoder has a class token, which llama.cpp puts behind the patches and then takes for one of them, in "
-    "place of the first patch (true of all versions from May 2025 to October 2026). It would have to be a tower without "
+    "place of the first patch (all versions from May 2025 to October 2026 do). It would have to be a tower without "
     "one, as SigLIP's."
 )
 
@@ -75,7 +75,9 @@ def _mlp_weights(model: VLM) -> dict[str, Tensor]:
     tokenizer: Any = model.vision_tokenizer
     maps = [m for m in tokenizer.proj.modules() if isinstance(m, nn.Linear)]
     scale = float(tokenizer.options.scale)
-    pairs = [(m.weight.detach(), m.bias.detach() if m.bias is not None else m.weight.new_zeros(len(m.weight))) for m in maps]
+    pairs = [
+        (m.weight.detach(), m.bias.detach() if m.bias is not None else m.weight.new_zeros(len(m.weight))) for m in maps
+    ]
     if len(pairs) == 1:
         pairs = _split_identity(*pairs[0])
     (first, first_bias), (last, last_bias) = pairs

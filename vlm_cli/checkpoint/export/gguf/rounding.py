@@ -1,8 +1,8 @@
 """The numbers of llama.cpp: let a model round as llama.cpp's CPU code does, so that both give the same logits.
 
 llama.cpp looks GELU and QuickGELU up in a table of float16, for the tanh approximation of GELU alone, and convolves the
-pixels of patches in float16, whatever the file holds. These are the differences that we measured (2026, build 11549): with
-both in place, the embeddings of a picture agree to the last digit that llama.cpp prints.
+pixels of patches in float16, whatever the file holds. With both in place, the embeddings of a picture agree to the last
+digit that llama.cpp prints (measured with build 11549).
 """
 
 from __future__ import annotations

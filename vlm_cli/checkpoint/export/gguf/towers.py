@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gguf
-import torch
 from torch import Tensor, nn
 
 from vlm_cli.modeling.config import VLMConfig
@@ -157,9 +155,8 @@ def _find_foreign(visual: Any, kind: str) -> list[str]:
     epsilons = {m.eps for m in visual.modules() if isinstance(m, nn.LayerNorm)}
     if len(epsilons) > 1:
         problems.append(f"the norms of the vision encoder have eps {sorted(epsilons)}; it would have to be one.")
-    if (activation := _activation_of(visual, kind)) is None:
+    if _activation_of(visual, kind) is None:
         problems.append("the vision encoder's activation would have to be GELU or QuickGELU.")
-    del activation
     patch = next(m for m in visual.modules() if isinstance(m, nn.Conv2d))
     if patch.in_channels != 3 or patch.kernel_size != patch.stride or patch.kernel_size[0] != patch.kernel_size[1]:
         problems.append("the patches of the vision encoder would have to be squares of three colours, side by side.")

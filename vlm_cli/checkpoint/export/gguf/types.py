@@ -25,6 +25,6 @@ def check_out_type(name: str) -> None:
         return
     known = ", ".join(OUT_TYPES)
     raise UsageError(
-        f"--outtype is {name!r}; vlm writes {known}. For a smaller type, such as Q4_K_M, write f16 and give the file of "
-        "the language model to llama.cpp's own tool: llama-quantize NAME-F16.gguf NAME-Q4_K_M.gguf Q4_K_M."
+        f"--outtype is {name!r}; vlm writes {known}. For a smaller type, such as Q4_K_M, write f16 and give the file "
+        "of the language model to llama.cpp's own tool: llama-quantize NAME-F16.gguf NAME-Q4_K_M.gguf Q4_K_M."
     )

@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp holds it.
 
-llama.cpp has its own tokenizers and knows them by name. A byte-level BPE of Transformers becomes its `gpt2`, with the name of
-how text is split into words first; a BPE that falls back to bytes, as SentencePiece's, becomes its `llama`.
+llama.cpp has its own tokenizers and knows them by name. A byte-level BPE of Transformers becomes its `gpt2`, with the
+name of how text is split into words first; a BPE that falls back to bytes, as SentencePiece's, becomes its `llama`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Vocab
     for i in ids:
         tokens.append(texts.get(i, f"[PAD{i}]"))
         types.append(int(_type_of(i, texts, added, tokenizer.unk_token_id if scores else None, bool(scores))))
-    return Vocabulary(name, pre, tokens, types, merges, [scores.get(x, -1e6) for x in tokens] if scores else [], adds_space)
+    return Vocabulary(
+        name, pre, tokens, types, merges, [scores.get(x, -1e6) for x in tokens] if scores else [], adds_space
+    )
 
 
 def _type_of(i: int, texts: dict[int, str], added: dict[int, Any], unknown: int | None, has_bytes: bool) -> TokenType:
@@ -203,6 +205,6 @@ def _steps(data: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 def _refuse(reason: str) -> UsageError:
     return UsageError(
         f"{reason}; vlm writes GGUF files of byte-level BPE tokenizers that split text as those of GPT-2, SmolLM, "
-        "Llama 3 and Qwen do, and of BPE tokenizers with a fallback to bytes, as Llama 2's and Gemma's. Choose --format "
-        "delta, or a language model with such a tokenizer."
+        "Llama 3 and Qwen do, and of BPE tokenizers with a fallback to bytes, as Llama 2's and Gemma's. Choose "
+        "--format delta, or a language model with such a tokenizer."
     )

@@ -1,0 +1,181 @@
+"""`vlm export --format gguf`: what the two files hold, and that llama.cpp answers as the model does."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support import llama_cpp, tiny
+from tests.support.disk import run
+from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.export.gguf import comparing, exporting
+from vlm_cli.checkpoint.export.gguf.checking import check_gguf
+from vlm_cli.checkpoint.export.gguf.exporting import export_gguf, write_gguf
+from vlm_cli.errors import CheckpointError, UsageError
+
+needs_llama_cpp = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp is not installed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("gguf")
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """A model like LLaVA with SigLIP, and its processor."""
+    return llama_cpp.make(folder)
+
+
+@pytest.fixture(scope="module")
+def written(folder, made) -> Path:
+    (folder / "f32").mkdir()
+    write_gguf(*made, folder / "f32", name="my model", out_type="f32")
+    return folder / "f32"
+
+
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    return {x.name: torch.from_numpy(x.data.copy()) for x in gguf.GGUFReader(file).tensors}
+
+
+# -- what the files hold -----------------------------------------------------------------------------------------------
+
+
+def test_transformers_reads_the_language_model_back(made, written):
+    model, processor = made
+    file = "my-model-F32.gguf"
+    back = AutoModelForCausalLM.from_pretrained(written, gguf_file=file, dtype=torch.float32)
+    ids = processor.tokenizer("A cat sits on the mat.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours, theirs = model.lang_model(ids).logits, back(ids).logits
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+        with tiny.nudged(back.model.layers[0].self_attn.q_proj.weight):
+            assert (back(ids).logits - ours).abs().max() > 1e-3
+    tokenizer = AutoTokenizer.from_pretrained(written, gguf_file=file)
+    assert tokenizer("A cat sits on the mat.")["input_ids"] == ids[0].tolist()
+    held = gguf.GGUFReader(written / file).fields["tokenizer.ggml.tokens"].contents()
+    assert len(held) == model.config.first_added_id and "<image>" not in held  # the model never writes it, nor <pad>
+
+
+def test_the_vision_side_has_the_keys_that_llama_cpp_asks_for(written):
+    fields = gguf.GGUFReader(written / "mmproj-my-model-F32.gguf").fields
+    read = {key: fields[key].contents() for key in fields if key.startswith("clip.")}
+    assert read["clip.projector_type"] == "mlp" and read["clip.has_vision_encoder"] is True
+    assert (read["clip.vision.image_size"], read["clip.vision.patch_size"]) == (32, 8)
+    assert (read["clip.vision.block_count"], read["clip.vision.feature_layer"]) == (3, [3])
+    assert (read["clip.vision.attention.head_count"], read["clip.vision.projection_dim"]) == (3, 64)
+
+
+def test_a_linear_map_is_written_as_two_with_a_gelu_between(folder, tmp_path):
+    model, processor = llama_cpp.make(folder, "linear")
+    files = write_gguf(model, processor, tmp_path, name="x", out_type="f32")
+    held = tensors(tmp_path / files["mmproj"])
+    x = torch.randn(5, 48)
+    hidden = torch.nn.functional.gelu(x @ held["mm.0.weight"].T + held["mm.0.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(hidden @ held["mm.2.weight"].T + held["mm.2.bias"], model.vision_tokenizer.proj(x))
+
+
+def test_layers_that_nothing_reads_are_left_out(folder, tmp_path):
+    model, processor = llama_cpp.make(folder, encoder={"layer": -2})
+    files = write_gguf(model, processor, tmp_path, name="x", out_type="f32")
+    held = tensors(tmp_path / files["mmproj"])
+    assert "v.blk.1.ln1.weight" in held and "v.blk.2.ln1.weight" not in held and "v.post_ln.weight" not in held
+
+
+@pytest.mark.parametrize(
+    ("out_type", "kinds"), [("f16", {"F16", "F32"}), ("bf16", {"BF16", "F32"}), ("q8_0", {"Q8_0", "F16", "F32"})]
+)
+def test_matrices_have_the_type_and_norms_stay_exact(made, tmp_path, out_type, kinds):
+    files = write_gguf(*made, tmp_path, name="x", out_type=out_type)
+    held = [x for name in ("language_model", "mmproj") for x in gguf.GGUFReader(tmp_path / files[name]).tensors]
+    assert {x.tensor_type.name for x in held} == kinds
+    assert all(x.tensor_type.name == "F32" for x in held if "norm" in x.name or "ln" in x.name)
+
+
+def test_a_weight_that_float16_does_not_hold(made, tmp_path):
+    model, processor = made
+    refused = pytest.raises(CheckpointError, match=r"ffn_up.weight has values up to .*Choose --outtype bf16 or f32")
+    with tiny.nudged(model.lang_model.model.layers[0].mlp.up_proj.weight, by=1e5), refused:
+        write_gguf(model, processor, tmp_path, name="x", out_type="f16")
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        ({"fusion": "cross-attention"}, "fusion is cross-attention; it would have to be language-stream"),
+        ({"tokenizer": "perceiver"}, "as mlp, vision_tokenizer is perceiver; it would have to be linear or mlp"),
+        ({"tokenizer": {"type": "mlp", "map_depth": 3}}, "vision_tokenizer.map_depth is 3; it would have to be 2"),
+        ({"vision": "vit"}, "the vision encoder has a class token, which llama.cpp puts behind the patches"),
+        ({"vision": "convnext"}, "the vision encoder is ConvNeXt; it would have to be a plain vision transformer"),
+        ({"language_model": "mamba"}, "the language model is of type mamba; it would have to be llama, mistral"),
+        ({"language_model": "mistral"}, "sliding_window is 5 tokens; it would have to be none"),
+    ],
+)
+def test_what_llama_cpp_cannot_hold(parts, problem):
+    given = {"vision": "vit", "tokenizer": "mlp", "fusion": "language-stream", "language_model": "llama", **parts}
+    with pytest.raises(UsageError, match=problem):
+        check_gguf(tiny.config(**given))
+
+
+def test_a_type_that_llama_cpp_lacks(tmp_path):
+    result = run("export", "demo", tmp_path / "out", "--format", "gguf", "--outtype", "q9_9")
+    assert result.exit_code == 2 and "--outtype is 'q9_9'; vlm writes f32, f16, bf16, q8_0." in result.stderr
+    assert "llama-quantize" in result.stderr and not (tmp_path / "out").exists()
+    result = run("export", "demo", tmp_path / "out", "--format", "delta", "--outtype", "f32")
+    assert result.exit_code == 2 and "--outtype is for --format gguf" in result.stderr
+
+
+def test_without_llama_cpp_the_command_says_what_it_did_not_check(made, tmp_path, monkeypatch):
+    save(*made, tmp_path / "model")
+    monkeypatch.setattr(comparing, "llama_cpp_version", lambda: None)
+    result = run("export", tmp_path / "model", tmp_path / "out", "--format", "gguf", "--json")
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["files"]) >= {"out-F16.gguf", "mmproj-out-F16.gguf"}
+    assert "their answers are not compared" in result.stderr and "pip install 'vlm-cli[gguf]'" in result.stderr
+
+
+# -- llama.cpp ---------------------------------------------------------------------------------------------------------
+
+
+@needs_llama_cpp
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"tokenizer": "linear", "model_type": "qwen3"},
+        {"model_type": "qwen2", "encoder": {"layer": [-2, -1]}},
+        {"model_type": "mistral", "encoder": {"layer": -2}},
+    ],
+)
+def test_llama_cpp_answers_as_the_model_does(folder, tmp_path, parts):
+    facts = export_gguf(*llama_cpp.make(folder, **parts), tmp_path, name="x", out_type="f32")
+    assert facts["largest_difference"] < 5e-4 and facts["equal_tokens"]["text"] == 16
+
+
+@needs_llama_cpp
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "spoiled", ["v.blk.0.attn_q.weight", "v.position_embd.weight", "mm.2.weight", "output_norm.weight"]
+)
+def test_a_file_that_differs_is_not_written(made, tmp_path, monkeypatch, spoiled):
+    save(*made, tmp_path / "model")
+    write = exporting.write_file
+
+    def spoil(path, arch, weights, *args, **keywords):
+        return write(path, arch, {k: x.flip(0) if k == spoiled else x for k, x in weights.items()}, *args, **keywords)
+
+    monkeypatch.setattr(exporting, "write_file", spoil)
+    result = run("export", tmp_path / "model", tmp_path / "out", "--format", "gguf", "--outtype", "f32")
+    assert result.exit_code == 1 and "llama.cpp, about a" in result.stderr and "Nothing was written" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,47 @@
+"""Tiny models that llama.cpp can hold, with pictures that matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from tests.support import disk, tiny
+from vlm_cli.checkpoint.create import create, plan
+from vlm_cli.modeling.vlm import VLM
+from vlm_cli.processor import VLMProcessor
+
+_SIGLIP = tiny.register(
+    "tiny_siglip", VisionTransformer, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, class_token=False
+)
+#: OpenCLIP's configuration of a SigLIP tower.
+SIGLIP: dict[str, Any] = {
+    "embed_dim": 48,
+    "vision_cfg": {"image_size": 32, "timm_model_name": _SIGLIP, "timm_pool": "map", "timm_proj": "none"},
+}
+
+
+def make(
+    folder: Path,
+    tokenizer: str = "mlp",
+    *,
+    model_type: str = "llama",
+    tower: dict[str, Any] = SIGLIP,
+    encoder: dict[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[VLM, VLMProcessor]:
+    """A model of random weights, and its processor; `encoder` and `settings` change the composition."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (lm := folder / model_type).is_dir():
+        disk.language_model(lm, model_type)
+    (folder / "tower.json").write_text(json.dumps(tower))
+    parts = disk.composition(
+        str(folder / "tower.json"), str(lm), tokenizer, "language-stream", vision_encoder=encoder or {}, **settings
+    )
+    blueprint = plan(parts)
+    model = tiny.open_gates(create(blueprint, random_weights=True))
+    tiny.stir(model.vision_encoder, 0.2, seed=3)
+    tiny.stir(model.lang_model, 0.2, seed=4)
+    return model.eval(), blueprint.processor
