@@ -140,7 +140,9 @@ def test_a_configuration_fetches_no_tower():
 JOINS = {
     "adapters.py:write_adapters": "names of parts, which are constants",
     "backbones.py:_fetch": "the last part of an address of OpenCLIP's table",
+    "comparing.py:compare_with_llama_cpp": "names of files that vlm has just written",
     "downloads.py:downloaded": "a hash",
+    "exporting.py:write_gguf": "letters, digits, dots and dashes of a directory's name",
     "inside.py:resolve_inside": "the rule itself",
     "language_model.py:edit": "names of a tokenizer's files, which vlm has just written",
     "language_model.py:_forget_tokens": "the same",

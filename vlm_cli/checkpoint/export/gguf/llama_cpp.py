@@ -18,6 +18,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from vlm_cli.errors import CheckpointError
+from vlm_cli.plain_data import parse_json
 
 __all__ = ["Answer", "ask_llama_cpp", "llama_cpp_version"]
 
@@ -91,7 +92,7 @@ def ask_llama_cpp(
         raise CheckpointError(f"llama.cpp cannot use the files: {last} Nothing was written; please report it.")
     return [
         Answer(x["tokens"], {int(i): p for i, p in x["logprobs"].items()}, x["num_prompt"])
-        for x in json.loads(lines[-1])
+        for x in parse_json(lines[-1])
     ]
 
 
@@ -141,12 +142,12 @@ def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
     asked = Request(url, data, {"Content-Type": "application/json"})
     try:
         with build_opener(ProxyHandler({})).open(asked) as answer:
-            return json.load(answer)
+            return parse_json(answer.read().decode())
     except HTTPError as error:
         raise SystemExit(f"error: {error.read().decode()[:1000]}") from None
 
 
 if __name__ == "__main__":
-    answers = _answer(json.load(sys.stdin))
+    answers = _answer(parse_json(sys.stdin.read()))
     print("\n" + json.dumps(answers), flush=True)
     os._exit(0)  # the destructors of some versions end the process with an error

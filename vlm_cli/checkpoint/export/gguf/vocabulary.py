@@ -17,6 +17,7 @@ from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from vlm_cli.errors import UsageError
+from vlm_cli.plain_data import parse_json
 
 __all__ = ["Vocabulary", "read_vocabulary"]
 
@@ -113,7 +114,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Vocab
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _refuse(f"the tokenizer is {type(tokenizer).__name__}, without a tokenizer.json")
-    data = json.loads(backend.to_str())
+    data = parse_json(backend.to_str())
     model = data["model"]
     if model["type"] != "BPE":
         raise _refuse(f"the tokenizer's model is {model['type']}")
