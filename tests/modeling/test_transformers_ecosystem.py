@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from tests.support.grid import first_of
 from vlm_cli import VLM, VLMConfig, VLMProcessor
 from vlm_cli.errors import CheckpointError
 
+ROOT = Path(__file__).parents[2]
 FUSIONS = {"flamingo": ("perceiver", "cross-attention"), "llava": ("mlp", "language-stream")}
 
 
@@ -205,3 +211,20 @@ def test_device_map(model, tmp_path, where):
 def test_a_vision_encoder_on_disk_is_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="the vision encoder cannot run from disk"):
         vlm_cli.load(str(folder / "flamingo"), device_map={"": "disk"}, offload_folder=str(tmp_path))
+
+
+@pytest.mark.matrix
+def test_two_processes_share_the_layers(model):
+    """Tensor parallelism of Transformers: each process holds half of the weights of each layer."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.support.tensor_parallel", model]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["error"] < 1e-5 < 1e-3 < found["twin"] and found["answers"][0] == found["answers"][1]
+    halves = [
+        name for name, shape in found["shared"].items() if math.prod(shape) * 2 == math.prod(found["whole"][name])
+    ]
+    assert any("self_attn.q_proj" in name for name in halves) and any("mlp.down_proj" in name for name in halves)
+    assert all(name.startswith("lang_model.") for name in found["shared"])

@@ -317,6 +317,8 @@ def _load(
 
         keywords = {**keywords, "device_map": places_for(config, dtype, keywords.get("max_memory"))}
     model = load_full(name, config, dtype, trust_remote_code, keywords)
+    if "distributed_config" in keywords:
+        return model, processor  # each process holds its part, on its own device
     if "device_map" not in keywords:
         return model.to(device), processor
     if any(p.is_meta for p in model.vision_encoder.parameters()):
