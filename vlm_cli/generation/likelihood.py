@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlm_cli.errors import VLMError
+from vlm_cli.errors import VLMError, is_out_of_memory
 from vlm_cli.generation.batch_media import BatchMedia
-from vlm_cli.generation.batch_size import BatchSize, is_out_of_memory
+from vlm_cli.generation.batch_size import BatchSize
 from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
 from vlm_cli.generation.rows import Row
 from vlm_cli.media.notes import NoteTally
