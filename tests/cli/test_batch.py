@@ -678,7 +678,7 @@ def test_flags_that_do_not_go_together(vlm, folder, monkeypatch, flags, message)
     ("source", "output", "code", "message"),
     [
         ("none.jsonl", "out.jsonl", 1, "cannot find the records 'none.jsonl'"),
-        (".", "out.jsonl", 1, "is a directory"),
+        ("below", "out.jsonl", 1, "is a directory without files of records"),
         ("empty.jsonl", "out.jsonl", 1, "'empty.jsonl' holds no prompts"),
         ("in.jsonl", "no/out.jsonl", 1, "the folder"),
         ("in.jsonl", ".", 2, "is a directory or a device"),
@@ -688,6 +688,7 @@ def test_files_that_cannot_be_used(vlm, folder, monkeypatch, source, output, cod
     monkeypatch.chdir(folder)
     write(folder, PROMPTS)
     write(folder, [""], "empty.jsonl")
+    (folder / "below").mkdir()
     result = vlm("batch", source, "-o", output)
     assert result.exit_code == code and message in result.stderr
     assert not list(folder.glob("out*"))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.batch import BatchJob, BatchOptions, PromptFile, answer_file
+from vlm_cli.cli.batch_job import answer_file
+from vlm_cli.cli.batch_options import BatchJob, BatchOptions
 from vlm_cli.cli.chat import talk
 from vlm_cli.cli.chat_session import ChatRequest
 from vlm_cli.cli.command import option
@@ -133,9 +134,8 @@ def generate(
     sampling.keywords(search)  # refuses what contradicts itself
     request = partial(ModelRequest.of, model, devices, source, quantize=quantize, max_tiles=reading.max_tiles)
     if aliases.batch is not None:
-        file = PromptFile(aliases.batch)
-        batching.check(file)
-        job = BatchJob(request(), file, batching, reading, reading.choice, sampling, search)
+        batching.check(aliases.batch)
+        job = BatchJob(request(), aliases.batch, batching, reading, reading.choice, sampling, search)
         answer_file(job, as_json=printing.as_json, stats=printing.stats)
     elif aliases.chat:
         chat = ChatRequest(prompts, reading, sampling, printing, source.allow_hosts, reading.choice)

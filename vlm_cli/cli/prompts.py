@@ -99,12 +99,15 @@ class ReadingOptions:
         """
         return TemplateChoice.parse(self.chat_template)
 
-    def loader(self, folder: Path | None, allow_hosts: tuple[str, ...]) -> MediaLoader:
+    def loader(
+        self, folder: Path | None, allow_hosts: tuple[str, ...], inside: Callable[[str], bytes] | None = None
+    ) -> MediaLoader:
         """Make the loader of the images.
 
         Args:
             folder: where relative paths start; None for the current folder.
             allow_hosts: hosts that may have an internal address.
+            inside: returns the bytes of an image in a shard.
         """
         from vlm_cli.media import MediaLoader
 
@@ -114,6 +117,7 @@ class ReadingOptions:
             allow_hosts=allow_hosts,
             media_root=self.media_root,
             max_pixels=self.max_pixels,
+            inside=inside,
         )
 
 

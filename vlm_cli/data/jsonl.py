@@ -1,36 +1,21 @@
-"""Read JSONL files: lines, their numbers, the object on each line, and fields of a known type."""
+"""Read JSONL: the object on a line, and fields of a known type."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from vlm_cli.errors import VLMError
 from vlm_cli.registry import suggest
 from vlm_cli.text import decode_text
 
-__all__ = ["Line", "RecordError", "describe_type", "get_field", "number_lines", "parse_object"]
+__all__ = ["RecordError", "describe_type", "get_field", "parse_object"]
 
 _MISSING = object()
 
 
 class RecordError(VLMError):
     """A line that cannot be used. The message says why, and quotes only that line."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line that is not blank."""
-
-    number: int  # in the file, from 1
-    raw: bytes
-
-
-def number_lines(raw_lines: Iterable[bytes]) -> Iterator[Line]:
-    """Number the lines from 1, and leave out the blank ones."""
-    return (Line(number, raw) for number, raw in enumerate(raw_lines, start=1) if raw.strip())
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

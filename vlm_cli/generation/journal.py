@@ -1,13 +1,12 @@
 """The file `OUT.partial`: the answers of an unfinished run, from which the next run resumes. At the end it becomes OUT.
 
 {"vlm_batch": 1, "replaces": false, "settings": {"--max-new-tokens": 64, …}}    header
-5f0c…e1 {"prompt": "…", "text": " A cat.", …}                                    digest of the input's line, answer
+5f0c…e1 {"prompt": "…", "text": " A cat.", …}                                    digest of the input's row, answer
 90ab…77 {"prompt": "…", "err                                                     cut short by a kill; dropped
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -15,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vlm_cli.data.jsonl import Line
+from vlm_cli.data.sources import Row
 from vlm_cli.errors import CheckpointError, OutputExistsError, UsageError
 from vlm_cli.files import check_file, remove_leftovers, replacing_file
 from vlm_cli.locks import open_locked
 from vlm_cli.plain_data import parse_json
 from vlm_cli.resume import settings_diff
 
-__all__ = ["Journal", "partial_of"]
+__all__ = ["Journal", "has_failed", "partial_of"]
 
 _MAGIC = b'{"vlm_batch": 1, '
 
@@ -30,6 +29,13 @@ _MAGIC = b'{"vlm_batch": 1, '
 def partial_of(out: Path) -> Path:
     """Return the path at which the answers of `out` wait until all rows are answered."""
     return out.with_name(f"{out.name}.partial")
+
+
+def has_failed(answer: Mapping[str, Any]) -> bool:
+    """Tell whether the answer to a row is an error: of vlm's rows, or of a request of OpenAI's protocol."""
+    response = answer.get("response")
+    is_refused = isinstance(response, dict) and response.get("status_code", 200) != 200
+    return answer.get("error") is not None or is_refused
 
 
 @dataclass
@@ -118,11 +124,11 @@ class Journal:
                 "Give the same settings to resume that run, or add --overwrite to discard its answers and start again."
             )
 
-    def skip(self, lines: Iterator[Line], name: str) -> None:
-        """Skip the input lines that are answered, and drop an answer that was cut short.
+    def skip(self, rows: Iterator[Row], name: str) -> None:
+        """Skip the rows that are answered, and drop an answer that was cut short.
 
         Args:
-            lines: the input, from its beginning.
+            rows: the input, from its beginning.
             name: the name of the input, for messages.
 
         Raises:
@@ -133,12 +139,12 @@ class Journal:
         for stored in self.file:
             if not stored.endswith(b"\n"):
                 break
-            line = next(lines, None)
-            if line is None or _digest(line) != stored.split(b" ", 1)[0]:
+            row = next(rows, None)
+            if row is None or row.digest.encode() != stored.split(b" ", 1)[0]:
                 change = (
                     f"now ends before row {self.answered + 1}"
-                    if line is None
-                    else f"has another line {line.number} now"
+                    if row is None
+                    else f"has another {row.unit} {row.number} now"
                 )
                 raise UsageError(
                     f"{str(self.path)!r} holds answers of an unfinished run, but {name} {change}. Give the same "
@@ -152,18 +158,18 @@ class Journal:
                     f"{str(self.path)!r} is damaged at row {self.answered}. Add --overwrite to discard its answers and "
                     "start again."
                 )
-            self.failed += "error" in answer
+            self.failed += has_failed(answer)
         self.file.truncate(end)
 
-    def add(self, line: Line, answer: Mapping[str, Any]) -> None:
+    def add(self, row: Row, answer: Mapping[str, Any]) -> None:
         """Append an answer, so that it is kept if this process is killed.
 
         Raises:
             CheckpointError: if the disk is full.
         """
-        self._write(answer, _digest(line) + b" ")
+        self._write(answer, row.digest.encode() + b" ")
         self.answered += 1
-        self.failed += "error" in answer
+        self.failed += has_failed(answer)
 
     def _write(self, data: Mapping[str, Any], before: bytes = b"") -> None:
         # UTF-8 has no half characters (\ud800 to \udfff), so they are written as JSON escapes.
@@ -195,11 +201,6 @@ class Journal:
             self.path.unlink(missing_ok=True)
         with suppress(OSError):
             self.file.close()
-
-
-def _digest(line: Line) -> bytes:
-    """Return 32 hexadecimal digits of a line, without the line end, which the last line of a file may lack."""
-    return hashlib.sha256(line.raw.strip()).hexdigest()[:32].encode()
 
 
 def _parse(text: bytes) -> dict[str, Any]:

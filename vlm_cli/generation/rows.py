@@ -1,12 +1,12 @@
-"""Prompts on their way to an answer, and the lines of a file as such prompts.
+"""Prompts on their way to an answer, and the rows of a source as such prompts.
 
     {"prompt": "<image:a.png>What is it?", "id": 7}
     {"prompt": "<image> or <image>?", "images": ["a.png", "b.png"]}
     {"prompt": "<video>What happens?", "videos": ["a.mp4?frames=4"]}
     {"messages": [{"role": "user", "content": "<image>What is it?"}], "images": ["a.png"]}
 
-A prompt follows the grammar of `vlm generate`; chat messages and LLaVA conversations end with the turn to answer. Other
-keys of a line stay as they are.
+A row is of one of the formats of `data.formats`. The model answers its last question. The row need not have an answer;
+one that it has is not read. All keys of a row stay as they are.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.data.formats import find_turns
-from vlm_cli.data.formats.ours import get_files
-from vlm_cli.data.jsonl import Line, RecordError, get_field, parse_object
-from vlm_cli.data.meant import check_picture_keys, find_mentions
+from vlm_cli.data.formats import Format, recognise_question
+from vlm_cli.data.formats.requests import is_request
+from vlm_cli.data.jsonl import RecordError
+from vlm_cli.data.meant import find_mentions
 from vlm_cli.data.record import Content, Segment
+from vlm_cli.data.sources import Embedded, Source
+from vlm_cli.data.sources import Row as SourceRow
 from vlm_cli.errors import LanguageModelError, MediaError, PromptError, VLMError
 from vlm_cli.media import MediaLoader
 from vlm_cli.plain_data import is_finite
-from vlm_cli.prompt import Medium, Text, interleave
+from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.clip_text import add_clip_texts
 from vlm_cli.writing.media import measure_media
 
@@ -42,7 +44,7 @@ class Row:
     """A prompt, and later its answers or an error.
 
     Attributes:
-        line: number of its line in the file, from 1.
+        line: number of its line or row, from 1.
         ids: tokens of the prompt, one for each medium.
         sources: the images and clips, in reading order.
         media: the size of each medium.
@@ -107,40 +109,56 @@ class FileRow(Row):
     """A row of a file of prompts.
 
     Attributes:
-        source_line: the line as it stands in the file.
-        data: the keys of the line, without an error that an earlier run may have left.
+        origin: the row as it stands in the file.
+        place: where it stands, for messages.
+        data: the keys of the row, without an error that an earlier run may have left.
         mentions: picture files and tags that the prompt names without showing a picture.
+        notes: what the user should know of how the row was read.
     """
 
-    source_line: Line
+    origin: SourceRow
+    place: str
     data: dict[str, Any] = field(default_factory=dict)
     mentions: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cut(self) -> list[int]:
+        """The tokens of the longest of its answers that their length has ended."""
+        found = [answer.new_tokens for answer in self.answers or () if answer.finish_reason == "length"]
+        return [max(found)] if found else []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys of the line, with the answer, or with what everybody may read of the error."""
+        """Return the keys of the row, with the answer, or with what everybody may read of the error."""
+        data = _name_pictures(self.data)
         if self.error is not None:
-            return {**self.data, "error": f"line {self.line}: {self.error.public}"}
+            return {**data, "error": f"{self.place}: {self.error.public}"}
         assert self.answers is not None
         sequences = [answer.to_dict() for answer in self.answers]
         more = {"sequences": sequences} if len(sequences) > 1 else {}
-        return {**self.data, **sequences[0], **more}
+        return {**data, **sequences[0], **more}
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads lines as rows for one model.
+    """Reads the rows of a source for one model.
 
     Args:
         plan: how the model answers.
         loader: finds images.
+        source: of the rows.
+        format: of every row; None recognises each.
     """
 
     plan: GenerationPlan
     loader: MediaLoader
+    source: Source
+    format: Format | None = None
 
-    def read(self, line: Line) -> FileRow:
-        """Read a line; a row that cannot be answered has an `error`."""
-        row = FileRow(line=line.number, source_line=line)
+    def read(self, origin: SourceRow) -> FileRow:
+        """Read a row; one that cannot be answered has an `error`."""
+        place = origin.place if len(self.source.shards) > 1 else f"{origin.unit} {origin.number}"
+        row = FileRow(line=origin.number, origin=origin, place=place)
         try:
             self._fill(row)
         except (RecordError, PromptError, LanguageModelError, MediaError) as error:
@@ -148,15 +166,19 @@ class RowReader:
         return row
 
     def _fill(self, row: FileRow) -> None:
-        data = parse_object(row.source_line.raw)
-        row.data = {key: x for key, x in data.items() if key != "error" and is_finite(x)}
+        if row.origin.problem is not None:
+            raise RecordError(row.origin.problem)
+        data = row.origin.data
+        row.data = {key: x for key, x in data.items() if key != "error" and is_finite(_name_pictures(x))}
         if lost := [key for key in data if key not in row.data and key != "error"]:
             raise RecordError(f'"{lost[0]}" holds a number that JSON cannot write, such as NaN or 1e400.')
         if taken := [key for key in ANSWER_KEYS if key in data]:
             raise RecordError(
-                f'"{taken[0]}" is a key of the answer, which would overwrite yours. Rename the key in this line.'
+                f'"{taken[0]}" is a key of the answer, which would overwrite yours. Rename the key in this '
+                f"{row.origin.unit}."
             )
-        asked = _read_question(data)
+        asked = self._read_question(data)
+        row.notes = asked.notes
         parts = [part for segment in asked.segments for part in segment.parts]
         if any(isinstance(part, Medium) and part.is_stdin for part in parts):
             raise RecordError("the image '-' means standard input, which the rows of a file cannot share. Give a file.")
@@ -165,17 +187,16 @@ class RowReader:
         row.encode(self.plan, last.parts, self.loader, is_turns=asked.is_turns, system=asked.system, earlier=earlier)
         row.reserve(self.plan)
 
+    def _read_question(self, data: dict[str, Any]) -> Content:
+        if self.format is None and is_request(data):
+            raise RecordError("is a request of OpenAI's protocol among other rows. Put the requests into a file alone.")
+        return (self.format or recognise_question(data)).read_question(data)
 
-def _read_question(data: dict[str, Any]) -> Content:
-    """Return what a row asks: its prompt, or its turns, the last of which is the question.
 
-    Raises:
-        RecordError, PromptError: if the row asks nothing, or its placeholders and files do not match.
-    """
-    if (turns := find_turns(data)) is not None:
-        return turns.read_question(data)
-    prompt = get_field(data, "prompt", str, "text")
-    images, videos = get_files(data, "image"), get_files(data, "video")
-    check_picture_keys(data, [prompt])
-    parts = interleave(prompt, images, videos, given_with='"images"').parts
-    return Content((Segment(tuple(parts), False),))
+def _name_pictures(data: Any) -> Any:
+    """Return the values of a row with the names of pictures in the place of those that a shard holds."""
+    if isinstance(data, Embedded):
+        return data.reference
+    if isinstance(data, dict):
+        return {key: _name_pictures(x) for key, x in data.items()}
+    return [_name_pictures(x) for x in data] if isinstance(data, list) else data

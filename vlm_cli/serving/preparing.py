@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vlm_cli.errors import MediaError, PromptError, VLMError
 from vlm_cli.generation.encoded_image import ImageSlot
@@ -19,8 +20,14 @@ from vlm_cli.serving.row import Piece, ServedRow
 from vlm_cli.templates.clip_text import add_clip_texts
 from vlm_cli.templates.conversation import Message
 from vlm_cli.tiling import MediumSize
+from vlm_cli.writing.choice import AUTO, TemplateChoice
+from vlm_cli.writing.writer import PromptWriter
 
-__all__ = ["Prepared", "Preparer"]
+if TYPE_CHECKING:
+    from vlm_cli.modeling.vlm import VLM
+    from vlm_cli.processor import VLMProcessor
+
+__all__ = ["Prepared", "Preparer", "make_plan"]
 
 CACHED_FRAMES = 256  # of pictures that later requests may show again, as the turns of a chat do
 
@@ -40,6 +47,13 @@ class Prepared:
     prompt_tokens: int
     media: list[MediumSize] = field(default_factory=list)
     media_tokens: list[int] = field(default_factory=list)
+
+
+def make_plan(model: VLM, processor: VLMProcessor, limits: Limits, choice: TemplateChoice = AUTO) -> GenerationPlan:
+    """Return how a model answers requests; how tokens are chosen, each request says itself."""
+    keywords = {"max_new_tokens": limits.new_tokens, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    none = dict.fromkeys(("temperature", "top_p", "top_k"))  # what generation_config.json may set
+    return GenerationPlan(model, processor, {**keywords, **none}, writer=PromptWriter(processor, choice))
 
 
 class Preparer:

@@ -89,13 +89,14 @@ def _common(limits: Limits) -> dict[str, Kind]:
     }
 
 
-def read_chat(data: Mapping[str, Any], limits: Limits, *, temperature: float) -> Ask:
+def read_chat(data: Mapping[str, Any], limits: Limits, *, temperature: float, opens_files: bool = False) -> Ask:
     """Read a request to `/v1/chat/completions`.
 
     Args:
         data: the body.
         limits: of the server.
         temperature: of a request that names none.
+        opens_files: an address may be the name of a file, since who asks is who answers.
 
     Raises:
         BadRequest: naming the key.
@@ -114,7 +115,7 @@ def read_chat(data: Mapping[str, Any], limits: Limits, *, temperature: float) ->
     if data.get("top_logprobs") is not None and not data.get("logprobs"):
         raise BadRequest("top_logprobs needs logprobs: true.", "top_logprobs")
     chances = (data.get("top_logprobs") or 0) if data.get("logprobs") else None
-    conversation = tuple(_read_message(x, f"messages[{i}]") for i, x in enumerate(data["messages"]))
+    conversation = tuple(_read_message(x, f"messages[{i}]", opens_files) for i, x in enumerate(data["messages"]))
     _check_order(conversation)
     most = data.get("max_completion_tokens") or data.get("max_tokens")
     return _make_ask(data, (conversation,), temperature, chances, most)
@@ -208,13 +209,13 @@ def _only(key: str, value: str) -> Kind:
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 
-def _read_message(data: Mapping[str, Any], place: str) -> Message:
+def _read_message(data: Mapping[str, Any], place: str, opens_files: bool) -> Message:
     role = _ROLES.get(data["role"])
     if role is None:
         raise BadRequest(f"{place}.role is {show(data['role'])}. Known: {', '.join(_ROLES)}.", f"{place}.role")
     if data.get("tool_calls") or data.get("function_call"):
         raise BadRequest(f"{place} calls a tool, and the server knows no tools.", f"{place}.tool_calls")
-    parts = tuple(_read_content(data.get("content"), f"{place}.content"))
+    parts = tuple(_read_content(data.get("content"), f"{place}.content", opens_files))
     if role != "user" and any(isinstance(part, Medium) for part in parts):
         raise BadRequest(
             f"{place} has an image, and its role is {data['role']}. Images stand in messages of the user.",
@@ -223,7 +224,7 @@ def _read_message(data: Mapping[str, Any], place: str) -> Message:
     return Message(role, parts)  # type: ignore[arg-type]
 
 
-def _read_content(content: Any, place: str) -> list[Text | Medium]:
+def _read_content(content: Any, place: str, opens_files: bool) -> list[Text | Medium]:
     if isinstance(content, str):
         return [Text(content)] if content else []
     if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
@@ -233,11 +234,11 @@ def _read_content(content: Any, place: str) -> list[Text | Medium]:
         here = f"{place}[{i}]"
         if not isinstance(part, Mapping):
             raise BadRequest(f"{here} must be a part such as {{'type': 'text', 'text': …}}, but is {show(part)}.", here)
-        parts += _read_part(part, here)
+        parts += _read_part(part, here, opens_files)
     return parts
 
 
-def _read_part(part: Mapping[str, Any], place: str) -> list[Text | Medium]:
+def _read_part(part: Mapping[str, Any], place: str, opens_files: bool) -> list[Text | Medium]:
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
@@ -251,7 +252,7 @@ def _read_part(part: Mapping[str, Any], place: str) -> list[Text | Medium]:
         raise BadRequest(
             f"{place} has no picture: {kind} must be {{'url': 'data:…'}}, but is {show(where)}.", f"{place}.{kind}"
         )
-    if not url[:8].lower().startswith(("data:", "http://", "https://")):
+    if not opens_files and not url[:8].lower().startswith(("data:", "http://", "https://")):
         raise BadRequest(
             f"{place}.{kind}.url begins with {show(url[:20])}. It must be a data: URI or an http(s) address; the "
             "server opens no files.",

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.generation.plan import GenerationPlan
 from vlm_cli.media import MediaLoader
 from vlm_cli.serving.engine import Engine
 from vlm_cli.serving.limits import Limits
 from vlm_cli.serving.metrics import Metrics
-from vlm_cli.serving.preparing import Preparer
+from vlm_cli.serving.preparing import Preparer, make_plan
 from vlm_cli.serving.spelling import Speller
 from vlm_cli.writing.choice import AUTO, TemplateChoice
-from vlm_cli.writing.writer import PromptWriter
 
 if TYPE_CHECKING:
     from vlm_cli.modeling.vlm import VLM
@@ -84,9 +82,7 @@ def make_service(
         tell: receives what whoever runs the server should know.
         log: receives one mapping for each request.
     """
-    keywords = {"max_new_tokens": limits.new_tokens, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-    none = dict.fromkeys(("temperature", "top_p", "top_k"))  # what generation_config.json may set
-    plan = GenerationPlan(model, processor, {**keywords, **none}, writer=PromptWriter(processor, choice))
+    plan = make_plan(model, processor, limits, choice)
     return Service(
         name=name,
         engine=Engine(plan, batch_size=batch_size, queue=queue, tell=tell),

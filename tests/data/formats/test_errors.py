@@ -54,7 +54,8 @@ def said(**parts: Any) -> dict[str, Any]:
         (CHAT | {"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}, "message 2 calls tools"),
         (CHAT | {"messages": [USER, ASSISTANT | {"weight": 0}]}, 'message 2 has the "weight" 0'),
         (PAIRS | {"texts": [{"user": "What?", "assistant": ""}]}, "turn 2, an answer, is empty"),
-        (PAIRS | {"texts": [{"user": "What?"}]}, 'pair 1: "assistant" must be text, got null'),
+        (PAIRS | {"texts": [{"user": "What?"}]}, "turn 1, the last, has no answer"),
+        (PAIRS | {"texts": [{"user": "What?"}, {"user": "A?", "assistant": "x"}]}, 'pair 1: "assistant" must be text'),
         (PAIRS | {"texts": []}, '"texts" is empty'),
         # roles
         (LLAVA | {"conversations": [ASKS, TELLS, TELLS]}, "turn 3, of the assistant, follows turn 2 of the same role"),

@@ -9,16 +9,16 @@ from typing import Any
 
 from vlm_cli.data.formats.columns import ColumnMap
 from vlm_cli.data.formats.conversations import Conversations
-from vlm_cli.data.formats.format import Format, TurnFormat
+from vlm_cli.data.formats.format import Format
 from vlm_cli.data.formats.messages import Messages
 from vlm_cli.data.formats.ours import OwnRecords
+from vlm_cli.data.formats.requests import Requests
 from vlm_cli.data.formats.texts import Texts
 from vlm_cli.data.jsonl import RecordError
 
-__all__ = ["FORMATS", "ColumnMap", "Format", "find_turns", "recognise"]
+__all__ = ["FORMATS", "ColumnMap", "Format", "recognise", "recognise_question"]
 
-_TURNS: tuple[TurnFormat, ...] = (Conversations(), Messages())
-FORMATS: tuple[Format, ...] = (OwnRecords(), *_TURNS, Texts())
+FORMATS: tuple[Format, ...] = (OwnRecords(), Conversations(), Messages(), Texts(), Requests())
 
 
 def recognise(data: dict[str, Any]) -> Format:
@@ -35,6 +35,6 @@ def recognise(data: dict[str, Any]) -> Format:
     return found[0] if found else FORMATS[0]
 
 
-def find_turns(data: dict[str, Any]) -> TurnFormat | None:
-    """Return the format of a row of turns, which may end with a question; None for a row with a prompt of its own."""
-    return None if "prompt" in data else next((x for x in _TURNS if x.matches(data)), None)
+def recognise_question(data: dict[str, Any]) -> Format:
+    """Return the format of a row of questions; vlm's own if it has a prompt, or if none matches."""
+    return next((x for x in FORMATS if x.asks(data)), FORMATS[0])

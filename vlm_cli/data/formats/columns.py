@@ -10,7 +10,7 @@ means anything. Without a placeholder, the pictures stand before the prompt. No 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from vlm_cli.data.jsonl import RecordError, describe_type
 from vlm_cli.data.meant import find_picture_keys
 from vlm_cli.data.record import Content, Segment
 from vlm_cli.errors import UsageError
-from vlm_cli.prompt import KINDS, Text
+from vlm_cli.prompt import KINDS, Kind, Medium, Text
 from vlm_cli.registry import suggest
 
 __all__ = ["ColumnMap"]
@@ -45,8 +45,8 @@ class ColumnMap(Format):
     keys = "what --columns says"
 
     @classmethod
-    def parse(cls, text: str) -> ColumnMap:
-        """Read `--columns`.
+    def parse(cls, text: str, *, needs_answer: bool = True) -> ColumnMap:
+        """Read `--columns`. Without `needs_answer`, a prompt alone will do.
 
         >>> ColumnMap.parse("prompt=question,completion=answer").columns
         {'prompt': 'question', 'completion': 'answer'}
@@ -68,10 +68,12 @@ class ColumnMap(Format):
                 raise UsageError(f"--columns names {key!r} twice: {columns[key]!r} and {column!r}. Give it once.")
             columns[key] = column
         told = [key for key in ("completion", *_CHATS) if key in columns]
-        if len(told) != 1 or (told != ["completion"] and "prompt" in columns):
+        if not told and not needs_answer and "prompt" in columns:
+            told = ["prompt"]
+        if len(told) != 1 or (told[0] in _CHATS and "prompt" in columns):
+            what = "the answer: a completion (with a prompt or without)" if needs_answer else "a prompt"
             raise UsageError(
-                f"--columns must name the answer: a completion (with a prompt or without), or one of "
-                f"{', '.join(_CHATS)}. Got {', '.join(columns)}. {_EXAMPLE}"
+                f"--columns must name {what}, or one of {', '.join(_CHATS)}. Got {', '.join(columns)}. {_EXAMPLE}"
             )
         return cls(columns)
 
@@ -82,24 +84,48 @@ class ColumnMap(Format):
         return True
 
     def read(self, data: dict[str, Any]) -> Content:
+        row = self._find(data)
+        chat = self._find_chat(row)
+        return self._read_answer(row) if chat is None else chat.read(row)
+
+    def read_question(self, data: dict[str, Any]) -> Content:
+        row = self._find(data)
+        if (chat := self._find_chat(row)) is not None:
+            return chat.read_question(row)
+        if "prompt" not in row:
+            raise RecordError("asks nothing: --columns names no prompt. Add prompt=COLUMN.")
+        files = {kind: read_media_beside(row, kind) for kind in KINDS}
+        system, turns = read_system(row, [self._read_prompt(row, files)])
+        asked = pair_turns(place_media(turns, files), "row", is_open=True)
+        return Content(asked, system, read_id(row), read_kind(row), is_turns=True)
+
+    def _find(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of the columns by what vlm calls them."""
         row = {key: _find_column(data, column) for key, column in self.columns.items()}
         roots = {column.partition(".")[0] for column in self.columns.values()} | set(self.columns.values())
         shows = any(row.get(key) for key in ("images", "videos"))
         if not shows and (left := find_picture_keys({key: x for key, x in data.items() if key not in roots})):
             raise RecordError(f'has pictures in "{left[0]}", which --columns does not name. Add images={left[0]}')
-        for key, chat in _CHATS.items():
-            if key in row:
-                return chat.read({**row, key: _expect_list(row[key], self.columns[key])})
-        return self._read_answer(row)
+        return row
+
+    def _find_chat(self, row: dict[str, Any]) -> Format | None:
+        """Return the format of the turns that a column holds; None if none does."""
+        key = next((key for key in _CHATS if key in row), None)
+        if key is not None and not isinstance(row[key], list):
+            raise RecordError(f'"{self.columns[key]}" must be a list, got {describe_type(row[key])}.')
+        return None if key is None else _CHATS[key]
+
+    def _read_prompt(self, row: dict[str, Any], files: Mapping[Kind, Sequence[Medium]]) -> Turn:
+        prompt = _read_text(row, "prompt", self.columns)
+        return Turn("user", split_placeholders(prompt, [kind for kind in KINDS if files[kind]]), 1)
 
     def _read_answer(self, row: dict[str, Any]) -> Content:
         """Read a prompt and its completion, or a completion alone."""
         files = {kind: read_media_beside(row, kind) for kind in KINDS}
-        prompt, completion = (_read_text(row, key, self.columns) for key in ("prompt", "completion"))
+        completion = _read_text(row, "completion", self.columns)
         if not completion.strip():
             raise RecordError(f'"{self.columns["completion"]}" is empty: the model would have nothing to learn.')
-        asked = split_placeholders(prompt, [kind for kind in KINDS if files[kind]])
-        system, turns = read_system(row, [Turn("user", asked, 1), Turn("assistant", (Text(completion),), 2)])
+        system, turns = read_system(row, [self._read_prompt(row, files), Turn("assistant", (Text(completion),), 2)])
         turns = place_media(turns, files)
         if not turns[0].parts and "prompt" not in self.columns:  # text alone
             segments: tuple[Segment, ...] = (Segment((), False), Segment((Text(completion),), True))
@@ -126,12 +152,6 @@ def _find_column(data: dict[str, Any], column: str) -> Any:
         else:
             names = ", ".join(list(data)[:12]) + (", …" if len(data) > 12 else "")
             raise RecordError(f'has no column "{column}".{suggest(column, data)} It has: {names or "none"}.')
-    return value
-
-
-def _expect_list(value: Any, column: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RecordError(f'"{column}" must be a list, got {describe_type(value)}.')
     return value
 
 

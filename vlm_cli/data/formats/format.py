@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 
 from vlm_cli.data.formats.marking import read_marking
 from vlm_cli.data.formats.turns import Turn, pair_turns
-from vlm_cli.data.record import NO_MARKING, Content
+from vlm_cli.data.record import NO_MARKING, Content, Segment
 
-__all__ = ["Format", "TurnFormat"]
+__all__ = ["ANSWERED", "Format", "TurnFormat"]
+
+#: A note of rows from which only the question counts.
+ANSWERED = "has an answer already, which the model does not see"
 
 
 class Format(ABC):
@@ -35,6 +38,18 @@ class Format(ABC):
             RecordError: if the row cannot be used.
         """
 
+    def asks(self, data: dict[str, Any]) -> bool:
+        """Tell whether a row of questions is of this format; it need not have an answer."""
+        return self.matches(data)
+
+    @abstractmethod
+    def read_question(self, data: dict[str, Any]) -> Content:
+        """Return what a row asks: its last segment is the question. An answer that the row has to it is left out.
+
+        Raises:
+            RecordError, PromptError: if the row asks nothing, or its placeholders and files do not match.
+        """
+
 
 class TurnFormat(Format):
     """Rows of turns. They may end with a question, which a model is to answer.
@@ -54,21 +69,24 @@ class TurnFormat(Format):
         """
 
     def read(self, data: dict[str, Any]) -> Content:
-        return self._read(data, is_open=False)
+        system, turns, notes = self.read_turns(data)
+        return self._content(data, system, pair_turns(turns, self.key), notes)
 
     def read_question(self, data: dict[str, Any]) -> Content:
-        """Return what a row says whose last turn is a question; its last segment is that question.
-
-        Raises:
-            RecordError: if the row cannot be used, or ends with an answer.
-        """
-        return self._read(data, is_open=True)
-
-    def _read(self, data: dict[str, Any], *, is_open: bool) -> Content:
         system, turns, notes = self.read_turns(data)
-        segments = pair_turns(turns, self.key, is_open=is_open)
+        if len(turns) > 1 and turns[-1].role == "assistant":
+            turns, notes = turns[:-1], (*notes, ANSWERED)
+        return self._content(data, system, pair_turns(turns, self.key, is_open=True), notes)
+
+    def _content(
+        self, data: dict[str, Any], system: str | None, segments: tuple[Segment, ...], notes: tuple[str, ...]
+    ) -> Content:
         marking = read_marking(data) if len(segments) == 2 else NO_MARKING
-        return Content(segments, system, read_id(data), read_kind(data), notes, is_turns=True, marking=marking)
+        return Content(segments, system, self.read_id(data), read_kind(data), notes, is_turns=True, marking=marking)
+
+    def read_id(self, data: dict[str, Any]) -> str | None:
+        """Return the id of a row; None if it has none."""
+        return read_id(data)
 
 
 def read_id(data: dict[str, Any]) -> str | None:

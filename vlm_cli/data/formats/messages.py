@@ -49,9 +49,12 @@ class Messages(TurnFormat):
     def matches(self, data: dict[str, Any]) -> bool:
         return data.get("messages") is not None or _is_split(data)
 
+    def asks(self, data: dict[str, Any]) -> bool:
+        return self.matches(data) or isinstance(data.get("prompt"), list)
+
     def read_turns(self, data: dict[str, Any]) -> tuple[str | None, list[Turn], tuple[str, ...]]:
         is_whole = data.get("messages") is not None
-        given = get_field(data, "messages", list, "a list") if is_whole else [*data["prompt"], *data["completion"]]
+        given = get_field(data, "messages", list, "a list") if is_whole else _join_split(data)
         files = _Files({kind: read_media_beside(data, kind) for kind in KINDS})
         system, turns = read_system(data, [_read_message(x, i, files) for i, x in enumerate(given, start=1)])
         return system, place_media(turns, files.rest(), _HINT), ()
@@ -60,6 +63,11 @@ class Messages(TurnFormat):
 def _is_split(data: dict[str, Any]) -> bool:
     """Tell whether the messages are split into a "prompt" and its "completion"."""
     return all(isinstance(data.get(key), list) for key in ("prompt", "completion"))
+
+
+def _join_split(data: dict[str, Any]) -> list[Any]:
+    """Return the messages of a "prompt" and its "completion", which a question lacks."""
+    return [*data["prompt"], *get_field(data, "completion", list, "a list of messages", [])]
 
 
 @dataclass

@@ -19,17 +19,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_cli.data.formats.format import Format
+from vlm_cli.data.formats.format import ANSWERED, Format
 from vlm_cli.data.formats.marking import read_own_marking
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
 from vlm_cli.data.meant import check_picture_keys
 from vlm_cli.data.record import Content, Segment
 from vlm_cli.data.sources.base import Embedded
 from vlm_cli.errors import PromptError
-from vlm_cli.prompt import KINDS, Kind, Medium, Slot, Text, parse
+from vlm_cli.prompt import KINDS, Kind, Medium, Slot, Text, interleave, parse
 from vlm_cli.registry import suggest
 
-__all__ = ["OwnRecords", "get_files"]
+__all__ = ["OwnRecords"]
 
 
 _OTHERS = (
@@ -58,8 +58,28 @@ class OwnRecords(Format):
             marking=read_own_marking(data, num_turns=len(segments) // 2),
         )
 
+    def asks(self, data: dict[str, Any]) -> bool:
+        return isinstance(data.get("prompt"), str)
 
-def get_files(data: dict[str, Any], kind: Kind) -> list[str]:
+    def read_question(self, data: dict[str, Any]) -> Content:
+        if "turns" in data:
+            texts = _collect_texts(data, is_open=True)
+            notes = (ANSWERED,) if texts[-1][0] == "completion" else ()
+            texts = texts[:-1] if notes else texts
+        else:
+            texts, notes = [("prompt", get_field(data, "prompt", str, "text"))], ()
+        check_picture_keys(data, [text for _, text in texts])
+        files = {kind: _get_files(data, kind) for kind in KINDS}
+        if len(texts) == 1:
+            parts = interleave(texts[0][1], files["image"], files["video"], given_with='"images"').parts
+            return Content((Segment(tuple(parts), False),))
+        segments = tuple(_pair_segments(_insert_files(texts, files)))
+        if not any(isinstance(part, Medium) or part.text.strip() for part in segments[-1].parts):
+            raise RecordError("asks nothing: its last prompt is empty.")
+        return Content(segments, notes=notes)
+
+
+def _get_files(data: dict[str, Any], kind: Kind) -> list[str]:
     """Return the files that a record lists beside its texts, under "images" or "videos".
 
     Raises:
@@ -85,12 +105,12 @@ def _find_segments(data: dict[str, Any]) -> list[Segment]:
         raise RecordError('has both "completion" and "turns". Give one of them.')
     texts = [("text", get_field(data, "text", str, "text"))] if forms == ["text"] else _collect_texts(data)
     check_picture_keys(data, [text for _, text in texts])
-    parsed = _insert_files(texts, {kind: get_files(data, kind) for kind in KINDS})
+    parsed = _insert_files(texts, {kind: _get_files(data, kind) for kind in KINDS})
     return _split_text(parsed[0][1]) if forms == ["text"] else _pair_segments(parsed)
 
 
-def _collect_texts(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (key, text) of each prompt and completion, in reading order."""
+def _collect_texts(data: dict[str, Any], *, is_open: bool = False) -> list[tuple[str, str]]:
+    """Return (key, text) of each prompt and completion, in reading order; of a question, the last may be missing."""
     prompt = get_field(data, "prompt", str, "text")
     if "turns" not in data:
         return [("prompt", prompt), ("completion", _get_completion(data))]
@@ -102,7 +122,9 @@ def _collect_texts(data: dict[str, Any]) -> list[tuple[str, str]]:
         if not isinstance(turn, dict):
             raise RecordError(f"turn {number} must be an object, got {describe_type(turn)}.")
         try:
-            texts += [("prompt", get_field(turn, "prompt", str, "text")), ("completion", _get_completion(turn))]
+            texts.append(("prompt", get_field(turn, "prompt", str, "text")))
+            if not (is_open and number == len(turns) and "completion" not in turn):
+                texts.append(("completion", _get_completion(turn)))
             check_picture_keys(turn, [text for _, text in texts], in_turn=True)
         except RecordError as error:
             raise RecordError(f"turn {number}: {error}") from None
@@ -163,7 +185,7 @@ def _split_text(parts: Sequence[Text | Medium]) -> list[Segment]:
 
 
 def _pair_segments(parsed: Sequence[tuple[str, list[Text | Medium]]]) -> list[Segment]:
-    """Pair each completion with the prompts before it, which together are its context."""
+    """Pair each completion with the prompts before it, which together are its context; the last may be a question."""
     result: list[Segment] = []
     context: list[Text | Medium] = []
     for key, parts in parsed:
@@ -172,4 +194,4 @@ def _pair_segments(parsed: Sequence[tuple[str, list[Text | Medium]]]) -> list[Se
         else:
             result += [Segment(tuple(context), False), Segment(tuple(parts), True)]
             context = []
-    return result
+    return [*result, Segment(tuple(context), False)] if context else result

@@ -11,43 +11,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_cli.data.formats.format import Format, read_id, read_kind
+from vlm_cli.data.formats.format import TurnFormat
 from vlm_cli.data.formats.pictures import read_media_beside
-from vlm_cli.data.formats.turns import Turn, pair_turns, place_media, read_system
+from vlm_cli.data.formats.turns import Turn, place_media, read_system
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
-from vlm_cli.data.record import Content
 from vlm_cli.prompt import KINDS, Text
 
 __all__ = ["Texts"]
 
 
-class Texts(Format):
+class Texts(TurnFormat):
     """Pictures, and pairs of a question and an answer."""
 
     name = "texts of FineVision"
+    key = "texts"
     keys = '"texts" of "user" and "assistant", with "images"'
 
     def matches(self, data: dict[str, Any]) -> bool:
         return data.get("texts") is not None
 
-    def read(self, data: dict[str, Any]) -> Content:
+    def read_turns(self, data: dict[str, Any]) -> tuple[str | None, list[Turn], tuple[str, ...]]:
         pairs = get_field(data, "texts", list, "a list of pairs")
-        turns = [turn for number, pair in enumerate(pairs, start=1) for turn in _read_pair(pair, number)]
+        turns = [turn for i, pair in enumerate(pairs, start=1) for turn in _read_pair(pair, i, is_last=i == len(pairs))]
         system, turns = read_system(data, turns)
         media = {kind: read_media_beside(data, kind) for kind in KINDS}
         has_tag = any("<image>" in part.text for turn in turns for part in turn.parts if isinstance(part, Text))
         notes = ("has <image> in a text, which is read as text: all pictures come first",) if has_tag else ()
-        segments = pair_turns(place_media(turns, media), "texts")
-        return Content(segments, system, read_id(data), read_kind(data), notes, is_turns=True)
+        return system, place_media(turns, media), notes
 
 
-def _read_pair(pair: Any, number: int) -> list[Turn]:
+def _read_pair(pair: Any, number: int, *, is_last: bool) -> list[Turn]:
+    """Return a question and its answer, which the last pair may lack."""
     if not isinstance(pair, dict):
         raise RecordError(f"pair {number} must be an object, got {describe_type(pair)}.")
     question, answer = pair.get("user"), pair.get("assistant")
     if question is not None and not isinstance(question, str):
         raise RecordError(f'pair {number}: "user" must be text, got {describe_type(question)}.')
+    asked = Turn("user", (Text(question),) if question else (), 2 * number - 1)
+    if is_last and answer is None:
+        return [asked]
     if not isinstance(answer, str):
         raise RecordError(f'pair {number}: "assistant" must be text, got {describe_type(answer)}.')
-    asked = (Text(question),) if question else ()
-    return [Turn("user", asked, 2 * number - 1), Turn("assistant", (Text(answer),), 2 * number)]
+    return [asked, Turn("assistant", (Text(answer),), 2 * number)]

@@ -157,7 +157,7 @@ def pair_turns(
         if turn.role == "user" and not turn.parts:
             raise RecordError(f"turn {turn.number}, of the user, is empty.")
     if is_open and turns[-1].role == "assistant":
-        raise RecordError(f"turn {turns[-1].number}, the last, is an answer. Leave it out, and a model answers there.")
+        raise RecordError(f"turn {turns[-1].number}, the last, is an answer: there is nothing to answer.")
     if not is_open and turns[-1].role == "user":
         raise RecordError(f"turn {turns[-1].number}, the last, has no answer from which the model could learn.")
     return tuple(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ class Row:
         problem: why the row cannot be read, as a sentence; `data` is then empty.
         unit: what messages call a row of this source: "line 7", "row 7".
         begin: bytes of the shard before the row; None where these do not help to find it.
+        raw: the line itself, if the source keeps lines; empty otherwise.
     """
 
     shard: str
@@ -35,11 +38,18 @@ class Row:
     problem: str | None = None
     unit: str = "row"
     begin: int | None = None
+    raw: bytes = field(default=b"", repr=False)
 
     @property
     def place(self) -> str:
         """Where the row stands, for a message: `line 7 of a.jsonl`."""
         return f"{self.unit} {self.number} of {self.shard}"
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits of the line, without its end, or of the values and the pictures among them."""
+        text = self.raw.strip() or json.dumps([self.problem, self.data], default=_fingerprint).encode()
+        return hashlib.sha256(text).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,10 @@ class Embedded:
         return unquote(found[1]), int(found[2]), [unquote(x) for x in found[3].split("/")]
 
 
+def _fingerprint(value: Embedded) -> list[str]:
+    return [value.reference, hashlib.sha256(value.data).hexdigest()]
+
+
 class Source(ABC):
     """Rows in one or more shards, which can be read in order from any row on.
 
@@ -88,9 +102,11 @@ class Source(ABC):
         folder: where relative paths of pictures start.
         shards: the names of the shards, each of them once.
         detail: what else the log tells, such as the split; empty for nothing.
+        keeps_lines: whether a row of a file of lines keeps its line, for whoever compares files byte by byte.
     """
 
     kind: ClassVar[str]
+    keeps_lines: bool = False
     detail: str = ""
     name: str
     folder: Path

@@ -23,7 +23,7 @@ class JsonLines(FileSource):
         first, begin = known or (1, 0)
         with reading_shard(self, shard), self.files.path(shard).open("rb") as file:
             file.seek(begin)
-            yield from _parse(file, self.shards[shard], start, first, begin)
+            yield from _parse(file, self.shards[shard], start, first, begin, self.keeps_lines)
 
 
 class PipedLines(Source):
@@ -37,7 +37,7 @@ class PipedLines(Source):
         self._digest = ""
 
     def rows(self, shard: int, start: int = 0, known: tuple[int, int] | None = None) -> Iterator[Row]:
-        yield from _parse(self._hashed(), self.shards[shard], start)
+        yield from _parse(self._hashed(), self.shards[shard], start, keeps_lines=self.keeps_lines)
 
     def _hashed(self) -> Iterator[bytes]:
         digest = hashlib.sha256()
@@ -51,13 +51,16 @@ class PipedLines(Source):
         return self._digest
 
 
-def _parse(lines: Iterable[bytes], shard: str, start: int, first: int = 1, begin: int = 0) -> Iterator[Row]:
+def _parse(
+    lines: Iterable[bytes], shard: str, start: int, first: int = 1, begin: int = 0, keeps_lines: bool = False
+) -> Iterator[Row]:
     """Yield the rows of lines whose number is above `start`. The first line has the number `first`, and `begin`."""
     for number, raw in enumerate(lines, start=first):
         place, begin = begin, begin + len(raw)
         if number <= start or not raw.strip():
             continue
+        kept = raw if keeps_lines else b""
         try:
-            yield Row(shard, number, parse_object(raw), unit="line", begin=place)
+            yield Row(shard, number, parse_object(raw), unit="line", begin=place, raw=kept)
         except RecordError as error:
-            yield Row(shard, number, problem=str(error), unit="line", begin=place)
+            yield Row(shard, number, problem=str(error), unit="line", begin=place, raw=kept)
