@@ -5,6 +5,7 @@ B batch, T_txt tokens, T_img media per row, F frames per medium, C H W pixels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import (
 from vlm_cli.chat_inputs import ChatText, encode_chat, load_media, split_batch
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.decoding import HALF, decode
-from vlm_cli.errors import PromptError
+from vlm_cli.errors import LanguageModelError, PromptError, VLMWarning
 from vlm_cli.image_processor import Frames, OpenCLIPImageProcessor
 from vlm_cli.manifest import recording
 from vlm_cli.media import MediaLoader
@@ -37,6 +38,8 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.prompt import Medium, Text, TokenBreak, parse
 from vlm_cli.shim import PROCESSOR_CLASSES
 from vlm_cli.templates.messages import read_messages
+from vlm_cli.templates.pictures import PLAIN, leave_pictures_out
+from vlm_cli.templates.standalone import make_template
 from vlm_cli.trust import check_code
 
 __all__ = ["VLMProcessor"]
@@ -75,10 +78,19 @@ class VLMProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Write the files of the processor into a directory, and their records into its manifest, if it has one.
 
+        The chat template in `chat_template.jinja` takes messages with pictures, for programs that know only this file.
         See `ProcessorMixin.save_pretrained`.
         """
-        with recording(save_directory, only_known=True):
-            return super().save_pretrained(save_directory, **kwargs)
+        given = self.chat_template
+        try:
+            self.chat_template = make_template(self, videos=True)
+        except LanguageModelError as error:
+            warnings.warn(f"other programs get the chat template as it is: {error}", VLMWarning, stacklevel=2)
+        try:
+            with recording(save_directory, only_known=True):
+                return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.chat_template = given
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `processor_config.json` holds.
@@ -99,9 +111,14 @@ class VLMProcessor(ProcessorMixin):
 
     @property
     def chat_program(self) -> str | None:
-        """The chat template, a Jinja program: the processor's own, else the tokenizer's; None if there is none."""
+        """The chat template, a Jinja program: the processor's own, else the tokenizer's; None if there is none.
+
+        It is the language model's, without what `save_pretrained` adds for other programs.
+        """
         found = getattr(self, "chat_template", None) or self.tokenizer.chat_template
-        return found.get("default") if isinstance(found, dict) else found
+        found = found.get("default") if isinstance(found, dict) else found
+        template = leave_pictures_out(found) if found is not None else PLAIN
+        return None if template == PLAIN else template
 
     def __call__(
         self,

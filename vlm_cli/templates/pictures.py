@@ -1,11 +1,14 @@
 """Let a chat template take messages with pictures, as other programs send them: a list of parts, an image among them.
 
 Most templates of language models take the content of a message as one text. A few lines before such a template turn the
-parts into that text, with `<image>` for each image, as `vlm chat` does; the template itself stays as it is.
+parts into that text, with `<image>` for each image, as `vlm chat` does; the template itself stays as it is, so that
+`leave_pictures_out` finds it again.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,60 +16,89 @@ from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError
 from vlm_cli.templates.render import render_template
 
-__all__ = ["MESSAGE", "PLAIN", "take_pictures", "takes_text"]
+__all__ = ["MESSAGE", "PLAIN", "leave_pictures_out", "take_pictures", "takes_text"]
 
 #: A message with a picture, and the same message as one text.
 MESSAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 _AS_TEXT = [{"role": "user", "content": f"{MEDIA_TOKEN}What is it?"}]
 _AS_PART = [{"role": "user", "content": [{"type": "text", "text": f"{MEDIA_TOKEN}What is it?"}]}]
 
-#: What `vlm chat` writes for a model without a template: an answer right behind its turn, the next turn on a new line.
-PLAIN = (
-    "{% for message in messages %}{% if message['role'] == 'user' and not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ message['content'] }}{% endfor %}"
-)
+#: What `vlm chat` writes for a model without a template: an answer behind its turn, another message on a new line.
+PLAIN = """\
+{%- set said = namespace(last='') -%}
+{%- for message in messages -%}
+{%- set text = message['content'] -%}
+{%- if said.last and message['role'] != 'assistant' -%}{{- '\\n' -}}
+{%- elif said.last and not said.last.isspace() and not text[:1].isspace() -%}{{- ' ' -}}
+{%- endif -%}
+{{- text -}}
+{%- set said.last = text[-1:] or said.last -%}
+{%- endfor -%}"""
 
 _TO_TEXT = """\
 {%- set flat = namespace(messages=[], parts=[]) -%}
 {%- for message in messages -%}
-{%- if message['content'] is string or message['content'] is none or message['content'] is undefined -%}
+{%- if message['content'] is none or message['content'] is undefined -%}
 {%- set flat.messages = flat.messages + [message] -%}
 {%- else -%}
 {%- set flat.parts = [] -%}
-{%- for part in message['content'] -%}
+{%- for part in ([message['content']] if message['content'] is string else message['content']) -%}
 {%- if part is string -%}{%- set flat.parts = flat.parts + [part] -%}
-{%- elif part['type'] in ['image', 'image_url'] -%}{%- set flat.parts = flat.parts + ['IMAGE'] -%}
+{%- elif part['type'] in TYPES -%}{%- set flat.parts = flat.parts + ['IMAGE'] -%}
 {%- elif 'text' in part -%}{%- set flat.parts = flat.parts + [part['text']] -%}
-{%- else -%}{{- raise_exception('a message may hold texts and images, and no ' + part['type']) -}}{%- endif -%}
+{%- else -%}{{- raise_exception('a message may hold texts and KINDS, and no ' ~ part['type']) -}}{%- endif -%}
 {%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=CONTENT)] -%}
 {%- endif -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
-""".replace("IMAGE", MEDIA_TOKEN)
-_JOINED = "flat.parts | join"
-_ONE_PART = "[{'type': 'text', 'text': flat.parts | join}]"
+{{- '' }}""".replace("IMAGE", MEDIA_TOKEN)  # the last line keeps whitespace at the start of the template
+_CONTENTS = ("flat.parts | join", "[{'type': 'text', 'text': flat.parts | join}]")  # as a text; as a list of one part
+_TYPES = (("['image', 'image_url']", "images"), ("['image', 'image_url', 'video', 'video_url']", "images and videos"))
+#: Opens an answer for a template that knows no `add_generation_prompt`.
+_OPENING = "{{{{ {heading} if add_generation_prompt else '' }}}}{{# opens an answer, as vlm does #}}"
+_OPENED = re.compile(r"\{\{ [^\n{}]* if add_generation_prompt else '' \}\}\{# opens an answer, as vlm does #\}\Z")
 
 
-def take_pictures(template: str, special_tokens: Mapping[str, Any]) -> str:
+def _begin(content: str, types: str, kinds: str) -> str:
+    """Return what stands before a template that takes pictures."""
+    return _TO_TEXT.replace("CONTENT", content).replace("TYPES", types).replace("KINDS", kinds)
+
+
+def take_pictures(template: str, special_tokens: Mapping[str, Any], *, videos: bool = False, heading: str = "") -> str:
     """Return a template that writes a message with a picture as the given template writes it with `<image>`.
 
     Args:
         template: of the model; `PLAIN` for a model without one.
         special_tokens: names and texts of the tokenizer's special tokens.
+        videos: write `<image>` for a clip, too, as a prompt of vlm has it.
+        heading: what opens an answer, if the template knows no `add_generation_prompt`.
 
     Raises:
         LanguageModelError: if the template cannot write even one message.
     """
-    as_text = takes_text(template, special_tokens)
-    wanted = render_template(template, _AS_TEXT if as_text else _AS_PART, special_tokens)
-    found = _TO_TEXT.replace("CONTENT", _JOINED if as_text else _ONE_PART) + template
+    as_text = template == PLAIN or takes_text(template, special_tokens)
+    found = _begin(_CONTENTS[not as_text], *_TYPES[videos]) + template
+    if heading:
+        found = found.removesuffix("\n") + _OPENING.format(heading=json.dumps(heading))
+    if template == PLAIN:
+        return found
+    wanted = render_template(template, _AS_TEXT if as_text else _AS_PART, special_tokens) + heading
     if (written := render_template(found, MESSAGE, special_tokens)) != wanted or written.count(MEDIA_TOKEN) != 1:
         raise LanguageModelError(
             f"the model's chat template writes a message with an image as {written!r}, and with the text "
             f"{MEDIA_TOKEN!r} as {wanted!r}; one {MEDIA_TOKEN} has to be in both. Give the model another template."
         )
     return found
+
+
+def leave_pictures_out(template: str) -> str:
+    """Return the template that `take_pictures` was given; a template that comes from elsewhere stays as it is."""
+    for content in _CONTENTS:
+        for types in _TYPES:
+            if template.startswith(begin := _begin(content, *types)):
+                return _OPENED.sub("", template[len(begin) :])
+    return template
 
 
 def takes_text(template: str, special_tokens: Mapping[str, Any]) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from vlm_cli.checkpoint.parts.remote_code import write_code
 from vlm_cli.errors import CheckpointError
@@ -37,10 +40,21 @@ def export_language_model(
     settings.pad_token_id = None if (settings.pad_token_id or 0) >= first else settings.pad_token_id
     lm.generation_config = settings
     lm.save_pretrained(out, max_shard_size=max_shard_size)
-    processor.tokenizer.save_pretrained(out)
+    _tokenizer_as_published(processor).save_pretrained(out)
     _forget_tokens(out, set(model.config.added_tokens))
     _check_tokenizer(out, first)
     return {"model_type": lm.config.model_type, "tokens": first}
+
+
+def _tokenizer_as_published(processor: VLMProcessor) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, whose chat template has nothing of what a VLM's file adds to it."""
+    tokenizer: PreTrainedTokenizerBase = copy.deepcopy(processor.tokenizer)
+    template: Any = processor.chat_program
+    if isinstance(tokenizer.chat_template, dict):
+        others = {name: x for name, x in tokenizer.chat_template.items() if name != "default"}
+        template = others if template is None else {**others, "default": template}
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def _forget_tokens(folder: Path, names: set[str]) -> None:

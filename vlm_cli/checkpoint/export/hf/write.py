@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.meta import SkipsFilling, meta_device
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
-from vlm_cli.templates.conversation import ChatFormat
-from vlm_cli.templates.pictures import PLAIN, take_pictures
+from vlm_cli.templates.standalone import make_template
 from vlm_cli.trust import load_pretrained
 
 __all__ = ["check_hf", "export_hf"]
@@ -142,8 +140,4 @@ def _write_processor(processor: VLMProcessor, draft: Draft, target: HFClass, out
 
 def _make_template(processor: VLMProcessor, media_token: str) -> str:
     """Return a chat template that takes pictures."""
-    heading = ChatFormat(processor).heading  # that vlm writes for a template that does not open answers
-    opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(heading)} }}}}{{% endif %}}" if heading else ""
-    special = processor.tokenizer.special_tokens_map
-    given = processor.chat_program or PLAIN
-    return take_pictures(given, special).replace(MEDIA_TOKEN, media_token) + opening
+    return make_template(processor).replace(MEDIA_TOKEN, media_token)
