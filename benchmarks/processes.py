@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ CASES = (
 
 def prepare(folder: Path) -> None:
     """Write the models, the pictures and the records."""
+    from tests.support import training
+
+    write_models(folder, {case.model for case in CASES} - {""})
+    records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for record in records[::2]:
+        record.clear()
+        record.update(prompt="Q: A word? A:", completion=" yes")
+    training.write(folder / "text.jsonl", records)
+
+
+def write_models(folder: Path, names: Iterable[str]) -> None:
+    """Write compositions of `tests.support.training` as models, and pictures and records for them."""
     import vlm_cli
     from examples import tiny_language_model
     from tests.support import training
@@ -69,17 +82,12 @@ def prepare(folder: Path) -> None:
     from vlm_cli.composition import Composition
 
     training.write_pictures_and_records(folder)
-    records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    for record in records[::2]:
-        record.clear()
-        record.update(prompt="Q: A word? A:", completion=" yes")
-    training.write(folder / "text.jsonl", records)
     (folder / "tower.json").write_text(json.dumps(training.TRAINING_TOWER))
     parts = {
         "vision_encoder": str(folder / "tower.json"),
         "language_model": str(tiny_language_model.make(folder / "lm")),
     }
-    for name in sorted({case.model for case in CASES} - {""}):
+    for name in sorted(names):
         blueprint = vlm_cli.plan(Composition.compose(None, parts, getattr(training, name)))
         (folder / name).mkdir()
         save(vlm_cli.create(blueprint), blueprint.processor, folder / name)
@@ -104,14 +112,14 @@ def run(folder: Path, launcher: str) -> None:
     processes.end()
 
 
-def launch(folder: Path, launcher: str) -> None:
-    """Start two processes that train each case.
+def launch(folder: Path, launcher: str, module: str = "benchmarks.processes") -> None:
+    """Start two processes that train each case of a module.
 
     Raises:
         RuntimeError: with what they wrote, if one failed.
     """
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    words += ["--rdzv-endpoint", "localhost:0", "-m", "benchmarks.processes", launcher, str(folder)]
+    words += ["--rdzv-endpoint", "localhost:0", "-m", module, launcher, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment | sharding(launcher), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -164,6 +172,13 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def write_page(mark: str, text: str) -> None:
+    """Write a table into docs/recipes.md, in the place of that which begins with `mark`."""
+    before, found, rest = PAGE.read_text(encoding="utf-8").partition(mark)
+    assert found, f"{PAGE} has no table that begins with {mark!r}"
+    PAGE.write_text(f"{before}{text}\n{rest.partition(chr(10) * 2)[2]}", encoding="utf-8")
+
+
 def main() -> None:
     if len(sys.argv) == 3:
         from tests.support.shard_on_cpus import shard
@@ -174,9 +189,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = table(compare(Path(folder)))
     print(text, end="")
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(MARK)
-    PAGE.write_text(f"{before}{text}\n{rest.partition(chr(10) * 2)[2]}", encoding="utf-8")
+    write_page(MARK, text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the recipe `smollm2-scenes` reads: drawn scenes as chat messages, and the perplexity of a plain text.
+"""What the recipe `smollm2-scenes` reads: drawn scenes as chat messages, texts that keep the language, and its measure.
 
     data/train.jsonl         pictures with several questions each
     data/held-out.jsonl      one question about each of other scenes
     data/wrong-image.jsonl   the same questions, each about another scene's picture: what can be guessed
+    data/words.jsonl         what the language model writes by itself, before it is trained
 
 Example: python -m examples.recipes.smollm2_scenes data data --num 4000 --held-out 600
 """
@@ -24,6 +25,14 @@ from examples.scenes.world import Scene, sample_scene, stream
 
 QUESTIONS = 4  # about each picture of the training records
 CAPTIONS = 0.25  # share of the held-out questions that ask for a description
+#: How texts begin that the language model writes by itself; each is a token of SmolLM2.
+OPENINGS = (
+    "The A In I It When How What Why If We You This There He She They For To On At With After Before One Many Some All "
+    "As By From No My Our Let Here Once But And An"
+)
+LENGTH = 240  # tokens that the language model adds to an opening
+SHORTEST = 9  # tokens; a shorter text would teach little but its end
+ROWS = 128  # texts that it writes at once
 WINDOW = 512  # tokens of text that the language model reads at once
 WINDOWS = 32
 
@@ -95,6 +104,42 @@ def _record(image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
     return {"messages": messages, "images": [image]}
 
 
+# -- the language model's own words ------------------------------------------------------------------------------------
+
+
+def write_words(name: str, out: Path, number: int, seed: int) -> None:
+    """Let a language model write texts: samples of the distribution that training shall not change."""
+    import torch
+
+    import vlm_cli
+    from vlm_cli.prompt import escape
+    from vlm_cli.quiet import silence_libraries
+
+    silence_libraries()
+    model, processor = vlm_cli.load(name)
+    tokenizer = processor.tokenizer
+    words, ends = OPENINGS.split(), sorted(tokenizer.all_special_ids)
+    torch.manual_seed(seed)
+    with open(out, "w", encoding="utf-8") as file:
+        for start in range(0, number, ROWS):
+            openings = [words[i % len(words)] for i in range(start, min(start + ROWS, number))]
+            ids = torch.tensor([[tokenizer.encode(word, add_special_tokens=False)[0]] for word in openings])
+            written = model.lang_model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=LENGTH,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
+            )
+            for row in written.tolist():
+                length = next((i for i, token in enumerate(row) if token in ends), len(row))
+                if length < SHORTEST:
+                    continue
+                file.write(json.dumps({"text": escape(tokenizer.decode(row[:length]))}) + "\n")
+
+
 # -- perplexity --------------------------------------------------------------------------------------------------------
 
 
@@ -128,11 +173,18 @@ def main() -> None:
     data.add_argument("--num", type=int, default=4000, help="Training records.")
     data.add_argument("--held-out", type=int, default=600, help="Held-out records.")
     data.add_argument("--seed", type=int, default=0, help="Other numbers give other scenes.")
+    words = commands.add_parser("words", help="Write what the language model of MODEL writes by itself.")
+    words.add_argument("model", metavar="MODEL", help="Directory of a model.")
+    words.add_argument("out", type=Path, metavar="FILE", help="JSON lines to write.")
+    words.add_argument("--num", type=int, default=128, help="Texts.")
+    words.add_argument("--seed", type=int, default=5, help="Other numbers give other texts.")
     measure = commands.add_parser("perplexity", help="Measure the perplexity of Python's documentation.")
     measure.add_argument("model", metavar="MODEL", help="Directory of a model.")
     args = parser.parse_args()
     if args.command == "data":
         write_records(args.out, args.num, args.held_out, args.seed)
+    elif args.command == "words":
+        write_words(args.model, args.out, args.num, args.seed)
     else:
         print(f"{perplexity(args.model):.3f}")
 

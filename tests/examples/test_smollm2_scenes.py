@@ -1,4 +1,4 @@
-"""The records of the recipe smollm2-scenes are chat messages that `vlm` reads, and its control shows other scenes."""
+"""The recipe smollm2-scenes: its records are chat messages, its control shows other scenes, its words are a model's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.recipes.smollm2_scenes import QUESTIONS, write_records
+import pytest
+
+from examples.recipes import smollm2_scenes
+from examples.recipes.smollm2_scenes import QUESTIONS, write_records, write_words
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -30,3 +33,13 @@ def test_the_records(tmp_path: Path) -> None:
         assert pictures[0] != pictures[1]
     write_records(tmp_path / "again", 3, 4, seed=0)
     assert read(tmp_path / "again/train.jsonl") == train
+
+
+def test_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2_scenes, "LENGTH", 12)
+    monkeypatch.setattr(smollm2_scenes, "OPENINGS", "a two")
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        write_words("demo", tmp_path / name, 6, seed)
+    first, again, other = (read(tmp_path / name) for name in ("first", "again", "other"))
+    assert first and first == again != other
+    assert all(record.keys() == {"text"} and record["text"][0] in "at" for record in first)
