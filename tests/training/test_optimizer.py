@@ -37,6 +37,29 @@ def test_each_trainable_parameter_has_its_weight_decay(model: Any, name: Any) ->
     assert decay == {p: 0.1 if p in fusion else 0.0 for p in model.parameters() if p.requires_grad}
 
 
+@pytest.mark.matrix
+def test_updates_that_rounding_would_lose_count_on_average() -> None:
+    """An update of an eighth of the distance between two numbers of bfloat16."""
+    pytest.importorskip("torchao")
+    distance = 2.0**-8  # below 1
+    found = {}
+    for is_random in (True, False):
+        weight = torch.nn.Parameter(torch.full((4096,), 0.75, dtype=torch.bfloat16))
+        groups = [{"params": [weight], "lr": distance / 8, "weight_decay": 0.0}]
+        if is_random:
+            optimizer = make_optimizer(Any, "adamw", groups, rounds_at_random=True)  # type: ignore[arg-type]
+        else:
+            optimizer = torch.optim.AdamW(groups)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 4 else 0.0)
+        for _ in range(6):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            scheduler.step()
+        found[is_random] = (0.75 - weight.detach().float()).mean().item() / distance
+    assert found[True] == pytest.approx(4 / 8, rel=0.1)
+    assert found[False] == 0
+
+
 def test_muon_takes_matrices_that_are_no_tables(model: Any) -> None:
     names = {name for name, p in model.named_parameters() if p in find_matrices(model)}
     assert "fusion.blocks.1.attn.to_q.weight" in names

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -549,6 +550,8 @@ def test_a_disk_that_fills_at_the_end(train: Vlm, out: Path, monkeypatch: pytest
         ({"--max-steps": "-1"}, 2, "--max-steps must be above 0, got -1"),
         ({"--trainable": "visual"}, 2, "unknown part 'visual' in --trainable."),
         ({"--trainable": ""}, 2, "--trainable names no part"),
+        ({"--stochastic-rounding": None}, 2, "Add --bf16, and leave out --optimizer"),
+        ({"--compile": None}, 2, "the fusion puts blocks between them. Leave out --compile"),
         ({"--device": "cuda:1"}, 2, "unknown device 'cuda:1'. Known: auto, cpu. To choose one of several GPUs, set"),
         ({"--output": "no/such/out"}, 1, "the folder"),
     ],
@@ -559,7 +562,8 @@ def test_bad_options(
     given = {"MODEL": str(cross_attention), "--data": str(folder / "train.jsonl"), "--output": str(out), **arguments}
     flat = [given.pop("MODEL")]
     for name, value in given.items():
-        flat += [] if value is None else [name, value]
+        is_flag = name in ("--stochastic-rounding", "--compile")
+        flat += [name] if is_flag else [] if value is None else [name, value]
     assert words in error(vlm("train", *flat), code)
     assert not out.exists() and checkpoints(out) == []
 
@@ -658,3 +662,38 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert [x["images"] for x in one if "loss" in x] == [x["images"] for x in two if "loss" in x]
     torch.testing.assert_close(load_file(out / "model.safetensors"), weights, atol=1e-4, rtol=1e-3)
     assert done.stderr.count("Training vision_tokenizer") == 1 and done.stdout.count("Images/s") == 1
+
+
+@pytest.mark.matrix
+def test_compiled_layers_give_the_losses_of_plain_ones(
+    vlm: Vlm, folder: Path, language_stream: Path, tmp_path: Path
+) -> None:
+    words = ("train", language_stream, "--data", folder / "train.jsonl", "--max-steps", 4, "--log-every", 1)
+    words += ("--lr", 3e-3, "--warmup-steps", 0, "--save-every", 2, "--eval-data", folder / "train.jsonl")
+    for name, flags in {"plain": (), "compiled": ("--compile",)}.items():
+        output(vlm(*words, "--output", tmp_path / name, *flags))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+    other = load_file(tmp_path / "plain/model.safetensors")
+    for name, x in load_file(tmp_path / "compiled/model.safetensors").items():
+        torch.testing.assert_close(x, other[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.matrix
+def test_weights_that_are_rounded_at_random_learn_and_resume_to_the_bit(
+    vlm: Vlm, folder: Path, language_stream: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    words = ("train", language_stream, "--data", folder / "train.jsonl", "--max-steps", 4, "--log-every", 1)
+    words += ("--bf16", "--lr", 3e-3, "--warmup-steps", 0, "--schedule", "linear", "--save-every", 2)
+    output(vlm(*words, "--output", tmp_path / "plain"))
+    output(vlm(*words, "--output", tmp_path / "whole", "--stochastic-rounding", "--keep-checkpoints"))
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), abs=0.2)
+    saved = tmp_path / "whole.checkpoints/checkpoint-2"
+    kept = load_file(saved / "model.safetensors")
+    assert {x.dtype for name, x in kept.items() if name.endswith("proj.weight")} == {torch.bfloat16}
+    shutil.copytree(tmp_path / "whole.checkpoints", tmp_path / "broken.checkpoints")
+    shutil.rmtree(tmp_path / "broken.checkpoints/checkpoint-4")
+    assert "--stochastic-rounding: was" in error(vlm(*words, "--output", tmp_path / "broken", "--resume"), 2)
+    output(vlm(*words, "--output", tmp_path / "broken", "--stochastic-rounding", "--resume"))
+    other = load_file(tmp_path / "broken/model.safetensors")
+    assert all(torch.equal(x, other[name]) for name, x in load_file(tmp_path / "whole/model.safetensors").items())

@@ -23,6 +23,7 @@ from vlm_cli.modeling.vlm import VLM
 
 __all__ = [
     "accelerate",
+    "check_compiler",
     "compile_decoding",
     "compile_for",
     "use_one_position_attention",
@@ -98,14 +99,29 @@ def compile_decoding(model: VLM) -> None:
         LanguageModelLimit: if Transformers cannot compile the language model.
         VLMError: if there is no compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     lm = model.lang_model
     if not lm._can_compile_fullgraph:
         raise LanguageModelLimit(
             f"a language model of type {lm.config.model_type} cannot be compiled as a whole in Transformers. Leave out "
             "--compile."
         )
+    check_compiler()
+    settings: Any = CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch takes None too
+    if model.device.type == "cpu":
+        settings.options = {"freezing": True}
+        settings._compile_all_devices = True
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = settings
+
+
+def check_compiler() -> None:
+    """Check that torch finds a compiler.
+
+    Raises:
+        VLMError: if there is none.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
     try:
         get_cpp_compiler()
     except Exception as error:
@@ -113,12 +129,6 @@ def compile_decoding(model: VLM) -> None:
             f"--compile needs a C++ compiler, and this machine has none: {first_line(error)}. Install g++ or clang++, "
             "set the variable CXX to a compiler, or leave out --compile."
         ) from None
-    settings: Any = CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch takes None too
-    if model.device.type == "cpu":
-        settings.options = {"freezing": True}
-        settings._compile_all_devices = True
-    model.generation_config.cache_implementation = "static"
-    model.generation_config.compile_config = settings
 
 
 def compile_for(model: VLM, **arguments: Any) -> float:

@@ -37,6 +37,7 @@ def identify_run(
         "--layer-decay": settings.layer_decay is not None,
         "FSDP": asks_for_sharding(),  # its checkpoints have files of their own
         "--pack": settings.pack,
+        "--stochastic-rounding": settings.stochastic_rounding,
         "--too-long": None if settings.too_long == "error" else settings.too_long,
         **(data.plan_identity() if isinstance(data, StreamedRecords) else data.mixture_identity()),
     }

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vlm_cli.errors import UsageError
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.quiet import quiet_libraries
 
 __all__ = ["MuonAdamW", "find_matrices", "make_optimizer", "set_learning_rates"]
 
@@ -19,16 +21,24 @@ __all__ = ["MuonAdamW", "find_matrices", "make_optimizer", "set_learning_rates"]
 _BETAS_BESIDE_MUON = (0.9, 0.98)
 
 
-def make_optimizer(model: VLM, name: Literal["adamw", "muon"], groups: list[dict[str, Any]]) -> Optimizer:
+def make_optimizer(
+    model: VLM, name: Literal["adamw", "muon"], groups: list[dict[str, Any]], *, rounds_at_random: bool = False
+) -> Optimizer:
     """Make an optimizer of groups of parameters.
 
     Args:
         model: the `VLM` whose parameters they are.
         name: "muon" updates matrices with Muon, and all other parameters with AdamW.
         groups: from `group_parameters`, with the highest learning rate of the run and the weight decay of each.
+        rounds_at_random: round weights in bfloat16 stochastically, and keep AdamW's states in 8 bits.
+
+    Raises:
+        UsageError: if torchao is needed and not installed.
     """
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     highest = max(group["lr"] for group in groups)
+    if rounds_at_random:
+        return _make_rounding(groups, highest)
     if name == "adamw":
         return AdamW(groups, lr=highest, fused=fused)
     matrices = find_matrices(model)
@@ -39,6 +49,15 @@ def make_optimizer(model: VLM, name: Literal["adamw", "muon"], groups: list[dict
             if params:
                 split.append({**group, "params": params, "matrices": is_matrix})
     return MuonAdamW(split, lr=highest, fused=fused)
+
+
+def _make_rounding(groups: list[dict[str, Any]], highest: float) -> Optimizer:
+    try:
+        with quiet_libraries():  # torchao warns at every start
+            from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UsageError("--stochastic-rounding needs the package torchao: pip install 'vlm-cli[quantize]'") from None
+    return AdamW8bit(groups, lr=highest, bf16_stochastic_round=True)
 
 
 def find_matrices(model: VLM) -> set[nn.Parameter]:
@@ -110,5 +129,9 @@ def set_learning_rates(
     """
     scheduler.base_lrs = [rate for rate, _ in wanted]
     for group, (rate, decay) in zip(optimizer.param_groups, wanted, strict=True):
-        group.update(initial_lr=rate, lr=rate * factor, weight_decay=decay)
+        group.update(initial_lr=rate, weight_decay=decay)
+        if isinstance(group["lr"], Tensor):  # torchao's optimizers, which are compiled, take no number
+            group["lr"].fill_(rate * factor)
+        else:
+            group["lr"] = rate * factor
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

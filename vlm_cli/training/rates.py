@@ -67,7 +67,7 @@ def rates_of_parts(groups: list[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for group in groups:
         part = group["part"] or OTHERS
-        found[part] = max(found.get(part, 0.0), group["initial_lr"])
+        found[part] = max(found.get(part, 0.0), float(group["initial_lr"]))
     return found
 
 

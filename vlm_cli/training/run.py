@@ -19,6 +19,7 @@ from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.best import BestWeights
 from vlm_cli.training.checkpoints import Checkpoints, RunHistory, TrainingCheckpoint, checkpoint_folder
+from vlm_cli.training.compiling import compile_layers
 from vlm_cli.training.dataset import RecordDataset, load_dataset
 from vlm_cli.training.features import FeatureCache, check_cacheable
 from vlm_cli.training.identity import check_same_run, continue_history, identify_run
@@ -129,6 +130,8 @@ class Run:
             check_packing(model, bf16=self.settings.bf16)
         if self.job.cache_features is not None:
             check_cacheable(model)
+        if self.settings.compile:
+            compile_layers(model, self.settings)
         self.listener.step(f"reading {self.job.mixture.describe()}")
         train_set, eval_set = self.processes.main_first(lambda: self.read_data(model, processor))
         if self.job.cache_features is not None and isinstance(train_set, RecordDataset):
@@ -188,6 +191,11 @@ class Run:
         check_reporters(self.settings.report_to)
         TemplateChoice.parse(self.settings.chat_template)  # before anything is loaded
         self.settings.accumulation(self.processes.count)
+        if self.settings.stochastic_rounding and self.processes.count > 1:
+            raise UsageError(
+                "--stochastic-rounding draws at random, so that the weights of several processes would drift apart. "
+                "Train in one process, or leave it out: --bf16 alone keeps weights in float32."
+            )
         if self.settings.streaming:
             check_streamable(self.job)
         if self.settings.best is not None and self.job.eval_data is None:

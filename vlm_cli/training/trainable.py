@@ -57,8 +57,7 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
     parts = model.config.composition.trainable
     model.set_trainable(parts)
     for name in parts:
-        # In half precision, the weights would lose small updates.
-        model.part_modules()[name].float()
+        _set_precision(model.part_modules()[name], rounds_at_random=settings.stochastic_rounding)
     _add_adapters(model, settings)
     if model.config.adapters:
         _check_output(job)
@@ -86,6 +85,18 @@ def _merge(job: Job, model: VLM) -> None:
     except ValueError as error:
         raise CheckpointError(f"the adapter of {parts} cannot be merged: {error}") from None
     cast(model, dtype)
+
+
+def _set_precision(module: torch.nn.Module, *, rounds_at_random: bool) -> None:
+    """Choose the dtype of a part that trains: in half precision, it would lose small updates that are not rounded so.
+
+    Norms stay in float32, where they are few and compute.
+    """
+    module.float()
+    if rounds_at_random:
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.bfloat16()
 
 
 def _choose_parts(job: Job, settings: TrainingSettings, model: VLM) -> None:

@@ -253,13 +253,15 @@ class VLMTrainer(Trainer):
                 weight_decay=settings.weight_decay,
                 layer_decay=settings.layer_decay,
             )
-            self.optimizer = make_optimizer(unwrapped, settings.optimizer, groups)
+            self.optimizer = make_optimizer(
+                unwrapped, settings.optimizer, groups, rounds_at_random=settings.stochastic_rounding
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.schedule = make_schedule(self.settings, max(group["lr"] for group in optimizer.param_groups))
+            self.schedule = make_schedule(self.settings, float(max(group["lr"] for group in optimizer.param_groups)))
             self.lr_scheduler = LambdaLR(optimizer, lambda step: self._factor(step))
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -270,10 +272,10 @@ class VLMTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         """Return the highest learning rate now, which the log shows."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        wanted = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        wanted = [(float(group["initial_lr"]), group["weight_decay"]) for group in self.optimizer.param_groups]
         with reading(checkpoint or ""):
             super()._load_optimizer_and_scheduler(checkpoint)
         factor = self._factor(self.lr_scheduler.last_epoch)

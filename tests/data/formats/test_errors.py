@@ -56,6 +56,7 @@ def said(**parts: Any) -> dict[str, Any]:
         (PAIRS | {"texts": [{"user": "What?", "assistant": ""}]}, "turn 2, an answer, is empty"),
         (PAIRS | {"texts": [{"user": "What?"}]}, "turn 1, the last, has no answer"),
         (PAIRS | {"texts": [{"user": "What?"}, {"user": "A?", "assistant": "x"}]}, 'pair 1: "assistant" must be text'),
+        (PAIRS | {"texts": [{"human": "What?", "assistant": "x"}]}, "pair 1 has no \"user\". It has: 'human', 'assist"),
         (PAIRS | {"texts": []}, '"texts" is empty'),
         # roles
         (LLAVA | {"conversations": [ASKS, TELLS, TELLS]}, "turn 3, of the assistant, follows turn 2 of the same role"),

@@ -9,7 +9,9 @@ from typing import Any
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import feather, parquet
+from safetensors.torch import save
 
 from tests.support.shards import draw, rows_of, sample, write_tar
 from vlm_cli.data.jsonl import RecordError
@@ -202,6 +204,11 @@ def write_lists(folder: Path, names: Any) -> Path:
     return folder
 
 
+def write_bytes(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -210,6 +217,15 @@ def write_lists(folder: Path, names: Any) -> Path:
         (lambda d: [(d / "a-0.tar").touch(), d / "a-{0..2}.tar"][1], "a-1.tar', one of the shards of"),
         (lambda d: [(d / "a.gz").write_bytes(b"\x1f\x8b\x08"), d / "a.gz"][1], "Unpack it first: gunzip"),
         (lambda d: [(d / "a").write_bytes(b"FEA1"), d / "a"][1], "is Feather 1, which vlm does not read"),
+        (lambda d: write_bytes(d / "a.jsonl", save({"x": torch.zeros(2)})), "the weights of a model (safetensors)"),
+        (lambda d: write_bytes(d / "a.jsonl", draw(1)), "is a picture, and not rows"),
+        (lambda d: write_bytes(d / "a.jsonl", draw(1, "JPEG")), "is a picture, and not rows"),
+        (lambda d: write_bytes(d / "a", pickle.dumps({})), "is a pickle of Python. It may hold code, so vlm does not"),
+        (lambda d: [torch.save(torch.zeros(1), d / "a.pt"), d / "a.pt"][1], "holds tensors of PyTorch. It may hold"),
+        (lambda d: write_bytes(d / "a.jsonl", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (lambda d: write_bytes(d / "a.json", b"<!DOCTYPE html>"), "is a page of the web (HTML)"),
+        (lambda d: write_bytes(d / "a.csv", b"a,b\n1,2\n"), "load_dataset('csv', data_files='a.csv')"),
+        (lambda d: write_bytes(d / "a", b"\1\2\0\0" * 9), "is a binary file of a kind that vlm does not know"),
         (lambda d: [(d / "a.jsonl").write_text("{}"), write_tar(d / "b.tar", [("a.txt", b"")]), d / "*.*"][2],
          "mixes kinds: 'a.jsonl' is JSON lines, and 'b.tar' tar shards"),
         (lambda d: [(d / "a.jsonl").touch(), (d / "b.tar").touch(), d][2], "of several kinds"),

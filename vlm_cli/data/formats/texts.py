@@ -44,7 +44,9 @@ def _read_pair(pair: Any, number: int, *, is_last: bool) -> list[Turn]:
     """Return a question and its answer, which the last pair may lack."""
     if not isinstance(pair, dict):
         raise RecordError(f"pair {number} must be an object, got {describe_type(pair)}.")
-    question, answer = pair.get("user"), pair.get("assistant")
+    if "user" not in pair:  # null is a picture with its caption
+        raise RecordError(f'pair {number} has no "user". It has: {", ".join(map(repr, pair)) or "nothing"}.')
+    question, answer = pair["user"], pair.get("assistant")
     if question is not None and not isinstance(question, str):
         raise RecordError(f'pair {number}: "user" must be text, got {describe_type(question)}.')
     asked = Turn("user", (Text(question),) if question else (), 2 * number - 1)

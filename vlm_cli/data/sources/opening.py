@@ -11,6 +11,7 @@ from vlm_cli.data.inputs import is_pipe
 from vlm_cli.data.sources.base import Source
 from vlm_cli.data.sources.files import FileSource, Shards
 from vlm_cli.data.sources.folders import find_shards
+from vlm_cli.data.sources.foreign import refuse_foreign
 from vlm_cli.data.sources.hub import HUB, find_on_hub
 from vlm_cli.data.sources.json_array import JsonArray
 from vlm_cli.data.sources.json_lines import JsonLines, PipedLines
@@ -25,13 +26,6 @@ __all__ = ["open_source"]
 
 _HEAD = 4096  # bytes by which a file is recognised
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
-_PACKED = {
-    b"\x1f\x8b": "gunzip",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ": "unxz",
-    b"PK\3\4": "unzip",
-}
 
 
 def open_source(text: str) -> Source:
@@ -84,10 +78,7 @@ def _recognise(path: Path) -> type[FileSource]:
         return ArrowStreams
     if _is_tar(head):
         return TarShards
-    if tool := next((tool for magic, tool in _PACKED.items() if head.startswith(magic)), None):
-        raise DataError(f"{str(path)!r} is compressed. Unpack it first: {tool} {path.name}")
-    if head.startswith(b"FEA1"):
-        raise DataError(f"{str(path)!r} is Feather 1, which vlm does not read. Save it as Parquet, or as Feather 2.")
+    refuse_foreign(path, head)
     return JsonArray if _ARRAY.match(head) else JsonLines
 
 
