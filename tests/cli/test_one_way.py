@@ -23,7 +23,7 @@ from vlm_cli.serving.requests import read_chat
 from vlm_cli.serving.row import Piece
 from vlm_cli.serving.service import make_service
 from vlm_cli.training.dataset import load_dataset
-from vlm_cli.training.encoder import find_end_token
+from vlm_cli.writing.plain import find_end_token
 from vlm_cli.writing.writer import PromptWriter
 
 pytestmark = pytest.mark.usefixtures("loaded_once")

@@ -12,14 +12,17 @@ from PIL import Image
 from tests.support.training import write
 from vlm_cli.data.record import Record
 from vlm_cli.decoding import decode_after
-from vlm_cli.evaluation.items import Item, read_items
+from vlm_cli.errors import DataError
+from vlm_cli.evaluation.items import Item, encode_items, read_items
+from vlm_cli.generation.plan import GenerationPlan
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.models import load
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Text
 from vlm_cli.templates.conversation import ChatFormat, Conversation
-from vlm_cli.training.encoder import RecordEncoder, find_end_token
-from vlm_cli.writing.choice import TemplateChoice
+from vlm_cli.training.encoder import RecordEncoder
+from vlm_cli.writing.choice import AUTO, TemplateChoice
+from vlm_cli.writing.plain import find_end_token
 from vlm_cli.writing.writer import PromptWriter
 
 TEMPLATE = (
@@ -90,6 +93,40 @@ def test_without_a_template_the_turns_before_are_those_of_a_chat(
     expected = list(conversation.ask(last.prompt).ids)
     assert ids_of(last, writer) == expected
     assert ids_of(last, writer, earlier=2) != expected
+
+
+@pytest.mark.parametrize("choice", ["auto", "all"])
+def test_turns_of_own_records_are_asked_as_a_run_learns_them(
+    model: tuple[VLM, VLMProcessor], tmp_path: Path, choice: str
+) -> None:
+    vlm, processor = model
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    turns = [{"prompt": "Q: What? A:", "completion": " black."}, {"prompt": "<image> Here?", "completion": " a cross."}]
+    row = {"prompt": "<image>", "turns": [*turns, turns[0]], "images": ["black.png", "black.png"], "id": "a"}
+    items, records = read_items(write(tmp_path / "rows.jsonl", [row]))
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    writer = PromptWriter(processor, TemplateChoice.parse(str(tmp_path / "chat.jinja")) if choice == "all" else AUTO)
+    plan = GenerationPlan(vlm, processor, {"max_new_tokens": 4}, writer=writer)
+    encode_items(items, records, plan)
+    (encoded,) = RecordEncoder(writer, plan.end_id).encode(items[0].record)
+    starts = [i for i, learned in enumerate(encoded.is_target) if learned and not encoded.is_target[i - 1]]
+    assert [item.ids for item in items] == [encoded.ids[:start] for start in starts]
+    assert [item.id for item in items] == ["a, turn 1", "a, turn 2", "a, turn 3"]
+    assert [len(item.sources) for item in items] == [1, 2, 2]
+    # The twin: as turns of a chat, the same texts have other tokens.
+    as_chat = writer.encode(items[2].prompt, is_turns=True, earlier=items[2].earlier)
+    assert (as_chat == items[2].ids) == (choice == "all")
+
+
+def test_requests_with_answers_are_items(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "no."}]
+    body = {"model": "x", "messages": said, "temperature": 0.5}
+    rows = [{"custom_id": "r 1", "method": "POST", "url": "/v1/chat/completions", "body": body}]
+    items, records = read_items(write(tmp_path / "rows.jsonl", rows))
+    assert [(item.id, item.expected, item.record.is_turns) for item in items] == [("r 1", "no.", True)]
+    assert any('has "temperature" in its body, which is not read' in note for note in records.notes)
+    with pytest.raises(DataError, match="turn 1, the last, has no answer"):
+        read_items(write(tmp_path / "rows.jsonl", [{**rows[0], "body": {"messages": said[:1]}}]))
 
 
 def test_the_system_stands_before_the_first_turn(model: tuple[VLM, VLMProcessor], items: list[Item]) -> None:

@@ -123,7 +123,7 @@ BAD = [
     ({"text": "Words."}, "asks nothing: its prompt is empty"),
     ({"prompt": "<image:nope.png>", "completion": "x"}, "cannot find 'nope.png'"),
     ({"text": "<image:red.png>a<image:red.png>b"}, 'is a "text" with images in what would be the answer'),
-    ({"prompt": "<image:red.png>", "turns": [{"prompt": "a", "completion": "b"}] * 2}, "has 2 turns"),
+    ({"prompt": "<image:red.png>", "turns": [{"prompt": x, "completion": "b"} for x in "a "]}, "its prompt is empty"),
     ({"prompt": "<image:red.png>\ud800", "completion": "x"}, "holds half a character"),
     ({**GOOD, "id": "\ud800"}, "holds half a character"),
 ]

@@ -22,8 +22,9 @@ from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.learned import IGNORED, row_losses
 from vlm_cli.prompt import interleave
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch, load_dataset
-from vlm_cli.training.encoder import RecordEncoder, find_end_token
+from vlm_cli.training.encoder import RecordEncoder
 from vlm_cli.training.order import Shares, StreamSampler
+from vlm_cli.writing.plain import find_end_token
 from vlm_cli.writing.writer import PromptWriter
 
 

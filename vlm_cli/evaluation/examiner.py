@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ GREEDY |= {"temperature": None, "top_p": None, "top_k": None, "repetition_penalt
 
 
 class HeldOutExaminer:
-    """Asks the first records of a file; of messages, for each answer behind the turns before it.
+    """Asks the first records of a file; of several turns, for each answer behind the turns before it.
 
     Args:
         path: the file.
@@ -69,9 +68,7 @@ class HeldOutExaminer:
             DataError: if a record has no single answer, or the model has no room for it.
         """
         self.records = read_records(self.path, self.reading)
-        # The prompts of vlm's own records hold their examples, so that only the first has one answer.
-        good = self.records.good[: self.limit]
-        self.asked = [x if x.is_turns else replace(x, segments=x.segments[:2]) for x in good]
+        self.asked = self.records.good[: self.limit]
         found = [(x, find_problem(x)) for x in self.asked]
         raise_problems(self.records, [Problem.of(x, problem) for x, problem in found if problem])
         self.plan = GenerationPlan(model, processor, GREEDY, writer=writer)

@@ -89,9 +89,8 @@ def read_items(path: Path, limit: int | None = None, reading: Reading = PLAIN_RE
 
 def find_problem(record: Record) -> str | None:
     """Say why a record has no single answer that could be compared; None if it has one."""
-    if len(record.segments) > 2 and not record.is_turns:
-        return f'has {len(record.segments) // 2} turns. Write each as a record: a "prompt" and its "completion".'
-    if not any(isinstance(part, Medium) or part.text.strip() for part in record.segments[0].parts):
+    asked = [segment for segment in record.segments if not segment.is_target]
+    if any(not any(isinstance(part, Medium) or part.text.strip() for part in segment.parts) for segment in asked):
         return "asks nothing: its prompt is empty."
     if any(isinstance(part, Medium) for part in record.segments[1].parts):
         return 'is a "text" with images in what would be the answer. Write a "prompt" and its "completion".'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_cli.decoding import decode_after
@@ -12,6 +13,7 @@ from vlm_cli.generation.stopping import StopStrings, cut_at_stop
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.printable import count_of
+from vlm_cli.writing.plain import find_end_token
 from vlm_cli.writing.writer import PromptWriter
 
 if TYPE_CHECKING:
@@ -77,6 +79,15 @@ class GenerationPlan:
         self.max_new_tokens: int = self.keywords["max_new_tokens"]
         self.budget = ContextBudget.of(model)
         self._stop_ids = set(stop_token_ids(model.generation_config))
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends each completion of a record, as a run learns it.
+
+        Raises:
+            LanguageModelError: if the model has none.
+        """
+        return find_end_token(self.model, self.processor)
 
     def room(
         self, positions: int, notify: Callable[[str], None] = ignore_message, media: Sequence[MediumSize] = ()

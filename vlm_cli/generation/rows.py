@@ -83,13 +83,15 @@ class Row:
 
         Raises:
             MediaError: if the header of a clip cannot be read.
+            LanguageModelError: if the chat template cannot write the prompt, or no token ends earlier answers.
         """
         turns = [
             Segment(tuple(add_clip_texts(turn.parts, plan.processor, loader.choose_frames)), turn.is_target)
             for turn in (*earlier, Segment(tuple(parts), False))
         ]
         *before, asked = turns
-        self.ids = plan.writer.encode(asked.parts, is_turns=is_turns, system=system, earlier=before)
+        end_id = plan.end_id if before and not is_turns else None
+        self.ids = plan.writer.encode(asked.parts, is_turns=is_turns, system=system, earlier=before, end_id=end_id)
         self.sources = [part for turn in turns for part in turn.parts if isinstance(part, Medium)]
         self.media = measure_media(self.sources, loader, plan.processor.image_processor)
 

@@ -4,41 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from vlm_cli.composition import END_OF_CHUNK, MEDIA_TOKEN
+from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.data.jsonl import RecordError
-from vlm_cli.data.records import Record, Segment
-from vlm_cli.errors import LanguageModelError
-from vlm_cli.modeling.stop_tokens import stop_token_ids
-from vlm_cli.modeling.vlm import VLM
+from vlm_cli.data.records import Record
 from vlm_cli.printable import count_of
-from vlm_cli.processor import VLMProcessor
-from vlm_cli.prompt import Medium, Slot, Text
+from vlm_cli.prompt import Text
 from vlm_cli.templates.conversation import gap
+from vlm_cli.writing.plain import PlainWriter
 from vlm_cli.writing.turns import Exchange, TurnsWriter
 from vlm_cli.writing.writer import PromptWriter, plain_system
 
-__all__ = ["EncodedRecord", "RecordEncoder", "find_end_token"]
-
-
-def find_end_token(model: VLM, processor: VLMProcessor) -> int:
-    """Return the id of the token that ends each target: `<|endofchunk|>` if the composition has it, else end-of-text.
-
-    Raises:
-        LanguageModelError: if the model has neither.
-    """
-    if END_OF_CHUNK in model.config.composition.added_tokens:
-        return int(processor.tokenizer.convert_tokens_to_ids(END_OF_CHUNK))
-    found = stop_token_ids(processor.tokenizer, model.config)
-    if not found:
-        raise LanguageModelError(
-            f"the model has no token that ends an answer: neither {END_OF_CHUNK} nor an end-of-text token. Build it "
-            f"again with --set 'added_tokens=[{END_OF_CHUNK!r}, <image>]'."
-        )
-    return found[0]
+__all__ = ["EncodedRecord", "RecordEncoder"]
 
 
 class EncodedRecord(NamedTuple):
@@ -86,12 +65,10 @@ class RecordEncoder:
     """
 
     def __init__(self, writer: PromptWriter, end_id: int, stop_ids: Sequence[int] = ()) -> None:
-        self.writer, self.processor, self.end_id = writer, writer.processor, end_id
+        self.writer, self.processor = writer, writer.processor
         self._turns = None if writer.format is None else TurnsWriter(writer.format, end_id, stop_ids)
-        self._media_id = self.processor.media_token_id
         self._num_written, self._num_repeated, self._num_plain_turns = 0, 0, 0  # records; see `notes`
-        # Many records ask the same question.
-        self._encode_cached = lru_cache(maxsize=2**16)(self._encode_texts)
+        self._plain = PlainWriter(self.processor, end_id, parse_special_tokens=writer.parse_special_tokens)
 
     def encode(self, record: Record) -> list[EncodedRecord]:
         """Encode one record. It becomes several sequences where the chat template writes earlier turns in another way.
@@ -143,39 +120,5 @@ class RecordEncoder:
         return [EncodedRecord(x.ids, x.is_target, False, x.num_media) for x in writer.write(turns, system)]
 
     def _encode_plain(self, record: Record) -> EncodedRecord:
-        ids: list[int] = []
-        is_target: list[bool] = []
-        was_split = False
-        pairs = zip(record.segments[::2], record.segments[1::2], strict=True)
-        for number, (context, target) in enumerate(pairs):
-            context = replace(context, parts=(*plain_system(record.system if not number else None), *context.parts))
-            before, after, split = self._encode_pair(context, target, continues=number > 0)
-            after = after if after[-1:] == [self.end_id] else [*after, self.end_id]
-            ids += [*before, *after]
-            is_target += [False] * len(before) + [token != self._media_id for token in after]
-            was_split |= split
-        return EncodedRecord(ids, is_target, was_split, len(record.sources))
-
-    def _encode_pair(self, context: Segment, target: Segment, *, continues: bool) -> tuple[list[int], list[int], bool]:
-        """Encode a context and its target; tell whether a token that both would share was split."""
-        before = self._encode_parts(context.parts, continues)
-        both = self._encode_parts([*context.parts, *target.parts], continues)
-        if both[: len(before)] == before:
-            return before, both[len(before) :], False
-        # At inference the prompt ends where the context ends, so its last token must end there in training too.
-        return before, self._encode_parts(target.parts, True), True
-
-    def _encode_parts(self, parts: Sequence[Text | Medium], continues: bool) -> list[int]:
-        """Encode the start of a prompt or, if it `continues`, the text after a special token."""
-        key = tuple(part.text if isinstance(part, Text) else None for part in parts)
-        return self._encode_cached(key, continues)
-
-    def _encode_texts(self, texts: tuple[str | None, ...], continues: bool) -> list[int]:
-        """Encode texts, with None for each medium."""
-        parts = [Slot() if text is None else Text(text) for text in texts]
-        special = self.writer.parse_special_tokens
-        if not continues:
-            return self.processor.encode(parts, parse_special_tokens=special)
-        # The tokens after a media token are those after any special token.
-        ids = self.processor.encode([Slot(), *parts], parse_special_tokens=special)
-        return ids[ids.index(self._media_id) + 1 :]
+        written = self._plain.write(record.segments, plain_system(record.system))
+        return EncodedRecord(written.ids, written.is_target, written.was_split, len(record.sources))

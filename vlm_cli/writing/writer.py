@@ -11,6 +11,7 @@ from vlm_cli.errors import UsageError
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.conversation import ChatFormat, Message
 from vlm_cli.writing.choice import AUTO, TemplateChoice
+from vlm_cli.writing.plain import PlainWriter
 
 if TYPE_CHECKING:
     from vlm_cli.processor import VLMProcessor
@@ -80,6 +81,7 @@ class PromptWriter:
         is_turns: bool = False,
         system: str | None = None,
         earlier: Sequence[Segment] = (),
+        end_id: int | None = None,
     ) -> list[int]:
         """Return the tokens of a prompt, up to where the answer begins.
 
@@ -88,6 +90,7 @@ class PromptWriter:
             is_turns: whether the row of the prompt is an exchange of messages.
             system: what its row tells the model beforehand, in the place of what every prompt gets.
             earlier: the turns before, the user's first and an answer last.
+            end_id: the token that ends an earlier answer of a row that is no exchange of messages.
         """
         said = self.system if system is None else system
         before = [_make_message(segment) for segment in earlier]
@@ -95,6 +98,10 @@ class PromptWriter:
             told, format = said, self.turn_format
         else:
             told, format = system, self._plain_format
+            if earlier and not is_turns and system is None:
+                assert end_id is not None
+                plain = PlainWriter(self.processor, end_id, parse_special_tokens=self.parse_special_tokens)
+                return plain.write([*earlier, Segment(tuple(parts), False)]).ids
         first = [] if told is None else [Message("system", (Text(told),))]
         return format.encode_messages([*first, *before, Message("user", tuple(parts))])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from vlm_cli.data.formats.marking import read_marking
@@ -42,13 +43,14 @@ class Format(ABC):
         """Tell whether a row of questions is of this format; it need not have an answer."""
         return self.matches(data)
 
-    @abstractmethod
     def read_question(self, data: dict[str, Any]) -> Content:
         """Return what a row asks: its last segment is the question. An answer that the row has to it is left out.
 
         Raises:
             RecordError, PromptError: if the row asks nothing, or its placeholders and files do not match.
         """
+        found = self.read(data)
+        return replace(found, segments=found.segments[:-1], notes=(*found.notes, ANSWERED))
 
 
 class TurnFormat(Format):
