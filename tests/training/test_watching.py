@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 from tests.support.training import metrics, write
-from vlm_cli.cli.eval import EvalOptions
+from vlm_cli.cli.eval_options import QuestionOptions
 from vlm_cli.evaluation.items import MAX_NEW_TOKENS
 from vlm_cli.report.examination import Examination, ExaminedAnswer, Question
 from vlm_cli.report.run_page import format_run_page
@@ -165,7 +165,7 @@ def test_what_cannot_be_compared_is_refused(
 
 
 def test_an_evaluation_and_a_checkpoint_ask_alike() -> None:
-    assert EvalOptions.max_new_tokens == MAX_NEW_TOKENS
+    assert QuestionOptions.max_new_tokens == MAX_NEW_TOKENS
 
 
 def test_random_numbers_go_on_as_if_the_block_were_not_there() -> None:
