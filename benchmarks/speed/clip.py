@@ -76,6 +76,7 @@ QUESTION = Question(
     name="clip",
     asks="Does it take less time to read 8 frames of a clip of a minute than to encode them?",
     measure=measure,
+    devices=("cpu",),
 )
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from benchmarks.speed.measure import Pairs, Skipped, Subject, alternate, compare
 from benchmarks.speed.models import Contender, Models, Prompt, decode, greedy
 from benchmarks.speed.question import Question, Settings, run
 from benchmarks.speed.results import Bar, Report, Table
-from vlm_cli.errors import VLMError
+from vlm_cli.errors import VLMError, first_line
 from vlm_cli.modeling.acceleration import accelerate, compile_for
 
 BARE, WITH_8 = "bare language model", "the same with 8 images"
@@ -35,7 +35,10 @@ def measure(report: Report, models: Models, settings: Settings) -> None:
         if size == "standard":
             _bars(report, family, ceiling)
     _limits(report, models, settings)
-    if size != "large":
+    if models.device != "cpu":
+        for family in ("llava", "flamingo"):
+            _measure_compiled(report, models, settings, family)
+    elif size != "large":
         _measure_variants(report, models, settings)
 
 
@@ -106,11 +109,41 @@ def _limits(report: Report, models: Models, settings: Settings) -> None:
     traffic = sum(w.nbytes for w in weights)
     peers = [
         Subject("its matrices times one vector", partial(read_matrices, weights)),
-        Subject("a plain read of as many bytes", partial(large_read, traffic)),
+        Subject("a plain read of as many bytes", partial(large_read, traffic, models.device)),
     ]
     subject = Subject(BARE, partial(decode, bare, Prompt(0), TOKENS))
     outcomes = compare(subject, peers, settings.pairs)
     report.add(models.size.name, f"no images, {traffic / 1e6:.0f} MB of weights", BARE, outcomes, unit="s/token")
+
+
+# -- compiled, on a GPU ----------------------------------------------------------------------------------------------
+
+
+def _measure_compiled(report: Report, models: Models, settings: Settings, family: str) -> None:
+    """The compiled step next to the bare model's, which Transformers compiles and captures in CUDA graphs."""
+    size, prompt, tokens = models.size.name, Prompt(1), 16 if models.size.name == "tiny" else 128
+    ours = models.ours(family)
+    bare = models.bare(ours.model.num_positions())
+    bare.model.generation_config.cache_implementation = "static"
+    ready, first = {}, []
+    for name, mode in (("compile", None), ("compile, CUDA graphs", "reduce-overhead")):
+        try:
+            contender = models.ours(family)
+            accelerate(contender.model, compile=True)
+            contender.model.generation_config.compile_config.mode = mode
+            first.append((name, *(f"{x:.2f}" for x in _first_calls(contender, prompt, tokens + 1))))
+        except Exception as error:
+            problem = Skipped(f"{type(error).__name__}: {first_line(error)}")
+            report.add(size, prompt, f"{ours.name}, {name}", {"bare, compiled": problem})
+            continue
+        ready[name] = decode(contender, prompt, tokens)
+    costs = alternate({"bare": decode(bare, prompt, tokens), **ready}, settings.few)
+    for name in ready:
+        pairs = Pairs(costs[name], costs["bare"])
+        report.add(size, prompt, f"{ours.name}, {name}", {"bare, compiled": pairs}, unit="s/token")
+    title = f"{size}, {family}: seconds of the first call and of the second; weight traffic allows a share of "
+    share = _weights(bare) / _weights(bare, ours)
+    report.tables.append(Table(f"{title}{share:.3f}", ("variant", "first", "second"), first))
 
 
 # -- variants --------------------------------------------------------------------------------------------------------
@@ -131,7 +164,7 @@ def variants(models: Models, family: str) -> dict[str, Callable[[], Contender]]:
         return contender
 
     return {
-        "float32": lambda: models.ours(family),
+        "float32": way,
         "bfloat16": lambda: way(torch.bfloat16),
         "int8": lambda: way(quantize="int8"),
         "compile": lambda: way(compile=True),

@@ -25,7 +25,7 @@ def measure(report: Report, models: Models, settings: Settings) -> None:
     model = models.ours("llava").model
     tower, clip = models.tower(), models.clip()
     for images in (1, 2) if size == "tiny" else (1, 8, 32):
-        vision_x = Prompt(images).pixels(models.image_size)
+        vision_x = models.placed(Prompt(images).pixels(models.image_size))
         flat = vision_x.flatten(0, 2)
 
         peers = [
@@ -46,7 +46,7 @@ def _reference(models: Models, vision_x: Tensor) -> Run:
 def repeated(report: Report, models: Models, settings: Settings, model: Any) -> None:
     """Of the images of a prompt, as many differ as a quarter."""
     images = 4 if models.size.name == "tiny" else 32
-    different = Prompt(images).pixels(models.image_size)
+    different = models.placed(Prompt(images).pixels(models.image_size))
     some = different[:, : images // 4]
     same = some.repeat(1, 4, 1, 1, 1, 1)
     ours = Subject("ours, encode_vision", partial(timed, model.encode_vision, same))

@@ -82,6 +82,7 @@ QUESTION = Question(
     name="growth",
     asks="How do encoding, prefill and decoding grow with images, text, layers and rows?",
     measure=measure,
+    devices=("cpu",),
     sizes=("tiny", "small", "standard"),
 )
 

@@ -28,7 +28,9 @@ __all__ = [
     "exponent",
     "gemm",
     "large_read",
+    "limits",
     "matrices",
+    "now",
     "process",
     "read_matrices",
     "seconds",
@@ -87,13 +89,20 @@ class Pairs:
 Outcome = Pairs | Skipped
 
 
+def now() -> float:
+    """Seconds of a clock, once a GPU has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(function: Callable[[], Any]) -> Run:
-    """A run that costs the time of one call."""
+    """A run that costs the time of one call, and of what it left to a GPU."""
 
     def run() -> float:
-        started = time.perf_counter()
+        started = now()
         function()
-        return time.perf_counter() - started
+        return now() - started
 
     return run
 
@@ -204,7 +213,7 @@ def matrices(model: nn.Module) -> list[Tensor]:
 
 def read_matrices(weights: Sequence[Tensor]) -> Run:
     """Multiply each matrix with one vector, as decoding does, and nothing else."""
-    vectors = [torch.randn(1, 1, w.shape[1]).to(w.dtype) for w in weights]
+    vectors = [torch.randn(1, 1, w.shape[1]).to(w) for w in weights]
 
     def multiply() -> None:
         for w, x in zip(weights, vectors, strict=True):
@@ -213,14 +222,25 @@ def read_matrices(weights: Sequence[Tensor]) -> Run:
     return seconds(multiply)
 
 
-def large_read(num_bytes: int) -> Run:
+def large_read(num_bytes: int, device: str = "cpu") -> Run:
     """Read so many bytes of memory that lie in one piece."""
-    memory = torch.ones(num_bytes // 4)
+    memory = torch.ones(num_bytes // 4, device=device)
     return seconds(memory.sum)
 
 
-def gemm(size: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+def gemm(size: int = 1024, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """Operations per second of a product of two square matrices, the best of five."""
-    a = torch.randn(size, size).to(dtype)
+    a = torch.randn(size, size).to(device, dtype)
     times = alternate({"": seconds(lambda: a @ a)}, 5)[""]
     return 2 * size**3 / min(times)
+
+
+def limits(device: str, dtype: torch.dtype) -> str:
+    """What the machine itself can do, for the page: a large product and a large read."""
+    size, num_bytes = (1024, 1 << 28) if device == "cpu" else (8192, 1 << 32)
+    traffic = num_bytes / min(alternate({"": large_read(num_bytes, device)}, 5)[""])
+    speed = gemm(size, dtype, device)
+    return (
+        f"{speed / 1e9:,.0f} GFLOP/s of a {size} × {size} product in {str(dtype).removeprefix('torch.')}, "
+        f"{traffic / 1e9:,.0f} GB/s of a read of {num_bytes / 1e9:.1f} GB"
+    )

@@ -118,6 +118,7 @@ QUESTION = Question(
     name="memory",
     asks="What do loading and generating take above the bytes of the weights, in memory and in time?",
     measure=measure,
+    devices=("cpu",),
     sizes=("tiny", "small", "standard"),
 )
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from benchmarks.speed import reference
-from benchmarks.speed.measure import Run, Subject
+from benchmarks.speed.measure import Run, Subject, now
 from vlm_cli.checkpoint.create import create, plan
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
@@ -105,7 +105,7 @@ def _llama(vocabulary: int, dim: int, dim_ff: int, layers: int, heads: int, kv_h
 
 _TINY_VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
 
-#: Standard: the configuration of HuggingFaceTB/SmolLM2-135M; large: of meta-llama/Llama-3.2-1B.
+#: Standard: the configuration of HuggingFaceTB/SmolLM2-135M; large: of meta-llama/Llama-3.2-1B; 7b: of Llama-2-7b.
 SIZES = {
     size.name: size
     for size in (
@@ -117,6 +117,7 @@ SIZES = {
         Size(name="small", encoder="ViT-S-32-alt", llama=_llama(16384, 384, 1024, 8, 6, 2)),
         Size(name="standard", encoder="ViT-B-32", llama=_llama(49152, 576, 1536, 30, 9, 3)),
         Size(name="large", encoder="ViT-L-14", llama=_llama(128256, 2048, 8192, 16, 32, 8)),
+        Size(name="7b", encoder="ViT-L-14", llama=_llama(32000, 4096, 11008, 32, 32, 32)),
     )
 }
 
@@ -165,10 +166,20 @@ class Models:
         size: of all of them.
         scratch: an empty folder.
         open_flamingo: a checkout of the reference, if there is one.
+        device: where they all are.
+        dtype: of their weights.
     """
 
-    def __init__(self, size: Size, scratch: Path, open_flamingo: Path | None = None) -> None:
+    def __init__(
+        self,
+        size: Size,
+        scratch: Path,
+        open_flamingo: Path | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.size, self.scratch, self.open_flamingo = size, scratch, open_flamingo
+        self.device, self.dtype = device, dtype
         self._kept: dict[tuple[str, str], Contender] = {}  # peers by family and method
 
     # -- configurations -------------------------------------------------------------------------------------------
@@ -176,7 +187,7 @@ class Models:
     @property
     def together(self) -> bool:
         """Whether all peers fit into memory at once."""
-        return self.size.name != "large"
+        return self.size.name not in ("large", "7b")
 
     @property
     def text_config(self) -> LlamaConfig:
@@ -246,14 +257,14 @@ class Models:
 
     # -- ours -----------------------------------------------------------------------------------------------------
 
-    def ours(self, family: str, *overrides: str, dtype: torch.dtype = torch.float32) -> Contender:
+    def ours(self, family: str, *overrides: str, dtype: torch.dtype | None = None) -> Contender:
         """A family's composition; LLaVA with the two-layer projection of LLaVA-1.5, as Transformers has it."""
         encoder = {"name": self.encoder, "pretrained": None}
         parts: dict[str, Any] = {"vision_encoder": encoder, "language_model": str(self.language_model)}
         if family == "llava":
             parts["vision_tokenizer"] = "mlp"
         composition = Composition.compose(family, parts, overrides=overrides)
-        model = create(plan(composition), random_weights=True, dtype=dtype)
+        model = create(plan(composition), random_weights=True, dtype=dtype or self.dtype).to(self.device)
         open_gates(model)
         return self.contender(f"ours, {family}", model)
 
@@ -262,11 +273,11 @@ class Models:
 
         def inputs(prompt: Prompt) -> dict[str, Any]:
             ids = prompt.ids([model.config.media_token_id], self.vocabulary)
-            return _with_mask(vision_x=prompt.pixels(self.image_size), lang_x=ids)
+            return self._inputs(vision_x=prompt.pixels(self.image_size), lang_x=ids)
 
         return Contender(name, model, inputs)
 
-    def directory(self, family: str, dtype: torch.dtype = torch.float32) -> Path:
+    def directory(self, family: str, dtype: torch.dtype | None = None) -> Path:
         """A directory that `vlm_cli.load` reads."""
         folder = self.scratch / f"ours-{family}"
         if not folder.exists():
@@ -300,18 +311,18 @@ class Models:
             self._kept[family, how] = peer
         return peer
 
-    def bare(self, tokens_per_image: int, dtype: torch.dtype = torch.float32) -> Contender:
+    def bare(self, tokens_per_image: int) -> Contender:
         """The language model alone, as Transformers' users call it, at the length that a prompt has in ours."""
-        model = self._plain_language_model().to(dtype)
+        model = self._plain_language_model()
 
         def inputs(prompt: Prompt) -> dict[str, Any]:
             text = Prompt(0, prompt.batch, prompt.text + prompt.images * tokens_per_image)
-            return _with_mask(input_ids=text.ids([], self.vocabulary))
+            return self._inputs(input_ids=text.ids([], self.vocabulary))
 
         return Contender("bare language model", model, inputs)
 
     def clip(self) -> nn.Module:
-        return CLIPVisionModel(self.clip_config).eval()
+        return self.placed(CLIPVisionModel(self.clip_config))
 
     def llava(self) -> Contender:
         config = LlavaConfig(
@@ -349,12 +360,12 @@ class Models:
             vision_config={"embed_dim": self.vision_width, **self._vision()},
             pad_token_id=PAD,
         )
-        model = IdeficsForVisionText2Text(config).eval()
+        model = self.placed(IdeficsForVisionText2Text(config))
 
         def inputs(prompt: Prompt) -> dict[str, Any]:
             ids = prompt.ids([self.vocabulary - 1], self.vocabulary)
             latest = (ids == self.vocabulary - 1).cumsum(-1)[..., None]  # [B, T, 1]
-            return _with_mask(
+            return self._inputs(
                 pixel_values=prompt.pixels(self.image_size).squeeze(2),
                 input_ids=ids,
                 image_attention_mask=(latest == torch.arange(1, prompt.images + 1)).long(),
@@ -370,28 +381,39 @@ class Models:
         """
         model_class = reference.find(self.open_flamingo, family)
         parts = self.tower(), self._plain_language_model()
-        model: Any = reference.build(model_class, *parts, self.vocabulary, self.vision_width).eval()
+        model: Any = self.placed(reference.build(model_class, *parts, self.vocabulary, self.vision_width))
         open_gates(model)
 
         def inputs(prompt: Prompt) -> dict[str, Any]:
             ids = prompt.ids([model.media_token_id], self.vocabulary)
-            return _with_mask(vision_x=prompt.pixels(self.image_size), lang_x=ids)
+            return self._inputs(vision_x=prompt.pixels(self.image_size), lang_x=ids)
 
         return Contender("reference", model, inputs)
 
     def tower(self) -> nn.Module:
         """OpenCLIP's own."""
-        return build_tower(self.tower_config).eval()
+        return self.placed(build_tower(self.tower_config))
 
     def _plain_language_model(self) -> Any:
-        return AutoModelForCausalLM.from_config(self.text_config).eval()
+        return self.placed(AutoModelForCausalLM.from_config(self.text_config))
+
+    def placed(self, x: Any) -> Any:
+        """A model or pixels, on the device and in the dtype of all models."""
+        x = x.to(self.device, self.dtype)
+        return x.eval() if isinstance(x, nn.Module) else x
+
+    def _inputs(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """What `generate` takes, with a mask, on the device."""
+        ids = inputs["lang_x"] if "lang_x" in inputs else inputs["input_ids"]
+        placed = {name: self.placed(x) if x.is_floating_point() else x.to(self.device) for name, x in inputs.items()}
+        return {**placed, "attention_mask": torch.ones_like(ids, device=self.device)}
 
     def _of_transformers(self, name: str, model: Any, tokens_per_image: int) -> Contender:
         def inputs(prompt: Prompt) -> dict[str, Any]:
             ids = prompt.ids([self.vocabulary - 1] * tokens_per_image, self.vocabulary)
-            return _with_mask(pixel_values=prompt.pixels(self.image_size).flatten(0, 2), input_ids=ids)
+            return self._inputs(pixel_values=prompt.pixels(self.image_size).flatten(0, 2), input_ids=ids)
 
-        return Contender(name, model.eval(), inputs)
+        return Contender(name, self.placed(model), inputs)
 
 
 @torch.no_grad()
@@ -400,11 +422,6 @@ def open_gates(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_gate(name):
             parameter.fill_(GATE)
-
-
-def _with_mask(**inputs: Tensor) -> dict[str, Tensor]:
-    ids = inputs["lang_x"] if "lang_x" in inputs else inputs["input_ids"]
-    return {**inputs, "attention_mask": torch.ones_like(ids)}
 
 
 # -- what is run -----------------------------------------------------------------------------------------------------
@@ -421,16 +438,29 @@ def prefill(contender: Contender, prompt: Prompt) -> Run:
 
     @torch.inference_mode()
     def run() -> float:
-        started = time.perf_counter()
+        started = now()
         contender.model.generate(**inputs, **greedy(1))
-        return time.perf_counter() - started
+        return now() - started
 
     return run
 
 
 def decode(contender: Contender, prompt: Prompt, num_tokens: int) -> Run:
-    """Seconds of each new token after the first, whose time the prefill is."""
+    """Seconds of each new token after the first, whose time the prefill is.
+
+    A GPU may be behind the host, which a streamer would wait for at each token. There, the time of one token is
+    subtracted from that of all.
+    """
     inputs = contender.inputs(prompt)
+
+    @torch.inference_mode()
+    def run_on_gpu() -> float:
+        times = [now()]
+        for tokens in (1, num_tokens + 1):
+            contender.model.generate(**inputs, **greedy(tokens))
+            times.append(now())
+        first, whole = times[1] - times[0], times[2] - times[1]
+        return (whole - first) / num_tokens
 
     @torch.inference_mode()
     def run() -> float:
@@ -439,7 +469,7 @@ def decode(contender: Contender, prompt: Prompt, num_tokens: int) -> Run:
         times = clock.times[-num_tokens - 1 :]
         return (times[-1] - times[0]) / num_tokens
 
-    return run
+    return run if contender.model.device.type == "cpu" else run_on_gpu
 
 
 class _Clock:
@@ -462,9 +492,9 @@ def blocks_alone(model: VLM, prompt: Prompt) -> Callable[[], None]:
     first = blocks[0].attn
     heads, dim, dim_media = first.num_heads, first.to_q.weight.shape[1], first.to_kv.weight.shape[1]
     num_media = prompt.images * model.config.composition.vision_tokenizer.options.num_latents
-    dtype, length = first.to_q.weight.dtype, prompt.images + prompt.text
-    x, media = (torch.randn(prompt.batch, n, d).to(dtype) for n, d in ((length, dim), (num_media, dim_media)))
-    mask = torch.ones(prompt.batch, 1, length, num_media, dtype=torch.bool)
+    weight, length = first.to_q.weight, prompt.images + prompt.text
+    x, media = (torch.randn(prompt.batch, n, d).to(weight) for n, d in ((length, dim), (num_media, dim_media)))
+    mask = torch.ones(prompt.batch, 1, length, num_media, dtype=torch.bool, device=weight.device)
 
     def split(y: Tensor) -> Tensor:
         return y.unflatten(-1, (heads, -1)).transpose(1, 2)

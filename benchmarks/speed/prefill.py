@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.speed.measure import Run, Skipped, Subject, compare, gemm, seconds
+from benchmarks.speed.measure import Run, Skipped, Subject, compare, limits, seconds
 from benchmarks.speed.models import Contender, Models, Prompt, blocks_alone, greedy, prefill
 from benchmarks.speed.question import Question, Settings, run
 from benchmarks.speed.results import Bar, Report
@@ -29,7 +29,7 @@ def cases(size: str) -> list[Prompt]:
 
 
 def measure(report: Report, models: Models, settings: Settings) -> None:
-    report.notes.append(f"{models.size.name}: {gemm() / 1e9:.0f} GFLOP/s of a 1024 × 1024 product in this run")
+    report.notes.append(f"{models.size.name}: {limits(models.device, models.dtype)} in this run")
     for family in FAMILIES:
         prompts = cases(models.size.name)
         _measure_family(report, models, settings, family, prompts[:1] if family == "blip" else prompts)
@@ -77,9 +77,9 @@ def each_alone(models: Models, ours: Contender, bare: Contender, prompt: Prompt,
     """OpenCLIP's tower, the vision tokenizer, and the bare language model at that length, one after the other."""
     model = ours.model
     tower, tokenizer = model.vision_encoder.visual, model.vision_tokenizer
-    pixels = prompt.pixels(models.image_size).flatten(0, 2)
+    pixels = models.placed(prompt.pixels(models.image_size).flatten(0, 2))
     shape = (prompt.batch, prompt.images, 1, models.num_patches, models.vision_width)
-    features, text = torch.randn(shape), bare.inputs(prompt)
+    features, text = models.placed(torch.randn(shape)), bare.inputs(prompt)
     arithmetic = blocks_alone(model, prompt) if blocks else lambda: None
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -22,7 +23,8 @@ from benchmarks.speed.results import ROW_HEAD, Report, bars_table, markdown_tabl
 
 __all__ = ["Question", "Settings", "answer", "command", "run"]
 
-SizeName = Literal["small", "standard", "large", "all"]
+SizeName = Literal["small", "standard", "large", "7b", "all"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -37,6 +39,8 @@ class Settings:
         open_flamingo: a checkout of the reference.
         out: folder of the results.
         threads: of torch.
+        device: that runs the models.
+        dtype: of their weights.
     """
 
     sizes: tuple[str, ...] = ("standard",)
@@ -44,6 +48,17 @@ class Settings:
     open_flamingo: Path | None = None
     out: Path = RESULTS
     threads: int = 1
+    device: str = "cpu"
+    dtype: DtypeName = "float32"
+
+    @property
+    def name(self) -> str:
+        """What the names of result files begin with: the day, and the GPU if there is one."""
+        day = date.today().isoformat()
+        if not self.device.startswith("cuda"):
+            return day
+        words = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(self.device).lower()).strip("-")
+        return f"{day}-{words}"
 
     @property
     def few(self) -> int:
@@ -53,6 +68,8 @@ class Settings:
         """The flags again; without `paths`, only that they were there."""
         flags = ["--quick"] if self.sizes == ("tiny",) else ["--size", _name(self.sizes)]
         flags += ["--pairs", str(self.pairs), "--threads", str(self.threads)]
+        if (self.device, self.dtype) != ("cpu", "float32"):
+            flags += ["--device", self.device, "--dtype", self.dtype]
         if self.open_flamingo is not None:
             flags += ["--open-flamingo", str(self.open_flamingo) if paths else "PATH"]
         return flags + (["--out", str(self.out)] if paths else [])
@@ -67,12 +84,14 @@ class Question:
         asks: what is compared with what.
         measure: adds what it finds to a report, at one size.
         sizes: at which it is asked; --size leaves out the others.
+        devices: kinds of devices on which it is asked.
     """
 
     name: str
     asks: str
     measure: Callable[[Report, Models, Settings], None]
-    sizes: tuple[str, ...] = field(default=("tiny", "small", "standard", "large"))
+    sizes: tuple[str, ...] = field(default=("tiny", "small", "standard", "large", "7b"))
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def answer(question: Question, settings: Settings) -> Report:
@@ -83,7 +102,8 @@ def answer(question: Question, settings: Settings) -> Report:
         "sizes": {name: SIZES[name].to_dict() for name in sizes},
         "pairs": settings.pairs,
         "threads": settings.threads,
-        "dtype": "float32",
+        "dtype": settings.dtype,
+        "device": settings.device,
     }
     report = Report(question.name, question.asks, " ".join(words), told)
     started = time.monotonic()
@@ -91,9 +111,11 @@ def answer(question: Question, settings: Settings) -> Report:
         for name in sizes:
             folder = Path(scratch) / name
             folder.mkdir()
-            question.measure(report, Models(SIZES[name], folder, settings.open_flamingo), settings)
+            dtype = getattr(torch, settings.dtype)
+            models = Models(SIZES[name], folder, settings.open_flamingo, settings.device, dtype)
+            question.measure(report, models, settings)
     report.seconds = round(time.monotonic() - started, 1)
-    report.write(settings.out, date.today().isoformat())
+    report.write(settings.out, settings.name)
     return report
 
 
@@ -131,9 +153,11 @@ def command(main: Callable[[Settings], None], asks: str) -> Callable[..., None]:
         ] = None,
         out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.", show_default=False)] = RESULTS,
         threads: Annotated[int, typer.Option(metavar="N", min=1, help="Let torch use N threads.")] = 1,
+        device: Annotated[str, typer.Option(help="Device that runs the models: cpu or cuda.")] = "cpu",
+        dtype: Annotated[DtypeName, typer.Option(help="Dtype of the weights.")] = "float32",
         quick: Annotated[bool, typer.Option("--quick", help="Try the script: tiny models and two pairs.")] = False,
     ) -> None:
-        sizes = tuple(name for name in SIZES if name != "tiny") if size == "all" else (size,)
+        sizes = tuple(name for name in SIZES if name not in ("tiny", "7b")) if size == "all" else (size,)
         main(
             Settings(
                 sizes=("tiny",) if quick else sizes,
@@ -141,6 +165,8 @@ def command(main: Callable[[Settings], None], asks: str) -> Callable[..., None]:
                 open_flamingo=open_flamingo,
                 out=out,
                 threads=threads,
+                device=device,
+                dtype=dtype,
             )
         )
 

@@ -190,9 +190,9 @@ def page(reports: Sequence[Report], command: str, failed: Sequence[str] = ()) ->
     parts = [
         f"# Speed, {facts['date']}",
         f"`{command}`",
-        f"{facts['cpu']}, {settings.get('threads')} thread, {settings.get('dtype')} unless said; {found}; commit "
-        f"{facts['commit']}. Peers have equal sizes and random weights, and run in turns with ours in one run. A ratio "
-        "is our cost over the peer's, median of the pairs: below 1 is ahead.",
+        f"{facts['gpu'] or facts['cpu']}, {settings.get('threads')} thread, {settings.get('dtype')} unless said; "
+        f"{found}; commit {facts['commit']}. Peers have equal sizes and random weights, and run in turns with ours in "
+        "one run. A ratio is our cost over the peer's, median of the pairs: below 1 is ahead.",
         "## Bars",
         bars_table([bar for report in reports for bar in report.bars]),
         *(f"**{name} failed**: `python -m benchmarks.speed.{name}` tells why." for name in failed),
@@ -233,6 +233,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "cpu": _cpu(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "weights": "equal sizes, random weights",
     }
 

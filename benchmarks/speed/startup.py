@@ -55,6 +55,7 @@ QUESTION = Question(
     name="startup",
     asks="How long do whole commands take to start, next to what they must import?",
     measure=measure,
+    devices=("cpu",),
     sizes=("tiny", "standard"),
 )
 

@@ -25,8 +25,9 @@ PARTS = {"HF LLaVA": ("model.multi_modal_projector",), "HF BLIP-2": ("qformer", 
 def measure(report: Report, models: Models, settings: Settings) -> None:
     """A forward and a backward pass and AdamW, over the parameters that the family trains."""
     size = models.size.name
-    prompt = Prompt(1, batch=2)
-    for family in FAMILIES:
+    on_gpu = models.device != "cpu"
+    prompt = Prompt(1, batch=16, text=128) if on_gpu else Prompt(1, batch=2)
+    for family in ("flamingo", "llava") if on_gpu else FAMILIES:
         ours = models.ours(family)
         trained = sum(p.numel() for p in ours.model.parameters() if p.requires_grad)
         peers = [
@@ -95,7 +96,7 @@ QUESTION = Question(
     name="train_step",
     asks="How long does one training step of each family take, next to peers whose same parts train?",
     measure=measure,
-    sizes=("tiny", "small", "standard"),
+    sizes=("tiny", "small", "standard", "large"),
 )
 
 if __name__ == "__main__":

@@ -264,6 +264,7 @@ QUESTION = Question(
     name="training",
     asks="How long is a step of `vlm train`, next to Transformers' Trainer, and what does packing gain?",
     measure=measure,
+    devices=("cpu",),
     sizes=("tiny", "small"),
 )
 

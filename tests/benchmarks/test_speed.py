@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.speed import decode, encode
-from benchmarks.speed.__main__ import QUESTIONS
+from benchmarks.speed.__main__ import QUESTIONS, asked
 from benchmarks.speed.measure import Pairs, Skipped, Subject, alternate, compare
 from benchmarks.speed.models import SIZES, Models, Prompt
 from benchmarks.speed.question import Question, Settings, answer
@@ -99,6 +100,20 @@ def test_peers_get_equal_work(tmp_path: Path) -> None:
     assert tuple(models.bare(tokens + 1).inputs(prompt)["input_ids"].shape) != length
     sizes = [sum(p.numel() for p in x.parameters()) for x in (ours.model.lang_model, llava.model.model.language_model)]
     assert sizes[0] == sizes[1]
+
+
+def test_a_device_and_a_dtype_are_told(tmp_path: Path) -> None:
+    """What a GPU is asked runs in bfloat16 here; the page says so."""
+    report = answer(encode.QUESTION, Settings(sizes=("tiny",), pairs=1, out=tmp_path, dtype="bfloat16"))
+    assert report.command.endswith("--device cpu --dtype bfloat16") and report.settings["dtype"] == "bfloat16"
+    models = Models(SIZES["tiny"], tmp_path, device="meta", dtype=torch.bfloat16)
+    for made in (models.ours("llava"), models.llava(), models.bare(4)):
+        assert {(p.device.type, p.dtype) for p in made.model.parameters()} == {("meta", torch.bfloat16)}
+        inputs = made.inputs(Prompt(1))
+        assert {x.device.type for x in inputs.values()} == {"meta"}
+        assert {x.dtype for x in inputs.values()} <= {torch.bfloat16, torch.int64}
+    assert set(asked("cuda:0")) == {"encode", "prefill", "decode", "train_step", "batch"}
+    assert asked("cpu") == list(QUESTIONS)
 
 
 def test_every_question_is_asked() -> None:
