@@ -145,7 +145,7 @@ JOINS = {
     "exporting.py:write_gguf": "letters, digits, dots and dashes of a directory's name",
     "inside.py:resolve_inside": "the rule itself",
     "language_model.py:edit": "names of a tokenizer's files, which vlm has just written",
-    "language_model.py:_forget_tokens": "the same",
+    "language_model.py:forget_tokens": "the same",
     "language_models.py:_limited_size": "the file that the user named",
     "language_models.py:_check_uses_all": "the same",
     "language_models.py:_files_to_load": "`read_index` has checked it",

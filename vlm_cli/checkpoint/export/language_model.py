@@ -19,7 +19,7 @@ from vlm_cli.plain_data import read_json
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.trust import load_tokenizer
 
-__all__ = ["export_language_model"]
+__all__ = ["export_language_model", "forget_tokens"]
 
 
 def export_language_model(
@@ -41,7 +41,7 @@ def export_language_model(
     lm.generation_config = settings
     lm.save_pretrained(out, max_shard_size=max_shard_size)
     _tokenizer_as_published(processor).save_pretrained(out)
-    _forget_tokens(out, set(model.config.added_tokens))
+    forget_tokens(out, set(model.config.added_tokens))
     _check_tokenizer(out, first)
     return {"model_type": lm.config.model_type, "tokens": first}
 
@@ -57,7 +57,7 @@ def _tokenizer_as_published(processor: VLMProcessor) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _forget_tokens(folder: Path, names: set[str]) -> None:
+def forget_tokens(folder: Path, names: set[str]) -> None:
     """Remove tokens from a tokenizer's files, and every mention of vlm's processor."""
 
     def content(token: Any) -> Any:

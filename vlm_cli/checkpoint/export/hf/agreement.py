@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_cli.checkpoint.export.agreement import TOLERANCE, check_agreement
+from vlm_cli.checkpoint.export.hf.draft import Draft
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.image_processor import OpenCLIPImageProcessor
@@ -39,7 +40,7 @@ CROP_NOTE = (
 
 @torch.no_grad()
 def compare_pictures(
-    model: VLM, processor: VLMProcessor, theirs: Any, their_processor: Any, out: Path, media_token: str
+    model: VLM, processor: VLMProcessor, theirs: Any, their_processor: Any, out: Path, draft: Draft
 ) -> dict[str, Any]:
     """Compare what messages with a picture become, in vlm and in the files of an export.
 
@@ -52,7 +53,7 @@ def compare_pictures(
         theirs: the exported model.
         their_processor: the exported processor.
         out: the directory of the export.
-        media_token: what the exported template writes for a picture.
+        draft: settings of the class.
 
     Returns:
         `largest_difference` of the logits, as a fraction of the largest logit; `largest_pixel_levels` between the two
@@ -63,7 +64,7 @@ def compare_pictures(
     """
     text = processor.tokenizer.special_tokens_map
     written = render_template(their_processor.chat_template, MESSAGE, text)
-    ours_text = written.replace(media_token, MEDIA_TOKEN)
+    ours_text = written.replace(draft.media_token, MEDIA_TOKEN) + draft.ends_prompts_with
     own = _crop_as_they_do(processor)
     default, pillow = their_processor.image_processor, load_image_processor(out)
     largest, levels = 0.0, 0.0
@@ -171,7 +172,11 @@ def _compare_logits(model: VLM, theirs: Any, ours_inputs: Any, their_inputs: Any
 
 
 def _compare_answers(model: VLM, theirs: Any, ours_inputs: Any, their_inputs: Any, what: str) -> None:
+    first = model.config.first_added_id
+    size = theirs.get_output_embeddings().weight.shape[0]
+    own = list(model.config.added_ids.values())  # an answer of words; a pad token, say, is none
     settings: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False}
+    settings["suppress_tokens"] = sorted({*own, *range(first, size)})
     ours = model.generate(**ours_inputs, **settings)[0, ours_inputs["input_ids"].shape[1] :]
     back = theirs.generate(**their_inputs, **settings)[0, their_inputs["input_ids"].shape[1] :]
     if not torch.equal(ours, back):

@@ -1,11 +1,22 @@
 """The classes of Transformers that `vlm export --format hf` writes, in the order in which they are tried."""
 
 from vlm_cli.checkpoint.export.hf.draft import HFClass
+from vlm_cli.checkpoint.export.hf.gemma import Gemma3Class, PaliGemmaClass
+from vlm_cli.checkpoint.export.hf.idefics3 import Idefics3Class, SmolVLMClass
+from vlm_cli.checkpoint.export.hf.internvl import InternVLClass
 from vlm_cli.checkpoint.export.hf.llava import LLaVAClass
+from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVAOneVisionClass
 
 __all__ = ["CLASSES"]
 
-#: A word for the class -> the class.
+#: Transformers' word for the class -> the class.
 CLASSES: dict[str, HFClass] = {
     "llava": LLaVAClass(),
+    "llava_next": LLaVANeXTClass(),
+    "llava_onevision": LLaVAOneVisionClass(),
+    "internvl": InternVLClass(),
+    "smolvlm": SmolVLMClass(),
+    "idefics3": Idefics3Class(),
+    "paligemma": PaliGemmaClass(),
+    "gemma3": Gemma3Class(),
 }

@@ -7,19 +7,21 @@ is compared with the composition.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vlm_cli.checkpoint.export.hf.towers import HFTower
+from vlm_cli.checkpoint.export.hf.towers import STAND_IN, HFTower, NotHeld
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.preprocessing import make_preprocessing, three
 
-__all__ = ["PLAIN_LANGUAGE_MODELS", "Draft", "HFClass", "Source", "image_settings"]
+__all__ = ["PLAIN_LANGUAGE_MODELS", "Draft", "HFClass", "SoftToken", "Source", "image_settings"]
+__all__ += ["soft_token"]
 
 #: Types of language models whose embedding is a plain table and whose head is a plain linear map: the classes of
 #: Transformers' VLMs assume both.
@@ -60,6 +62,18 @@ class Source:
         found = getattr(self.tokenizer, name, None) if self.tokenizer is not None else None
         return found if isinstance(found, str) else default
 
+    def check_tokens(self, *texts: str) -> None:
+        """Check that texts around a picture are single tokens.
+
+        Raises:
+            NotHeld: if one is none.
+        """
+        known = None if self.tokenizer is None else self.tokenizer.get_vocab()
+        if wrong := [text for text in texts if not text or (known is not None and text not in known)]:
+            raise NotHeld(
+                f"tiling.picture_text has {wrong[0]!r} beside a picture; the class has a token of the tokenizer there."
+            )
+
     def rows(self, *, of_added: bool) -> dict[str, Any]:
         """Return the settings of the language model's tables, with a row for each added token or without."""
         first, num = self.config.first_added_id, len(self.config.added_tokens)
@@ -74,23 +88,27 @@ class Draft:
     Attributes:
         config: content of `config.json`, with `model_type`.
         images: the image processor, with its torchvision backend, which Transformers takes by default.
-        processor: arguments of the class of processors beside its image processor and its tokenizer.
-        media_token: what the processor writes for a vision token, or for a picture.
+        processor: settings of the class of processors.
+        parts: what the processor has beside its image processor and its tokenizer.
+        media_token: what a prompt has in the place of a picture.
         named_tokens: name -> special token that the tokenizer has under this name.
         token_ids: id -> token of the tokenizer that `config` names by its id.
         has_added_rows: whether the tables get a row for each token that vlm added.
+        ends_prompts_with: text that the class's processor puts after each prompt.
     """
 
     config: Mapping[str, Any]
     images: Any
     processor: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
     media_token: str = MEDIA_TOKEN
     named_tokens: Mapping[str, str] = field(default_factory=dict)
-    token_ids: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    token_ids: Mapping[int, Any] = field(default_factory=dict)
     has_added_rows: bool = True
+    ends_prompts_with: str = ""
 
 
-class HFClass(Protocol):
+class HFClass(ABC):
     """A class of Transformers' VLMs that vlm writes.
 
     Attributes:
@@ -98,19 +116,47 @@ class HFClass(Protocol):
         model: name of the class.
         processor: name of its processor's class.
         tower: pattern before the names of the vision encoder's tensors, in memory.
-        language_models: types of language models that the class computes as they are; None for all.
+        language_models: types of language models that the class computes as they are.
+        stand_in: takes the place of a vision encoder that the class does not hold, so that the rest can be judged.
     """
 
-    @property
-    def layout(self) -> Layout: ...
-
+    layout: Layout
     model: str
     processor: str
-    tower: str
-    language_models: tuple[str, ...] | None
+    tower: str = r"model\.vision_tower\."
+    language_models: tuple[str, ...] = PLAIN_LANGUAGE_MODELS
+    stand_in: HFTower = STAND_IN
 
+    @abstractmethod
     def draft(self, source: Source) -> Draft:
-        """Return the settings with which the class is nearest to a model."""
+        """Return the settings with which the class is nearest to a model.
+
+        Raises:
+            NotHeld: if the class has no settings for the model's vision encoder or tokens.
+        """
+
+
+@dataclass(frozen=True)
+class SoftToken:
+    """The token at the positions of vision tokens.
+
+    Attributes:
+        text: of the token.
+        id: of the token.
+        is_added: whether it is one that vlm added, and not the tokenizer's own.
+    """
+
+    text: str
+    id: int
+    is_added: bool
+
+
+def soft_token(source: Source, name: str) -> SoftToken:
+    """Return the token that a published tokenizer has for vision tokens under a name; else vlm's `<image>`."""
+    found = source.named_token(name, MEDIA_TOKEN)
+    if found == MEDIA_TOKEN or source.tokenizer is None:
+        return SoftToken(MEDIA_TOKEN, source.config.media_token_id, True)
+    return SoftToken(found, int(source.tokenizer.get_vocab()[found]), False)
 
 
 def image_settings(config: VLMConfig) -> dict[str, Any]:

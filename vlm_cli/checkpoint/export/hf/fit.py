@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source
 from vlm_cli.checkpoint.export.hf.tensors import Plan, plan_tensors
-from vlm_cli.checkpoint.export.hf.towers import STAND_IN, NoTower, find_hf_tower
+from vlm_cli.checkpoint.export.hf.towers import STAND_IN, HFTower, NotHeld, find_hf_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.layouts.hf_parts import NO_SETTINGS
@@ -49,12 +49,14 @@ class Fit:
         config: the class's configuration.
         problems: what stands in the way; empty if the class holds the composition.
         plan: where the class's tensors come from; None if there are problems.
+        is_exact: whether the class also treats clips as the composition does.
     """
 
     draft: Draft
     config: Any
     problems: tuple[str, ...]
     plan: Plan | None = None
+    is_exact: bool = False
 
 
 def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Fit:
@@ -66,39 +68,43 @@ def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizer
         tokenizer: of the VLM, if it is known.
     """
     problems = list(_language_problems(target, config))
-    try:
-        tower = find_hf_tower(config.vision_config, config.composition.vision_encoder.name)
-    except NoTower as error:
-        problems.append(str(error))
-        tower = STAND_IN
-    with meta_device():
+    with meta_device(), SkipsFilling():
         ours = VLM(config)
     source = Source(
         config=config,
-        tower=tower,
+        tower=STAND_IN,
         text_config=_find_text_config(target, config),
         tokenizer=tokenizer,
         num_positions=ours.vision_tokenizer.num_tokens(1),
     )
+    draft = Draft(config={}, images=None)
     try:
-        draft = target.draft(source)
-        theirs_config = make_config(**{**draft.config})
+        try:
+            source = replace(source, tower=find_hf_tower(config.vision_config, config.composition.vision_encoder.name))
+            draft = target.draft(source)
+        except NotHeld as error:
+            problems.append(str(error))
+            source = replace(source, tower=target.stand_in, tokenizer=None)
+            draft = target.draft(source)
+        theirs_config = make_config(**draft.config)
         with meta_device(), SkipsFilling():
             theirs = getattr(transformers, target.model)(theirs_config)
         found = _read_back(target, draft, theirs)
-    except (VLMError, ValueError, TypeError, KeyError) as error:
-        return Fit(Draft(config={}, images=None), None, (*problems, first_line(error)))
-    problems += _differences(config, found, tower is STAND_IN)
+    except (NotHeld, VLMError, ValueError, TypeError, KeyError) as error:
+        return Fit(draft, None, (*problems, first_line(error)))
+    is_known = source.tower is not target.stand_in
+    problems += _differences(config, found, source.tower if is_known else None)
     if problems:
         return Fit(draft, theirs_config, tuple(problems))
-    tower_of, layout_of = make_targets_of(tower.make_rules(target.tower)), found.targets_for(config)
+    tower_of, layout_of = make_targets_of(source.tower.make_rules(target.tower)), found.targets_for(config)
 
     def targets_of(name: str) -> Sequence[Target] | None:
         targets = tower_of(name)
         return layout_of(name) if targets is None else targets
 
     plan = plan_tensors(ours, theirs, targets_of, found.optional_pattern)
-    return Fit(draft, theirs_config, tuple(_tensor_problems(plan)), plan)
+    same_clips = _clips_as(config, found)
+    return Fit(draft, theirs_config, tuple(_tensor_problems(plan)), plan, is_exact=same_clips)
 
 
 def _language_problems(target: HFClass, config: VLMConfig) -> Iterator[str]:
@@ -130,23 +136,27 @@ def _read_back(target: HFClass, draft: Draft, theirs: nn.Module) -> CheckpointDe
         return target.layout.describe(PublishedCheckpoint(_ADDRESS, folder, tensors, draft.config))
 
 
-def _differences(config: VLMConfig, found: CheckpointDescription, ignores_tower: bool) -> Iterator[str]:
-    """Say what a class has other than a composition."""
+def _differences(config: VLMConfig, found: CheckpointDescription, tower: HFTower | None) -> Iterator[str]:
+    """Say what a class has other than a composition; without a tower, nothing is said of the vision encoder."""
     ours, theirs = config.composition, Composition.compose(None, found.composition, {})
-    if ours.fusion.type != theirs.fusion.type:
-        yield f"fusion is {ours.fusion.type}; the class has {theirs.fusion.type}."
-    else:
-        yield from _option_differences("fusion", ours.fusion.options, theirs.fusion.options)
-    for part in ("vision_tokenizer", "tiling"):
+    for part in ("vision_tokenizer", "fusion", "tiling"):
         one, other = getattr(ours, part), getattr(theirs, part)
         if one.type != other.type:
             yield f"{part} is {one.type}; the class has {other.type}."
         else:
-            yield from _option_differences(part, one.options, other.options)
-    if not ignores_tower:
-        yield from _feature_differences(ours.vision_encoder, theirs.vision_encoder)
+            yield from _option_differences(part, *(_spelled_out(x, tower) for x in (one.options, other.options)))
+    if tower is not None:
+        yield from _feature_differences(ours.vision_encoder, theirs.vision_encoder, tower)
         assert found.vision_config is not None
         yield from _pixel_differences(config, found.vision_config["preprocess"])
+
+
+def _spelled_out(options: Any, tower: HFTower | None) -> Any:
+    """Return settings with the values of those that follow from others."""
+    side = 0 if tower is None else tower.image_size
+    defaults = {"longest_edge": 4 * side, "tile_size": side, "whole_text": getattr(options, "thumbnail_text", None)}
+    unset = {key: x for key, x in defaults.items() if hasattr(options, key) and getattr(options, key) is None and x}
+    return replace(options, **unset) if unset else options
 
 
 def _option_differences(part: str, ours: Any, theirs: Any) -> Iterator[str]:
@@ -159,19 +169,25 @@ def _option_differences(part: str, ours: Any, theirs: Any) -> Iterator[str]:
             yield f"{part}.{name} is {show(one)}; the class has {show(other)}."
 
 
-def _feature_differences(ours: Any, theirs: Any) -> Iterator[str]:
+def _clips_as(config: VLMConfig, found: CheckpointDescription) -> bool:
+    """Say whether clips are cut and announced alike."""
+    one, other = config.composition.tiling.options, Composition.compose(None, found.composition, {}).tiling.options
+    names = [x.name for x in fields(one) if x.name.startswith("clip_") or x.name in _NO_MATTER]
+    return all(getattr(one, name) == getattr(other, name, None) for name in names)
+
+
+def _feature_differences(ours: Any, theirs: Any, tower: HFTower) -> Iterator[str]:
     if ours.layers != theirs.layers:
         yield f"vision_encoder.layer is {show(ours.layer)}; the class has {show(theirs.layer)}."
     if ours.class_token != theirs.class_token:
         yield f"vision_encoder.class_token is {show(ours.class_token)}; the class has {show(theirs.class_token)}."
-    one, other = (-1 in x.layers if x.norm is None else x.norm for x in (ours, theirs))
+    one = (-1 in ours.layers and tower.has_norm) if ours.norm is None else ours.norm
+    other = (-1 in theirs.layers and tower.is_normed) if theirs.norm is None else theirs.norm
     if one != other:
-        how = "passes" if one else "does not pass"
-        yield (
-            f"layer {show(ours.layer)} of the vision encoder {how} its last norm; in the class it "
-            f"{'does' if other else 'does not'}."
-            + (" Take layer -2, or set norm to false." if one and -1 in ours.layers else "")
-        )
+        how, theirs_does = ("passes", "does not") if one else ("does not pass", "does")
+        advice = " Take layer -2, or set norm to false." if one and -1 in ours.layers else ""
+        place = f"layer {show(ours.layer)} of the vision encoder"
+        yield f"{place} {how} its last norm; in the class it {theirs_does}.{advice}"
 
 
 def _pixel_differences(config: VLMConfig, theirs: Mapping[str, Any]) -> Iterator[str]:

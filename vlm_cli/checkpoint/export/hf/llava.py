@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_cli.checkpoint.export.hf.draft import PLAIN_LANGUAGE_MODELS, Draft, Source, image_settings
+from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA
 from vlm_cli.composition import MEDIA_TOKEN
 
-__all__ = ["LLaVAClass", "make_plain_images", "projector_settings"]
+__all__ = ["LLaVAClass"]
 
 
-class LLaVAClass:
+class LLaVAClass(HFClass):
     """LLaVA-1.5's class. Its tower may be a CLIP, a SigLIP, or another vision transformer of Transformers."""
 
     layout = HuggingFaceLLaVA()
     model = "LlavaForConditionalGeneration"
     processor = "LlavaProcessor"
-    tower = r"model\.vision_tower\."
-    language_models: tuple[str, ...] | None = PLAIN_LANGUAGE_MODELS
 
     def draft(self, source: Source) -> Draft:
         ours = source.config
@@ -33,9 +31,11 @@ class LLaVAClass:
                 "image_seq_length": source.num_positions,
                 "vision_feature_layer": source.layer,
                 "vision_feature_select_strategy": strategy,
-                **projector_settings(source),
+                # A single map is the first of two, and the second one changes nothing.
+                "projector_hidden_act": "linear" if ours.composition.vision_tokenizer.type == "linear" else "gelu",
+                "multimodal_projector_bias": source.option("vision_tokenizer", "bias", True),
             },
-            images=make_plain_images(source),
+            images=_make_images(source),
             processor={
                 "patch_size": source.tower.patch_size,
                 "vision_feature_select_strategy": strategy,
@@ -45,16 +45,7 @@ class LLaVAClass:
         )
 
 
-def projector_settings(source: Source) -> dict[str, Any]:
-    """Return the settings of two maps. A single map is the first of them, and the second one changes nothing."""
-    is_single = source.config.composition.vision_tokenizer.type == "linear"
-    return {
-        "projector_hidden_act": "linear" if is_single else "gelu",
-        "multimodal_projector_bias": source.option("vision_tokenizer", "bias", True),
-    }
-
-
-def make_plain_images(source: Source) -> Any:
+def _make_images(source: Source) -> Any:
     """Return the image processor of a picture that is one view."""
     from transformers import CLIPImageProcessor, SiglipImageProcessor
 

@@ -23,7 +23,7 @@ from vlm_cli.modeling.encoders.hf import find_structure
 from vlm_cli.modeling.meta import meta_device
 from vlm_cli.modeling.towers import build_tower
 
-__all__ = ["STAND_IN", "HFTower", "NoTower", "find_hf_tower"]
+__all__ = ["STAND_IN", "HFTower", "NotHeld", "find_hf_tower"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class HFTower:
         num_before: tokens before the patches.
         has_class_token: whether the first of them is a class token.
         has_norm: whether the class has a norm after its last layer.
+        is_normed: whether the class's own output has passed this norm.
     """
 
     config: Mapping[str, Any]
@@ -43,6 +44,7 @@ class HFTower:
     num_before: int
     has_class_token: bool
     has_norm: bool = True
+    is_normed: bool = True
 
     @property
     def image_size(self) -> int:
@@ -55,8 +57,8 @@ class HFTower:
         return _one(self.config["patch_size"])
 
 
-class NoTower(Exception):
-    """No vision model of Transformers holds the vision encoder; the message says why."""
+class NotHeld(Exception):
+    """No vision model of a class holds the vision encoder; the message says why."""
 
 
 #: Takes the place of a vision encoder that no class holds, so that the other settings can be judged.
@@ -76,15 +78,15 @@ def find_hf_tower(vision_config: Mapping[str, Any], name: str) -> HFTower:
         name: of the encoder, for messages.
 
     Raises:
-        NoTower: if there is none.
+        NotHeld: if there is none.
     """
     kind = vision_config.get("type")
     if kind == "hf":
         return _keep_tower(vision_config, name)
     if kind == "several":
-        raise NoTower(f"vision_encoder is {name}: several encoders; a class of Transformers has one.")
+        raise NotHeld(f"vision_encoder is {name}: several encoders; a class of Transformers has one.")
     if kind not in (None, "timm"):
-        raise NoTower(f"vision_encoder {name!r} is of another package; Transformers has no class for it.")
+        raise NotHeld(f"vision_encoder {name!r} is of another package; Transformers has no class for it.")
     with meta_device():
         visual: Any = build_tower(vision_config)
     if hasattr(visual, "trunk"):
@@ -97,7 +99,7 @@ def _keep_tower(vision_config: Mapping[str, Any], name: str) -> HFTower:
     found = find_structure(vision_config)
     size = vision_config["vision_cfg"]["image_size"]
     if found.is_map or found.after or not {"image_size", "patch_size"} <= config.keys():
-        raise NoTower(
+        raise NotHeld(
             f"vision_encoder {name!r} is a {config['model_type']}, whose output is no row of patches; the classes of "
             "Transformers' VLMs read one."
         )
@@ -110,6 +112,7 @@ def _keep_tower(vision_config: Mapping[str, Any], name: str) -> HFTower:
         num_before=found.before,
         has_class_token=found.has_class_token,
         has_norm=found.norm is not None,
+        is_normed=found.is_normed,
     )
 
 
@@ -127,7 +130,7 @@ def _make_clip(visual: Any, vision_config: Mapping[str, Any], name: str) -> HFTo
     foreign += [f"norm_kwargs={x!r}" for x in [given.get("norm_kwargs")] if x and x.keys() != {"eps"}]
     if foreign or not hasattr(visual, "transformer"):
         what = ", ".join(foreign) or "a ResNet"
-        raise NoTower(f"vision_encoder {name!r} has {what}; Transformers' CLIP is a plain ViT.")
+        raise NotHeld(f"vision_encoder {name!r} has {what}; Transformers' CLIP is a plain ViT.")
     _check_square(visual.image_size, visual.patch_size)
     width, blocks = visual.conv1.out_channels, visual.transformer.resblocks
     config = {
@@ -147,13 +150,14 @@ def _make_clip(visual: Any, vision_config: Mapping[str, Any], name: str) -> HFTo
         make_rules=lambda prefix: make_clip_rules(prefix, width),
         num_before=1,
         has_class_token=True,
+        is_normed=False,
     )
 
 
 def _make_siglip(trunk: Any, vision_config: Mapping[str, Any], name: str) -> HFTower:
     """Describe timm's vision transformer as a SigLIP, without the pooling head, which patches never pass."""
     if problem := _siglip_problem(trunk):
-        raise NoTower(
+        raise NotHeld(
             f"vision_encoder {name!r} is timm's {type(trunk).__name__} {problem}; the classes of Transformers' VLMs "
             "take CLIP, SigLIP, and encoders that vlm reads as hf:ORG/NAME."
         )
@@ -206,7 +210,7 @@ def _check_square(size: Any, patch: Any) -> None:
         try:
             _one(value)
         except VisionEncoderError:
-            raise NoTower(f"the {what} of vision_encoder is {value}; it would have to be a square.") from None
+            raise NotHeld(f"the {what} of vision_encoder is {value}; it would have to be a square.") from None
 
 
 def _one(size: Any) -> int:

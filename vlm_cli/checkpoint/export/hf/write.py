@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,20 @@ from vlm_cli.checkpoint.export.hf.agreement import compare_pictures
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass
 from vlm_cli.checkpoint.export.hf.fit import Fit, fit_class
+from vlm_cli.checkpoint.export.language_model import forget_tokens
 from vlm_cli.composition import MEDIA_TOKEN
-from vlm_cli.errors import UsageError
+from vlm_cli.errors import LanguageModelError, UsageError
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.meta import SkipsFilling, meta_device
+from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.plain_data import read_json
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.templates.pictures import MESSAGE
+from vlm_cli.templates.render import render_template
 from vlm_cli.templates.standalone import make_template
-from vlm_cli.trust import load_pretrained
+from vlm_cli.trust import load_pretrained, load_tokenizer
 
 __all__ = ["check_hf", "export_hf"]
 
@@ -40,25 +47,28 @@ def check_hf(config: VLMConfig, name: str | None = None) -> None:
 
 
 def _choose(config: VLMConfig, processor: VLMProcessor | None, name: str | None) -> tuple[str, Fit]:
-    """Return the first class that holds a model.
+    """Return the first class that holds a model; one that also treats clips alike, if there is one.
 
     Raises:
         UsageError: if none does.
     """
     problems: dict[str, tuple[str, ...]] = {}
+    holding: list[tuple[str, Fit]] = []
     for word, target in CLASSES.items():
         if name not in (None, word):
             continue
         fit = fit_class(target, config, None if processor is None else processor.tokenizer)
-        if not fit.problems:
-            return word, fit
-        problems[target.model] = fit.problems
-    lines = "".join(
-        f"\n  {model}:" + "".join(f"\n    - {problem}" for problem in found) for model, found in problems.items()
-    )
+        if fit.problems:
+            problems[target.model] = fit.problems
+        else:
+            holding.append((word, fit))
+    if holding:
+        return next((x for x in holding if x[1].is_exact), holding[0])
+    nearest = sorted(problems.items(), key=lambda item: len(item[1]))
+    lines = "".join(f"\n  {model}:" + "".join(f"\n    - {x}" for x in found) for model, found in nearest)
     raise UsageError(
-        f"no class of Transformers that vlm writes holds this model. What stands in the way of each:{lines}\n"
-        "Export another format, such as --format delta; Transformers also loads a directory of vlm as it is "
+        "no class of Transformers that vlm writes holds this model. What stands in the way, the nearest class first:"
+        f"{lines}\nExport another format, such as --format delta; Transformers also loads a directory of vlm as it is "
         "(AutoModel, with vlm-cli installed)."
     )
 
@@ -82,21 +92,23 @@ def export_hf(
     word, fit = _choose(model.config, processor, name)
     target = CLASSES[word]
     _write_weights(model, fit, target, out, max_shard_size)
-    _write_processor(processor, fit.draft, target, out)
+    forgotten = set() if fit.draft.has_added_rows else set(model.config.added_tokens)
+    _write_processor(processor, fit.draft, target, forgotten, out)
     theirs = load_pretrained(getattr(transformers, target.model), out, dtype=model.dtype).eval()
     their_processor = load_pretrained(getattr(transformers, target.processor), out)
     facts = {"class": target.model, "positions_per_image": model.num_positions()}
-    return facts | compare_pictures(model, processor, theirs, their_processor, out, fit.draft.media_token)
+    return facts | compare_pictures(model, processor, theirs, their_processor, out, fit.draft)
 
 
 def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_size: str) -> None:
     config, draft = fit.config, fit.draft
     assert fit.plan is not None
     tied = _is_tied(model, has_added_rows=draft.has_added_rows)
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = tied
-        part.pad_token_id = model.config.pad_token_id
-    config.dtype = config.get_text_config().dtype = model.dtype
+    pad: int | None = model.config.pad_token_id
+    if pad is not None and pad >= config.get_text_config().vocab_size:
+        pad = None
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
+    config.pad_token_id, config.dtype = pad, model.dtype
     with meta_device(), SkipsFilling():
         theirs = getattr(transformers, target.model)(config)
     state = fit.plan.gather(model, theirs, has_added_rows=draft.has_added_rows)
@@ -105,7 +117,10 @@ def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_s
     left = [name for name, x in theirs.state_dict().items() if x.is_meta]
     assert not left, f"no number for {left[0]}"
     theirs.generation_config, _ = inherit_settings(model.generation_config)
-    theirs.generation_config.suppress_tokens = _suppressed(model, config, draft)
+    theirs.generation_config.suppress_tokens = _suppressed(model, config, draft) or None
+    theirs.generation_config.pad_token_id = pad
+    stops = [i for i in stop_token_ids(theirs.generation_config) if i < config.get_text_config().vocab_size]
+    theirs.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     theirs.save_pretrained(out, max_shard_size=max_shard_size)
 
 
@@ -126,18 +141,49 @@ def _suppressed(model: VLM, config: Any, draft: Draft) -> list[int]:
     return sorted({*given, *own, *beyond})
 
 
-def _write_processor(processor: VLMProcessor, draft: Draft, target: HFClass, out: Path) -> None:
+def _write_processor(processor: VLMProcessor, draft: Draft, target: HFClass, names: set[str], out: Path) -> None:
+    """Write the processor, with a tokenizer that knows the class's tokens by their names.
+
+    Args:
+        processor: of the VLM.
+        draft: settings of the class.
+        target: the class.
+        names: tokens that the class does not have.
+        out: the directory.
+    """
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = None  # it may take no pictures, and the processor has one that does
+    tokenizer.save_pretrained(out)
+    forget_tokens(out, names)
+    if draft.named_tokens:
+        _name_tokens(out / "tokenizer_config.json", draft.named_tokens)
     found = getattr(transformers, target.processor)(
         image_processor=draft.images,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(out),
         chat_template=_make_template(processor, draft.media_token),
         **draft.processor,
+        **draft.parts,
     )
     found.save_pretrained(out)
 
 
+def _name_tokens(file: Path, names: Mapping[str, str]) -> None:
+    data = read_json(file)
+    kept = {key: x for key, x in data.items() if key not in ("extra_special_tokens", *names)}
+    text = json.dumps({**kept, "extra_special_tokens": dict(names)}, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 def _make_template(processor: VLMProcessor, media_token: str) -> str:
-    """Return a chat template that takes pictures."""
+    """Return a chat template that takes pictures: the model's own, if it writes the class's token for one."""
+    if (given := processor.chat_program) is not None and _writes(given, processor, media_token):
+        return given
     return make_template(processor).replace(MEDIA_TOKEN, media_token)
+
+
+def _writes(template: str, processor: VLMProcessor, media_token: str) -> bool:
+    """Say whether a template writes one token for a picture, and opens the answer."""
+    try:
+        return render_template(template, MESSAGE, processor.tokenizer.special_tokens_map).count(media_token) == 1
+    except LanguageModelError:
+        return False

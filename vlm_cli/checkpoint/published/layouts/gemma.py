@@ -28,7 +28,7 @@ _LIKE = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
 _WITHOUT_EFFECT = {"initializer_range", "tie_word_embeddings", "pad_token_id", "hidden_size", "vocab_size"}
 
 
-_PROJECTION = Target("vision_tokenizer.proj.weight", transform=lambda x: x.T)
+_PROJECTION = Target("vision_tokenizer.proj.weight", transform=lambda x: x.T, restore=lambda x: x.T)
 
 
 class HuggingFaceGemma3:
