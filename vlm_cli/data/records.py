@@ -1,8 +1,7 @@
-"""Read the records that a model learns from or is tested on: one JSON object per line, in one of the `formats`."""
+"""Read the records of a source: what a model learns from or is tested on, each in one of the `formats`."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,54 +12,24 @@ from typing import Any
 from vlm_cli.data.formats import ColumnMap, Format, recognise
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.meant import find_mentions, mention_notes
+from vlm_cli.data.media_check import MediaCheck
+from vlm_cli.data.problems import MOST_SHOWN, Problem, describe_problems
 from vlm_cli.data.record import Record, Segment
 from vlm_cli.data.sources import Row, Source, open_source
-from vlm_cli.errors import DataError, MediaError, PromptError, VLMError
-from vlm_cli.media import MediaLoader, short_name
-from vlm_cli.media.decode import check_header
-from vlm_cli.media.sources import INSIDE
+from vlm_cli.errors import DataError, VLMError
+from vlm_cli.media import MediaLoader
 from vlm_cli.printable import count_of
-from vlm_cli.prompt import Medium
 
 __all__ = [
-    "MOST_SHOWN",
     "PLAIN_READING",
-    "MediaCheck",
-    "Problem",
     "Reading",
     "Record",
     "Records",
     "Segment",
-    "describe_problems",
     "raise_problems",
     "read_record",
     "read_records",
 ]
-
-MOST_SHOWN = 20  # bad lines that a message lists
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a row cannot be used.
-
-    Attributes:
-        line: number of the row in its shard.
-        message: the reason.
-        shard: name of the file; empty for the only one.
-        unit: what messages call a row.
-    """
-
-    line: int
-    message: str
-    shard: str = ""
-    unit: str = "line"
-
-    @classmethod
-    def of(cls, row: Row | Record, message: str) -> Problem:
-        """Make the problem of a row, or of the record that was made of it."""
-        number = row.line if isinstance(row, Record) else row.number
-        return cls(number, message, row.shard, row.unit)
 
 
 @dataclass(frozen=True)
@@ -209,34 +178,6 @@ def raise_problems(records: Records, more: Iterable[Problem] = ()) -> None:
         raise DataError(describe_problems(problems, len(records.good) + len(records.problems), records.origin))
 
 
-def describe_problems(problems: Iterable[Problem], total: int, origin: Source) -> str:
-    """List bad rows.
-
-    Args:
-        problems: at least one.
-        total: number of rows in the source.
-        origin: the source.
-    """
-    shards, name = list(origin.shards), origin.quoted
-    order = {shard: i for i, shard in enumerate(shards)}
-    problems = sorted(problems, key=lambda p: (order.get(p.shard, 0), p.line))
-    head = (
-        f"{len(problems)} of the {total} records in {name} cannot be used:"
-        if total > 1
-        else f"the only record in {name} cannot be used:"
-    )
-
-    def place(problem: Problem) -> str:
-        return f"{problem.line} of {problem.shard}" if len(shards) > 1 else str(problem.line)
-
-    lines = [f"  {p.unit} {place(p)}: {p.message}" for p in problems[:MOST_SHOWN]]
-    if len(problems) > MOST_SHOWN:
-        rest = [place(p) for p in problems[MOST_SHOWN:]]
-        shown = ", ".join(rest[:MOST_SHOWN]) + (", …" if len(rest) > MOST_SHOWN else "")
-        lines.append(f"  … and {len(rest)} more: {problems[0].unit}s {shown}")
-    return "\n".join([head, *lines])
-
-
 def read_record(row: Row, source: str, format: Format | None = None) -> Record:
     """Make the record of a row.
 
@@ -274,62 +215,3 @@ def format_note(note: str, places: Sequence[str]) -> str:
     unit = places[0].partition(" ")[0]
     others = f" {more:,} more {f'{unit} does' if more == 1 else f'{unit}s do'} the same." if more else ""
     return f"Note: {places[0]} {note}.{others}"
-
-
-@dataclass
-class MediaCheck:
-    """Check each image and clip once, without decoding it."""
-
-    loader: MediaLoader
-    known: dict[Medium, str | None] = field(default_factory=dict)  # medium -> its problem, or None
-
-    def check(self, media: Sequence[Medium], *, thorough: bool) -> None:
-        """Check the images and clips of one record.
-
-        Args:
-            media: with paths or URIs.
-            thorough: find out why an image cannot be read, which may take a while.
-
-        Raises:
-            RecordError: for the first one that cannot be read.
-        """
-        for medium in media:
-            if medium not in self.known:
-                self.known[medium] = self._find_problem(medium, thorough)
-            if (problem := self.known[medium]) is not None:
-                raise RecordError(problem)
-
-    def _find_problem(self, medium: Medium, thorough: bool) -> str | None:
-        source = medium.source
-        if source.partition("?")[0] == "-" or source.lower().startswith(("http://", "https://")):
-            return f"{short_name(source)!r} is no file: records name files or data: URIs. Download it first."
-        if medium.kind == "video":
-            return self._problem_of_clip(source)
-        if self._has_image_header(source):
-            return None
-        if not thorough:
-            return f"{short_name(source)!r} cannot be read."
-        try:
-            self.loader.load(source)
-        except MediaError as error:
-            return str(error)
-        return None
-
-    def _problem_of_clip(self, source: str) -> str | None:
-        try:
-            self.loader.count_frames(source)
-        except (MediaError, PromptError) as error:
-            return str(error)
-        return None
-
-    def _has_image_header(self, source: str) -> bool:
-        try:
-            if source.startswith(INSIDE):
-                return check_header(io.BytesIO(self.loader.read(source)), self.loader.max_pixels)
-            path = self.loader.find(source)
-            if not path.is_file():
-                return False
-            with path.open("rb") as file:
-                return check_header(file, self.loader.max_pixels)
-        except (MediaError, OSError, ValueError):  # `MediaLoader` then says what is wrong
-            return False

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from vlm_cli.data.histogram import Distribution
 from vlm_cli.data.meant import find_mentions, mention_notes
+from vlm_cli.data.media_check import MediaCheck
+from vlm_cli.data.problems import MOST_SHOWN, Problem
 from vlm_cli.data.record import Record
-from vlm_cli.data.records import MOST_SHOWN, MediaCheck, Problem, Reading, format_note, read_record
+from vlm_cli.data.records import Reading, format_note, read_record
 from vlm_cli.data.shown import Piece, split_record
 from vlm_cli.data.sources import Row, Source
 from vlm_cli.errors import VLMError

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.data.records import Problem, Reading, raise_problems, read_records
+from vlm_cli.data.problems import Problem
+from vlm_cli.data.records import Reading, raise_problems, read_records
 from vlm_cli.errors import DataError, MediaError, PromptError
 from vlm_cli.evaluation.answers import make_sample
 from vlm_cli.evaluation.items import MAX_NEW_TOKENS, Item, encode_items, find_problem, make_items

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vlm_cli.data.records import PLAIN_READING, Problem, Reading, Record, Records, Segment, raise_problems, read_records
+from vlm_cli.data.problems import Problem
+from vlm_cli.data.records import PLAIN_READING, Reading, Record, Records, Segment, raise_problems, read_records
 from vlm_cli.generation.rows import Row
 from vlm_cli.prompt import Medium, Text, format
 

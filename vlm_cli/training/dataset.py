@@ -18,15 +18,8 @@ import torch
 from torch.utils.data import Dataset
 
 from vlm_cli.data.mixture import Mixture
-from vlm_cli.data.records import (
-    PLAIN_READING,
-    Problem,
-    Reading,
-    Records,
-    describe_problems,
-    raise_problems,
-    read_records,
-)
+from vlm_cli.data.problems import Problem, describe_problems
+from vlm_cli.data.records import PLAIN_READING, Reading, Records, raise_problems, read_records
 from vlm_cli.data.repeated import RepeatedIds
 from vlm_cli.errors import DataError, MediaError, VLMError
 from vlm_cli.image_processor import OpenCLIPImageProcessor

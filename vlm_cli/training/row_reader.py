@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm_cli.data.records import MediaCheck, Reading, Record, read_record
+from vlm_cli.data.media_check import MediaCheck
+from vlm_cli.data.records import Reading, Record, read_record
 from vlm_cli.data.sources import Embedded, Row, Source
 from vlm_cli.data.stream import Drawn
 from vlm_cli.errors import VLMError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm_cli.data.records import Problem, describe_problems
+from vlm_cli.data.problems import Problem, describe_problems
 from vlm_cli.errors import DataError, UsageError, VLMError
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
