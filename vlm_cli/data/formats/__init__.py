@@ -1,4 +1,4 @@
-"""The formats of records: `ours`, those in which other projects publish data, and columns that the user names.
+"""The formats of records: `ours`, those of other projects, those of benchmarks, and columns that the user names.
 
 A row is recognised by its keys, so one file may hold rows of several formats.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlm_cli.data.formats.benchmarks import BENCHMARKS
 from vlm_cli.data.formats.columns import ColumnMap
 from vlm_cli.data.formats.conversations import Conversations
 from vlm_cli.data.formats.format import Format
@@ -16,9 +17,11 @@ from vlm_cli.data.formats.requests import Requests
 from vlm_cli.data.formats.texts import Texts
 from vlm_cli.data.jsonl import RecordError
 
-__all__ = ["FORMATS", "ColumnMap", "Format", "recognise", "recognise_question"]
+__all__ = ["BENCHMARKS", "FORMATS", "ColumnMap", "Format", "recognise", "recognise_question"]
 
 FORMATS: tuple[Format, ...] = (OwnRecords(), Conversations(), Messages(), Texts(), Requests())
+#: A row that has something to learn under one of these keys is of no benchmark.
+_LEARNED = frozenset(("prompt", "completion", "turns", "messages", "conversations", "texts"))
 
 
 def recognise(data: dict[str, Any]) -> Format:
@@ -27,7 +30,9 @@ def recognise(data: dict[str, Any]) -> Format:
     Raises:
         RecordError: if two match.
     """
-    found = [x for x in FORMATS if x.matches(data)]
+    found: list[Format] = [x for x in FORMATS if x.matches(data)]
+    if _LEARNED.isdisjoint(data):
+        found = [x for x in BENCHMARKS if x.matches(data)] or found
     if len(found) > 1:
         both = " and as ".join(f"{x.name} ({x.keys})" for x in found)
         key = next((key for key in ("messages", "conversations", "texts") if key in data), "completion")

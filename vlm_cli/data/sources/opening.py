@@ -9,13 +9,16 @@ from pathlib import Path
 
 from vlm_cli.data.inputs import is_pipe
 from vlm_cli.data.sources.base import Source
+from vlm_cli.data.sources.documents import JsonDocument, is_document
 from vlm_cli.data.sources.files import FileSource, Shards
 from vlm_cli.data.sources.folders import find_shards
 from vlm_cli.data.sources.foreign import refuse_foreign
 from vlm_cli.data.sources.hub import HUB, find_on_hub
 from vlm_cli.data.sources.json_array import JsonArray
 from vlm_cli.data.sources.json_lines import JsonLines, PipedLines
+from vlm_cli.data.sources.mme_folder import MMEFolder, find_mme
 from vlm_cli.data.sources.patterns import expand_pattern, is_pattern
+from vlm_cli.data.sources.tab_tables import TabTables, is_tab_table
 from vlm_cli.data.sources.tables import ArrowFiles, ArrowStreams, ParquetFiles
 from vlm_cli.data.sources.tar_shards import TarShards
 from vlm_cli.errors import DataError
@@ -49,6 +52,8 @@ def open_source(text: str) -> Source:
         return _open(text, Shards(expand_pattern(text)), "")
     path = find_named(path)
     if path.is_dir():
+        if (questions := find_mme(path)) is not None:
+            return MMEFolder(text, questions)
         files, detail = find_shards(path)
         return _open(text, Shards(files, path.absolute()), detail)
     return _open(text, Shards([path]), "")
@@ -78,6 +83,10 @@ def _recognise(path: Path) -> type[FileSource]:
         return ArrowStreams
     if _is_tar(head):
         return TarShards
+    if is_tab_table(head):
+        return TabTables
+    if is_document(path, head):
+        return JsonDocument
     refuse_foreign(path, head)
     return JsonArray if _ARRAY.match(head) else JsonLines
 
