@@ -78,3 +78,9 @@ def test_mcnemar_is_the_binomial_distribution(first: int, second: int) -> None:
     total = first + second
     tail = sum(Fraction(math.comb(total, k), 2**total) for k in range(min(first, second) + 1))
     assert mcnemar(first, second) == pytest.approx(float(min(Fraction(1), 2 * tail)), abs=1e-12)
+
+
+def test_marks_that_are_all_alike_are_in_doubt() -> None:
+    samples = [Sample("x", "abcd", ("abcd",))] * 4
+    total = Marks(samples, [None] * 4, [METRICS["anls"]]).total()
+    assert (total.main.value, total.main.interval) == (0.0, wilson_interval(0, 4))

@@ -22,7 +22,8 @@ class Estimate:
     Attributes:
         figure: what it is.
         value: of the figure.
-        interval: the 95 % confidence interval: Wilson's for shares of right answers, and else a bootstrap's.
+        interval: the 95 % confidence interval: Wilson's for shares of right answers and for shares that are the same in
+            every sample of a bootstrap, and else the bootstrap's.
         right: the number of right answers, where an answer is right or wrong.
     """
 
@@ -106,5 +107,16 @@ def _estimate(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
             continue
         if drawn is None:
             drawn = metric.values(draw_sums(statistics)[0])
-        estimates.append(Estimate(figure, float(values[i]), percentile_interval(drawn[:, i])))
+        estimates.append(Estimate(figure, float(values[i]), _interval(drawn[:, i], figure, len(statistics))))
     return estimates
+
+
+def _interval(drawn: np.ndarray, figure: Figure, items: int) -> tuple[float, float]:
+    """Return the interval of float[R] drawn values.
+
+    Where all are alike, as of one item or of marks that are all 0, the bootstrap knows of no doubt. Wilson's interval
+    is then on the safe side: no marks between 0 and 1 vary more than right and wrong answers of the same mean.
+    """
+    if figure.is_share and (drawn == drawn[0]).all():
+        return wilson_interval(float(drawn[0]) * items, items)
+    return percentile_interval(drawn)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from tests.support import ROOT
 from tests.support.markdown import table
-from vlm_cli.data.formats import BENCHMARKS
+from vlm_cli.data.formats import BENCHMARKS, recognise_question
+from vlm_cli.data.formats.format import ANSWERED
 from vlm_cli.data.record import Record
 from vlm_cli.data.records import Records, raise_problems, read_records
 from vlm_cli.errors import DataError
@@ -317,6 +318,20 @@ def test_pictures_of_mmmu_stand_where_they_are_named(tmp_path: Path) -> None:
 def test_a_lesson_without_a_picture(tmp_path: Path) -> None:
     second = good(scienceqa(tmp_path)).good[1]
     assert second.sources == () and prompt_of(second).startswith("Which is solid?")
+
+
+def test_a_directory_by_its_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mme(tmp_path), mme_nested(tmp_path / "more")
+    monkeypatch.chdir(tmp_path)
+    for path in ("release", "release/color", "more/release"):
+        assert len(good(Path(path)).good) == 2
+
+
+def test_questions_of_a_test_split_can_be_answered(tmp_path: Path) -> None:
+    [row] = json.loads(docvqa(tmp_path).read_text())["data"]
+    answered, asked = (recognise_question(x).read_question(x) for x in (row, {**row, "answers": None}))
+    assert answered.segments == asked.segments and len(asked.segments) == 1
+    assert (answered.notes, asked.notes) == ((ANSWERED,), ())
 
 
 def test_questions_about_a_picture_count_as_one(tmp_path: Path) -> None:

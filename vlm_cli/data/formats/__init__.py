@@ -30,9 +30,7 @@ def recognise(data: dict[str, Any]) -> Format:
     Raises:
         RecordError: if two match.
     """
-    found: list[Format] = [x for x in FORMATS if x.matches(data)]
-    if _LEARNED.isdisjoint(data):
-        found = [x for x in BENCHMARKS if x.matches(data)] or found
+    found = [x for x in _benchmarks(data) if x.matches(data)] or [x for x in FORMATS if x.matches(data)]
     if len(found) > 1:
         both = " and as ".join(f"{x.name} ({x.keys})" for x in found)
         key = next((key for key in ("messages", "conversations", "texts") if key in data), "completion")
@@ -42,4 +40,9 @@ def recognise(data: dict[str, Any]) -> Format:
 
 def recognise_question(data: dict[str, Any]) -> Format:
     """Return the format of a row of questions; vlm's own if it has a prompt, or if none matches."""
-    return next((x for x in FORMATS if x.asks(data)), FORMATS[0])
+    return next((x for x in (*_benchmarks(data), *FORMATS) if x.asks(data)), FORMATS[0])
+
+
+def _benchmarks(data: dict[str, Any]) -> tuple[Format, ...]:
+    """Return the benchmarks of which a row may be: none if it says under a key of ours what is asked or learned."""
+    return BENCHMARKS if _LEARNED.isdisjoint(data) else ()

@@ -65,7 +65,8 @@ class MMEFolder(FileSource):
             except RecordError as error:
                 yield Row(name, number, problem=str(error), unit="line")
                 continue
-            data = {"question_id": f"{task.name}/{picture.name}", "image": str(picture), "category": task.name}
+            image = picture.absolute().relative_to(self.folder)
+            data = {"question_id": f"{task.name}/{picture.name}", "image": str(image), "category": task.name}
             yield Row(name, number, {**data, "question": question, "answer": answer}, unit="line")
 
 

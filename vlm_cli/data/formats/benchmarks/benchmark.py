@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from vlm_cli.data.formats.format import Format
+from vlm_cli.data.formats.format import ANSWERED, Format
 from vlm_cli.data.formats.pictures import read_media
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
 from vlm_cli.data.record import Content, Marking, Segment
@@ -83,9 +83,16 @@ class Benchmark(Format):
                 f"has no answer, as in the test split of {self.name}, whose answers are not published. "
                 "Give a split with answers."
             )
-        segments = (Segment(asked.parts, False), Segment((Text(asked.answer),), True))
+        return self._content(asked, Segment((Text(asked.answer),), True))
+
+    def read_question(self, data: dict[str, Any]) -> Content:
+        asked = self.ask(data)
+        return self._content(asked, notes=(ANSWERED,) if asked.answer.strip() else ())
+
+    def _content(self, asked: Question, *answers: Segment, notes: tuple[str, ...] = ()) -> Content:
         marking = Marking(asked.answers, asked.choices, self.metric, asked.group)
-        return Content(segments, id=asked.id, kind=asked.kind, is_turns=True, marking=marking)
+        segments = (Segment(asked.parts, False), *answers)
+        return Content(segments, id=asked.id, kind=asked.kind, notes=notes, is_turns=True, marking=marking)
 
 
 def text_of(data: dict[str, Any], *keys: str) -> str:
