@@ -195,6 +195,32 @@ def test_forms_of_images_that_do_not_fit(processor, text, images):
         processor(text=text, images=images)
 
 
+def test_rows_are_padded_at_the_right_where_a_program_wants_that(processor):
+    left, right = (processor(text=["abc", "a<image>"], images=[[], [RED]], padding_side=x) for x in ("left", "right"))
+    assert right["input_ids"].tolist()[1] == [*left["input_ids"].tolist()[1][1:], processor.tokenizer.pad_token_id]
+    assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]] != left["attention_mask"].tolist()
+
+
+def test_a_text_that_has_its_special_tokens_gets_no_other(processor):
+    processor.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", processor.tokenizer.eos_token_id)]
+    )
+    ids = [processor(text="a</s>", add_special_tokens=x)["input_ids"][0].tolist() for x in (True, False)]
+    end = processor.tokenizer.eos_token_id
+    assert ids[1] == [ids[0][1], end] and ids[0][0] == end and ids[0].count(end) == 1 and len(ids[0]) == 6
+
+
+def test_a_row_is_never_cut(processor):
+    assert processor(text="abcd", truncation=True, max_length=4)["input_ids"].shape == (1, 4)
+    assert processor(text="abcd", max_length=3)["input_ids"].shape == (1, 4)
+    with pytest.raises(PromptError, match="a row has 4 tokens, and max_length is 3"):
+        processor(text="abcd", truncation=True, max_length=3)
+    messages = [{"role": "user", "content": "abcd"}]
+    options = {"tokenize": True, "processor_kwargs": {"truncation": True, "max_length": 3}}
+    with pytest.raises(PromptError, match="Give a larger max_length, or None"):
+        processor.apply_chat_template(messages, **options)
+
+
 def test_clips_come_beside_images_or_among_them(processor):
     among = processor(text="<video>a<image><video>", images=[[RED, GREEN], BLUE, [GREEN, RED]])
     beside = processor(text="<video>a<image><video>", images=[BLUE], videos=[[RED, GREEN], [GREEN, RED]])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from PIL.Image import Image
 from torch import Tensor
@@ -16,11 +16,13 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     BatchFeature,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from vlm_cli.chat_inputs import ChatText, encode_chat, load_media, split_batch
 from vlm_cli.composition import MEDIA_TOKEN
@@ -127,6 +129,8 @@ class VLMProcessor(ProcessorMixin):
         videos: Any = None,
         *,
         parse_special_tokens: bool = False,
+        add_special_tokens: bool = True,
+        padding_side: Literal["left", "right"] = "left",
         **kwargs: Any,
     ) -> BatchFeature:
         """Encode prompts and preprocess their images.
@@ -139,15 +143,19 @@ class VLMProcessor(ProcessorMixin):
             text: a prompt, or several; instead of a string, each may be the parts that `vlm_cli.prompt.interleave`
                 returns.
             parse_special_tokens: read text that spells a special token (`<|endofchunk|>`, chat markers) as the token.
-            kwargs: ignored; Transformers passes options that do not apply.
+            add_special_tokens: add the tokens with which the tokenizer starts a text. False says that the text has its
+                special tokens already, as a chat template writes them: they are read as tokens, too.
+            padding_side: where shorter rows are padded.
+            kwargs: `max_length` with `truncation` is the most tokens of a row. Others are ignored; Transformers passes
+                options that do not apply.
 
         Returns:
-            `input_ids` and `attention_mask`, int[B, T_txt], padded at the left, and if there are media `pixel_values`
+            `input_ids` and `attention_mask`, int[B, T_txt], and if there are media `pixel_values`
             float[B, T_img, F, C, H, W] and `vision_mask` bool[B, T_img, F], with `vision_grid` as `preprocess` of the
             image processor returns it.
 
         Raises:
-            PromptError: if placeholders and media do not match.
+            PromptError: if placeholders and media do not match, or if a row is too long.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         if texts and all(isinstance(x, ChatText) for x in texts):  # what `apply_chat_template` wrote
@@ -156,8 +164,9 @@ class VLMProcessor(ProcessorMixin):
         else:
             rows = [_parts(x) for x in texts]
             media = _media_in_order(rows, images, videos)
-            ids = [self.encode(row, parse_special_tokens=parse_special_tokens) for row in rows]
-        input_ids, attention_mask = pad_left(ids, self.tokenizer.pad_token_id)
+            reads = parse_special_tokens or not add_special_tokens
+            ids = [self.encode(row, parse_special_tokens=reads, add_special_tokens=add_special_tokens) for row in rows]
+        input_ids, attention_mask = self._pad(ids, padding_side, **kwargs)
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         if any(media):
             data |= self.image_processor.preprocess(media)
@@ -192,14 +201,14 @@ class VLMProcessor(ProcessorMixin):
             tokenize: return tokens and pixels, not a text.
             return_dict: with `tokenize`, return what `__call__` returns, and not the ids alone.
             images: pictures for parts that name none, in reading order; of several conversations, a list of lists.
-            processor_kwargs: may hold `images`.
+            processor_kwargs: may hold `images`, and `padding_side`, `truncation` and `max_length` as of `__call__`.
             kwargs: ignored; Transformers passes options that do not apply.
 
         Returns:
             A text that `__call__` reads as the same tokens, or int[B, T_txt] ids, or a `BatchFeature`.
 
         Raises:
-            PromptError: if the messages cannot be read.
+            PromptError: if the messages cannot be read, or a row is too long.
             MediaError: if a picture cannot be read.
             LanguageModelError: if the template cannot write the messages.
         """
@@ -209,7 +218,8 @@ class VLMProcessor(ProcessorMixin):
         if return_assistant_tokens_mask:
             raise PromptError("return_assistant_tokens_mask is not possible. `vlm train` learns answers alone.")
         conversations, is_batch = split_batch(conversation)
-        images = (processor_kwargs or {}).get("images", images)
+        options = {**(processor_kwargs or {})}
+        images = options.pop("images", images)
         of_each = [[] for _ in conversations] if images is None else list(images) if is_batch else [list(images)]
         if len(of_each) != len(conversations):
             raise PromptError(f"{len(conversations)} conversations have {len(of_each)} lists of images.")
@@ -230,11 +240,36 @@ class VLMProcessor(ProcessorMixin):
             media.append([self.image_processor.read(x) for x in loaded or ()])
         if not tokenize:
             return texts if is_batch else texts[0]
-        input_ids, attention_mask = pad_left([x.ids for x in texts], self.tokenizer.pad_token_id)
+        input_ids, attention_mask = self._pad([x.ids for x in texts], **options)
         if not return_dict:
             return input_ids
         pixels = stack_pixels(media) if any(media) else {}
         return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **pixels})
+
+    def _pad(
+        self,
+        rows: Sequence[list[int]],
+        padding_side: str = "left",
+        *,
+        truncation: Any = None,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Pad rows of tokens to one length.
+
+        Raises:
+            PromptError: if a row would have to be cut, and with it perhaps a picture.
+        """
+        longest = max(map(len, rows), default=0)
+        if truncation and max_length is not None and longest > max_length:
+            raise PromptError(
+                f"a row has {longest} tokens, and max_length is {max_length}. A row of vlm is never cut: its pictures "
+                "belong to its tokens. Give a larger max_length, or None."
+            )
+        if padding_side == "left":
+            return pad_left(rows, self.tokenizer.pad_token_id)
+        ids, mask = pad_left([row[::-1] for row in rows], self.tokenizer.pad_token_id)
+        return ids.flip(1), mask.flip(1)
 
     def encode(
         self, parts: Sequence[Any], *, parse_special_tokens: bool = False, add_special_tokens: bool = True
@@ -365,7 +400,12 @@ def _register_with_transformers() -> None:
     AutoConfig.register(VLMConfig.model_type, VLMConfig)
     # A pipeline compares the name of a model's class with those that are registered here.
     classes = (VLM, VLMWithCrossAttention, VLMWithLlamaCrossAttention, VLMWithLanguageStream)
-    AutoModelForImageTextToText._model_mapping.register(VLMConfig, classes)  # type: ignore[arg-type]
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto._model_mapping.register(VLMConfig, classes)  # type: ignore[arg-type]
+    # Transformers' server reads names of types and classes, for which there is no function that registers.
+    for cls in classes:
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VLMConfig.model_type] = VLM.__name__
     AutoImageProcessor.register(
         VLMConfig, image_processor_classes=dict.fromkeys(("torchvision", "pil"), OpenCLIPImageProcessor)
     )

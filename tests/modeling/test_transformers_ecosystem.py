@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 import vlm_cli
 from tests.support import disk, seed_torch, tiny
@@ -66,6 +73,36 @@ def test_auto_classes(model):
         assert not torch.equal(logits(auto, batch), logits(whole, batch))
     ids = their_processor.tokenizer("a<image>b", split_special_tokens=True).input_ids
     assert ids == processor.tokenizer("a<image>b", split_special_tokens=True).input_ids
+
+
+def test_rows_padded_at_the_right_have_the_same_logits(model):
+    whole, processor = vlm_cli.load(model)
+    photo = Image.new("RGB", (32, 40), "red")
+    texts, images = ["The <image> cat", "A much longer text, <image>and more"], [[photo], [photo]]
+    left, right = (processor(text=texts, images=images, padding_side=side) for side in ("left", "right"))
+    assert not torch.equal(left["attention_mask"], right["attention_mask"])
+    found, wanted = ((logits(whole, batch), batch["attention_mask"].bool()) for batch in (right, left))
+    for row in range(2):
+        torch.testing.assert_close(found[0][row, found[1][row]], wanted[0][row, wanted[1][row]])
+
+
+def test_a_directory_whose_trainer_named_the_added_pad_token_loads(folder, tmp_path):
+    whole, processor = vlm_cli.load(str(folder / "llava"))
+    text = whole.config.get_text_config()
+    text.pad_token_id = text.vocab_size  # as Transformers' Trainer does where <pad> is an added token
+    vlm_cli.save(whole, processor, tmp_path / "again")
+    again, _ = vlm_cli.load(str(tmp_path / "again"))
+    assert again.config.get_text_config().pad_token_id is None
+    batch = prompt(processor)
+    assert torch.equal(logits(again, batch), logits(whole, batch))
+
+
+def test_transformers_server_knows_the_classes(model):
+    manager = pytest.importorskip("transformers.cli.serving.model_manager", exc_type=ImportError)
+    whole, processor = vlm_cli.load(model)
+    assert manager.ModelManager.get_model_modality(whole, processor).name == "MULTIMODAL"
+    assert type(AutoModelForMultimodalLM.from_pretrained(model)) is type(whole)
+    assert whole.config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
 def test_pipeline(model):

@@ -60,6 +60,10 @@ class VLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = make_config(**{"model_type": "llama"} | (self.text_config or {}))
+        text = self.text_config.get_text_config(decoder=True)
+        if isinstance(text.pad_token_id, int) and text.pad_token_id >= text.vocab_size:
+            # Transformers' Trainer writes the tokenizer's pad token here, which may be one of the added tokens.
+            text.pad_token_id = None
         if isinstance(self.composition, Mapping):
             self.composition = Composition.from_dict(self.composition)
         super().__post_init__(**kwargs)
