@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tests.support import disk, tiny
 from vlm_cli.checkpoint.create import create, plan
+from vlm_cli.composition import Composition
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 
@@ -25,11 +26,12 @@ SIGLIP: dict[str, Any] = {
 
 def make(
     folder: Path,
-    tokenizer: str = "mlp",
+    tokenizer: tiny.Settings = "mlp",
     *,
     model_type: str = "llama",
     tower: dict[str, Any] = SIGLIP,
     encoder: dict[str, Any] | None = None,
+    mask: str = "causal",
     **settings: Any,
 ) -> tuple[VLM, VLMProcessor]:
     """A model of random weights, and its processor; `encoder` and `settings` change the composition."""
@@ -37,8 +39,15 @@ def make(
     if not (lm := folder / model_type).is_dir():
         disk.language_model(lm, model_type)
     (folder / "tower.json").write_text(json.dumps(tower))
-    parts = disk.composition(
-        str(folder / "tower.json"), str(lm), tokenizer, "language-stream", vision_encoder=encoder or {}, **settings
+    parts = Composition.compose(
+        None,
+        {
+            "vision_encoder": {"name": str(folder / "tower.json"), **(encoder or {})},
+            "vision_tokenizer": tiny.TOKENIZERS[tokenizer] if isinstance(tokenizer, str) else tokenizer,
+            "fusion": {"type": "language-stream", "mask": mask},
+            "language_model": {"name": str(lm)},
+        },
+        settings,
     )
     blueprint = plan(parts)
     model = tiny.open_gates(create(blueprint, random_weights=True))

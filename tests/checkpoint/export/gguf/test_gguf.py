@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support import llama_cpp, tiny
+from tests.support import disk, llama_cpp, tiny
 from tests.support.disk import run
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.export.gguf import comparing, exporting
@@ -19,6 +21,17 @@ from vlm_cli.checkpoint.export.gguf.checking import check_gguf
 from vlm_cli.checkpoint.export.gguf.exporting import export_gguf, write_gguf
 from vlm_cli.errors import CheckpointError, UsageError
 
+#: What the projector types `internvl` and `gemma3` hold.
+INTERNVL = {
+    "tokenizer": {"type": "mlp", "norm": "layer", "pixel_shuffle": 2},
+    "tower": disk.TOWER,
+    "tiling": {"type": "none", "picture_text": "<img>{views}</img>"},
+}
+GEMMA3 = {
+    "tokenizer": {"type": "linear", "bias": False, "pool": 2, "norm": "gemma", "norm_eps": 1e-6},
+    "mask": "image",
+    "tiling": {"type": "none", "picture_text": "<start_of_image>{views}<end_of_image>"},
+}
 needs_llama_cpp = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp is not installed")
 
 
@@ -89,6 +102,15 @@ def test_layers_that_nothing_reads_are_left_out(folder, tmp_path):
     assert "v.blk.1.ln1.weight" in held and "v.blk.2.ln1.weight" not in held and "v.post_ln.weight" not in held
 
 
+def test_a_class_token_that_stands_last_keeps_its_position(folder, tmp_path):
+    model, processor = llama_cpp.make(folder, **INTERNVL)
+    files = write_gguf(model, processor, tmp_path, name="x", out_type="f32")
+    held, visual = tensors(tmp_path / files["mmproj"]), model.vision_encoder.visual
+    positions = visual.positional_embedding.detach()
+    torch.testing.assert_close(held["v.position_embd.weight"], torch.cat([positions[1:], positions[:1]]))
+    assert files["projector"] == "internvl" and held["v.class_embd"].shape == (48,)
+
+
 @pytest.mark.parametrize(
     ("out_type", "kinds"), [("f16", {"F16", "F32"}), ("bf16", {"BF16", "F32"}), ("q8_0", {"Q8_0", "F16", "F32"})]
 )
@@ -156,6 +178,10 @@ def test_without_llama_cpp_the_command_says_what_it_did_not_check(made, tmp_path
         {"tokenizer": "linear", "model_type": "qwen3"},
         {"model_type": "qwen2", "encoder": {"layer": [-2, -1]}},
         {"model_type": "mistral", "encoder": {"layer": -2}},
+        {"model_type": "gemma2"},
+        {"model_type": "phi3"},
+        {**INTERNVL, "encoder": {"layer": -2}},
+        {**GEMMA3, "model_type": "gemma3_text"},
     ],
 )
 def test_llama_cpp_answers_as_the_model_does(folder, tmp_path, parts):
@@ -179,3 +205,22 @@ def test_a_file_that_differs_is_not_written(made, tmp_path, monkeypatch, spoiled
     result = run("export", tmp_path / "model", tmp_path / "out", "--format", "gguf", "--outtype", "f32")
     assert result.exit_code == 1 and "llama.cpp, about a" in result.stderr and "Nothing was written" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@needs_llama_cpp
+@pytest.mark.matrix
+def test_a_chat_template_that_llama_cpp_writes_otherwise(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "write_chat_template", lambda processor: "{{ messages[0]['content'] }}!")
+    with pytest.raises(CheckpointError, match="llama.cpp writes a message with a picture as"):
+        export_gguf(*made, tmp_path, name="x", out_type="f32")
+
+
+@pytest.mark.parametrize("text_begins", [False, True])
+@pytest.mark.parametrize("chat_begins", [False, True])
+def test_both_texts_and_chats_must_begin_with_the_first_token(made, text_begins, chat_begins):
+    processor = copy.deepcopy(made[1])
+    if text_begins:
+        template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        processor.tokenizer.backend_tokenizer.post_processor = template
+    processor.tokenizer.chat_template = "{{ bos_token }}" * chat_begins + "{{ messages[0]['content'] }}"
+    assert exporting.begins_with_bos(processor) == (text_begins and chat_begins)

@@ -27,9 +27,8 @@ def check_gguf(config: VLMConfig) -> None:
     if parts.fusion.type != "language-stream":
         problems.append(f"fusion is {parts.fusion.type}; it would have to be language-stream.")
     elif not tower_problems:
-        name, by_projector = find_projector(config, read_tower(visual, config))
-        if name is None:
-            problems += [f"as {kind}, {problem}" for kind, found in by_projector.items() for problem in found]
+        name, found = find_projector(config, read_tower(visual, config))
+        problems += [f"as {name}, {problem}" for problem in found]
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         known = "; ".join(f"{name}: {x.summary}" for name, x in PROJECTORS.items())

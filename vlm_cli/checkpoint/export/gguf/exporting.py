@@ -12,7 +12,12 @@ from torch import Tensor
 
 from vlm_cli.checkpoint.export.gguf.checking import check_gguf
 from vlm_cli.checkpoint.export.gguf.comparing import compare_with_llama_cpp
-from vlm_cli.checkpoint.export.gguf.language_models import ARCHITECTURES, describe_language_model, language_weights
+from vlm_cli.checkpoint.export.gguf.language_models import (
+    ARCHITECTURES,
+    describe_language_model,
+    embedding_factor,
+    language_weights,
+)
 from vlm_cli.checkpoint.export.gguf.projectors import PROJECTORS, find_projector
 from vlm_cli.checkpoint.export.gguf.towers import Tower, read_tower
 from vlm_cli.checkpoint.export.gguf.vocabulary import read_vocabulary
@@ -21,7 +26,8 @@ from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
-from vlm_cli.templates.conversation import ChatFormat
+from vlm_cli.prompt import Text
+from vlm_cli.templates.conversation import ChatFormat, Message
 from vlm_cli.templates.pictures import PLAIN, take_pictures
 
 __all__ = ["export_gguf", "kept_tokens", "write_gguf"]
@@ -54,6 +60,7 @@ def export_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, ou
         language_model=files["language_model"],
         mmproj=files["mmproj"],
         kept=kept_tokens(model),
+        adds_bos=begins_with_bos(processor),
     )
 
 
@@ -71,14 +78,20 @@ def write_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out
     describe = [
         lambda writer: writer.add_name(name),
         describe_language_model(text, len(ids)),
-        vocabulary.describe(processor.tokenizer, stops, _chat_template(processor)),
+        vocabulary.describe(
+            processor.tokenizer, stops, write_chat_template(processor), adds_bos=begins_with_bos(processor)
+        ),
     ]
     write_file(out / language, arch, language_weights(model, kept), out_type, describe)
     visual: Any = model.vision_encoder.visual
     tower = read_tower(visual, model.config)
-    projector, _ = find_projector(model.config, tower)
-    assert projector is not None  # check_gguf found one
-    weights: dict[str, Tensor] = {**tower.weights(), **PROJECTORS[projector].weights(model)}
+    projector, problems = find_projector(model.config, tower)
+    assert not problems  # check_gguf found none
+    chosen, tokenizer = PROJECTORS[projector], model.vision_tokenizer
+    weights: dict[str, Tensor] = {
+        **tower.weights(class_token_last=chosen.class_token_last),
+        **chosen.weights(tokenizer, embedding_factor(model)),
+    }
     pixels = processor.image_processor.preprocessing.config
 
     def describe_vision(writer: gguf.GGUFWriter) -> None:
@@ -86,7 +99,7 @@ def write_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out
         _describe_tower(writer, tower, projector, text.hidden_size)
         writer.add_vision_image_mean(_three(pixels.mean))
         writer.add_vision_image_std(_three(pixels.std))
-        PROJECTORS[projector].describe(writer, model.config, tower)
+        chosen.describe(writer, model.config.composition.vision_tokenizer.options, tower)
 
     write_file(out / vision, "clip", weights, out_type, [describe_vision], exact=_VISION_EXACT)
     return {"language_model": language, "mmproj": vision, "projector": projector}
@@ -118,7 +131,17 @@ def _three(values: Any) -> list[float]:
     return [float(x) for x in values] if isinstance(values, (list, tuple)) else [float(values)] * 3
 
 
-def _chat_template(processor: VLMProcessor) -> str:
+def begins_with_bos(processor: VLMProcessor) -> bool:
+    """Tell whether texts and chats both begin with the tokenizer's first token.
+
+    llama.cpp knows one answer for both. Where only texts do, it is no: chats are what people ask.
+    """
+    bos, turn = processor.tokenizer.bos_token_id, Message("user", (Text("a"),))
+    starts = processor.tokenizer("a")["input_ids"][:1], ChatFormat(processor).encode_messages([turn])[:1]
+    return bos is not None and all(start == [bos] for start in starts)
+
+
+def write_chat_template(processor: VLMProcessor) -> str:
     """Return a chat template that takes pictures, and opens the answer as `vlm chat` does."""
     heading = ChatFormat(processor).heading
     opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(heading)} }}}}{{% endif %}}" if heading else ""

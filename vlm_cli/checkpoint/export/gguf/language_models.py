@@ -19,7 +19,7 @@ from torch import Tensor
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["ARCHITECTURES", "describe_language_model", "find_language_problems", "language_weights"]
+__all__ = ["ARCHITECTURES", "describe_language_model", "embedding_factor", "find_language_problems", "language_weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class Architecture:
         rotates_neighbours: whether it rotates channels 2i and 2i+1 of queries and keys, not i and i + half.
         shifts_norms: whether the factor of a norm is 1 + weight in Transformers.
         scales_embeddings: whether the embeddings of tokens are multiplied by the root of their width.
+        scales_vision_tokens: whether llama.cpp multiplies vision tokens, too.
         windows: whether some layers see a sliding window.
         problems: what of the configuration llama.cpp does not have.
     """
@@ -39,6 +40,7 @@ class Architecture:
     rotates_neighbours: bool = False
     shifts_norms: bool = False
     scales_embeddings: bool = False
+    scales_vision_tokens: bool = False
     windows: bool = False
     problems: Callable[[Any], list[str]] = lambda config: []
 
@@ -84,7 +86,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture(arch=MODEL_ARCH.QWEN2),
     "qwen3": Architecture(arch=MODEL_ARCH.QWEN3),
     "gemma2": Architecture(
-        arch=MODEL_ARCH.GEMMA2, shifts_norms=True, scales_embeddings=True, windows=True, problems=_gemma2_problems
+        arch=MODEL_ARCH.GEMMA2,
+        shifts_norms=True,
+        scales_embeddings=True,
+        scales_vision_tokens=True,
+        windows=True,
+        problems=_gemma2_problems,
     ),
     "gemma3_text": Architecture(
         arch=MODEL_ARCH.GEMMA3, shifts_norms=True, scales_embeddings=True, windows=True, problems=_gemma3_problems
@@ -188,11 +195,28 @@ def language_weights(model: VLM, kept: list[int]) -> dict[str, Tensor]:
         weights[target] = _fit(name, x, found, config)
     first = model.config.first_added_id
     added = model.added_tokens
-    scale = math.sqrt(config.hidden_size) if found.scales_embeddings else 1.0
+    scale = math.sqrt(config.hidden_size) if found.scales_embeddings and _scales_itself(model) else 1.0
     weights["token_embd.weight"] = torch.cat([embedding[:first], added.embedding.weight[rows] / scale]).detach()
     if rows or head.data_ptr() != embedding.data_ptr():
         weights["output.weight"] = torch.cat([head[:first], added.head.weight[rows]]).detach()
     return weights
+
+
+def embedding_factor(model: VLM) -> float:
+    """Return the factor by which a vision token is to be multiplied, for llama.cpp to have it as the model does.
+
+    Some language models multiply embeddings by the root of their width: in the embedding, which a vision token does not
+    pass, or behind it.
+    """
+    config = model.config.text_config
+    found, root = ARCHITECTURES[config.model_type], math.sqrt(config.hidden_size)
+    ours = root if found.scales_embeddings and not _scales_itself(model) else 1.0
+    return ours / root if found.scales_vision_tokens else ours
+
+
+def _scales_itself(model: VLM) -> bool:
+    """Tell whether the embedding of a language model multiplies what it gives."""
+    return hasattr(model.lang_model.get_input_embeddings(), "embed_scale")
 
 
 def _fit(name: str, x: Tensor, found: Architecture, config: Any) -> Tensor:

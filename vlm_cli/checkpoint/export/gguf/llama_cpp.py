@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,8 +51,14 @@ def llama_cpp_version() -> str | None:
 
 
 def ask_llama_cpp(
-    language_model: Path, mmproj: Path, prompts: Sequence[tuple[str, str | None]], *, num_tokens: int, top: int
-) -> list[Answer]:
+    language_model: Path,
+    mmproj: Path,
+    prompts: Sequence[tuple[str, str | None]],
+    *,
+    num_tokens: int,
+    top: int,
+    messages: Sequence[Mapping[str, Any]] = (),
+) -> tuple[list[Answer], str]:
     """Let llama.cpp answer prompts greedily, in float32 throughout.
 
     Args:
@@ -61,6 +67,10 @@ def ask_llama_cpp(
         prompts: each a text, with `MARKER` where the picture stands, and the picture as base64.
         num_tokens: of each answer.
         top: how many of the most probable first tokens to return.
+        messages: of a chat, in OpenAI's form.
+
+    Returns:
+        The answers, and how llama.cpp writes the messages, with `MARKER` where a picture stands.
 
     Raises:
         CheckpointError: if llama.cpp cannot read the files, or ends.
@@ -71,6 +81,7 @@ def ask_llama_cpp(
         "prompts": prompts,
         "num_tokens": num_tokens,
         "top": top,
+        "messages": messages,
     }
     module = f"{__package__}.llama_cpp"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(x for x in sys.path if x)}
@@ -90,13 +101,14 @@ def ask_llama_cpp(
         notes = [line for line in done.stderr.splitlines() if "error" in line.lower() or "assert" in line.lower()]
         last = (notes or done.stderr.splitlines() or ["no message"])[-1][:300]
         raise CheckpointError(f"llama.cpp cannot use the files: {last} Nothing was written; please report it.")
-    return [
-        Answer(x["tokens"], {int(i): p for i, p in x["logprobs"].items()}, x["num_prompt"])
-        for x in parse_json(lines[-1])
+    found = parse_json(lines[-1])
+    answers = [
+        Answer(x["tokens"], {int(i): p for i, p in x["logprobs"].items()}, x["num_prompt"]) for x in found["answers"]
     ]
+    return answers, found["rendered"]
 
 
-def _answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -111,7 +123,11 @@ def _answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     address = server.listening_address
     marker = _ask(f"{address}/props")["media_marker"]  # which each start draws anew
     prompts = [(text.replace(MARKER, marker), picture) for text, picture in request["prompts"]]
-    return [_complete(address, text, picture, request) for text, picture in prompts]
+    answers = [_complete(address, text, picture, request) for text, picture in prompts]
+    rendered = ""
+    if request["messages"]:
+        rendered = _ask(f"{address}/apply-template", {"messages": request["messages"]})["prompt"]
+    return {"answers": answers, "rendered": rendered.replace(marker, MARKER)}
 
 
 def _complete(address: str, text: str, picture: str | None, request: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A projector type of llama.cpp stands for a graph, for how it resizes pictures, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from vlm_cli.checkpoint.export.gguf.towers import Tower
-from vlm_cli.composition import UNTILED, LinearOptions, MLPOptions
+from vlm_cli.composition import LinearOptions, MLPOptions
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["PROJECTORS", "Projector", "find_projector"]
+
+#: Settings of a tokenizer that may have any value. `frames` is for videos, which these graphs do not read.
+_FREE = ("dim_out", "frames", "scale")
+_GELU = ("gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +30,62 @@ class Projector:
 
     Attributes:
         summary: what it holds.
-        problems: says why it cannot hold a model of this configuration and tower; an empty list if it can.
-        weights: returns the tensors of the vision tokenizer under llama.cpp's names.
+        picture_text: the text around a picture; llama.cpp writes it by itself.
+        tokenizers: type of vision tokenizer -> settings that may have other values than their default, and which.
+        mask: what positions of a picture see.
+        tower_problem: says why it cannot hold a tower; None if it can.
+        norm_eps_of_tower: whether the tokenizer's norm has the eps of the tower's norms.
+        weights: returns the tensors of the vision tokenizer under llama.cpp's names; its outputs are multiplied by a
+            factor.
         describe: writes keys of its own.
+        class_token_last: whether the class token stands behind the patches.
     """
 
     summary: str
-    problems: Callable[[VLMConfig, Tower], list[str]]
-    weights: Callable[[VLM], dict[str, Tensor]]
-    describe: Callable[[gguf.GGUFWriter, VLMConfig, Tower], None] = lambda writer, config, tower: None
+    picture_text: str = "{views}"
+    tokenizers: Mapping[str, Mapping[str, Collection[Any] | None]]
+    mask: str = "causal"
+    tower_problem: Callable[[Tower], str | None]
+    norm_eps_of_tower: bool = False
+    weights: Callable[[Any, float], dict[str, Tensor]]
+    describe: Callable[[gguf.GGUFWriter, Any, Tower], None]
+    class_token_last: bool = False
+
+    def problems(self, config: VLMConfig, tower: Tower) -> list[str]:
+        """Say why it cannot hold a model of this configuration and tower; an empty list if it can."""
+        parts, problems = config.composition, []
+        kind = parts.vision_tokenizer.type
+        if kind not in self.tokenizers:
+            problems.append(f"vision_tokenizer is {kind}; it would have to be {' or '.join(self.tokenizers)}.")
+        else:
+            problems += _tokenizer_problems(kind, parts.vision_tokenizer.options, self.tokenizers[kind])
+            eps = getattr(parts.vision_tokenizer.options, "norm_eps", None)
+            if self.norm_eps_of_tower and eps != tower.eps:
+                problems.append(f"vision_tokenizer.norm_eps is {eps}; it would have to be the tower's, {tower.eps}.")
+        if parts.tiling.type != "none":
+            problems.append(f"tiling is {parts.tiling.type}; it would have to be none.")
+        elif (text := parts.tiling.options.picture_text) != self.picture_text:
+            problems.append(f"tiling.picture_text is {text!r}; it would have to be {self.picture_text!r}.")
+        if (mask := parts.fusion.options.mask) != self.mask:
+            problems.append(f"fusion.mask is {mask}; it would have to be {self.mask}.")
+        if (problem := self.tower_problem(tower)) is not None:
+            problems.append(problem)
+        return problems
 
 
-# -- mlp ---------------------------------------------------------------------------------------------------------------
+def _tokenizer_problems(kind: str, options: Any, allowed: Mapping[str, Collection[Any] | None]) -> list[str]:
+    """Say which settings of a tokenizer a projector cannot hold."""
+    problems = []
+    for field in fields(MLPOptions if kind == "mlp" else LinearOptions):
+        value, name = getattr(options, field.name), f"vision_tokenizer.{field.name}"
+        known = allowed.get(field.name, (field.default,))
+        if field.name not in _FREE and known is not None and value not in known:
+            wanted = f"{min(known)} or more" if isinstance(known, range) else " or ".join(map(repr, known))
+            problems.append(f"{name} is {value!r}; it would have to be {wanted}.")
+    return problems
 
-#: Settings that may have any value. `frames` is for videos, which llama.cpp's graph does not read.
-_FREE = ("bias", "dim_out", "frames", "scale", "dim_hidden")
+
+# -- what projectors share ---------------------------------------------------------------------------------------------
 
 _CLASS_TOKEN = (
     "the vision encoder has a class token, which llama.cpp puts behind the patches and then takes for one of them, in "
@@ -50,48 +94,45 @@ _CLASS_TOKEN = (
 )
 
 
-def _mlp_problems(config: VLMConfig, tower: Tower) -> list[str]:
-    parts, problems = config.composition, []
-    options = parts.vision_tokenizer.options
-    if parts.vision_tokenizer.type not in ("linear", "mlp"):
-        return [f"vision_tokenizer is {parts.vision_tokenizer.type}; it would have to be linear or mlp."]
-    kind = MLPOptions if parts.vision_tokenizer.type == "mlp" else LinearOptions
-    for field in fields(kind):
-        value = getattr(options, field.name)
-        if field.name == "activation":
-            if value not in ("gelu", "gelu_tanh"):
-                problems.append(f"vision_tokenizer.activation is {value}; it would have to be gelu or gelu_tanh.")
-        elif field.name not in _FREE and value != field.default:
-            problems.append(f"vision_tokenizer.{field.name} is {value!r}; it would have to be {field.default!r}.")
-    if parts.tiling != UNTILED:
-        kind_of_tiling = "none with picture_text" if parts.tiling.type == "none" else parts.tiling.type
-        problems.append(f"tiling is {kind_of_tiling}; it would have to be none, without texts.")
-    if (mask := parts.fusion.options.mask) != "causal":
-        problems.append(f"fusion.mask is {mask}; it would have to be causal.")
-    return problems + ([_CLASS_TOKEN] if tower.has_class else [])
+def _no_class_token(tower: Tower) -> str | None:
+    return _CLASS_TOKEN if tower.has_class else None
 
 
-def _mlp_weights(model: VLM) -> dict[str, Tensor]:
-    tokenizer: Any = model.vision_tokenizer
-    maps = [m for m in tokenizer.proj.modules() if isinstance(m, nn.Linear)]
-    scale = float(tokenizer.options.scale)
-    pairs = [
-        (m.weight.detach(), m.bias.detach() if m.bias is not None else m.weight.new_zeros(len(m.weight))) for m in maps
-    ]
-    if len(pairs) == 1:
-        pairs = _split_identity(*pairs[0])
-    (first, first_bias), (last, last_bias) = pairs
-    return {
-        "mm.0.weight": first,
-        "mm.0.bias": first_bias.detach(),
-        "mm.2.weight": last * scale,
-        "mm.2.bias": last_bias.detach() * scale,
-    }
+def _one_layer_without_class(tower: Tower) -> str | None:
+    return _no_class_token(tower) or _one_layer(tower)
+
+
+def _one_layer(tower: Tower) -> str | None:
+    return "vision_encoder.layer names several layers; it would have to be one." if len(tower.layers) > 1 else None
+
+
+def _class_token(tower: Tower) -> str | None:
+    if not tower.has_class:
+        return "the vision encoder has no class token; it would have to be a tower with one, as CLIP's."
+    return _one_layer(tower)
+
+
+def _maps(tokenizer: Any, factor: float) -> list[tuple[Tensor, Tensor]]:
+    """Return the weights and biases of the linear maps, the last of them times the tokenizer's scale and a factor."""
+    found = []
+    for linear in (m for m in tokenizer.proj.modules() if isinstance(m, nn.Linear)):
+        weight = linear.weight.detach()
+        found.append((weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()))
+    scale = factor * float(tokenizer.options.scale)
+    return [*found[:-1], (found[-1][0] * scale, found[-1][1] * scale)]
+
+
+# -- mlp ---------------------------------------------------------------------------------------------------------------
+
+
+def _mlp_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
+    maps = _maps(tokenizer, factor)
+    (first, first_bias), (last, last_bias) = maps if len(maps) == 2 else _split_identity(*maps[0])
+    return {"mm.0.weight": first, "mm.0.bias": first_bias, "mm.2.weight": last, "mm.2.bias": last_bias}
 
 
 def _split_identity(weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Write a linear map as two with a GELU between, for which llama.cpp has a graph: GELU(x) - GELU(-x) is x."""
-    weight, bias = weight.detach(), bias.detach()
     one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     return [
         (torch.cat([weight, -weight]), torch.cat([bias, -bias])),
@@ -99,26 +140,85 @@ def _split_identity(weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]
     ]
 
 
-def _describe_mlp(writer: gguf.GGUFWriter, config: VLMConfig, tower: Tower) -> None:
+def _describe_mlp(writer: gguf.GGUFWriter, options: Any, tower: Tower) -> None:
     writer.add_array("clip.vision.feature_layer", list(tower.layers))
 
+
+# -- internvl ----------------------------------------------------------------------------------------------------------
+
+
+def _internvl_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
+    (first, first_bias), (last, last_bias) = _maps(tokenizer, factor)
+    return {
+        "mm.model.mlp.0.weight": tokenizer.norm.weight.detach(),
+        "mm.model.mlp.0.bias": tokenizer.norm.bias.detach(),
+        "mm.model.mlp.1.weight": first,
+        "mm.model.mlp.1.bias": first_bias,
+        "mm.model.mlp.3.weight": last,
+        "mm.model.mlp.3.bias": last_bias,
+    }
+
+
+def _describe_internvl(writer: gguf.GGUFWriter, options: Any, tower: Tower) -> None:
+    writer.add_vision_projector_scale_factor(options.pixel_shuffle)
+    writer.add_vision_preproc_min_tiles(1)
+    writer.add_vision_preproc_max_tiles(1)
+
+
+# -- gemma3 ------------------------------------------------------------------------------------------------------------
+
+
+def _gemma3_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
+    ((weight, _),) = _maps(tokenizer, factor)
+    shift = 1 if tokenizer.options.norm == "gemma" else 0
+    return {
+        "mm.input_projection.weight": weight.T.contiguous(),
+        "mm.soft_emb_norm.weight": tokenizer.norm.weight.detach() + shift,
+    }
+
+
+def _describe_gemma3(writer: gguf.GGUFWriter, options: Any, tower: Tower) -> None:
+    writer.add_vision_projector_scale_factor(options.pool)
+
+
+_ANY = None
+_TWO_MAPS: Mapping[str, Collection[Any] | None] = {"bias": (True, False), "activation": _GELU, "dim_hidden": _ANY}
 
 #: Name in llama.cpp -> what it holds.
 PROJECTORS: dict[str, Projector] = {
     "mlp": Projector(
         summary="linear or mlp of each patch, of towers without a class token (LLaVA with SigLIP)",
-        problems=_mlp_problems,
+        tokenizers={"linear": {"bias": (True, False)}, "mlp": _TWO_MAPS},
+        tower_problem=_no_class_token,
         weights=_mlp_weights,
         describe=_describe_mlp,
+    ),
+    "internvl": Projector(
+        summary="a norm and mlp of pixel-shuffled patches, of towers with a class token (InternVL, one tile)",
+        picture_text="<img>{views}</img>",
+        tokenizers={"mlp": {**_TWO_MAPS, "norm": ("layer",), "pixel_shuffle": range(1, 65)}},
+        tower_problem=_class_token,
+        weights=_internvl_weights,
+        describe=_describe_internvl,
+        class_token_last=True,
+    ),
+    "gemma3": Projector(
+        summary="a norm and linear of pooled patches that see each other, of towers without a class token (Gemma 3)",
+        picture_text="<start_of_image>{views}<end_of_image>",
+        tokenizers={
+            "linear": {"bias": (False,), "pool": range(1, 1025), "norm": ("gemma", "rms"), "norm_eps": _ANY},
+        },
+        mask="image",
+        tower_problem=_one_layer_without_class,
+        norm_eps_of_tower=True,
+        weights=_gemma3_weights,
+        describe=_describe_gemma3,
     ),
 }
 
 
-def find_projector(config: VLMConfig, tower: Tower) -> tuple[str | None, dict[str, list[str]]]:
-    """Return the projector type that holds a model, or None, and what stands in the way of each other type."""
-    problems: dict[str, list[str]] = {}
-    for name, projector in PROJECTORS.items():
-        if not (found := projector.problems(config, tower)):
-            return name, problems
-        problems[name] = found
-    return None, problems
+def find_projector(config: VLMConfig, tower: Tower) -> tuple[str, list[str]]:
+    """Return the projector type that holds a model, or the nearest one, and what stands in its way."""
+    found = {name: projector.problems(config, tower) for name, projector in PROJECTORS.items()}
+    name = min(found, key=lambda kind: len(found[kind]))
+    return name, found[name]

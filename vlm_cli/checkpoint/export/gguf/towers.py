@@ -88,8 +88,12 @@ class Tower:
     has_class: bool
     state: Mapping[str, Tensor]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the tensors under llama.cpp's names, without layers and norms that nothing reads."""
+    def weights(self, *, class_token_last: bool = False) -> dict[str, Tensor]:
+        """Return the tensors under llama.cpp's names, without layers and norms that nothing reads.
+
+        Args:
+            class_token_last: whether the class token, and so its position, comes behind the patches.
+        """
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, self.depth)
         weights: dict[str, Tensor] = {}
         for name, x in self.state.items():
@@ -98,6 +102,8 @@ class Tower:
                 continue
             target = names.get_name(_PREFIX + name, try_suffixes=(".weight", ".bias"))
             assert target is not None, name  # the names are those of the tables above
+            if target == "v.position_embd.weight" and class_token_last:
+                x = x.roll(-1, dims=0)
             weights[target] = x.flatten() if target == "v.class_embd" else x
         return weights
 

@@ -60,7 +60,7 @@ class Vocabulary:
     adds_space: bool
 
     def describe(
-        self, tokenizer: PreTrainedTokenizerBase, stops: list[int], template: str
+        self, tokenizer: PreTrainedTokenizerBase, stops: list[int], template: str, *, adds_bos: bool
     ) -> Callable[[gguf.GGUFWriter], None]:
         """Return a function that writes the keys of a tokenizer.
 
@@ -68,6 +68,7 @@ class Vocabulary:
             tokenizer: names the special tokens.
             stops: ids that end an answer.
             template: the chat template.
+            adds_bos: whether a text begins with the tokenizer's first token.
         """
 
         def write(writer: gguf.GGUFWriter) -> None:
@@ -80,9 +81,8 @@ class Vocabulary:
                 writer.add_add_space_prefix(self.adds_space)
             else:
                 writer.add_token_merges(self.merges)
-            begins, ends = _adds_ends(tokenizer)
-            writer.add_add_bos_token(begins)
-            writer.add_add_eos_token(ends)
+            writer.add_add_bos_token(adds_bos)
+            writer.add_add_eos_token(False)
             for name, add in (("bos", writer.add_bos_token_id), ("unk", writer.add_unk_token_id)):
                 token = getattr(tokenizer, f"{name}_token_id")
                 if token is not None and token < len(self.tokens):
@@ -92,13 +92,6 @@ class Vocabulary:
             writer.add_chat_template(template)
 
         return write
-
-
-def _adds_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Tell whether the tokenizer puts its first and its last special token around a text."""
-    ids = tokenizer("a")["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return bos is not None and ids[:1] == [bos], eos is not None and len(ids) > 1 and ids[-1:] == [eos]
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Vocabulary:
