@@ -211,7 +211,7 @@ def test_a_file_that_differs_is_not_written(made, tmp_path, monkeypatch, spoiled
 @pytest.mark.matrix
 def test_a_chat_template_that_llama_cpp_writes_otherwise(made, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "write_chat_template", lambda processor: "{{ messages[0]['content'] }}!")
-    with pytest.raises(CheckpointError, match="llama.cpp writes a message with a picture as"):
+    with pytest.raises(CheckpointError, match=r"llama\.cpp writes a message with a picture as"):
         export_gguf(*made, tmp_path, name="x", out_type="f32")
 
 
