@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -84,7 +85,7 @@ def test_rows_come_from_every_source(vlm: Callable[..., Any], tmp_path: Path, ki
     """A row group, a batch, an array or a shard holds the pictures, and the answers are in the order of the rows."""
     names = ("one.png", "two.png", "three.png")
     rows = [
-        {"question": ASK, "image": (ROOT / "examples" / "images" / name).read_bytes(), "n": i}
+        {"question": ASK, "image": (ROOT / "examples" / "images" / name).read_bytes(), "n": i, "no": math.nan}
         for i, name in enumerate(names)
     ]
     flags = ["--columns", "prompt=question,image=image"]
@@ -100,7 +101,7 @@ def test_rows_come_from_every_source(vlm: Callable[..., Any], tmp_path: Path, ki
         flags = ["--columns", "prompt=question,images=images"]
     elif kind == "json":
         for row, name in zip(rows, names, strict=True):
-            row["image"] = name
+            row |= {"image": name, "no": None}
         data.write_text(json.dumps(rows, indent=1))
         flags += ["--image-folder", ROOT / "examples" / "images"]
     elif kind == "parquet":
@@ -116,6 +117,7 @@ def test_rows_come_from_every_source(vlm: Callable[..., Any], tmp_path: Path, ki
     assert answers[1]["text"] == " a small yellow cross above a large red heart."
     assert len({row["text"] for row in answers}) == 3
     if kind in ("parquet", "arrow"):
+        assert answers[0]["no"] is None
         assert answers[2]["image"] == f"inside:rows.{kind}#3/image"  # the name of the picture, and not its bytes
 
 

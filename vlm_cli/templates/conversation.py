@@ -190,8 +190,28 @@ class ChatFormat:
         """
         texts = (text for message in (*messages, *([begun] if begun else [])) for text in message.texts)
         markers = Markers.absent_from(self.template or "", *texts)
-        rendered = self.render(messages, markers, opens_answer=opens_answer or begun is not None)
+        rendered = self._render_with_breaks(messages, markers, opens_answer=opens_answer or begun is not None)
         return self.encode(rendered + (self.insert_markers(begun, markers) if begun else ""), markers, is_start=True)
+
+    def _render_with_breaks(self, messages: Sequence[Message], markers: Markers, *, opens_answer: bool) -> str:
+        """Write all messages, with a break around each earlier answer where a chat has one: its tokens stand alone."""
+        rendered = self.render(messages, markers, opens_answer=opens_answer)
+        answers = [i for i, message in enumerate(messages[:-1]) if message.role == "assistant"]
+        if self.template is None or not answers:
+            return rendered
+        ended = [replace(m, parts=(*m.parts, AnswerEnd())) if i in answers else m for i, m in enumerate(messages)]
+        *said, rest = self.render(ended, markers, opens_answer=opens_answer).split(markers.answer_end)
+        words = [self.insert_markers(messages[i], markers) for i in answers]
+        opened = self.render(messages[: answers[0]], markers)
+        if (
+            len(said) != len(words)
+            or "".join([*said, rest]) != rendered
+            or not all(map(str.endswith, said, words))
+            or said[0] != opened + words[0]
+        ):
+            return rendered  # a chat writes all of it anew, too
+        cut = markers.token_break
+        return "".join(f"{x.removesuffix(y)}{cut}{y}{cut}" for x, y in zip(said, words, strict=True)) + rest
 
     def _apply_system(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
         """Write messages that begin with the system text.

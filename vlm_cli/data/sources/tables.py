@@ -5,6 +5,7 @@ Columns of pictures are bytes, paths, or the structs of both that `datasets` wri
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -268,7 +269,10 @@ def require_pyarrow(kind: str, name: str) -> None:
 
 
 def _plain(value: Any, shard: str, number: int, *where: str | int) -> Any:
-    """Return a value as JSON has it, with `Embedded` for bytes and for the pictures of `datasets`."""
+    """Return a value as JSON has it, with `Embedded` for bytes and for the pictures of `datasets`.
+
+    A number that JSON lacks, such as NaN, is null: so tables write that a value is missing.
+    """
     if isinstance(value, (bytes, bytearray, memoryview)):
         return Embedded(Embedded.refer(shard, number, *where), bytes(value))
     if isinstance(value, dict):
@@ -279,4 +283,6 @@ def _plain(value: Any, shard: str, number: int, *where: str | int) -> Any:
         return {str(key): _plain(x, shard, number, *where, key) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(x, shard, number, *where, i) for i, x in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
