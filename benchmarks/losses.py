@@ -160,8 +160,9 @@ def prepare(folder: Path) -> None:
 
 def run(folder: Path, number: int | None, fusion: str, *, is_spoiled: bool, processes: Any = None) -> Path:
     """Train a case, or the plain run, in this process; return the folder that it wrote."""
+    from vlm_cli.training.job import Job
     from vlm_cli.training.run import train_model
-    from vlm_cli.training.settings import Job, TrainingSettings
+    from vlm_cli.training.settings import TrainingSettings
 
     case = None if number is None else CASES[number]
     settings = {"learning_rate": 3e-3, "max_steps": STEPS, "log_every": 1, "device": "cpu"}

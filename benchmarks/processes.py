@@ -95,9 +95,10 @@ def write_models(folder: Path, names: Iterable[str]) -> None:
 
 def run(folder: Path, launcher: str) -> None:
     """Train each case in this process, which may be one of several."""
+    from vlm_cli.training.job import Job
     from vlm_cli.training.processes import Processes
     from vlm_cli.training.run import train_model
-    from vlm_cli.training.settings import Job, TrainingSettings
+    from vlm_cli.training.settings import TrainingSettings
 
     processes = Processes(True)
     for number, case in enumerate(CASES):

@@ -49,7 +49,7 @@ FORBIDDEN["vlm_cli/evaluation"] += ["vlm_cli.training"]
 #: What is imported before a command runs, and what it may not import outside of functions: `vlm --help` must be quick.
 LIGHT = ("composition", "data", "errors", "files", "flags", "media/loader", "models", "prompt", "registry", "resume")
 LIGHT += ("hub_ids", "locks", "lookalike", "manifest", "plain_data", "renames", "schema", "tiling")
-LIGHT += ("serving/limits", "training/listener", "training/settings")
+LIGHT += ("serving/limits", "training/listener", "training/settings", "training/job")
 HEAVY = ("torch", "transformers", "open_clip", "timm", "vlm_cli.modeling", "vlm_cli.processor")
 
 

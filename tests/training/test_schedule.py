@@ -12,8 +12,8 @@ from transformers.trainer_utils import SchedulerType
 
 from vlm_cli.errors import UsageError
 from vlm_cli.training.budget import RunBudget
+from vlm_cli.training.learning_settings import Schedule
 from vlm_cli.training.schedule import LearningRateSchedule
-from vlm_cli.training.settings import Schedule
 
 NAMES = get_args(Schedule)
 #: Settings without which Transformers does not make a schedule.

@@ -35,7 +35,8 @@ from vlm_cli.training import output as output_module
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint
 from vlm_cli.training.dataset import Collator, load_dataset
 from vlm_cli.training.identity import continue_history
-from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.job import Job
+from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.trainable import load_trainable
 from vlm_cli.training.trainer import VLMTrainer
 

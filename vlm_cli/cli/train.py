@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from vlm_cli.cli import console
-from vlm_cli.cli.command import option
-from vlm_cli.cli.completion import complete_models
 from vlm_cli.cli.loading import keep_collecting
 from vlm_cli.cli.options import (
     BackboneOptions,
@@ -27,133 +22,41 @@ from vlm_cli.cli.options import (
     VerifyOption,
     flatten_options,
 )
-from vlm_cli.cli.progress import format_duration
 from vlm_cli.cli.spellings import accept_aliases
-from vlm_cli.cli.terminal import is_terminal, keep_stdout, overwrite_line
+from vlm_cli.cli.terminal import keep_stdout
+from vlm_cli.cli.training_log import TrainingLog, print_results
+from vlm_cli.cli.training_options import (
+    CacheFeaturesOption,
+    DataOption,
+    EvalAnswersOption,
+    EvalDataOption,
+    KeepCheckpointsOption,
+    MergeAdaptersOption,
+    ModelOption,
+    OutputOption,
+    OverwriteOption,
+    PushOption,
+    ResumeFromOption,
+    ResumeOption,
+    StagesOption,
+    TrustOption,
+    WeightsOption,
+)
 from vlm_cli.data.inputs import is_pipe
 from vlm_cli.data.mixture import Mixture, is_mixture_file
 from vlm_cli.data.records import Reading
 from vlm_cli.errors import UsageError
 from vlm_cli.flags import Alias
 from vlm_cli.models import resolve_built_model
-from vlm_cli.printable import count_of
-from vlm_cli.training.listener import Listener
-from vlm_cli.training.settings import DATA, LEARNING, RUN, Job, TrainingSettings
+from vlm_cli.training.job import Job
+from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.stages import Stage, read_stages
 
 if TYPE_CHECKING:
     from vlm_cli.evaluation.examiner import HeldOutExaminer
-    from vlm_cli.report.examination import Examination
-    from vlm_cli.training.outcome import StepReport, TrainingResult
+    from vlm_cli.training.outcome import TrainingResult
 
 __all__ = ["train"]
-
-MOST_ANSWERS = 3  # that the log shows at each checkpoint
-MAX_RECORDS = 1_000_000_000  # of a file
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="Directory that `vlm build` wrote, or hub id.",
-        show_default=False,
-        autocompletion=complete_models,
-    ),
-]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Write the trained model to the directory OUT.")
-]
-DataOption = Annotated[
-    list[str] | None,
-    option(
-        DATA,
-        "Learn the records of SOURCE: a file of JSON lines or JSON, Parquet, Arrow or tar files ('a/{000..012}.tar', "
-        "'a/*.parquet'), a directory of them, hf:ORG/NAME[:CONFIG][:SPLIT], - for stdin, or a YAML file of several "
-        "sources. Give it several times for several sources.",
-        "--data",
-        "-d",
-        metavar="SOURCE",
-    ),
-]
-WeightsOption = Annotated[
-    str | None,
-    option(
-        DATA,
-        "With several --data, draw the first source so often, the second so often, and so on: 2,1 draws twice as many "
-        "records from the first. Without weights, a pass shows each record once.",
-        metavar="X,…",
-    ),
-]
-EvalDataOption = Annotated[
-    Path | None,
-    option(DATA, "Measure the loss on the records of SOURCE at each checkpoint.", metavar="SOURCE"),
-]
-StagesOption = Annotated[
-    Path | None,
-    option(
-        DATA,
-        "Train in the stages that FILE (YAML) describes, each with its own records, parts, rates and length. Other "
-        "options hold for every stage.",
-        metavar="FILE",
-    ),
-]
-CacheFeaturesOption = Annotated[
-    Path | None,
-    option(
-        DATA,
-        "Keep what the frozen vision encoder gives for each picture in the folder DIR, so that it reads a picture once "
-        "and not in each pass. vlm first tells how much that takes.",
-        metavar="DIR",
-    ),
-]
-EvalAnswersOption = Annotated[
-    int | None,
-    option(
-        DATA,
-        "Put the first N records of --eval-data to the model before the first step and at each checkpoint, as "
-        "`vlm eval` does. The log and OUT/run.html show the answers.",
-        min=1,
-        max=MAX_RECORDS,
-        metavar="N",
-    ),
-]
-ResumeOption = Annotated[
-    bool,
-    option(RUN, "Continue an interrupted run from its last complete checkpoint.", "--resume"),
-]
-OverwriteOption = Annotated[
-    bool,
-    option(RUN, "Replace OUT if vlm wrote it, and delete the checkpoints of an unfinished run.", "--overwrite"),
-]
-KeepCheckpointsOption = Annotated[
-    bool,
-    option(RUN, "Keep OUT.checkpoints after the run has ended.", "--keep-checkpoints"),
-]
-MergeAdaptersOption = Annotated[
-    bool,
-    option(
-        LEARNING,
-        "If MODEL has adapters, add them to its weights before training. Without this option, they go on training.",
-        "--merge-adapters",
-    ),
-]
-ResumeFromOption = Annotated[
-    str | None,
-    option(RUN, "Same as --resume; the value is true, or OUT's last checkpoint.", metavar="PATH", hidden=True),
-]
-PushOption = Annotated[
-    str | None,
-    option(
-        RUN,
-        "Send OUT to the Hugging Face hub when training is done. vlm makes the repository before training begins.",
-        metavar="ORG/NAME",
-    ),
-]
-TrustOption = Annotated[
-    bool,
-    option(RUN, "Run the language model's own code from the directory of MODEL.", "--trust-remote-code"),
-]
 
 
 @flatten_options
@@ -224,7 +127,7 @@ def train(
         told = [{"name": name, **result.to_dict()} for name, result in zip(names, results, strict=False)]
         console.print_json(last if plan is None else {**last, "stages": told})
     else:
-        _print_results(results)
+        print_results(results)
     console.notify(f'Wrote {output}. Next: vlm generate --model {output} --image FILE "…"')
 
 
@@ -316,7 +219,7 @@ def _run(
     job: Job, settings: TrainingSettings, stages: Sequence[Stage] | None, repository: str | None
 ) -> list[TrainingResult] | None:
     """Train, and push the output to a repository of the hub if one is named."""
-    terminal = _Terminal()
+    terminal = TrainingLog()
     try:
         terminal.step("starting")  # the libraries take seconds to load
         from vlm_cli.quiet import silence_libraries
@@ -342,112 +245,3 @@ def _run(
         return results
     finally:
         terminal.leave_line()
-
-
-class _Terminal(Listener):
-    """Shows a run on stderr: messages and losses on lines that stay, and the last step on one that it overwrites."""
-
-    def __init__(self) -> None:
-        self.last = ""  # what the last report says of the loss and the speed
-        self.shown = False  # whether the cursor stands behind the progress line
-        self.running_step = contextlib.ExitStack()  # the part of the preparation that began last
-
-    def step(self, name: str) -> None:
-        self.leave_line()
-        self.running_step.close()
-        if name:
-            self.running_step.enter_context(console.announced_steps(console.is_quiet()))(name)
-
-    def notify(self, message: str) -> None:
-        self.leave_line()
-        console.note(message)
-
-    def progress(self, report: StepReport) -> None:
-        self.notify(_format_report(report))
-        for line in _format_answers(report.examination):
-            self.notify(line)
-        if report.loss is not None:
-            self.last = f"  loss {report.loss:.4f}  {_format_speed(report)}"
-
-    def step_done(self, step: int, total: int | None, seconds_left: float) -> None:
-        """Show the number of the step until the next message; only a terminal can take the line back."""
-        if is_terminal(sys.stderr) and not console.is_quiet():
-            left = f", {_format_left(seconds_left)} left" if math.isfinite(seconds_left) else ""
-            of = "" if total is None else f"/{total}"
-            overwrite_line(f"  step {step}{of} done{self.last}{left}" if step else "  the first step …")
-            self.shown = True
-
-    def leave_line(self) -> None:
-        """Take the progress line back, so that the next message stands in its place."""
-        if self.shown:
-            overwrite_line("", end="\r")
-            self.shown = False
-
-
-def _format_report(report: StepReport) -> str:
-    """Write a report as one line.
-
-    >>> from vlm_cli.training.outcome import StepReport
-    >>> _format_report(StepReport(20, 100, 1.5, None, 41.0, 95.0, 0.4, 9.5e-05, 1.25))
-    'step 20/100  loss 1.5000  epoch 0.4  lr 9.5e-05  grad 1.2  41 images/s  1:35 left'
-    """
-    total = "" if report.total_steps is None else f"/{report.total_steps}"
-    if report.loss is None:
-        found = report.examination
-        right = "" if found is None else f"  {found.exact:,} of {count_of(len(found.answers), 'answer')} right"
-        return f"step {report.step}{total}  eval loss {report.eval_loss:.4f}{right}"
-    numbers = (("epoch", report.epoch, ".3g"), ("lr", report.learning_rate, ".2g"), ("grad", report.grad_norm, ".2g"))
-    known = [f"{name} {value:{how}}" for name, value, how in numbers if value is not None]
-    words = [f"step {report.step}{total}", f"loss {report.loss:.4f}", *known, _format_speed(report)]
-    return "  ".join([*words, f"{_format_left(report.seconds_left)} left"])
-
-
-def _format_speed(report: StepReport) -> str:
-    speed = f"{report.images_per_second:.{0 if report.images_per_second >= 10 else 1}f} images/s"
-    return speed if report.tokens_per_second is None else f"{speed}  {report.tokens_per_second:,.0f} tokens/s"
-
-
-def _format_answers(found: Examination | None) -> list[str]:
-    """Write the first answers to held-out questions, one line each.
-
-    >>> from vlm_cli.report.examination import Examination, ExaminedAnswer
-    >>> _format_answers(Examination([ExaminedAnswer("a", " a cat", False), ExaminedAnswer("b", " two", True)]))
-    ["  wrong  a: 'a cat'", "  right  b: 'two'"]
-    """
-    return [
-        f"  {'right' if x.exact else 'wrong'}  {x.id}: {x.answer.strip()[:100]!r}"
-        for x in ([] if found is None else found.answers[:MOST_ANSWERS])
-    ]
-
-
-def _format_left(seconds: float) -> str:
-    """Write a duration in few characters.
-
-    >>> _format_left(95), _format_left(3725)
-    ('1:35', '1:02:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _print_results(results: Sequence[TrainingResult]) -> None:
-    """Print a row for the run, or for each of its stages."""
-
-    def format_loss(x: float | None) -> str:
-        return "-" if x is None else f"{x:.4f}"
-
-    heads = ("Steps", "Records", "Images", "Loss", "Eval loss", "Images/s", "Time")
-    rows = [
-        (
-            f"{result.steps:,}",
-            f"{result.records:,}",
-            f"{result.images:,}",
-            format_loss(result.loss),
-            format_loss(result.eval_loss),
-            f"{result.images_per_second:.1f}",
-            format_duration(result.seconds),
-        )
-        for result in results
-    ]
-    console.print_table(heads, rows)

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.training.learning_settings import DEFAULT_RATE
 from vlm_cli.training.rates import highest_rate
-from vlm_cli.training.settings import DEFAULT_RATE, TrainingSettings
+from vlm_cli.training.settings import TrainingSettings
 
 __all__ = ["keep_use_cache", "make_arguments"]
 

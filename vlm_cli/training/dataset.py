@@ -32,10 +32,10 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium
+from vlm_cli.training.data_settings import TooLong
 from vlm_cli.training.features import FeatureCache
 from vlm_cli.training.order import Shares
 from vlm_cli.training.preparing import LearnedSequence, RecordPreparer
-from vlm_cli.training.settings import TooLong
 from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["Collator", "RecordDataset", "check_batch", "load_dataset"]

@@ -12,8 +12,9 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.resume import settings_diff
 from vlm_cli.training.checkpoints import RunHistory, TrainingCheckpoint
 from vlm_cli.training.dataset import RecordDataset
+from vlm_cli.training.job import Job
 from vlm_cli.training.processes import asks_for_sharding
-from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.writing.choice import TemplateChoice
 

@@ -21,11 +21,12 @@ from vlm_cli.plain_data import read_json
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.card import training_story
 from vlm_cli.training.checkpoints import Checkpoints
+from vlm_cli.training.job import Job
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.outcome import TrainingResult
 from vlm_cli.training.plot import draw_losses
 from vlm_cli.training.reporting import RUNS_FOLDER
-from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.watching import ANSWERS_FILE, PAGE_FILE
 from vlm_cli.version import __version__
 

@@ -22,8 +22,8 @@ from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium
 from vlm_cli.templates.clip_text import add_clip_texts
 from vlm_cli.tiling import MediumSize
+from vlm_cli.training.data_settings import TooLong
 from vlm_cli.training.encoder import EncodedRecord, RecordEncoder
-from vlm_cli.training.settings import TooLong
 from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.plain import find_end_token
 from vlm_cli.writing.writer import PromptWriter

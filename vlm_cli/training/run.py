@@ -23,6 +23,7 @@ from vlm_cli.training.compiling import compile_layers
 from vlm_cli.training.dataset import RecordDataset, load_dataset
 from vlm_cli.training.features import FeatureCache, check_cacheable
 from vlm_cli.training.identity import check_same_run, continue_history, identify_run
+from vlm_cli.training.job import Job
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.metrics import METRICS_FILE
 from vlm_cli.training.outcome import RunOutcome, TrainingResult
@@ -31,7 +32,7 @@ from vlm_cli.training.packing import check_packing
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.reporting import check_reporters
 from vlm_cli.training.schedule import make_schedule
-from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.stream_opening import check_streamable, open_stream
 from vlm_cli.training.stream_state import read_stream_state
 from vlm_cli.training.streaming import StreamedRecords

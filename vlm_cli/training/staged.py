@@ -24,12 +24,12 @@ from vlm_cli.interrupt import Interrupted
 from vlm_cli.plain_data import read_json
 from vlm_cli.resume import settings_diff
 from vlm_cli.training.checkpoints import Checkpoints
+from vlm_cli.training.job import Job
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.outcome import TrainingResult
 from vlm_cli.training.output import digest_of_run
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.run import Run, train_model
-from vlm_cli.training.settings import Job
 from vlm_cli.training.stages import Stage
 from vlm_cli.training.trainable import trains_on_cpu
 from vlm_cli.training.watching import MakeExaminer, make_no_examiner

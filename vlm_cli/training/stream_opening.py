@@ -8,11 +8,12 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.dataset import Collator
+from vlm_cli.training.job import Job
 from vlm_cli.training.listener import Listener
 from vlm_cli.training.preparing import RecordPreparer
 from vlm_cli.training.processes import Processes
 from vlm_cli.training.row_reader import RowReader
-from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.streaming import StreamedRecords, StreamPlan
 from vlm_cli.writing.writer import PromptWriter
 

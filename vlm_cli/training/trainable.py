@@ -16,8 +16,9 @@ from vlm_cli.flags import OTHERS
 from vlm_cli.modeling.adapters import adapter_parameters, add_adapter
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.training.job import Job
 from vlm_cli.training.rates import check_parts
-from vlm_cli.training.settings import Job, TrainingSettings
+from vlm_cli.training.settings import TrainingSettings
 
 __all__ = ["load_trainable", "trains_on_cpu"]
 

@@ -49,6 +49,7 @@ from vlm_cli.training.checkpoints import (
     select_trained,
 )
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch
+from vlm_cli.training.learning_settings import DEFAULT_RATE
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.optimizer import make_optimizer, set_learning_rates
 from vlm_cli.training.order import StreamSampler
@@ -58,7 +59,7 @@ from vlm_cli.training.precision import float32_attention
 from vlm_cli.training.rates import group_parameters, rates_of_parts
 from vlm_cli.training.reporting import make_reporters
 from vlm_cli.training.schedule import make_schedule
-from vlm_cli.training.settings import DEFAULT_RATE, TrainingSettings
+from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.sharding import GatherForMethods, blank_media, check_sharding
 from vlm_cli.training.stream_state import write_stream_states
 from vlm_cli.training.streaming import StreamedRecords

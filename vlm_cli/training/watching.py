@@ -28,7 +28,7 @@ from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.examination import Examination, Question
 from vlm_cli.report.run_page import format_run_page
 from vlm_cli.training.best import BestWeights
-from vlm_cli.training.settings import Job
+from vlm_cli.training.job import Job
 from vlm_cli.writing.writer import PromptWriter
 
 __all__ = [
