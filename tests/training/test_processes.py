@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -85,6 +86,25 @@ def test_accelerate_reads_the_configurations(name: str, kind: str) -> None:
     aliases = {"auto_wrap_policy", "reshard_after_forward", "state_dict_type", "cpu_ram_efficient_loading"}
     known = fields | aliases | {"version", "offload_params", "activation_checkpointing"}
     assert {key.removeprefix("fsdp_") for key in settings} <= known
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "module"), [("ddp", "vlm_cli"), ("fsdp2", "tests.support.shard_on_cpus")])
+def test_accelerate_starts_two_processes_with_the_configurations(
+    vlm: Vlm, words: Any, tmp_path: Path, name: str, module: str
+) -> None:
+    whole = vlm(*words, "--max-steps", 2, "-b", 6)
+    assert whole.exit_code == 0, whole.stderr
+    weights, curve = load_file(tmp_path / "out/model.safetensors"), losses(tmp_path / "out")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / f"examples/recipes/accelerate/{name}.yaml"), "-m", module]
+    command += [str(x) for x in (*words, "--max-steps", 2, "-b", 3, "--overwrite", "--device", "cpu")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/training_args.json").read_text())["processes"] == 2
+    assert losses(tmp_path / "out") == pytest.approx(curve, abs=1e-5)
+    torch.testing.assert_close(load_file(tmp_path / "out/model.safetensors"), weights, atol=1e-4, rtol=1e-3)
 
 
 def test_the_page_shows_each_comparison() -> None:
