@@ -94,7 +94,7 @@ def test_flags_fill_in_what_a_request_leaves_out(answer: Callable[..., Any]) -> 
     rows = [request("a", picture("two.png"), ASK), request("b", picture("two.png"), ASK, max_tokens=2)]
     found, lines = answer(rows, "-n", 1)
     assert [line["response"]["body"]["usage"]["completion_tokens"] for line in lines] == [1, 2]
-    assert "2 of 2 answers were cut" in found.stderr
+    assert "Note: answers to 2 requests of 2 were cut before a stop token; max_tokens" in found.stderr
     sampled = [
         texts(x) for x in answer([{**rows[0], "custom_id": i} for i in "ab"], "--temperature", 2, "--seed", 3)[1]
     ]

@@ -8,8 +8,9 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vlm_cli.cli.batch_options import BatchJob
-from vlm_cli.cli.sampling import MAX_NEW_TOKENS, MAX_SEQUENCES
+from vlm_cli.cli.sampling import MAX_NEW_TOKENS, MAX_SEQUENCES, cut_note
 from vlm_cli.errors import UsageError, VLMError
+from vlm_cli.printable import count_of
 from vlm_cli.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class PromptRun:
         self._details = 0  # messages that stderr shows in full
         self._mentions: list[tuple[str, str]] = []
         self._notes: dict[str, list[str]] = {}  # note -> places of the rows that it is about
+        self._cut: list[int] = []  # tokens of the answer to each row that --max-new-tokens or the context cut
         self._is_unjudged = job.request.is_demo  # whether a picture is to show that these are photographs
 
     @property
@@ -77,6 +79,7 @@ class PromptRun:
         if row.error is not None and str(row.error) != row.error.public and self._details < MOST_DETAILS:
             self._details += 1
             self.notify(f"  {row.place}: {row.error}")
+        self._cut += row.cut
         self._mentions += [(row.place, name) for name in row.mentions]
         for note in row.notes:
             self._notes.setdefault(note, []).append(row.place)
@@ -92,7 +95,9 @@ class PromptRun:
         from vlm_cli.data.records import format_note
 
         of_rows = [format_note(note, places) for note, places in self._notes.items()]
-        return [*mention_notes(self._mentions), *of_rows, *self.answerer.picture_notes.lines()]
+        most = self.job.sampling.max_new_tokens
+        cut = [cut_note(len(self._cut), self.counts.rows, max(self._cut), most)] if self._cut else []
+        return [*mention_notes(self._mentions), *of_rows, *self.answerer.picture_notes.lines(), *cut]
 
 
 class RequestRun:
@@ -133,6 +138,7 @@ class RequestRun:
         preparer = Preparer(plan, limits, lambda: loader)
         self.name = job.request.name
         self.answerer = RequestAnswerer(engine, preparer, self.name, request_defaults(job), first)
+        self._num_cut = 0
         self._others: list[tuple[str, str]] = []  # place of a row, and the model that it names
 
     @property
@@ -144,6 +150,7 @@ class RequestRun:
         """Yield each row when it and all before it are done."""
         with closing(self.answerer.answer(rows)) as answered:
             for request in answered:
+                self._num_cut += request.is_cut
                 if request.model not in (None, self.name):
                     self._others.append((f"{request.origin.unit} {request.origin.number}", str(request.model)))
                 yield request
@@ -152,10 +159,14 @@ class RequestRun:
         """Return what the user should know when all rows are done."""
         from vlm_cli.data.records import format_note
 
-        if not self._others:
-            return []
-        note = f"asks for the model {self._others[0][1][:100]!r}, and {self.name} answers"
-        return [format_note(note, [place for place, _ in self._others])]
+        found = []
+        if self._others:
+            note = f"asks for the model {self._others[0][1][:100]!r}, and {self.name} answers"
+            found.append(format_note(note, [place for place, _ in self._others]))
+        if self._num_cut:
+            which = f"answers to {count_of(self._num_cut, 'request')} of {self.counts.rows:,} were cut"
+            found.append(f"Note: {which} before a stop token; max_tokens of a request allows more.")
+        return found
 
 
 Run: TypeAlias = PromptRun | RequestRun

@@ -17,7 +17,6 @@ from vlm_cli.cli.batch_options import BatchJob
 from vlm_cli.cli.batch_result import BatchResult
 from vlm_cli.cli.loading import LoadedModel, keep_collecting
 from vlm_cli.cli.progress import ProgressLine
-from vlm_cli.cli.sampling import cut_note
 from vlm_cli.data.formats.requests import begins_with_request, note_ids
 from vlm_cli.data.inputs import is_pipe, read_lines
 from vlm_cli.data.sources import Row, Source, open_source
@@ -191,19 +190,15 @@ def _answer_rest(work: _Work, journal: Journal | PrintedAnswers) -> BatchResult:
     loaded = job.request.load()
     keep_collecting()
     console.note(f"Images: {loaded.processor.image_processor.describe()}")
-    cut: list[int] = []  # tokens of the answer to each row that --max-new-tokens or the context cut
     with ProgressLine(work.total, noun="rows", done_before=earlier, has_summary=False) as progress:
         run = work.run(loaded, progress)
         started = time.monotonic()
         with closing(run.answer(chain([first], work.rows))) as answered:
             for row in answered:
                 journal.add(row.origin, row.to_dict())
-                cut += row.cut
                 progress.show(journal.answered)
     for note in run.notes():
         console.note(note)
-    if cut:
-        console.note(cut_note(len(cut), run.counts.rows, max(cut), job.sampling.max_new_tokens))
     return BatchResult(
         journal.answered,
         journal.failed,

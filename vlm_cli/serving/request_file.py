@@ -66,11 +66,9 @@ class AnsweredRequest:
     ids: tuple[str, str] = field(default_factory=lambda: (uuid.uuid4().hex, uuid.uuid4().hex))
 
     @property
-    def cut(self) -> list[int]:
-        """The tokens of the longest of its answers that their length has ended."""
-        reply = self.reply
-        found = [n for n, x in zip(reply.new_tokens, reply.finishes, strict=True) if x == "length"] if reply else []
-        return [max(found)] if found else []
+    def is_cut(self) -> bool:
+        """Whether its length has ended an answer."""
+        return self.reply is not None and "length" in self.reply.finishes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the line of the output."""
