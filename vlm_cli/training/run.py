@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ from vlm_cli.errors import CheckpointError, OutputExistsError, TrainingError, Us
 from vlm_cli.files import reserved_directory
 from vlm_cli.interrupt import Interrupted, at_signal
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.printable import count_of
 from vlm_cli.processor import VLMProcessor
+from vlm_cli.training.announcing import announce, count_trained, tell_changes
 from vlm_cli.training.best import BestWeights
 from vlm_cli.training.checkpoints import Checkpoints, RunHistory, TrainingCheckpoint, checkpoint_folder
 from vlm_cli.training.compiling import compile_layers
-from vlm_cli.training.dataset import RecordDataset, load_dataset
-from vlm_cli.training.features import FeatureCache, check_cacheable
+from vlm_cli.training.dataset import RecordDataset
+from vlm_cli.training.features import check_cacheable
 from vlm_cli.training.identity import check_same_run, continue_history, identify_run
 from vlm_cli.training.job import Job
 from vlm_cli.training.listener import Listener
@@ -30,17 +30,17 @@ from vlm_cli.training.outcome import RunOutcome, TrainingResult
 from vlm_cli.training.output import describe_run, digest_of_run, write_output
 from vlm_cli.training.packing import check_packing
 from vlm_cli.training.processes import Processes
+from vlm_cli.training.reading import cache_features, make_writer, read_data
 from vlm_cli.training.reporting import check_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import TrainingSettings
-from vlm_cli.training.stream_opening import check_streamable, open_stream
+from vlm_cli.training.stream_opening import check_streamable
 from vlm_cli.training.stream_state import read_stream_state
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.trainable import load_trainable, trains_on_cpu
 from vlm_cli.training.trainer import VLMTrainer
 from vlm_cli.training.watching import ANSWERS_FILE, PAGE_FILE, MakeExaminer, RunPage, Watching, make_no_examiner
 from vlm_cli.writing.choice import TemplateChoice
-from vlm_cli.writing.writer import PromptWriter
 
 __all__ = ["Run", "train_model"]
 
@@ -122,7 +122,7 @@ class Run:
         """
         self._check_inputs()
         model, processor, _ = load_trainable(self.job, self.settings)
-        self.read_data(model, processor)
+        self._read_data(model, processor)
 
     def _execute(self, checkpoint: TrainingCheckpoint | None) -> TrainingResult | None:
         self.listener.step(f"loading {self.job.model}")
@@ -134,7 +134,7 @@ class Run:
         if self.settings.compile:
             compile_layers(model, self.settings)
         self.listener.step(f"reading {self.job.mixture.describe()}")
-        train_set, eval_set = self.processes.main_first(lambda: self.read_data(model, processor))
+        train_set, eval_set = self.processes.main_first(lambda: self._read_data(model, processor))
         if self.job.cache_features is not None and isinstance(train_set, RecordDataset):
             self.processes.main_first(lambda: self._cache_features(model, processor, [train_set, eval_set]))
         run = identify_run(self.job, self.settings, model, train_set, self.processes.count)
@@ -143,9 +143,9 @@ class Run:
             if isinstance(train_set, StreamedRecords):
                 train_set.continue_from(read_stream_state(checkpoint.path, self.processes.rank))
         history = continue_history(checkpoint, self.settings)
-        self._tell_changes(checkpoint, history)
+        tell_changes(checkpoint, history, self.listener.notify)
         self.processes.main_only(lambda: self._make_folder(is_new=checkpoint is None))
-        num_trained = _count_trained(model)  # now, since FSDP leaves each process a share of the model
+        num_trained = count_trained(model)  # now, since FSDP leaves each process a share of the model
         watching = self._make_watching(model, processor, train_set)
         trainer = VLMTrainer(
             model,
@@ -162,7 +162,7 @@ class Run:
             use_cpu=self.use_cpu,
         )
         self.listener.step("")
-        self._announce(model, trainer)
+        announce(model, trainer, self.settings, self.processes.count, self.listener.notify)
         outcome = trainer.run_from(checkpoint)
         skipped = trainer.skipped_rows()
         for note in [*trainer.picture_notes.lines(), *([skipped.describe()] if skipped.count else [])]:
@@ -237,60 +237,16 @@ class Run:
         self.checkpoints.clean()
         return None
 
-    def read_data(
+    def _read_data(
         self, model: VLM, processor: VLMProcessor
     ) -> tuple[RecordDataset | StreamedRecords, RecordDataset | None]:
-        """Read and check the records to learn, and those for the held-out loss.
-
-        Raises:
-            VLMError: listing the records that cannot be learned.
-        """
-        files = [None if self.settings.streaming else self.job.mixture, self.job.eval_data]
-        writer = self._make_writer(processor)
-        loaded = model, processor, self.job.reading, writer, self.settings.too_long
-        skips = (self.settings.bad_rows == "skip", False)  # a held-out loss without some of its records is another one
-        sets = [
-            None if x is None else load_dataset(x, *loaded, skips=skip) for x, skip in zip(files, skips, strict=True)
-        ]
-        for data in sets:
-            for note in [] if data is None else data.notes:
-                self.listener.notify(note)
-            if data is not None and data.split:
-                self.listener.notify(
-                    f"Note: in {count_of(len(data.split), 'record')}, as in {data.split[0]}, one token would hold the "
-                    "end of the prompt and the start of the completion, so vlm split it. Write a space between the two "
-                    "at the start of the completion."
-                )
-        train_set, eval_set = sets
-        if self.settings.streaming:
-            job, settings = self.job, self.settings
-            return open_stream(
-                job, settings, model, processor, writer, processes=self.processes, listener=self.listener
-            ), eval_set
-        assert train_set is not None
-        return train_set, eval_set
+        return read_data(self.job, self.settings, model, processor, self.processes, self.listener)
 
     def _cache_features(self, model: VLM, processor: VLMProcessor, sets: Sequence[RecordDataset | None]) -> None:
         assert self.job.cache_features is not None
-        images, bf16 = processor.image_processor, self.settings.bf16
-        device = None if self.use_cpu else torch.accelerator.current_accelerator()
-        self.listener.step("encoding pictures")
-        empty = FeatureCache.of(self.job.cache_features, model, images, bf16=bf16)
-        for data in (x for x in sets if x is not None):
-            data.features = []
-            for source, loader in enumerate(data.loaders):
-                cache = replace(empty, digests={})  # each source has its own folder, where relative paths start
-                media = data.media_of(source)
-                cache.fill(
-                    media, loader, images, model, device=device or torch.device("cpu"), tell=self.listener.notify
-                )
-                data.features.append(cache)
-
-    def _make_writer(self, processor: VLMProcessor) -> PromptWriter:
-        return PromptWriter(
-            processor,
-            TemplateChoice.parse(self.settings.chat_template),
-            parse_special_tokens=self.settings.special_tokens,
+        bf16, use_cpu = self.settings.bf16, self.use_cpu
+        cache_features(
+            self.job.cache_features, model, processor, sets, bf16=bf16, use_cpu=use_cpu, listener=self.listener
         )
 
     def _make_watching(self, model: VLM, processor: VLMProcessor, data: RecordDataset | StreamedRecords) -> Watching:
@@ -299,14 +255,14 @@ class Run:
         if self.processes.is_main:
             facts = {
                 "model": self.job.model,
-                "trains": f"{', '.join(model.config.composition.trainable)} ({_count_trained(model):,} parameters)",
+                "trains": f"{', '.join(model.config.composition.trainable)} ({count_trained(model):,} parameters)",
                 "records": data.describe_whole(),
             }
             page = RunPage(self.checkpoints.folder, f"Training {self.job.output.name}", facts, self.listener.notify)
         measure = self.settings.best
         best = None if measure is None else BestWeights(self.checkpoints.folder, measure)
         watching = Watching(page, self.examiner, best)
-        watching.begin(model, processor, self._make_writer(processor))
+        watching.begin(model, processor, make_writer(self.settings, processor))
         return watching
 
     def _make_folder(self, *, is_new: bool) -> None:
@@ -318,34 +274,6 @@ class Run:
                     (self.checkpoints.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write {str(self.checkpoints.folder)!r}: {error.strerror}.") from None
-
-    def _tell_changes(self, checkpoint: TrainingCheckpoint | None, history: RunHistory) -> None:
-        """Tell the user which settings change now; `training_args.json` will hold them."""
-        if checkpoint is None or len(history.changes) == len(checkpoint.history.changes):
-            return
-        changed = {name: x for name, x in history.changes[-1].items() if name != "step"}
-        words = ", ".join(f"{name} {now} (was {was})" for name, (was, now) in changed.items())
-        self.listener.notify(f"Note: from step {checkpoint.step} on, the run has {words}.")
-
-    def _announce(self, model: VLM, trainer: VLMTrainer) -> None:
-        """Tell the user what trains, on what, and for how long."""
-        data, eval_set = trainer.train_set, trainer.eval_set
-        steps, minutes = trainer.budget.max_steps, self.settings.max_minutes
-        row = "record" if self.settings.pack is None else "packed row"
-        size = count_of(self.settings.step_size(self.processes.count), row)
-        limits = [] if steps is None else [f"{count_of(steps, 'step')} of {size}"]
-        limits += [] if minutes is None else [f"{minutes:g} minute{'' if minutes == 1 else 's'}"]
-        held_out = "" if eval_set is None else f" (and {len(eval_set)} held out)"
-        if isinstance(data, StreamedRecords) or data.num_images.any():
-            self.listener.notify(f"Images: {data.preprocessing}")
-        for name, numbers in (("rates", self.settings.learning_rate), ("weight decay", self.settings.weight_decay)):
-            if isinstance(numbers, Mapping):
-                self.listener.notify(f"Own {name}: {', '.join(f'{part} {x:g}' for part, x in numbers.items())}.")
-        self.listener.notify(
-            f"Training {', '.join(model.trained_names())} ({_count_trained(model):,} of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters) on {data.describe_whole()}{held_out} "
-            f"for {' or '.join(limits)}. Checkpoints in {self.checkpoints.folder}"
-        )
 
     # -- after ----------------------------------------------------------------------------------------------------
 
@@ -401,7 +329,3 @@ class Run:
         if last is None:
             return "Stopped before the first checkpoint; nothing was kept."
         return f"{last.path} is kept. To continue from its step {last.step}, repeat the command with --resume."
-
-
-def _count_trained(model: VLM) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
