@@ -12,7 +12,7 @@ from vlm_cli.flags import OTHERS
 from vlm_cli.modeling.tower_layers import number_layers
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["PerPart", "check_parts", "group_parameters", "highest_rate", "rates_of_parts"]
+__all__ = ["PerPart", "check_parts", "group_parameters", "highest_rate", "rates_now", "rates_of_parts"]
 
 #: One number for all parts, or part -> number; the key `others` then stands for the parts that have no key.
 PerPart = float | Mapping[str, float]
@@ -69,6 +69,19 @@ def rates_of_parts(groups: list[dict[str, Any]]) -> dict[str, float]:
         part = group["part"] or OTHERS
         found[part] = max(found.get(part, 0.0), float(group["initial_lr"]))
     return found
+
+
+def rates_now(groups: list[dict[str, Any]], highest: float | None) -> dict[str, float]:
+    """Return the rate now of each part that has its own, as entries of the log; none if no part has.
+
+    Args:
+        groups: of an optimizer that has a scheduler.
+        highest: the highest rate now; None in an entry without rates.
+    """
+    rates = rates_of_parts(groups)
+    if highest is None or len(rates) < 2:
+        return {}
+    return {f"learning_rate/{part}": highest * rate / max(rates.values()) for part, rate in rates.items()}
 
 
 def highest_rate(learning_rate: PerPart, *, default: float) -> float:

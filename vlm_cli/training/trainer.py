@@ -12,34 +12,31 @@ Transformers and Accelerate handle devices, processes, precision and sharding. T
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import nested_gather
 
 from vlm_cli.data.skipped import SkippedRows
 from vlm_cli.errors import DataError, UsageError
-from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals, ignore_interrupt
+from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals
 from vlm_cli.media.notes import NoteTally
-from vlm_cli.modeling.learned import row_losses
-from vlm_cli.modeling.memory import peak_memory
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
+from vlm_cli.training.callbacks import RestoreLosses, TellSteps
 from vlm_cli.training.checkpoints import (
     Checkpoints,
     RunHistory,
@@ -50,13 +47,14 @@ from vlm_cli.training.checkpoints import (
 )
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch
 from vlm_cli.training.learning_settings import DEFAULT_RATE
+from vlm_cli.training.loaders import make_loader, order_by_size, order_records
+from vlm_cli.training.measures import held_out_loss, measure_model
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
 from vlm_cli.training.optimizer import make_optimizer, set_learning_rates
-from vlm_cli.training.order import StreamSampler
 from vlm_cli.training.outcome import RunOutcome, StepReport
-from vlm_cli.training.packing import PackedRecords, PackedSampler, count_packs
+from vlm_cli.training.packing import count_packs
 from vlm_cli.training.precision import float32_attention
-from vlm_cli.training.rates import group_parameters, rates_of_parts
+from vlm_cli.training.rates import group_parameters, rates_now
 from vlm_cli.training.reporting import make_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import TrainingSettings
@@ -215,9 +213,9 @@ class VLMTrainer(Trainer):
         with deferred_signals(announcement, numbers=numbers) as received:
             evaluates = self.eval_set is not None
             self.add_callback(EndInTime(self.budget, is_interrupted=received, evaluates=evaluates))
-            self.add_callback(_RestoreLosses(self, checkpoint))
+            self.add_callback(RestoreLosses(None if checkpoint is None else checkpoint.unlogged, self._restore_losses))
             self.add_callback(GatherForMethods())
-            self.add_callback(_TellSteps(self.budget, self.step_done))
+            self.add_callback(TellSteps(self.budget, self.step_done))
             self.args.eval_on_start = self.watching.examiner is not None and checkpoint is None
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
@@ -291,41 +289,15 @@ class VLMTrainer(Trainer):
     # -- data -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        size = self.settings.step_size(self.args.world_size)
-        data, length = self.train_set, self.settings.pack
+        data, size = self.train_set, self.settings.step_size(self.args.world_size)
         if isinstance(data, StreamedRecords):
             return data.batches(self.args.dataloader_num_workers, pin=self.args.device.type == "cuda")
-        if length is not None:
-            packs = PackedSampler(
-                data.positions, self.budget.steps * size, length=length, seed=self.order_seed, shares=data.shares
-            )
-            return self._make_loader(PackedRecords(data), packs)
-        sampler = StreamSampler(
-            len(data),
-            self.budget.steps * size,
-            seed=self.order_seed,
-            batch_size=size,
-            shares=data.shares,
-            sizes=np.stack([data.num_images, data.lengths], axis=1) if self.settings.group_by_length else None,
-        )
-        return self._make_loader(data, sampler)
+        rows, order = order_records(data, self.settings, self.budget.steps * size, step=size, seed=self.order_seed)
+        return self.accelerator.prepare(make_loader(rows, order, self.data_collator, self.args))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Any]]:
-        data = self.eval_set
-        assert data is not None
-        return self._make_loader(data, np.lexsort([data.lengths, data.num_images]).tolist())
-
-    def _make_loader(self, data: Dataset[dict[str, Any]], sampler: Iterable[Any]) -> DataLoader[dict[str, Any]]:
-        workers = self.args.dataloader_num_workers
-        loader = DataLoader(
-            data,
-            batch_size=self.args.per_device_train_batch_size,
-            sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            worker_init_fn=ignore_interrupt if workers else None,
-            pin_memory=self.args.device.type == "cuda",
-        )
+        assert self.eval_set is not None
+        loader = make_loader(self.eval_set, order_by_size(self.eval_set), self.data_collator, self.args)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -436,24 +408,19 @@ class VLMTrainer(Trainer):
         self.watch.check()
         model: Any = self.model_wrapped if self.is_sharded else self.model
         model.eval()
-        totals = torch.zeros(2, dtype=torch.float64)
-        for batch in self._checked(self.get_eval_dataloader()):
-            inputs = self._prepare_inputs(batch)
-            del inputs["records"], inputs["num_tokens"]
-            labels = inputs.pop("labels")
-            self._fill_media(inputs)
-            with self._attention():
-                rows = row_losses(model(**inputs, use_cache=False).logits, labels, inputs["logits_at"])
-            # `gather_for_metrics` leaves out the rows that Accelerate repeats to fill the last batch.
-            losses, counts = self.accelerator.gather_for_metrics(rows)
-            totals += torch.stack([losses.double().sum(), counts.double().sum()]).cpu()
-        return {"eval_loss": float(totals[0] / totals[1])}
+        batches = (self._prepare_inputs(batch) for batch in self._checked(self.get_eval_dataloader()))
+        # `gather_for_metrics` leaves out the rows that Accelerate repeats to fill the last batch.
+        gather = self.accelerator.gather_for_metrics
+        with self._attention():
+            return {"eval_loss": held_out_loss(model, batches, fill_media=self._fill_media, gather=gather)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.watch.check()
         if "loss" not in logs and "eval_loss" not in logs:
             return  # the summary of the base class
-        logs = logs | self._rates_of_parts(logs.get("learning_rate")) | self._measure_model()
+        model = None if self.is_sharded else self.accelerator.unwrap_model(self.model)
+        rates = rates_now(self.optimizer.param_groups, logs.get("learning_rate"))
+        logs = logs | rates | measure_model(model, self.args.device)
         step, budget = self.state.global_step, self.budget
         done = step * self.settings.step_size(self.args.world_size)
         epoch = None if self.rows_per_pass is None else round(done / self.rows_per_pass, 4)
@@ -478,21 +445,6 @@ class VLMTrainer(Trainer):
         self._update_page(is_due="eval_loss" in logs)
         measured = {name: x for name, x in entry.items() if name != "step"}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, measured)
-
-    def _rates_of_parts(self, highest: float | None) -> dict[str, float]:
-        """Return the rate now of each part that has its own, if the highest is this."""
-        rates = rates_of_parts(self.optimizer.param_groups)
-        if highest is None or len(rates) < 2:
-            return {}
-        return {f"learning_rate/{part}": highest * rate / max(rates.values()) for part, rate in rates.items()}
-
-    def _measure_model(self) -> dict[str, float]:
-        """Return the peak of the memory so far, in bytes, and how far the gates of each kind are open on average."""
-        gates: dict[str, list[float]] = {}
-        for name, gate in {} if self.is_sharded else self.accelerator.unwrap_model(self.model).gates().items():
-            gates.setdefault(name.rpartition(".")[2], []).append(float(gate.detach().float().tanh().abs().mean()))
-        opened = {f"gates/{kind}": round(sum(some) / len(some), 6) for kind, some in gates.items()}
-        return {"memory": peak_memory(self.args.device), **opened}
 
     def _update_page(self, *, is_due: bool = False, is_over: bool = False) -> None:
         step, budget = self.state.global_step, self.budget
@@ -550,7 +502,7 @@ class VLMTrainer(Trainer):
             return None
         return UnloggedLosses(last, float(nested_gather(self._tr_loss, self.args.parallel_mode).mean()))
 
-    def restore_losses(self, unlogged: UnloggedLosses) -> None:
+    def _restore_losses(self, unlogged: UnloggedLosses) -> None:
         """Continue the mean of the losses that a checkpoint has begun."""
         self._globalstep_last_logged = unlogged.last_logged
         self._tr_loss.fill_(unlogged.total)
@@ -564,27 +516,3 @@ class VLMTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         trained = select_trained(model, model.state_dict() if state_dict is None else state_dict)
         safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors")
-
-
-class _TellSteps(TrainerCallback):
-    """Tell after each step how far the run is."""
-
-    def __init__(self, budget: RunBudget, tell: Callable[[int, int | None, float], None]) -> None:
-        self.budget, self.tell = budget, tell
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tell(state.global_step, self.budget.max_steps, math.inf)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tell(state.global_step, self.budget.max_steps, self.budget.seconds_left(state.global_step))
-
-
-class _RestoreLosses(TrainerCallback):
-    """Continue the sum of losses that a checkpoint holds, after the base class has set its own sum to 0."""
-
-    def __init__(self, trainer: VLMTrainer, checkpoint: TrainingCheckpoint | None) -> None:
-        self.trainer, self.checkpoint = trainer, checkpoint
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.checkpoint is not None and self.checkpoint.unlogged is not None:
-            self.trainer.restore_losses(self.checkpoint.unlogged)
