@@ -38,6 +38,13 @@ def test_python_page_is_current() -> None:
     assert all(f"\n## {name}\n" in told for name in vlm_cli.__all__ if not name.startswith("_"))
 
 
+@pytest.mark.matrix
+def test_table_of_exports_is_current() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate_exports.py"))
+    told = page["PAGE"].read_text(encoding="utf-8")
+    assert told == page["insert"](told, page["generate"]()), "run `python docs/generate_exports.py`"
+
+
 # -- settings --------------------------------------------------------------------------------------------------------
 
 

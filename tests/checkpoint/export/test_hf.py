@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlavaProcessor,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import vlm_cli
 from tests.support import disk, tiny
@@ -18,6 +30,7 @@ from vlm_cli.checkpoint.export.hf.write import check_hf, export_hf
 from vlm_cli.errors import UsageError
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.conversation import ChatFormat, Conversation
+from vlm_cli.trust import load_image_processor
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +220,78 @@ def test_a_refusal_comes_before_weights_are_read(folder, tmp_path):
     result = run("export", broken, tmp_path / "out", "--format", "hf")
     assert result.exit_code == 2 and "fusion is cross-attention" in result.stderr
     assert "LlavaForConditionalGeneration" in result.stderr
+
+
+# -- compositions of our own -------------------------------------------------------------------------------------------
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+_PINPOINTS = {"type": "anyres", "pinpoints": [[32, 64], [64, 32], [64, 64]]}
+_ANYRES = [f"tiling={json.dumps(_PINPOINTS)}"]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> Path:
+    """A CLIP, a SigLIP and a DINOv2 of Transformers, with their image processors."""
+    folder = tmp_path_factory.mktemp("encoders")
+    square, middle = {"height": 32, "width": 32}, {"size": {"shortest_edge": 32}, "crop_size": 32}
+    for name, model, images in (
+        (
+            "clip",
+            CLIPVisionModel(CLIPVisionConfig(**_SIZES)),
+            CLIPImageProcessor(**middle),
+        ),
+        ("siglip", SiglipVisionModel(SiglipVisionConfig(**_SIZES)), SiglipImageProcessor(size=square)),
+        ("dinov2", Dinov2Model(Dinov2Config(**_SIZES)), CLIPImageProcessor(**middle)),
+    ):
+        tiny.stir(model, seed=3).save_pretrained(folder / name)
+        images.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("encoder", "tokenizer", "settings", "found"),
+    [
+        ("hf:clip", "mlp", [], "Llava"),
+        ("hf:clip", "mlp", ["vision_encoder.layer=-2", "vision_encoder.class_token=true"], "Llava"),
+        ("hf:siglip", "mlp", [], "Llava"),
+        ("hf:siglip", "linear", ["vision_encoder.layer=-2"], "Llava"),
+        ("hf:dinov2", "mlp", [], "Llava"),
+        ("ViT-B-16-SigLIP", "mlp", ["vision_encoder.depth=2"], "Llava"),
+        ("ViT-B-16-SigLIP2", "linear", ["vision_encoder.depth=2"], "Llava"),
+        ("hf:clip", "mlp", _ANYRES, "LlavaNext"),
+        ("hf:siglip", "mlp", [*_ANYRES, "tiling.shrink_beyond=2"], "LlavaOnevision"),
+    ],
+    ids=str,
+)
+def test_a_composition_of_our_own(folder, encoders, tmp_path, encoder, tokenizer, settings, found):
+    kind, _, name = encoder.partition(":")
+    named = f"hf:{encoders / name}" if kind == "hf" else encoder
+    random = [] if kind == "hf" else ["--random-weights"]
+    chosen = [word for x in ("vision_encoder.norm=false", *settings) for word in ("--set", x)]
+    flags = ["--family", "llava", "--vision-encoder", named, "--vision-tokenizer", tokenizer, *random, *chosen]
+    result = run("build", tmp_path / "model", "--language-model", folder / "lm", "--dtype", "float32", *flags)
+    assert result.exit_code == 0, result.output
+    report = exported(tmp_path / "model", tmp_path / "out")
+    assert report["class"] == f"{found}ForConditionalGeneration" and report["largest_difference"] <= 1e-4
+    model, processor = vlm_cli.load(str(tmp_path / "model"))
+    photo = photograph("16:9")
+    back = AutoProcessor.from_pretrained(tmp_path / "out")
+    back.image_processor = load_image_processor(tmp_path / "out")
+    theirs = back(text="<image>What", images=[photo], return_tensors="pt")
+    ours = processor(text="<image>What", images=[photo])
+    pixels = theirs["pixel_values"].flatten(0, -4)
+    if not report["notes"]:  # of a crop that lies elsewhere
+        torch.testing.assert_close(pixels, ours["pixel_values"][0, 0], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        logits = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()(**theirs).logits[0, -1]
+        wanted = model(**ours).logits[0, -1]
+    size = model.config.first_added_id
+    torch.testing.assert_close(logits[:size], wanted[:size], atol=1e-4 if not report["notes"] else 1, rtol=0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vlm_cli.checkpoint.export.hf.towers import STAND_IN, HFTower, NotHeld
+from vlm_cli.checkpoint.export.hf.towers import STAND_IN, HFTower
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.config import VLMConfig
@@ -38,6 +38,7 @@ class Source:
         text_config: of its language model, as plain data with a `model_type`.
         tokenizer: its tokenizer; None where only the configuration is known.
         num_positions: vision tokens of a view.
+        problems: gets what a class finds in the model that it cannot hold.
     """
 
     config: VLMConfig
@@ -45,6 +46,7 @@ class Source:
     text_config: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerBase | None = None
     num_positions: int = 0
+    problems: list[str] = field(default_factory=list)
 
     def option(self, part: str, name: str, default: Any = None) -> Any:
         """Return a setting of a part; the default if the part's type does not have it."""
@@ -63,14 +65,10 @@ class Source:
         return found if isinstance(found, str) else default
 
     def check_tokens(self, *texts: str) -> None:
-        """Check that texts around a picture are single tokens.
-
-        Raises:
-            NotHeld: if one is none.
-        """
+        """Check that texts around a picture are single tokens; else there is a problem."""
         known = None if self.tokenizer is None else self.tokenizer.get_vocab()
         if wrong := [text for text in texts if not text or (known is not None and text not in known)]:
-            raise NotHeld(
+            self.problems.append(
                 f"tiling.picture_text has {wrong[0]!r} beside a picture; the class has a token of the tokenizer there."
             )
 

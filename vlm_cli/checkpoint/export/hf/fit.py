@@ -84,9 +84,10 @@ def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizer
             draft = target.draft(source)
         except NotHeld as error:
             problems.append(str(error))
-            source = replace(source, tower=target.stand_in, tokenizer=None)
+            source = replace(source, tower=target.stand_in, tokenizer=None, problems=[])
             draft = target.draft(source)
-        theirs_config = make_config(**draft.config)
+        problems += source.problems
+        theirs_config: Any = make_config(**draft.config)
         with meta_device(), SkipsFilling():
             theirs = getattr(transformers, target.model)(theirs_config)
         found = _read_back(target, draft, theirs)
@@ -102,7 +103,8 @@ def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizer
         targets = tower_of(name)
         return layout_of(name) if targets is None else targets
 
-    plan = plan_tensors(ours, theirs, targets_of, found.optional_pattern)
+    unneeded = f"{found.optional_pattern}|{source.tower.unneeded}"
+    plan = plan_tensors(ours, theirs, targets_of, unneeded)
     same_clips = _clips_as(config, found)
     return Fit(draft, theirs_config, tuple(_tensor_problems(plan)), plan, is_exact=same_clips)
 
@@ -148,7 +150,8 @@ def _differences(config: VLMConfig, found: CheckpointDescription, tower: HFTower
     if tower is not None:
         yield from _feature_differences(ours.vision_encoder, theirs.vision_encoder, tower)
         assert found.vision_config is not None
-        yield from _pixel_differences(config, found.vision_config["preprocess"])
+        if ours.tiling.type == theirs.tiling.type:
+            yield from _pixel_differences(config, found.vision_config["preprocess"])
 
 
 def _spelled_out(options: Any, tower: HFTower | None) -> Any:

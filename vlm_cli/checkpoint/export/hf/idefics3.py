@@ -12,7 +12,6 @@ from vlm_cli.checkpoint.export.hf.towers import NotHeld
 from vlm_cli.checkpoint.parts.plain_types import PLAIN_TYPES, order_positions
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
-from vlm_cli.errors import UsageError
 
 __all__ = ["Idefics3Class", "SmolVLMClass"]
 
@@ -46,10 +45,10 @@ class Idefics3Class(HFClass):
             },
             images=images,
             processor={"image_seq_len": source.num_positions},
-            parts=self.more_parts(),
+            parts=self.more_parts(source),
         )
 
-    def more_parts(self) -> dict[str, Any]:
+    def more_parts(self, source: Source) -> dict[str, Any]:
         """Return what the processor has beside its image processor and its tokenizer."""
         return {}
 
@@ -81,9 +80,9 @@ class SmolVLMClass(Idefics3Class):
     images = "SmolVLMImageProcessor"
     model_type = "smolvlm"
 
-    def more_parts(self) -> dict[str, Any]:
+    def more_parts(self, source: Source) -> dict[str, Any]:
         from transformers import SmolVLMVideoProcessor
 
         if find_spec("num2words") is None:
-            raise UsageError("the class's processor needs the package num2words: pip install num2words.")
+            source.problems.append("the class's processor needs the package num2words: pip install num2words.")
         return {"video_processor": SmolVLMVideoProcessor()}

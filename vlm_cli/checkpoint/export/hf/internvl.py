@@ -10,6 +10,9 @@ from vlm_cli.checkpoint.published.layouts.internvl import HuggingFaceInternVL
 
 __all__ = ["InternVLClass"]
 
+#: The only type of vision encoder of which the class makes its own.
+_VISION = "internvl_vision"
+
 
 class InternVLClass(HFClass):
     """InternVL's class. The token of a vision token is the tokenizer's own, or `<image>`."""
@@ -17,15 +20,13 @@ class InternVLClass(HFClass):
     layout = HuggingFaceInternVL()
     model = "InternVLForConditionalGeneration"
     processor = "InternVLProcessor"
-    stand_in = replace(STAND_IN, num_before=1, has_class_token=True)
+    stand_in = replace(STAND_IN, config={**STAND_IN.config, "model_type": _VISION}, num_before=1, has_class_token=True)
 
     def draft(self, source: Source) -> Draft:
         from transformers import GotOcr2ImageProcessor, InternVLVideoProcessor
 
-        if source.tower.num_before != 1:
-            raise NotHeld(
-                f"vision_encoder has {source.tower.num_before} tokens before the patches; the class drops one."
-            )
+        if (kind := source.tower.config["model_type"]) != _VISION:
+            raise NotHeld(f"vision_encoder is a {kind}; the class has an {_VISION}.")
         token = soft_token(source, "context_image_token")
         begin, _, end = str(source.option("tiling", "picture_text", "{views}")).partition("{views}")
         source.check_tokens(begin, end)

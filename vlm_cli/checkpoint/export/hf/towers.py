@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from vlm_cli.checkpoint.published.targets import Rule
-from vlm_cli.checkpoint.published.towers.clip import make_clip_rules
-from vlm_cli.checkpoint.published.towers.siglip import make_siglip_rules
+from vlm_cli.checkpoint.published.towers.clip import CLIP_OPTIONAL, make_clip_rules
+from vlm_cli.checkpoint.published.towers.siglip import SIGLIP_OPTIONAL, make_siglip_rules
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.modeling.encoders.hf import find_structure
 from vlm_cli.modeling.meta import meta_device
@@ -37,6 +37,7 @@ class HFTower:
         has_class_token: whether the first of them is a class token.
         has_norm: whether the class has a norm after its last layer.
         is_normed: whether the class's own output has passed this norm.
+        unneeded: pattern of the encoder's names that patches never pass, and that the class may lack.
     """
 
     config: Mapping[str, Any]
@@ -45,6 +46,7 @@ class HFTower:
     has_class_token: bool
     has_norm: bool = True
     is_normed: bool = True
+    unneeded: str = r"(?!)"  # matches no name
 
     @property
     def image_size(self) -> int:
@@ -151,6 +153,7 @@ def _make_clip(visual: Any, vision_config: Mapping[str, Any], name: str) -> HFTo
         num_before=1,
         has_class_token=True,
         is_normed=False,
+        unneeded=CLIP_OPTIONAL,
     )
 
 
@@ -180,6 +183,7 @@ def _make_siglip(trunk: Any, vision_config: Mapping[str, Any], name: str) -> HFT
         make_rules=lambda prefix: make_siglip_rules(prefix, trunk.embed_dim),
         num_before=0,
         has_class_token=False,
+        unneeded=rf"{SIGLIP_OPTIONAL}|vision_encoder\.visual\.(?:trunk\.)?(?:head|fc_norm)\..*",
     )
 
 

@@ -30,7 +30,7 @@ from vlm_cli.templates.render import render_template
 from vlm_cli.templates.standalone import make_template
 from vlm_cli.trust import load_pretrained, load_tokenizer
 
-__all__ = ["check_hf", "export_hf"]
+__all__ = ["check_hf", "export_hf", "judge_classes"]
 
 
 def check_hf(config: VLMConfig, name: str | None = None) -> None:
@@ -46,26 +46,38 @@ def check_hf(config: VLMConfig, name: str | None = None) -> None:
     _choose(config, None, name)
 
 
+def judge_classes(
+    config: VLMConfig, processor: VLMProcessor | None = None, name: str | None = None
+) -> list[tuple[str, Fit]]:
+    """Judge a model by each class: those that hold it first, then those with the fewest problems.
+
+    Of those that hold it, one comes first that also treats clips as the model does.
+
+    Args:
+        config: of the VLM.
+        processor: of the VLM, if it is known.
+        name: a key of `CLASSES`; None for all.
+    """
+    tokenizer = None if processor is None else processor.tokenizer
+    fits = [(word, fit_class(x, config, tokenizer)) for word, x in CLASSES.items() if name in (None, word)]
+    return sorted(fits, key=lambda item: (len(item[1].problems), not item[1].is_exact))
+
+
 def _choose(config: VLMConfig, processor: VLMProcessor | None, name: str | None) -> tuple[str, Fit]:
-    """Return the first class that holds a model; one that also treats clips alike, if there is one.
+    """Return the class that a model is written as.
 
     Raises:
-        UsageError: if none does.
+        UsageError: if none holds it.
     """
-    problems: dict[str, tuple[str, ...]] = {}
-    holding: list[tuple[str, Fit]] = []
-    for word, target in CLASSES.items():
-        if name not in (None, word):
-            continue
-        fit = fit_class(target, config, None if processor is None else processor.tokenizer)
-        if fit.problems:
-            problems[target.model] = fit.problems
-        else:
-            holding.append((word, fit))
-    if holding:
-        return next((x for x in holding if x[1].is_exact), holding[0])
-    nearest = sorted(problems.items(), key=lambda item: len(item[1]))
-    lines = "".join(f"\n  {model}:" + "".join(f"\n    - {x}" for x in found) for model, found in nearest)
+    fits = judge_classes(config, processor, name)
+    if not fits[0][1].problems:
+        return fits[0]
+    common = [x for x in fits[0][1].problems if len(fits) > 1 and all(x in fit.problems for _, fit in fits)]
+    own = {CLASSES[word].model: [x for x in fit.problems if x not in common] for word, fit in fits}
+    listed = {**({"every class": common} if common else {}), **own}
+    lines = "".join(
+        f"\n  {model}:" + "".join(f"\n    - {x}" for x in found) for model, found in listed.items() if found
+    )
     raise UsageError(
         "no class of Transformers that vlm writes holds this model. What stands in the way, the nearest class first:"
         f"{lines}\nExport another format, such as --format delta; Transformers also loads a directory of vlm as it is "
