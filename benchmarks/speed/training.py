@@ -32,6 +32,7 @@ from vlm_cli.training.dataset import RecordDataset, load_dataset
 from vlm_cli.training.features import FeatureCache
 from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.trainer import VLMTrainer
+from vlm_cli.training.watching import Watching
 
 PEER = "Transformers' Trainer, LlavaForConditionalGeneration"
 UNPACKED, GROUPED = "one record a row, in random order", "one record a row, --group-by-length"
@@ -46,7 +47,7 @@ TRAINED = {
 def measure(report: Report, models: Models, settings: Settings) -> None:
     """Seconds are those of the processor, so that other programs of the machine change little."""
     is_tiny = models.size.name == "tiny"
-    _against_transformers(report, models, settings, rows=2 if is_tiny else 4, words=16 if is_tiny else 128)
+    _against_transformers(report, models, settings, rows=2 if is_tiny else 16, words=16 if is_tiny else 128)
     _against_pixels(report, models, settings, rows=2 if is_tiny else 4)
     _against_padding(report, models, settings, rows=4)
 
@@ -225,6 +226,7 @@ def _our_steps(
             report=lambda report: None,
             step_done=lambda step, total, left: None,
             notify=lambda message: None,
+            watching=Watching(),
             use_cpu=True,
         )
         trainer.add_callback(clock)
