@@ -44,6 +44,14 @@ def test_a_quick_run_writes_its_results(question: Question, tmp_path: Path, monk
     assert Report.from_dict(data) == report
 
 
+@pytest.mark.matrix
+def test_a_quick_run_of_training(tmp_path: Path) -> None:
+    from benchmarks.speed import training  # the Trainer takes seconds to import
+
+    report = answer(training.QUESTION, Settings(sizes=("tiny",), pairs=1, out=tmp_path))
+    assert report.rows and all(row.ratio and row.skipped is None for row in report.rows)
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("value", "limit", "sense", "verdict"),
