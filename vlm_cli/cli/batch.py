@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlm_cli.cli.batch_job import answer_file
-from vlm_cli.cli.batch_options import BatchJob, BatchOptions, RowOptions
+from vlm_cli.cli.batch_options import BatchJob, BatchOptions, RayOptions, RowOptions
 from vlm_cli.cli.loading import ModelOption, ModelRequest, QuantizeOption
 from vlm_cli.cli.options import JsonOption, PlacementOptions, QuietOption, SourceOptions, StatsOption, flatten_options
 from vlm_cli.cli.prompts import ReadingOptions
 from vlm_cli.cli.sampling import SamplingOptions, SearchOptions
+from vlm_cli.data.inputs import is_stdin
+from vlm_cli.errors import UsageError
 from vlm_cli.models import DEMO
 
 __all__ = ["batch"]
@@ -30,6 +33,7 @@ def batch(
         ),
     ],
     batching: BatchOptions = BatchOptions(),
+    spreading: RayOptions = RayOptions(),
     rows: RowOptions = RowOptions(),
     reading: ReadingOptions = ReadingOptions(),
     model: ModelOption = DEMO.name,
@@ -56,4 +60,11 @@ def batch(
     batching.check(file)
     request = ModelRequest.of(model, devices, source, quantize=quantize, max_tiles=reading.max_tiles)
     job = BatchJob(request, file, batching, reading, reading.choice, sampling, search, rows)
+    if spreading.check():
+        if is_stdin(Path(file)) or batching.prints:
+            raise UsageError("--engine ray reads files and writes a directory. Give a FILE and --output DIR.")
+        from vlm_cli.cli.batch_ray import answer_by_ray
+
+        answer_by_ray(job, spreading, as_json=as_json)
+        return
     answer_file(job, as_json=as_json, stats=stats)

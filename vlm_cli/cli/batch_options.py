@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm_cli.data.sources import Source
     from vlm_cli.media import MediaLoader
 
-__all__ = ["BatchJob", "BatchOptions", "RowOptions"]
+__all__ = ["BatchJob", "BatchOptions", "RayOptions", "RowOptions"]
 
 BATCH = "Batch"  # heading of these options in --help
 
@@ -113,6 +113,57 @@ class BatchOptions:
         import os
 
         return min(4, max(0, (os.cpu_count() or 1) - 1)) if self.workers is None else self.workers
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """How many processes answer, and what each has."""
+
+    engine: Annotated[
+        str,
+        option(
+            BATCH,
+            "local answers in this process; ray in a pool of processes, on the Ray cluster that RAY_ADDRESS names if "
+            "there is one. --output is then a directory, with a file for each piece of the input.",
+            "--engine",
+            metavar="local|ray",
+        ),
+    ] = "local"
+    actors: Annotated[int, option(BATCH, "Processes of --engine ray.", "--actors", min=1, max=100_000)] = 2
+    actor_cpus: Annotated[
+        float,
+        option(
+            BATCH,
+            "Cores that Ray reserves for a process. Leave some free: Ray's own readers need them.",
+            "--actor-cpus",
+            min=0.0,
+            max=1_000.0,
+        ),
+    ] = 0.5
+    actor_gpus: Annotated[
+        float, option(BATCH, "GPUs that Ray reserves for a process.", "--actor-gpus", min=0.0, max=100.0)
+    ] = 0.0
+    part_rows: Annotated[
+        int, option(BATCH, "Rows of a file of answers with --engine ray.", "--part-rows", min=1, max=10_000_000)
+    ] = 1_000
+    part_format: Annotated[
+        str, option(BATCH, "Format of the files of --engine ray.", "--part-format", metavar="jsonl|parquet")
+    ] = "jsonl"
+
+    def check(self) -> bool:
+        """Tell whether Ray answers.
+
+        Raises:
+            UsageError: for another engine or format, or an option that has no effect.
+        """
+        if self.engine not in ("local", "ray"):
+            raise UsageError(f"--engine knows local and ray, got {show(self.engine)}.")
+        if self.part_format not in ("jsonl", "parquet"):
+            raise UsageError(f"--part-format knows jsonl and parquet, got {show(self.part_format)}.")
+        changed = [name for name, x in asdict(self).items() if name != "engine" and x != getattr(RayOptions(), name)]
+        if self.engine == "local" and changed:
+            raise UsageError(f"--{changed[0].replace('_', '-')} has no effect without --engine ray.")
+        return self.engine == "ray"
 
 
 @dataclass(frozen=True)
