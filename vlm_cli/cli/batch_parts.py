@@ -158,5 +158,7 @@ class Parts:
 
             column = pyarrow.parquet.read_table(path, columns=["error"]).column("error")
             return len(column) - int(column.null_count)
+        from vlm_cli.generation.journal import has_failed
+
         with path.open(encoding="utf-8") as file:
-            return sum(json.loads(line).get("error") is not None for line in file)
+            return sum(has_failed(parse_json(line)) for line in file)
