@@ -93,6 +93,13 @@ agree("pushed", vlm_cli.load("org/pushed"), first)
 HfApi().create_repo("org/delta")
 HfApi().upload_folder(repo_id="org/delta", folder_path="delta")
 agree("pushed delta", vlm_cli.load("org/delta"), vlm_cli.load("whole"))
+command("push", "push", "whole", "org/whole", "--license", "mit")
+command("generate from what was pushed", *words, "-m", "org/whole")
+command("generate from what was built", *words, "-m", "whole")
+command("eval of what was pushed", "eval", "org/whole", "--data", given["questions"], "--json")
+command("push a delta", "push", "delta", "org/pushed-delta")
+command("build from a pushed delta", "build", "back2", "--from", "org/pushed-delta")
+agree("built from a pushed delta", vlm_cli.load("back2"), vlm_cli.load("whole"))
 command("inspect a pushed delta", "inspect", "org/delta", "--json")
 print(json.dumps(found))
 """
@@ -147,6 +154,9 @@ def found(tmp_path_factory) -> SimpleNamespace:
     parts = disk.composition(f"local-dir:{tower}", str(lm), "mlp", "language-stream")
     given = {"cache": str(folder / "cache"), "other lm": str(other), "photo": str(folder / "photo.png")}
     shutil.copy(ROOT / "examples/images/two.png", given["photo"])
+    question = {"prompt": "<image:photo.png>How many?", "completion": " two"}
+    (folder / "questions.jsonl").write_text(json.dumps(question))
+    given["questions"] = str(folder / "questions.jsonl")
     for seed, name in enumerate(("first", "second")):
         given[name] = str(disk.write(folder / name, parts, seed=seed))
     assert disk.run("build", folder / "built", "--config", folder / "first/composition.yaml", "-q").exit_code == 0
@@ -163,6 +173,7 @@ def found(tmp_path_factory) -> SimpleNamespace:
 
 
 LOADED = ("load", "revision", "from_pretrained", "from_pretrained of a revision", "auto classes", "built weights")
+LOADED += ("built from a pushed delta",)
 LOADED += ("delta", "delta after the language model moved on", "pushed", "pushed delta")
 
 
@@ -188,6 +199,17 @@ def test_commands(found):
     answers = [found.online["generate"], found.online["generate of a directory"], found.offline["generate"]]
     texts = [json.loads(answer["stdout"])["text"] for answer in answers]
     assert texts[0] == texts[1] == texts[2] and texts[0]
+
+
+def test_what_vlm_push_sent_is_used_by_its_name(found):
+    for name in ("push", "eval of what was pushed", "push a delta", "build from a pushed delta"):
+        assert found.online[name]["code"] == 0, found.online[name]["stderr"]
+    texts = [json.loads(found.online[f"generate from what was {x}"]["stdout"])["text"] for x in ("pushed", "built")]
+    assert texts[0] == texts[1] and texts[0]
+    assert json.loads(found.online["eval of what was pushed"]["stdout"])["model"] == "org/whole"
+    card = found.hub.repositories["org/whole"].newest["README.md"].decode()
+    assert "license: mit" in card and "- org/lm" in card and "- org/tower" in card
+    assert "vlm build OUT --from delta" in found.online["push a delta"]["stderr"]
 
 
 def test_a_delta_is_pinned_at_commits(found):

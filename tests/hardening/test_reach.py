@@ -156,7 +156,7 @@ JOINS = {
     "announcing.py:_read": "constants",
     "preprocessing.py:_read_files": "constants",
     "schemas.py:_read": "constants",
-    "run_record.py:copy_run_record": "constants",
+    "run_record.py:copy_run_record": "names of files in the other directory",
 }
 
 

@@ -15,20 +15,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["Hub", "serving"]
+import pytest
+
+from vlm_cli.report.card_sections import Card
+
+__all__ = ["Hub", "serving", "serving_here"]
 
 Files = Mapping[str, bytes]
 
 
 @dataclass
 class Repository:
-    """Commits, oldest first, and names for some of them."""
+    """Commits, oldest first, names for some of them, and whether only its owner sees it."""
 
     commits: dict[str, Files] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+
+    @property
+    def newest(self) -> Files:
+        return self.commits[self.names["main"]]
 
     def commit(self, files: Files, name: str = "main") -> str:
         parts = [str(len(self.commits)), *(f"{k}{hashlib.sha1(x).hexdigest()}" for k, x in sorted(files.items()))]
@@ -43,13 +53,18 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories by name, large files by hash, and each request that came."""
+    """Repositories by name, large files by hash, and each request that came.
+
+    Attributes:
+        breaks_after: large files that the hub still stores, before each further one breaks; None stores all.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     address: str = ""
+    breaks_after: int | None = None
 
     def add(self, repository: str, folder: Path, name: str = "main") -> str:
         """A commit that holds the files of a folder."""
@@ -61,7 +76,7 @@ class Hub:
 def serving() -> Iterator[Hub]:
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -71,6 +86,27 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving_here() -> Iterator[Hub]:
+    """A hub that the libraries of this process use, which otherwise has none."""
+    from huggingface_hub import constants, hf_api
+
+    with serving() as hub, pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as cache:
+        settings = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": cache}
+        for name, x in settings.items():
+            patch.setattr(constants, name, x)
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        patch.setattr(hf_api.api, "endpoint", hub.address)
+        yield hub
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing on the terminal if a client goes away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -145,7 +181,14 @@ class _Handler(BaseHTTPRequestHandler):
         if found is not None:
             oid, files = found
             self._json(
-                {"id": name, "sha": oid, "private": False, "tags": [], "siblings": [{"rfilename": x} for x in files]}
+                {
+                    "id": name,
+                    "sha": oid,
+                    "private": self.hub.repositories[name].private,
+                    "tags": [],
+                    "siblings": [{"rfilename": x} for x in files],
+                    "cardData": _metadata(files.get("README.md", b"").decode()),
+                }
             )
 
     def tree(self, name: str, revision: str, folder: str | None, body: bytes) -> None:
@@ -178,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{data['organization']}/{data['name']}" if data.get("organization") else data["name"]
         there = name in self.hub.repositories
         if not there:
-            self.hub.repositories[name] = Repository()
+            self.hub.repositories[name] = Repository(private=data.get("private") or data.get("visibility") == "private")
             self.hub.repositories[name].commit({})
         answer = {"url": f"{self.hub.address}/{name}", "id": name}
         self._send(409 if there else 200, json.dumps(answer).encode(), Content_Type="application/json")
@@ -195,12 +238,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def batch(self, name: str, body: bytes) -> None:
         def action(o: Mapping[str, Any]) -> dict[str, Any]:
+            if o["oid"] in self.hub.large:
+                return dict(o)  # it is here, and need not be sent
             return {**o, "actions": {"upload": {"href": f"{self.hub.address}/lfs/{o['oid']}"}}}
 
         self._json({"transfer": "basic", "objects": [action(o) for o in json.loads(body)["objects"]]})
 
     def store(self, oid: str, body: bytes) -> None:
         assert hashlib.sha256(body).hexdigest() == oid
+        if self.hub.breaks_after is not None and len(self.hub.large) >= self.hub.breaks_after:
+            self._error(403, "Broken")
+            return
         self.hub.large[oid] = body
         self._send(200, b"")
 
@@ -209,6 +257,10 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return
         files = dict(found[1])
+        parent = json.loads(body.splitlines()[0])["value"].get("parentCommit")
+        if parent is not None and parent != found[0]:
+            self._error(412, "PreconditionFailed")
+            return
         for line in body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -233,6 +285,13 @@ class _Handler(BaseHTTPRequestHandler):
         (r"PUT /lfs/([0-9a-f]+)", store),
         (r"POST /api/models/([^/]+/[^/]+)/commit/([^/]+)", commit),
     )
+
+
+def _metadata(card: str) -> Mapping[str, Any]:
+    try:
+        return Card.parse(card).metadata
+    except ValueError:
+        return {}
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 from typer.testing import Result
 
-from tests.support.hub_server import serving
+from tests.support.hub_server import serving_here
 from tests.support.training import metrics
 from vlm_cli.training import reporting
 
@@ -95,11 +93,8 @@ def test_a_program_that_is_not_installed(train: Vlm, monkeypatch: pytest.MonkeyP
     assert "unknown name 'tensorbord' in --report-to. Did you mean 'tensorboard'?" in result.stderr
 
 
-def test_a_trained_model_is_pushed_to_the_hub(train: Vlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving() as hub:
-        for name, x in {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(constants, name, x)
-        monkeypatch.setattr(sys.modules["huggingface_hub.hf_api"].api, "endpoint", hub.address)
+def test_a_trained_model_is_pushed_to_the_hub(train: Vlm, tmp_path: Path) -> None:
+    with serving_here() as hub:
         result = train("--push-to-hub", "me/trained")
         assert result.exit_code == 0, result.stderr
         repository = hub.repositories["me/trained"]

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 
 import torch
 
+from vlm_cli.checkpoint.completing import is_delta, load_delta, write_whole
 from vlm_cli.checkpoint.create import Blueprint, create, plan
 from vlm_cli.checkpoint.delta import PREFIXES
 from vlm_cli.checkpoint.directory import save, save_delta
@@ -212,6 +213,17 @@ def build_from_checkpoint(
     output = None if out is None else _Output(Path(out), delta, max_shard_size, shim, overwrite, trust_remote_code)
     progress(f"finding {source}")
     recognised = recognise(source, revision=revision)
+    if is_delta(recognised.checkpoint.config):
+        if delta:
+            raise UsageError(f"{str(source)!r} is a delta directory already. Leave --delta out to make it whole.")
+        progress(f"loading {source}")
+        model, processor = load_delta(
+            str(source), composition_over, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if output is not None:
+            output.complete(model, processor, str(source), progress)
+        out_path = None if output is None else output.path
+        return BuildResult(model=model, processor=processor, out=out_path, parameters=count_parameters(model))
     if delta and recognised.holds_all_backbones:
         raise UsageError(
             f"--delta leaves out what pretrained parts hold, and {recognised.checkpoint.name!r} brings a vision "
@@ -299,3 +311,10 @@ class _Output:
                 trust_remote_code=self.trust_remote_code,
                 progress=progress,
             )
+
+    def complete(self, model: VLM, processor: VLMProcessor, source: str, progress: Progress) -> None:
+        """Write the model of a delta directory with all of its tensors."""
+        progress(f"writing {self.path}")
+        with replacing_directory(self.path, overwrite=self.overwrite) as partial:
+            how: dict[str, Any] = {"max_shard_size": self.max_shard_size, "shim": self.shim}
+            write_whole(model, processor, partial, source, name=self.path.name, **how)

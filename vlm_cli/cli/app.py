@@ -28,6 +28,7 @@ from vlm_cli.cli import (
     generate,
     inspect,
     list_parts,
+    push,
     serve,
     terminal,
     train,
@@ -130,6 +131,7 @@ for _name, _command in (
     ("data", data.data),
     ("eval", eval.evaluate),
     ("export", export.export),
+    ("push", push.push),
 ):
     app.command(_name, cls=Command)(_guarded(_command))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ from vlm_cli.training.stages import Stage, read_stages
 
 if TYPE_CHECKING:
     from vlm_cli.evaluation.examiner import HeldOutExaminer
+    from vlm_cli.publishing.repository import Repository
     from vlm_cli.training.outcome import TrainingResult
 
 __all__ = ["train"]
@@ -224,24 +226,38 @@ def _run(
         terminal.step("starting")  # the libraries take seconds to load
         from vlm_cli.quiet import silence_libraries
         from vlm_cli.training.processes import is_first_process
-        from vlm_cli.training.pushing import make_repository, push
         from vlm_cli.training.run import train_model
         from vlm_cli.training.staged import train_stages
 
         silence_libraries()
         keep_collecting()
-        if repository is not None and is_first_process():
-            make_repository(repository)
+        opened = _open_repository(repository) if repository is not None and is_first_process() else None
         with keep_stdout():  # from the programs to which a run reports
             if stages is not None:
                 results = train_stages(job, stages, terminal, make_examiner=_make_examiner)
             else:
                 result = train_model(job, settings, terminal, make_examiner=_make_examiner)
                 results = None if result is None else [result]
-        if repository is not None and results is not None:
-            terminal.step(f"sending {job.output} to {repository}")
-            push(job.output, repository)
-            terminal.step("")
+        if opened is not None and results is not None:
+            _push(job.output, opened, terminal)
         return results
     finally:
         terminal.leave_line()
+
+
+def _open_repository(name: str) -> Repository:
+    """Open a repository before the run, since only this shows that the user may write there."""
+    from vlm_cli.publishing.repository import open_repository
+
+    return open_repository(name, option="--push-to-hub")
+
+
+def _push(output: Path, repository: Repository, terminal: TrainingLog) -> None:
+    """Send a model as `vlm push` does; its output stays if that fails."""
+    from vlm_cli.publishing.push import PushOptions, push
+
+    advice = f"{output} is written. Type: vlm push {shlex.quote(str(output))} {repository.name}"
+    shipment, _ = push(output, repository, PushOptions(), advice=advice, progress=terminal.step)
+    terminal.step("")
+    for note in shipment.notes:
+        console.note(f"Note: {note}")

@@ -149,7 +149,7 @@ class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMix
             if config.is_delta:
                 raise ValueError(
                     f"{str(pretrained_model_name_or_path)!r} is a delta directory: its frozen parts are in other "
-                    "places. Load it with vlm_cli.load(…), or write a full directory: vlm build."
+                    "places. Load it with vlm_cli.load(…), or make it whole: vlm build OUT --from it."
                 )
             cls = FUSIONS[config.composition.fusion.type].load()
             return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import shlex
 
+from huggingface_hub import ModelCardData
+
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of, escape_controls, markdown_code, markdown_text
+from vlm_cli.report.base_models import base_models
+from vlm_cli.report.card_sections import sign_section
 from vlm_cli.report.parameters import ParameterReport, count_parameters
 from vlm_cli.report.tables import parameters_markdown
 
-__all__ = ["UNTRAINED", "model_card", "training_story"]
+__all__ = ["METADATA", "UNTRAINED", "model_card", "training_story"]
+
+#: Metadata of every card.
+METADATA = {"library_name": "vlm-cli", "pipeline_tag": "image-text-to-text", "tags": ["vision-language-model"]}
 
 UNTRAINED = "Parts that no\npretrained weights fill are untrained until you train them."
 
@@ -27,11 +34,9 @@ def model_card(model: VLM, name: str, story: str = UNTRAINED, parameters: Parame
     """
     parts = model.config.composition
     table = parameters_markdown(parameters or count_parameters(model))
-    return f"""---
-library_name: vlm-cli
-pipeline_tag: image-text-to-text
----
-
+    bases = [x for x in base_models(parts).values() if x is not None]
+    metadata = ModelCardData(base_model=bases or None, **METADATA)  # type: ignore[arg-type]
+    body = f"""
 # {markdown_text(name)}
 
 A vision-language model composed with `vlm` (the Python package vlm-cli). {story}
@@ -51,6 +56,7 @@ With `vlm` installed:
 vlm generate --model {shlex.quote(escape_controls(name))} "<image:photo.jpg>A photo of"
 ```
 """
+    return f"---\n{metadata.to_yaml()}\n---\n\n{sign_section('model', body)}\n"
 
 
 def training_story(model: VLM, *, steps: int, records: int, loss: float | None, eval_loss: float | None) -> str:

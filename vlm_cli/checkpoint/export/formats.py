@@ -97,11 +97,11 @@ def _write_language_model(model: VLM, processor: VLMProcessor, out: Path, settin
 
 def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
     from vlm_cli.checkpoint.directory import save_delta
-    from vlm_cli.checkpoint.run_record import copy_run_record, read_story
+    from vlm_cli.checkpoint.run_record import copy_run_record, keep_card, read_story
     from vlm_cli.report.card import UNTRAINED
 
     copy_run_record(settings.source, out)
-    return save_delta(
+    facts = save_delta(
         model,
         processor,
         out,
@@ -111,6 +111,8 @@ def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: Expor
         trust_remote_code=settings.trust_remote_code,
         shim=settings.shim,
     )
+    keep_card(settings.source, out)
+    return facts
 
 
 def _check_merged(config: VLMConfig) -> None:
@@ -120,20 +122,10 @@ def _check_merged(config: VLMConfig) -> None:
 
 
 def _write_full(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
-    from vlm_cli.checkpoint.directory import save
-    from vlm_cli.checkpoint.run_record import copy_run_record, read_story
-    from vlm_cli.report.card import UNTRAINED
+    from vlm_cli.checkpoint.completing import write_whole
 
-    copy_run_record(settings.source, out)
-    save(
-        model,
-        processor,
-        out,
-        name=settings.name,
-        story=read_story(settings.source, model) or UNTRAINED,
-        max_shard_size=settings.max_shard_size,
-        shim=settings.shim,
-    )
+    how: dict[str, Any] = {"max_shard_size": settings.max_shard_size, "shim": settings.shim}
+    write_whole(model, processor, out, str(settings.source), name=settings.name, **how)
     return {}
 
 
@@ -180,7 +172,7 @@ FORMATS: dict[str, ExportFormat] = {
         summary="the VLM without the tensors that its pretrained parts hold",
         check=_accept,
         write=_write_delta,
-        next_line='vlm generate --model {out} --image FILE "A photo of"',
+        next_line='vlm generate --model {out} --image FILE "A photo of"; vlm build WHOLE --from {out} makes it whole',
         is_vlm=True,
     ),
     "merged": ExportFormat(

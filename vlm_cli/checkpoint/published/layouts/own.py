@@ -53,8 +53,8 @@ class OwnDirectory:
         check_vlm_config(data, checkpoint.name)
         if data.get("backbones") or data.get("adapters"):
             raise CheckpointError(
-                f"{checkpoint.name!r} is a delta directory: its frozen parts are in other places. Write a full one "
-                f"first: vlm_cli.save(*vlm_cli.load({checkpoint.name!r}), OUT)."
+                f"{checkpoint.name!r} is a delta directory: its frozen parts are in other places. Make it whole first: "
+                f"vlm build WHOLE --from {checkpoint.name}"
             )
         config = VLMConfig.from_dict(dict(data))
         measured = ("num_patches", "dim", "grid")
