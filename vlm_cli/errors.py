@@ -8,6 +8,7 @@
     │   └── OutputExistsError        the output directory is already there
     ├── MediaError               exit code 1: a picture that cannot be read
     ├── LanguageModelError       exit code 1: a language model that cannot be used or found
+    │   ├── ChatTemplateError        a chat template that cannot write a conversation
     │   └── LanguageModelLimit       an input that Transformers itself handles wrongly; also a ValueError
     ├── ContextError             exit code 1: a conversation longer than the language model's context
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
@@ -33,6 +34,7 @@ from textwrap import shorten
 from typing import Any, ClassVar
 
 __all__ = [
+    "ChatTemplateError",
     "CheckpointError",
     "CompositionError",
     "ContextError",
@@ -134,6 +136,12 @@ class LanguageModelError(VLMError):
 
 class LanguageModelLimit(LanguageModelError, ValueError):
     """An input for which Transformers' own code of a language model gives wrong results."""
+
+    public_default = None
+
+
+class ChatTemplateError(LanguageModelError):
+    """A chat template that cannot write a conversation. The message quotes that and what the template says."""
 
     public_default = None
 

@@ -99,7 +99,7 @@ def test_flags_fill_in_what_a_request_leaves_out(answer: Callable[..., Any]) -> 
         texts(x) for x in answer([{**rows[0], "custom_id": i} for i in "ab"], "--temperature", 2, "--seed", 3)[1]
     ]
     assert sampled[0] != sampled[1]  # each row has a seed of its own
-    for flag in (("--top-k", 3), ("--system", "x"), ("--num-beams", 2), ("--special-tokens",)):
+    for flag in (("--top-k", 3), ("--system", "x"), ("--num-beams", 2), ("--special-tokens",), ("--workers", 2)):
         assert f"Leave out {flag[0]}." in answer(rows, *flag, code=2)[0].stderr
 
 
@@ -137,6 +137,17 @@ def test_bad_requests_are_told_in_place(answer: Callable[..., Any]) -> None:
             assert words in line["response"]["body"]["error"]["message"]
         assert line["custom_id"] == (row.get("custom_id") if isinstance(row, dict) else None)
     assert f"{len(BAD)} of {len(rows)} rows could not be answered" in found.stderr
+
+
+def test_a_role_that_the_template_refuses_is_told_in_its_words(answer: Callable[..., Any], tmp_path: Path) -> None:
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system here') }}{% endif %}"
+    (tmp_path / "chat.jinja").write_text(template + "{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One"}]
+    rows = [request("a", "x") | {"body": {"messages": messages}}, request("b", "One", max_tokens=1)]
+    _, lines = answer(rows, "--chat-template", tmp_path / "chat.jinja", code=1)
+    assert "No system here" in lines[0]["response"]["body"]["error"]["message"] and texts(lines[1])
+    _, lines = answer([{"messages": messages}, {"prompt": "One"}], "--chat-template", tmp_path / "chat.jinja", code=1)
+    assert "No system here" in lines[0]["error"] and "text" in lines[1]
 
 
 def test_an_answer_that_fails_is_the_error_of_its_request(

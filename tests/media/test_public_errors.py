@@ -72,7 +72,8 @@ def test_every_kind_of_error_has_been_decided() -> None:
     kinds = {x for x in vars(vlm_cli.errors).values() if isinstance(x, type) and issubclass(x, VLMError)}
     quoting = {kind.__name__ for kind in kinds | {IncompleteWeightsError} if kind.public_default is None}
     assert quoting == {
-        "VLMError", "UsageError", "UnknownNameError", "PromptError", "MediaError", "ContextError", "LanguageModelLimit"
+        "VLMError", "UsageError", "UnknownNameError", "PromptError", "MediaError", "ContextError", "LanguageModelLimit",
+        "ChatTemplateError",
     }  # fmt: skip
 
 

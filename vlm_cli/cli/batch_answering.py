@@ -185,6 +185,7 @@ def request_defaults(job: BatchJob) -> dict[str, Any]:
         "--num-beams": job.search.num_beams != 1,
         "--special-tokens": reading.special_tokens,
         "--system": reading.system is not None,
+        "--workers": bool(job.options.workers),
     }
     if given := next((flag for flag, is_given in unknown.items() if is_given), None):
         raise UsageError(

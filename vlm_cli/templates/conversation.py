@@ -23,7 +23,7 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any, Literal, Protocol
 
-from vlm_cli.errors import LanguageModelError
+from vlm_cli.errors import ChatTemplateError, LanguageModelError
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text, TokenBreak
 from vlm_cli.templates.pictures import takes_text
@@ -126,7 +126,7 @@ class ChatFormat:
             opens_answer: go on to where the model's answer begins; the last message is then the user's.
 
         Raises:
-            LanguageModelError: if the template cannot write these messages, or leaves an image or the system text out.
+            ChatTemplateError: if the template cannot write these messages, or leaves an image or the system text out.
         """
         if self.template is None:
             rendered = ""
@@ -137,7 +137,7 @@ class ChatFormat:
         pairs = [(m.role, text) for m, text in zip(messages, texts, strict=True)]
         found = self._apply_system(pairs, opens_answer) if pairs[0][0] == "system" else self._apply(pairs, opens_answer)
         if (written := found.count(markers.image)) != (given := sum(text.count(markers.image) for text in texts)):
-            raise LanguageModelError(
+            raise ChatTemplateError(
                 f"the tokenizer's chat template writes {written} of {count_of(given, 'image')} of the conversation. "
                 "Start another "
                 "conversation, or change the chat_template of the model's directory."
@@ -186,7 +186,7 @@ class ChatFormat:
             begun: the beginning of that answer, for the model to go on with.
 
         Raises:
-            LanguageModelError: if the template cannot write these messages.
+            ChatTemplateError: if the template cannot write these messages.
         """
         texts = (text for message in (*messages, *([begun] if begun else [])) for text in message.texts)
         markers = Markers.absent_from(self.template or "", *texts)
@@ -217,16 +217,16 @@ class ChatFormat:
         """Write messages that begin with the system text.
 
         Raises:
-            LanguageModelError: if the template has no place for that text; many refuse it, and some forget it.
+            ChatTemplateError: if the template has no place for that text; many refuse it, and some forget it.
         """
         advice = "Leave the system text out, or write it at the start of the user's first turn."
         try:
             found = self._apply(messages, opens_answer)
         except LanguageModelError as error:
             self._apply(messages[1:], opens_answer)  # if that fails too, the system text is not to blame
-            raise LanguageModelError(f"the tokenizer's chat template takes no system text ({error}) {advice}") from None
+            raise ChatTemplateError(f"the tokenizer's chat template takes no system text ({error}) {advice}") from None
         if squash(messages[0][1]) not in squash(found):
-            raise LanguageModelError(f"the tokenizer's chat template leaves out the system text. {advice}")
+            raise ChatTemplateError(f"the tokenizer's chat template leaves out the system text. {advice}")
         return found
 
     def _apply(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
@@ -326,7 +326,7 @@ class Conversation:
             markers: that no text of the conversation has, if the caller knows texts that are still to come.
 
         Raises:
-            LanguageModelError: if the template cannot write the conversation.
+            ChatTemplateError: if the template cannot write the conversation.
         """
         asked = Message("user", tuple(parts))
         texts = (text for message in (*self.messages, asked) for text in message.texts)

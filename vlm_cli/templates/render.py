@@ -18,7 +18,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_cli.errors import LanguageModelError
+from vlm_cli.errors import ChatTemplateError
 
 __all__ = ["render_template"]
 
@@ -46,7 +46,7 @@ def render_template(
         opens_answer: go on to where the model's answer begins.
 
     Raises:
-        LanguageModelError: if the template fails, or exceeds its limits.
+        ChatTemplateError: if the template fails, or exceeds its limits.
     """
     context = {
         "messages": list(messages),
@@ -64,7 +64,7 @@ def render_template(
     }
     answer = _process.run(json.dumps(request).encode())
     if "text" not in answer:
-        raise LanguageModelError(f"the tokenizer's chat template cannot write this conversation: {answer['error']}.")
+        raise ChatTemplateError(f"the tokenizer's chat template cannot write this conversation: {answer['error']}.")
     text: str = answer["text"]
     return text
 
