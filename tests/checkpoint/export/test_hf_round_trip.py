@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.support import gemma, grid_models, idefics3, llava, llava_next
+from tests.support import gemma, grid_models, idefics3, llava, llava_next, vipllava
 from tests.support.photographs import photograph
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.write import export_hf
@@ -21,6 +21,8 @@ from vlm_cli.trust import load_image_processor
 #: Transformers' word for a class -> what writes a tiny checkpoint of it.
 MADE: dict[str, Any] = {
     "llava": llava.huggingface,
+    # Layers may be counted from the embeddings, too; they are written from the end.
+    "vipllava": lambda folder, **more: vipllava.case(folder, vision_feature_layer=[-2, -5, -6, -4], **more),
     "llava_next": llava_next.llava_next,
     "llava_onevision": llava_next.llava_onevision,
     "internvl": grid_models.internvl,

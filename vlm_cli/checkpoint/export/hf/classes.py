@@ -4,7 +4,7 @@ from vlm_cli.checkpoint.export.hf.draft import HFClass
 from vlm_cli.checkpoint.export.hf.gemma import Gemma3Class, PaliGemmaClass
 from vlm_cli.checkpoint.export.hf.idefics3 import Idefics3Class, SmolVLMClass
 from vlm_cli.checkpoint.export.hf.internvl import InternVLClass
-from vlm_cli.checkpoint.export.hf.llava import LLaVAClass
+from vlm_cli.checkpoint.export.hf.llava import LLaVAClass, ViPLLaVAClass
 from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVAOneVisionClass
 
 __all__ = ["CLASSES"]
@@ -12,6 +12,7 @@ __all__ = ["CLASSES"]
 #: Transformers' word for the class -> the class.
 CLASSES: dict[str, HFClass] = {
     "llava": LLaVAClass(),
+    "vipllava": ViPLLaVAClass(),
     "llava_next": LLaVANeXTClass(),
     "llava_onevision": LLaVAOneVisionClass(),
     "internvl": InternVLClass(),

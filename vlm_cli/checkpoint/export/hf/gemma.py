@@ -59,6 +59,7 @@ class Gemma3Class(HFClass):
 
         _check_tower(source)
         token = soft_token(source, "image_token")
+        side = source.tower.image_size // source.tower.patch_size // source.option("vision_tokenizer", "pool", 1)
         before, _, after = str(source.option("tiling", "picture_text", "{views}")).partition("{views}")
         names = {"boi": before.strip("\n"), "eoi": after.strip("\n")}
         source.check_tokens(*names.values())
@@ -68,13 +69,13 @@ class Gemma3Class(HFClass):
                 "model_type": "gemma3",
                 "vision_config": dict(source.tower.config),
                 "text_config": {**source.text_config, **source.rows(of_added=token.is_added)},
-                "mm_tokens_per_image": source.num_positions,
+                "mm_tokens_per_image": side**2,
                 "boi_token_index": ids["boi"],
                 "eoi_token_index": ids["eoi"],
                 "image_token_index": token.id,
             },
             images=Gemma3ImageProcessor(size=_square(source), **image_settings(source.config)),
-            processor={"image_seq_length": source.num_positions},
+            processor={"image_seq_length": side**2},
             media_token=names["boi"],
             named_tokens={"boi_token": names["boi"], "eoi_token": names["eoi"], "image_token": token.text},
             token_ids={ids[key]: {"content": text} for key, text in names.items()},
