@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from examples.scenes.draw import draw
 from examples.scenes.texts import QUESTION_KINDS, Question, ask, ask_about, caption
 from examples.scenes.world import Scene, sample_scene, stream
+from vlm_cli.errors import VLMError
 
 QUESTIONS = 4  # about each picture of the training records
 CAPTIONS = 0.25  # share of the held-out questions that ask for a description
@@ -120,24 +122,25 @@ def write_words(name: str, out: Path, number: int, seed: int) -> None:
     tokenizer = processor.tokenizer
     words, ends = OPENINGS.split(), sorted(tokenizer.all_special_ids)
     torch.manual_seed(seed)
-    with open(out, "w", encoding="utf-8") as file:
-        for start in range(0, number, ROWS):
-            openings = [words[i % len(words)] for i in range(start, min(start + ROWS, number))]
-            ids = torch.tensor([[tokenizer.encode(word, add_special_tokens=False)[0]] for word in openings])
-            written = model.lang_model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=LENGTH,
-                eos_token_id=ends,
-                pad_token_id=ends[0],
-            )
-            for row in written.tolist():
-                length = next((i for i, token in enumerate(row) if token in ends), len(row))
-                if length < SHORTEST:
-                    continue
-                file.write(json.dumps({"text": escape(tokenizer.decode(row[:length]))}) + "\n")
+    lines = []
+    for start in range(0, number, ROWS):
+        openings = [words[i % len(words)] for i in range(start, min(start + ROWS, number))]
+        ids = torch.tensor([[tokenizer.encode(word, add_special_tokens=False)[0]] for word in openings])
+        written = model.lang_model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=LENGTH,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
+        for row in written.tolist():
+            length = next((i for i, token in enumerate(row) if token in ends), len(row))
+            if length < SHORTEST:
+                continue
+            lines.append(json.dumps({"text": escape(tokenizer.decode(row[:length]))}) + "\n")
+    out.write_text("".join(lines), encoding="utf-8")
 
 
 # -- perplexity --------------------------------------------------------------------------------------------------------
@@ -181,12 +184,15 @@ def main() -> None:
     measure = commands.add_parser("perplexity", help="Measure the perplexity of Python's documentation.")
     measure.add_argument("model", metavar="MODEL", help="Directory of a model.")
     args = parser.parse_args()
-    if args.command == "data":
-        write_records(args.out, args.num, args.held_out, args.seed)
-    elif args.command == "words":
-        write_words(args.model, args.out, args.num, args.seed)
-    else:
-        print(f"{perplexity(args.model):.3f}")
+    try:
+        if args.command == "data":
+            write_records(args.out, args.num, args.held_out, args.seed)
+        elif args.command == "words":
+            write_words(args.model, args.out, args.num, args.seed)
+        else:
+            print(f"{perplexity(args.model):.3f}")
+    except (VLMError, OSError) as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":
