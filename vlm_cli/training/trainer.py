@@ -2,11 +2,11 @@
 
 Transformers and Accelerate handle devices, processes, precision and sharding. This class joins the parts of a run:
 
-    RunBudget      steps and minutes              (budget.py)
-    MetricsLog     losses and speed               (metrics.py)
-    FiniteWatch    stops at a loss of nan         (watch.py)
-    Checkpoints    state on the disk              (checkpoints.py)
-    StreamSampler  order of the records           (order.py)
+    CheckpointedTrainer  writes and reads checkpoints  (checkpointed.py)
+    RunBudget            steps and minutes             (budget.py)
+    MetricsLog           losses and speed              (metrics.py)
+    FiniteWatch          stops at a loss of nan        (watch.py)
+    order_records        order of the records          (loaders.py)
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import nested_gather
 
 from vlm_cli.data.skipped import SkippedRows
 from vlm_cli.errors import DataError, UsageError
@@ -37,13 +34,12 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
 from vlm_cli.training.callbacks import RestoreLosses, TellSteps
+from vlm_cli.training.checkpointed import CheckpointedTrainer
 from vlm_cli.training.checkpoints import (
     Checkpoints,
     RunHistory,
     TrainingCheckpoint,
-    UnloggedLosses,
     reading,
-    select_trained,
 )
 from vlm_cli.training.dataset import Collator, RecordDataset, check_batch
 from vlm_cli.training.learning_settings import DEFAULT_RATE
@@ -59,7 +55,6 @@ from vlm_cli.training.reporting import make_reporters
 from vlm_cli.training.schedule import make_schedule
 from vlm_cli.training.settings import TrainingSettings
 from vlm_cli.training.sharding import GatherForMethods, blank_media, check_sharding
-from vlm_cli.training.stream_state import write_stream_states
 from vlm_cli.training.streaming import StreamedRecords
 from vlm_cli.training.watch import FiniteWatch
 from vlm_cli.training.watching import Watching, preserved_randomness
@@ -67,7 +62,7 @@ from vlm_cli.training.watching import Watching, preserved_randomness
 __all__ = ["VLMTrainer"]
 
 
-class VLMTrainer(Trainer):
+class VLMTrainer(CheckpointedTrainer):
     """Train a `VLM` on records.
 
     Args:
@@ -88,8 +83,6 @@ class VLMTrainer(Trainer):
     control: Any
     lr_scheduler: Any
     optimizer: Any
-    _tr_loss: Tensor
-    _globalstep_last_logged: int
 
     def __init__(
         self,
@@ -133,7 +126,6 @@ class VLMTrainer(Trainer):
         arguments.max_steps = self.budget.steps
         self.watch = FiniteWatch(train_set, checkpoints)
         self._step_records: list[Any] = []
-        self._writing: Path | None = None
         with keep_use_cache(model.config):
             super().__init__(
                 model,
@@ -225,19 +217,6 @@ class VLMTrainer(Trainer):
                 # A signal to the whole group of processes ends the workers, too, and the DataLoader misses them.
         if received.number is not None:
             raise Interrupted(number=received.number)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed spreads the weights over the processes."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        result = super()._init_training_state(max_steps, *args, **kwargs)
-        # A checkpoint of an earlier version has no history.
-        kept: Any = self.state.stateful_callbacks
-        kept[RunHistory.__name__] = self.history.state()
-        self.state.compute_steps(self.args, max_steps)  # a resumed state has the intervals of the earlier command
-        return result
 
     # -- optimizer ------------------------------------------------------------------------------------------------
 
@@ -454,65 +433,3 @@ class VLMTrainer(Trainer):
             facts["time left"] = f"about {budget.seconds_left(step):,.0f} s"
         progress = None if is_over else min(1.0, budget.progress(step))
         self.watching.update(self.metrics.entries, facts, progress, is_due=is_due or is_over)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.args.output_dir if self._writing is None else self._writing)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(checkpoint or ""):
-            super()._load_rng_state(checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.watch.check()
-        step = self.state.global_step
-        unlogged = self._unlogged_losses()
-        with self.budget.pause("checkpoint"), self.checkpoints.writing(step) as partial:
-            self._writing = partial
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writing = None
-            if isinstance(self.train_set, StreamedRecords):
-                states = gather_object([self.train_set.state()])
-                if self.is_world_process_zero():
-                    write_stream_states(partial / f"checkpoint-{step}", states)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self.checkpoints.complete(
-                    partial / f"checkpoint-{step}",
-                    step=step,
-                    seconds=self.budget.seconds,
-                    images=self.metrics.images,
-                    run=self.run,
-                    unlogged=unlogged,
-                )
-                self.watching.keep_best(self.checkpoints.folder / f"checkpoint-{step}", step, self.metrics.entries)
-        self.accelerator.wait_for_everyone()
-
-    def _unlogged_losses(self) -> UnloggedLosses | None:
-        """Return the sum of the losses since the last entry of the log; None right after an entry."""
-        last = self._globalstep_last_logged
-        if last == self.state.global_step:
-            return None
-        return UnloggedLosses(last, float(nested_gather(self._tr_loss, self.args.parallel_mode).mean()))
-
-    def _restore_losses(self, unlogged: UnloggedLosses) -> None:
-        """Continue the mean of the losses that a checkpoint has begun."""
-        self._globalstep_last_logged = unlogged.last_logged
-        self._tr_loss.fill_(unlogged.total)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the parts that train. The other parts are in the model with which the run began."""
-        if not self.args.should_save:
-            return
-        assert output_dir is not None
-        os.makedirs(output_dir, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        trained = select_trained(model, model.state_dict() if state_dict is None else state_dict)
-        safetensors.torch.save_file(trained, Path(output_dir) / "model.safetensors")
