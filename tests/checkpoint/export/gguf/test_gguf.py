@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +23,8 @@ from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.export.gguf import comparing, exporting
 from vlm_cli.checkpoint.export.gguf.checking import check_gguf
 from vlm_cli.checkpoint.export.gguf.exporting import export_gguf, write_gguf
+from vlm_cli.checkpoint.export.gguf.llama_cpp import MARKER, ask_llama_cpp
+from vlm_cli.checkpoint.export.gguf.projectors import PROJECTORS
 from vlm_cli.errors import CheckpointError, UsageError
 
 #: What the projector types `internvl` and `gemma3` hold.
@@ -128,6 +134,19 @@ def test_a_weight_that_float16_does_not_hold(made, tmp_path):
         write_gguf(model, processor, tmp_path, name="x", out_type="f16")
 
 
+def resized(mode: str, by: str, fill: tuple[int, int, int]) -> PreprocessCfg:
+    return PreprocessCfg(size=32, resize_mode=mode, interpolation=by, fill_color=fill)
+
+
+def test_the_export_says_which_pictures_llama_cpp_resizes_otherwise():
+    grey = (122, 116, 104)
+    assert PROJECTORS["mlp"].picture_note(resized("longest", "bicubic", grey), 32) is None
+    assert PROJECTORS["gemma3"].picture_note(resized("longest", "bilinear", (0, 0, 0)), 32) is None
+    for other in (resized("squash", "bicubic", grey), resized("longest", "bilinear", grey)):
+        assert "make pictures 32x32" in PROJECTORS["mlp"].picture_note(other, 32)
+    assert "shows a picture twice" in PROJECTORS["internvl"].picture_note(resized("longest", "bicubic", grey), 32)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -224,3 +243,29 @@ def test_both_texts_and_chats_must_begin_with_the_first_token(made, text_begins,
         processor.tokenizer.backend_tokenizer.post_processor = template
     processor.tokenizer.chat_template = "{{ bos_token }}" * chat_begins + "{{ messages[0]['content'] }}"
     assert exporting.begins_with_bos(processor) == (text_begins and chat_begins)
+
+
+@needs_llama_cpp
+@pytest.mark.matrix
+@pytest.mark.parametrize(("projector", "parts"), [("mlp", {}), ("gemma3", GEMMA3)])
+def test_pictures_get_the_bars_that_the_note_names(folder, tmp_path, projector, parts):
+    model, processor = llama_cpp.make(folder, **parts)
+    files = write_gguf(model, processor, tmp_path, name="x", out_type="f32")
+    chosen = PROJECTORS[projector]
+    small = torch.randint(256, (6, 6, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(small.numpy()).resize((64, 48), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (32, 32), chosen.bars)
+    square.paste(picture.resize((32, 24), Image.Resampling[chosen.filter.upper()]), (0, 4))
+    pairs = [(MARKER + "A", encoded(picture)), (MARKER + "A", encoded(square))]
+    names = tmp_path / files["language_model"], tmp_path / files["mmproj"]
+    (given, made), _ = ask_llama_cpp(*names, pairs, num_tokens=8, top=64)
+    assert given.tokens == made.tokens and given.num_prompt == made.num_prompt
+    plain = picture.resize((32, 32))
+    (other,), _ = ask_llama_cpp(*names, [(MARKER + "A", encoded(plain))], num_tokens=8, top=64)
+    assert other.tokens != given.tokens
+
+
+def encoded(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -26,7 +26,7 @@ def check_gguf(config: VLMConfig) -> None:
     problems += tower_problems
     if parts.fusion.type != "language-stream":
         problems.append(f"fusion is {parts.fusion.type}; it would have to be language-stream.")
-    elif not tower_problems:
+    if not tower_problems:
         name, found = find_projector(config, read_tower(visual, config))
         problems += [f"as {name}, {problem}" for problem in found]
     if problems:

@@ -52,7 +52,9 @@ def export_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, ou
     """
     check_gguf(model.config)
     files = write_gguf(model, processor, out, name=name, out_type=out_type)
-    return files | compare_with_llama_cpp(
+    preprocess, side = processor.image_processor.preprocessing.config, model.vision_encoder.image_size[0]
+    note = PROJECTORS[files["projector"]].picture_note(preprocess, side)
+    facts = compare_with_llama_cpp(
         model,
         processor,
         out,
@@ -62,6 +64,7 @@ def export_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, ou
         kept=kept_tokens(model),
         adds_bos=begins_with_bos(processor),
     )
+    return {**files, **facts, "notes": [*([note] if note else []), *facts["notes"]]}
 
 
 def write_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str) -> dict[str, Any]:

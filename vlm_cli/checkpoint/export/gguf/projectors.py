@@ -39,6 +39,9 @@ class Projector:
             factor.
         describe: writes keys of its own.
         class_token_last: whether the class token stands behind the patches.
+        bars: colour of the bars with which llama.cpp makes a picture square.
+        filter: by which it resizes pictures.
+        shows_twice: whether it shows a larger picture whole, and once more as its only tile.
     """
 
     summary: str
@@ -50,6 +53,31 @@ class Projector:
     weights: Callable[[Any, float], dict[str, Tensor]]
     describe: Callable[[gguf.GGUFWriter, Any, Tower], None]
     class_token_last: bool = False
+    bars: tuple[int, int, int] = (0, 0, 0)
+    filter: str = "bicubic"
+    shows_twice: bool = False
+
+    def picture_note(self, preprocess: Any, side: int) -> str | None:
+        """Say which pictures llama.cpp resizes in another way than the model; None if there are none.
+
+        Args:
+            preprocess: OpenCLIP's settings of the model's preprocessing.
+            side: pixels that the vision encoder reads.
+        """
+        if self.shows_twice:
+            return (
+                f"llama.cpp shows a picture twice if it is wider or higher than {side} pixels, and the model was made "
+                f"for one view. Make pictures {side}x{side} before you send them."
+            )
+        fill, mode = preprocess.fill_color, preprocess.resize_mode
+        same_bars = mode == "longest" and (fill if isinstance(fill, (list, tuple)) else (fill,) * 3) == self.bars
+        if same_bars and preprocess.interpolation == self.filter:
+            return None
+        return (
+            f"llama.cpp resizes pictures by {self.filter} and makes them square with bars of colour "
+            f"{', '.join(map(str, self.bars))}; the model was made for {mode or 'shortest'} by "
+            f"{preprocess.interpolation}. For equal answers, make pictures {side}x{side} before you send them."
+        )
 
     def problems(self, config: VLMConfig, tower: Tower) -> list[str]:
         """Say why it cannot hold a model of this configuration and tower; an empty list if it can."""
@@ -66,7 +94,7 @@ class Projector:
             problems.append(f"tiling is {parts.tiling.type}; it would have to be none.")
         elif (text := parts.tiling.options.picture_text) != self.picture_text:
             problems.append(f"tiling.picture_text is {text!r}; it would have to be {self.picture_text!r}.")
-        if (mask := parts.fusion.options.mask) != self.mask:
+        if (mask := getattr(parts.fusion.options, "mask", self.mask)) != self.mask:
             problems.append(f"fusion.mask is {mask}; it would have to be {self.mask}.")
         if (problem := self.tower_problem(tower)) is not None:
             problems.append(problem)
@@ -192,6 +220,7 @@ PROJECTORS: dict[str, Projector] = {
         tower_problem=_no_class_token,
         weights=_mlp_weights,
         describe=_describe_mlp,
+        bars=(122, 116, 104),
     ),
     "internvl": Projector(
         summary="a norm and mlp of pixel-shuffled patches, of towers with a class token (InternVL, one tile)",
@@ -201,6 +230,7 @@ PROJECTORS: dict[str, Projector] = {
         weights=_internvl_weights,
         describe=_describe_internvl,
         class_token_last=True,
+        shows_twice=True,
     ),
     "gemma3": Projector(
         summary="a norm and linear of pooled patches that see each other, of towers without a class token (Gemma 3)",
@@ -213,6 +243,7 @@ PROJECTORS: dict[str, Projector] = {
         norm_eps_of_tower=True,
         weights=_gemma3_weights,
         describe=_describe_gemma3,
+        filter="bilinear",
     ),
 }
 
