@@ -61,7 +61,8 @@ class VLMConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = make_config(**{"model_type": "llama"} | (self.text_config or {}))
         text = self.text_config.get_text_config(decoder=True)
-        if isinstance(text.pad_token_id, int) and text.pad_token_id >= text.vocab_size:
+        pad = getattr(text, "pad_token_id", None)  # some configurations name none
+        if isinstance(pad, int) and pad >= text.vocab_size:
             # Transformers' Trainer writes the tokenizer's pad token here, which may be one of the added tokens.
             text.pad_token_id = None
         if isinstance(self.composition, Mapping):
