@@ -161,6 +161,6 @@ def _tell_places(folder: Path, config: VLMConfig) -> list[str]:
     if not local:
         return [f"this is a delta directory: others fetch its pretrained parts, or make it whole with {whole}"]
     return [
-        f"this is a delta directory, and its {' and '.join(x.replace('_', ' ') for x in local)} is on this machine "
-        f"alone. Send a whole directory instead: {whole}"
+        f"this is a delta directory, and others cannot fetch its {' and '.join(x.replace('_', ' ') for x in local)} "
+        f"from this machine. Send a whole directory instead: {whole}"
     ]
