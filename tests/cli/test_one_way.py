@@ -63,6 +63,7 @@ def model(request: pytest.FixtureRequest, open_gates: Path) -> Path:
     out = open_gates.parent / f"one-way-{request.param}"
     shutil.copytree(open_gates, out, copy_function=os.link)
     if TEMPLATES[request.param]:
+        (out / "chat_template.jinja").unlink(missing_ok=True)  # a link, whose file is the other model's
         (out / "chat_template.jinja").write_text(TEMPLATES[request.param])
     return out
 
