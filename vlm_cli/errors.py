@@ -9,6 +9,7 @@
     ├── MediaError               exit code 1: a picture that cannot be read
     ├── LanguageModelError       exit code 1: a language model that cannot be used or found
     │   ├── ChatTemplateError        a chat template that cannot write a conversation
+    │   │   └── EndlessTemplateError     a chat template that does not end
     │   └── LanguageModelLimit       an input that Transformers itself handles wrongly; also a ValueError
     ├── ContextError             exit code 1: a conversation longer than the language model's context
     ├── VisionEncoderError       exit code 1: a vision encoder that cannot be used or found
@@ -39,6 +40,7 @@ __all__ = [
     "CompositionError",
     "ContextError",
     "DataError",
+    "EndlessTemplateError",
     "LanguageModelError",
     "LanguageModelLimit",
     "MediaError",
@@ -144,6 +146,10 @@ class ChatTemplateError(LanguageModelError):
     """A chat template that cannot write a conversation. The message quotes that and what the template says."""
 
     public_default = None
+
+
+class EndlessTemplateError(ChatTemplateError):
+    """A chat template that takes longer than it may: there is no use in trying it on another message."""
 
 
 class ContextError(VLMError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from examples import tiny_language_model
 from tests.support import disk
 from tests.support.command import vlm
 from vlm_cli import VLMProcessor
-from vlm_cli.errors import LanguageModelError, VLMWarning
+from vlm_cli.errors import EndlessTemplateError, LanguageModelError, VLMWarning
 from vlm_cli.models import DEMO
 from vlm_cli.prompt import Medium, Text
+from vlm_cli.templates import render
 from vlm_cli.templates.conversation import ChatFormat, Conversation
 from vlm_cli.templates.pictures import PLAIN, leave_pictures_out, take_pictures
 from vlm_cli.templates.render import render_template
@@ -159,6 +161,17 @@ def test_a_template_that_writes_no_picture_is_written_with_a_warning(processor, 
     with pytest.warns(VLMWarning, match=words):
         found = write(processor, template, tmp_path)
     assert found.chat_program == template == (tmp_path / "chat_template.jinja").read_text()
+
+
+def test_a_template_without_end_is_tried_once(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(render, "SECONDS", 1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    started = time.monotonic()
+    with pytest.warns(VLMWarning, match="takes more than 1 seconds"):
+        found = write(processor, endless, tmp_path)
+    with pytest.raises(EndlessTemplateError, match="takes more than 1 seconds"):
+        found.apply_chat_template([{"role": "system", "content": "Be brief."}, ASKED])
+    assert time.monotonic() - started < 4  # each of the two tries it once, and not for each thing that it might take
 
 
 def test_build_writes_the_file_and_an_export_of_the_language_model_has_its_own(tmp_path):

@@ -23,7 +23,7 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any, Literal, Protocol
 
-from vlm_cli.errors import ChatTemplateError, LanguageModelError
+from vlm_cli.errors import ChatTemplateError, EndlessTemplateError, LanguageModelError
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text, TokenBreak
 from vlm_cli.templates.pictures import takes_text
@@ -222,6 +222,8 @@ class ChatFormat:
         advice = "Leave the system text out, or write it at the start of the user's first turn."
         try:
             found = self._apply(messages, opens_answer)
+        except EndlessTemplateError:
+            raise
         except LanguageModelError as error:
             self._apply(messages[1:], opens_answer)  # if that fails too, the system text is not to blame
             raise ChatTemplateError(f"the tokenizer's chat template takes no system text ({error}) {advice}") from None
@@ -258,6 +260,8 @@ class ChatFormat:
         try:
             opened, closed = (self._apply_template(said, opens) for opens in (True, False))
             whole = self._apply_template([*said, ("assistant", "world")], False)
+        except EndlessTemplateError:
+            raise
         except LanguageModelError:  # whoever renders a conversation is told
             return ""
         if opened != closed or not whole.startswith(opened):

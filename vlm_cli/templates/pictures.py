@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_cli.composition import MEDIA_TOKEN
-from vlm_cli.errors import LanguageModelError
+from vlm_cli.errors import EndlessTemplateError, LanguageModelError
 from vlm_cli.templates.render import render_template
 
 __all__ = ["MESSAGE", "PLAIN", "leave_pictures_out", "take_pictures", "takes_text"]
@@ -106,5 +106,7 @@ def takes_text(template: str, special_tokens: Mapping[str, Any]) -> bool:
     try:
         found = render_template(template, [{"role": "user", "content": "hello"}], special_tokens)
         return "hello" in found.lower()
+    except EndlessTemplateError:
+        raise
     except LanguageModelError:
         return False

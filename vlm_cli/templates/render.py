@@ -18,7 +18,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_cli.errors import ChatTemplateError
+from vlm_cli.errors import ChatTemplateError, EndlessTemplateError
 
 __all__ = ["render_template"]
 
@@ -47,6 +47,7 @@ def render_template(
 
     Raises:
         ChatTemplateError: if the template fails, or exceeds its limits.
+        EndlessTemplateError: if it exceeds its time.
     """
     context = {
         "messages": list(messages),
@@ -64,7 +65,9 @@ def render_template(
     }
     answer = _process.run(json.dumps(request).encode())
     if "text" not in answer:
-        raise ChatTemplateError(f"the tokenizer's chat template cannot write this conversation: {answer['error']}.")
+        kind = EndlessTemplateError if answer.get("is_late") else ChatTemplateError
+        said = answer["error"].rstrip(".")
+        raise kind(f"the tokenizer's chat template cannot write this conversation: {said}.")
     text: str = answer["text"]
     return text
 
@@ -90,13 +93,16 @@ class _TemplateProcess:
             reader.join(SECONDS)
             if reader.is_alive():
                 self._end()
-                return {"error": f"it takes more than {SECONDS} seconds"}
+                return {"error": f"it takes more than {SECONDS} seconds", "is_late": True}
             try:
                 answer: dict[str, Any] = json.loads(lines[0])
                 return answer
             except (IndexError, ValueError):
                 self._end()
-                return {"error": f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MB of memory"}
+                return {
+                    "error": f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MB of memory",
+                    "is_late": True,
+                }
 
     def _ask(self, request: bytes) -> bytes:
         if self.running is None:
