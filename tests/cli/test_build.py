@@ -66,6 +66,7 @@ def test_a_directory_gives_the_model_that_was_composed(family, request):
 def test_the_files_of_a_directory(flamingo):
     assert {path.name for path in flamingo.iterdir()} == {
         "README.md",
+        "chat_template.jinja",
         "composition.yaml",
         "config.json",
         "generation_config.json",
@@ -74,6 +75,7 @@ def test_the_files_of_a_directory(flamingo):
         "tokenizer.json",
         "tokenizer_config.json",
         "vlm_manifest.json",
+        "vlm_shim.py",
     }
     modes = {path.name: path.stat().st_mode & 0o777 for path in flamingo.iterdir()}
     assert set(modes.values()) == {modes["config.json"]}, "some files are not for those who may read the others"

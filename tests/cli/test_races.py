@@ -61,7 +61,7 @@ def test_the_second_command_is_refused_before_it_loads_a_model(vlm, words, out, 
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    for name in ("training.run.load", "checkpoint.building.create", "checkpoint.directory.load"):
+    for name in ("training.trainable.load", "checkpoint.building.create", "checkpoint.directory.load"):
         monkeypatch.setattr(f"vlm_cli.{name}", load)
     holder = Holder(out)
     result = vlm(*words(command))

@@ -92,7 +92,10 @@ def test_evaluation_checks_lengths_on_mpt(tmp_path):
     records = read_records(file)
     (record,) = records.good
     ids = list(range(100))
-    processor = SimpleNamespace(encode=lambda parts, **options: ids, image_processor=None, chat_program=None)
+    tokenizer = SimpleNamespace(added_tokens_decoder={})
+    processor = SimpleNamespace(
+        encode=lambda parts, **options: ids, image_processor=None, chat_program=None, tokenizer=tokenizer
+    )
     item = Item(line=1, id="a", kind=None, prompt=(Text("What?"),), expected="A cat.", record=record)
     model = tiny.build(language_model="mpt")
     encode_items([item], records, GenerationPlan(model, processor, {"max_new_tokens": 28}))

@@ -213,7 +213,7 @@ def test_a_client_that_goes_away_frees_its_place(run, demo):
 
 def test_an_answer_that_takes_too_long_is_ended(run):
     with run(limits=Limits(seconds=0.05)) as server:
-        status, reply = server.chat(LONG["messages"][0], max_tokens=400, temperature=2, presence_penalty=2)
+        status, reply = server.chat(LONG["messages"][0], max_tokens=400, temperature=2, presence_penalty=2, seed=1)
         assert status == 504 and "more than 0.05 seconds" in reply["error"]["message"]
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from tests.checkpoint.published.layouts.test_llava_next import (
+from tests.support.llava_next import (
     _TEXT,
     _TOWER,
     PATCH,
