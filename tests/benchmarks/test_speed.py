@@ -110,10 +110,10 @@ def test_peers_get_equal_work(tmp_path: Path) -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.matrix
 def test_a_device_and_a_dtype_are_told(tmp_path: Path) -> None:
-    """What a GPU is asked runs in bfloat16 here; the page says so."""
-    report = answer(encode.QUESTION, Settings(sizes=("tiny",), pairs=1, out=tmp_path, dtype="bfloat16"))
-    assert report.command.endswith("--device cpu --dtype bfloat16") and report.settings["dtype"] == "bfloat16"
+    flags = Settings(sizes=("tiny",), device="cuda", dtype="bfloat16").flags(paths=False)
+    assert " ".join(flags).endswith("--device cuda --dtype bfloat16")
     models = Models(SIZES["tiny"], tmp_path, device="meta", dtype=torch.bfloat16)
     for made in (models.ours("llava"), models.llava(), models.bare(4)):
         assert {(p.device.type, p.dtype) for p in made.model.parameters()} == {("meta", torch.bfloat16)}

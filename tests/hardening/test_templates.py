@@ -24,8 +24,8 @@ TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "extra": ["<a>", "<b>"]}
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 2 seconds"),
         ("{{ 'x' * 10**10 }}", "512 MB of memory"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 2 seconds"),
         ("{{ 'x'.ljust(10**10) }}", "512 MB of memory"),
         ("{{ '%9999999999d' % 1 }}", "512 MB of memory"),
         ("{{ 10 ** (10 ** 9) }}", "takes more than 2 seconds"),
