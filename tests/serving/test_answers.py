@@ -108,6 +108,14 @@ def test_equal_seeds_give_equal_answers_beside_any_others(client):
     assert len(set(alone)) > 1
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40, 5e-324])
+def test_a_temperature_near_0_takes_the_most_likely_token(client, temperature, top_p):
+    asked = {"model": "demo", "messages": [ask_about("two.png")], "top_p": top_p}
+    near, at = (client.chat.completions.create(**asked, temperature=x) for x in (temperature, 0))
+    assert near.choices[0].message.content == at.choices[0].message.content != ""
+
+
 def test_several_answers_differ_by_their_seeds(client):
     answer = client.chat.completions.create(
         model="demo", messages=[ask_about("two.png")], n=4, temperature=2, seed=5, max_tokens=12

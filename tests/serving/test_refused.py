@@ -37,6 +37,8 @@ BAD = [
     (chat("hello"), 400, "messages[0] must be a mapping"),
     (chat({"role": "robot", "content": "x"}), 400, "messages[0].role is 'robot'. Known: system, developer, user"),
     (chat({"role": "user", "content": 7}), 400, "messages[0].content must be a text or a list of parts, but is 7"),
+    (chat({"role": "user", "content": ""}), 400, "the prompt is empty"),
+    (chat({"role": "user", "content": []}), 400, "the prompt is empty"),
     (chat({"role": "user", "content": ["x"]}), 400, "messages[0].content[0] must be a part"),
     (chat({"role": "user", "content": [{"type": "audio"}]}), 400, "type is 'audio'. Known: text, image_url"),
     (chat({"role": "user", "content": [{"type": "text"}]}), 400, "text must be a text, but is null"),

@@ -126,6 +126,8 @@ class Preparer:
         row.media = [slot.image.size for slot in row.images if slot.image is not None]
         with self._lock:
             row.ids = self._encode(prompt, loader)
+        if not row.ids:
+            raise BadRequest("the prompt is empty: its messages have neither text nor pictures.", "messages")
         self.plan.budget.check_media(row.media)
         row.positions = self.plan.budget.positions(len(row.ids), row.media)
         return row

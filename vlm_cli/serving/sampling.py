@@ -95,7 +95,8 @@ class RowSampler:
         scores = self._penalise(logits.float())
         if self._generator is None:
             return scores
-        scores = _keep_likely(scores / self.sampling.temperature, self.sampling.top_p)
+        # A temperature near 0 makes every logit infinite; their distances to the largest, it does not.
+        scores = _keep_likely((scores - scores.max()).double() / self.sampling.temperature, self.sampling.top_p)
         uniform = torch.rand(len(scores), generator=self._generator, dtype=torch.float64)
         noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
         return scores + noise.to(scores)
