@@ -27,6 +27,7 @@ __all__ = [
     "check_causal",
     "context_length",
     "decoder_layers",
+    "embedding_scale",
     "find_widths",
     "update_hidden_states",
 ]
@@ -97,6 +98,18 @@ def find_widths(lm: PreTrainedModel) -> Widths:
         raise LanguageModelError(f"{type(lm).__name__} has no {'head' if embedding is not None else 'embedding'}.")
     layer = lm.config.get_text_config(decoder=True).hidden_size
     return Widths(embedding=embedding.weight.shape[1], layer=layer, head=head.weight.shape[1])
+
+
+def embedding_scale(embedding: Any) -> float:
+    """Return the factor by which a language model's input embedding multiplies its rows: 1, if it does not.
+
+    Gemma's multiplies them by the root of its width. Rows of added tokens hold the product: they enter as they are.
+
+    Args:
+        embedding: the input embedding; it may be on the meta device.
+    """
+    found = getattr(embedding, "scalar_embed_scale", None)  # the number behind a buffer
+    return float(getattr(embedding, "embed_scale", 1.0) if found is None else found)
 
 
 def decoder_layers(lm: PreTrainedModel, name: str | None = None) -> nn.ModuleList:

@@ -22,7 +22,7 @@ from vlm_cli.checkpoint.published.shapes import find_shape
 from vlm_cli.checkpoint.published.targets import Target
 from vlm_cli.modeling.config import VLMConfig
 
-__all__ = ["Table", "added_targets", "known_and_new_targets", "table_targets", "tables_filled"]
+__all__ = ["Table", "added_targets", "known_and_new_targets", "scale_rows", "table_targets", "tables_filled"]
 
 Table = Literal["embedding", "head"]
 
@@ -53,16 +53,47 @@ def tables_filled(
 
 
 def added_targets(
-    tables: Sequence[Table], *, source_rows: slice | None = None, target_rows: slice | None = None
+    tables: Sequence[Table],
+    *,
+    source_rows: slice | None = None,
+    target_rows: slice | None = None,
+    scale: float = 1.0,
 ) -> list[Target]:
-    """Fill rows of added tokens (`target_rows`) in each of these tables from rows of one tensor (`source_rows`)."""
+    """Fill rows of added tokens in each of these tables from rows of one tensor.
+
+    Args:
+        tables: of `added_tokens`, as `tables_filled` gives them.
+        source_rows: of the tensor; None for all.
+        target_rows: of the added tokens; None for all.
+        scale: of the embedding that the tensor was a table of; the rows that enter the language model have it inside.
+    """
     return [
-        Target(f"added_tokens.{table}.weight", target_rows=target_rows, source_rows=source_rows) for table in tables
+        Target(
+            f"added_tokens.{table}.weight",
+            target_rows=target_rows,
+            source_rows=source_rows,
+            **(_scaling(scale) if table == "embedding" and scale != 1 else {}),
+        )
+        for table in tables
     ]
 
 
+def scale_rows(rows: Tensor, scale: float) -> Tensor:
+    """Multiply rows of a table, and round once."""
+    return (rows.float() * scale).to(rows.dtype)
+
+
+def _scaling(scale: float) -> dict[str, Callable[[Tensor], Tensor]]:
+    return {"transform": lambda rows: scale_rows(rows, scale), "restore": lambda rows: scale_rows(rows, 1 / scale)}
+
+
 def table_targets(
-    target: str, tables: Sequence[Table], *, base: slice | None = None, added: slice | None = None
+    target: str,
+    tables: Sequence[Table],
+    *,
+    base: slice | None = None,
+    added: slice | None = None,
+    scale: float = 1.0,
 ) -> list[Target]:
     """Fill a language model's table, and the tables of added tokens, from one table of a checkpoint.
 
@@ -71,8 +102,12 @@ def table_targets(
         tables: of `added_tokens`, as `tables_filled` gives them.
         base: rows of the language model, the same in both; None for all.
         added: rows of added tokens in the checkpoint's table; None for all.
+        scale: by which the language model's embedding multiplies its rows.
     """
-    return [Target(target, target_rows=base, source_rows=base), *added_targets(tables, source_rows=added)]
+    return [
+        Target(target, target_rows=base, source_rows=base),
+        *added_targets(tables, source_rows=added, scale=scale),
+    ]
 
 
 def known_and_new_targets(tables: Sequence[Table], rows: slice, *, num_known: int, num_added: int) -> list[Target]:

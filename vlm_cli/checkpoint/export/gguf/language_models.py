@@ -17,6 +17,7 @@ from gguf import MODEL_ARCH
 from torch import Tensor
 
 from vlm_cli.errors import UsageError
+from vlm_cli.modeling.language_model import embedding_scale
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["ARCHITECTURES", "describe_language_model", "embedding_factor", "find_language_problems", "language_weights"]
@@ -195,7 +196,7 @@ def language_weights(model: VLM, kept: list[int]) -> dict[str, Tensor]:
         weights[target] = _fit(name, x, found, config)
     first = model.config.first_added_id
     added = model.added_tokens
-    scale = math.sqrt(config.hidden_size) if found.scales_embeddings and _scales_itself(model) else 1.0
+    scale = embedding_scale(model.lang_model.get_input_embeddings())
     weights["token_embd.weight"] = torch.cat([embedding[:first], added.embedding.weight[rows] / scale]).detach()
     if rows or head.data_ptr() != embedding.data_ptr():
         weights["output.weight"] = torch.cat([head[:first], added.head.weight[rows]]).detach()
@@ -210,13 +211,9 @@ def embedding_factor(model: VLM) -> float:
     """
     config = model.config.text_config
     found, root = ARCHITECTURES[config.model_type], math.sqrt(config.hidden_size)
-    ours = root if found.scales_embeddings and not _scales_itself(model) else 1.0
+    scales_itself = embedding_scale(model.lang_model.get_input_embeddings()) != 1
+    ours = root if found.scales_embeddings and not scales_itself else 1.0
     return ours / root if found.scales_vision_tokens else ours
-
-
-def _scales_itself(model: VLM) -> bool:
-    """Tell whether the embedding of a language model multiplies what it gives."""
-    return hasattr(model.lang_model.get_input_embeddings(), "embed_scale")
 
 
 def _fit(name: str, x: Tensor, found: Architecture, config: Any) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vlm_cli.checkpoint.published.layouts.hf_parts import EMBEDDING, HEAD
+from vlm_cli.checkpoint.published.tables import scale_rows
 from vlm_cli.checkpoint.published.targets import Target
+from vlm_cli.modeling.language_model import embedding_scale
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["Plan", "plan_tensors"]
+__all__ = ["Plan", "added_embedding", "plan_tensors"]
 
 #: Names in a VLM that hold the rows of added tokens, which become rows of the language model's tables.
 _ADDED = "added_tokens."
@@ -46,7 +48,7 @@ class Plan:
             has_added_rows: whether the tables of the class have a row for each added token.
         """
         ours, added = model.state_dict(), model.added_tokens
-        tables = {EMBEDDING: added.embedding.weight, HEAD: added.head.weight} if has_added_rows else {}
+        tables = {EMBEDDING: added_embedding(model), HEAD: added.head.weight} if has_added_rows else {}
         state: dict[str, Tensor] = {}
         for name, like in theirs.state_dict().items():
             if not (targets := [x for x in self.targets.get(name, ()) if not x.target.startswith(_ADDED)]):
@@ -57,6 +59,15 @@ class Plan:
             else:
                 state[name] = _restore(targets, ours, like.shape)
         return {name: x.detach().contiguous() for name, x in state.items()}
+
+
+def added_embedding(model: VLM) -> Tensor:
+    """Return the rows that added tokens have in the language model's table, which its embedding may multiply."""
+    scale = embedding_scale(model.lang_model.get_input_embeddings())
+    rows, head = model.added_tokens.embedding.weight, model.added_tokens.head.weight
+    if rows.shape == head.shape and torch.equal(rows, scale_rows(head, scale)):
+        return head  # they were tied, and are so again to the last digit
+    return scale_rows(rows, 1 / scale)
 
 
 def _make_table(base: Tensor, rows: Tensor, first: int, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from vlm_cli.checkpoint.export.hf.agreement import compare_pictures
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass
 from vlm_cli.checkpoint.export.hf.fit import Fit, fit_class
+from vlm_cli.checkpoint.export.hf.tensors import added_embedding
 from vlm_cli.checkpoint.export.language_model import forget_tokens
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import LanguageModelError, UsageError
@@ -138,10 +139,10 @@ def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_s
 
 def _is_tied(model: VLM, *, has_added_rows: bool) -> bool:
     """Say whether the tables are one tensor in the class: if they are in the language model, added rows and all."""
-    lm, added = model.lang_model, model.added_tokens
+    lm = model.lang_model
     if lm.get_input_embeddings().weight is not lm.get_output_embeddings().weight:
         return False
-    return not has_added_rows or torch.equal(added.embedding.weight, added.head.weight)
+    return not has_added_rows or torch.equal(added_embedding(model), model.added_tokens.head.weight)
 
 
 def _suppressed(model: VLM, config: Any, draft: Draft) -> list[int]:

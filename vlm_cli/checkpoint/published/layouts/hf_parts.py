@@ -20,7 +20,9 @@ from vlm_cli.checkpoint.published.tables import table_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import Rule
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.trust import make_config
+from vlm_cli.modeling.language_model import embedding_scale
+from vlm_cli.modeling.meta import SkipsFilling, meta_device
+from vlm_cli.trust import make_config, make_language_model
 
 __all__ = ["EMBEDDING", "HEAD", "MODEL", "NO_SETTINGS", "OPTIONAL_IN_TOWERS", "HFParts"]
 __all__ += ["make_language_model_rules", "read_parts"]
@@ -136,9 +138,11 @@ def make_language_model_rules(
     if not has_added_rows:
         return [(embedding, EMBEDDING), (_HEAD, HEAD), layers]
     added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
+    with meta_device(), SkipsFilling():
+        scale = embedding_scale(make_language_model(config.text_config).get_input_embeddings())
     filled = tables_filled(checkpoint, config, embedding=embedding, head=_HEAD)
     return [
-        (embedding, lambda _: table_targets(EMBEDDING, filled["embedding"], added=added)),
-        (_HEAD, lambda _: table_targets(HEAD, filled["head"], added=added)),
+        (embedding, lambda _: table_targets(EMBEDDING, filled["embedding"], added=added, scale=scale)),
+        (_HEAD, lambda _: table_targets(HEAD, filled["head"], added=added, scale=scale)),
         layers,
     ]
