@@ -172,10 +172,25 @@ def test_letters_that_are_texts() -> None:
 
 
 @pytest.mark.parametrize(
+    "choices",
+    [("5", "-5"), ("+", "-"), ("Dear Aunt Sue,", "dear aunt sue,"), ("x > y", "x < y"), ("same", "same")],
+)
+def test_choices_that_differ_in_marks_and_case_alone(choices: tuple[str, str]) -> None:
+    """Benchmarks have them: of signs, of capitals, of punctuation."""
+    asked = [
+        sample(answer, "B", choices=choices) for answer in ("B", choices[1], "A", choices[0], f"Is it {choices[0]}?")
+    ]
+    check_metrics([METRICS["multiple-choice"]], asked)
+    marks = [mark("multiple-choice", x) for x in asked]
+    assert marks == [1, choices[0] != choices[1], 0, 0, 0]
+
+
+@pytest.mark.parametrize(
     ("choices", "expected", "says"),
     [
         ((), "B", "needs choices, and no item has any"),
-        (("cat", "Cat."), "A", "two choices of line 1 of a.jsonl are the same"),
+        (("cat", "cat "), "cat", "two choices of line 1 of a.jsonl are the same and right, 'cat'"),
+        (("cat", " "), "A", "a choice of line 1 of a.jsonl is empty"),
         (("cat", "dog"), "C", "'C', is neither the letter nor the text of one of its 2 choices"),
         (tuple(map(str, range(27))), "1", "has 27 choices; letters number at most 26"),
     ],

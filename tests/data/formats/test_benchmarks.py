@@ -17,6 +17,7 @@ from tests.support import ROOT
 from tests.support.markdown import table
 from vlm_cli.data.formats import BENCHMARKS, recognise_question
 from vlm_cli.data.formats.format import ANSWERED
+from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.record import Record
 from vlm_cli.data.records import Records, raise_problems, read_records
 from vlm_cli.errors import DataError
@@ -162,6 +163,22 @@ def mme_tsv(path: Path) -> Path:
     return save_tab(path / "MME.tsv", mme_rows(base64_of("red")))
 
 
+def mme_paths(path: Path) -> Path:
+    """A table of VLMEvalKit: both rows hold the picture, and "image_path" names it."""
+    rows = [{**row, "image_path": "images/color/0001.png"} for row in mme_rows(base64_of("red"))]
+    return save_tab(path / "MME.tsv", [{k: x for k, x in row.items() if k != "question_id"} for row in rows])
+
+
+def mme_unnamed(path: Path) -> Path:
+    rows = [{k: x for k, x in row.items() if k != "question_id"} for row in mme_rows(base64_of("red"))]
+    return save_tab(path / "MME.tsv", rows)
+
+
+def pope_tsv(path: Path) -> Path:
+    row = {"index": 0, "question": "Is there a snowboard in the image?", "answer": "yes", "category": "random"}
+    return save_tab(path / "POPE.tsv", [{**row, "image": base64_of("red")}])
+
+
 def mmbench(path: Path) -> Path:
     row = {"index": 241, "question": 'Which "one"\nis it?', "hint": "A\thint", "A": "cat", "B": "dog", "C": "", "D": ""}
     row |= {"answer": "B", "category": "identity", "image": base64_of("red"), "split": "dev"}
@@ -196,6 +213,14 @@ def mmstar_tsv(path: Path) -> Path:
     return save_tab(path / "MMStar.tsv", mmstar_rows(base64_of("red")))
 
 
+def mmstar_lines(path: Path) -> Path:
+    """As those questions of MMStar that come from MathVista."""
+    question = "Hint: Give the letter.\nQuestion: Which option is it?\nChoices:\n(A) a cat, or two\n(B) X: Y\n(C) none"
+    return save_table(
+        path / "val.parquet", [{**mmstar_rows({"bytes": picture(), "path": None})[0], "question": question}]
+    )
+
+
 def docvqa(path: Path) -> Path:
     save(path / "documents" / "pybv0228_81.png", picture())
     row = {"questionId": 49153, "question": "What is the date?", "question_types": ["form"], "docId": 5}
@@ -214,6 +239,16 @@ def chartqa_parquet(path: Path) -> Path:
     return save_table(path / "test.parquet", [{**row, "human_or_machine": "human"}])
 
 
+def chartqa_numbered(path: Path) -> Path:
+    row = {"image": {"bytes": picture(), "path": None}, "query": "How many bars?", "label": ["14"]}
+    return save_table(path / "test.parquet", [{**row, "human_or_machine": 1}])
+
+
+def chartqa_typed(path: Path) -> Path:
+    row = {"type": "human_test", "question": "How many bars?", "answer": "14"}
+    return save_table(path / "test.parquet", [{**row, "image": {"bytes": picture(), "path": None}}])
+
+
 def coco(path: Path) -> Path:
     save(path / "COCO_val2014_000000000007.jpg", picture())
     images = [{"license": 3, "file_name": "COCO_val2014_000000000007.jpg", "id": 7, "height": 7, "width": 9}]
@@ -223,6 +258,7 @@ def coco(path: Path) -> Path:
 
 SOLID, LESSON = f"Context: Look.\nWhich is solid?\nA. water\nB. ice{LETTER}", ("water", "ice")
 STAR = f"Which option is it?\nA. a cat, or two\nB. a dog\nC. none\nD. both{LETTER}"
+STAR_LINES = f"Hint: Give the letter.\nQuestion: Which option is it?\nA. a cat, or two\nB. X: Y\nC. none{LETTER}"
 STAR_CHOICES = ("a cat, or two", "a dog", "none", "both")
 BENCH = f'Context: A\thint\nWhich "one"\nis it?\nA. cat\nB. dog{LETTER}'
 RED, CAPTION = "Is it red? Please answer yes or no.", "Provide a one-sentence caption for the provided image."
@@ -243,14 +279,20 @@ FORMS: dict[Form, tuple[str, str, str, Texts, Texts, str, str | None]] = {
     mme_nested: ("MME", RED, "Yes", (), (), "line 1", "artwork"),
     mme_parquet: ("MME", RED, "Yes", (), (), "0", "color"),
     mme_tsv: ("MME", RED, "Yes", (), (), "0", "color"),
+    mme_paths: ("MME", RED, "Yes", (), (), "0", "color"),
+    mme_unnamed: ("MME", RED, "Yes", (), (), "0", "color"),
+    pope_tsv: ("POPE", SNOW, "yes", (), (), "row 1", "random"),
     mmbench: ("MMBench", BENCH, "B", (), ("cat", "dog"), "241", "identity"),
     mmmu: ("MMMU", f" or ?\nA. a\nB. <image 2> b{LETTER}", "B", (), ("a", "<image 2> b"), "validation_Art_Theory_1",
            "Art_Theory"),
     mmstar: ("MMStar", STAR, "C", (), STAR_CHOICES, "0", "coarse"),
     mmstar_tsv: ("MMStar", STAR, "C", (), STAR_CHOICES, "0", "coarse"),
+    mmstar_lines: ("MMStar", STAR_LINES, "C", (), ("a cat, or two", "X: Y", "none"), "0", "coarse"),
     docvqa: ("DocVQA", f"What is the date?{SHORT}", "1/8/93", ("1/8/93", "1/8/1993"), (), "49153", "form"),
     chartqa: ("ChartQA", BARS, "14", ("14",), (), "element 1", None),
     chartqa_parquet: ("ChartQA", BARS, "14", ("14",), (), "row 1", "human"),
+    chartqa_numbered: ("ChartQA", BARS, "14", ("14",), (), "row 1", "machine"),
+    chartqa_typed: ("ChartQA", BARS, "14", ("14",), (), "row 1", "human"),
     coco: ("COCO captions", CAPTION, "A cat.", ("A cat.", "Some cat."), (), "7", None),
 }  # fmt: skip
 
@@ -327,6 +369,12 @@ def test_a_directory_by_its_relative_name(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(good(Path(path)).good) == 2
 
 
+def test_tasks_of_both_forms_stand_side_by_side(tmp_path: Path) -> None:
+    """As in the directory that MME publishes: five tasks have folders of pictures and questions, nine have none."""
+    mme(tmp_path), mme_nested(tmp_path)
+    assert [x.kind for x in good(tmp_path / "release").good] == ["artwork", "artwork", "color", "color"]
+
+
 def test_questions_of_a_test_split_can_be_answered(tmp_path: Path) -> None:
     [row] = json.loads(docvqa(tmp_path).read_text())["data"]
     answered, asked = (recognise_question(x).read_question(x) for x in (row, {**row, "answers": None}))
@@ -334,10 +382,26 @@ def test_questions_of_a_test_split_can_be_answered(tmp_path: Path) -> None:
     assert (answered.notes, asked.notes) == ((ANSWERED,), ())
 
 
+def test_a_table_of_a_test_split_has_null_for_answers() -> None:
+    row = {"question": "What?", "question_id": 1, "image_id": 2, "image": "a.jpg", "answers": None}
+    row |= {"question_type": None, "answer_type": None, "multiple_choice_answer": None}
+    assert len(recognise_question(row).read_question(row).segments) == 1
+    with pytest.raises(RecordError, match="has no answer, as in the test split of VQAv2"):
+        recognise_question(row).read(row)
+
+
 def test_questions_about_a_picture_count_as_one(tmp_path: Path) -> None:
-    for form in (mme, mme_parquet, mme_tsv):
+    for form in (mme, mme_parquet, mme_tsv, mme_paths, mme_unnamed):
         first, second = good(form(tmp_path)).good
-        assert first.marking.group == second.marking.group and "0001" in first.marking.group
+        assert first.marking.group == second.marking.group and first.marking.group.startswith("color/")
+        assert ("0001" in first.marking.group) == (form is not mme_unnamed)
+
+
+def test_other_questions_of_yes_and_no_are_not_those_of_mme(tmp_path: Path) -> None:
+    [row] = [{**x, "question": "Is it red?"} for x in mme_rows(base64_of("red"))[:1]]
+    assert good(mme_tsv(tmp_path)).good[0].format == "MME"
+    with pytest.raises(DataError, match='has neither "prompt" nor "text"'):
+        good(save_tab(tmp_path / "other.tsv", [row]))
 
 
 # -- what cannot be used -----------------------------------------------------------------------------------------------
@@ -373,7 +437,7 @@ def test_answers_of_another_split(tmp_path: Path) -> None:
         (scienceqa, '"answer": 1', '"answer": 2', '"answer" is 2, and there are 2 choices, from 0'),
         (mmbench, "\tdog\t", "\t\t", "has the choices A, and they must be two or more: A, B, C and so on"),
         (mmbench, "\t241\tdev", "\t999\tdev", '"image" names the row with the index 999, which holds no picture'),
-        (mmstar_tsv, "Options: A", "Choices: A", '"question" must end with its options'),
+        (mmstar_tsv, "Options: A", "Pick: A", '"question" must end with its options'),
         (vqav2, '"question": "What', '"query": "What', 'has neither "prompt" nor "text"'),
     ],
 )

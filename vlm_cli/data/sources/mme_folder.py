@@ -1,6 +1,6 @@
 """The directory of MME: a folder for each task, and a text file of two questions for each picture.
 
-    color/0001.jpg   color/0001.txt            or   artwork/images/0001.jpg   artwork/questions_answers_YN/0001.txt
+    color/0001.jpg   color/0001.txt            and   artwork/images/0001.jpg   artwork/questions_answers_YN/0001.txt
 
 A line is a question, a tab, and Yes or No.
 """
@@ -24,11 +24,14 @@ _HEAD = 4096
 
 def find_mme(folder: Path) -> Shards | None:
     """Return the files of questions in a directory; None if it is not MME's."""
-    patterns = (f"*/{_ANSWERS}/*.txt", f"{_ANSWERS}/*.txt", "*/*.txt", "*.txt")
-    for pattern in patterns:
-        files = sorted(path for path in folder.glob(pattern) if path.is_file() and _find_picture(path) is not None)
-        if files and _is_question(files[0]):
-            return Shards(files, folder.absolute())
+    for patterns in ((f"*/{_ANSWERS}/*.txt", "*/*.txt"), (f"{_ANSWERS}/*.txt", "*.txt")):
+        found: list[Path] = []
+        for pattern in patterns:  # tasks of both forms stand side by side
+            files = sorted(path for path in folder.glob(pattern) if path.is_file() and _find_picture(path) is not None)
+            if files and _is_question(files[0]):
+                found += files
+        if found:
+            return Shards(sorted(found), folder.absolute())
     return None
 
 

@@ -25,11 +25,11 @@ def choose(answer: str, choices: Sequence[str]) -> int | None:
     >>> choices = ["red", "red car", "blue"]
     >>> [choose(x, choices) for x in ("B", "(b).", "Red.", "The answer is C", "it is a red car", "red or blue", "?")]
     [1, 1, 0, 2, 1, None, None]
+    >>> [choose(x, ["5", "-5"]) for x in ("5", "-5", "It is -5.")]
+    [0, 1, 1]
     """
-    texts = [normalise(x) for x in choices]
-    said = normalise(answer)
-    if said in texts:
-        return texts.index(said)
+    if (equal := _find_equal(answer, choices)) is not None:
+        return equal
     letters = {letter: i for i, letter in enumerate(ascii_uppercase[: len(choices)])}
     if not _are_letters(choices):
         stripped = answer.strip()
@@ -39,7 +39,20 @@ def choose(answer: str, choices: Sequence[str]) -> int | None:
             return letters.get(found[1])
         if len(named := set(_IN_BRACKETS.findall(stripped))) == 1:
             return letters.get(named.pop())
-    return _find_text(said, texts)
+    return _find_text(answer, choices)
+
+
+def _find_equal(text: str, choices: Sequence[str]) -> int | None:
+    """Return the choice that a text equals; None if there is none, or several.
+
+    They are compared as they stand, then in any case, and then without marks and articles: choices may differ in a sign
+    or a capital alone.
+    """
+    for write in (str.strip, lambda x: x.strip().casefold(), normalise):
+        said = write(text)
+        if found := [i for i, x in enumerate(choices) if said and write(x) == said]:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def _are_letters(choices: Sequence[str]) -> bool:
@@ -47,23 +60,32 @@ def _are_letters(choices: Sequence[str]) -> bool:
     return all(len(x.strip()) == 1 and x.strip().isalpha() for x in choices)
 
 
-def _find_text(said: str, texts: Sequence[str]) -> int | None:
+def _find_text(answer: str, choices: Sequence[str]) -> int | None:
     """Return the only choice whose text stands in an answer; one that stands inside of a longer one does not count."""
-    rest, found = f" {said} ", []
-    for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-        if texts[i] and f" {texts[i]} " in rest:
-            found.append(i)
-            rest = rest.replace(f" {texts[i]} ", " \0 ")
-    return found[0] if len(found) == 1 else None
+    texts = [normalise(x) for x in choices]
+    rest, found = f" {normalise(answer)} ", []
+    for text in sorted(set(texts) - {""}, key=len, reverse=True):
+        if f" {text} " in rest:
+            found.append(text)
+            rest = rest.replace(f" {text} ", " \0 ")
+    meant = [i for i, text in enumerate(texts) if found == [text]]
+    if len(meant) > 1:  # apart from marks and case they are the same
+        meant = [i for i in meant if _stands_in(choices[i], answer)]
+    return meant[0] if len(meant) == 1 else None
+
+
+def _stands_in(choice: str, answer: str) -> bool:
+    """Tell whether an answer holds a choice as it is written, as whole words."""
+    return re.search(rf"(?<!\S){re.escape(choice.strip())}(?=[.,;:!?]*(?:\s|$))", answer) is not None
 
 
 def right_choice(sample: Sample) -> int | None:
     """Return which choice is right: the one whose text is expected, or else whose letter is. None for neither."""
-    texts, expected = [normalise(x) for x in sample.choices], sample.expected.strip()
-    if (said := normalise(expected)) in texts:
-        return texts.index(said)
-    place = ascii_uppercase.find(expected.strip("().").upper()) if len(expected.strip("().")) == 1 else -1
-    return place if 0 <= place < len(texts) else None
+    if (equal := _find_equal(sample.expected, sample.choices)) is not None:
+        return equal
+    letter = sample.expected.strip().strip("().").upper()
+    place = ascii_uppercase.find(letter) if len(letter) == 1 else -1
+    return place if 0 <= place < len(sample.choices) else None
 
 
 def candidates(sample: Sample) -> tuple[str, ...]:
@@ -72,22 +94,22 @@ def candidates(sample: Sample) -> tuple[str, ...]:
     >>> candidates(Sample("", "B", ("B",), ("cat", "dog"))), candidates(Sample("", " dog", (" dog",), ("cat", "dog")))
     (('A', 'B'), ('cat', 'dog'))
     """
-    says_letter = normalise(sample.expected) not in [normalise(x) for x in sample.choices]
+    says_letter = _find_equal(sample.expected, sample.choices) is None
     return tuple(ascii_uppercase[: len(sample.choices)]) if says_letter else sample.choices
 
 
 def _find_bad_choices(samples: Sequence[Sample]) -> str | None:
     """Say which choices leave open which one is meant, or hold no right one."""
     for sample in samples:
-        texts = [normalise(x) for x in sample.choices]
+        texts = [x.strip() for x in sample.choices]
         if not texts:
             continue
         if len(texts) > MOST:
             return f"{sample.place} has {len(texts)} choices; letters number at most {MOST}."
         if not all(texts):
             return f"a choice of {sample.place} is empty."
-        if twice := next((x for x, text in zip(sample.choices, texts, strict=True) if texts.count(text) > 1), None):
-            return f"two choices of {sample.place} are the same, {twice!r}."
+        if texts.count(sample.expected.strip()) > 1:
+            return f"two choices of {sample.place} are the same and right, {sample.expected.strip()!r}."
         if right_choice(sample) is None:
             return (
                 f"the answer of {sample.place}, {sample.expected.strip()[:40]!r}, is neither the letter nor the text "

@@ -91,7 +91,7 @@ class MMBench(Benchmark):
 class MMStar(Benchmark):
     """MMStar: questions that a model cannot answer without the picture. The question holds its choices.
 
-    They stand behind `Options:`, as `A: text, B: text, …`.
+    They stand behind `Options:` as `A: text, B: text, …`, or behind `Choices:` as `(A) text` on lines of their own.
     """
 
     name = "MMStar"
@@ -99,24 +99,36 @@ class MMStar(Benchmark):
     metric = "multiple-choice"
     site = "https://huggingface.co/datasets/Lin-Chen/MMStar"
 
-    _OPTION = re.compile(r"(?:^|[,\n])\s*\(?([A-H])[:.)]\s*")
+    _OPTIONS = re.compile(r"\b(?:Options|Choices):")
+    _OPTION = re.compile(r"(?:^|[,\n])\s*\(?([A-Z])[:.)]\s*")
 
     def matches(self, data: dict[str, Any]) -> bool:
         return {"question", "answer", "l2_category", "image"} <= data.keys() and "A" not in data
 
     def ask(self, data: dict[str, Any]) -> Question:
-        words, _, options = question_of(data).rpartition("Options:")
-        pieces = self._OPTION.split(options.strip())
-        choices = tuple(x.strip().rstrip(",").strip() for x in pieces[2::2])
-        if not words or "".join(pieces[1::2]) != ascii_uppercase[: len(choices)] or not choices:
+        question = question_of(data)
+        begins = [x.span() for x in self._OPTIONS.finditer(question)] or [(0, 0)]
+        words, choices = question[: begins[-1][0]].strip(), self._split(question[begins[-1][1] :].strip())
+        if not words or not choices:
             raise RecordError('"question" must end with its options: Options: A: …, B: …')
         return Question(
-            (*pictures_of(data), Text(_write(words.strip(), choices))),
+            (*pictures_of(data), Text(_write(words, choices))),
             text_of(data, "answer"),
             choices=choices,
             id=text_of(data, "index") or None,
             kind=text_of(data, "category") or None,
         )
+
+    def _split(self, options: str) -> tuple[str, ...]:
+        """Return the texts of options, which begin with A, B and so on; none if they do not begin so."""
+        found: list[re.Match[str]] = []
+        for option in self._OPTION.finditer(options):
+            if option[1] == ascii_uppercase[len(found) % len(ascii_uppercase)]:  # or it is a part of a text
+                found.append(option)
+        if not found or found[0].start():
+            return ()
+        ends = [*(x.start() for x in found[1:]), len(options)]
+        return tuple(options[x.end() : end].strip().rstrip(",").strip() for x, end in zip(found, ends, strict=True))
 
 
 class MMMU(Benchmark):

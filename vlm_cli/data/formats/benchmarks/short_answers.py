@@ -23,6 +23,10 @@ from vlm_cli.prompt import Medium, Text
 __all__ = ["GQA", "VQAV2", "ChartQA", "DocVQA", "TextVQA"]
 
 
+# Who asks about a chart, as tables of ChartQA write it.
+_CHARTS_OF = {"0": "human", "1": "machine", "human_test": "human", "augmented_test": "machine"}
+
+
 def _parts(pictures: tuple[Medium, ...], question: str) -> tuple[Text | Medium, ...]:
     return (*pictures, Text(f"{question}{SHORT}"))
 
@@ -42,7 +46,7 @@ class VQAV2(Benchmark):
         return {"question", "question_type", "answer_type", "image_id"} <= data.keys()
 
     def ask(self, data: dict[str, Any]) -> Question:
-        given = data.get("answers")
+        given = data.get("answers") or []  # null in test splits
         if not isinstance(given, list) or not all(
             isinstance(x, dict) and isinstance(x.get("answer"), str) for x in given
         ):
@@ -122,17 +126,21 @@ class ChartQA(Benchmark):
     """ChartQA: questions about charts, with one answer each. Pictures are those of "imgname"."""
 
     name = "ChartQA"
-    keys = '"query" with "label", and "imgname" or "image"'
+    keys = '"query" with "label", and "imgname" or "image"; or "question" with "type" human_test or augmented_test'
     metric = "relaxed"
     site = "https://github.com/vis-nlp/ChartQA"
 
     def matches(self, data: dict[str, Any]) -> bool:
+        if {"question", "answer", "type", "image"} <= data.keys():
+            return str(data["type"]) in _CHARTS_OF
         return {"query", "label"} <= data.keys() and not {"imgname", "image"}.isdisjoint(data)
 
     def ask(self, data: dict[str, Any]) -> Question:
-        label = data.get("label")
-        answers = texts_of(data, "label") if isinstance(label, list) else (text_of(data, "label"),)
+        query, right = ("query", "label") if "query" in data else ("question", "answer")
+        answers = texts_of(data, right) if isinstance(data.get(right), list) else (text_of(data, right),)
         pictures = pictures_of(data, name=text_of(data, "imgname"))
-        kind = text_of(data, "human_or_machine") or None
+        kind = text_of(data, "human_or_machine", "type")
         answer = answers[0] if answers else ""
-        return Question(_parts(pictures, question_of(data, "query")), answer, answers, kind=kind)
+        return Question(
+            _parts(pictures, question_of(data, query)), answer, answers, kind=_CHARTS_OF.get(kind, kind) or None
+        )
