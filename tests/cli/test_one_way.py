@@ -23,7 +23,6 @@ from vlm_cli.serving.requests import read_chat
 from vlm_cli.serving.row import Piece
 from vlm_cli.serving.service import make_service
 from vlm_cli.training.dataset import load_dataset
-from vlm_cli.writing.plain import find_end_token
 from vlm_cli.writing.writer import PromptWriter
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -139,9 +138,7 @@ class Asker:
         item = items[len(items) - 1]
         learned = [i for i, label in enumerate(item["labels"].tolist()) if label != IGNORED]
         start = max(i for i in learned if i - 1 not in learned)
-        ids = list(item["ids"][:start].tolist())
-        # Without a template, a run ends each answer with a token, which a chat leaves out as it goes on.
-        return ids if processor.chat_program else [i for i in ids if i != find_end_token(model, processor)]
+        return list(item["ids"][:start].tolist())
 
     def _load(self) -> tuple[Any, Any]:
         return directory.load(str(self.model), dtype="auto", device="cpu", trust_remote_code=False)

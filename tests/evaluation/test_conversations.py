@@ -16,7 +16,7 @@ from vlm_cli.errors import DataError
 from vlm_cli.evaluation.items import Item, encode_items, read_items
 from vlm_cli.generation.plan import GenerationPlan
 from vlm_cli.modeling.vlm import VLM
-from vlm_cli.models import load
+from vlm_cli.models import DEMO, load, read_processor_of
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Text
 from vlm_cli.templates.conversation import ChatFormat, Conversation
@@ -76,6 +76,26 @@ def test_a_template_writes_the_turns_before_as_a_run_learns_them(
         of_record = [item for item in items if item.record is record]
         assert [ids_of(item, writer) for item in of_record] == [encoded.ids[:start] for start in starts]
         assert ids_of(of_record[-1], writer, earlier=0) != encoded.ids[: starts[-1]]
+
+
+def test_without_a_template_a_run_learns_each_answer_behind_what_it_is_asked_for(
+    model: tuple[VLM, VLMProcessor], items: list[Item]
+) -> None:
+    """An end token behind an earlier answer, which no chat feeds, is not there; the answer's last token stays whole."""
+    processor = read_processor_of(str(DEMO))
+    processor.tokenizer.add_tokens([".\n"])  # as a tokenizer with such a token would read the texts in one piece
+    writer, end = PromptWriter(processor, TemplateChoice("none")), find_end_token(*model)
+    encoder = RecordEncoder(writer, end)
+    for record in {item.record.id: item.record for item in items}.values():
+        asked = [ids_of(item, writer) for item in items if item.record is record]
+        learned = encoder.encode(record)
+        assert [x.ids[: len(ids)] for x, ids in zip(learned, asked, strict=True)] == asked
+        assert [x.is_target for x in learned] == [
+            [False] * len(ids) + [True] * (len(x.ids) - len(ids)) for x, ids in zip(learned, asked, strict=True)
+        ]
+        assert all(x.ids[-1] == end and x.ids.count(end) == 1 for x in learned)
+    assert "one sequence for each answer" in encoder.notes[-1]
+    assert ".\n" in processor.tokenizer.tokenize("cross.\n")
 
 
 def test_without_a_template_the_turns_before_are_those_of_a_chat(

@@ -197,11 +197,13 @@ class ChatFormat:
         """Write all messages, with a break around each earlier answer where a chat has one: its tokens stand alone."""
         rendered = self.render(messages, markers, opens_answer=opens_answer)
         answers = [i for i, message in enumerate(messages[:-1]) if message.role == "assistant"]
-        if self.template is None or not answers:
+        if not answers:
             return rendered
         ended = [replace(m, parts=(*m.parts, AnswerEnd())) if i in answers else m for i, m in enumerate(messages)]
         *said, rest = self.render(ended, markers, opens_answer=opens_answer).split(markers.answer_end)
-        words = [self.insert_markers(messages[i], markers) for i in answers]
+        asked = [self.insert_markers(messages[i - 1], markers) if i else "" for i in answers]
+        # Without a template, the model writes the space before its answer.
+        words = [self.append(x, messages[i], markers)[len(x) :] for x, i in zip(asked, answers, strict=True)]
         opened = self.render(messages[: answers[0]], markers)
         if (
             len(said) != len(words)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
+from functools import cached_property
 from typing import NamedTuple
 
-from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.records import Record
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Text
-from vlm_cli.templates.conversation import gap
 from vlm_cli.writing.plain import PlainWriter
 from vlm_cli.writing.turns import Exchange, TurnsWriter
 from vlm_cli.writing.writer import PromptWriter, plain_system
@@ -36,18 +33,6 @@ class EncodedRecord(NamedTuple):
     num_media: int
 
 
-def _spaced(record: Record) -> Record:
-    """Put whitespace between the turns of a record that no template writes, as a chat without a template has it."""
-    segments = list(record.segments[:1])
-    for before, segment in pairwise(record.segments):
-        ends = "".join(part.text if isinstance(part, Text) else MEDIA_TOKEN for part in before.parts)
-        first = segment.parts[0] if segment.parts else None
-        start = first.text if isinstance(first, Text) else ""
-        apart = gap(ends, start, "assistant" if segment.is_target else "user")
-        segments.append(replace(segment, parts=(Text(apart), *segment.parts)) if apart else segment)
-    return replace(record, segments=tuple(segments))
-
-
 class RecordEncoder:
     """Encode records for one model.
 
@@ -66,25 +51,35 @@ class RecordEncoder:
 
     def __init__(self, writer: PromptWriter, end_id: int, stop_ids: Sequence[int] = ()) -> None:
         self.writer, self.processor = writer, writer.processor
-        self._turns = None if writer.format is None else TurnsWriter(writer.format, end_id, stop_ids)
-        self._num_written, self._num_repeated, self._num_plain_turns = 0, 0, 0  # records; see `notes`
+        self._end_id, self._stop_ids = end_id, stop_ids
+        self._num_written, self._num_repeated = 0, 0  # records that the template writes; see `notes`
+        self._num_plain_turns, self._num_plain_repeated = 0, 0
         self._plain = PlainWriter(self.processor, end_id, parse_special_tokens=writer.parse_special_tokens)
 
+    @cached_property
+    def _turns(self) -> TurnsWriter:
+        return TurnsWriter(self.writer.turn_format, self._end_id, self._stop_ids)
+
     def encode(self, record: Record) -> list[EncodedRecord]:
-        """Encode one record. It becomes several sequences where the chat template writes earlier turns in another way.
+        """Encode one record.
+
+        It becomes several sequences where a chat reads an answer otherwise than it is learned: the template writes
+        earlier turns in another way, or no template writes the token that ends an answer.
 
         Raises:
             RecordError: if the chat template cannot write the record.
             LanguageModelError: if the chat template fails.
         """
-        is_turns = record.is_turns or record.system is not None
-        if self._turns is not None and self.writer.uses_template(is_turns=is_turns):
-            found = self._encode_turns(record, self._turns)
+        if self.writer.uses_template(is_turns=record.is_turns or record.system is not None):
+            found = self._encode_turns(record)
             self._num_written += 1
             self._num_repeated += len(found) > 1
+        elif record.is_turns:
+            found = self._encode_turns(record)
+            self._num_plain_turns += 1
+            self._num_plain_repeated += len(found) > 1
         else:
-            found = [self._encode_plain(_spaced(record) if record.is_turns else record)]
-            self._num_plain_turns += is_turns
+            found = [self._encode_plain(record)]
         for encoded in found:
             encoded.is_target[0] = False  # no token stands before it, from which the model could learn it
         return found
@@ -92,7 +87,7 @@ class RecordEncoder:
     @property
     def notes(self) -> list[str]:
         """What the user should know of how the records so far were written."""
-        found = [] if self._turns is None else list(self._turns.notes)
+        found = list(self._turns.notes) if self._num_written or self._num_plain_turns else []
         if self._num_written:
             found.insert(0, f"Template: the chat template writes {count_of(self._num_written, 'record')}.")
         if self._num_repeated:
@@ -106,10 +101,16 @@ class RecordEncoder:
                 f"Note: {count_of(self._num_plain_turns, 'record')} of turns are written plainly ({why}): each answer "
                 "follows its turn after a space, and the next turn begins on a new line."
             )
+        if self._num_plain_repeated:
+            found.append(
+                f"Note: {count_of(self._num_plain_repeated, 'record')} of several turns became one sequence for each "
+                "answer, since a chat without a template keeps no token that ends earlier answers. With a template "
+                "(--chat-template FILE), a record is learned at once."
+            )
         return found
 
-    def _encode_turns(self, record: Record, writer: TurnsWriter) -> list[EncodedRecord]:
-        """Encode a record with the chat template: contexts are the user's turns, and targets the answers to them."""
+    def _encode_turns(self, record: Record) -> list[EncodedRecord]:
+        """Encode a record as a chat: contexts are the user's turns, and targets the answers to them."""
         turns = []
         for context, target in zip(record.segments[::2], record.segments[1::2], strict=True):
             texts = [part.text for part in target.parts if isinstance(part, Text)]
@@ -117,7 +118,7 @@ class RecordEncoder:
                 raise RecordError('is a "text", which has no turns. Give a "prompt" and its "completion".')
             turns.append(Exchange(context.parts, "".join(texts)))
         system = self.writer.system if record.system is None else record.system
-        return [EncodedRecord(x.ids, x.is_target, False, x.num_media) for x in writer.write(turns, system)]
+        return [EncodedRecord(x.ids, x.is_target, False, x.num_media) for x in self._turns.write(turns, system)]
 
     def _encode_plain(self, record: Record) -> EncodedRecord:
         written = self._plain.write(record.segments, plain_system(record.system))

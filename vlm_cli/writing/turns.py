@@ -10,7 +10,8 @@ answer, as it does for `vlm chat`, and what the template writes for that answer 
 where the words end. How a template writes an answer may depend on what follows: some drop reasoning of earlier turns,
 or end the last answer with another token. Where the next turn does not go on from the answer as it was learned, the
 record becomes several sequences: each begins with the turns as the template writes them now, and only new answers are
-learned. So each answer stands behind the very tokens that `vlm chat` feeds at that turn.
+learned. So each answer stands behind the very tokens that `vlm chat` feeds at that turn. Where no template writes the
+turns, a chat keeps no token that ends an answer, so each answer is a sequence of its own.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ class _Written:
 
 
 class TurnsWriter:
-    """Writes conversations by the chat template of one model, to be learned.
+    """Writes conversations as a chat with one model has them, to be learned.
 
-    An answer has no whitespace at its ends, since the template says what stands around it.
+    An answer has no whitespace at its ends, since the template, or the plain way of chats, says what stands around it.
 
     Args:
-        format: how conversations are written; it has a template.
+        format: how conversations are written.
         end_id: the token that ends an answer, where the template writes none.
         stop_ids: tokens that end an answer.
 
@@ -180,6 +181,8 @@ class TurnsWriter:
         stop = next((i for i, token in enumerate(closing) if token in self.stop_ids), None)
         if stop is not None:
             return list(closing[: stop + 1])
+        if self.format.template is None:
+            return [self.end_id]
         end = self.format.tokenizer.convert_ids_to_tokens(self.end_id)
         self.notes[
             f"Note: the chat template ends answers with no token that stops the model, so the model learns {end} there."
