@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ import yaml
 from tests.support import disk
 from tests.support.hub_server import Repository, serving_here
 from vlm_cli.publishing.push import PushOptions, prepare
+from vlm_cli.report.card import UNTRAINED, training_story
 from vlm_cli.report.card_sections import Card
 
 RESULT = {
@@ -225,6 +228,31 @@ def test_parts_of_the_hub_are_asked_for_their_cards(model, hub, push):
     metadata = card_of(hub).metadata
     assert (metadata["license"], metadata["language"]) == ("apache-2.0", ["en", "de"])
     assert set(metadata["base_model"]) >= {"org/lm", "org/tower"}
+
+
+def test_names_that_the_hub_does_not_have_are_no_base_models(model, hub, push):
+    """A directory of another machine, and a part that `vlm build` named in the card, may look like repositories."""
+    config = json.loads((model / "config.json").read_text())
+    config["composition"]["language_model"]["name"] = "org/gone"
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "training_args.json").write_text(json.dumps({**RUN, "stages": [], "job": {"model": "start/model"}}))
+    edit(model / "README.md", "---\n", "---\nbase_model:\n- org/gone\n- me/own\n")
+    assert push().exit_code == 0
+    assert card_of(hub).metadata["base_model"] == ["me/own"]
+    hub.repositories["org/gone"] = hub.repositories["start/model"] = hub.repositories["me/model"]
+    assert push().exit_code == 0
+    assert sorted(card_of(hub).metadata["base_model"]) == ["me/own", "org/gone", "start/model"]
+
+
+def test_the_card_names_no_file_that_stays_here(model):
+    trained: Any = SimpleNamespace(trained_names=lambda: ["fusion"])
+    story = training_story(trained, steps=1, records=2, loss=1.0, eval_loss=None)
+    (model / "training_args.json").write_text("{}")
+    (model / "loss.png").write_bytes(b"")
+    edit(model / "README.md", UNTRAINED, story)
+    shipment = prepare(model, PushOptions())
+    assert "`loss.png`" in shipment.card and "loss.png" in shipment.files
+    assert "training_args.json" not in shipment.card
 
 
 def test_what_a_person_wrote_into_the_card_stays(push, model, hub):
