@@ -13,7 +13,10 @@ from vlm_cli.checkpoint.parts.plain_types import PLAIN_TYPES, order_positions
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.idefics3 import HuggingFaceIdefics3, HuggingFaceSmolVLM
 
-__all__ = ["Idefics3Class", "SmolVLMClass"]
+__all__ = ["NO_NUM2WORDS", "Idefics3Class", "SmolVLMClass"]
+
+#: What stands in SmolVLM's way where a package of its processor is not installed.
+NO_NUM2WORDS = "the class's processor needs the package num2words: pip install num2words."
 
 
 class Idefics3Class(HFClass):
@@ -84,5 +87,5 @@ class SmolVLMClass(Idefics3Class):
         from transformers import SmolVLMVideoProcessor
 
         if find_spec("num2words") is None:
-            source.problems.append("the class's processor needs the package num2words: pip install num2words.")
+            source.problems.append(NO_NUM2WORDS)
         return {"video_processor": SmolVLMVideoProcessor()}

@@ -34,6 +34,8 @@ class InternVLClass(HFClass):
         num_positions = (side // source.tower.patch_size // factor) ** 2
         square, settings = {"height": side, "width": side}, image_settings(source.config)
         named = {"start_image_token": begin, "end_image_token": end, "context_image_token": token.text}
+        # The class looks for a video's token in each prompt. Without one, it is the one that no prompt holds yet.
+        named["video_token"] = source.named_token("video_token", end)
         return Draft(
             config={
                 "model_type": "internvl",
@@ -54,6 +56,6 @@ class InternVLClass(HFClass):
             processor={"image_seq_length": num_positions},
             parts={"video_processor": InternVLVideoProcessor(size=square, **settings)},
             media_token=token.text,
-            named_tokens={**named, "video_token": source.named_token("video_token", token.text)},
+            named_tokens=named,
             has_added_rows=token.is_added,
         )

@@ -15,6 +15,7 @@ from vlm_cli.checkpoint.export.hf.agreement import compare_pictures
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass
 from vlm_cli.checkpoint.export.hf.fit import Fit, fit_class
+from vlm_cli.checkpoint.export.hf.idefics3 import NO_NUM2WORDS
 from vlm_cli.checkpoint.export.hf.tensors import added_embedding
 from vlm_cli.checkpoint.export.language_model import forget_tokens
 from vlm_cli.composition import MEDIA_TOKEN
@@ -44,7 +45,7 @@ def check_hf(config: VLMConfig, name: str | None = None) -> None:
     Raises:
         UsageError: naming the settings that stand in the way of each class.
     """
-    _choose(config, None, name)
+    _choose(judge_classes(config, None, name))
 
 
 def judge_classes(
@@ -64,13 +65,12 @@ def judge_classes(
     return sorted(fits, key=lambda item: (len(item[1].problems), not item[1].is_exact))
 
 
-def _choose(config: VLMConfig, processor: VLMProcessor | None, name: str | None) -> tuple[str, Fit]:
-    """Return the class that a model is written as.
+def _choose(fits: list[tuple[str, Fit]]) -> tuple[str, Fit]:
+    """Return the class that a model is written as, of classes that judged it.
 
     Raises:
         UsageError: if none holds it.
     """
-    fits = judge_classes(config, processor, name)
     if not fits[0][1].problems:
         return fits[0]
     common = [x for x in fits[0][1].problems if len(fits) > 1 and all(x in fit.problems for _, fit in fits)]
@@ -102,7 +102,8 @@ def export_hf(
         UsageError: if no class holds the model.
         CheckpointError: if the two differ.
     """
-    word, fit = _choose(model.config, processor, name)
+    fits = judge_classes(model.config, processor, name)
+    word, fit = _choose(fits)
     target = CLASSES[word]
     _write_weights(model, fit, target, out, max_shard_size)
     forgotten = set() if fit.draft.has_added_rows else set(model.config.added_tokens)
@@ -110,7 +111,18 @@ def export_hf(
     theirs = load_pretrained(getattr(transformers, target.model), out, dtype=model.dtype).eval()
     their_processor = load_pretrained(getattr(transformers, target.processor), out)
     facts = {"class": target.model, "positions_per_image": model.num_positions()}
-    return facts | compare_pictures(model, processor, theirs, their_processor, out, fit.draft)
+    found = compare_pictures(model, processor, theirs, their_processor, out, fit.draft)
+    return {**facts, **found, "notes": [*found["notes"], *_missed(fits, target)]}
+
+
+def _missed(fits: list[tuple[str, Fit]], target: HFClass) -> list[str]:
+    """Say which class would hold a model as well, if a package were installed."""
+    return [
+        f"written for {target.model}. {CLASSES[word].model} holds the model, too, and reads clips; its processor needs "
+        "the package num2words. For that class: pip install num2words, and export again with --overwrite."
+        for word, fit in fits
+        if fit.problems == (NO_NUM2WORDS,)
+    ]
 
 
 def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_size: str) -> None:

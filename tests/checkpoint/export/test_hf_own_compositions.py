@@ -1,0 +1,131 @@
+"""Compositions of our own, written as the classes of Transformers that have tokens around a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GotOcr2ImageProcessor,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from tests.support import disk, tiny
+from tests.support.disk import run
+from vlm_cli.checkpoint.export.hf import idefics3, write
+
+_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SQUARE = {"height": 32, "width": 32}
+_FENCE = "<fake_token_around_image>"
+_WHOLE = f"{_FENCE}<global-img>{{image}}{_FENCE}"
+_SPLIT = {
+    "type": "split",
+    "tile_text": f"{_FENCE}<row_{{row}}_col_{{column}}>{{image}}",
+    "row_end_text": "\n",
+    "thumbnail_text": f"\n{_WHOLE}",
+    "whole_text": _WHOLE,
+}
+_PLACES = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+
+#: Class -> vision encoder, type of the language model, special tokens of its tokenizer, vision tokenizer, mask, tiling.
+CASES: dict[str, tuple[str, str, list[str], dict[str, Any], str, dict[str, Any]]] = {
+    "InternVL": (
+        "internvit",
+        "qwen2",
+        ["<img>", "</img>"],
+        {"type": "mlp", "pixel_shuffle": 2, "norm": "layer"},
+        "causal",
+        {"type": "grid", "picture_text": "<img>{views}</img>"},
+    ),
+    "Idefics3": (
+        "siglip",
+        "llama",
+        [_FENCE, "<global-img>", *_PLACES],
+        {"type": "linear", "bias": False, "pixel_shuffle": 2},
+        "causal",
+        _SPLIT,
+    ),
+    "PaliGemma": (
+        "siglip",
+        "gemma",
+        ["<bos>"],
+        {"type": "linear"},
+        "prefix",
+        {"type": "none", "picture_text": "{views}<bos>"},
+    ),
+    "Gemma3": (
+        "siglip",
+        "gemma3_text",
+        ["<start_of_image>", "<end_of_image>"],
+        {"type": "linear", "bias": False, "pool": 2, "norm": "gemma", "norm_eps": 1e-6},
+        "image",
+        {"type": "none", "picture_text": "\n\n<start_of_image>{views}<end_of_image>\n\n"},
+    ),
+}
+
+
+def write_encoder(folder: Path, name: str) -> Path:
+    if name == "internvit":
+        config = InternVLVisionConfig(**_SIZES, image_size=[32, 32], patch_size=[8, 8])
+        model, images = InternVLVisionModel(config), GotOcr2ImageProcessor(size=_SQUARE)
+    else:
+        config = SiglipVisionConfig(**_SIZES, image_size=32, patch_size=8, vision_use_head=False)
+        model, images = SiglipVisionModel(config), SiglipImageProcessor(size=_SQUARE)
+    tiny.stir(model, seed=3).save_pretrained(folder)
+    images.save_pretrained(folder)
+    return folder
+
+
+def write_language_model(folder: Path, model_type: str, tokens: list[str]) -> Path:
+    """A language model whose tokenizer has more special tokens, and whose tables have rows for them."""
+    disk.language_model(folder, model_type)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(x, special=True) for x in tokens], special_tokens=True)
+    if "<bos>" in tokens:
+        tokenizer.bos_token = "<bos>"
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    tiny.stir(model, seed=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", CASES)
+def test_a_class_with_tokens_around_a_picture(tmp_path: Path, monkeypatch: Any, name: str) -> None:
+    encoder, model_type, tokens, tokenizer, mask, tiling = CASES[name]
+    named = {"vision_tokenizer": tokenizer, "fusion.mask": mask, "tiling": tiling}
+    settings = [word for key, x in named.items() for word in ("--set", f"{key}={json.dumps(x)}")]
+    parts = [f"hf:{write_encoder(tmp_path / 'encoder', encoder)}", "--language-model"]
+    parts += [str(write_language_model(tmp_path / "lm", model_type, tokens)), "--dtype", "float32"]
+    result = run("build", tmp_path / "model", "--family", "llava", "--vision-encoder", *parts, *settings)
+    assert result.exit_code == 0, result.output
+    monkeypatch.setattr(idefics3, "find_spec", lambda name: None)
+    result = run("export", tmp_path / "model", tmp_path / "out", "--format", "hf", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["class"] == f"{name}ForConditionalGeneration" and report["largest_difference"] <= 1e-4
+    assert ["pip install num2words" in x for x in report["notes"]] == ([True] if name == "Idefics3" else [])
+
+    def spoiled(cls: Any, *args: Any, **keywords: Any) -> Any:
+        found = real(cls, *args, **keywords)
+        if isinstance(found, torch.nn.Module):
+            tower = found.model.multi_modal_projector if hasattr(found.model, "multi_modal_projector") else None
+            for x in (tower or found.model.connector).parameters():
+                x.data.add_(1)
+        return found
+
+    real = write.load_pretrained
+    monkeypatch.setattr(write, "load_pretrained", spoiled)
+    result = run("export", tmp_path / "model", tmp_path / "other", "--format", "hf")
+    assert result.exit_code == 1 and not (tmp_path / "other").exists()
