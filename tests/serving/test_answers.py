@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 from tests.serving.conftest import ask_about
 from vlm_cli.media import MediaLoader
 from vlm_cli.prompt import interleave
+from vlm_cli.serving.limits import Limits
 from vlm_cli.tiling import MediumSize
 
 PICTURES = ("two.png", "three.png", "one.png")
@@ -175,3 +177,12 @@ def test_each_request_is_one_line_of_the_log(server):
 def test_pictures_named_as_text_are_text(server):
     _, body = server.chat({"role": "user", "content": "<image:/etc/passwd> <image>"}, max_tokens=1)
     assert body["usage"]["vlm"]["image_tokens"] == []
+
+
+def test_the_page_begins_with_the_settings_of_the_server(run):
+    with run(limits=Limits(new_tokens=7), temperature=0.35) as other:
+        page = other.send("/")[1]
+    fields = {
+        x["id"]: x for x in (dict(re.findall(r'(\w+)="([^"]*)"', x)) for x in re.findall("<input ([^>]*)>", page))
+    }
+    assert (fields["most"]["value"], fields["temperature"]["value"]) == ("7", "0.35")

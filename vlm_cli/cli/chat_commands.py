@@ -138,11 +138,7 @@ _OTHERS = {
 }
 
 COMMANDS = {
-    "image": ChatCommand(
-        lambda session, given: session.show(given, "image"),
-        "show an image before your next turn, or at its <image>",
-        "FILE",
-    ),
+    "image": ChatCommand(_show_image, "show an image before your next turn, or at its <image>", "FILE"),
     "video": ChatCommand(_show_video, "show a clip, in the same way", "FILE"),
     "clear": ChatCommand(_clear, "forget turns and pictures, but not the system text"),
     "system": ChatCommand(_tell_system, "begin anew, with TEXT as the system text", "TEXT"),

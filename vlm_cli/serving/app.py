@@ -81,7 +81,12 @@ async def _metrics(service: Service, request: Request) -> Response:
 
 
 async def _page(service: Service, request: Request) -> Response:
-    page, policy = read_page(service.name, needs_key=service.api_key is not None)
+    page, policy = read_page(
+        service.name,
+        needs_key=service.api_key is not None,
+        new_tokens=service.limits.new_tokens,
+        temperature=service.temperature,
+    )
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
     return HTMLResponse(page, headers=headers)
 

@@ -327,6 +327,8 @@ def _load_own_tokenizer(
         make_media_plain(tokenizer)
     if tokenizer.chat_template is None and other is None:
         tokenizer.chat_template = _read_template(found.checkpoint.folder)
+    if found.description.text_config is not None and found.description.chat_template is None and other is None:
+        _begin_with_bos(tokenizer)
     return tokenizer
 
 
@@ -336,6 +338,18 @@ def _read_template(folder: Path) -> str | None:
         if file.is_file() and isinstance(found := read_json(file).get("chat_template"), str):
             return found
     return None
+
+
+def _begin_with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a chat template write the BOS token that a processor of Transformers puts before what it writes.
+
+    A processor does so if its tokenizer does; a tokenizer alone, as ours, leaves that to its template.
+    """
+    template, bos = tokenizer.chat_template, tokenizer.bos_token
+    if not isinstance(template, str) or bos is None or bos in template or "bos_token" in template:
+        return
+    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        tokenizer.chat_template = "{{ bos_token }}" + template
 
 
 def _find_own_language_model(

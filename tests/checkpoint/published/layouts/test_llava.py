@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.support.grid import grid
@@ -92,6 +101,29 @@ def test_a_tokenizer_that_has_a_name_for_the_image(tmp_path, named):
 def saved(processor, folder):
     processor.save_pretrained(folder)
     return VLMProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_chat_begins_as_the_published_processor_begins_it(tmp_path, begins):
+    case = huggingface(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path, bos_token="w7")
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w7 $A", special_tokens=[("w7", 7)])
+    tokenizer.save_pretrained(tmp_path)
+    written = "'<image> ' if part.type == 'image' else part.text + ' w9 '"
+    template = f"{{% for part in messages[0].content %}}{{{{ {written} }}}}{{% endfor %}}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    turn = {
+        "role": "user",
+        "content": [{"type": "image", "image": Image.new("RGB", (SIZE, SIZE))}, {"type": "text", "text": "w1"}],
+    }
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
+    how = {"patch_size": 16, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    theirs = LlavaProcessor(pictures, tokenizer, chat_template=template, **how)
+    asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    wanted = theirs.apply_chat_template([turn], **asked)["input_ids"][0]
+    found = load(case).processor.apply_chat_template([turn], **asked)["input_ids"][0].tolist()
+    assert found == [i for i, _ in groupby(wanted)] == [*[7] * begins, IMAGE, 1, 9]
 
 
 # -- as the authors write it -------------------------------------------------------------------------------------------
