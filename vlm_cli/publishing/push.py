@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from vlm_cli.publishing.parts import agree_on_licence, languages_of, read_part
 from vlm_cli.publishing.repository import Repository
 from vlm_cli.publishing.results import read_evaluations
 from vlm_cli.report.base_models import base_models
+from vlm_cli.report.card_sections import Card
 
 __all__ = ["PushOptions", "Shipment", "prepare", "push"]
 
@@ -85,15 +86,22 @@ def prepare(folder: Path, options: PushOptions, repository: Repository | None = 
         remote = parse_card(repository.card, f"of {repository.name!r}")
     card, notes = choose_card(read_card(folder), remote, options.card, repository.name if repository else "")
     parts, lineage = base_models(config.composition), read_lineage(folder)
-    known = {name: read_part(name, repo, asks=repository is not None) for name, repo in parts.items()}
+    asks = repository is not None
+    known = {name: read_part(name, repo, asks=asks) for name, repo in parts.items()}
+    # A directory of another machine may have a name that a repository could have, too.
+    started = {repo: read_part(repo, repo, asks=asks) for repo in lineage.bases}
+    card = _without_bases(card, [repo for name, repo in parts.items() if repo and known[name] is None])
     if options.license is not None:
         card = replace(card, metadata={**card.metadata, "license": options.license})
     licence = card.metadata.get("license")
     if licence is None:
-        licence, more = agree_on_licence(known, asks=repository is not None)
+        licence, more = agree_on_licence(known, asks=asks)
         notes += more
     facts = CardFacts(
-        bases=[*(repo for name, repo in parts.items() if repo and known[name] is not None), *lineage.bases],
+        bases=[
+            *(repo for name, repo in parts.items() if repo and known[name] is not None),
+            *(repo for repo, metadata in started.items() if metadata is not None),
+        ],
         license=licence,
         datasets=options.datasets,
         languages=options.languages or languages_of(known[config.composition.language_model.name]),
@@ -103,6 +111,19 @@ def prepare(folder: Path, options: PushOptions, repository: Repository | None = 
     )
     text, more = finish_card(card, facts)
     return Shipment(_find_files(folder), text, [*notes, *more, *_tell_places(folder, config)])
+
+
+def _without_bases(card: Card, repositories: Collection[str]) -> Card:
+    """Take repositories that the hub does not have out of what `vlm build` wrote into the metadata."""
+    metadata = dict(card.metadata)
+    given = metadata.get("base_model")
+    names = given if isinstance(given, list) else [given]
+    left = [x for x in names if x not in repositories]
+    if left != names:
+        metadata["base_model"] = left
+        if not left:
+            del metadata["base_model"]
+    return replace(card, metadata=metadata)
 
 
 def push(

@@ -74,5 +74,5 @@ def training_story(model: VLM, *, steps: int, records: int, loss: float | None, 
     last = "unknown" if loss is None else f"{loss:.4f}"
     return (
         f"Trained:\n{trained}, {count_of(steps, 'step')} on {count_of(records, 'record')}.\n"
-        f"Loss per token: {last}{held_out};\nthe curve is in `loss.png`, the settings are in `training_args.json`."
+        f"Loss per token: {last}{held_out};\nthe curve is in `loss.png`."
     )
