@@ -260,6 +260,19 @@ def test_a_model_that_changed_is_noticed_and_one_that_moved_is_found(own: Path, 
         load(str(own), backbones={"language_model": str(moved)})
 
 
+def test_a_run_names_the_place_where_it_found_what_moved(
+    own: Path, folder: Path, vlm: Vlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.with_name("start").rename(own.with_name("moved"))
+    monkeypatch.chdir(tmp_path)
+    words = ("-d", folder / "train.jsonl", *STEPS, "--overwrite", "--backbone", "language_model=moved")
+    assert "cannot replace the model whose weights it would name" in error(vlm("train", own, "-o", "moved", *words), 2)
+    output(vlm("train", own, "-o", "better", *words))
+    config = json.loads((tmp_path / "better/config.json").read_text())
+    assert {x["location"] for x in config["backbones"].values()} == {str(tmp_path / "moved")}
+    load(str(tmp_path / "better"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -33,7 +33,7 @@ from vlm_cli.modeling.config import VLMConfig, stored_dtype
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.printable import count_of
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "read_backbones"]
 
 
 def assemble(
@@ -59,7 +59,7 @@ def assemble(
         CheckpointError: if a backbone cannot be read or is another one, or tensors are missing.
     """
     places = places or BackbonePlaces()
-    backbones = _read_backbones(name, config, places)
+    backbones = read_backbones(name, config, places)
     held = read_held(name, keywords)
     stored = stored_dtype(config) or torch.float32
     base = next((x for x in backbones.values() if x.kind == "model"), None)
@@ -122,7 +122,7 @@ def _load_parts(
         return put_together(config, visual, lang_model)
 
 
-def _read_backbones(name: str, config: VLMConfig, places: BackbonePlaces) -> dict[str, Backbone]:
+def read_backbones(name: str, config: VLMConfig, places: BackbonePlaces) -> dict[str, Backbone]:
     """Take the records of backbones out of a configuration, and put the user's paths over them.
 
     Raises:

@@ -154,6 +154,7 @@ def save_adapted(
     base: str,
     *,
     changed: Collection[str] = (),
+    backbones: Mapping[str, str] | None = None,
     name: str | None = None,
     story: str = UNTRAINED,
     shim: bool = True,
@@ -164,6 +165,7 @@ def save_adapted(
         model, processor, out, name, story, shim: as of `save`.
         base: directory or hub id of the model that it was trained from.
         changed: parts that do not hold the tensors of `base`, although they are frozen now.
+        backbones: if `base` is a delta directory, part -> where its pretrained weights are now, if they moved.
 
     Returns:
         As of `save_delta`, and `adapter_bytes`.
@@ -177,7 +179,7 @@ def save_adapted(
     model.config.writes_shim = shim
     with recording(folder):
         _write_code(model, folder)
-        facts = write_trained(model, folder, base, changed=changed)
+        facts = write_trained(model, folder, base, changed=changed, backbones=backbones)
         _write_companions(model, processor, folder, model_card(model, name or folder.name, story))
     return facts
 

@@ -28,7 +28,8 @@ class Job:
         keep_checkpoints: keep the checkpoints after the output is written.
         trust_remote_code: run the language model's own code from the model's directory.
         reading: what the user says of the rows and pictures of both.
-        backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
+        backbones: if the run, or its first stage, begins with a delta directory: part -> where its pretrained weights
+            are, if the user says so.
         allow_hosts: hosts that backbones may come from.
         cache_features: the folder that keeps what the frozen vision encoder gives for each picture; None keeps nothing.
         verify: compare the hashes of the model's weight files with its manifest.
@@ -56,6 +57,11 @@ class Job:
     earlier: Path | None = None
     base: str | None = None
     shim: bool = True
+
+    @property
+    def beginning(self) -> str:
+        """The model that the run, or the first of its stages, begins with."""
+        return self.base or self.model
 
     @property
     def mixture(self) -> Mixture:

@@ -63,7 +63,15 @@ def write_output(
             if model.config.adapters:
                 base, changed = _base_of(job, model)
                 save_adapted(
-                    model, processor, partial, base, changed=changed, name=out.name, story=story, shim=job.shim
+                    model,
+                    processor,
+                    partial,
+                    base,
+                    changed=changed,
+                    backbones=job.backbones if base == job.beginning else None,
+                    name=out.name,
+                    story=story,
+                    shim=job.shim,
                 )
             else:
                 save(model, processor, partial, name=out.name, story=story, shim=job.shim)
@@ -108,7 +116,7 @@ def _base_of(job: Job, model: VLM) -> tuple[str, set[str]]:
     for path in job.earlier.glob("*/config.json") if job.earlier is not None else ():
         config = read_config(str(path.parent))
         changed |= set(PARTS if stored_dtype(config) != model.dtype else config.composition.trainable)
-    if job.merge_adapters and base == (job.base or job.model):
+    if job.merge_adapters and base == job.beginning:
         changed |= set(read_config(base).adapters or ())
     return base, changed
 

@@ -127,7 +127,7 @@ class _StagedRun:
         reading = replace(self.job.reading, **stage.reading)
         job = replace(self.job, **stage.sources, reading=reading)  # type: ignore[arg-type]  # data and eval_data
         if number:
-            job = replace(job, model=str(self._place(number - 1)), backbones=None, base=self.job.model)
+            job = replace(job, model=str(self._place(number - 1)), base=self.job.model)
         return replace(
             job,
             output=self.job.output if is_last else self._place(number),
@@ -197,7 +197,7 @@ class _StagedRun:
         """
         for job, stage in list(zip(jobs, self.stages, strict=True))[done + 1 :]:
             self.listener.step(f"checking the records of stage {stage.name}")
-            first = replace(job, model=jobs[done].model, backbones=jobs[done].backbones, base=jobs[done].base)
+            first = replace(job, model=jobs[done].model, base=jobs[done].base)
             settings = replace(stage.settings, lora=self._adapters_of(done, stage))
             Run(first, settings, Listener(), self.processes, self.make_examiner).check()
             gc.collect()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from vlm_cli.checkpoint.assembling import read_backbones
+from vlm_cli.checkpoint.backbones import BackbonePlaces
 from vlm_cli.checkpoint.create import cast
 from vlm_cli.checkpoint.directory import load, read_config
 from vlm_cli.composition import PARTS, Composition
@@ -42,7 +44,7 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
     model, processor = load(
         job.model,
         trust_remote_code=job.trust_remote_code,
-        backbones=job.backbones,
+        backbones=job.backbones if job.base is None else None,  # an earlier stage found them
         allow_hosts=job.allow_hosts,
         verify=job.verify,
     )
@@ -138,9 +140,11 @@ def _check_output(job: Job) -> None:
     Raises:
         UsageError: naming it.
     """
-    base = job.base or job.model
+    base = job.beginning
     config = read_config(base, trust_remote_code=job.trust_remote_code)
-    places = [record["location"] for record in config.backbones.values()] if config.is_delta else [base]
+    places = [base]
+    if config.is_delta:
+        places = [x.location for x in read_backbones(base, config, BackbonePlaces(job.backbones or {})).values()]
     if job.output.exists() and any(Path(place).exists() and job.output.samefile(place) for place in places):
         raise UsageError(
             f"--output {str(job.output)!r} cannot replace the model whose weights it would name: an output with "
