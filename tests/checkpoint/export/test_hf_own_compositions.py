@@ -12,6 +12,9 @@ from transformers import (
     AddedToken,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GotOcr2ImageProcessor,
     InternVLVisionConfig,
     InternVLVisionModel,
@@ -22,7 +25,7 @@ from transformers import (
 
 from tests.support import disk, tiny
 from tests.support.disk import run
-from vlm_cli.checkpoint.export.hf import idefics3, write
+from vlm_cli.checkpoint.export.hf import agreement, idefics3, write
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SQUARE = {"height": 32, "width": 32}
@@ -98,6 +101,27 @@ def write_language_model(folder: Path, model_type: str, tokens: list[str]) -> Pa
     model.resize_token_embeddings(len(tokenizer))
     tiny.stir(model, seed=4).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.matrix
+def test_single_pixels_of_torchvision_may_differ(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of a thin picture that grows eight times, torchvision rounds one number in a million by 7 levels."""
+    sizes = {**_SIZES, "num_hidden_layers": 3}
+    tower = tiny.stir(CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=336, patch_size=112)), seed=3)
+    tower.save_pretrained(tmp_path / "encoder")
+    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336).save_pretrained(tmp_path / "encoder")
+    parts = ["--language-model", str(disk.language_model(tmp_path / "lm")), "--dtype", "float32"]
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    named = {"type": "anyres", "pinpoints": pinpoints}
+    settings = ["--set", f"tiling={json.dumps(named)}", "--set", "vision_encoder.layer=-2", "--vision-tokenizer", "mlp"]
+    encoder = ["--family", "llava", "--vision-encoder", f"hf:{tmp_path / 'encoder'}"]
+    assert run("build", tmp_path / "model", *encoder, *parts, *settings).exit_code == 0
+    result = run("export", tmp_path / "model", tmp_path / "out", "--format", "hf", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["largest_pixel_levels"] > agreement.PIXEL_LEVELS
+    monkeypatch.setattr(agreement, "OUTLIERS", 0)
+    result = run("export", tmp_path / "model", tmp_path / "other", "--format", "hf")
+    assert result.exit_code == 1 and "the two backends of the exported image processor differ" in result.stderr
 
 
 @pytest.mark.matrix

@@ -29,6 +29,8 @@ __all__ = ["SIZES", "compare_pictures"]
 SIZES = ((333, 97), (50, 411), (97, 97), (21, 15))
 #: Largest difference of pixels of the torchvision backend, in levels from 0 to 255: it rounds other than Pillow.
 PIXEL_LEVELS = 3
+#: The share of numbers that may differ by more: where a picture grows several times, single ones differ by up to 7.
+OUTLIERS = 1e-3
 _NEW_TOKENS = 6
 
 CROP_NOTE = (
@@ -165,8 +167,9 @@ def _levels(processor: VLMProcessor, one: Tensor, other: Tensor, what: str) -> f
         CheckpointError: if they differ by more than rounding.
     """
     std = torch.tensor(processor.image_processor.preprocessing.config.std).view(-1, 1, 1)
-    levels = float(((one - other) * std * 255).abs().max()) if one.shape == other.shape else torch.inf
-    if levels > PIXEL_LEVELS:
+    distance = ((one - other) * std * 255).abs() if one.shape == other.shape else torch.tensor(torch.inf)
+    levels = float(distance.max())
+    if (distance > PIXEL_LEVELS).float().mean() > OUTLIERS:
         raise CheckpointError(
             f"the two backends of the exported image processor differ by {levels:.0f} levels of 255 for {what}. "
             "Nothing was written; please report it with the composition."
