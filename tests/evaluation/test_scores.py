@@ -84,3 +84,15 @@ def test_marks_that_are_all_alike_are_in_doubt() -> None:
     samples = [Sample("x", "abcd", ("abcd",))] * 4
     total = Marks(samples, [None] * 4, [METRICS["anls"]]).total()
     assert (total.main.value, total.main.interval) == (0.0, wilson_interval(0, 4))
+
+
+def test_shares_of_fewer_cases_than_items_are_in_more_doubt() -> None:
+    """Precision is a share of the answers yes, and accuracy+ one of pictures."""
+    asked = [Sample("yes" if i < 10 else "no", "yes" if i < 10 else "no", ("x",), group=f"{i // 2}") for i in range(40)]
+    found = {x.figure.name: x.interval for x in Marks(asked, [None] * 40, [METRICS["yes-no"]]).total().estimates}
+    assert found["yes-no precision"] == found["yes-no recall"] == wilson_interval(10, 10)
+    found = {x.figure.name: x.interval for x in Marks(asked, [None] * 40, [METRICS["mme"]]).total().estimates}
+    assert (found["mme accuracy"], found["mme accuracy+"]) == (wilson_interval(40, 40), wilson_interval(20, 20))
+    silent = [Sample("no", "no", ("no",))] * 5
+    found = {x.figure.name: x.interval for x in Marks(silent, [None] * 5, [METRICS["yes-no"]]).total().estimates}
+    assert found["yes-no precision"] == (0.0, 1.0)

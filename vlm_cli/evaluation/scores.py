@@ -97,7 +97,8 @@ class Marks:
 
 def _estimate(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
     """Return the figures of a metric from float[n, k] statistics."""
-    values = metric.values(statistics.sum(axis=0))
+    sums = statistics.sum(axis=0)
+    values, counts = metric.values(sums), metric.counts(sums)
     drawn = None
     estimates = []
     for i, figure in enumerate(metric.figures):
@@ -107,16 +108,16 @@ def _estimate(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
             continue
         if drawn is None:
             drawn = metric.values(draw_sums(statistics)[0])
-        estimates.append(Estimate(figure, float(values[i]), _interval(drawn[:, i], figure, len(statistics))))
+        estimates.append(Estimate(figure, float(values[i]), _interval(drawn[:, i], figure, float(counts[i]))))
     return estimates
 
 
-def _interval(drawn: np.ndarray, figure: Figure, items: int) -> tuple[float, float]:
+def _interval(drawn: np.ndarray, figure: Figure, cases: float) -> tuple[float, float]:
     """Return the interval of float[R] drawn values.
 
     Where all are alike, as of one item or of marks that are all 0, the bootstrap knows of no doubt. Wilson's interval
     is then on the safe side: no marks between 0 and 1 vary more than right and wrong answers of the same mean.
     """
     if figure.is_share and (drawn == drawn[0]).all():
-        return wilson_interval(float(drawn[0]) * items, items)
+        return wilson_interval(float(drawn[0]) * cases, cases) if cases else (0.0, 1.0)
     return percentile_interval(drawn)

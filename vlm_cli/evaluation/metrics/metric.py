@@ -88,6 +88,15 @@ class Metric(ABC):
     def values(self, sums: np.ndarray) -> np.ndarray:
         """Return the figures of sets of items, float[..., f], from the sums of their statistics, float[..., k]."""
 
+    def counts(self, sums: np.ndarray) -> np.ndarray:
+        """Return of how many cases each figure is the share, float[f], from the sums of all items, float[k].
+
+        The first statistic of an item is 1 where a metric has shares of items.
+        """
+        import numpy as np
+
+        return np.full(len(self.figures), sums[0])
+
 
 class PerItemMetric(Metric):
     """A metric that marks each item alone; its figure is the mean of the marks."""

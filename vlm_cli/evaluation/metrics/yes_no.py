@@ -75,6 +75,12 @@ class YesNo(Metric):
         )
         return np.stack(shares, axis=-1)
 
+    def counts(self, sums: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        items, _, said, positive, _ = sums
+        return np.array([items, said, positive, (said + positive) / 2, items])
+
 
 class MME(Metric):
     """MME's score: the share of right answers, and of pictures whose two questions are both answered right."""
@@ -111,3 +117,9 @@ class MME(Metric):
         items, right, pictures, whole = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
         accuracy, plus = divide(right, items), divide(whole, pictures)
         return np.stack((accuracy + plus, accuracy, plus), axis=-1)
+
+    def counts(self, sums: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        items, _, pictures, _ = sums
+        return np.array([items, items, pictures])
