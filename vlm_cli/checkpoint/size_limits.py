@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 
 from vlm_cli.errors import CheckpointError
 
-__all__ = ["MOST_TENSORS", "check_files_fit", "check_memory", "limited_size", "weight_files"]
+__all__ = ["MOST_TENSORS", "check_files_fit", "check_free_memory", "check_memory", "limited_size", "weight_files"]
 
 MOST_TENSORS = 200_000  # of one model; one with 671 billion parameters has 91,000
 _MOST_MODULES = 1_000_000
@@ -130,6 +130,27 @@ def check_files_fit(place: str) -> None:
             "memory. Choose a smaller model or a machine with more memory; from Python, load(…, device_map=…) puts "
             "parts of it elsewhere."
         )
+
+
+def check_free_memory(needed: float, what: str, advice: str) -> None:
+    """Check that a step has memory, beside what is in use.
+
+    Args:
+        needed: bytes.
+        what: the step.
+        advice: what to do if there is too little.
+
+    Raises:
+        CheckpointError: if there is too little.
+    """
+    if needed > (free := _free_memory()):
+        raise CheckpointError(
+            f"{what} takes {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free. {advice}"
+        )
+
+
+def _free_memory() -> int:
+    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 def _all_memory() -> int:

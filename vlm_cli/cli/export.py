@@ -65,6 +65,13 @@ def export(
             autocompletion=offer(lambda: OUT_TYPES),
         ),
     ] = "f16",
+    no_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-check",
+            help="With --format gguf, do not compare llama.cpp with the model, which takes memory for both.",
+        ),
+    ] = False,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -84,6 +91,8 @@ def export(
     check_out_type(out_type)
     if kind != "gguf" and out_type != "f16":
         raise UsageError(f"--outtype is for --format gguf; the format is {kind}. Leave --outtype out.")
+    if kind != "gguf" and no_check:
+        raise UsageError(f"--no-check is for --format gguf; the format is {kind}. Leave --no-check out.")
     location = resolve_built_model(model, source.revision)
     from vlm_cli.quiet import silence_libraries
 
@@ -97,6 +106,7 @@ def export(
             max_shard_size=max_shard_size,
             shim=not no_shim,
             out_type=out_type,
+            check=not no_check,
             trust_remote_code=source.trust_remote_code,
             backbones=source.backbones,
             allow_hosts=source.allow_hosts,

@@ -37,6 +37,7 @@ class ExportSettings:
         trust_remote_code: whether the language model's own code may run.
         shim: whether the directory of a VLM gets the file through which Transformers opens it.
         out_type: type of the weights in GGUF files.
+        check: whether llama.cpp reads GGUF files and is compared with the model.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ExportSettings:
     trust_remote_code: bool = False
     shim: bool = True
     out_type: str = "f16"
+    check: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,8 @@ def _check_gguf(config: VLMConfig) -> None:
 def _write_gguf(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
     from vlm_cli.checkpoint.export.gguf.exporting import export_gguf
 
-    return export_gguf(model, processor, out, name=settings.name, out_type=settings.out_type)
+    how: dict[str, Any] = {"out_type": settings.out_type, "check": settings.check}
+    return export_gguf(model, processor, out, name=settings.name, **how)
 
 
 def _write_torch_program(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
@@ -238,6 +241,7 @@ def export_model(
     max_shard_size: str = "5GB",
     shim: bool = True,
     out_type: str = "f16",
+    check: bool = True,
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
     allow_hosts: Collection[str] = (),
@@ -256,6 +260,7 @@ def export_model(
         max_shard_size: largest size of one weight file, such as "5GB".
         shim: whether the directory of a VLM gets the file through which Transformers opens it with `trust_remote_code`.
         out_type: type of the weights in GGUF files, a key of `OUT_TYPES`.
+        check: whether llama.cpp reads GGUF files and is compared with the model.
         trust_remote_code: whether the language model's own code may run.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
@@ -278,6 +283,7 @@ def export_model(
         trust_remote_code=trust_remote_code,
         shim=shim,
         out_type=out_type,
+        check=check,
     )
     with reserved_directory(out, overwrite=overwrite):
         places = {"backbones": backbones, "allow_hosts": allow_hosts, "verify": verify}

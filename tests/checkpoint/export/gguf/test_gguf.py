@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import disk, llama_cpp, tiny
 from tests.support.disk import run
+from vlm_cli.checkpoint import size_limits
 from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.export.gguf import comparing, exporting
 from vlm_cli.checkpoint.export.gguf.checking import check_gguf
@@ -183,6 +184,21 @@ def test_without_llama_cpp_the_command_says_what_it_did_not_check(made, tmp_path
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["files"]) >= {"out-F16.gguf", "mmproj-out-F16.gguf"}
     assert "their answers are not compared" in result.stderr and "pip install 'vlm-cli[gguf]'" in result.stderr
+
+
+def test_a_model_too_large_to_compare_is_written_without_a_check(made, tmp_path, monkeypatch):
+    save(*made, tmp_path / "model")
+    monkeypatch.setattr(comparing, "llama_cpp_version", lambda: "1")
+    monkeypatch.setattr(size_limits, "_free_memory", lambda: 1000)
+    words = ["export", tmp_path / "model", tmp_path / "out", "--format", "gguf"]
+    result = run(*words)
+    assert result.exit_code == 1 and "GB are free. Nothing was written." in result.stderr
+    assert "add --no-check" in result.stderr and not (tmp_path / "out").exists()
+    result = run(*words, "--no-check", "--json")
+    assert result.exit_code == 0 and "Note: nothing was checked" in result.stderr
+    assert "largest_difference" not in json.loads(result.stdout) and (tmp_path / "out" / "out-F16.gguf").exists()
+    result = run("export", tmp_path / "model", tmp_path / "other", "--format", "delta", "--no-check")
+    assert result.exit_code == 2 and "--no-check is for --format gguf" in result.stderr
 
 
 # -- llama.cpp ---------------------------------------------------------------------------------------------------------

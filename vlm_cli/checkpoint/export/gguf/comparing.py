@@ -17,6 +17,7 @@ from vlm_cli.checkpoint.create import cast
 from vlm_cli.checkpoint.export.agreement import check_agreement
 from vlm_cli.checkpoint.export.gguf.llama_cpp import MARKER, Answer, ask_llama_cpp, llama_cpp_version
 from vlm_cli.checkpoint.export.gguf.rounding import rounding_as_llama_cpp
+from vlm_cli.checkpoint.size_limits import check_free_memory
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.media.decode import decode_image
@@ -25,17 +26,22 @@ from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.conversation import ChatFormat, Markers, Message
 
-__all__ = ["compare_with_llama_cpp"]
+__all__ = ["UNCHECKED", "check_room", "compare_with_llama_cpp"]
 
 #: Type of the weights -> the largest difference of the logarithms of probabilities, as a fraction of the largest one.
 #: llama.cpp multiplies in the type of the weights, which tells how far it is off.
 TOLERANCES = {"f32": 1e-3, "f16": 5e-3, "bf16": 5e-2, "q8_0": 1e-1}
+_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.1}  # of a weight in a file
 _TOKENS = 16  # of the compared answers
 _TOP = 512  # compared probabilities of the first token
 _TEXTS = ("What is in the image?", "Describe it", "1 2 3", "The colour of the sky is")
 _NOT_CHECKED = (
     "llama.cpp did not read the files, so their answers are not compared with the model's. pip install 'vlm-cli[gguf]' "
     "brings it, and --overwrite writes and compares again."
+)
+UNCHECKED = (
+    "nothing was checked. With --no-check, llama.cpp did not read the files, and its answers are not compared with the "
+    "model's."
 )
 
 
@@ -44,6 +50,27 @@ class _Prompt:
     text: str  # with MARKER for the picture
     picture: str | None  # base64
     inputs: dict[str, Tensor]
+
+
+def check_room(model: VLM, out_type: str) -> None:
+    """Check that there is memory for the comparison: first llama.cpp holds the files, then the model is in float32.
+
+    Args:
+        model: the model, which is loaded.
+        out_type: type of the weights in the files.
+
+    Raises:
+        CheckpointError: if there is too little.
+    """
+    if llama_cpp_version() is None:
+        return
+    weights = list(model.parameters())
+    count, held = sum(x.numel() for x in weights), sum(x.nbytes for x in weights)
+    check_free_memory(
+        max(count * _BYTES[out_type], 4 * count - held),
+        "comparing llama.cpp with the model",
+        "Nothing was written. Close other programs, or add --no-check: the files are then written, and not compared.",
+    )
 
 
 def compare_with_llama_cpp(

@@ -11,7 +11,7 @@ import gguf
 from torch import Tensor
 
 from vlm_cli.checkpoint.export.gguf.checking import check_gguf
-from vlm_cli.checkpoint.export.gguf.comparing import compare_with_llama_cpp
+from vlm_cli.checkpoint.export.gguf.comparing import UNCHECKED, check_room, compare_with_llama_cpp
 from vlm_cli.checkpoint.export.gguf.language_models import (
     ARCHITECTURES,
     describe_language_model,
@@ -36,7 +36,9 @@ __all__ = ["export_gguf", "kept_tokens", "write_gguf"]
 _VISION_EXACT = ("v.position_embd.weight", "v.class_embd")
 
 
-def export_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str) -> dict[str, Any]:
+def export_gguf(
+    model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str, check: bool = True
+) -> dict[str, Any]:
     """Write the language model and the vision side as GGUF files, and compare llama.cpp with the model.
 
     Args:
@@ -45,15 +47,21 @@ def export_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, ou
         out: an existing directory.
         name: of the model, from which the files get their names.
         out_type: a key of `OUT_TYPES`.
+        check: whether llama.cpp reads the files and is compared with the model.
 
     Raises:
         UsageError: if llama.cpp cannot hold the model.
-        CheckpointError: if llama.cpp gives other answers, or a weight does not fit the type.
+        CheckpointError: if llama.cpp gives other answers, a weight does not fit the type, or there is too little memory
+            for the comparison.
     """
     check_gguf(model.config)
+    if check:
+        check_room(model, out_type)
     files = write_gguf(model, processor, out, name=name, out_type=out_type)
     preprocess, side = processor.image_processor.preprocessing.config, model.vision_encoder.image_size[0]
     note = PROJECTORS[files["projector"]].picture_note(preprocess, side)
+    if not check:
+        return {**files, "llama_cpp": None, "notes": [*([note] if note else []), UNCHECKED]}
     facts = compare_with_llama_cpp(
         model,
         processor,

@@ -95,7 +95,10 @@ def ask_llama_cpp(
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        raise CheckpointError(f"llama.cpp did not answer within {_SECONDS} seconds. Nothing was written.") from None
+        raise CheckpointError(
+            f"llama.cpp did not answer within {_SECONDS} seconds. Nothing was written. Add --no-check to write the "
+            "files without asking it."
+        ) from None
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         notes = [line for line in done.stderr.splitlines() if "error" in line.lower() or "assert" in line.lower()]
