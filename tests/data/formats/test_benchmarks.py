@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -456,6 +456,55 @@ def test_a_table_that_is_cut_short(tmp_path: Path) -> None:
     path.write_text(text.replace(base64_of("red"), base64_of("red")[:-7]))
     with pytest.raises(DataError, match='"image" is no whole base64'):
         good(path)
+
+
+HOSTILE = [None, True, -1, 1e308, "", "[", [], {}, [[]], {"answer": [1]}, {"bytes": None, "path": None}]
+
+
+def damaged(value: Any) -> Iterator[Any]:
+    """Copies of a document in each of which one value, at any depth, is another one or gone."""
+    yield from HOSTILE
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield {x: y for x, y in value.items() if x != key} if isinstance(value, dict) else value[:key]
+        for other in damaged(value[key]):
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[key] = other
+            yield copy
+
+
+def slow(*forms: Form) -> list[Any]:
+    return [pytest.param(form, marks=pytest.mark.matrix) for form in forms]
+
+
+@pytest.mark.parametrize("form", [gqa, coco, *slow(vqav2, textvqa, scienceqa, docvqa, chartqa)])
+def test_a_damaged_document_is_told(form: Form, tmp_path: Path) -> None:
+    form(tmp_path)
+    told = 0
+    for path in sorted(tmp_path.glob("*.json")):
+        text = path.read_text()
+        for document in damaged(json.loads(text)):
+            path.write_text(json.dumps(document))
+            try:
+                good(path)
+            except DataError:
+                told += 1
+        path.write_text(text)
+    assert told > 20
+
+
+@pytest.mark.parametrize("form", [mmstar_tsv, *slow(mme_tsv, mmbench)])
+def test_a_damaged_table_is_told(form: Form, tmp_path: Path) -> None:
+    path = form(tmp_path)
+    whole, told = path.read_bytes(), 0
+    for place in range(0, len(whole), 7):
+        for piece in (b"", b"\t", b"\n", b'"', b"\x00", b"\xff"):
+            path.write_bytes(whole[:place] + piece + whole[place + 1 :])
+            try:
+                good(path)
+            except DataError:
+                told += 1
+    assert told > 20
 
 
 def test_one_record_that_begins_like_a_document(tmp_path: Path) -> None:

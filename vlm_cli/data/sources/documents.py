@@ -122,12 +122,12 @@ def _keyed(key: str, data: dict[str, Any]) -> dict[str, Any]:
 
 def _captions(images: list[Any], annotations: list[Any]) -> Iterator[Any]:
     """Yield the pictures of COCO, each with its captions."""
-    captions: dict[Any, list[Any]] = {}
+    captions: dict[str, list[Any]] = {}
     for x in annotations:
         if isinstance(x, dict) and "caption" in x:
-            captions.setdefault(x.get("image_id"), []).append(x["caption"])
+            captions.setdefault(repr(x.get("image_id")), []).append(x["caption"])
     for image in images:
-        yield {**image, "captions": captions.get(image.get("id"), [])} if isinstance(image, dict) else image
+        yield {**image, "captions": captions.get(repr(image.get("id")), [])} if isinstance(image, dict) else image
 
 
 def _has_answers(document: dict[str, Any]) -> bool:
@@ -174,16 +174,16 @@ def _join(document: dict[str, Any], source: JsonDocument, shard: int) -> Iterato
     questions, answers = document.get("questions"), document.get("annotations")
     if not isinstance(questions, list) or not isinstance(answers, list):
         raise DataError(f"{str(other)!r} must hold a list of {wanted}, for {name_shard(source, shard)}.")
-    by_id = {x.get("question_id"): x for x in answers if isinstance(x, dict)}
+    by_id = {repr(x.get("question_id")): x for x in answers if isinstance(x, dict)}  # a damaged id may be a list
     kind = document.get("data_subtype", "")
     for question in questions:
-        if not isinstance(question, dict) or question.get("question_id") not in by_id:
+        if not isinstance(question, dict) or repr(question.get("question_id")) not in by_id:
             identity = question.get("question_id") if isinstance(question, dict) else question
             raise DataError(
                 f"{name_shard(source, shard)} has the question {identity!r}, and its answers are not in "
                 f"{str(other.name if other else '')!r}. Give the two files of one split."
             )
-        row = {**by_id[question["question_id"]], **question}
+        row = {**by_id[repr(question.get("question_id"))], **question}
         if isinstance(row.get("image_id"), int):
             row["file_name"] = f"COCO_{kind}_{row['image_id']:012d}.jpg"
         yield row
