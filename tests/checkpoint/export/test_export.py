@@ -200,6 +200,15 @@ def test_what_was_exported_may_be_replaced_and_nothing_else(folder, tmp_path):
     assert result.exit_code == 2 and "not a directory that vlm wrote" in result.stderr
 
 
+def test_a_model_is_not_replaced_by_its_own_export(folder, tmp_path):
+    before = {x.name: x.read_bytes() for x in (folder / "llava").iterdir()}
+    (tmp_path / "same").symlink_to(folder / "llava")
+    for out in (folder / "llava", tmp_path / "same"):
+        result = run("export", folder / "llava", out, "-f", "language-model", "--overwrite")
+        assert result.exit_code == 2 and "is the model that is exported" in result.stderr
+    assert before == {x.name: x.read_bytes() for x in (folder / "llava").iterdir()}
+
+
 def test_an_unknown_format(folder, tmp_path):
     result = run("export", folder / "llava", tmp_path / "out", "--format", "lava")
     assert result.exit_code == 2 and "unknown format 'lava'. Did you mean 'llava'?" in result.stderr

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.errors import UnknownNameError
+from vlm_cli.errors import UnknownNameError, UsageError
 from vlm_cli.files import EXPORT_FILE, replacing_directory, reserved_directory
 from vlm_cli.manifest import recording
 from vlm_cli.registry import suggest
@@ -273,9 +273,13 @@ def export_model(
         Facts about what was written; `largest_difference` if outputs were compared.
 
     Raises:
-        VLMError: if the model cannot be written so, or the outputs differ.
+        VLMError: if the model cannot be written so, the outputs differ, or `out` is the model's own directory.
     """
     chosen = find_format(name)
+    if out.exists() and Path(location).exists() and out.samefile(location):
+        raise UsageError(
+            f"{str(out)!r} is the model that is exported, and OUT would take its place. Choose another OUT."
+        )
     settings = ExportSettings(
         name=out.name,
         source=Path(location),
