@@ -42,6 +42,12 @@ PARTS = (
     "{% for message in messages %}[{{ message['role'] }}]{% for part in message['content'] %}{{ part['text'] }}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+IMAGES = (  # as those of published VLMs: pictures first, each with a newline
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 UNOPENED = "\n  {% for message in messages %}\n{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}\n"
 NAMED = {"default": CHATML, "tool_use": "tools"}
 TEMPLATES = {
@@ -49,6 +55,7 @@ TEMPLATES = {
     "Llama 2": LLAMA2,
     "Gemma": GEMMA,
     "parts": PARTS,
+    "images": IMAGES,
     "unopened": UNOPENED,
     "named": NAMED,
     "none": None,
@@ -128,8 +135,9 @@ def test_a_template_of_another_program_stays_as_it_is():
         assert leave_pictures_out(template) == template
 
 
-def test_text_that_spells_a_placeholder_or_a_token_stays_text(processor, tmp_path):
-    found = write(processor, LLAMA2, tmp_path)
+@pytest.mark.parametrize("template", [LLAMA2, IMAGES])
+def test_text_that_spells_a_placeholder_or_a_token_stays_text(processor, tmp_path, template):
+    found = write(processor, template, tmp_path)
     messages = [{"role": "user", "content": [IMAGE, said("Is <image> or </s> a tag?")]}]
     ids = ours_ids(found, messages, True)
     assert ids.count(found.media_token_id) == 1 and found.tokenizer.eos_token_id not in ids

@@ -9,6 +9,8 @@ stands for an image, and one cuts the spelling of a special token in two. With `
 
     [image] Is </s> a tag?      reaches the template as     ▣ Is <¦/s> a tag?
 
+(A template that writes `<image>` for an image itself gets the image, and `▣` takes the place of what it writes.)
+
 The template formats that, and the tokenizer then reads the whole result at once, as in training: `▣` becomes the media
 token, and `¦` becomes nothing but keeps `<` and `/s>` apart. Special tokens come from the template alone. A third
 marker stands at the end of an answer that is learned, to tell its words from what the template writes behind them.
@@ -23,10 +25,11 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any, Literal, Protocol
 
+from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import ChatTemplateError, EndlessTemplateError, LanguageModelError
 from vlm_cli.printable import count_of
 from vlm_cli.prompt import Medium, Text, TokenBreak
-from vlm_cli.templates.pictures import takes_text
+from vlm_cli.templates.pictures import takes_text, writes_images
 from vlm_cli.templates.render import render_template
 
 __all__ = ["AnswerEnd", "ChatFormat", "Conversation", "Encoder", "Markers", "Message", "gap", "squash"]
@@ -116,6 +119,7 @@ class ChatFormat:
         spellings = "|".join(map(re.escape, sorted(special))) or "(?!)"
         # The first character of each spelling, so that the marker can be put behind it.
         self._special = re.compile(f"(?=(?:{spellings}))(.)", re.DOTALL)
+        self._media = re.compile(f"(?={re.escape(MEDIA_TOKEN)})(.)")
 
     def render(self, messages: Sequence[Message], markers: Markers, *, opens_answer: bool = True) -> str:
         """Write all messages as one text with markers.
@@ -135,7 +139,8 @@ class ChatFormat:
             return rendered
         texts = [self.insert_markers(message, markers) for message in messages]
         pairs = [(m.role, text) for m, text in zip(messages, texts, strict=True)]
-        found = self._apply_system(pairs, opens_answer) if pairs[0][0] == "system" else self._apply(pairs, opens_answer)
+        apply = self._apply_system if pairs[0][0] == "system" else self._apply
+        found = apply(pairs, markers.image, opens_answer)
         if (written := found.count(markers.image)) != (given := sum(text.count(markers.image) for text in texts)):
             raise ChatTemplateError(
                 f"the tokenizer's chat template writes {written} of {count_of(given, 'image')} of the conversation. "
@@ -153,16 +158,17 @@ class ChatFormat:
     def insert_markers(self, message: Message, markers: Markers) -> str:
         """Write a message as text, with a marker for each image and in each spelling of a special token."""
         breaks = self.template is not None and not (message.role != "assistant" and self.parse_special_tokens)
-        return "".join(
-            markers.image
-            if isinstance(part, Medium)
-            else markers.answer_end
-            if isinstance(part, AnswerEnd)
-            else self._special.sub(rf"\g<1>{markers.token_break}", part.text)
-            if breaks
-            else part.text
-            for part in message.parts
-        )
+        patterns = [*([self._special] if breaks else []), *([self._media] if self._writes_images else [])]
+
+        def write(part: Text | Medium | AnswerEnd) -> str:
+            if not isinstance(part, Text):
+                return markers.image if isinstance(part, Medium) else markers.answer_end
+            text = part.text
+            for pattern in patterns:
+                text = pattern.sub(rf"\g<1>{markers.token_break}", text)
+            return text
+
+        return "".join(map(write, message.parts))
 
     def encode(self, rendered: str, markers: Markers, *, is_start: bool) -> list[int]:
         """Turn a text with markers into token ids: the start of a conversation, or what follows."""
@@ -215,7 +221,7 @@ class ChatFormat:
         cut = markers.token_break
         return "".join(f"{x.removesuffix(y)}{cut}{y}{cut}" for x, y in zip(said, words, strict=True)) + rest
 
-    def _apply_system(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
+    def _apply_system(self, messages: Sequence[tuple[str, str]], image: str, opens_answer: bool) -> str:
         """Write messages that begin with the system text.
 
         Raises:
@@ -223,27 +229,40 @@ class ChatFormat:
         """
         advice = "Leave the system text out, or write it at the start of the user's first turn."
         try:
-            found = self._apply(messages, opens_answer)
+            found = self._apply(messages, image, opens_answer)
         except EndlessTemplateError:
             raise
         except LanguageModelError as error:
-            self._apply(messages[1:], opens_answer)  # if that fails too, the system text is not to blame
+            self._apply(messages[1:], image, opens_answer)  # if that fails too, the system text is not to blame
             raise ChatTemplateError(f"the tokenizer's chat template takes no system text ({error}) {advice}") from None
         if squash(messages[0][1]) not in squash(found):
             raise ChatTemplateError(f"the tokenizer's chat template leaves out the system text. {advice}")
         return found
 
-    def _apply(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
-        return self._apply_template(messages, opens_answer) + (self.heading if opens_answer else "")
+    def _apply(self, messages: Sequence[tuple[str, str]], image: str, opens_answer: bool) -> str:
+        return self._apply_template(messages, image, opens_answer) + (self.heading if opens_answer else "")
 
-    def _apply_template(self, messages: Sequence[tuple[str, str]], opens_answer: bool) -> str:
-        conversation = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self._takes_parts else text}
-            for role, text in messages
-        ]
+    def _apply_template(self, messages: Sequence[tuple[str, str]], image: str, opens_answer: bool) -> str:
+        """Let the template write messages with a marker for each image."""
         assert self.template is not None
+        conversation = [{"role": role, "content": self._make_content(text, image)} for role, text in messages]
         tokens = self.tokenizer.special_tokens_map
-        return render_template(self.template, conversation, tokens, opens_answer=opens_answer)
+        found = render_template(self.template, conversation, tokens, opens_answer=opens_answer)
+        return found.replace(MEDIA_TOKEN, image) if self._writes_images else found
+
+    def _make_content(self, text: str, image: str) -> str | list[dict[str, str]]:
+        """Return the content of a message as the template wants it."""
+        if self._writes_images:
+            pieces = re.split(f"({image})", text)
+            return [{"type": "image"} if x == image else {"type": "text", "text": x} for x in pieces if x] or [
+                {"type": "text", "text": ""}
+            ]
+        return [{"type": "text", "text": text}] if self._takes_parts else text
+
+    @cached_property
+    def _writes_images(self) -> bool:
+        """Whether the template itself writes `<image>` for an image: it may write more around it, such as a newline."""
+        return self.template is not None and writes_images(self.template, self.tokenizer.special_tokens_map)
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -260,8 +279,8 @@ class ChatFormat:
             return ""
         said = [("user", "hello")]
         try:
-            opened, closed = (self._apply_template(said, opens) for opens in (True, False))
-            whole = self._apply_template([*said, ("assistant", "world")], False)
+            opened, closed = (self._apply_template(said, MEDIA_TOKEN, opens) for opens in (True, False))
+            whole = self._apply_template([*said, ("assistant", "world")], MEDIA_TOKEN, False)
         except EndlessTemplateError:
             raise
         except LanguageModelError:  # whoever renders a conversation is told

@@ -2,7 +2,7 @@
 
 Most templates of language models take the content of a message as one text. A few lines before such a template turn the
 parts into that text, with `<image>` for each image, as `vlm chat` does; the template itself stays as it is, so that
-`leave_pictures_out` finds it again.
+`leave_pictures_out` finds it again. A template that writes `<image>` for an image itself gets both as parts.
 """
 
 from __future__ import annotations
@@ -43,29 +43,44 @@ _TO_TEXT = """\
 {%- else -%}
 {%- set flat.parts = [] -%}
 {%- for part in ([message['content']] if message['content'] is string else message['content']) -%}
-{%- if part is string -%}{%- set flat.parts = flat.parts + [part] -%}
-{%- elif part['type'] in TYPES -%}{%- set flat.parts = flat.parts + ['IMAGE'] -%}
-{%- elif 'text' in part -%}{%- set flat.parts = flat.parts + [part['text']] -%}
+{%- if part is string -%}{%- set flat.parts = flat.parts + [TEXT(part)] -%}
+{%- elif part['type'] in TYPES -%}{%- set flat.parts = flat.parts + [PICTURE] -%}
+{%- elif 'text' in part -%}{%- set flat.parts = flat.parts + [TEXT(part['text'])] -%}
 {%- else -%}{{- raise_exception('a message may hold texts and KINDS, and no ' ~ part['type']) -}}{%- endif -%}
 {%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=CONTENT)] -%}
 {%- endif -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
-{{- '' }}""".replace("IMAGE", MEDIA_TOKEN)  # the last line keeps whitespace at the start of the template
-_CONTENTS = ("flat.parts | join", "[{'type': 'text', 'text': flat.parts | join}]")  # as a text; as a list of one part
+{{- '' }}"""  # the last line keeps whitespace at the start of the template
+#: What a template gets: one text, one part that is a text, or all parts. Of each a picture, a text `{}`, the content.
+_TEXT = (f"'{MEDIA_TOKEN}'", "{}", "flat.parts | join")
+_PART = (f"'{MEDIA_TOKEN}'", "{}", "[{'type': 'text', 'text': flat.parts | join}]")
+_PARTS = ("{'type': 'image'}", "{'type': 'text', 'text': {}}", "flat.parts")
 _TYPES = (("['image', 'image_url']", "images"), ("['image', 'image_url', 'video', 'video_url']", "images and videos"))
 #: Opens an answer for a template that knows no `add_generation_prompt`.
 _OPENING = "{{{{ {heading} if add_generation_prompt else '' }}}}{{# opens an answer, as vlm does #}}"
 _OPENED = re.compile(r"\{\{ [^\n{}]* if add_generation_prompt else '' \}\}\{# opens an answer, as vlm does #\}\Z")
 
 
-def _begin(content: str, types: str, kinds: str) -> str:
+def _begin(form: tuple[str, str, str], types: str, kinds: str) -> str:
     """Return what stands before a template that takes pictures."""
-    return _TO_TEXT.replace("CONTENT", content).replace("TYPES", types).replace("KINDS", kinds)
+    picture, text, content = form
+    template = _TO_TEXT
+    for given in ("part", "part['text']"):
+        template = template.replace(f"TEXT({given})", text.replace("{}", given))
+    template = template.replace("PICTURE", picture).replace("CONTENT", content)
+    return template.replace("TYPES", types).replace("KINDS", kinds)
 
 
-def take_pictures(template: str, special_tokens: Mapping[str, Any], *, videos: bool = False, heading: str = "") -> str:
+def take_pictures(
+    template: str,
+    special_tokens: Mapping[str, Any],
+    *,
+    videos: bool = False,
+    heading: str = "",
+    gets_images: bool = True,
+) -> str:
     """Return a template that writes a message with a picture as the given template writes it with `<image>`.
 
     Args:
@@ -73,17 +88,21 @@ def take_pictures(template: str, special_tokens: Mapping[str, Any], *, videos: b
         special_tokens: names and texts of the tokenizer's special tokens.
         videos: write `<image>` for a clip, too, as a prompt of vlm has it.
         heading: what opens an answer, if the template knows no `add_generation_prompt`.
+        gets_images: give images to a template that writes `<image>` for them; llama.cpp gives every template texts.
 
     Raises:
         LanguageModelError: if the template cannot write even one message.
     """
     as_text = template == PLAIN or takes_text(template, special_tokens)
-    found = _begin(_CONTENTS[not as_text], *_TYPES[videos]) + template
+    form, message = (_TEXT, _AS_TEXT) if as_text else (_PART, _AS_PART)
+    if gets_images and template != PLAIN and writes_images(template, special_tokens):
+        form, message = _PARTS, MESSAGE
+    found = _begin(form, *_TYPES[videos]) + template
     if heading:
         found = found.removesuffix("\n") + _OPENING.format(heading=json.dumps(heading))
     if template == PLAIN:
         return found
-    wanted = render_template(template, _AS_TEXT if as_text else _AS_PART, special_tokens) + heading
+    wanted = render_template(template, message, special_tokens) + heading
     if (written := render_template(found, MESSAGE, special_tokens)) != wanted or written.count(MEDIA_TOKEN) != 1:
         raise LanguageModelError(
             f"the model's chat template writes a message with an image as {written!r}, and with the text "
@@ -94,9 +113,9 @@ def take_pictures(template: str, special_tokens: Mapping[str, Any], *, videos: b
 
 def leave_pictures_out(template: str) -> str:
     """Return the template that `take_pictures` was given; a template that comes from elsewhere stays as it is."""
-    for content in _CONTENTS:
+    for form in (_TEXT, _PART, _PARTS):
         for types in _TYPES:
-            if template.startswith(begin := _begin(content, *types)):
+            if template.startswith(begin := _begin(form, *types)):
                 return _OPENED.sub("", template[len(begin) :])
     return template
 
@@ -106,6 +125,17 @@ def takes_text(template: str, special_tokens: Mapping[str, Any]) -> bool:
     try:
         found = render_template(template, [{"role": "user", "content": "hello"}], special_tokens)
         return "hello" in found.lower()
+    except EndlessTemplateError:
+        raise
+    except LanguageModelError:
+        return False
+
+
+def writes_images(template: str, special_tokens: Mapping[str, Any]) -> bool:
+    """Tell whether a template writes `<image>` for a part that is an image, as those of published VLMs do."""
+    try:
+        found = render_template(template, MESSAGE, special_tokens)
+        return found.count(MEDIA_TOKEN) == 1 and "What is it?" in found
     except EndlessTemplateError:
         raise
     except LanguageModelError:

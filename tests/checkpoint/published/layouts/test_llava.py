@@ -110,7 +110,7 @@ def test_a_chat_begins_as_the_published_processor_begins_it(tmp_path, begins):
     if begins:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w7 $A", special_tokens=[("w7", 7)])
     tokenizer.save_pretrained(tmp_path)
-    written = "'<image> ' if part.type == 'image' else part.text + ' w9 '"
+    written = "'w3 <image> w4 ' if part.type == 'image' else part.text + ' w9 '"  # w4 as LLaVA's newline
     template = f"{{% for part in messages[0].content %}}{{{{ {written} }}}}{{% endfor %}}"
     (tmp_path / "chat_template.jinja").write_text(template)
     turn = {
@@ -123,7 +123,7 @@ def test_a_chat_begins_as_the_published_processor_begins_it(tmp_path, begins):
     asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     wanted = theirs.apply_chat_template([turn], **asked)["input_ids"][0]
     found = load(case).processor.apply_chat_template([turn], **asked)["input_ids"][0].tolist()
-    assert found == [i for i, _ in groupby(wanted)] == [*[7] * begins, IMAGE, 1, 9]
+    assert found == [i for i, _ in groupby(wanted)] == [*[7] * begins, 3, IMAGE, 4, 1, 9]
 
 
 # -- as the authors write it -------------------------------------------------------------------------------------------

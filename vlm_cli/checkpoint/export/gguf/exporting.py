@@ -156,4 +156,5 @@ def write_chat_template(processor: VLMProcessor) -> str:
     """Return a chat template that takes pictures, and opens the answer as `vlm chat` does."""
     heading = ChatFormat(processor).heading
     opening = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(heading)} }}}}{{% endif %}}" if heading else ""
-    return take_pictures(processor.chat_program or PLAIN, processor.tokenizer.special_tokens_map) + opening
+    special = processor.tokenizer.special_tokens_map
+    return take_pictures(processor.chat_program or PLAIN, special, gets_images=False) + opening
