@@ -15,6 +15,7 @@ from openai.types.chat import ChatCompletion
 from tests.support import ROOT
 from tests.support.training import write
 from vlm_cli.generation.journal import Journal, partial_of
+from vlm_cli.media import MediaLoader
 from vlm_cli.serving.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -88,6 +89,24 @@ def test_requests_are_answered_as_they_ask(vlm: Callable[..., Any], answer: Call
     assert len({line["id"] for line in lines}) == len(lines)
     assert "Note: line 5 asks for the model 'gpt-4o', and demo answers." in found.stderr
     assert "9 rows, 0 failed" in found.stderr
+
+
+def test_a_picture_of_several_requests_is_decoded_once(
+    answer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = MediaLoader.load_medium
+
+    def count(loader: MediaLoader, source: str, *given: Any, **more: Any) -> Any:
+        loaded.append(Path(source).name)
+        return load(loader, source, *given, **more)
+
+    monkeypatch.setattr(MediaLoader, "load_medium", count)
+    asked = ("two.png", "three.png", "two.png", "two.png")
+    _, lines = answer([request(str(i), picture(name), ASK, max_tokens=3) for i, name in enumerate(asked)])
+    said = [texts(line) for line in lines]
+    assert said[0] == said[2] == said[3] != said[1]
+    assert sorted(loaded) == ["three.png", "two.png"]
 
 
 def test_flags_fill_in_what_a_request_leaves_out(answer: Callable[..., Any]) -> None:

@@ -135,7 +135,7 @@ class RequestRun:
         plan = make_plan(loaded.model, loaded.processor, limits, job.choice)
         self.batch_size = job.options.rows_at_once() or REQUESTS_AT_ONCE
         engine = Engine(plan, batch_size=self.batch_size, queue=MOST_MEDIA, tell=notify)
-        preparer = Preparer(plan, limits, lambda: loader)
+        preparer = Preparer(plan, limits, lambda: loader, keeps_files=True)
         self.name = job.request.name
         self.answerer = RequestAnswerer(engine, preparer, self.name, request_defaults(job), first)
         self._num_cut = 0

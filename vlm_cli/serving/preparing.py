@@ -63,10 +63,18 @@ class Preparer:
         plan: of the model.
         limits: of the server.
         make_loader: returns what fetches and decodes the media of one request.
+        keeps_files: a file or an address means the same picture in all requests, as in the rows of one file.
     """
 
-    def __init__(self, plan: GenerationPlan, limits: Limits, make_loader: Callable[[], MediaLoader]) -> None:
-        self.plan, self.limits, self.make_loader = plan, limits, make_loader
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        limits: Limits,
+        make_loader: Callable[[], MediaLoader],
+        *,
+        keeps_files: bool = False,
+    ) -> None:
+        self.plan, self.limits, self.make_loader, self.keeps_files = plan, limits, make_loader, keeps_files
         self._cache = ImageCache(CACHED_FRAMES)
         self._lock = threading.Lock()  # of the cache, and of the tokenizer, which not every thread may use at once
 
@@ -142,13 +150,13 @@ class Preparer:
         return self.plan.writer.turn_format.encode_messages(written)
 
     def _load(self, medium: Medium, loader: MediaLoader) -> ImageSlot:
-        """Return the slot of a medium; one that a data: URI holds is decoded once for all requests that show it.
+        """Return the slot of a medium, which is decoded once for all requests if its name says what it is.
 
         Raises:
             BadRequest: if it cannot be read.
         """
         slot = ImageSlot()
-        if medium.source[:5].lower() == "data:":
+        if self.keeps_files or medium.source[:5].lower() == "data:":
             with self._lock:
                 slot, _ = self._cache.find(medium)
         if slot.image is None and slot.error is None:
