@@ -270,3 +270,11 @@ def test_a_shard_is_named_once_or_with_its_source(folder: Path, tmp_path: Path) 
     for name, words in (("cut.tar", "^'cut.tar' is damaged"), ("*.tar", r"^'cut.tar' of '.*\*.tar' is damaged")):
         with pytest.raises(DataError, match=words):
             list(open_source(str(tmp_path / name)).all_rows())
+
+
+def test_a_folder_is_not_read_in_the_place_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `datasets` reads it where both have one name."""
+    (tmp_path / "org/set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"there is a folder 'org/set' here\. To read the folder, give it without"):
+        open_source("hf:org/set")

@@ -79,6 +79,11 @@ def find_on_hub(text: str) -> OnHub:
         raise UsageError(
             f"{text!r} is no data set of the hub. Write hf:ORG/NAME, hf:ORG/NAME:CONFIG or hf:ORG/NAME:CONFIG:SPLIT."
         )
+    if Path(name).is_dir():  # which `datasets` would read in the place of the hub's
+        raise DataError(
+            f"{text!r} means a data set of the hub, but there is a folder {name!r} here. To read the folder, give it "
+            f"without {HUB!r}; to read the hub's, run the command in another folder, and give other paths from there."
+        )
     configurations = _configurations(text, name)
     known = ", ".join(configurations)
     if len(rest) == 1 and rest[0] not in configurations and len(configurations) == 1:
