@@ -39,13 +39,18 @@ def slow(item: Item, text: str, plan: GenerationPlan, folder: Path) -> tuple[flo
 
 
 @pytest.mark.parametrize("fusion", first_of(["stream", "attention"]))
-def test_likelihoods_are_those_of_each_choice_alone(fusion: str, folder: Path, write: Write) -> None:
+def test_likelihoods_are_those_of_each_choice_alone(
+    fusion: str, folder: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = load(str(folder / fusion))
     plan = GenerationPlan(model, processor, SamplingOptions(max_new_tokens=6).keywords())
     items, records = read_items(write([{"prompt": prompt, "completion": " x"} for _, prompt in PROMPTS]))
     encode_items(items, records, plan)
     scorer = LikelihoodScorer(plan, BatchSize(4))
+    rated, original = [], scorer._rate
+    monkeypatch.setattr(scorer, "_rate", lambda tasks: (rated.extend(tasks), original(tasks)))
     found = scorer.score(items, [CHOICES] * len(items), MediaLoader(folder))
+    assert len(rated) == len(CHOICES) * len(items) and not any(task.row.images for task in rated)
     for item, of_item in zip(items, found, strict=True):
         for text, likelihood in zip(CHOICES, of_item, strict=True):
             value, length = slow(item, text, plan, folder)

@@ -83,6 +83,18 @@ def test_each_image_is_encoded_once(ask: Ask, monkeypatch: pytest.MonkeyPatch) -
     assert sum(count) == len(set(shown)) < len(shown)
 
 
+def test_an_item_that_is_answered_keeps_no_picture(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, original = [], RowAnswerer._answer
+
+    def spy(self: RowAnswerer, rows: Any) -> None:
+        seen.append(sum(len(row.images) for row in rows))
+        original(self, rows)
+
+    monkeypatch.setattr(RowAnswerer, "_answer", spy)
+    items, _, _ = ask("stream", 2)
+    assert sum(seen) > 0 and not any(item.images for item in items)
+
+
 def read_prompts() -> list[list[str]]:
     """The sources of each prompt."""
     return [[x.partition(">")[0] for x in prompt.split("<image:")[1:]] for _, prompt in PROMPTS]

@@ -124,7 +124,9 @@ class RowAnswerer:
                     equal = [row for row in waiting if not row.is_done and row.room == waiting[0].room]
                     self._answer(self.chooser.choose(equal, self.size.rows))
                 while waiting and waiting[0].is_done:
-                    yield waiting.popleft()
+                    done = waiting.popleft()
+                    done.images = []  # whoever keeps the row keeps no vision tokens; the cache has those of late
+                    yield done
 
     def _fill(self, waiting: deque[AnyRow], rows: Iterator[AnyRow]) -> None:
         images = sum(size.num_frames for row in waiting for size in row.media)

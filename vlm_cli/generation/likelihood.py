@@ -93,6 +93,8 @@ class LikelihoodScorer:
                 results.append([] if copy.error else self._tasks(copy, texts))
                 row.error = copy.error
                 waiting += results[-1]
+                if copy.error:
+                    copy.images = []
                 if len(waiting) >= self.size.rows:
                     self._rate(waiting)
                     waiting = []
@@ -123,6 +125,8 @@ class LikelihoodScorer:
         step = self.size.rows
         for start in range(0, len(ordered), step):
             self._rate_together(ordered[start : start + step])
+        for task in tasks:
+            task.row.images = []  # vision tokens of all rows would fill the memory
 
     def _rate_together(self, tasks: Sequence[_Task]) -> None:
         try:

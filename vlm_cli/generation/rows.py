@@ -50,7 +50,7 @@ class Row:
         media: the size of each medium.
         positions: that the prompt takes in the language model.
         room: new tokens that an answer may have.
-        images: the place of each medium; a worker process fills it.
+        images: the place of each medium; a worker process fills it. Empty again once the row is done.
         answers: None until the model has answered.
         error: why the row cannot be answered.
     """
