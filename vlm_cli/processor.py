@@ -117,10 +117,12 @@ class VLMProcessor(ProcessorMixin):
 
         It is the language model's, without what `save_pretrained` adds for other programs.
         """
-        found = getattr(self, "chat_template", None) or self.tokenizer.chat_template
-        found = found.get("default") if isinstance(found, dict) else found
-        template = leave_pictures_out(found) if found is not None else PLAIN
-        return None if template == PLAIN else template
+        for found in (getattr(self, "chat_template", None) or None, self.tokenizer.chat_template):
+            found = found.get("default") if isinstance(found, dict) else found
+            template = leave_pictures_out(found) if found is not None else PLAIN
+            if template != PLAIN:  # which a directory holds if the language model has none
+                return template
+        return None
 
     def __call__(
         self,

@@ -130,6 +130,13 @@ def test_vlm_finds_its_template_again(processor, tmp_path, name):
     assert list(asked.ids) == ours_ids(found, [ASKED], True)  # what `vlm chat` feeds
 
 
+def test_a_tokenizer_may_get_a_template_after_loading(processor, tmp_path):
+    found = write(processor, None, tmp_path)
+    assert found.chat_template is not None and found.chat_program is None
+    found.tokenizer.chat_template = CHATML
+    assert found.chat_program == CHATML
+
+
 def test_a_template_of_another_program_stays_as_it_is():
     for template in (CHATML, "", PLAIN + " ", take_pictures(CHATML, {})[1:]):
         assert leave_pictures_out(template) == template
