@@ -27,10 +27,12 @@ class Alias:
     Attributes:
         name: such as `--per-device-train-batch-size`.
         below: the value must be less than this.
+        beside_switch: the other program has the option itself as a switch, which may stand there, too.
     """
 
     name: str
     below: float | None = None
+    beside_switch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ def app() -> typer.Typer:
 
     accept_old_names(paint, {"--layers": "--coats"})
     accept_aliases(paint, {Alias("--num-layers"): "--coats", Alias("--layer-ratio", below=9): "--coats"})
+    accept_aliases(paint, {Alias("--coat-count", beside_switch=True): "--coats"})
     app.command(cls=Command)(paint)
     return app
 
@@ -42,6 +43,22 @@ def test_help_has_headings(app: typer.Typer) -> None:
 def test_an_alias_works_and_says_nothing(app: typer.Typer, words: list[str]) -> None:
     result = CliRunner().invoke(app, ["door", *words] if "--" not in words else words)
     assert (result.stdout, result.stderr) == (f"{'x' if '--' in words else 'door'} 3 False\n", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--coats", "--coat-count", "3"],
+        ["--coat_count=3", "--coats"],
+        ["--coats", "True", "--coat-count", "3", "--loud"],
+    ],
+)
+def test_an_option_may_be_a_switch_beside_an_alias(app: typer.Typer, words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["door", *words])
+    assert result.stdout == f"door 3 {'--loud' in words}\n"
+    assert (
+        CliRunner().invoke(app, ["door", "--num-layers", "3", "--coats"]).exit_code == 2
+    )  # which is no switch's alias
 
 
 def test_two_names_of_one_option_are_an_error(app: typer.Typer) -> None:

@@ -89,6 +89,9 @@ def test_a_program_that_is_not_installed(train: Vlm, monkeypatch: pytest.MonkeyP
     result = train("--report-to", "wandb")
     assert result.exit_code == 2
     assert "--report-to wandb needs the package wandb: pip install 'vlm-cli[wandb]'" in result.stderr
+    assert "package wandb" not in train("--report-to", "none").stderr
+    result = train("--report-to", "none,tensorboard")
+    assert "unknown name 'none' in --report-to" in result.stderr
     result = train("--report-to", "tensorbord")
     assert "unknown name 'tensorbord' in --report-to. Did you mean 'tensorboard'?" in result.stderr
 

@@ -42,6 +42,7 @@ def replace_names(args: list[str], command: Any, fail: Callable[[str], Any]) -> 
     Returns:
         The words, and name of an option -> the alias that stood there.
     """
+    args = _drop_switches(args, getattr(command, "aliases", {}))
     old_names: Mapping[str, str] = getattr(command, "old_names", {})
     aliases = {alias.name: (alias, name) for alias, name in getattr(command, "aliases", {}).items()}
     options = args.index("--") if "--" in args else len(args)
@@ -61,6 +62,22 @@ def replace_names(args: list[str], command: Any, fail: Callable[[str], Any]) -> 
             name, used[target] = target, given
         replaced[i] = name + equals + value
     return replaced, used
+
+
+def _drop_switches(args: list[str], aliases: Mapping[Alias, str]) -> list[str]:
+    """Leave out an option that another program has as a switch, `--x` or `--x true`, where an alias gives its value."""
+    options = args.index("--") if "--" in args else len(args)
+    spelled = [word.partition("=")[0].replace("_", "-") for word in args[:options]]
+    switches = {target for alias, target in aliases.items() if alias.beside_switch and alias.name in spelled}
+    kept, i = [], 0
+    while i < options:
+        word, value = args[i], args[i + 1] if i + 1 < options else "--"
+        if spelled[i] in switches and "=" not in word and (value.startswith("--") or value.lower() == "true"):
+            i += 1 + (not value.startswith("--"))
+            continue
+        kept.append(word)
+        i += 1
+    return [*kept, *args[options:]]
 
 
 def _find_problem(alias: Alias, target: str, value: str) -> str | None:

@@ -133,7 +133,7 @@ def train(
     console.notify(f'Wrote {output}. Next: vlm generate --model {output} --image FILE "…"')
 
 
-accept_aliases(train, {Alias("--output-dir"): "--output", Alias("--hub-model-id"): "--push-to-hub"})
+accept_aliases(train, {Alias("--output-dir"): "--output", Alias("--hub-model-id", beside_switch=True): "--push-to-hub"})
 
 
 def _check_questions(eval_data: Path | None, stages: Path | None) -> None:

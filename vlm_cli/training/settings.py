@@ -83,7 +83,7 @@ class TrainingSettings(LearningSettings, DataSettings):
         tuple[str, ...] | None,
         Flag(
             help="Send what is measured to these programs, too: tensorboard, wandb, trackio. Of tensorboard, OUT/runs "
-            "holds the files.",
+            "holds the files. none sends nothing.",
             heading=RUN,
             metavar="NAME,…",
             items=("tensorboard", "wandb", "trackio"),
@@ -112,6 +112,8 @@ class TrainingSettings(LearningSettings, DataSettings):
     def __post_init__(self) -> None:
         if self.trainable == ("none",):
             object.__setattr__(self, "trainable", ())
+        if self.report_to == ("none",):
+            object.__setattr__(self, "report_to", None)
         problems = find_problems(self)
         for part in self.trainable or ():
             if part not in PARTS:
