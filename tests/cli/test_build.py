@@ -166,6 +166,7 @@ def test_random_weights_read_none(vlm, parts, language_model, tmp_path):
     flags = [*parts.flamingo, "--language-model", language_model]
     assert vlm("build", tmp_path / "out", *flags).exit_code == 1
     assert vlm("build", tmp_path / "out", *flags, "--random-weights").exit_code == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["random_weights"] is True
 
 
 # -- a composition from flags and files -------------------------------------------------------------------------------

@@ -255,6 +255,17 @@ def test_the_card_names_no_file_that_stays_here(model):
     assert "training_args.json" not in shipment.card
 
 
+def test_parts_with_random_weights_are_no_base_models(model, hub, push):
+    hub.repositories["org/lm"] = Repository()
+    hub.repositories["org/lm"].commit({"README.md": b"x"})
+    config = json.loads((model / "config.json").read_text())
+    config["composition"]["language_model"]["name"] = "org/lm"
+    for random, bases in ((True, None), (None, ["org/lm"])):
+        (model / "config.json").write_text(json.dumps(config | ({"random_weights": True} if random else {})))
+        assert push().exit_code == 0
+        assert card_of(hub).metadata.get("base_model") == bases
+
+
 def test_what_a_person_wrote_into_the_card_stays(push, model, hub):
     edit(model / "README.md", "library_name: vlm-cli", "library_name: vlm-cli\nlicense: mit\nmine: [1]")
     with (model / "README.md").open("a") as file:

@@ -156,6 +156,8 @@ def build(
     else:
         model = create(blueprint, random_weights=random_weights, dtype=dtype, seed=seed, progress=progress)
         count_as = None
+        if random_weights and file is None:
+            model.config.random_weights = True  # so that no card names base models
     keys = None if file is None else _load_over(model, blueprint, file, random_weights, progress)
     parameters = count_parameters(model, dtype=count_as)
     if output is not None:

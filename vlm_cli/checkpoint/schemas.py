@@ -418,6 +418,7 @@ _VLM_CONFIG = mapping(
         "backbones": optional(mapping_of(ANYTHING)),
         "adapters": optional(list_of(choice(*ADAPTABLE_PARTS))),
         "tiling_texts": optional(mapping_of(list_of(_ID))),
+        "random_weights": optional(Kind("true or false", lambda x: isinstance(x, bool))),
     },
 )
 

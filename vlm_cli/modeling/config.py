@@ -35,6 +35,7 @@ class VLMConfig(PreTrainedConfig):
         media_token_id: id of `<image>`.
         tiling_texts: ids of each text that the composition's tiling puts around or between views; None without any.
         adapters: parts that have an adapter; None without any.
+        random_weights: whether training began with random weights in all parts; None if it did not.
         writes_shim: whether directories get `vlm_shim.py`, see `vlm_cli/shim.py`; config.json does not hold it.
     """
 
@@ -50,6 +51,7 @@ class VLMConfig(PreTrainedConfig):
     media_token_id: Any = None
     tiling_texts: Any = None
     adapters: Any = None
+    random_weights: Any = None
     pad_token_id: int | None = None
     eos_token_id: list[int] | None = None
     # The language model ties its own weights; VLM ties no others.
@@ -77,7 +79,7 @@ class VLMConfig(PreTrainedConfig):
         data = super().to_dict()
         if isinstance(self.composition, Composition):
             data["composition"] = self.composition.to_dict()
-        for name in ("tiling_texts", "adapters"):
+        for name in ("tiling_texts", "adapters", "random_weights"):
             if data.get(name) is None:
                 data.pop(name, None)  # a model without them has the file that it always had
         for name in ("writes_shim", "auto_map"):

@@ -99,7 +99,7 @@ def prepare(folder: Path, options: PushOptions, repository: Repository | None = 
         notes += more
     facts = CardFacts(
         bases=[
-            *(repo for name, repo in parts.items() if repo and known[name] is not None),
+            *(repo for name, repo in parts.items() if repo and known[name] is not None and not config.random_weights),
             *(repo for repo, metadata in started.items() if metadata is not None),
         ],
         license=licence,

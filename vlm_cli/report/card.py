@@ -34,7 +34,8 @@ def model_card(model: VLM, name: str, story: str = UNTRAINED, parameters: Parame
     """
     parts = model.config.composition
     table = parameters_markdown(parameters or count_parameters(model))
-    bases = [x for x in base_models(parts).values() if x is not None]
+    is_random = getattr(model.config, "random_weights", None)
+    bases = [] if is_random else [x for x in base_models(parts).values() if x is not None]
     metadata = ModelCardData(base_model=bases or None, **METADATA)  # type: ignore[arg-type]
     body = f"""
 # {markdown_text(name)}
