@@ -213,6 +213,13 @@ def mmstar_tsv(path: Path) -> Path:
     return save_tab(path / "MMStar.tsv", mmstar_rows(base64_of("red")))
 
 
+def mmstar_columns(path: Path) -> Path:
+    """The table of VLMEvalKit: a column for each choice, as in MMBench."""
+    row = {"index": 0, "question": "<image 1> Which option is it?", "A": "a cat, or two", "B": "a dog", "C": "none"}
+    more = {"D": "both", "answer": "C", "category": "coarse", "l2_category": "scene", "image": base64_of("red")}
+    return save_tab(path / "MMStar.tsv", [{**row, **more}])
+
+
 def mmstar_lines(path: Path) -> Path:
     """As those questions of MMStar that come from MathVista."""
     question = "Hint: Give the letter.\nQuestion: Which option is it?\nChoices:\n(A) a cat, or two\n(B) X: Y\n(C) none"
@@ -287,6 +294,7 @@ FORMS: dict[Form, tuple[str, str, str, Texts, Texts, str, str | None]] = {
            "Art_Theory"),
     mmstar: ("MMStar", STAR, "C", (), STAR_CHOICES, "0", "coarse"),
     mmstar_tsv: ("MMStar", STAR, "C", (), STAR_CHOICES, "0", "coarse"),
+    mmstar_columns: ("MMBench", STAR, "C", (), STAR_CHOICES, "0", "coarse"),
     mmstar_lines: ("MMStar", STAR_LINES, "C", (), ("a cat, or two", "X: Y", "none"), "0", "coarse"),
     docvqa: ("DocVQA", f"What is the date?{SHORT}", "1/8/93", ("1/8/93", "1/8/1993"), (), "49153", "form"),
     chartqa: ("ChartQA", BARS, "14", ("14",), (), "element 1", None),

@@ -78,7 +78,8 @@ class MMBench(Benchmark):
         if list(choices) != list(ascii_uppercase[: len(choices)]) or len(choices) < 2:
             given = ", ".join(choices) or "none"
             raise RecordError(f"has the choices {given}, and they must be two or more: A, B, C and so on.")
-        text = _write(question_of(data), list(choices.values()), text_of(data, "hint"))
+        question = question_of(data).replace("<image 1>", "").strip()  # MMStar's table says so where its picture stands
+        text = _write(question, list(choices.values()), text_of(data, "hint"))
         return Question(
             (*pictures_of(data), Text(text)),
             text_of(data, "answer"),
