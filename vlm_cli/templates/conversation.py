@@ -99,6 +99,7 @@ class ChatFormat:
         template: in the place of the processor's own.
         plain: write turns as lines, even if there is a template.
         parse_special_tokens: read the spelling of a special token in the user's text as that token.
+        gives_images: give images to a template that writes `<image>` for them; llama.cpp gives every template texts.
 
     Attributes:
         template: the chat template, a Jinja program; None if the tokenizer has none.
@@ -111,9 +112,10 @@ class ChatFormat:
         *,
         plain: bool = False,
         parse_special_tokens: bool = False,
+        gives_images: bool = True,
     ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.parse_special_tokens = parse_special_tokens
+        self.parse_special_tokens, self.gives_images = parse_special_tokens, gives_images
         self.template = None if plain else template or processor.chat_program
         special = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
         spellings = "|".join(map(re.escape, sorted(special))) or "(?!)"
@@ -262,7 +264,9 @@ class ChatFormat:
     @cached_property
     def _writes_images(self) -> bool:
         """Whether the template itself writes `<image>` for an image: it may write more around it, such as a newline."""
-        return self.template is not None and writes_images(self.template, self.tokenizer.special_tokens_map)
+        if self.template is None or not self.gives_images:
+            return False
+        return writes_images(self.template, self.tokenizer.special_tokens_map)
 
     @cached_property
     def _takes_parts(self) -> bool:

@@ -250,6 +250,17 @@ def test_a_chat_template_that_llama_cpp_writes_otherwise(made, tmp_path, monkeyp
         export_gguf(*made, tmp_path, name="x", out_type="f32")
 
 
+@pytest.mark.parametrize(("behind", "is_told"), [("", False), (" ", True)])
+def test_what_a_template_writes_around_an_image_is_told(made, tmp_path, behind, is_told):
+    model, processor = made[0], copy.deepcopy(made[1])
+    processor.tokenizer.chat_template = (
+        "{% for m in messages %}{% for p in m['content'] %}"
+        f"{{{{ '<image>{behind}' if p['type'] == 'image' else p['text'] }}}}{{% endfor %}}{{% endfor %}}"
+    )
+    notes = export_gguf(model, processor, tmp_path, name="x", out_type="f32", check=False)["notes"]
+    assert any("around an image" in note for note in notes) == is_told
+
+
 @pytest.mark.parametrize("text_begins", [False, True])
 @pytest.mark.parametrize("chat_begins", [False, True])
 def test_both_texts_and_chats_must_begin_with_the_first_token(made, text_begins, chat_begins):

@@ -135,7 +135,7 @@ def _make_prompts(model: VLM, processor: VLMProcessor, adds_bos: bool) -> list[_
         inputs = dict(processor(text=MEDIA_TOKEN + text, images=[picture]))
         found.append(_Prompt(opening + MARKER + text, encoded, inputs))
     turn = Message("user", (Medium("picture.png"), Text(_TEXTS[0])))
-    chat = ChatFormat(processor)
+    chat = ChatFormat(processor, gives_images=False)
     ids = torch.tensor([chat.encode_messages([turn])])
     pixels = processor.image_processor.preprocess([[[picture]]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}

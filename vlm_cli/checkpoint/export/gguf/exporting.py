@@ -26,14 +26,20 @@ from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.stop_tokens import stop_token_ids
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
-from vlm_cli.prompt import Text
-from vlm_cli.templates.conversation import ChatFormat, Message
+from vlm_cli.prompt import Medium, Text
+from vlm_cli.templates.conversation import ChatFormat, Markers, Message
 from vlm_cli.templates.pictures import PLAIN, take_pictures
 
 __all__ = ["export_gguf", "kept_tokens", "write_gguf"]
 
 #: Tensors of the vision side that stay float32.
 _VISION_EXACT = ("v.position_embd.weight", "v.class_embd")
+
+
+_AROUND = (
+    "llama.cpp gives the chat template texts alone: what the template writes around an image, such as a newline, is "
+    "missing there."
+)
 
 
 def export_gguf(
@@ -60,8 +66,9 @@ def export_gguf(
     files = write_gguf(model, processor, out, name=name, out_type=out_type)
     preprocess, side = processor.image_processor.preprocessing.config, model.vision_encoder.image_size[0]
     note = PROJECTORS[files["projector"]].picture_note(preprocess, side)
+    notes = [*([note] if note else []), *([_AROUND] if _writes_around_images(processor) else [])]
     if not check:
-        return {**files, "llama_cpp": None, "notes": [*([note] if note else []), UNCHECKED]}
+        return {**files, "llama_cpp": None, "notes": [*notes, UNCHECKED]}
     facts = compare_with_llama_cpp(
         model,
         processor,
@@ -72,7 +79,15 @@ def export_gguf(
         kept=kept_tokens(model),
         adds_bos=begins_with_bos(processor),
     )
-    return {**files, **facts, "notes": [*([note] if note else []), *facts["notes"]]}
+    return {**files, **facts, "notes": [*notes, *facts["notes"]]}
+
+
+def _writes_around_images(processor: VLMProcessor) -> bool:
+    """Tell whether a chat template writes a message in another way because llama.cpp gives it no image."""
+    messages = [Message("user", (Medium(""), Text("a")))]
+    markers = Markers.absent_from(processor.chat_program or "")
+    given, left = (ChatFormat(processor, gives_images=x).render(messages, markers) for x in (True, False))
+    return given != left
 
 
 def write_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out_type: str) -> dict[str, Any]:
