@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.published.layouts.test_idefics3 import make
 from tests.support import ROOT
+from tests.support.idefics3 import make
 from vlm_cli import load
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.modeling.learned import row_losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,11 @@ def test_an_import_is_exported_as_it_was(tmp_path: Path, kind: str, is_tied: boo
     imported = import_checkpoint(case.source)
     assert imported.model is not None
     facts = export_hf(imported.model, imported.processor, tmp_path / "out")
-    assert facts["class"] == CLASSES[kind].model and facts["largest_difference"] <= 1e-4 and not facts["notes"]
+    assert facts["class"] == CLASSES[kind].model and facts["largest_difference"] <= 1e-4
+    # Where SmolVLM's processor cannot be made, Idefics3's class is written, and a note says what is missing.
+    assert all("num2words" in note for note in facts["notes"]) and len(facts["notes"]) == (
+        kind == "idefics3" and find_spec("num2words") is None
+    )
     before, after = (load_file(x / "model.safetensors") for x in (tmp_path / "published", tmp_path / "out"))
     assert before.keys() == after.keys()
     other = [name for name, x in before.items() if not torch.equal(x, after[name])]

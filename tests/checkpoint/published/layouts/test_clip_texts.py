@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast, SmolVLMProcessor, SmolVLMVideo
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_utils import VideoMetadata
 
-from tests.checkpoint.published.layouts import test_idefics3, test_perception_lm
+from tests.checkpoint.published.layouts import test_perception_lm
+from tests.support import idefics3
 from tests.support.grid_models import SQUARE, internvl
 from tests.support.photographs import photograph
 from tests.support.published import VOCABULARY
@@ -66,9 +67,9 @@ def make_internvl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ClipCase:
 
 def make_smolvlm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ClipCase:
     monkeypatch.setattr(processing_smolvlm, "num2words", {3: "three", 2: "two"}.__getitem__)
-    case = test_idefics3.make(folder)
+    case = idefics3.make(folder)
     words = ["three", "frames", "0:00:03", "Frame", "from", "00:00:", "00:01:", "00:02:"]
-    tile = {"longest_edge": test_idefics3.TILE}
+    tile = {"longest_edge": idefics3.TILE}
     clips = SmolVLMVideoProcessor(size=tile, max_image_size=tile, do_sample_frames=False)
     own = case.processor
     processor = SmolVLMProcessor(own.image_processor, name_words(folder, words), clips, image_seq_len=4)
