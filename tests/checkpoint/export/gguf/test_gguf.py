@@ -24,6 +24,7 @@ from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.export.gguf import comparing, exporting
 from vlm_cli.checkpoint.export.gguf.checking import check_gguf
 from vlm_cli.checkpoint.export.gguf.exporting import export_gguf, write_gguf
+from vlm_cli.checkpoint.export.gguf.language_models import language_weights
 from vlm_cli.checkpoint.export.gguf.llama_cpp import MARKER, ask_llama_cpp
 from vlm_cli.checkpoint.export.gguf.projectors import PROJECTORS
 from vlm_cli.errors import CheckpointError, UsageError
@@ -222,6 +223,14 @@ def test_a_model_too_large_to_compare_is_written_without_a_check(made, tmp_path,
 def test_llama_cpp_answers_as_the_model_does(folder, tmp_path, parts):
     facts = export_gguf(*llama_cpp.make(folder, **parts), tmp_path, name="x", out_type="f32")
     assert facts["largest_difference"] < 5e-4 and facts["equal_tokens"]["text"] == 16
+
+
+def test_a_head_that_llama_cpp_has_no_place_for(folder):
+    """Its Gemma 2 reads the table as the head, which has no rows for tokens that the model has added."""
+    model, _ = llama_cpp.make(folder, model_type="gemma2")
+    assert "output.weight" not in language_weights(model, [])
+    with pytest.raises(UsageError, match="gemma2 has no head beside its table, and this model has one, for 1 added"):
+        language_weights(model, [model.config.first_added_id])
 
 
 @needs_llama_cpp

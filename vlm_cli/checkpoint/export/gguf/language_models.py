@@ -19,6 +19,7 @@ from torch import Tensor
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.language_model import embedding_scale
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.printable import count_of
 
 __all__ = ["ARCHITECTURES", "describe_language_model", "embedding_factor", "find_language_problems", "language_weights"]
 
@@ -178,7 +179,7 @@ def language_weights(model: VLM, kept: list[int]) -> dict[str, Tensor]:
         kept: ids of the added tokens that get rows.
 
     Raises:
-        UsageError: if gguf has no name for a tensor.
+        UsageError: if gguf has no name for a tensor, or llama.cpp's model no place for it.
     """
     lm, config = model.lang_model, model.config.text_config
     found = ARCHITECTURES[config.model_type]
@@ -199,6 +200,11 @@ def language_weights(model: VLM, kept: list[int]) -> dict[str, Tensor]:
     scale = embedding_scale(model.lang_model.get_input_embeddings())
     weights["token_embd.weight"] = torch.cat([embedding[:first], added.embedding.weight[rows] / scale]).detach()
     if rows or head.data_ptr() != embedding.data_ptr():
+        if gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[found.arch]:
+            raise UsageError(
+                f"llama.cpp's {config.model_type} has no head beside its table, and this model has one, for "
+                f"{count_of(len(rows), 'added token')} or of its own. Leave the added tokens out when you build it."
+            )
         weights["output.weight"] = torch.cat([head[:first], added.head.weight[rows]]).detach()
     return weights
 
