@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -143,6 +144,33 @@ def write_words(name: str, out: Path, number: int, seed: int) -> None:
     out.write_text("".join(lines), encoding="utf-8")
 
 
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def scale_adapters(name: Path, out: Path, factor: float) -> None:
+    """Write a model again whose adapters count less: between the language model before training and after it.
+
+    Weights between both keep most of what both can (WiSE-FT, arXiv:2109.01903).
+
+    Raises:
+        CheckpointError: if the model has no adapter, or OUT exists.
+    """
+    from vlm_cli.errors import CheckpointError
+    from vlm_cli.manifest import sign
+
+    configs = sorted(name.glob("adapters/*/adapter_config.json"))
+    if not configs:
+        raise CheckpointError(f"{str(name)!r} has no adapter.")
+    if out.exists():
+        raise CheckpointError(f"{str(out)!r} exists. Choose another name.")
+    shutil.copytree(name, out)
+    for path in configs:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["lora_alpha"] *= factor
+        (out / path.relative_to(name)).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    sign(out)
+
+
 # -- perplexity --------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +209,10 @@ def main() -> None:
     words.add_argument("out", type=Path, metavar="FILE", help="JSON lines to write.")
     words.add_argument("--num", type=int, default=128, help="Texts.")
     words.add_argument("--seed", type=int, default=5, help="Other numbers give other texts.")
+    scale = commands.add_parser("scale", help="Write MODEL again with adapters that count less.")
+    scale.add_argument("model", type=Path, metavar="MODEL", help="Directory of a model with adapters.")
+    scale.add_argument("out", type=Path, metavar="OUT", help="Directory to write.")
+    scale.add_argument("--by", type=float, default=0.6, help="Factor.")
     measure = commands.add_parser("perplexity", help="Measure the perplexity of Python's documentation.")
     measure.add_argument("model", metavar="MODEL", help="Directory of a model.")
     args = parser.parse_args()
@@ -189,6 +221,8 @@ def main() -> None:
             write_records(args.out, args.num, args.held_out, args.seed)
         elif args.command == "words":
             write_words(args.model, args.out, args.num, args.seed)
+        elif args.command == "scale":
+            scale_adapters(args.model, args.out, args.by)
         else:
             print(f"{perplexity(args.model):.3f}")
     except (VLMError, OSError) as error:

@@ -10,6 +10,8 @@ import pytest
 
 from examples.recipes import smollm2_scenes
 from examples.recipes.smollm2_scenes import QUESTIONS, write_records, write_words
+from vlm_cli.errors import CheckpointError
+from vlm_cli.manifest import compare_files, sign
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -43,3 +45,22 @@ def test_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, again, other = (read(tmp_path / name) for name in ("first", "again", "other"))
     assert first and first == again != other
     assert all(record.keys() == {"text"} and record["text"][0] in "at" for record in first)
+
+
+def test_adapters_that_count_less(tmp_path: Path) -> None:
+    """The adapter of a copy adds half as much; what stays of the model is the same."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    config = model / "adapters/language_model/adapter_config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"r": 16, "lora_alpha": 32, "peft_type": "LORA"}))
+    (model / "config.json").write_text("{}")
+    sign(model)
+    smollm2_scenes.scale_adapters(model, out, 0.5)
+    found = json.loads((out / config.relative_to(model)).read_text())
+    assert found == {"r": 16, "lora_alpha": 16.0, "peft_type": "LORA"}
+    report = compare_files(out, verify=True)
+    assert report is not None and not report.wrong and not report.edited
+    with pytest.raises(CheckpointError, match="exists"):
+        smollm2_scenes.scale_adapters(model, out, 0.5)
+    with pytest.raises(CheckpointError, match="has no adapter"):
+        smollm2_scenes.scale_adapters(tmp_path, tmp_path / "other", 0.5)

@@ -73,7 +73,7 @@ def test_every_kind_of_error_has_been_decided() -> None:
     quoting = {kind.__name__ for kind in kinds | {IncompleteWeightsError} if kind.public_default is None}
     assert quoting == {
         "VLMError", "UsageError", "UnknownNameError", "PromptError", "MediaError", "ContextError", "LanguageModelLimit",
-        "ChatTemplateError",
+        "ChatTemplateError", "EndlessTemplateError",
     }  # fmt: skip
 
 
