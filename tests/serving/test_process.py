@@ -16,7 +16,7 @@ from tests.support.command import fork
 from vlm_cli.cli.app import main
 
 WORDS = ["vlm", "serve", "demo", "--port", "0"]
-LONG = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 60, "temperature": 2, "seed": 1, "n": 2}
+LONG = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 300, "temperature": 2, "seed": 1, "n": 2}
 
 
 def serve() -> int:
@@ -30,6 +30,13 @@ def request(port: int, body: dict) -> socket.socket:
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
     client = socket.create_connection(("127.0.0.1", port), timeout=60)
     client.sendall(head.encode() + b"Content-Type: application/json\r\nConnection: close\r\n\r\n" + data)
+    return client
+
+
+def ask(port: int, path: str) -> socket.socket:
+    """A connection on which an address was asked for."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     return client
 
 
@@ -53,6 +60,8 @@ def test_a_signal_finishes_what_runs_and_refuses_what_comes(tmp_path, number):
         waiting = request(port, LONG)  # the model answers one group after the other
         while b'"content":"' not in begun:
             begun += running.recv(1 << 16)
+        while b"vlm_answers_waiting 2.0" not in (told := read(ask(port, "/metrics"))):
+            assert b"vlm_answers_running 2.0" in told, "the first answers ended before the others waited"
         os.kill(pid, number)
         with pytest.raises(ConnectionRefusedError):
             while True:
@@ -62,8 +71,8 @@ def test_a_signal_finishes_what_runs_and_refuses_what_comes(tmp_path, number):
         assert b"data: [DONE]" in streamed and streamed.count(b'"finish_reason":"') == 2
         assert answered.startswith(b"HTTP/1.1 200 OK") and answered.count(b'"finish_reason":"') == 2
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
-        lines = notes.read().splitlines()
-        assert [json.loads(line)["status"] for line in lines if line.startswith("{")].count(200) == 2
+        told = [json.loads(line) for line in notes.read().splitlines() if line.startswith("{")]
+        assert [entry["status"] for entry in told if entry["path"] == "/v1/chat/completions"] == [200, 200]
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(vlm, monkeypatch):
