@@ -214,6 +214,7 @@ def shown(
     talking = copy("answer", "tokenizer.json", lambda data: data.update(decoder=decoder))
     template = {"chat_template": f"{{{{ raise_exception({json.dumps(ESC)}) }}}}"}
     raising = copy("template", "tokenizer_config.json", lambda data: data.update(template))
+    Path(raising, "chat_template.jinja").write_text(template["chat_template"], "utf-8")
     unknown = copy("type", "config.json", lambda data: data.update(model_type=ESC), parts.language_model)
     save_file({ESC: torch.zeros(1)}, folder / "weights.safetensors")
     image = shutil.copy(photo, folder / f"{ESC}.png")

@@ -47,7 +47,7 @@ def test_updates_that_rounding_would_lose_count_on_average() -> None:
         weight = torch.nn.Parameter(torch.full((4096,), 0.75, dtype=torch.bfloat16))
         groups = [{"params": [weight], "lr": distance / 8, "weight_decay": 0.0}]
         if is_random:
-            optimizer = make_optimizer(Any, "adamw", groups, rounds_at_random=True)  # type: ignore[arg-type]
+            optimizer = optimizer_module.make_optimizer(Any, "adamw", groups, rounds_at_random=True)
         else:
             optimizer = torch.optim.AdamW(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 4 else 0.0)
