@@ -59,6 +59,10 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Some tests copy the process to train in the copy. If a backward pass follows torch's fake tensors (of `compile`
+    # and `export`), which bring a stand-in for a GPU, then torch starts a thread for that GPU and allows no backward
+    # pass in a copy. It looks for GPUs at the first backward pass alone.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(scope="session", autouse=True)

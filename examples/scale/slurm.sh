@@ -13,7 +13,7 @@ set -euo pipefail
 
 nodes=${SLURM_NNODES:-1}
 per_node=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
+first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | sed -n 1p)
 port=$((20000 + ${SLURM_JOB_ID:-0} % 10000))
 
 # --kill-on-bad-exit: where one machine fails, the others do not wait for it.
