@@ -9,8 +9,6 @@ python -m benchmarks.losses             prints the table, and writes it into doc
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.processes import launch, write_models, write_page
+from benchmarks.processes import launch, run_script, write_models
 
 FUSIONS = {"language-stream": "LANGUAGE_STREAM", "cross-attention": "CROSS_ATTENTION"}
 MARK = "| compared with a plain run |"
@@ -229,18 +227,5 @@ def table(found: dict[str, dict[str, tuple[float, float]]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main() -> None:
-    if len(sys.argv) == 3:
-        from tests.support.shard_on_cpus import shard
-
-        with shard():
-            run_in_processes(Path(sys.argv[2]), sys.argv[1])
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        text = table(compare(Path(folder)))
-    print(text, end="")
-    write_page(MARK, text)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(MARK, run_in_processes, lambda folder: table(compare(folder)))

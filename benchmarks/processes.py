@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,14 @@ def write_page(mark: str, text: str) -> None:
     PAGE.write_text(f"{before}{text}\n{rest.partition(chr(10) * 2)[2]}", encoding="utf-8")
 
 
-def main() -> None:
+def run_script(mark: str, run: Callable[[Path, str], None], make_table: Callable[[Path], str]) -> None:
+    """Be one of the processes of a launcher, or write the table that begins with `mark`.
+
+    Args:
+        mark: beginning of the table.
+        run: what a process of a launcher does, with a folder and the launcher's name.
+        make_table: measures in a folder.
+    """
     if len(sys.argv) == 3:
         from tests.support.shard_on_cpus import shard
 
@@ -188,10 +195,10 @@ def main() -> None:
             run(Path(sys.argv[2]), sys.argv[1])
         return
     with tempfile.TemporaryDirectory() as folder:
-        text = table(compare(Path(folder)))
+        text = make_table(Path(folder))
     print(text, end="")
-    write_page(MARK, text)
+    write_page(mark, text)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(MARK, run, lambda folder: table(compare(folder)))

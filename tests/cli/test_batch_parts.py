@@ -95,3 +95,18 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
 def test_wrong_usage(folder, tmp_path, vlm, flags, words):
     found = vlm("batch", folder / "a.jsonl", "--output", tmp_path / "out", *flags)
     assert found.exit_code == 2 and words in found.stderr
+
+
+def test_without_ray_the_extra_is_named(folder, tmp_path, vlm, monkeypatch):
+    monkeypatch.setattr("vlm_cli.cli.batch_ray.find_spec", lambda name: None)
+    found = vlm("batch", folder / "a.jsonl", "--output", tmp_path / "out", "--engine", "ray")
+    assert found.exit_code == 2 and "pip install 'vlm-cli[ray]'" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_of_another_is_refused_before_ray_starts(folder, tmp_path, vlm, monkeypatch):
+    monkeypatch.setattr("vlm_cli.cli.batch_ray._check_ray", lambda: None)
+    monkeypatch.setattr("vlm_cli.cli.batch_ray._start_ray", lambda: 1 / 0)
+    (tmp_path / "out").mkdir()
+    found = vlm("batch", folder / "a.jsonl", "--output", tmp_path / "out", "--engine", "ray")
+    assert found.exit_code == 2 and "holds no answers of `vlm batch --engine ray`" in found.stderr

@@ -7,10 +7,10 @@ stands in files (`batch_parts.py`), so that neither a killed actor nor a killed 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -78,12 +78,12 @@ def answer_by_ray(job: BatchJob, options: RayOptions, *, as_json: bool) -> None:
         VLMError: if the input or the output cannot be used, or Ray is missing. The answers that exist are kept.
         Exit: with code 1 if a row could not be answered.
     """
-    ray_data = _import_ray()
+    _check_ray()
     run = _Run.open(job, options)
     if run.earlier:
         console.note(f"Resuming after {count_of(run.earlier, 'row')}, answered in {run.parts.folder}.")
     started = time.monotonic()
-    new_tokens, failed = run.answer(ray_data) if run.left else (0, 0)
+    new_tokens, failed = run.answer(_start_ray()) if run.left else (0, 0)
     failed += run.count_failed_earlier()
     seconds = time.monotonic() - started
     console.note(
@@ -185,18 +185,21 @@ class _Run:
         return sum(self.parts.count_failed(piece) for piece in self.pieces if piece not in left)
 
 
-def _import_ray() -> Any:
-    """Start Ray, or join the cluster that RAY_ADDRESS names.
+def _check_ray() -> None:
+    """Check that Ray is there, without importing it.
 
     Raises:
         UsageError: if it is not installed.
     """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notes would stand among ours
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UsageError("--engine ray needs the package ray, which is missing: pip install 'vlm-cli[ray]'") from None
+    if find_spec("ray") is None or find_spec("ray.data") is None:
+        raise UsageError("--engine ray needs the package ray, which is missing: pip install 'vlm-cli[ray]'")
+
+
+def _start_ray() -> Any:
+    """Start Ray, or join the cluster that RAY_ADDRESS names, and return `ray.data`."""
+    import ray
+    import ray.data
+
     logging.getLogger("ray").setLevel(logging.ERROR)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
