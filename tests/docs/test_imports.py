@@ -33,7 +33,7 @@ LAYERS = (
     ("checkpoint",),
     ("models",),
     ("doctor", "generation", "training"),
-    ("evaluation", "publishing", "serving"),
+    ("evaluation", "publishing", "serving", "tracing"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
