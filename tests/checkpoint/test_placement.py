@@ -68,6 +68,7 @@ def test_layers_fill_devices_in_turn(language_model, fusion):
         places({"cpu": together + max(sizes) - 1})
 
 
+@pytest.mark.matrix
 def test_answers_with_layers_on_disk_are_the_same(folder, vlm):
     whole, processor = vlm_cli.load(str(folder))
     sizes = sum(p.numel() * p.element_size() for p in whole.parameters())

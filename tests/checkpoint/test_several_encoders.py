@@ -41,6 +41,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return f"hf:{root / 'siglip'}", f"hf:{root / 'dino'}"
 
 
+@pytest.mark.matrix
 @torch.inference_mode()
 def test_each_encoder_gives_what_it_gives_alone(names: tuple[str, str]) -> None:
     parts = [VisionEncoderOptions(name=names[0]), VisionEncoderOptions(name=names[1], layer=-2, image_size=64)]

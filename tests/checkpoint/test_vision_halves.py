@@ -116,6 +116,7 @@ def test_features_are_those_of_the_whole_models_vision_module(kind: str, tmp_pat
     assert not torch.allclose(features, patch_features(ours, pixels + 0.1, norm=norm), atol=1e-3)
 
 
+@pytest.mark.matrix
 def test_each_type_gives_its_vision_half_or_the_reason_why_not() -> None:
     """One that a later release adds does one or the other, too: both follow from its structure."""
     kinds = list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)

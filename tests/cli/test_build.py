@@ -421,7 +421,7 @@ def with_image(tokenizer):
 VOCABULARY = 466  # tokens of the tiny language model
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("change", "rows", "added", "first", "media", "pad"),
     [
@@ -495,6 +495,7 @@ def test_a_gguf_language_model(vlm, parts, photo, tmp_path):
     assert result.exit_code == 1 and "lm.gguf" in result.stderr and not (tmp_path / "cut").exists()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("model_type", first_of(["gpt2", "mamba", "opt", "gpt_neox", "qwen3", "mpt"], 2))
 def test_other_types_of_language_models(vlm, parts, example: ModuleType, photo, tmp_path, model_type):
     """From the directory to text, with the type's own default for what is not set."""

@@ -131,7 +131,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run_all([Attempt("whole", [["words"]], tmp_path_factory.mktemp("whole"))], answers)[0]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("command", "found"),
     [

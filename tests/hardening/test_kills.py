@@ -177,6 +177,7 @@ def _signal_after(k: int, number: signal.Signals) -> None:
         setattr(os, name, watched(getattr(os, name)))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("number", first_of([signal.SIGTERM, signal.SIGINT]))
 @pytest.mark.parametrize("app", [writes_a_directory, writes_two_files])
 def test_a_signal_at_each_change_of_the_disk(app: Callable[[], object], number: signal.Signals, tmp_path: Path) -> None:
@@ -184,6 +185,7 @@ def test_a_signal_at_each_change_of_the_disk(app: Callable[[], object], number: 
     assert changes > 3 and left == set()
 
 
+@pytest.mark.matrix
 def test_a_moment_at_which_something_is_left_is_found(tmp_path: Path) -> None:
     assert left_at_each_change(leaves_a_moment, signal.SIGTERM, tmp_path)[1]
 
@@ -303,7 +305,7 @@ def leaves_files() -> None:
     Path("out").write_text("done")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("app", "number", "found"),
     [
@@ -331,6 +333,7 @@ def prints_steps() -> None:
     Path("out").write_text("done")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("text", "code"), [("step 1", -signal.SIGKILL), ("step 9", 0)])
 def test_a_signal_is_sent_at_a_line(text: str, code: int, tmp_path: Path) -> None:
     ended = run([], tmp_path, app=prints_steps, interrupt=(signal.SIGKILL, Moment(text=text)))

@@ -93,7 +93,7 @@ def leaks_files() -> None:
         time.sleep(0.03)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("app", "found"), [(is_steady, ""), (leaks_memory, "memory grew"), (leaks_files, "more files")]
 )

@@ -166,6 +166,7 @@ def test_the_chosen_frames_are_read(clips, name):
         assert found.chosen.describe() == "7 frames from 0.00 to 2.90 s"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["a.mp4", "h.mp4", "v.webm"])
 def test_frames_after_a_seek_are_those_of_a_whole_decode(clips, name):
     with av.open(str(clips / name)) as container:

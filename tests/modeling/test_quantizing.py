@@ -57,6 +57,7 @@ def test_int8_linear(shape, dtype):
     assert error.max() < linear.weight.abs().max() * (1 / 254 + 1 / 256)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("shape", [(48, 64), (5, 7)])
 def test_int4_linear(shape):
     functional = pytest.importorskip("bitsandbytes.functional")

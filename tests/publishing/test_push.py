@@ -108,6 +108,7 @@ def test_a_broken_push_changes_nothing_and_the_next_one_goes_on(push, model, hub
     assert "second.safetensors" in hub.repositories["me/model"].newest
 
 
+@pytest.mark.matrix
 def test_a_second_push_deletes_what_an_earlier_model_had(push, model, hub):
     assert push().exit_code == 0
     repository = hub.repositories["me/model"]
@@ -119,6 +120,7 @@ def test_a_second_push_deletes_what_an_earlier_model_had(push, model, hub):
     assert "model-00001-of-00002.safetensors" not in repository.newest and repository.newest["notes.txt"] == b"mine"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("files", "words", "code"),
     [
@@ -141,6 +143,7 @@ def test_a_repository_that_exists(push, hub, files, words, code):
         assert push("--private").exit_code == 2
 
 
+@pytest.mark.matrix
 def test_somebody_else_commits_meanwhile(push, hub, monkeypatch):
     assert push().exit_code == 0
     from vlm_cli.publishing import push as module
@@ -230,6 +233,7 @@ def test_parts_of_the_hub_are_asked_for_their_cards(model, hub, push):
     assert set(metadata["base_model"]) >= {"org/lm", "org/tower"}
 
 
+@pytest.mark.matrix
 def test_names_that_the_hub_does_not_have_are_no_base_models(model, hub, push):
     """A directory of another machine, and a part that `vlm build` named in the card, may look like repositories."""
     config = json.loads((model / "config.json").read_text())
@@ -255,6 +259,7 @@ def test_the_card_names_no_file_that_stays_here(model):
     assert "training_args.json" not in shipment.card
 
 
+@pytest.mark.matrix
 def test_parts_with_random_weights_are_no_base_models(model, hub, push):
     hub.repositories["org/lm"] = Repository()
     hub.repositories["org/lm"].commit({"README.md": b"x"})
@@ -287,6 +292,7 @@ def test_an_edited_section_stays_and_is_told(model):
     assert any("somebody edited what vlm wrote" in note for note in shipment.notes)
 
 
+@pytest.mark.matrix
 def test_a_card_that_was_edited_on_the_hub_stays(push, model, hub):
     assert push().exit_code == 0
     repository = hub.repositories["me/model"]

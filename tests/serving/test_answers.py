@@ -40,6 +40,7 @@ def greedy(demo, prompt: str, new_tokens: int = 32) -> str:
     return processor.decode(new, skip_special_tokens=True)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ("two.png", "three.png"))
 def test_the_client_of_openai_gets_the_answer_of_generate(client, demo, name):
     wanted = greedy(demo, f"<image:examples/images/{name}>Describe the image.")
@@ -97,6 +98,7 @@ def test_probabilities_are_those_of_the_model(client, demo):
         ids.append(int(wanted.argmax()))
 
 
+@pytest.mark.matrix
 def test_equal_seeds_give_equal_answers_beside_any_others(client):
     def sample(seed: int) -> str:
         answer = client.chat.completions.create(
@@ -110,6 +112,7 @@ def test_equal_seeds_give_equal_answers_beside_any_others(client):
     assert len(set(alone)) > 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 @pytest.mark.parametrize("temperature", [1e-8, 1e-40, 5e-324])
 def test_a_temperature_near_0_takes_the_most_likely_token(client, temperature, top_p):

@@ -46,7 +46,7 @@ def read(client: socket.socket) -> bytes:
         return b"".join(iter(partial(client.recv, 1 << 16), b""))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.matrix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_what_runs_and_refuses_what_comes(tmp_path, number):
     reader, writer = os.pipe()

@@ -168,6 +168,7 @@ def test_a_body_that_never_ends_is_left(run):
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("before", [b"", HEALTH])
 def test_a_connection_whose_request_never_ends_is_closed(run, monkeypatch, before):
     from vlm_cli.serving import server as module
@@ -180,6 +181,7 @@ def test_a_connection_whose_request_never_ends_is_closed(run, monkeypatch, befor
         assert received.count(b"200 OK") == (1 if before else 0)
 
 
+@pytest.mark.matrix
 def test_a_client_that_does_not_read_its_answer_is_left(run, monkeypatch):
     from vlm_cli.serving import server as module
 

@@ -178,6 +178,7 @@ def test_a_template_that_writes_no_picture_is_written_with_a_warning(processor, 
     assert found.chat_program == template == (tmp_path / "chat_template.jinja").read_text()
 
 
+@pytest.mark.matrix
 def test_a_template_without_end_is_tried_once(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(render, "SECONDS", 1)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

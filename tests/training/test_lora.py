@@ -139,6 +139,7 @@ def test_doctor_and_eval_read_it(trained: Path, folder: Path, vlm: Vlm) -> None:
     output(vlm("eval", trained, "--data", folder / "asked.jsonl"))
 
 
+@pytest.mark.matrix
 def test_a_resumed_run_equals_one_without_a_break_to_the_bit(
     start: Path, folder: Path, vlm: Vlm, tmp_path: Path
 ) -> None:
@@ -375,6 +376,7 @@ def test_adapters_go_on_training(trained: Path, start: Path, folder: Path, vlm: 
         assert all(torch.equal(x, other[name]) for name, x in adapter(tmp_path / "whole", part).items())
 
 
+@pytest.mark.matrix
 def test_two_runs_of_one_pass_each_equal_one_of_two_whose_optimizer_forgets(
     trained: Path, start: Path, folder: Path, vlm: Vlm, tmp_path: Path
 ) -> None:
@@ -390,6 +392,7 @@ def test_two_runs_of_one_pass_each_equal_one_of_two_whose_optimizer_forgets(
     assert abs(found[0] - found[2]) > 1e-2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("again", [False, True])
 def test_adapters_may_be_merged_first(
     trained: Path, start: Path, folder: Path, vlm: Vlm, tmp_path: Path, again: bool

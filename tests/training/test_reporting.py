@@ -116,7 +116,7 @@ def test_a_hub_that_takes_nothing_is_noticed_before_the_run(train: Vlm, tmp_path
     assert result.exit_code == 2 and "--push-to-hub expects ORG/NAME, got 'no where'." in result.stderr
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("value", ["true", "PATH", "elsewhere", "false"])
 def test_the_trainer_s_way_to_resume(train: Vlm, tmp_path: Path, value: str) -> None:
     assert train("--keep-checkpoints").exit_code == 0

@@ -45,6 +45,7 @@ def deepseek_vl(
     return TiledCase(source=folder, model=theirs, processor=processor, placeholder=TOKEN)
 
 
+@pytest.mark.matrix
 def test_a_photograph(tmp_path):
     """The quick case of the tests below."""
     check_tiled(deepseek_vl(tmp_path), ["4:1"], is_told=True)

@@ -56,6 +56,7 @@ def made(tmp_path_factory):
     return fast_vlm(tmp_path_factory.mktemp("fast_vlm"))
 
 
+@pytest.mark.matrix
 def test_a_photograph(made):
     check_tiled(made, ["3:2"], is_told=True)
 

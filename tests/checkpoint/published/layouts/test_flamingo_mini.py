@@ -277,6 +277,7 @@ def worst(case: Case, model: VLM, lang_x: Tensor, vision_x: Tensor) -> float:
     return float((ours - case.logits(lang_x, vision_x)).abs().max())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kind", "changes"),
     first_rows(
@@ -302,6 +303,7 @@ def test_defaults_are_not_in_the_configuration(tmp_path):
     check(case)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
 def test_the_marker_is_text(tmp_path, kind):
     """vlm's `<image>image>` equals flamingo-mini's `<image>` at every position, also at that of `<`."""
@@ -321,6 +323,7 @@ def test_the_marker_is_text(tmp_path, kind):
     assert any("<image>image>" in note for note in imported.notes)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
 def test_the_end_of_a_caption_has_its_row(tmp_path, kind):
     """`<EOC>` has the id after the tokenizer's last; in OPT's padded table this is not the appended row."""

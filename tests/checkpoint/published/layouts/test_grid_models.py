@@ -26,6 +26,7 @@ MADE = {"cohere2_vision": cohere2_vision, "aya_vision": aya_vision, "internvl": 
 MADE |= {"qianfan_ocr": qianfan_ocr} if "qianfan_ocr" in CONFIG_MAPPING else {}  # of a later release
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", MADE)
 def test_a_photograph(tmp_path, kind):
     check_tiled(MADE[kind](tmp_path), ["4:1"], is_told=True)
