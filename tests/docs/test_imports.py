@@ -34,6 +34,7 @@ LAYERS = (
     ("models",),
     ("doctor", "generation", "training"),
     ("evaluation", "publishing", "serving", "tracing"),
+    ("sweeps",),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -30,6 +30,7 @@ from vlm_cli.cli import (
     list_parts,
     push,
     serve,
+    sweep,
     terminal,
     train,
 )
@@ -130,6 +131,7 @@ for _name, _command in (
     ("train", train.train),
     ("data", data.data),
     ("eval", eval.evaluate),
+    ("sweep", sweep.sweep),
     ("export", export.export),
     ("push", push.push),
 ):

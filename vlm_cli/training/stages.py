@@ -19,23 +19,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from vlm_cli.composition.adapters import parse_adapter, parse_adapters
 from vlm_cli.data.formats.columns import ColumnMap
 from vlm_cli.data.mixture import place_data
 from vlm_cli.errors import UsageError
-from vlm_cli.flags import OTHERS, Setting, list_settings
+from vlm_cli.flags import list_settings
 from vlm_cli.lookalike import find_named
 from vlm_cli.plain_data import COMPOSITION_BYTES, parse_yaml, read_text
 from vlm_cli.registry import suggest
-from vlm_cli.schema import Kind, check, choice, either, list_of, mapping, mapping_of, number, text, truth, whole
+from vlm_cli.schema import Kind, check, list_of, mapping, text
+from vlm_cli.training.setting_kinds import kind_of, plain_settings
 from vlm_cli.training.settings import TrainingSettings
 
 __all__ = ["Stage", "read_stages"]
 
 _MOST_STAGES = 20
-_LARGEST = 10**12  # that a number of a file may be; `TrainingSettings` says what a setting may be
 
 #: What a stage says of its records, as attributes of `Job` and of `Reading`.
 _SOURCES, _READING = ("data", "eval_data"), ("image_folder", "media_root", "columns")
@@ -111,7 +111,7 @@ def _make_stage(
     data: Mapping[str, Any], shared: Mapping[str, Any], given: Mapping[str, Any], folder: Path, file: str
 ) -> Stage:
     values = {key: x for key, x in data.items() if key not in ("name", *_FILES)}
-    plain = {**_plain(shared), **_plain(values)}
+    plain = {**plain_settings(shared), **plain_settings(values)}
     template = plain.get("chat_template")
     if template is not None and (folder / template).is_file():
         plain["chat_template"] = str(folder / template)
@@ -126,18 +126,13 @@ def _make_stage(
     return Stage(data["name"], sources, {**{k: x for k, x in found.items() if k in _READING}, **columns}, settings)
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as the settings have them: lists as tuples, names of parts with underscores."""
-    return {key: tuple(name.replace("-", "_") for name in x) if isinstance(x, list) else x for key, x in values.items()}
-
-
 def _check(data: Any, file: str) -> None:
     """Check what a file of stages holds.
 
     Raises:
         UsageError: naming the keys.
     """
-    settings = {setting.name: _kind(setting) for setting in list_settings(TrainingSettings)}
+    settings = {setting.name: kind_of(setting) for setting in list_settings(TrainingSettings)}
     stage = mapping({"name": _NAME, "data": text()}, {**dict.fromkeys(_FILES[1:], text()), **settings})
     known = {"stages": list_of(stage, least=1, most=_MOST_STAGES)}
     check(data, mapping(known, {"settings": mapping({}, settings)}), file, UsageError)
@@ -160,18 +155,3 @@ def _is_name(value: Any) -> bool:
 
 
 _NAME = Kind("a name of letters, digits, - and _, of at most 60 characters", _is_name)
-
-
-def _kind(setting: Setting) -> Kind:
-    """Return what a file may hold for a setting; `TrainingSettings` then checks ranges."""
-    kind = setting.type
-    if setting.choices:
-        return choice(*setting.choices)
-    if setting.flag.per:
-        one = number(0, _LARGEST)
-        return either(one, mapping_of(one, keys=(*setting.flag.per, OTHERS)))
-    if get_origin(kind) is Mapping:
-        return mapping_of(either(number(-_LARGEST, _LARGEST), text()))
-    if get_origin(kind) is tuple:
-        return list_of(text(), most=100)
-    return {bool: truth(), int: whole(-_LARGEST, _LARGEST), float: number(-_LARGEST, _LARGEST)}.get(kind, text())

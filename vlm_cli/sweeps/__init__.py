@@ -1,0 +1,1 @@
+"""Compare compositions: the same training and the same questions for each point of a grid."""
