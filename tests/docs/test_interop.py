@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -125,6 +128,40 @@ def test_the_other_program_prints_what_the_page_shows(folder, bridge):
     assert printed == bridge.printed.splitlines()
     if 'save_model("trained")' in bridge.program:
         vlm_cli.load(str(folder / "trained"))
+
+
+@pytest.mark.matrix
+def test_vlmevalkit_writes_the_answers_that_the_page_shows(folder):
+    """VLMEvalKit is on no package index: this runs where a checkout is on the path, with what its client needs."""
+    found = importlib.util.find_spec("vlmeval")
+    if found is None or importlib.util.find_spec("openpyxl") is None:
+        pytest.skip("not installed: a checkout of VLMEvalKit, or openpyxl")
+    import pandas
+
+    section = PAGE[PAGE.index("## VLMEvalKit") :]
+    wanted = dict(table(section, "picture"))
+    with (folder / "scenes.tsv").open("w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t")
+        rows.writerow(["index", "image", "question", "answer"])
+        for name in wanted:
+            picture = base64.b64encode((folder / "examples" / "images" / name).read_bytes()).decode()
+            rows.writerow([name, picture, "Describe the image.", "none"])
+    settings = json.loads(blocks(section, "json")[0])
+    settings["data"] = {"scenes": {"class": "CustomVQADataset", "dataset": "scenes"}}
+    port, program = free_port(), Path(str(found.origin)).parent.parent / "run.py"
+    written = json.dumps(settings).replace(PORT, str(port)).replace("MODEL", "my-vlm")
+    (folder / "vlm.json").write_text(written, encoding="utf-8")
+    variables = {**environment(folder), "LMUData": str(folder), "PRED_FORMAT": "xlsx"}
+    variables["PYTHONPATH"] = os.pathsep.join(sys.path)
+    words = [sys.executable, str(program), "--config", "vlm.json", "--mode", "infer", "--work-dir", "kit"]
+    with serving(f"vlm serve my-vlm --port {PORT} --api-key sk-vlm", port, folder):
+        done = subprocess.run(
+            words, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False
+        )
+    results = list((folder / "kit").rglob("my-vlm_scenes.xlsx"))
+    assert len(results) == 1, done.stdout + done.stderr
+    answers = pandas.read_excel(results[0])
+    assert dict(zip(answers["index"], answers["prediction"], strict=True)) == wanted
 
 
 def test_the_page_names_versions_that_are_supported():
