@@ -228,6 +228,8 @@ class Chat:
 class _Interruption(StoppingCriteria):
     """Ends an answer when the user has pressed Ctrl-C."""
 
+    may_wait = True
+
     def __init__(self, is_interrupted: Callable[[], bool]) -> None:
         self.is_interrupted = is_interrupted
 

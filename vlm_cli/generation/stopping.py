@@ -36,6 +36,8 @@ class StopStrings(StoppingCriteria):
         stops: the stop strings.
     """
 
+    may_wait = True
+
     def __init__(self, decode: Callable[[Sequence[int], Sequence[int]], str], stops: Sequence[str]) -> None:
         self.decode, self.stops = decode, stops
         # A stop string ends in the newest tokens, or an earlier call would have found it.

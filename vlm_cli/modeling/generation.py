@@ -12,12 +12,14 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.batching import pad_left
 from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.decoding.loop import decode, fits
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
@@ -29,6 +31,9 @@ __all__ = ["GenerationMixin"]
 
 class GenerationMixin(transformers.GenerationMixin):
     """`generate` of a `VLM`: media are encoded once, and `<image>` is never generated."""
+
+    #: Tokens that a GPU may write before the host looks at them; None lets the device decide: 1 on a CPU.
+    look_every: int | None = None
 
     # Attributes of the `VLM` that inherits this class.
     config: VLMConfig
@@ -255,6 +260,30 @@ class GenerationMixin(transformers.GenerationMixin):
 
     # -- Transformers' loop ---------------------------------------------------------------------------------------
 
+    def _sample(
+        self,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        if not fits(generation_config, stopping_criteria, synced_gpus=synced_gpus, kwargs=model_kwargs):
+            return super()._sample(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        return decode(
+            self,
+            input_ids,
+            processors=logits_processor,
+            criteria=stopping_criteria,
+            config=generation_config,
+            streamer=streamer,
+            kwargs=model_kwargs,
+        )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -315,11 +344,15 @@ class GenerationMixin(transformers.GenerationMixin):
 class _ForbidToken(LogitsProcessor):
     """Never generate one token. Transformers' own class for this would replace the caller's `suppress_tokens`."""
 
+    may_wait = True
+
     def __init__(self, token_id: int) -> None:
         self.token_id = token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_fill(1, torch.tensor([self.token_id], device=scores.device), -torch.inf)
+        scores = scores.clone()
+        scores[:, self.token_id] = -torch.inf
+        return scores
 
 
 def _restore_prompt(output: Any, lang_x: Tensor, length: int) -> Any:

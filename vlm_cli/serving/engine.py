@@ -205,6 +205,7 @@ class _Choose(LogitsProcessor):
     def __init__(self, rows: Sequence[ServedRow]) -> None:
         self.rows = rows
         self.is_needed = any(row.sampler.changes_logits or row.sampling.num_chances is not None for row in rows)
+        self.may_wait = not self.is_needed  # a sampler counts the tokens that its row took
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """float[B, V] -> float[B, V], the largest of each row at its next token."""
@@ -216,6 +217,8 @@ class _Choose(LogitsProcessor):
 
 class _Tell(StoppingCriteria):
     """Gives each row its new token, and ends the rows that are over."""
+
+    may_wait = True
 
     def __init__(self, rows: Sequence[ServedRow]) -> None:
         self.rows = rows
