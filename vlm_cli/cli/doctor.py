@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +89,7 @@ def doctor(
     if sign:
         sign_files(chosen, as_json)
         return
-    from vlm_cli.doctor import CHECKS, QUICK, check_invariants
+    from vlm_cli.doctor import CHECKS, QUICK, check_invariants, uses_of_tf32
 
     if isinstance(chosen, str):
         compare_files(chosen, verbose)
@@ -96,6 +97,8 @@ def doctor(
     name = model or ("demo" if chosen == str(DEMO) else vlm.config.composition.family or "composition")
     dtype = str(vlm.dtype).removeprefix("torch.")
     console.note(f"Model {name} on {vlm.device}, {dtype}")
+    if vlm.device.type == "cuda":
+        console.note(_tell_tf32(uses_of_tf32()))
     names = QUICK if quick else tuple(CHECKS)
     findings = []
     announce = (lambda text: None) if as_json else _announce
@@ -117,6 +120,7 @@ def doctor(
                 "model": name,
                 "device": str(vlm.device),
                 "dtype": dtype,
+                "tf32": False,  # while checks run
                 "passed": not counts["fails"],
                 "checks": [f.to_dict() for f in findings],
             }
@@ -125,6 +129,11 @@ def doctor(
         console.print_line(", ".join(f"{count} {_WORDS[verdict]}" for verdict, count in counts.items() if count))
     if counts["fails"]:
         raise typer.Exit(1)
+
+
+def _tell_tf32(uses: Sequence[str]) -> str:
+    elsewhere = f"elsewhere torch uses it in {' and '.join(uses)}" if uses else "and torch uses it nowhere else"
+    return f"TF32 is off while the checks run; {elsewhere}."
 
 
 def _announce(text: str) -> None:

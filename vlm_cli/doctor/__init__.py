@@ -12,5 +12,6 @@ with the bare language model; if that fails as badly, the language model is the 
 from vlm_cli.doctor.check import CHECKS
 from vlm_cli.doctor.finding import Finding, Verdict
 from vlm_cli.doctor.run import QUICK, check_invariants
+from vlm_cli.doctor.tf32 import uses_of_tf32, without_tf32
 
-__all__ = ["CHECKS", "QUICK", "Finding", "Verdict", "check_invariants"]
+__all__ = ["CHECKS", "QUICK", "Finding", "Verdict", "check_invariants", "uses_of_tf32", "without_tf32"]

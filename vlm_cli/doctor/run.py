@@ -19,6 +19,7 @@ from vlm_cli.doctor.finding import Finding
 from vlm_cli.doctor.float32 import judge_in_both
 from vlm_cli.doctor.gates import opened_gates
 from vlm_cli.doctor.subject import BareLanguageModel, WholeModel, find_special_ids
+from vlm_cli.doctor.tf32 import without_tf32
 from vlm_cli.interrupt import removed_at_end
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.renames import remove_tree
@@ -40,7 +41,8 @@ def check_invariants(
 ) -> Iterator[Finding]:
     """Run checks on a model and yield each finding. Afterwards the model is as it was.
 
-    The gates of a new model are closed. They are open while a check runs, so that the check can see media.
+    The gates of a new model are closed. They are open while a check runs, so that the check can see media. On a GPU,
+    float32 is not computed in TF32 while a check runs.
 
     Args:
         model: any `VLM`.
@@ -57,7 +59,7 @@ def check_invariants(
         for name in names:
             progress(CHECKS[name].proves_for(model))
             started = time.monotonic()
-            with _quiet_transformers(), opened_gates(model):
+            with _quiet_transformers(), without_tf32(), opened_gates(model):
                 finding = judge_in_both(CHECKS[name], subject, bare)
             yield replace(finding, seconds=round(time.monotonic() - started, 3))
 
