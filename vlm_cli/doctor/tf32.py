@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 __all__ = ["uses_of_tf32", "without_tf32"]
 
+_cudnn: Any = torch.backends.cudnn  # a module that is replaced by an object, whose attributes mypy does not see
 _BACKENDS = {
     "matrix products": torch.backends.cuda.matmul,
-    "convolutions": torch.backends.cudnn.conv,
-    "recurrent layers": torch.backends.cudnn.rnn,
+    "convolutions": _cudnn.conv,
+    "recurrent layers": _cudnn.rnn,
 }
 
 
