@@ -30,6 +30,7 @@ LAYERS = (
     ("processor",),
     ("writing",),
     ("report",),
+    ("costs",),
     ("checkpoint",),
     ("models",),
     ("doctor", "generation", "training"),

@@ -1,0 +1,51 @@
+"""`FlopCount`: count the floating-point operations of what runs, by the formulas of torch's own counter.
+
+A product of m x k with k x n numbers is 2·m·k·n operations. As in torch's counter, products of matrices and
+convolutions count, and what works on single numbers (norms, activations, the scan of a state-space model) does not.
+`torch.utils.flop_counter.FlopCounterMode` would also follow every module, which takes most of its time and fails where
+a module is called without gradients on a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["FlopCount"]
+
+
+class FlopCount(TorchDispatchMode):
+    """Counts while it is entered.
+
+    Attributes:
+        total: operations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._whole: set[Any] = set()  # operations that are not made of others
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula: Callable[..., int] | None = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if formula is not None:
+            found = func(*args, **kwargs)
+            self.total += formula(*args, **kwargs, out_val=found)
+            return found
+        if func not in self._whole:
+            with self:
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+            self._whole.add(func)
+        return func(*args, **kwargs)
