@@ -8,16 +8,38 @@ from __future__ import annotations
 import socket
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from vlm_cli.errors import VLMWarning
 
-__all__ = ["use_cache_without_network"]
+__all__ = ["cache_alone", "is_cache_alone", "use_cache_without_network"]
 
 _WAIT = 5.0  # seconds that the hub has to accept a connection
 _ASK_AGAIN = 60.0  # seconds
 
 _offline_since: float | None = None  # of the monotonic clock; None while the hub is not known to be out of reach
+_cache_alone = False
+
+
+@contextmanager
+def cache_alone() -> Iterator[None]:
+    """Read inside the block what is on this machine, and download nothing."""
+    global _cache_alone
+    from huggingface_hub import constants
+
+    before = _cache_alone, constants.HF_HUB_OFFLINE
+    _cache_alone = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        _cache_alone, constants.HF_HUB_OFFLINE = before
+
+
+def is_cache_alone() -> bool:
+    """Tell whether nothing may be downloaded now."""
+    return _cache_alone
 
 
 def use_cache_without_network() -> None:
@@ -31,7 +53,7 @@ def use_cache_without_network() -> None:
 
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE and _offline_since is None:
+    if _cache_alone or (constants.HF_HUB_OFFLINE and _offline_since is None):
         return
     if _offline_since is not None and time.monotonic() - _offline_since < _ASK_AGAIN:
         return

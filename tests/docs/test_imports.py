@@ -34,7 +34,7 @@ LAYERS = (
     ("checkpoint",),
     ("models",),
     ("doctor", "generation", "training"),
-    ("evaluation", "publishing", "serving", "tracing"),
+    ("differences", "evaluation", "publishing", "serving", "tracing"),
     ("sweeps",),
     ("cli",),
 )

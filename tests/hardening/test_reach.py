@@ -149,6 +149,7 @@ JOINS = {
     "language_models.py:_limited_size": "the file that the user named",
     "language_models.py:_check_uses_all": "the same",
     "language_models.py:_files_to_load": "`read_index` has checked it",
+    "openclip.py:_download": "the last part of an address of OpenCLIP's table",
     "remote_code.py:write_code": "the name of a module that the user trusts",
     "checkpoint.py:_indexed_files": "`read_index` has checked it",
     "xgen_mm.py:_has_media_token": "constants",

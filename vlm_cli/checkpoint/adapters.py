@@ -26,7 +26,7 @@ from vlm_cli.plain_data import read_json
 from vlm_cli.printable import count_of
 from vlm_cli.schema import check, choice, list_of, mapping, number, show, text, truth, whole
 
-__all__ = ["ADAPTERS_FOLDER", "attach_adapters", "write_adapters"]
+__all__ = ["ADAPTERS_FOLDER", "attach_adapters", "read_adapter_tensors", "write_adapters"]
 
 ADAPTERS_FOLDER = "adapters"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -107,6 +107,21 @@ def attach_adapters(name: str, model: VLM, *, weights: bool = True, **keywords: 
             raise CheckpointError(f"{name!r} has an adapter of its {part.replace('_', ' ')}: {error}") from None
         if file is not None:
             _fill(f"{where}/{_WEIGHTS} of {name!r}", named_as_peft(module), _read_tensors(name, file))
+
+
+def read_adapter_tensors(name: str, part: str, keywords: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors of the adapter of a part; their names begin inside of the part.
+
+    Args:
+        name: directory or hub id.
+        part: the part's name.
+        keywords: `revision`, … of Transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    held = _read_tensors(name, _find(name, f"{ADAPTERS_FOLDER}/{part}/{_WEIGHTS}", keywords))
+    return {key.removeprefix(_PREFIX): x for key, x in held.items()}
 
 
 @torch.no_grad()

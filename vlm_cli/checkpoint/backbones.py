@@ -43,6 +43,7 @@ __all__ = [
     "BackboneMissing",
     "BackbonePlaces",
     "blaming",
+    "hash_sorted",
     "hash_tensors",
     "locate_language_model",
     "locate_tower",
@@ -161,13 +162,18 @@ def _find_problem(record: Any) -> str | None:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes in the order of the names; one tensor at a time.
+    """Return the sha256 over names, dtypes, shapes and bytes in the order of the names.
 
     >>> hash_tensors([("b", torch.ones(2)), ("a", torch.zeros(1))])[:8]
     '9ca35ed8'
     """
+    return hash_sorted(sorted(tensors, key=lambda item: item[0]))
+
+
+def hash_sorted(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return `hash_tensors` of tensors that come in the order of their names; one of them is in memory at a time."""
     digest = hashlib.sha256()
-    for name, x in sorted(tensors, key=lambda item: item[0]):
+    for name, x in tensors:
         digest.update(f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}\n".encode())
         digest.update(memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data))
     return digest.hexdigest()

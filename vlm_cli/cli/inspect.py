@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm_cli.cli import console
+from vlm_cli.cli.inspect_weights import print_weights
 from vlm_cli.cli.loading import notify_of_random_tower
 from vlm_cli.cli.options import (
+    BackboneOptions,
     ComposeOptions,
     ExactOption,
     JsonOption,
@@ -18,7 +20,7 @@ from vlm_cli.cli.options import (
     VerifyOption,
     flatten_options,
 )
-from vlm_cli.errors import PromptError
+from vlm_cli.errors import PromptError, UsageError
 from vlm_cli.models import resolve
 from vlm_cli.printable import count_of
 from vlm_cli.registry import ENCODER_TYPES
@@ -74,11 +76,27 @@ def inspect(
         ),
     ] = "auto",
     max_tiles: MaxTilesOption = None,
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights",
+            help="Read the weights of a built model one by one, and show for each part and layer: its norm and dtype; "
+            "rows that are dead (all zero) or exploding (not finite, or with a norm above --exploding times the median "
+            "row's); and how far training moved it from where it began, if that is on this machine.",
+        ),
+    ] = False,
+    exploding: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TIMES", min=1.0, help="With --weights: the multiple above which a row explodes. The default is 10."
+        ),
+    ] = None,
+    places: BackboneOptions = BackboneOptions(),
     exact: ExactOption = False,
     verify: VerifyOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's parts, shapes, tokens and gates. Of the weights, vlm reads only the gates.
+    """Show a model's parts, shapes, tokens and gates. Of the weights, vlm reads only the gates, without --weights.
 
     Example: vlm inspect my-flamingo --prompt "<image:a.jpg>A cat.<image:b.jpg>A"
     """
@@ -89,8 +107,11 @@ def inspect(
         raise PromptError(f"{'--image' if image else '--video'} needs --prompt, whose placeholders it fills.")
     if max_tiles is not None and prompt is None:
         raise PromptError("--max-tiles needs --prompt, whose images it limits.")
+    _check_weights(weights, prompt, exploding, places)
     choice = TemplateChoice.parse(chat_template)
     chosen = resolve(model, compose.request)
+    if weights and not isinstance(chosen, str):
+        raise UsageError("--weights needs a built model, and a composition has no weights. Build it first: vlm build")
     from vlm_cli.models import load_meta_model, read_gate_values, read_processor_of
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.report.description import describe
@@ -102,6 +123,14 @@ def inspect(
         chosen, trust_remote_code=compose.trust_remote_code, revision=revision, verify=verify
     )
     notify_of_random_tower(chosen)
+    if weights and isinstance(chosen, str):
+        from vlm_cli.checkpoint.stored import StoredModel
+
+        stored = StoredModel.open(
+            chosen, vlm, revision=revision, trust_remote_code=compose.trust_remote_code, backbones=places.backbones
+        )
+        print_weights(stored, exploding or 10.0, as_json, trust_remote_code=compose.trust_remote_code)
+        return
     if processor is None and (parts is not None or isinstance(chosen, str)):
         processor = read_processor_of(chosen, revision, trust_remote_code=compose.trust_remote_code)
     if parts is not None:
@@ -119,6 +148,19 @@ def inspect(
         console.print_json(report.to_dict())
     else:
         _print(report, exact)
+
+
+def _check_weights(weights: bool, prompt: str | None, exploding: float | None, places: BackboneOptions) -> None:
+    """Refuse options that have no effect with --weights, or without it.
+
+    Raises:
+        UsageError: for such an option.
+    """
+    if weights and prompt is not None:
+        raise UsageError("--weights and --prompt exclude each other. Choose one.")
+    if not weights and (exploding is not None or places.backbone or places.allow_host):
+        named = "--exploding" if exploding is not None else "--backbone" if places.backbone else "--allow-host"
+        raise UsageError(f"{named} has no effect without --weights. Leave it out, or add --weights.")
 
 
 def print_layout(layout: PromptLayout, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.checkpoint.inside import check_folder
@@ -20,7 +20,7 @@ from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, UnknownNameError, VisionEncoderError
 from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.lookalike import find_named
-from vlm_cli.offline import use_cache_without_network
+from vlm_cli.offline import is_cache_alone, use_cache_without_network
 from vlm_cli.plain_data import read_json
 from vlm_cli.printable import count_of
 from vlm_cli.registry import VISION_ENCODERS, suggest
@@ -367,6 +367,8 @@ def _download(record: dict[str, Any]) -> Path:
     try:
         if "hf_hub" in record:
             use_cache_without_network()
+        elif is_cache_alone() and not (Path("~/.cache/clip").expanduser() / PurePosixPath(source).name).is_file():
+            raise FileNotFoundError(source)  # OpenCLIP would download it
         if set(record) == {"hf_hub"}:
             return Path(download_pretrained_from_hf(record["hf_hub"].rstrip("/")))
         return Path(download_pretrained(record))

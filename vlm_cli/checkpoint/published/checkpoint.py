@@ -102,6 +102,20 @@ class PublishedCheckpoint:
                 numbers[info.dtype] += torch.Size(info.shape).numel()
         return numbers.most_common(1)[0][0] if numbers else torch.float32
 
+    def read_tensor(self, name: str) -> Tensor:
+        """Read one tensor; of a PyTorch file, this takes the memory of the whole file.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or its file is damaged.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.name!r} holds no tensor {name!r}.")
+        file = self.tensors[name].file
+        try:
+            return next(x for found, x in _read_tensors(file, name) if found == name)
+        except (OSError, RuntimeError, StopIteration) as error:
+            raise _damaged(file, error) from None
+
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Read all tensors with their names; one file is open at a time.
 
@@ -184,14 +198,20 @@ def _read_names(file: Path) -> dict[str, TensorInfo]:
         raise _damaged(file, error) from None
 
 
-def _read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read a file's tensors with their names; a PyTorch file may hold nothing else, since no code in it is run."""
+def _read_tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Read a file's tensors with their names; a PyTorch file may hold nothing else, since no code in it is run.
+
+    Args:
+        file: the file.
+        only: the tensor that is needed; a safetensors file leaves the others on the disk.
+    """
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(file, "pt") as opened:
             for name in opened.keys():
-                yield _strip(name), opened.get_tensor(name)
+                if only in (None, _strip(name)):
+                    yield _strip(name), opened.get_tensor(name)
         return
     state = read_torch_file(file)
     for wrapper in ("model_state_dict", "state_dict", "model"):
