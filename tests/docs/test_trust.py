@@ -77,7 +77,7 @@ HOMES |= {
                 "directory",
                 "inside",
                 "parts/hf_weights",
-                "schemas",
+                "schemas/reading",
                 "whole",
             )
         ),

@@ -21,7 +21,7 @@ from vlm_cli.checkpoint.backbones import Backbone
 from vlm_cli.checkpoint.inside import check_folder, read_index, resolve_inside
 from vlm_cli.checkpoint.parts.openclip import published_address
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.schemas import check_tokenizer
+from vlm_cli.checkpoint.schemas.tokenizer import check_tokenizer
 from vlm_cli.errors import CheckpointError, VisionEncoderError
 from vlm_cli.manifest import MANIFEST_FILE
 from vlm_cli.modeling.towers import build_tower
@@ -156,7 +156,7 @@ JOINS = {
     "gemma.py:_read_token": "constants",
     "announcing.py:_read": "constants",
     "preprocessing.py:_read_files": "constants",
-    "schemas.py:_read": "constants",
+    "reading.py:read_file": "constants",
     "run_record.py:copy_run_record": "names of files in the other directory",
 }
 

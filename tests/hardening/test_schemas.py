@@ -21,7 +21,7 @@ from vlm_cli.checkpoint.directory import load, read_config, read_generation_conf
 from vlm_cli.checkpoint.parts.language_models import find_language_model
 from vlm_cli.checkpoint.parts.openclip import find_openclip_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
-from vlm_cli.checkpoint.schemas import check_vlm_config
+from vlm_cli.checkpoint.schemas.vlm_config import check_vlm_config
 from vlm_cli.composition import LanguageModelOptions, VisionEncoderOptions, read_file
 from vlm_cli.composition.composition import Composition
 from vlm_cli.errors import VLMError

@@ -19,7 +19,7 @@ from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProce
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.support.photographs import PHOTOGRAPHS, nanovlm_views, photograph
-from vlm_cli.checkpoint.schemas import check_processor_files
+from vlm_cli.checkpoint.schemas.processor_files import check_processor_files
 from vlm_cli.composition import UNTILED
 from vlm_cli.errors import CheckpointError, CompositionError, MediaError
 from vlm_cli.image_processor import OpenCLIPImageProcessor

@@ -299,7 +299,7 @@ def _load(
 ) -> tuple[VLM, VLMProcessor]:
     """Load the model that a configuration describes, and its processor; the arguments are those of `load`."""
     from vlm_cli.checkpoint.pairing import check_pair
-    from vlm_cli.checkpoint.schemas import check_generation_config
+    from vlm_cli.checkpoint.schemas.generation_config import check_generation_config
 
     processor = read_processor(name, trust_remote_code=trust_remote_code, **keywords)
     check_pair(config, processor, name)
@@ -370,7 +370,8 @@ def read_config(name: str, *, trust_remote_code: bool = False, verify: bool = Fa
         UntrustedCodeError: if a file of the model asks for code that may not run.
     """
     from vlm_cli.checkpoint.parts.remote_code import adopt_from_directory
-    from vlm_cli.checkpoint.schemas import check_is_mapping, check_vlm_config
+    from vlm_cli.checkpoint.schemas.reading import check_is_mapping
+    from vlm_cli.checkpoint.schemas.vlm_config import check_vlm_config
     from vlm_cli.modeling.config import VLMConfig
     from vlm_cli.trust import check_code
 
@@ -439,7 +440,7 @@ def read_processor(name: str, *, trust_remote_code: bool = False, **keywords: An
     Raises:
         CheckpointError: if it cannot be read.
     """
-    from vlm_cli.checkpoint.schemas import check_processor_files
+    from vlm_cli.checkpoint.schemas.processor_files import check_processor_files
     from vlm_cli.processor import VLMProcessor
     from vlm_cli.trust import load_pretrained
 
@@ -458,7 +459,7 @@ def read_generation_config(name: str, **keywords: Any) -> GenerationConfig | Non
     Raises:
         CheckpointError: for a value that Transformers refuses.
     """
-    from vlm_cli.checkpoint.schemas import check_generation_config
+    from vlm_cli.checkpoint.schemas.generation_config import check_generation_config
     from vlm_cli.trust import load_generation_config
 
     check_generation_config(name, **keywords)

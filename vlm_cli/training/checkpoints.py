@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from vlm_cli.checkpoint.schemas import check_training_manifest
+from vlm_cli.checkpoint.schemas.training_manifest import check_training_manifest
 from vlm_cli.checkpoint.torch_files import describe_load_error
 from vlm_cli.errors import CheckpointError, VLMError, explain_reading, first_line
 from vlm_cli.files import flush_to_disk

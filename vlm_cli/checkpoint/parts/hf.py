@@ -178,7 +178,7 @@ def _load_pixels(name: str, weights: RepositoryWeights) -> Pixels:
     Raises:
         VisionEncoderError: if the file is not valid.
     """
-    from vlm_cli.checkpoint.schemas import check_is_mapping
+    from vlm_cli.checkpoint.schemas.reading import check_is_mapping
     from vlm_cli.trust import load_image_processor
 
     try:

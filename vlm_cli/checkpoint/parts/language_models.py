@@ -19,12 +19,9 @@ from vlm_cli.checkpoint.inside import check_folder, check_index, read_index
 from vlm_cli.checkpoint.parts.gguf_tensors import count_gguf_elements
 from vlm_cli.checkpoint.parts.remote_code import adopt_from_config
 from vlm_cli.checkpoint.parts.tokenizer_packages import explain_missing_packages
-from vlm_cli.checkpoint.schemas import (
-    check_generation_config,
-    check_text_config,
-    check_text_config_file,
-    check_tokenizer,
-)
+from vlm_cli.checkpoint.schemas.generation_config import check_generation_config
+from vlm_cli.checkpoint.schemas.text_config import check_text_config, check_text_config_file
+from vlm_cli.checkpoint.schemas.tokenizer import check_tokenizer
 from vlm_cli.checkpoint.size_limits import limited_size, weight_files
 from vlm_cli.checkpoint.surplus import find_surplus
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_shapes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_cli.checkpoint.inside import check_folder
 from vlm_cli.checkpoint.parts.tower import PublishedWeights, Tower, TowerWeights, WeightsFile
-from vlm_cli.checkpoint.schemas import check_openclip_config
+from vlm_cli.checkpoint.schemas.vision import check_openclip_config
 from vlm_cli.checkpoint.surplus import is_computed
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_shapes, read_torch_file
 from vlm_cli.composition import VisionEncoderOptions

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm_cli.checkpoint.inside import check_folder, read_index
-from vlm_cli.checkpoint.schemas import check_sizes
+from vlm_cli.checkpoint.schemas.text_config import check_sizes
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
 from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.errors import CheckpointError, first_line

@@ -13,7 +13,7 @@ from __future__ import annotations
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.targets import Rule, TargetsOf, make_targets_of
-from vlm_cli.checkpoint.schemas import check_vlm_config
+from vlm_cli.checkpoint.schemas.vlm_config import check_vlm_config
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 
