@@ -50,8 +50,8 @@ def write(folder: Path, gigabytes: float, shard: str) -> None:
 
 def measure(folder: Path, out: Path) -> None:
     """In a process of its own: peak bytes before and after, as JSON. Linux only."""
-    from vlm_cli.checkpoint.directory import save
     from vlm_cli.checkpoint.published.importing import import_checkpoint
+    from vlm_cli.checkpoint.saving import save
     from vlm_cli.files import replacing_directory
 
     def peak() -> int:

@@ -78,7 +78,7 @@ def write_models(folder: Path, names: Iterable[str]) -> None:
     import vlm_cli
     from examples import tiny_language_model
     from tests.support import training
-    from vlm_cli.checkpoint.directory import save
+    from vlm_cli.checkpoint.saving import save
     from vlm_cli.composition import Composition
 
     training.write_pictures_and_records(folder)

@@ -12,9 +12,9 @@ from vlm_cli.version import __version__
 if TYPE_CHECKING:
     from vlm_cli.checkpoint.building import BuildResult, build, build_from_checkpoint
     from vlm_cli.checkpoint.create import create, plan
-    from vlm_cli.checkpoint.directory import save, save_delta
     from vlm_cli.checkpoint.export.formats import export_model
     from vlm_cli.checkpoint.published.importing import import_checkpoint
+    from vlm_cli.checkpoint.saving import save, save_delta
     from vlm_cli.composition import Composition, CompositionRequest
     from vlm_cli.modeling.acceleration import accelerate
     from vlm_cli.modeling.config import VLMConfig
@@ -42,8 +42,8 @@ _HOMES = {
     "import_checkpoint": "vlm_cli.checkpoint.published.importing",
     "load": "vlm_cli.models",
     "plan": "vlm_cli.checkpoint.create",
-    "save": "vlm_cli.checkpoint.directory",
-    "save_delta": "vlm_cli.checkpoint.directory",
+    "save": "vlm_cli.checkpoint.saving",
+    "save_delta": "vlm_cli.checkpoint.saving",
 }
 
 __all__ = [*_HOMES, "__version__"]

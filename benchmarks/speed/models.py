@@ -34,8 +34,8 @@ from transformers import (
 from benchmarks.speed import reference
 from benchmarks.speed.measure import Run, Subject, now
 from vlm_cli.checkpoint.create import create, plan
-from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.composition import Composition, VisionEncoderOptions
 from vlm_cli.image_processor import OpenCLIPImageProcessor
 from vlm_cli.modeling.fusion.gates import is_gate

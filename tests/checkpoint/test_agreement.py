@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import vlm_cli
 from examples import tiny_language_model
 from tests.support import disk, seed_torch
-from vlm_cli.checkpoint import directory
+from vlm_cli.checkpoint import saving
 from vlm_cli.checkpoint.agreement import check_agreement
 from vlm_cli.checkpoint.building import BuildResult
 from vlm_cli.checkpoint.export.formats import export_model
@@ -128,8 +128,8 @@ def test_a_model_is_read_back_before_it_counts_as_written(
             built.processor, "save_pretrained", lambda folder: save_with_another_token(built.processor, folder)
         )
         with pytest.raises(CheckpointError, match=r"is token 48[89] in the tokenizer in memory, and 48[89] in the"):
-            directory.save(built.model, built.processor, tmp_path / "out")
-    directory.save(built.model, built.processor, tmp_path / "out")
+            saving.save(built.model, built.processor, tmp_path / "out")
+    saving.save(built.model, built.processor, tmp_path / "out")
 
 
 CONFIG = VLMConfig(first_added_id=2, added_tokens=["<end>", "<image>"], media_token_id=3)

@@ -16,10 +16,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.support import ROOT, tiny
 from vlm_cli import Composition, create, load, plan
-from vlm_cli.checkpoint.directory import read_tensors, save
+from vlm_cli.checkpoint.directory import read_tensors
 from vlm_cli.checkpoint.parts.vision_encoders import find_tower, list_towers
 from vlm_cli.checkpoint.published.layouts.own import own_targets_of
 from vlm_cli.checkpoint.published.targets import Target
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.checkpoint.weights import load_weights, open_weights
 from vlm_cli.composition import VisionEncoderOptions
 from vlm_cli.errors import CheckpointError, LanguageModelError, OutputExistsError, UnknownNameError

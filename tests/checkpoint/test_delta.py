@@ -20,7 +20,7 @@ from tests.support.grid import first_of
 from vlm_cli import VLM
 from vlm_cli.checkpoint.backbones import hash_tensors
 from vlm_cli.checkpoint.delta import write_delta
-from vlm_cli.checkpoint.directory import save_delta
+from vlm_cli.checkpoint.saving import save_delta
 from vlm_cli.errors import CheckpointError, UsageError
 from vlm_cli.manifest import sign
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import vlm_cli.checkpoint.building as building
-import vlm_cli.checkpoint.directory as directory
+import vlm_cli.checkpoint.saving as saving
 from tests.support.grid import first_of, first_rows, grid
 from vlm_cli import VLM, files, renames
 from vlm_cli.cli.app import main
@@ -562,7 +562,7 @@ def test_what_stops_a_build_leaves_nothing(vlm, parts, old, tmp_path, monkeypatc
     targets = {
         "weights": (VLM, "save_pretrained"),
         "tokenizer": ("vlm_cli.processor.VLMProcessor", "save_pretrained"),
-        "composition": (directory.yaml, "safe_dump"),
+        "composition": (saving.yaml, "safe_dump"),
         "swap": (files, "_put_directory"),
     }
     target, name = targets[place]

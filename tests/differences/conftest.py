@@ -12,7 +12,7 @@ import torch
 import vlm_cli
 from tests.support import disk, seed_torch
 from tests.support.disk import run
-from vlm_cli.checkpoint.directory import save, save_adapted
+from vlm_cli.checkpoint.saving import save, save_adapted
 from vlm_cli.composition.adapters import AdapterSettings
 from vlm_cli.modeling.adapters import adapter_parameters, add_adapter
 

@@ -31,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _build(out: Path, family: str, folder: Path) -> None:
-    from vlm_cli.checkpoint.directory import load, save
+    from vlm_cli.checkpoint.directory import load
+    from vlm_cli.checkpoint.saving import save
 
     built = out.with_suffix(".built")
     words = ["--family", family, "--vision-encoder", str(folder / "tower.json"), "--language-model", str(folder / "lm")]

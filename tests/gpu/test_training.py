@@ -20,7 +20,7 @@ from tests.support.training import (
     losses,
     write_pictures_and_records,
 )
-from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.composition import Composition
 
 

@@ -13,7 +13,7 @@ from examples import tiny_language_model
 from tests.support import seed_torch
 from tests.support.tiny import FUSIONS, TOKENIZERS, open_gates
 from vlm_cli.checkpoint.create import create, plan
-from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.cli.app import app
 from vlm_cli.composition import Composition
 from vlm_cli.modeling.towers import build_tower

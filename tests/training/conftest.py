@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import vlm_cli
 from examples import tiny_language_model
 from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, TRAINING_TOWER, write_pictures_and_records
-from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.cli.app import app
 from vlm_cli.composition import Composition
 

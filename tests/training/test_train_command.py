@@ -29,7 +29,7 @@ from tests.support.command import start
 from tests.support.grid import first_of
 from tests.support.training import CROSS_ATTENTION, LANGUAGE_STREAM, interrupt_at, losses, metrics, write
 from vlm_cli import load
-from vlm_cli.checkpoint.directory import save
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.checkpoint.whole import check_files
 from vlm_cli.training import output as output_module
 from vlm_cli.training.checkpoints import Checkpoints, TrainingCheckpoint

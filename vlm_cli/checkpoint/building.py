@@ -18,12 +18,12 @@ import torch
 from vlm_cli.checkpoint.completing import is_delta, load_delta, write_whole
 from vlm_cli.checkpoint.create import Blueprint, create, plan
 from vlm_cli.checkpoint.delta import PREFIXES
-from vlm_cli.checkpoint.directory import save, save_delta
 from vlm_cli.checkpoint.parts.vision_encoders import describe_random_tower
 from vlm_cli.checkpoint.published.fill import KeyReport
 from vlm_cli.checkpoint.published.importing import CompositionOver, import_checkpoint
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.recognising import recognise
+from vlm_cli.checkpoint.saving import save, save_delta
 from vlm_cli.checkpoint.weights import load_weights, open_weights
 from vlm_cli.composition import Composition
 from vlm_cli.errors import CheckpointError, UsageError

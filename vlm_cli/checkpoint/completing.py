@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from vlm_cli.checkpoint.directory import load, read_config, save
+from vlm_cli.checkpoint.directory import load, read_config
 from vlm_cli.checkpoint.published.importing import CompositionOver
 from vlm_cli.checkpoint.run_record import copy_run_record, keep_card, read_story
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.composition import Composition
 from vlm_cli.errors import UsageError
 from vlm_cli.modeling.vlm import VLM

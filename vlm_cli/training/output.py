@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from vlm_cli.checkpoint.directory import read_config, save, save_adapted
+from vlm_cli.checkpoint.directory import read_config
 from vlm_cli.checkpoint.run_record import RUN_FILE
+from vlm_cli.checkpoint.saving import save, save_adapted
 from vlm_cli.composition import PARTS
 from vlm_cli.errors import CheckpointError, VLMError
 from vlm_cli.files import replacing_directory

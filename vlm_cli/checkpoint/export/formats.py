@@ -98,8 +98,8 @@ def _write_language_model(model: VLM, processor: VLMProcessor, out: Path, settin
 
 
 def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: ExportSettings) -> dict[str, Any]:
-    from vlm_cli.checkpoint.directory import save_delta
     from vlm_cli.checkpoint.run_record import copy_run_record, keep_card, read_story
+    from vlm_cli.checkpoint.saving import save_delta
     from vlm_cli.report.card import UNTRAINED
 
     copy_run_record(settings.source, out)

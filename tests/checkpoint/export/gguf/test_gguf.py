@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support import disk, llama_cpp, tiny
 from tests.support.disk import run
 from vlm_cli.checkpoint import size_limits
-from vlm_cli.checkpoint.directory import save
 from vlm_cli.checkpoint.export.gguf import comparing, exporting
 from vlm_cli.checkpoint.export.gguf.checking import check_gguf
 from vlm_cli.checkpoint.export.gguf.exporting import export_gguf, write_gguf
 from vlm_cli.checkpoint.export.gguf.language_models import language_weights
 from vlm_cli.checkpoint.export.gguf.llama_cpp import MARKER, ask_llama_cpp
 from vlm_cli.checkpoint.export.gguf.projectors import PROJECTORS
+from vlm_cli.checkpoint.saving import save
 from vlm_cli.errors import CheckpointError, UsageError
 
 #: What the projector types `internvl` and `gemma3` hold.
