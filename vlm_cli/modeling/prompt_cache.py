@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["PromptCache", "PromptRow", "Reuse"]
+__all__ = ["MIN_SHARED_POSITIONS", "PromptCache", "PromptRow", "Reuse", "is_plain"]
 
 MIN_SHARED_POSITIONS = 8  # positions that rows must share before one call reads them for all rows
 
@@ -138,7 +138,7 @@ class PromptCache:
     def keep(self, row: PromptRow, cache: Any) -> None:
         """Keep a row and the language model's cache of it; forget all if positions of the cache cannot be taken off."""
         self.forget()
-        if _is_plain(cache):
+        if is_plain(cache):
             self._row, self._cache = row.cut(cache.get_seq_length()), cache
 
     def forget(self) -> None:
@@ -168,7 +168,7 @@ class PromptCache:
         )
 
 
-def _is_plain(cache: Any) -> bool:
+def is_plain(cache: Any) -> bool:
     """Say whether every layer of a cache holds keys and values by position, from which the last can be taken off."""
     layers = getattr(cache, "layers", ())
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

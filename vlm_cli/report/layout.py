@@ -14,10 +14,11 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.clip_text import add_clip_texts
+from vlm_cli.tiling import MediumSize
 from vlm_cli.writing.media import measure_media
 from vlm_cli.writing.writer import PromptWriter
 
-__all__ = ["PromptLayout", "Span", "lay_out"]
+__all__ = ["PromptLayout", "Span", "lay_out", "lay_out_ids"]
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,31 @@ def lay_out(
     loader = loader or MediaLoader()
     parts = add_clip_texts(parts, processor, loader.choose_frames)
     ids = (writer or PromptWriter(processor)).encode(parts)
+    measured = measure_media(parts, loader, processor.image_processor)
+    if problem := ContextBudget.of(model).frames_problem(measured):
+        raise PromptError(f"the prompt {problem}")
+    return lay_out_ids(model, processor, parts, ids, measured)
+
+
+def lay_out_ids(
+    model: VLM,
+    processor: VLMProcessor,
+    parts: Sequence[Text | Medium],
+    ids: list[int],
+    measured: Sequence[MediumSize],
+) -> PromptLayout:
+    """Return the layout of a prompt whose media are measured.
+
+    Args:
+        model: on any device; shapes are enough.
+        processor: the model's processor.
+        parts: the prompt, with the texts around its clips.
+        ids: its tokens.
+        measured: the size of each medium.
+    """
     budget = ContextBudget.of(model)
     spans: list[Span] = []
     media = [part for part in parts if isinstance(part, Medium)]
-    measured = measure_media(parts, loader, processor.image_processor)
-    if problem := budget.frames_problem(measured):
-        raise PromptError(f"the prompt {problem}")
     shown = iter(zip(media, measured, strict=True))
     number = start = read = 0
     for run, is_media in _runs(ids, processor.media_token_id):

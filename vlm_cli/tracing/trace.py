@@ -142,8 +142,8 @@ class HeatMap:
     """Where in a picture one word comes from, by one measure.
 
     Attention: the part of the word's attention that reaches each cell, from 0 to 1. All cells of all pictures, their
-    bars, and the text have 1 together. Occlusion: by how much the word's log-probability falls if the cell alone is
-    blanked; negative where it rises.
+    bars, and the text have 1 together. Occlusion: by how much the word's log-probability falls if a part of the picture
+    with the cell is blanked, on average over such parts of 2×2 cells; negative where it rises.
 
     Attributes:
         word: number of the word in the answer, from 0.
