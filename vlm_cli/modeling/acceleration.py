@@ -92,8 +92,8 @@ def use_one_position_attention(model: VLM) -> None:
 def compile_decoding(model: VLM) -> None:
     """Compile the step that generates one token; `generate` then uses a static cache.
 
-    The compiler runs once for each total length of prompt and answer. On the CPU it packs the weights, which takes the
-    memory of a second copy.
+    The compiler runs once for each total length of prompt and answer, rounded up to 64 positions. On the CPU it packs
+    the weights, which takes the memory of a second copy; on a GPU, a CUDA graph then holds the step.
 
     Raises:
         LanguageModelLimit: if Transformers cannot compile the language model.

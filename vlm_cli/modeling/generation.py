@@ -20,6 +20,7 @@ from vlm_cli.modeling.batching import pad_left
 from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.decoding.loop import decode, fits
+from vlm_cli.modeling.decoding.static import StaticStep
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
@@ -34,6 +35,8 @@ class GenerationMixin(transformers.GenerationMixin):
 
     #: Tokens that a GPU may write before the host looks at them; None lets the device decide: 1 on a CPU.
     look_every: int | None = None
+    #: The step of the last answer with a static cache, whose tensors the next one may use again.
+    static_step: StaticStep | None = None
 
     # Attributes of the `VLM` that inherits this class.
     config: VLMConfig
@@ -293,9 +296,13 @@ class GenerationMixin(transformers.GenerationMixin):
         media: Tensor | None = None,
         media_mask: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        media_counts: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the arguments of `forward` for one call: the language model's own, and the media with their counts."""
+        """Return the arguments of `forward` for one call: the language model's own, and the media with their counts.
+
+        `media_counts`, int[B, 1], are those of a decoded token, if the caller knows them.
+        """
         # The language model drops, slices and adds what its own forward needs.
         inputs = self.lang_model.prepare_inputs_for_generation(
             input_ids,
@@ -304,6 +311,9 @@ class GenerationMixin(transformers.GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        length = inputs["input_ids"].shape[1]
+        if media_counts is not None:
+            return inputs | {"media": media, "media_mask": media_mask, "media_counts": media_counts}
         counts = count_media(input_ids, self.config.media_token_id)
         if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > counts.shape[1]:
             # `input_ids` is one chunk of the prompt; the attention mask ends where the chunk ends.
@@ -311,7 +321,6 @@ class GenerationMixin(transformers.GenerationMixin):
             mm_token_type_ids = mm_token_type_ids[:, :end]
             counts = (mm_token_type_ids % 2).cumsum(-1)
         # A copy: a view of a row that grows has other strides at each step, and would be compiled each time.
-        length = inputs["input_ids"].shape[1]
         inputs["media_counts"] = torch.empty_like(inputs["input_ids"]).copy_(counts[:, -length:])
         if self.lm_interface.first_position and attention_mask is not None:
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]

@@ -40,6 +40,11 @@ class LanguageModelInterface:
         return cls(arguments, next((name for name in _CACHE_NAMES if name in arguments), "past_key_values"), first)
 
     @property
+    def cache_names(self) -> tuple[str, ...]:
+        """Names that a cache has in Transformers."""
+        return _CACHE_NAMES
+
+    @property
     def takes_positions(self) -> bool:
         """Whether the caller may number the positions of tokens, so that padding may stand between them."""
         return "position_ids" in self.arguments

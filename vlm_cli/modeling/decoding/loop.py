@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, StaticCache, StoppingCriteria
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
@@ -22,10 +22,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vlm_cli.modeling.decoding.choosing import are_numbers, choose
 from vlm_cli.modeling.decoding.rows import GrowingRows, may_wait
+from vlm_cli.modeling.decoding.static import StaticStep, capture
+from vlm_cli.modeling.decoding.steps import EagerStep, settle
 
 __all__ = ["decode", "fits"]
 
 LOOK_EVERY = 8  # tokens between two looks of the host at a device that is not a CPU
+
+_CAPTURING = ("reduce-overhead", "max-autotune")
 
 
 def fits(
@@ -35,7 +39,15 @@ def fits(
     has_length = any(isinstance(x, MaxLengthCriteria) for x in criteria)
     gives_details = config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
     is_plain = not (synced_gpus or gives_details or getattr(config, "is_assistant", False))
-    return is_plain and has_length and bool(kwargs.get("use_cache"))
+    caches = [x for x in kwargs.values() if isinstance(x, StaticCache)]
+    is_own = all(type(x) is StaticCache and not _is_given(x) and not x.offloading for x in caches)
+    reads_at_once = not caches or config.prefill_chunk_size is None
+    return is_plain and has_length and is_own and reads_at_once and bool(kwargs.get("use_cache"))
+
+
+def _is_given(cache: Any) -> bool:
+    """Say whether the caller of `generate` made a cache, and so may read it afterwards."""
+    return bool(getattr(cache, "_is_user_defined", False))
 
 
 def decode(
@@ -59,41 +71,68 @@ def decode(
         streamer: receives tokens; may be None.
         kwargs: of `prepare_inputs_for_generation`.
     """
-    forward: Any = (
-        model.get_compiled_call(config.compile_config)
-        if model._valid_auto_compile_criteria(kwargs, config)
-        else model.__call__
-    )
     details: dict[str, list[Tensor]] = {}
     if config.return_dict_in_generate:
         details = {name: [] for name in ("scores", "logits") if getattr(config, f"output_{name}")}
+    static = find_static_step(model, ids, config, kwargs)
+    if static is not None:
+        kwargs[model.lm_interface.cache_name] = static.cache
     outputs = model._prefill(ids, config, kwargs, is_first_iteration=True)
-    cache = model.lm_interface.cache_in(outputs)
+    logits = outputs.logits[:, -1]
+    kwargs = settle(model, outputs, kwargs)
+    del outputs  # the logits of all positions of a prompt, if the language model gives these
+    step: Any = EagerStep(model, kwargs) if static is None else static
+    if static is not None:
+        static.begin(kwargs)
     pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     pad = config._pad_token_tensor.to(ids.device) if pads else None
-    every = _look_every(model, [*processors, *criteria], cache if config.return_dict_in_generate else None)
+    returned = step.cache if config.return_dict_in_generate or _is_given(step.cache) else None
+    every = _look_every(model, [*processors, *criteria], returned)
     rows = GrowingRows(ids, criteria, pad, every, streamer)
     with model._optimize_model_for_decode():
         while True:
-            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
-            # A copy, so that the logits of all positions of a prompt may be freed.
-            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+            logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
             scores = processors(rows.ids, logits)  # type: ignore[arg-type]
             for name, values in details.items():
                 values.append(scores if name == "scores" else logits)
             told = tuple(details["scores"]) if "scores" in details else None
             is_sound = are_numbers(scores) if config.do_sample else None
             rows.add(choose(scores, do_sample=config.do_sample), told, is_sound)
-            del outputs
             if rows.is_due() and rows.look():
                 break
-            inputs = model.prepare_inputs_for_generation(rows.ids, next_sequence_length=1, **kwargs)
-            outputs = forward(**inputs, return_dict=True)
+            logits = step(rows.ids)
     if streamer is not None:
         streamer.end()
+    if rows.surplus and returned is not None:
+        step.cache.crop(-rows.surplus)
     if not config.return_dict_in_generate:
+        model.static_step = static or model.static_step  # otherwise the cache is the caller's
         return rows.ids.clone()
-    return _with_details(model, rows, details, kwargs)
+    return _with_details(rows, details, step.cache)
+
+
+def find_static_step(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any]) -> StaticStep | None:
+    """Return the step of an earlier answer or a new one, if a static cache is asked for; None otherwise.
+
+    Args:
+        model: the VLM, which keeps one step.
+        ids: int[B, L] of the prompts.
+        config: the settings.
+        kwargs: with the cache that Transformers made.
+    """
+    if not isinstance(kwargs.get(model.lm_interface.cache_name), StaticCache):
+        return None
+    compiles = model._valid_auto_compile_criteria(kwargs, config)
+    forward = model.get_compiled_call(config.compile_config) if compiles else model.__call__
+    step: StaticStep | None = model.static_step
+    model.static_step = None  # an error may leave it in the middle of an answer
+    if step is None or not step.serves(forward, len(ids), config.max_length):
+        # These modes of the compiler capture graphs themselves.
+        captures = compiles and getattr(config.compile_config, "mode", "reduce-overhead") in _CAPTURING
+        graph = capture if model.device.type == "cuda" and not captures else None
+        step = StaticStep(model, forward, len(ids), config.max_length, graph)
+    step.reset()
+    return step
 
 
 def _look_every(model: Any, parts: Iterable[LogitsProcessor | StoppingCriteria], returned: Any) -> int:
@@ -110,13 +149,8 @@ def _look_every(model: Any, parts: Iterable[LogitsProcessor | StoppingCriteria],
     return every if known and all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers) else 1
 
 
-def _with_details(
-    model: Any, rows: GrowingRows, details: dict[str, list[Tensor]], kwargs: dict[str, Any]
-) -> GenerateDecoderOnlyOutput:
+def _with_details(rows: GrowingRows, details: dict[str, list[Tensor]], cache: Any) -> GenerateDecoderOnlyOutput:
     """Return what `return_dict_in_generate` asks for, as of the end of all rows."""
-    cache = kwargs.get(model.lm_interface.cache_name)
-    if rows.surplus and cache is not None:
-        cache.crop(-rows.surplus)
     kept = {name: tuple(values[: len(values) - (rows.surplus or 0)]) for name, values in details.items()}
     names = {field.name for field in fields(GenerateDecoderOnlyOutput)}
     cache_name = next(name for name in ("cache", "past_key_values") if name in names)
