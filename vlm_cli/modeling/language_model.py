@@ -28,6 +28,7 @@ __all__ = [
     "context_length",
     "decoder_layers",
     "embedding_scale",
+    "find_tables",
     "find_widths",
     "update_hidden_states",
 ]
@@ -98,6 +99,17 @@ def find_widths(lm: PreTrainedModel) -> Widths:
         raise LanguageModelError(f"{type(lm).__name__} has no {'head' if embedding is not None else 'embedding'}.")
     layer = lm.config.get_text_config(decoder=True).hidden_size
     return Widths(embedding=embedding.weight.shape[1], layer=layer, head=head.weight.shape[1])
+
+
+def find_tables(lm: PreTrainedModel) -> tuple[str, str]:
+    """Find the names of a language model's two tables of tokens. Works on the meta device.
+
+    Returns:
+        The names of the input embedding's weight and of the head's; tied tables have both names.
+    """
+    tables = lm.get_input_embeddings(), lm.get_output_embeddings()
+    embedding, head = (next(name for name, x in lm.named_modules() if x is table) for table in tables)
+    return f"{embedding}.weight", f"{head}.weight"
 
 
 def embedding_scale(embedding: Any) -> float:

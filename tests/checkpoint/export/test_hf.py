@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
@@ -26,7 +27,9 @@ from tests.support import disk, tiny
 from tests.support.disk import run
 from tests.support.photographs import photograph
 from vlm_cli.checkpoint.export.hf import write
+from vlm_cli.checkpoint.export.hf.language import find_hf_language_model
 from vlm_cli.checkpoint.export.hf.write import check_hf, export_hf
+from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.errors import UsageError
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.conversation import ChatFormat, Conversation
@@ -98,15 +101,43 @@ def test_llava_answers_as_the_model_does(folder, tmp_path, tokenizer, encoder):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3", "gpt2", "gpt_neox", "opt", "bloom", "gemma"])
 def test_language_models_of_llava(folder, tmp_path, model_type):
+    """Of any type, under the names that it gives its tables and its layers; what is written imports again."""
+    (tmp_path / "tower").symlink_to(folder / "tower")
     disk.language_model(tmp_path / "lm", model_type)
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    (parts / "tower").symlink_to(folder / "tower")
-    (parts / "lm").symlink_to(tmp_path / "lm")
-    build(parts, tmp_path / "model")
+    build(tmp_path, tmp_path / "model")
     assert exported(tmp_path / "model", tmp_path / "out")["largest_difference"] <= 1e-4
+    model, _ = vlm_cli.load(str(tmp_path / "model"))
+    back = import_checkpoint(tmp_path / "out").model
+    assert back is not None
+    theirs = back.lang_model.state_dict()  # whose tables have rows of added tokens, too
+    pairs = {name: (x, theirs[name][: len(x)]) for name, x in model.lang_model.state_dict().items()}
+    assert not [name for name, (x, y) in pairs.items() if not torch.equal(x, y)]
+
+
+def scaled(kind, **settings):
+    return AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (scaled("llama"), None),
+        (scaled("opt"), None),
+        (scaled("granite", logits_scaling=1.0), None),
+        (scaled("granite", logits_scaling=2.0), "scales or caps its logits"),
+        (scaled("cohere", logit_scale=1.0), None),
+        (scaled("cohere", logit_scale=0.5), "scales or caps its logits"),
+        (scaled("gemma2"), "scales or caps its logits"),
+        (scaled("phi"), "with a bias in its head"),
+        (AutoConfig.for_model("fuyu"), "a model of several parts"),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_what_heads_do_is_measured(config, words):
+    found = find_hf_language_model(config)
+    assert found.problems == () if words is None else words in found.problems[0]
 
 
 def test_a_changed_weight_is_noticed(folder, tmp_path, monkeypatch):
@@ -194,7 +225,6 @@ def sized(**parts):
         ({"tokenizer": {"type": "mlp", "pixel_shuffle": 2}}, "vision_tokenizer.pixel_shuffle is 2; the class has 1"),
         ({"tiling": {"type": "grid"}}, "tiling is grid; the class has none"),
         ({"tiling": {"type": "none", "picture_text": "<{views}>"}}, "tiling.picture_text is '<{views}>'; the class"),
-        ({"language_model": "gpt2"}, "language_model is of type gpt2; it would have to be llama"),
         ({"vision": "resnet"}, "has a ResNet; Transformers' CLIP is a plain ViT"),
         ({"vision": "siglip"}, "is timm's VisionTransformer with 1 tokens before the patches"),
         ({"vision": "coca"}, "attentional_pool=True; Transformers' CLIP is a plain ViT"),

@@ -20,12 +20,7 @@ from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.preprocessing import make_preprocessing, three
 
-__all__ = ["PLAIN_LANGUAGE_MODELS", "Draft", "HFClass", "SoftToken", "Source", "image_settings"]
-__all__ += ["soft_token"]
-
-#: Types of language models whose embedding is a plain table and whose head is a plain linear map: the classes of
-#: Transformers' VLMs assume both.
-PLAIN_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
+__all__ = ["Draft", "HFClass", "SoftToken", "Source", "image_settings", "soft_token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +109,8 @@ class HFClass(ABC):
         model: name of the class.
         processor: name of its processor's class.
         tower: pattern before the names of the vision encoder's tensors, in memory.
-        language_models: types of language models that the class computes as they are.
+        language_models: types of language models that the class computes as they are; None for every type whose head
+            is a plain linear map.
         stand_in: takes the place of a vision encoder that the class does not hold, so that the rest can be judged.
     """
 
@@ -122,7 +118,7 @@ class HFClass(ABC):
     model: str
     processor: str
     tower: str = r"model\.vision_tower\."
-    language_models: tuple[str, ...] = PLAIN_LANGUAGE_MODELS
+    language_models: tuple[str, ...] | None = None
     stand_in: HFTower = STAND_IN
 
     @abstractmethod

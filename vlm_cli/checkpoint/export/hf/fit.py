@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source
+from vlm_cli.checkpoint.export.hf.language import HFLanguageModel, find_hf_language_model
 from vlm_cli.checkpoint.export.hf.tensors import Plan, plan_tensors
-from vlm_cli.checkpoint.export.hf.towers import STAND_IN, HFTower, NotHeld, find_hf_tower
+from vlm_cli.checkpoint.export.hf.towers import HFTower, NotHeld, find_hf_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
-from vlm_cli.checkpoint.published.layouts.hf_parts import NO_SETTINGS
 from vlm_cli.checkpoint.published.targets import Target, make_targets_of
 from vlm_cli.composition import Composition
 from vlm_cli.errors import VLMError, first_line
@@ -33,7 +33,7 @@ from vlm_cli.preprocessing import make_preprocessing, three
 from vlm_cli.schema import show
 from vlm_cli.trust import make_config
 
-__all__ = ["Fit", "fit_class"]
+__all__ = ["Fit", "Subject", "fit_class"]
 
 #: Settings that no picture and no text reaches: those of clips, of training, and widths that follow from other parts.
 _NO_MATTER = ("frames", "dropout", "dim_out", "max_num_frames", "frame_text", "between_frames_text")
@@ -59,28 +59,55 @@ class Fit:
     is_exact: bool = False
 
 
-def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Fit:
-    """Find out whether a class holds a composition. No weights are read.
+@dataclass(frozen=True)
+class Subject:
+    """The model that classes judge, and what each of them has to know of it.
 
-    Args:
-        target: the class.
+    Attributes:
         config: of the VLM.
+        model: the VLM on the meta device.
         tokenizer: of the VLM, if it is known.
+        tower: its vision encoder in Transformers' terms; None if no class holds it.
+        tower_problem: why none does.
+        language: its language model in Transformers' terms.
     """
-    problems = list(_language_problems(target, config))
-    with meta_device(), SkipsFilling():
-        ours = VLM(config)
+
+    config: VLMConfig
+    model: VLM
+    tokenizer: PreTrainedTokenizerBase | None
+    tower: HFTower | None
+    tower_problem: str
+    language: HFLanguageModel
+
+    @classmethod
+    def of(cls, config: VLMConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Subject:
+        """Look at a model. No weights are read."""
+        with meta_device(), SkipsFilling():
+            model = VLM(config)
+        tower, why = None, ""
+        try:
+            tower = find_hf_tower(config.vision_config, config.composition.vision_encoder.name)
+        except NotHeld as error:
+            why = str(error)
+        return cls(config, model, tokenizer, tower, why, find_hf_language_model(config.text_config))
+
+
+def fit_class(target: HFClass, subject: Subject) -> Fit:
+    """Find out whether a class holds a composition. No weights are read."""
+    config = subject.config
+    text, problems = _find_text_config(target, subject)
     source = Source(
         config=config,
-        tower=STAND_IN,
-        text_config=_find_text_config(target, config),
-        tokenizer=tokenizer,
-        num_positions=ours.vision_tokenizer.num_tokens(1),
+        tower=subject.tower or target.stand_in,
+        text_config=text,
+        tokenizer=subject.tokenizer,
+        num_positions=subject.model.vision_tokenizer.num_tokens(1),
     )
     draft = Draft(config={}, images=None)
     try:
         try:
-            source = replace(source, tower=find_hf_tower(config.vision_config, config.composition.vision_encoder.name))
+            if subject.tower is None:
+                raise NotHeld(subject.tower_problem)
             draft = target.draft(source)
         except NotHeld as error:
             problems.append(str(error))
@@ -88,11 +115,14 @@ def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizer
             draft = target.draft(source)
         problems += source.problems
         theirs_config: Any = make_config(**draft.config)
+        theirs_config.tie_word_embeddings = getattr(theirs_config.get_text_config(), "tie_word_embeddings", False)
         with meta_device(), SkipsFilling():
             theirs = getattr(transformers, target.model)(theirs_config)
         found = _read_back(target, draft, theirs)
-    except (NotHeld, VLMError, ValueError, TypeError, KeyError) as error:
+    except (NotHeld, VLMError) as error:
         return Fit(draft, None, (*problems, first_line(error)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return Fit(draft, None, (*problems, f"the class cannot be made of these parts: {first_line(error)}."))
     is_known = source.tower is not target.stand_in
     problems += _differences(config, found, source.tower if is_known else None)
     if problems:
@@ -104,25 +134,21 @@ def fit_class(target: HFClass, config: VLMConfig, tokenizer: PreTrainedTokenizer
         return layout_of(name) if targets is None else targets
 
     unneeded = f"{found.optional_pattern}|{source.tower.unneeded}"
-    plan = plan_tensors(ours, theirs, targets_of, unneeded)
+    plan = plan_tensors(subject.model, theirs, targets_of, unneeded)
     same_clips = _clips_as(config, found)
     return Fit(draft, theirs_config, tuple(_tensor_problems(plan)), plan, is_exact=same_clips)
 
 
-def _language_problems(target: HFClass, config: VLMConfig) -> Iterator[str]:
-    kind = config.text_config.model_type
-    if target.language_models is not None and kind not in target.language_models:
-        yield f"language_model is of type {kind}; it would have to be {', '.join(target.language_models)}."
-    if getattr(config.composition.language_model, "head_bias", False):
-        yield "language_model.head_bias is true; the class has false."
-
-
-def _find_text_config(target: HFClass, config: VLMConfig) -> dict[str, Any]:
-    """Return the configuration of the language model; of one of the class's types if the class has no such type."""
-    kind = config.text_config.model_type
-    if target.language_models is not None and kind not in target.language_models:
-        return {"model_type": target.language_models[0]}
-    return {key: x for key, x in config.text_config.to_dict().items() if key not in NO_SETTINGS}
+def _find_text_config(target: HFClass, subject: Subject) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the configuration of the language model, or of one that the class has; and what stands in the way."""
+    language, known, kind = subject.language, target.language_models, subject.config.text_config.model_type
+    problems = ["language_model.head_bias is true; the class has false."]
+    problems = problems if subject.config.composition.language_model.head_bias else []
+    if known is None:
+        return language.config or {"model_type": "llama"}, [*language.problems, *problems]
+    if language.config is not None and language.config["model_type"] in known:
+        return language.config, problems
+    return {"model_type": known[0]}, [f"language_model is of type {kind}; it would have to be {' or '.join(known)}."]
 
 
 def _read_back(target: HFClass, draft: Draft, theirs: nn.Module) -> CheckpointDescription:
@@ -214,5 +240,7 @@ def _pixel_differences(config: VLMConfig, theirs: Mapping[str, Any]) -> Iterator
 def _tensor_problems(plan: Plan) -> Iterator[str]:
     if plan.unfilled:
         yield f"the class has {plan.unfilled[0]}, and the model has no tensor for it."
+    if plan.misfit:
+        yield f"{plan.misfit[0]} has another shape in the class, where the vocabulary counts the added tokens."
     if plan.left_over:
         yield f"the model has {plan.left_over[0]}, and the class has no tensor for it."

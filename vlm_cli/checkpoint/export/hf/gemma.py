@@ -17,7 +17,7 @@ class PaliGemmaClass(HFClass):
     layout = HuggingFacePaliGemma()
     model = "PaliGemmaForConditionalGeneration"
     processor = "PaliGemmaProcessor"
-    language_models: tuple[str, ...] = ("gemma", "gemma2")
+    language_models = ("gemma", "gemma2")
 
     def draft(self, source: Source) -> Draft:
         from transformers import SiglipImageProcessor
@@ -52,7 +52,7 @@ class Gemma3Class(HFClass):
     layout = HuggingFaceGemma3()
     model = "Gemma3ForConditionalGeneration"
     processor = "Gemma3Processor"
-    language_models: tuple[str, ...] = ("gemma3_text",)
+    language_models = ("gemma3_text",)
 
     def draft(self, source: Source) -> Draft:
         from transformers import Gemma3ImageProcessor

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlm_cli.checkpoint.published.layouts.hf_parts import EMBEDDING, HEAD
 from vlm_cli.checkpoint.published.tables import scale_rows
 from vlm_cli.checkpoint.published.targets import Target
-from vlm_cli.modeling.language_model import embedding_scale
+from vlm_cli.modeling.language_model import embedding_scale, find_tables
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["Plan", "added_embedding", "plan_tensors"]
@@ -33,11 +32,13 @@ class Plan:
         targets: name of the class -> names of the VLM.
         unfilled: names of the class that a VLM does not have.
         left_over: names of the VLM that the class does not have, and the model needs.
+        misfit: names of the class whose tensor has another shape than the VLM's.
     """
 
     targets: Mapping[str, Sequence[Target]]
     unfilled: Sequence[str]
     left_over: Sequence[str]
+    misfit: Sequence[str]
 
     def gather(self, model: VLM, theirs: nn.Module, *, has_added_rows: bool) -> dict[str, Tensor]:
         """Return the tensors of the class, with the numbers of a VLM.
@@ -48,7 +49,8 @@ class Plan:
             has_added_rows: whether the tables of the class have a row for each added token.
         """
         ours, added = model.state_dict(), model.added_tokens
-        tables = {EMBEDDING: added_embedding(model), HEAD: added.head.weight} if has_added_rows else {}
+        rows_of = (added_embedding(model), added.head.weight) if has_added_rows else ()
+        tables = dict(zip(_name_tables(model), rows_of, strict=False))
         state: dict[str, Tensor] = {}
         for name, like in theirs.state_dict().items():
             if not (targets := [x for x in self.targets.get(name, ()) if not x.target.startswith(_ADDED)]):
@@ -105,15 +107,29 @@ def plan_tensors(
     targets: dict[str, Sequence[Target]] = {}
     unfilled: list[str] = []
     used: set[str] = set()
-    for name in theirs.state_dict():
+    misfit: list[str] = []
+    tables = _name_tables(model)
+    for name, like in theirs.state_dict().items():
         found = targets_of(name)
         if found is None or any(x.target not in ours or not x.is_reversible for x in found):
             unfilled.append(name)
         elif found:
             targets[name] = found
             used |= {x.target for x in found}
+            if found[0].target not in tables and not all(_fits(x, like, ours[x.target]) for x in found):
+                misfit.append(name)
     left = [x for x in ours if x not in used and not x.startswith(_ADDED) and not re.fullmatch(unneeded, x)]
-    return Plan(targets, unfilled, _without_tied(model, used, left))
+    return Plan(targets, unfilled, _without_tied(model, used, left), misfit)
+
+
+def _name_tables(model: VLM) -> list[str]:
+    """Return the names of the language model's two tables, to which a class may add rows."""
+    return [f"lang_model.{name}" for name in find_tables(model.lang_model)]
+
+
+def _fits(target: Target, theirs: Tensor, ours: Tensor) -> bool:
+    """Say whether a tensor of the class has the shape of what it fills."""
+    return target.selected_shape(tuple(theirs.shape)) == tuple(target.region(ours.to("meta")).shape)
 
 
 def _without_tied(model: VLM, used: set[str], left: Sequence[str]) -> list[str]:

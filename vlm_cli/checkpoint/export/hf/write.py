@@ -14,12 +14,12 @@ import transformers
 from vlm_cli.checkpoint.export.hf.agreement import compare_pictures
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass
-from vlm_cli.checkpoint.export.hf.fit import Fit, fit_class
+from vlm_cli.checkpoint.export.hf.fit import Fit, Subject, fit_class
 from vlm_cli.checkpoint.export.hf.idefics3 import NO_NUM2WORDS
 from vlm_cli.checkpoint.export.hf.tensors import added_embedding
 from vlm_cli.checkpoint.export.language_model import forget_tokens
 from vlm_cli.composition import MEDIA_TOKEN
-from vlm_cli.errors import LanguageModelError, UsageError
+from vlm_cli.errors import CheckpointError, LanguageModelError, UsageError, first_line
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.generation_settings import inherit_settings
 from vlm_cli.modeling.meta import SkipsFilling, meta_device
@@ -60,8 +60,8 @@ def judge_classes(
         processor: of the VLM, if it is known.
         name: a key of `CLASSES`; None for all.
     """
-    tokenizer = None if processor is None else processor.tokenizer
-    fits = [(word, fit_class(x, config, tokenizer)) for word, x in CLASSES.items() if name in (None, word)]
+    subject = Subject.of(config, None if processor is None else processor.tokenizer)
+    fits = [(word, fit_class(x, subject)) for word, x in CLASSES.items() if name in (None, word)]
     return sorted(fits, key=lambda item: (len(item[1].problems), not item[1].is_exact))
 
 
@@ -111,7 +111,13 @@ def export_hf(
     theirs = load_pretrained(getattr(transformers, target.model), out, dtype=model.dtype).eval()
     their_processor = load_pretrained(getattr(transformers, target.processor), out)
     facts = {"class": target.model, "positions_per_image": model.num_positions()}
-    found = compare_pictures(model, processor, theirs, their_processor, out, fit.draft)
+    try:
+        found = compare_pictures(model, processor, theirs, their_processor, out, fit.draft)
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{target.model} does not run this model ({type(error).__name__}: {first_line(error)}). Nothing was "
+            "written; please report it with the composition."
+        ) from None
     return {**facts, **found, "notes": [*found["notes"], *_missed(fits, target)]}
 
 
@@ -128,7 +134,7 @@ def _missed(fits: list[tuple[str, Fit]], target: HFClass) -> list[str]:
 def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_size: str) -> None:
     config, draft = fit.config, fit.draft
     assert fit.plan is not None
-    tied = _is_tied(model, has_added_rows=draft.has_added_rows)
+    tied = config.tie_word_embeddings and _is_tied(model, has_added_rows=draft.has_added_rows)
     pad: int | None = model.config.pad_token_id
     if pad is not None and pad >= config.get_text_config().vocab_size:
         pad = None

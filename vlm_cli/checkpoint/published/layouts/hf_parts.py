@@ -6,6 +6,7 @@ The tower becomes a vision encoder of the type `hf`, whose tensors keep their pu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +21,14 @@ from vlm_cli.checkpoint.published.tables import table_targets, tables_filled
 from vlm_cli.checkpoint.published.targets import Rule
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
-from vlm_cli.modeling.language_model import embedding_scale
+from vlm_cli.modeling.language_model import embedding_scale, find_tables
 from vlm_cli.modeling.meta import SkipsFilling, meta_device
 from vlm_cli.trust import make_config, make_language_model
 
-__all__ = ["EMBEDDING", "HEAD", "MODEL", "NO_SETTINGS", "OPTIONAL_IN_TOWERS", "HFParts"]
-__all__ += ["make_language_model_rules", "read_parts"]
+__all__ = ["MODEL", "NO_SETTINGS", "OPTIONAL_IN_TOWERS", "HFParts", "make_language_model_rules", "read_parts"]
 
 #: What stands before the name of a part.
 MODEL = r"(?:model\.)?"
-
-#: Names of a language model's tables in a VLM.
-EMBEDDING, HEAD = "lang_model.model.embed_tokens.weight", "lang_model.lm_head.weight"
 
 _HEAD = r"(?:language_model\.)?lm_head\.weight"
 #: Settings that say where a configuration comes from, and nothing of the model.
@@ -132,17 +129,21 @@ def make_language_model_rules(
         under: the name.
         has_added_rows: whether its tables have a row for each added token.
     """
-    prefix = rf"{MODEL}{under}\.(?:model\.)?"
-    embedding = rf"{prefix}embed_tokens\.weight"
-    layers: Rule = (rf"{prefix}(layers\..*|norm\..*)", r"lang_model.model.\1")
-    if not has_added_rows:
-        return [(embedding, EMBEDDING), (_HEAD, HEAD), layers]
-    added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
     with meta_device(), SkipsFilling():
-        scale = embedding_scale(make_language_model(config.text_config).get_input_embeddings())
+        lm = make_language_model(config.text_config)
+    own = f"{lm.base_model_prefix}."
+    embedding_name, head_name = find_tables(lm)
+    inner = re.escape(embedding_name.removeprefix(own))
+    prefix = rf"{MODEL}{under}\.(?:model\.)?"
+    embedding, rest = rf"{prefix}{inner}", (rf"{prefix}(.*)", rf"lang_model.{own}\1")
+    to_embedding, to_head = f"lang_model.{embedding_name}", f"lang_model.{head_name}"
+    if not has_added_rows:
+        return [(_HEAD, to_head), (embedding, to_embedding), rest]
+    added = slice(config.first_added_id, config.first_added_id + len(config.added_tokens))
     filled = tables_filled(checkpoint, config, embedding=embedding, head=_HEAD)
+    scale = embedding_scale(lm.get_input_embeddings())
     return [
-        (embedding, lambda _: table_targets(EMBEDDING, filled["embedding"], added=added, scale=scale)),
-        (_HEAD, lambda _: table_targets(HEAD, filled["head"], added=added, scale=scale)),
-        layers,
+        (_HEAD, lambda _: table_targets(to_head, filled["head"], added=added, scale=scale)),
+        (embedding, lambda _: table_targets(to_embedding, filled["embedding"], added=added, scale=scale)),
+        rest,
     ]
