@@ -21,6 +21,7 @@ from tests.support.tiny import IMAGE
 from vlm_cli.modeling import media_layout
 from vlm_cli.modeling import vlm as core
 from vlm_cli.modeling.deduplicate import deduplicate
+from vlm_cli.modeling.fusion import expansion
 from vlm_cli.modeling.fusion.visibility import MediaVisibility, Readers, attend_to_media
 from vlm_cli.modeling.learned import find_learned
 from vlm_cli.modeling.media_layout import MediaLayout
@@ -266,7 +267,8 @@ class Waiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("tokenizer", ["mlp", "perceiver"])
 @pytest.mark.parametrize("fusion", ["language-stream", "cross-attention"])
-def test_a_step_with_a_layout_does_not_wait(fusion, tokenizer):
+def test_a_step_with_a_layout_does_not_wait(fusion, tokenizer, monkeypatch):
+    monkeypatch.setattr(expansion, "is_on_host", lambda mask: False)  # as if an accelerator held it
     model = tiny.open_gates(tiny.build(fusion=fusion, tokenizer=tokenizer)).train()
     inputs = tiny.batch(model, (1, 0, 1))
     labels = inputs["lang_x"].masked_fill(torch.arange(inputs["lang_x"].shape[1]) < 5, -100)
@@ -280,4 +282,4 @@ def test_a_step_with_a_layout_does_not_wait(fusion, tokenizer):
     torch.testing.assert_close(found, expected)
     lengths = ["expansion.py: length = int(ends[:, -1].max())  # L"]  # by which the language model is called
     assert ahead.places == (lengths if fusion == "language-stream" else [])
-    assert len(plain.places) >= len(ahead.places) + 6
+    assert len(plain.places) >= len(ahead.places) + 4

@@ -168,14 +168,13 @@ class RowAnswerer:
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row]) -> None:
         ids, mask = pad_left([row.ids for row in rows], self.plan.processor.tokenizer.pad_token_id)
-        inputs = {"input_ids": ids, "attention_mask": mask, **self.media.arguments(rows)}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self.media.arguments(rows)}
         if self.seed is not None:
             from transformers import set_seed
 
             set_seed((self.seed + rows[0].line) % 2**32)  # the same in a run that resumes here
-        on_device: dict[str, Any] = {name: x.to(self.model.device) for name, x in inputs.items()}
         output = self.model.generate(
-            **on_device,
+            **inputs,
             **self.plan.keywords | {"max_new_tokens": rows[0].room},
             prompt_cache=self.prompt_cache,
             stopping_criteria=self.plan.stopping_criteria(),

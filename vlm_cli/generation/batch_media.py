@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from vlm_cli.generation.encoded_image import EncodedImage
 from vlm_cli.generation.rows import Row
@@ -40,10 +39,11 @@ class BatchMedia:
         self.encodes_apart: bool = model.encodes_media_independently
         self.encoded = 0
 
-    def arguments(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the media as arguments of `generate`.
 
-        They are vision tokens if the tokens of a medium are the same in every row, and pixels otherwise.
+        They are vision tokens if the tokens of a medium are the same in every row, and pixels otherwise. Vision tokens
+        are on the model's device, and all else is on the CPU.
         """
         images = [[slot.image for slot in row.images if slot.image is not None] for row in rows]
         distinct = list(dict.fromkeys(image for row in images for image in row))
@@ -59,15 +59,16 @@ class BatchMedia:
             [[image.mask for image in row if image.mask is not None] for row in images],
         )
         grid = stack_grids([[image.size for image in row] for row in images])
-        return {"vision_tokens": tokens, "media_mask": mask, **grid}
+        return {"vision_tokens": tokens, "media_mask": mask, "media_keys": images, **grid}
 
     def _encode(self, images: Sequence[EncodedImage]) -> None:
-        """Replace the pixels of images by vision tokens, which wait in the memory of the CPU."""
+        """Replace the pixels of images by vision tokens, which stay on the model's device."""
         for some in _of_one_length(images):
             pixels = torch.stack([x.pixels for x in some if x.pixels is not None])[:, None]  # [k, 1, F, C, H, W]
             grids: dict[str, Any] = stack_grids([[x.size] for x in some])
-            tokens, mask = self.model.encode_vision(pixels.to(self.model.device), **grids)
-            for image, x, m in zip(some, tokens.cpu(), mask.cpu(), strict=True):
+            there = torch.ones(pixels.shape[:3], dtype=torch.bool)
+            tokens, mask = self.model.encode_vision(pixels, there, **grids)
+            for image, x, m in zip(some, tokens, mask, strict=True):
                 image.tokens, image.mask, image.pixels = x[0].clone(), m[0].clone(), None
             self.encoded += len(some)
 

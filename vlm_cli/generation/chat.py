@@ -42,12 +42,14 @@ class EncodedMedia:
         pixels: of each; empty if they are not needed again.
         tokens: float[1, T_img, n, d], the vision tokens; None without media.
         mask: bool[1, T_img, n], which of them are valid.
+        keys: of each, equal where two have the same tokens; None if their tokens depend on each other.
     """
 
     sizes: tuple[MediumSize, ...] = ()
     pixels: tuple[MediumPixels, ...] = ()
     tokens: Tensor | None = None
     mask: Tensor | None = None
+    keys: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Chat:
         positions = self._positions(asked, sizes)
         room = self.plan.room(positions, notify, sizes)
         shown = self._encode(pixels, sizes, self.media)
-        ids = torch.tensor([asked.ids], device=self.model.device)
+        ids = torch.tensor([asked.ids])
         criteria = self.plan.stopping_criteria()
         criteria.append(_Interruption(is_interrupted))
         output = self.model.generate(
@@ -167,6 +169,7 @@ class Chat:
             media_mask=shown.mask,
             vision_grid=stack_grids([sizes]).get("vision_grid"),
             prompt_cache=self.cache,
+            media_keys=None if shown.keys is None else [shown.keys],
             streamer=streamer,
             stopping_criteria=criteria,
             **self.plan.keywords | {"max_new_tokens": room},
@@ -215,14 +218,14 @@ class Chat:
         encodes_apart = self.model.encodes_media_independently
         if not encodes_apart:
             media = [*known.pixels, *media]
-        given: dict[str, Any] = {name: x.to(self.model.device) for name, x in stack_pixels([media]).items()}
+        given: dict[str, Any] = stack_pixels([media])
         tokens, mask = self.model.encode_vision(given.pop("pixel_values"), **given)
         if not encodes_apart:
             return EncodedMedia(sizes, tuple(media), tokens, mask)
         if known.tokens is not None and known.mask is not None:
             # A clip has more tokens than an image: the shorter ones are padded.
             tokens, mask = stack_media([[*known.tokens[0], *tokens[0]]], [[*known.mask[0], *mask[0]]])
-        return EncodedMedia(sizes, (), tokens, mask)
+        return EncodedMedia(sizes, (), tokens, mask, (*(known.keys or ()), *(x.digest for x in media)))
 
 
 class _Interruption(StoppingCriteria):

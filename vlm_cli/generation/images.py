@@ -28,6 +28,7 @@ from vlm_cli.interrupt import ignore_interrupt
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.media.sources import quote_source
+from vlm_cli.modeling.batching import MediumPixels
 from vlm_cli.prompt import Medium
 from vlm_cli.tiling import MediumSize
 
@@ -72,12 +73,11 @@ class ImageCache:
         if isinstance(found, MediaError):
             slot.error = found
             return
-        content = hashlib.sha256(found.values.data)  # of as many bytes as the medium has views
-        content.update(repr(found.size).encode())  # equal tiles may belong to pictures with other bars
-        digest = content.digest()
+        medium = MediumPixels(torch.from_numpy(found.values), found.size)
+        digest = medium.digest
         image = self._images.get(digest)
         if image is None:
-            image = self._images[digest] = EncodedImage(torch.from_numpy(found.values), found.size)
+            image = self._images[digest] = EncodedImage(medium.views, medium.size)
         slot.image = image
 
 

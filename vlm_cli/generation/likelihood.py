@@ -150,6 +150,7 @@ class LikelihoodScorer:
             prefix[b, ids.shape[1] - len(task.tokens) :] = False
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "prefix_mask": prefix}
         inputs |= self.media.arguments([task.row for task in tasks])
+        inputs.pop("media_keys", None)  # which only a prompt cache reads
         logits = model(**{name: x.to(model.device) for name, x in inputs.items()}, use_cache=False).logits  # [B, T, V]
         for b, task in enumerate(tasks):
             c = len(task.tokens)

@@ -79,7 +79,6 @@ def generate_once(
     inputs = BatchFeature({"input_ids": ids, "attention_mask": mask})
     if media:
         inputs.update(stack_pixels([pixels]))
-    inputs = inputs.to(plan.model.device)
     num_tokens = ids.shape[1]
     positions = plan.budget.positions(num_tokens, sizes)
     room = plan.room(positions, notify, sizes)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vlm_cli.composition import AnyresOptions
 from vlm_cli.errors import CompositionError
 from vlm_cli.modeling.batching import stack_media
+from vlm_cli.modeling.deduplicate import moved
 from vlm_cli.modeling.vision_tokenizers.grid import merge_sizes, pool
 from vlm_cli.tiling import MediumSize
 from vlm_cli.tiling.anyres import unpad
@@ -88,14 +89,19 @@ class Arrangement(nn.Module):
         arranged = [
             [
                 self.arrange(
-                    medium[: num * self.per_frame] if self._is_pooled(grid) else medium[mask], MediumSize(num, *grid)
+                    medium[: num * self.per_frame] if self._is_pooled(grid) else _valid(medium, mask),
+                    MediumSize(num, *grid),
                 )
                 for medium, mask, num, grid in zip(media, masks, row, row_grids, strict=True)
                 if num
             ]
             for media, masks, row, row_grids in zip(tokens, token_mask, views, grids, strict=True)
         ]
-        found, mask = stack_media(arranged, shape=(tokens.shape[-1],))
+        found, _ = stack_media(arranged, shape=(tokens.shape[-1],))
+        mask = token_mask.new_zeros(found.shape[:3])
+        for b, row in enumerate(arranged):
+            for t, medium in enumerate(row):
+                mask[b, t, : len(medium)] = True
         missing = tokens.shape[1] - found.shape[1]  # media that are padding in every row
         return nnf.pad(found, (0, 0, 0, 0, 0, missing)), nnf.pad(mask, (0, 0, 0, missing))
 
@@ -138,6 +144,14 @@ class Arrangement(nn.Module):
         if self.newline is None or not self.options.clip_newline:
             return tokens
         return torch.cat([tokens, self.newline[None].to(tokens)])
+
+
+def _valid(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Leave out padding, which nearly always comes last: float[F·v, d], bool[F·v] -> float[valid, d]."""
+    count = int(mask.sum())
+    if bool(mask[:count].all()):
+        return tokens[:count]
+    return tokens[moved(mask.nonzero()[:, 0], tokens.device)]
 
 
 def make_arrangement(options: AnyresOptions, tokenizer: Any) -> Arrangement:

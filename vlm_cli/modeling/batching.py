@@ -5,6 +5,7 @@ B rows, T_txt tokens, T_img media, F views of a medium, n views or vision tokens
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,13 +60,14 @@ def stack_media(
         shape: dimensions after n, where no row has a medium.
 
     Returns:
-        *[B, T_img, n, …] and bool[B, T_img, n].
+        *[B, T_img, n, …] and bool[B, T_img, n], the latter on the device of `masks`.
     """
     media = [medium for row in rows for medium in row]
     size = (len(rows), max(map(len, rows), default=0), max(map(len, media), default=0))
     like = media[0] if media else torch.empty(0, *shape)
     stacked = like.new_zeros(*size, *like.shape[1:])
-    mask = torch.zeros(size, dtype=torch.bool, device=like.device)
+    known = like if masks is None else next((mask for row in masks for mask in row), like)
+    mask = torch.zeros(size, dtype=torch.bool, device=known.device)
     for b, row in enumerate(rows):
         for t, medium in enumerate(row):
             stacked[b, t, : len(medium)] = medium
@@ -84,6 +86,13 @@ class MediumPixels:
 
     views: Tensor
     size: MediumSize
+
+    @property
+    def digest(self) -> bytes:
+        """What equal media share: a hash of the pixels and of the size, since equal tiles may have other bars."""
+        content = hashlib.sha256(self.views.numpy().data)
+        content.update(repr(self.size).encode())
+        return content.digest()
 
 
 def stack_pixels(rows: Sequence[Sequence[MediumPixels]], name: str = "pixel_values") -> dict[str, Tensor]:

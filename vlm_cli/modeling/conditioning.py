@@ -30,6 +30,8 @@ class Conditioning:
         prefix_mask: bool[B, T], true at positions of the prompt that all see each other; None for none.
         segments: int[B, T], the number of each position's row in a packed row, 0 at padding; None without packed rows.
         chosen: int[N] indices of the flattened positions whose logits are computed; None for all.
+        most_readers: positions of the prompt after the medium that has most of them before the next one, at most; None
+            if nobody has counted them.
         hide_media_logit: whether the logit of `<image>` is set to the lowest number.
         fusion_state: what the fusion's `condition_call` computed for this call; cross-attention: `MediaVisibility`.
         head_input: float[B, T, d], the last input of the language model's head.
@@ -45,6 +47,7 @@ class Conditioning:
     prefix_mask: Tensor | None = None
     segments: Tensor | None = None
     chosen: Tensor | None = None
+    most_readers: int | None = None
     hide_media_logit: bool = False
     fusion_state: Any = None
     head_input: Tensor | None = None

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["deduplicate", "find_equal"]
+__all__ = ["deduplicate", "find_equal", "is_on_host", "moved", "on_host"]
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+SAMPLED_WORDS = 256  # words of a tensor that are looked at before tensors are compared as a whole
+MOST_LOOKALIKES = 8  # distinct tensors with the same sample; further ones count as distinct without a comparison
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Tell whether this process can look at the numbers of a tensor without waiting for an accelerator."""
+    return tensor.device.type == "cpu"
+
+
+def on_host(tensor: MaybeTensor) -> MaybeTensor:
+    """Return a tensor in the memory of the CPU, or None for None; an accelerator that holds it has to be waited for."""
+    return tensor if tensor is None or tensor.is_meta or is_on_host(tensor) else tensor.cpu()
+
+
+def moved(tensor: MaybeTensor, device: torch.device) -> MaybeTensor:
+    """Return a tensor on a device, without waiting for the device; None for None."""
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 def deduplicate(tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,32 +38,40 @@ def deduplicate(tensors: Tensor) -> tuple[Tensor, Tensor]:
 
         unique    A B C        inverse   0 1 0 2
 
-    The order of `unique` is arbitrary. If all tensors differ, the input comes back as it is. `torch.unique(dim=0)`
-    would sort whole frames; this function sorts a checksum for each and compares the frames to rule out a collision.
+    If all tensors differ, or if an accelerator holds them, the input comes back as it is.
 
     Args:
         tensors: float[N, *].
 
     Returns:
-        unique: float[M, *] with M <= N, and inverse: int[N].
+        unique: float[M, *] with M <= N, in the order of the input, and inverse: int[N].
     """
     first, inverse = find_equal(tensors)
     return (tensors if len(first) == len(tensors) else tensors[first]), inverse
 
 
 def find_equal(tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Find one of each group of equal tensors: int[M] indices of what `deduplicate` keeps, and int[N] `inverse`."""
+    """Find one of each group of equal tensors: int[M] indices of what `deduplicate` keeps, and int[N] `inverse`.
+
+    A few words of each are looked at, and only tensors that agree there are compared as a whole. On an accelerator, a
+    comparison would make the process wait, and cost more than it saves: all tensors then count as distinct.
+    """
     numbers = torch.arange(len(tensors), device=tensors.device)
-    if len(tensors) < 2:
+    if len(tensors) < 2 or not is_on_host(tensors):
         return numbers, numbers
-    tensors = tensors.contiguous()
-    # The bits as integers: their sums do not depend on the order of summation, so that equal tensors have equal sums on
-    # every device.
-    words = tensors.flatten(1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensors.element_size()])  # [N, W]
-    weights = torch.arange(1, words.shape[1] + 1, device=tensors.device) * 0x9E3779B97F4A7C1
-    sums = torch.stack([(x * weights).sum() for x in words])  # [N]
-    values, inverse = sums.unique(return_inverse=True)
-    first = numbers.new_full(values.shape, len(tensors)).scatter_reduce(0, inverse, numbers, "amin")  # [M]
-    if len(first) < len(tensors) and torch.equal(words[first][inverse], words):
-        return first, inverse
-    return numbers, numbers
+    # The bits as integers, so that equal bits are equal, also those of NaN.
+    words = tensors.detach().contiguous().flatten(1)
+    words = words.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])  # [N, W]
+    samples = words[:, :: max(1, words.shape[1] // SAMPLED_WORDS)].contiguous().numpy()
+    kept: list[int] = []
+    inverse: list[int] = []
+    lookalikes: defaultdict[bytes, list[int]] = defaultdict(list)  # sample -> places in `kept`
+    for number, sample in enumerate(samples):
+        known = lookalikes[sample.tobytes()]
+        equal = next((i for i in known[:MOST_LOOKALIKES] if torch.equal(words[kept[i]], words[number])), None)
+        if equal is None:
+            equal = len(kept)
+            known.append(equal)
+            kept.append(number)
+        inverse.append(equal)
+    return torch.tensor(kept), torch.tensor(inverse)

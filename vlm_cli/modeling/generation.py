@@ -6,8 +6,8 @@ d channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -21,11 +21,13 @@ from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.decoding.loop import decode, fits
 from vlm_cli.modeling.decoding.static import StaticStep
+from vlm_cli.modeling.deduplicate import is_on_host, moved, on_host
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
+from vlm_cli.modeling.fusion.visibility import most_readers
 from vlm_cli.modeling.inputs import check_media, resolve_names
 from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.lm_interface import LanguageModelInterface
-from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow
+from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow, ShownMedia
 
 __all__ = ["GenerationMixin"]
 
@@ -43,6 +45,7 @@ class GenerationMixin(transformers.GenerationMixin):
     lang_model: Any
     added_tokens: AddedTokens
     num_positions_of: Callable[[Tensor], int]
+    splices_media: bool
     sees_ahead: Literal["nothing", "media", "prompt"]
     reads_before_media: bool
     find_prefix: Callable[[Tensor, Tensor | None], Tensor | None]
@@ -50,6 +53,12 @@ class GenerationMixin(transformers.GenerationMixin):
     __call__: Callable[..., Any]
     _resolve_media: Callable[..., tuple[Tensor | None, Tensor | None]]
     _expand_checked: Callable[..., tuple[Tensor, Tensor | None, ExpandedPrompt | None]]
+
+    if TYPE_CHECKING:
+
+        @property
+        def device(self) -> torch.device:
+            """Where the model is."""
 
     @property
     def lm_interface(self) -> LanguageModelInterface:
@@ -73,11 +82,14 @@ class GenerationMixin(transformers.GenerationMixin):
         media_mask: Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
         prompt_cache: PromptCache | None = None,
+        media_keys: Sequence[Sequence[Hashable]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue prompts. Every option of Transformers' `generate` applies.
 
-        Pad rows at the left, as the processor does.
+        Pad rows at the left, as the processor does. Tokens, pixels, masks and grids may be on the CPU while the model
+        is on an accelerator: what depends on their numbers is decided before they move, and nothing waits for the
+        accelerator.
 
         Args:
             inputs: another name of `lang_x`.
@@ -94,6 +106,8 @@ class GenerationMixin(transformers.GenerationMixin):
             logits_processor: as in Transformers.
             prompt_cache: the cache of an earlier prompt. Positions that this prompt shares with it are not computed
                 again. Give media as `vision_tokens`, which the cache compares.
+            media_keys: for each row something for each of its media, equal where two media are; `prompt_cache` compares
+                them in the place of vision tokens, for which it would have to wait for an accelerator.
             kwargs: as in Transformers.
 
         Returns:
@@ -107,6 +121,13 @@ class GenerationMixin(transformers.GenerationMixin):
         lang_x, vision_x = resolve_names(
             "generate", lang_x=(lang_x, input_ids, inputs), vision_x=(vision_x, pixel_values)
         )
+        if vision_x is not None and vision_mask is None:
+            vision_mask = torch.ones([1, 1, 1, *vision_x.shape[:-3]][-3:], dtype=torch.bool)
+        # What depends on numbers is decided on the CPU, before the accelerator has anything to do.
+        lang_x, attention_mask = on_host(lang_x), on_host(attention_mask)
+        vision_mask, media_mask, vision_grid = on_host(vision_mask), on_host(media_mask), on_host(vision_grid)
+        if vision_tokens is not None and is_on_host(vision_tokens):
+            vision_tokens = moved(vision_tokens, self.device)
         media, media_mask = self._resolve_media(vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
         check_media(lang_x, media_mask, self.config.media_token_id)
         if attention_mask is None and self.config.pad_token_id is not None:
@@ -117,26 +138,34 @@ class GenerationMixin(transformers.GenerationMixin):
         wants_details = kwargs.get("return_dict_in_generate")
         if prompt_cache is not None:
             self._check_prompt_cache(vision_x, generation_config, kwargs)
-            ids, mask, cache = self._begin_with(prompt_cache, ids, mask, vision_tokens, media_mask)
+            shown = ShownMedia(vision_tokens, media_mask, media_keys)
+            ids, mask, cache = self._begin_with(prompt_cache, ids, mask, shown)
             kwargs["return_dict_in_generate"] = True
             if cache is not None:
                 kwargs[self.lm_interface.cache_name] = cache
         output = super().generate(
-            ids,
+            moved(ids, self.device),
             generation_config,
             logits_processor=LogitsProcessorList([*(logits_processor or []), _ForbidToken(self.config.media_token_id)]),
-            attention_mask=mask,
+            attention_mask=moved(mask, self.device),
             media=media,
-            media_mask=media_mask,
-            mm_token_type_ids=self._position_types(ids, mask),
+            media_mask=moved(media_mask, self.device),
+            mm_token_type_ids=moved(self._position_types(ids, mask), self.device),
+            most_readers=self._count_readers(ids, media_mask),
             **kwargs,
         )
         if prompt_cache is not None:
-            self._end_with(prompt_cache, output, vision_tokens, media_mask)
+            self._end_with(prompt_cache, output, shown)
             output = output if wants_details else output.sequences
         elif expanded is None:
             return output
-        return _restore_prompt(output, lang_x, ids.shape[1])
+        return _restore_prompt(output, moved(lang_x, self.device), ids.shape[1])
+
+    def _count_readers(self, ids: Tensor, media_mask: Tensor | None) -> int | None:
+        """Count the positions after the medium that has most before the next one, of a prompt on the CPU."""
+        if media_mask is None or self.splices_media or ids.is_meta:
+            return None
+        return most_readers(count_media(ids, self.config.media_token_id), media_mask.shape[1])
 
     def _position_types(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Mark positions by 1 for media, and by 2 more if they all see each other: int[B, L].
@@ -166,23 +195,18 @@ class GenerationMixin(transformers.GenerationMixin):
             if (kwargs.get(name) or getattr(generation_config or self.generation_config, name, None) or 1) > 1:
                 raise ValueError(f"a prompt_cache holds one sequence for each row, so {name} must be 1.")
 
-    def _prompt_row(self, ids: Tensor, row: int, vision_tokens: Tensor | None, media_mask: Tensor | None) -> PromptRow:
-        """Describe one row of a batch for a prompt cache: int[L] ids without padding, and its media."""
-        counts = count_media(ids, self.config.media_token_id)
-        if vision_tokens is None:
-            return PromptRow(ids, counts)
-        tokens = vision_tokens[row]  # [T_img, n, d]
-        masks = torch.ones_like(tokens[..., 0], dtype=torch.bool) if media_mask is None else media_mask[row]
-        media = [x[mask] for x, mask in zip(tokens, masks, strict=True) if mask.any()]
-        return PromptRow(ids, counts, media, [self.num_positions_of(x) for x in media])
+    def _prompt_row(self, ids: Tensor, row: int, shown: ShownMedia) -> PromptRow:
+        """Describe one row of a batch for a prompt cache: int[L] ids without padding, on the CPU, and its media."""
+        counts, media = count_media(ids, self.config.media_token_id), shown.of_row(row)
+        keys = media if shown.keys is None else shown.keys[row]
+        return PromptRow(ids, counts, keys, [self.num_positions_of(x) for x in media])
 
     def _begin_with(
         self,
         prompt_cache: PromptCache,
         ids: Tensor,
         mask: Tensor | None,
-        vision_tokens: Tensor | None,
-        media_mask: Tensor | None,
+        shown: ShownMedia,
     ) -> tuple[Tensor, Tensor, Any]:
         """Find the positions of a prompt that need no computation, and move padding behind them.
 
@@ -194,10 +218,9 @@ class GenerationMixin(transformers.GenerationMixin):
 
         Args:
             prompt_cache: of earlier prompts; afterwards it holds what all rows share.
-            ids: int[B, L], padded at the left.
+            ids: int[B, L], padded at the left, on the CPU.
             mask: bool[B, L], false at padding; None for no padding.
-            vision_tokens: float[B, T_img, n, d]; None without media.
-            media_mask: bool[B, T_img, n] of them.
+            shown: the media of the rows.
 
         Returns:
             ids and mask with the padding moved, and the language model's cache of the shared positions; None if no
@@ -205,8 +228,7 @@ class GenerationMixin(transformers.GenerationMixin):
         """
         is_valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         rows = [
-            self._prompt_row(row[valid], b, vision_tokens, media_mask)
-            for b, (row, valid) in enumerate(zip(ids, is_valid, strict=True))
+            self._prompt_row(row[valid], b, shown) for b, (row, valid) in enumerate(zip(ids, is_valid, strict=True))
         ]
         if len(set(map(len, rows))) > 1 and not self._may_pad_within():
             prompt_cache.reused = 0
@@ -217,7 +239,7 @@ class GenerationMixin(transformers.GenerationMixin):
         reuse = prompt_cache.match(rows, whole_media=self.sees_ahead == "media")
         prompt_cache.crop(reuse.cached)
         if reuse.shared > reuse.cached:
-            self._read_shared(prompt_cache, rows[0].cut(reuse.shared), vision_tokens, media_mask)
+            self._read_shared(prompt_cache, rows[0].cut(reuse.shared), shown)
         start = prompt_cache.reused = prompt_cache.length
         if not start:
             return ids, is_valid.long(), None
@@ -230,35 +252,33 @@ class GenerationMixin(transformers.GenerationMixin):
         """Say whether padding may stand inside a row: the caller then numbers the positions, the model does not."""
         return self.lang_model.config.model_type not in NO_LEFT_PADDING and self.lm_interface.takes_positions
 
-    def _read_shared(
-        self, prompt_cache: PromptCache, row: PromptRow, vision_tokens: Tensor | None, media_mask: Tensor | None
-    ) -> None:
+    def _read_shared(self, prompt_cache: PromptCache, row: PromptRow, shown: ShownMedia) -> None:
         """Read the start that several rows share, once, after what the prompt cache holds of it.
 
         Args:
             prompt_cache: holds a start of `row`; afterwards all of it.
             row: the shared positions, as the first row of the batch has them.
-            vision_tokens, media_mask: of the batch.
+            shown: the media of the batch.
         """
         start = prompt_cache.length
         inputs: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
-        if vision_tokens is not None and media_mask is not None:
-            inputs |= {"media": self.project_media(vision_tokens[:1], media_mask[:1]), "media_mask": media_mask[:1]}
+        if shown.tokens is not None and shown.mask is not None:
+            mask = shown.mask[:1]
+            inputs |= {"media": self.project_media(shown.tokens[:1], mask), "media_mask": moved(mask, self.device)}
+            inputs["most_readers"] = self._count_readers(row.ids[None], mask)
         output = self(
-            lang_x=row.ids[None, start:],
-            attention_mask=torch.ones_like(row.ids)[None],
-            media_counts=row.media_counts[None, start:],
+            lang_x=moved(row.ids[None, start:], self.device),
+            attention_mask=torch.ones(1, len(row), dtype=torch.long, device=self.device),
+            media_counts=moved(row.media_counts[None, start:], self.device),
             past_key_values=prompt_cache.take(),
             **inputs,
         )
         prompt_cache.keep(row, self.lm_interface.cache_in(output))
 
-    def _end_with(
-        self, prompt_cache: PromptCache, output: Any, vision_tokens: Tensor | None, media_mask: Tensor | None
-    ) -> None:
+    def _end_with(self, prompt_cache: PromptCache, output: Any, shown: ShownMedia) -> None:
         """Keep the prompt and the answer of a single row; of several rows, the cache keeps what they shared."""
         if len(output.sequences) == 1:
-            row = self._prompt_row(output.sequences[0], 0, vision_tokens, media_mask)
+            row = self._prompt_row(output.sequences[0].cpu(), 0, shown)
             prompt_cache.keep(row, self.lm_interface.cache_in(output))
 
     # -- Transformers' loop ---------------------------------------------------------------------------------------
@@ -297,6 +317,7 @@ class GenerationMixin(transformers.GenerationMixin):
         media_mask: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         media_counts: Tensor | None = None,
+        most_readers: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for one call: the language model's own, and the media with their counts.
@@ -328,7 +349,7 @@ class GenerationMixin(transformers.GenerationMixin):
             inputs["attention_mask"] = attention_mask  # `mask_call` prepares it, also for a static cache
             if self.sees_ahead == "prompt" and mm_token_type_ids is not None:
                 inputs["prefix_mask"] = mm_token_type_ids[:, -length:] > 1
-        return inputs | {"media": media, "media_mask": media_mask}
+        return inputs | {"media": media, "media_mask": media_mask, "most_readers": most_readers}
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # Transformers chooses the kind of cache by the class of the model.

@@ -13,7 +13,7 @@ B rows, L positions of the language model, n vision tokens per medium, d channel
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["MIN_SHARED_POSITIONS", "PromptCache", "PromptRow", "Reuse", "is_plain"]
+from vlm_cli.modeling.deduplicate import moved
+
+__all__ = ["MIN_SHARED_POSITIONS", "PromptCache", "PromptRow", "Reuse", "ShownMedia", "is_plain"]
 
 MIN_SHARED_POSITIONS = 8  # positions that rows must share before one call reads them for all rows
 
@@ -33,13 +35,13 @@ class PromptRow:
     Attributes:
         ids: int[L], with as many `<image>` for each medium as it takes positions.
         media_counts: int[L], number of `<image>` at or before each position.
-        media: the vision tokens of each medium, float[n, d] without padding.
+        media: the vision tokens of each medium, float[n, d] without padding, or a key that equal media share.
         num_positions: positions that each medium takes.
     """
 
     ids: Tensor
     media_counts: Tensor
-    media: Sequence[Tensor] = ()
+    media: Sequence[Any] = ()
     num_positions: Sequence[int] = ()
 
     def __len__(self) -> int:
@@ -64,11 +66,42 @@ class PromptRow:
         same = (self.ids[:length] == other.ids.to(self.ids.device)[:length]).cumprod(0)
         num_alike = 0  # positions of equal media
         for mine, theirs, num in zip(self.media, other.media, self.num_positions, strict=False):
-            if not torch.equal(mine, theirs):
+            if not _is_same(mine, theirs):
                 break
             num_alike += num
         known = self.media_counts[:length] <= num_alike
         return int((same * known).cumprod(0).sum())
+
+
+def _is_same(mine: Any, theirs: Any) -> bool:
+    """Compare the vision tokens of two media, or their keys."""
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(mine, theirs)
+    return bool(type(mine) is type(theirs) and mine == theirs)
+
+
+@dataclass(frozen=True)
+class ShownMedia:
+    """The media of a batch of prompts.
+
+    Attributes:
+        tokens: float[B, T_img, n, d] vision tokens; None without media.
+        mask: bool[B, T_img, n], false at padding, on the CPU; None for no padding.
+        keys: for each row a key of each of its media, equal where two media are; None to compare vision tokens.
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    keys: Sequence[Sequence[Hashable]] | None = None
+
+    def of_row(self, row: int) -> list[Tensor]:
+        """Return the vision tokens of each medium of a row: float[n, d] without padding."""
+        if self.tokens is None:
+            return []
+        if self.mask is None:
+            return list(self.tokens[row])
+        pairs = zip(self.tokens[row], self.mask[row], strict=True)
+        return [x if mask.all() else x[moved(mask.nonzero()[:, 0], x.device)] for x, mask in pairs if mask.any()]
 
 
 @dataclass(frozen=True)

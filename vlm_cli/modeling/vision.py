@@ -15,9 +15,9 @@ from torch import Tensor
 from vlm_cli.errors import VisionEncoderError
 from vlm_cli.modeling.arrangement import Arrangement
 from vlm_cli.modeling.bands import Bands
-from vlm_cli.modeling.deduplicate import deduplicate
+from vlm_cli.modeling.deduplicate import find_equal, is_on_host, moved
 from vlm_cli.modeling.encoders.views import pad_views
-from vlm_cli.modeling.media_layout import MediaLayout
+from vlm_cli.modeling.media_layout import MediaLayout, find_media
 from vlm_cli.modeling.vision_encoder import VisionEncoder
 
 __all__ = ["encode_features", "encode_media"]
@@ -40,8 +40,10 @@ def encode_media(
     Args:
         encoder: reads frames.
         tokenizer: the vision tokenizer; makes tokens of features.
-        vision_x: float[B, T_img, F, C, H, W]; F may be left out where it is 1, and so may T_img and F.
-        vision_mask: bool[B, T_img, F], true for views that are not padding; None for all.
+        vision_x: float[B, T_img, F, C, H, W]; F may be left out where it is 1, and so may T_img and F. On the CPU,
+            equal views are found before the pixels go to an accelerator.
+        vision_mask: bool[B, T_img, F], true for views that are not padding; None for all. The mask and the grid may be
+            on the CPU; from an accelerator, what depends on their numbers has to be waited for.
         vision_grid: int[B, T_img, 4], the tiles of each medium and its size in pixels; None for media without tiles.
         independently: whether the tokenizer encodes each medium independently of the others in its row.
         arrangement: puts the tokens of a picture's tiles in order; None leaves them view after view.
@@ -49,7 +51,8 @@ def encode_media(
         layout: which views are encoded; None to find it here.
 
     Returns:
-        float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
+        float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding; the mask is on the
+        device of `vision_mask`, or on the CPU without one.
 
     Raises:
         ValueError: if there are no media, or if `vision_x`, `vision_mask` or `vision_grid` has another shape.
@@ -66,7 +69,9 @@ def encode_media(
         raise ValueError(
             f"vision_grid must be (B, T_img, 4) = {(*vision_x.shape[:2], 4)}, got {tuple(vision_grid.shape)}."
         )
-    vision_x = vision_x.to(next(encoder.parameters()).dtype)
+    weight = next(encoder.parameters())
+    device = vision_x.device if weight.is_meta else weight.device  # accelerate may keep weights on a disk
+    vision_x = vision_x.to(weight.dtype)
     frame_mask = None if vision_mask is None else vision_mask.bool()
     if encoder.num_views is not None:
         vision_x, frame_mask = pad_views(vision_x, frame_mask, encoder.num_views)
@@ -75,15 +80,21 @@ def encode_media(
     if vision_x.is_meta or (torch.compiler.is_compiling() and bands is None):
         tokens = tokenizer(encoder(vision_x, frame_mask, vision_grid), frame_mask)
     elif frame_mask is not None and encoder.num_views is not None:
-        tokens = tokenizer(_encode_pictures_once(encoder, vision_x, frame_mask, vision_grid), frame_mask)
+        features = _encode_pictures_once(encoder, vision_x, frame_mask, vision_grid, device)
+        tokens = tokenizer(features, moved(frame_mask, device))
     else:
         layout = layout or MediaLayout.of(vision_x, frame_mask)
-        views = vision_x.flatten(0, 2)[layout.views]  # [views, C, H, W]
+        views = moved(_choose(vision_x.flatten(0, 2), layout.views), device)  # [views, C, H, W]
         features = encoder(views[:, None, None]).flatten(0, 2)  # [views, v, d]
         tokens = _make_all_tokens(tokenizer, features, layout, independently, arrangement, bands, vision_grid)
     if frame_mask is None:
-        frame_mask = vision_x.new_ones(vision_x.shape[:3], dtype=torch.bool)
+        frame_mask = torch.ones(vision_x.shape[:3], dtype=torch.bool, device="meta" if vision_x.is_meta else None)
     return _arranged(tokenizer, tokens, frame_mask, vision_grid, arrangement)
+
+
+def _choose(tensors: Tensor, places: Tensor) -> Tensor:
+    """Return some of the tensors, or all as they are: *[N, …], int[M] in rising order on any device -> *[M, …]."""
+    return tensors if len(places) == len(tensors) else tensors[moved(places, tensors.device)]
 
 
 def encode_features(
@@ -105,7 +116,9 @@ def encode_features(
     mask = torch.ones_like(features[..., 0, 0], dtype=torch.bool) if vision_mask is None else vision_mask.bool()
     layout = layout or MediaLayout.of(features, mask)
     bands = None if vision_grid is None else bands
-    features = features.flatten(0, 2)[layout.views].to(next(tokenizer.parameters()).dtype)
+    weight = next(tokenizer.parameters())
+    tokenizer_device = features.device if weight.is_meta else weight.device
+    features = moved(_choose(features.flatten(0, 2), layout.views), tokenizer_device).to(weight.dtype)
     tokens = _make_all_tokens(tokenizer, features, layout, independently, arrangement, bands, vision_grid)
     return _arranged(tokenizer, tokens, mask, vision_grid, arrangement)
 
@@ -124,7 +137,7 @@ def _make_all_tokens(
     tokens = _make_tokens(tokenizer, features, layout, independently, grouping)
     if arrangement is None or not arrangement.pools_patches:
         return tokens
-    is_clip = arrangement.find_clips(layout.number, vision_grid)
+    is_clip = moved(arrangement.find_clips(layout.number, vision_grid), tokens.device)
     pooled = _make_tokens(tokenizer, arrangement.pool(features), layout, independently)
     pooled = nnf.pad(pooled, (0, 0, 0, tokens.shape[2] - pooled.shape[2]))
     return torch.where(is_clip[..., None, None], pooled, tokens)
@@ -186,39 +199,55 @@ def _make_tokens(
     if grouping is not None:
         number = torch.cat([number, grouping[1].to(number)], dim=-1)  # [B, T_img, F + 4]
         if independently:
-            number, medium = number.flatten(0, 1).unique(dim=0, return_inverse=True)  # [media, F + 4], [B·T_img]
+            number, medium = find_media(number)  # [media, F + 4], [B·T_img]
     elif independently:
         number, medium = layout.media, layout.medium
     if independently:
         number = number[:, None]  # each medium is a row of its own
     number, grid = number[..., :num_frames], number[..., num_frames:]
+    number = moved(number, features.device)
     mask = number >= 0
-    features = torch.where(mask[..., None, None], features[number.clamp(min=0)], 0)  # [rows, media, F, v, d]
+    features = features[number.clamp(min=0)]  # [rows, media, F, v, d]
+    if layout.has_padding:
+        features = torch.where(mask[..., None, None], features, 0)
     if grouping is None:
         tokens = tokenizer(features, mask if layout.has_padding else None)  # [rows, media, n, d]
     else:
         features, patch_mask = grouping[0](features, grid)
         tokens = tokenizer(features, mask if layout.has_padding else None, patch_mask)
-    return tokens if medium is None else tokens[medium, 0].unflatten(0, shape)
+    if medium is None:
+        return tokens
+    return _choose_all(tokens[:, 0], medium).unflatten(0, shape)
+
+
+def _choose_all(tensors: Tensor, places: Tensor) -> Tensor:
+    """Return the tensor of each place: *[M, …], int[N] on any device -> *[N, …]. With M = N, places are in order."""
+    return tensors if len(places) == len(tensors) else tensors[moved(places, tensors.device)]
 
 
 def _encode_pictures_once(
-    encoder: VisionEncoder, vision_x: Tensor, frame_mask: Tensor, vision_grid: Tensor | None
+    encoder: VisionEncoder, vision_x: Tensor, frame_mask: Tensor, vision_grid: Tensor | None, device: torch.device
 ) -> Tensor:
     """Encode equal media once, and media that are padding never, with an encoder that reads their views together.
 
+    Where an accelerator holds the mask, padding is encoded too; its features are zero all the same.
     float[B, T_img, F, C, H, W], bool[B, T_img, F], int[B, T_img, 4] -> float[B, T_img, F, v, d].
     """
-    there = frame_mask.any(-1)  # [B, T_img]
-    there = there if there.any() else ~there
-    grid = frame_mask.new_zeros(*there.shape, 4, dtype=torch.long) if vision_grid is None else vision_grid
-    # Pictures with the same pixels may differ in their tiles; whole numbers below 256 are exact in every dtype.
-    facts = torch.cat([frame_mask[there], grid[there][:, :2]], dim=-1).to(vision_x)  # [media, F + 2]
-    keys, inverse = deduplicate(torch.cat([vision_x[there].flatten(1), facts], dim=1))
-    views, facts = keys.split([keys.shape[1] - facts.shape[1], facts.shape[1]], dim=1)
-    views = views.unflatten(1, vision_x.shape[2:])[:, None]  # [media, 1, F, C, H, W]
-    mask, rows_columns = facts[:, :-2].bool(), facts[:, -2:].long()
-    features = encoder(views, mask[:, None], nnf.pad(rows_columns, (0, 2))[:, None])[:, 0]  # [media, F, v, d]
-    found = features.new_zeros(*there.shape, *features.shape[1:])
-    found[there] = features[inverse]
-    return found
+    shape, there = vision_x.shape[:2], frame_mask.any(-1).flatten()  # [B·T_img]
+    views, mask = vision_x.flatten(0, 1), frame_mask.flatten(0, 1)
+    grid = mask.new_zeros(len(mask), 4, dtype=torch.long) if vision_grid is None else vision_grid.flatten(0, 1)
+    if not is_on_host(there):
+        features = encoder(moved(views, device)[:, None], mask[:, None], moved(grid, device)[:, None])[:, 0]
+        return torch.where((there | ~there.any())[:, None, None, None], features, 0).unflatten(0, shape)
+    places = (there if there.any() else ~there).nonzero()[:, 0]  # [media]
+    views, mask, grid = _choose(views, places), mask[places], grid[places.to(grid.device)]
+    first, inverse = torch.arange(len(places)), torch.arange(len(places))
+    if is_on_host(views) and is_on_host(grid):
+        # Pictures with the same pixels may differ in their tiles; whole numbers below 256 are exact in every dtype.
+        first, inverse = find_equal(
+            torch.cat([views.flatten(1), torch.cat([mask, grid[:, :2]], dim=-1).to(views)], dim=1)
+        )
+    views, mask, grid = (moved(_choose(x, first), device)[:, None] for x in (views, mask, grid))  # [media, 1, …]
+    features = encoder(views, mask, grid)[:, 0]  # [media, F, v, d]
+    found = features.new_zeros(len(there), *features.shape[1:])
+    return found.index_copy(0, moved(places, device), _choose_all(features, inverse)).unflatten(0, shape)

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlm_cli.modeling.announcement import Announcement
 from vlm_cli.modeling.arrangement import Arrangement
 from vlm_cli.modeling.bands import Bands
+from vlm_cli.modeling.deduplicate import moved
 from vlm_cli.modeling.media_layout import MediaLayout
 from vlm_cli.modeling.renamed import encodes_media_independently
 from vlm_cli.modeling.vision import encode_features, encode_media
@@ -79,15 +80,18 @@ class VisionHalf:
             vision_mask: bool[B, T_img, F], true for views that are not padding; None for no padding.
             vision_grid: int[B, T_img, 4], the rows and columns of tiles of each picture, and the height and width in
                 pixels that it was given with; zeros for a medium without tiles. None for media without tiles.
+                All three may be on the CPU while the model is on an accelerator: what depends on their numbers is then
+                decided before they move, and nothing waits for the accelerator.
             media_layout: what `MediaLayout.of` says of these media; None to find it here.
 
         Returns:
-            float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding.
+            float[B, T_img, n, d] tokens, and bool[B, T_img, n], true for tokens that are not padding. The mask is where
+            `vision_mask` is, or without one where the tokens are.
 
         Raises:
             ValueError: if there are no media, or if `vision_x`, `vision_mask` or `vision_grid` has another shape.
         """
-        return encode_media(
+        tokens, mask = encode_media(
             self.vision_encoder,
             self.vision_tokenizer,
             vision_x,
@@ -98,6 +102,7 @@ class VisionHalf:
             bands=self.bands,
             layout=media_layout,
         )
+        return tokens, moved(mask, tokens.device) if vision_mask is None else mask
 
     def encode_features(
         self,
@@ -146,5 +151,5 @@ class VisionHalf:
                 raise ValueError("media_mask is given without vision_tokens.")
             return None, None
         if media_mask is None:
-            media_mask = torch.ones_like(tokens[..., 0], dtype=torch.bool)
+            media_mask = torch.ones(tokens.shape[:3], dtype=torch.bool, device="meta" if tokens.is_meta else None)
         return self.project_media(tokens, media_mask), media_mask

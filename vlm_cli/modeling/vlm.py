@@ -32,6 +32,7 @@ from vlm_cli.modeling.arrangement import make_arrangement
 from vlm_cli.modeling.bands import make_bands
 from vlm_cli.modeling.conditioning import Conditioning, count_media
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.deduplicate import moved
 from vlm_cli.modeling.fusion.contract import Fusion
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
 from vlm_cli.modeling.generation import GenerationMixin
@@ -253,6 +254,7 @@ class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMix
             of `<image>`.
         """
         media, media_mask = self._resolve_media(None, None, None, vision_tokens, media_mask)
+        media_mask = moved(media_mask, lang_x.device)
         check_media(lang_x, media_mask, self.config.media_token_id)
         ids, mask, _ = self._expand_checked(lang_x, attention_mask, media_mask, vision_grid)
         counts = count_media(ids, self.config.media_token_id)
@@ -283,6 +285,7 @@ class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMix
         segments: Tensor | None = None,
         vision_features: Tensor | None = None,
         media_layout: MediaLayout | None = None,
+        most_readers: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compute logits, and the loss if there are labels.
@@ -316,6 +319,8 @@ class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMix
             media_layout: what `MediaLayout.of` says of `vision_x` or `vision_features`. A data loader finds it on the
                 CPU, and `forward` then neither waits for an accelerator to find it nor checks that media and media
                 tokens match.
+            most_readers: positions after the medium that has most of them before the next one; None to count them,
+                for which an accelerator has to be waited for.
             kwargs: for the language model.
 
         Returns:
@@ -337,6 +342,7 @@ class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMix
         if media is None:
             given = (vision_x, vision_mask, vision_grid, vision_tokens, media_mask)
             media, media_mask = self._resolve_media(*given, media_layout)
+        media_mask = moved(media_mask, lang_x.device)
         expanded = None
         if prefix_mask is None and media_counts is None and not is_filled(kwargs.get(self.lm_interface.cache_name)):
             prefix_mask = self.find_prefix(lang_x, labels, segments)
@@ -366,7 +372,9 @@ class VLM(Fusion, HookedLanguageModel, VisionHalf, TrainableParts, GenerationMix
             "logits_to_keep": logits_to_keep if expanded is None else 0,
         }
         num_items = kwargs.pop("num_items_in_batch", None)
-        conditioning = Conditioning(lang_x, media, media_mask, media_counts, prefix_mask, segments=segments)
+        conditioning = Conditioning(
+            lang_x, media, media_mask, media_counts, prefix_mask, segments=segments, most_readers=most_readers
+        )
         if logits_at is not None:
             kwargs["logits_to_keep"] = 0
             conditioning.chosen = chosen_positions(logits_at, num_tokens, expanded)

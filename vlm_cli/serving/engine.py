@@ -186,10 +186,9 @@ class Engine:
         for row in rows:
             row.begin(self.plan, self._stop_ids)
         ids, mask = pad_left([row.ids for row in rows], self.plan.processor.tokenizer.pad_token_id)
-        inputs = {"input_ids": ids, "attention_mask": mask, **self.media.arguments(rows)}
-        on_device: dict[str, Any] = {name: x.to(self.model.device) for name, x in inputs.items()}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self.media.arguments(rows)}
         self.model.generate(
-            **on_device,
+            **inputs,
             **self.plan.keywords | {"max_new_tokens": max(row.room for row in rows)},
             prompt_cache=self._cache,
             logits_processor=LogitsProcessorList([_Choose(rows)]),

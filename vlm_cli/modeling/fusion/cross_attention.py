@@ -144,7 +144,13 @@ class GatedCrossAttention(nn.Module):
         """Whether text before its row's first medium reads all media of the row."""
         return getattr(self.options, "attend_before_media", False)
 
-    def visibility(self, media_counts: Tensor, media_mask: Tensor, segments: Tensor | None = None) -> MediaVisibility:
+    def visibility(
+        self,
+        media_counts: Tensor,
+        media_mask: Tensor,
+        segments: Tensor | None = None,
+        readers_bound: int | None = None,
+    ) -> MediaVisibility:
         """Compute what each position sees; arguments as for `MediaVisibility.build`."""
         return MediaVisibility.build(
             media_counts,
@@ -153,6 +159,7 @@ class GatedCrossAttention(nn.Module):
             feed_forward_before_media=self.options.feed_forward_before_media,
             attend_before_media=self.attends_before_media,
             segments=segments,
+            readers_bound=readers_bound,
         )
 
 
@@ -212,7 +219,9 @@ class VLMWithCrossAttention(VLM):
         if conditioning.media is not None and conditioning.media_mask is not None:
             # While tokens are decoded, `media` holds fewer media than were counted (see below).
             counts = conditioning.media_counts.clamp(max=conditioning.media_mask.shape[1])
-            conditioning.fusion_state = self.fusion.visibility(counts, conditioning.media_mask, conditioning.segments)
+            conditioning.fusion_state = self.fusion.visibility(
+                counts, conditioning.media_mask, conditioning.segments, conditioning.most_readers
+            )
         return conditioning
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

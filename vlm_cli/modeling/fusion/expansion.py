@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vlm_cli.modeling.deduplicate import is_on_host, moved
+
 __all__ = ["ExpandedPrompt", "expand_media_tokens", "insert_media_ids", "pack_valid_tokens", "scatter_media"]
 
 
@@ -118,8 +120,11 @@ def _expand(
 def pack_valid_tokens(vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
     """Move each row's valid vision tokens to the front, in order.
 
-    float[B, T_img, n, d], bool[B, T_img, n] -> float[B, T_img·n, d].
+    float[B, T_img, n, d], bool[B, T_img, n] on any device -> float[B, T_img·n, d].
     """
+    if is_on_host(media_mask) and bool(media_mask.all()):
+        return vision_tokens.flatten(1, 2)
+    media_mask = moved(media_mask, vision_tokens.device)
     order = media_mask.flatten(1).logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     return vision_tokens.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, vision_tokens.shape[-1]))
 

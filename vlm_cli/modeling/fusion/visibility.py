@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm_cli.modeling.packed import last_of_segment, start_of_segment
 
-__all__ = ["MediaVisibility", "Readers", "attend_to_media"]
+__all__ = ["MediaVisibility", "Readers", "attend_to_media", "most_readers"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class MediaVisibility:
         feed_forward_before_media: bool,
         attend_before_media: bool = False,
         segments: Tensor | None = None,
+        readers_bound: int | None = None,
     ) -> MediaVisibility:
         """Compute the masks of one call.
 
@@ -67,6 +68,7 @@ class MediaVisibility:
             attend_before_media: whether positions before the first medium read all media of their row, the padded
                 views of these media included, as in Transformers' Mllama.
             segments: int[B, T_txt] of packed rows, which see their own media alone; None if rows are not packed.
+            readers_bound: as for `Readers.build`.
         """
         num_media, n = media_mask.shape[1:]
         position = media_counts[:, :, None]  # [B, T_txt, 1]
@@ -75,7 +77,7 @@ class MediaVisibility:
         is_own = (number > own.before) & (number <= own.last)  # [B, T_txt, S] or what becomes that
         readers = None
         if attend == "last" and num_media > 1 and not attend_before_media:
-            readers = Readers.build(media_counts, num_media)
+            readers = Readers.build(media_counts, num_media, readers_bound)
         if readers is None:
             seen = (number == position if attend == "last" else number <= position) & is_own
             seen = seen & media_mask.flatten(1)[:, None]  # [B, T_txt, S]
@@ -150,19 +152,23 @@ class Readers:
     num_media: int
 
     @classmethod
-    def build(cls, media_counts: Tensor, num_media: int) -> Readers | None:
+    def build(cls, media_counts: Tensor, num_media: int, bound: int | None = None) -> Readers | None:
         """Find the readers. None if this saves less than half of the work, or while torch traces the model.
 
         Args:
             media_counts: int[B, T_txt], number of media tokens at or before each position.
             num_media: T_img.
+            bound: a P that no medium of the prompt exceeds, which a process knows that has the prompt on the CPU; None
+                to count, for which an accelerator has to be waited for.
         """
-        if torch.compiler.is_compiling() or media_counts.is_meta:
+        length = media_counts.shape[1]
+        if torch.compiler.is_compiling() or media_counts.is_meta or length < 2:
             return None
-        num_readers = nnf.one_hot(media_counts, num_media + 1).sum(1)  # [B, 1 + T_img]; first, those of no medium
-        most = int(num_readers[:, 1:].max())  # P
-        if not 0 < most <= media_counts.shape[1] // 2:
+        most = most_readers(media_counts, num_media) if bound is None else bound  # P
+        if not 0 < most <= length // 2:
             return None
+        numbers = torch.arange(num_media + 1, device=media_counts.device)
+        num_readers = (media_counts[..., None] == numbers).sum(1)  # [B, 1 + T_img]; first, those of no medium
         medium = media_counts - 1  # [B, T_txt], from 0; -1 before the first medium
         everyone = torch.arange(media_counts.shape[1], device=media_counts.device)  # [T_txt]
         start = num_readers.cumsum(1)[:, :-1]  # [B, T_img], first reader of each medium
@@ -180,6 +186,12 @@ class Readers:
         out = rearrange(out, "(B M) h P k -> B h (M P) k", M=self.num_media)
         index = self.slots[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
         return out.gather(2, index)
+
+
+def most_readers(media_counts: Tensor, num_media: int) -> int:
+    """Count the positions after the medium that has most of them before the next: int[B, T_txt] media counts."""
+    numbers = torch.arange(1, num_media + 1, device=media_counts.device)
+    return int((media_counts[..., None] == numbers).sum(1).max())
 
 
 def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
