@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,21 +36,37 @@ def write_adapted(base: Path, out: Path, settings: AdapterSettings) -> Path:
     return out
 
 
+class Made:
+    """The directories; an adapter is made when a test asks for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        named = f"local-dir:{disk.tower(path / 'tower')}", str(disk.language_model(path / "lm"))
+        self.full = disk.write(path / "full", disk.composition(*named, "perceiver", "cross-attention"))
+        self.llava = disk.write(
+            path / "llava", disk.composition(*named, "mlp", "language-stream"), dtype=torch.bfloat16
+        )
+        assert run("export", self.full, path / "delta", "--format", "delta").exit_code == 0
+        self.delta, self.trained = path / "delta", path / "trained"
+        model, processor = vlm_cli.load(str(self.full))
+        stir(x for part in (model.lang_model, model.fusion) for x in part.parameters())
+        self.trained.mkdir()
+        save(model, processor, self.trained)
+        (self.trained / "training_args.json").write_text(json.dumps({"job": {"model": str(self.full)}}))
+
+    def get(self, form: str) -> Path:
+        return getattr(self, form)
+
+    @cached_property
+    def lora(self) -> Path:
+        return write_adapted(self.full, self.path / "lora", AdapterSettings(r=2))
+
+    @cached_property
+    def dora(self) -> Path:
+        return write_adapted(self.delta, self.path / "dora", AdapterSettings(r=2, dora=True, rslora=True))
+
+
 @pytest.fixture(scope="session")
-def made(tmp_path_factory) -> SimpleNamespace:
+def made(tmp_path_factory) -> Made:
     """`full` and its delta; `trained`, with the record of a run; adapters over both; bfloat16 of other parts."""
-    path = tmp_path_factory.mktemp("models")
-    named = f"local-dir:{disk.tower(path / 'tower')}", str(disk.language_model(path / "lm"))
-    full = disk.write(path / "full", disk.composition(*named, "perceiver", "cross-attention"))
-    assert run("export", full, path / "delta", "--format", "delta").exit_code == 0
-    model, processor = vlm_cli.load(str(full))
-    stir(x for part in (model.lang_model, model.fusion) for x in part.parameters())
-    (path / "trained").mkdir()
-    save(model, processor, path / "trained")
-    (path / "trained/training_args.json").write_text(json.dumps({"job": {"model": str(full)}}))
-    lora = write_adapted(full, path / "lora", AdapterSettings(r=2))
-    dora = write_adapted(path / "delta", path / "dora", AdapterSettings(r=2, dora=True, rslora=True))
-    llava = disk.write(path / "llava", disk.composition(*named, "mlp", "language-stream"), dtype=torch.bfloat16)
-    return SimpleNamespace(
-        path=path, full=full, delta=path / "delta", trained=path / "trained", lora=lora, dora=dora, llava=llava
-    )
+    return Made(tmp_path_factory.mktemp("models"))

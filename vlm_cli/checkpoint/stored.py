@@ -12,7 +12,7 @@ Nothing but the model's own files is fetched. Where the pretrained weights of a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,10 @@ class StoredModel:
             return self._own.read(name)
         return self._sources[part_of(name)].read(name).detach().to(info.dtype)
 
+    def has_adapter(self, name: str) -> bool:
+        """Tell whether an adapter stands beside a tensor, which may be one that is not at hand."""
+        return name in self._layers
+
     def backbone(self, part: str) -> TensorSource | None:
         """Return the pretrained tensors of a part of a delta directory; None if they are not at hand."""
         return self._sources.get(part)
@@ -155,10 +159,6 @@ class StoredModel:
         """Forget pretrained parts that were loaded to read their tensors."""
         for source in self._sources.values():
             source.release()
-
-    def adapter_tensors(self) -> Iterator[tuple[str, int]]:
-        """Yield the names of the adapters' tensors, with the number of elements of each."""
-        yield from ((name, x.numel()) for name, x in adapter_parameters(self.model))
 
     @torch.no_grad()
     def _merged(self, name: str, weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from vlm_cli.cli import (
     console,
     count_params,
     data,
+    diff,
     doctor,
     eval,
     export,
@@ -121,6 +122,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _command in (
     ("build", build.build),
     ("inspect", inspect.inspect),
+    ("diff", diff.diff),
     ("generate", generate.generate),
     ("chat", chat.chat),
     ("batch", batch.batch),
