@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from vlm_cli.registry import suggest
 from vlm_cli.schema import is_finite, show
 
-__all__ = ["OTHERS", "Alias", "Flag", "Setting", "find_problems", "list_settings", "parse_numbers"]
+__all__ = ["OTHERS", "Alias", "Flag", "Setting", "find_problems", "list_settings", "parse_numbers", "spell_settings"]
 
 #: Stands in a value of several numbers for all that have no number of their own.
 OTHERS = "others"
@@ -180,6 +180,30 @@ def parse_numbers(text: str, setting: Setting) -> float | dict[str, float]:
                 f"1e-4,{setting.flag.per[0]}=1e-5, got {text!r}."
             ) from None
     return found[OTHERS] if list(found) == [OTHERS] else found
+
+
+def spell_settings(settings: Any) -> list[str]:
+    """Write the settings that differ from their defaults as words of a command line, which reads them back."""
+    words: list[str] = []
+    for setting in list_settings(settings):
+        value = getattr(settings, setting.name)
+        if value != setting.default:
+            words += _spell(setting, value)
+    return words
+
+
+def _spell(setting: Setting, value: Any) -> list[str]:
+    name = setting.spelling
+    if isinstance(value, bool):
+        return [name if value else f"--no-{name.removeprefix('--')}"]
+    if setting.flag.repeated:
+        return [word for x in value for word in (name, str(x))]
+    if isinstance(value, Mapping):
+        pairs = [f"{x}" if setting.flag.per and key == OTHERS else f"{key}={x}" for key, x in value.items()]
+        return [name, ",".join(pairs)]
+    if isinstance(value, tuple):
+        return [name, ",".join(value) or "none"]
+    return [name, str(value)]
 
 
 def _strip(annotation: Any) -> Any:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from vlm_cli.evaluation.run import Evaluation
 
-__all__ = ["Difference", "compare", "mcnemar"]
+__all__ = ["RESAMPLES", "Difference", "bootstrap_p", "compare", "compare_statistics", "mcnemar"]
 
 RESAMPLES = 5000
 
@@ -92,11 +92,11 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
     chosen = [[place[key] for key in both] for place in places]
     differences: list[Difference] = []
     for metric, *statistics in zip(first.metrics, first.marks.statistics, second.marks.statistics, strict=True):
-        differences += _compare(metric, statistics[0][chosen[0]], statistics[1][chosen[1]])
+        differences += compare_statistics(metric, statistics[0][chosen[0]], statistics[1][chosen[1]])
     return differences
 
 
-def _compare(metric: Metric, first: np.ndarray, second: np.ndarray) -> list[Difference]:
+def compare_statistics(metric: Metric, first: np.ndarray, second: np.ndarray) -> list[Difference]:
     """Compare float[n, k] statistics of the same items."""
     import numpy as np
 
@@ -109,7 +109,7 @@ def _compare(metric: Metric, first: np.ndarray, second: np.ndarray) -> list[Diff
         only = None
         if i == 0 and metric.is_binary:
             only = int(np.sum(own[0] > own[1])), int(np.sum(own[1] > own[0]))
-        p_value = _bootstrap_p(apart) if only is None else mcnemar(*only)
+        p_value = bootstrap_p(apart) if only is None else mcnemar(*only)
         before, after = float(values[0][i]), float(values[1][i])
         differences.append(
             Difference(
@@ -126,7 +126,7 @@ def _compare(metric: Metric, first: np.ndarray, second: np.ndarray) -> list[Diff
     return differences
 
 
-def _bootstrap_p(apart: np.ndarray) -> float:
+def bootstrap_p(apart: np.ndarray) -> float:
     """Return twice the share of drawn differences on the rarer side of nothing; the data themselves count as one.
 
     Source: A. C. Davison and D. V. Hinkley, Bootstrap methods and their application, 1997, section 4.2.

@@ -12,7 +12,7 @@ from vlm_cli.evaluation.metrics import Figure, Metric, Sample
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Estimate", "Marks", "Score"]
+__all__ = ["Estimate", "Marks", "Score", "estimate_figures", "interval_of"]
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class Marks:
     def _score(self, chosen: Sequence[int]) -> Score:
         estimates: list[Estimate] = []
         for metric, statistics in zip(self.metrics, self.statistics, strict=True):
-            estimates += _estimate(metric, statistics[list(chosen)])
+            estimates += estimate_figures(metric, statistics[list(chosen)])
         return Score(len(chosen), tuple(estimates))
 
 
-def _estimate(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
+def estimate_figures(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
     """Return the figures of a metric from float[n, k] statistics."""
     sums = statistics.sum(axis=0)
     values, counts = metric.values(sums), metric.counts(sums)
@@ -108,11 +108,11 @@ def _estimate(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
             continue
         if drawn is None:
             drawn = metric.values(draw_sums(statistics)[0])
-        estimates.append(Estimate(figure, float(values[i]), _interval(drawn[:, i], figure, float(counts[i]))))
+        estimates.append(Estimate(figure, float(values[i]), interval_of(drawn[:, i], figure, float(counts[i]))))
     return estimates
 
 
-def _interval(drawn: np.ndarray, figure: Figure, cases: float) -> tuple[float, float]:
+def interval_of(drawn: np.ndarray, figure: Figure, cases: float) -> tuple[float, float]:
     """Return the interval of float[R] drawn values.
 
     Where all are alike, as of one item or of marks that are all 0, the bootstrap knows of no doubt. Wilson's interval

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlm_cli.evaluation.figures import difference_cells, estimate_cells
 from vlm_cli.printable import markdown_text
 from vlm_cli.report.tables import human_count
 from vlm_cli.sweeps.dimensions import describe_value
 from vlm_cli.sweeps.overview import Overview
+from vlm_cli.sweeps.results import Results, Row
 
-__all__ = ["Table", "overview_table"]
+__all__ = ["Table", "overview_table", "results_table", "split_names"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Table:
         heads, rows: exact; a value that does not exist is None.
         short_heads, short_rows: for people.
         notes: lines below the table for people.
+        optional: short heads that a narrow terminal does without, the least important one first.
     """
 
     heads: Sequence[str]
@@ -31,6 +35,7 @@ class Table:
     short_heads: Sequence[str]
     short_rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    optional: Sequence[str] = ()
 
     def to_csv(self) -> str:
         """Write the exact numbers as comma-separated values."""
@@ -43,10 +48,15 @@ class Table:
     def to_markdown(self) -> str:
         """Write the short numbers as a Markdown table, with the notes below it."""
         kinds = ["--:" if _is_number_column(self.short_rows, i) else "---" for i in range(len(self.short_heads))]
-        lines = [self.short_heads, kinds, *([markdown_text(x) for x in row] for row in self.short_rows)]
+        lines = [self.short_heads, kinds, *([_escape(x) for x in row] for row in self.short_rows)]
         table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        notes = "".join(f"- {markdown_text(note)}\n" for note in self.notes)
+        notes = "".join(f"- {_escape(note)}\n" for note in self.notes)
         return f"{table}\n{notes}" if notes else table
+
+
+def _escape(text: str) -> str:
+    """Write a text in Markdown; one of numbers and plain words stays as it is."""
+    return text if re.fullmatch(r"[\w ,.%–+(){}=:;<'/-]*(?<!_)", text) and "__" not in text else markdown_text(text)
 
 
 def overview_table(rows: Sequence[Overview]) -> Table:
@@ -63,6 +73,65 @@ def overview_table(rows: Sequence[Overview]) -> Table:
     notes += list(_impossible(rows))
     notes += [f"{x.candidate.number} is the same as {x.candidate.same_as}." for x in rows if x.candidate.same_as]
     return Table(heads, exact, short_heads, short, notes)
+
+
+def results_table(results: Results) -> Table:
+    """Make the table of scores: a row for each composition and figure, the base marked by a star."""
+    names, notes = split_names([row.candidate.values for row in results.rows])
+    heads = ["#", *names, "parameters", "trainable", "tokens_per_image", "positions_per_image", "is_base"]
+    heads += ["metric", "items", "seeds", "score", "low", "high", "difference", "difference_low", "difference_high"]
+    heads += ["p_value", "seed_scores", "steps", "seconds", "loss", "problem"]
+    exact = [cells for row in results.rows for cells in _exact_cells(row, names)]
+    short_heads = ["#", *map(short_name, names), "Parameters", "Tokens/image"]
+    short_heads += ["Metric", "Score", "95 % interval", "Each seed", "Against base", "95 % interval", "p"]
+    short = [cells for row in results.rows for cells in _score_cells(row, names)]
+    overviews = [row.overview for row in results.rows]
+    notes += list(_impossible(overviews))
+    notes += [f"{x.candidate.number} is the same as {x.candidate.same_as}." for x in overviews if x.candidate.same_as]
+    notes += [f"{x.run.name} failed: {x.problem}" for row in results.rows for x in row.seeds if x.problem]
+    if waiting := sum(x.score is None and x.problem is None for row in results.rows for x in row.seeds):
+        notes.append(f"Not done yet: {waiting} of {sum(len(row.seeds) for row in results.rows)} runs.")
+    optional = ("Tokens/image", "Parameters", "Metric", "Each seed", "p")
+    return Table(heads, exact, short_heads, short, notes, optional)
+
+
+def _exact_cells(row: Row, names: Sequence[str]) -> Iterator[list[Any]]:
+    """Yield the cells of each figure of a row; one row without a score."""
+    data, values = row.overview.to_dict(), [describe_value(row.candidate.values[name]) for name in names]
+    costs = [_plain(data.get(x)) for x in ("parameters", "trainable", "tokens_per_image", "positions_per_image")]
+    begin = [row.candidate.number, *values, *costs, row.is_base]
+    training = [row.mean_of(name) for name in ("steps", "seconds", "loss")]
+    failed = "; ".join(f"seed {x.run.seed}: {x.problem}" for x in row.seeds if x.problem)
+    end = [*training, row.candidate.problem or failed or None]
+    if row.score is None:
+        yield [*begin, *[None] * 11, *end]
+        return
+    for i, estimate in enumerate(row.score.estimates):
+        each = ";".join(f"{x.run.seed}={x.score.estimates[i].value:.6g}" for x in row.seeds if x.score)
+        done = sum(x.score is not None for x in row.seeds)
+        found = row.differences[i] if row.differences else None
+        apart = [None] * 4 if found is None else [found.value, *found.interval, found.p_value]
+        figure = [estimate.figure.name, row.score.items, done, estimate.value, *estimate.interval]
+        yield [*begin, *figure, *apart, each, *end]
+
+
+def _score_cells(row: Row, names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the cells of each figure of a row, for people; one row without a score."""
+    values = [str(row.candidate.number), *(describe_value(row.candidate.values[name]) for name in names)]
+    costs = row.overview.costs
+    if costs is None:
+        yield [*values, "impossible", *[""] * 8]
+        return
+    begin = [*values, human_count(costs.parameters), range_text(costs.tokens)]
+    if row.score is None:
+        failed = any(x.problem for x in row.seeds)
+        yield [*begin, "", "failed" if failed else "", *[""] * 5]
+        return
+    for i, estimate in enumerate(row.score.estimates):
+        each = [estimate_cells(x.score.estimates[i])[1].removesuffix(" %") for x in row.seeds if x.score]
+        apart = ["base" if row.is_base else "", "", ""]
+        apart = difference_cells(row.differences[i])[3:] if row.differences else apart
+        yield [*begin, *estimate_cells(estimate), ", ".join(each), apart[0].removesuffix(" points"), *apart[1:]]
 
 
 def _impossible(rows: Sequence[Overview]) -> Iterator[str]:
