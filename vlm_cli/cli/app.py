@@ -33,6 +33,7 @@ from vlm_cli.cli import (
     serve,
     sweep,
     terminal,
+    trace,
     train,
 )
 from vlm_cli.cli.command import Command, Group
@@ -125,6 +126,7 @@ for _name, _command in (
     ("diff", diff.diff),
     ("generate", generate.generate),
     ("chat", chat.chat),
+    ("trace", trace.trace),
     ("batch", batch.batch),
     ("serve", serve.serve),
     ("count-params", count_params.count_params),

@@ -33,7 +33,7 @@ from vlm_cli.tracing.words import average_words, make_words, sum_words
 if TYPE_CHECKING:
     from vlm_cli.media import LoadedClip, LoadedImage
 
-__all__ = ["TraceOptions", "trace_prompt"]
+__all__ = ["TraceOptions", "check_shows_pictures", "trace_prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,7 @@ def trace_prompt(
         PromptError: if the prompt has no media, is too long, or if the model answers nothing.
         MediaError: if a picture is too thin to be cut.
     """
-    if not media:
-        raise PromptError(
-            "the prompt shows no picture, so there is nothing to trace. Show one: "
-            'vlm trace "<image:photo.jpg>A photo of". `vlm generate` answers a prompt of text alone.'
-        )
+    check_shows_pictures(media)
     model, processor = plan.model, plan.processor
     written = add_clip_texts(parts, processor, chosen_of(media))
     seen = read_media(model, processor, split_clips(media, processor))
@@ -128,6 +124,19 @@ def trace_prompt(
         gates=tuple(gates),
         notes=tuple(_write_notes(row, attention)),
     )
+
+
+def check_shows_pictures(media: Sequence[LoadedImage | LoadedClip]) -> None:
+    """Refuse a prompt without media.
+
+    Raises:
+        PromptError: saying how to show one.
+    """
+    if not media:
+        raise PromptError(
+            "the prompt shows no picture, so there is nothing to trace. Show one: "
+            'vlm trace "<image:photo.jpg>A photo of". `vlm generate` answers a prompt of text alone.'
+        )
 
 
 def _find_answer(

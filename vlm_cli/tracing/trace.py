@@ -33,6 +33,8 @@ __all__ = [
 Measure: TypeAlias = Literal["attention", "occlusion"]
 MEASURES: tuple[Measure, ...] = ("attention", "occlusion")
 
+#: The least value that gets the full colour: of a share, and of a fall of a log-probability (5 %).
+_LEAST: dict[Measure, float] = {"attention": 1e-6, "occlusion": 0.05}
 _DIGITS = 4  # significant ones of a number in JSON
 
 
@@ -242,6 +244,15 @@ class Trace:
     def map(self, word: int, picture: int, measure: Measure) -> HeatMap | None:
         """Return the map of a word over a picture; None if it was not measured."""
         return self._by_place.get((word, picture, measure))
+
+    def scale(self, word: int, measure: Measure) -> float:
+        """Return the value that gets the full colour where the maps of a word are shown, the same for all pictures.
+
+        It is the largest size of a value in them, or a size below which differences mean nothing.
+        """
+        maps = (self.map(word, picture, measure) for picture in range(len(self.pictures)))
+        sizes = [abs(x) for found in maps if found is not None for row in found.values for x in row]
+        return max([_LEAST[measure], *sizes])
 
     @property
     def measures(self) -> tuple[Measure, ...]:
