@@ -7,6 +7,7 @@ Example: python docs/generate_exports.py
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ BEGIN, END = "<!-- begin of the table of docs/generate_exports.py -->", "<!-- en
 
 SIDE = 32  # pixels
 VOCABULARY = 64  # tokens
+_TOKEN = re.compile(r"<[^>]*>|\n+")  # of the texts around views
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 _SIZES = {
     "hidden_size": 32,
@@ -43,6 +45,15 @@ TOWERS: dict[str, dict[str, Any]] = {
         "preprocess": {"size": SIDE},
     },
     "SigLIP": {"type": "hf", "config": {"model_type": "siglip_vision_model", **_SIZES, "vision_use_head": False}},
+    "SigLIP by Lanczos": {
+        "type": "hf",
+        "config": {"model_type": "siglip_vision_model", **_SIZES, "vision_use_head": False},
+        "preprocess": {**_PIXELS, "interpolation": "lanczos"},
+    },
+    "SigLIP of 16x16 patches": {
+        "type": "hf",
+        "config": {"model_type": "siglip_vision_model", **_SIZES, "vision_use_head": False, "patch_size": 2},
+    },
     "InternViT": {"type": "hf", "config": {"model_type": "internvl_vision", **_SIZES}},
     "PE": {
         "embed_dim": 32,
@@ -105,8 +116,16 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "tiling": {"type": "grid", "picture_text": "<img>{views}</img>"},
         },
     ),
+    "SigLIP, 16x16 patches; `mlp` with `pixel_shuffle`; LFM2-VL's `picture_text`": (
+        "SigLIP of 16x16 patches",
+        "Llama",
+        {
+            "vision_tokenizer": {"type": "mlp", "pixel_shuffle": 2},
+            "tiling": {"type": "none", "picture_text": "<|image_start|>{views}<|image_end|>"},
+        },
+    ),
     "SigLIP; `linear` with `pixel_shuffle`; `split` with SmolVLM's texts": (
-        "SigLIP",
+        "SigLIP by Lanczos",
         "Llama",
         {"vision_tokenizer": {"type": "linear", "bias": False, "pixel_shuffle": 2}, "tiling": _SPLIT},
     ),
@@ -155,7 +174,7 @@ def make_config(tower: str, language_model: str, settings: dict[str, Any]) -> VL
         first_added_id=VOCABULARY,
         media_token_id=VOCABULARY + parts.added_tokens.index(MEDIA_TOKEN),
         pad_token_id=0,
-        tiling_texts={text: [0] for text in list_texts(parts.tiling, (SIDE, SIDE))} or None,
+        tiling_texts={x: [0] * len(_TOKEN.findall(x)) for x in list_texts(parts.tiling, (SIDE, SIDE))} or None,
     )
 
 

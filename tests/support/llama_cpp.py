@@ -14,14 +14,17 @@ from vlm_cli.composition import Composition
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 
-_SIGLIP = tiny.register(
-    "tiny_siglip", VisionTransformer, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, class_token=False
-)
-#: OpenCLIP's configuration of a SigLIP tower.
-SIGLIP: dict[str, Any] = {
-    "embed_dim": 48,
-    "vision_cfg": {"image_size": 32, "timm_model_name": _SIGLIP, "timm_pool": "map", "timm_proj": "none"},
-}
+
+def _siglip(name: str, patch_size: int) -> dict[str, Any]:
+    """Return OpenCLIP's configuration of a SigLIP tower of 32 pixels."""
+    sizes = {"img_size": 32, "patch_size": patch_size, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    timm = tiny.register(name, VisionTransformer, class_token=False, **sizes)
+    cfg = {"image_size": 32, "timm_model_name": timm, "timm_pool": "map", "timm_proj": "none"}
+    return {"embed_dim": 48, "vision_cfg": cfg}
+
+
+SIGLIP = _siglip("tiny_siglip", 8)
+SIGLIP_OF_MANY_PATCHES = _siglip("tiny_siglip_of_many_patches", 2)
 
 
 def make(

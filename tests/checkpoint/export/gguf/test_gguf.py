@@ -40,6 +40,26 @@ GEMMA3 = {
     "mask": "image",
     "tiling": {"type": "none", "picture_text": "<start_of_image>{views}<end_of_image>"},
 }
+_FENCE = "<fake_token_around_image>"
+#: What `idefics3` holds, with tiles of 32 pixels.
+IDEFICS3 = {
+    "tokenizer": {"type": "linear", "bias": False, "pixel_shuffle": 2},
+    "tower": {"model_cfg": llama_cpp.SIGLIP, "preprocess_cfg": {"size": 32, "interpolation": "lanczos"}},
+    "tiling": {
+        "type": "split",
+        "longest_edge": 96,
+        "tile_text": f"{_FENCE}<row_{{row}}_col_{{column}}>{{image}}",
+        "row_end_text": "\n",
+        "thumbnail_text": f"\n{_FENCE}<global-img>{{image}}{_FENCE}",
+    },
+    "added_tokens": [_FENCE, "<global-img>", "\n\n", "<image>"],
+}
+#: What `lfm2` holds: 8 rows of vision tokens.
+LFM2 = {
+    "tokenizer": {"type": "mlp", "pixel_shuffle": 2},
+    "tower": llama_cpp.SIGLIP_OF_MANY_PATCHES,
+    "tiling": {"type": "none", "picture_text": "<|image_start|>{views}<|image_end|>"},
+}
 needs_llama_cpp = pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp is not installed")
 
 
@@ -142,11 +162,16 @@ def resized(mode: str, by: str, fill: tuple[int, int, int]) -> PreprocessCfg:
 
 def test_the_export_says_which_pictures_llama_cpp_resizes_otherwise():
     grey = (122, 116, 104)
-    assert PROJECTORS["mlp"].picture_note(resized("longest", "bicubic", grey), 32) is None
-    assert PROJECTORS["gemma3"].picture_note(resized("longest", "bilinear", (0, 0, 0)), 32) is None
+    assert PROJECTORS["mlp"].picture_note(resized("longest", "bicubic", grey), 32, 32) is None
+    assert PROJECTORS["gemma3"].picture_note(resized("longest", "bilinear", (0, 0, 0)), 32, 32) is None
     for other in (resized("squash", "bicubic", grey), resized("longest", "bilinear", grey)):
-        assert "make pictures 32x32" in PROJECTORS["mlp"].picture_note(other, 32)
-    assert "shows a picture twice" in PROJECTORS["internvl"].picture_note(resized("longest", "bicubic", grey), 32)
+        assert "make pictures 32x32" in PROJECTORS["mlp"].picture_note(other, 32, 32)
+    for name, words in (
+        ("internvl", "shows a picture twice if it is wider or higher than 32 pixels"),
+        ("idefics3", "pictures whose longer side has 96 pixels, and whose shorter side has a multiple of 32"),
+        ("lfm2", "keeps the shape of a picture that is not square"),
+    ):
+        assert words in PROJECTORS[name].picture_note(resized("longest", "bicubic", grey), 32, 96)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -168,6 +193,28 @@ def test_what_llama_cpp_cannot_hold(parts, problem):
     given = {"vision": "vit", "tokenizer": "mlp", "fusion": "language-stream", "language_model": "llama", **parts}
     with pytest.raises(UsageError, match=problem):
         check_gguf(tiny.config(**given))
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "problem"),
+    [
+        (
+            IDEFICS3,
+            {"longest_edge": 90},
+            "longest_edge is 90; it would have to be a multiple of the 32 pixels of a",
+        ),
+        (IDEFICS3, {"longest_edge": 32}, "longest_edge is 32; it would have to be a multiple .* from 64 to 4096"),
+        (IDEFICS3, {"enlarge": False}, "as idefics3, tiling.enlarge is False; it would have to be True"),
+        (IDEFICS3, {"row_end_text": ""}, "as idefics3, tiling.row_end_text is ''; it would have to be"),
+        ({**IDEFICS3, "added_tokens": ["<image>"]}, {}, "<global-img> or two newlines for several tokens each"),
+        ({**IDEFICS3, "tower": llama_cpp.SIGLIP}, {}, "resized by bicubic; it would have to be lanczos"),
+        ({**LFM2, "tower": llama_cpp.SIGLIP}, {}, "as lfm2, the vision tokens of a picture have 2 rows; .* 8 to 16"),
+    ],
+)
+def test_what_the_types_with_pixel_shuffle_cannot_hold(folder, parts, changes, problem):
+    model, _ = llama_cpp.make(folder, **{**parts, "tiling": {**parts["tiling"], **changes}})
+    with pytest.raises(UsageError, match=problem):
+        check_gguf(model.config)
 
 
 def test_a_type_that_llama_cpp_lacks(tmp_path):
@@ -216,13 +263,28 @@ def test_a_model_too_large_to_compare_is_written_without_a_check(made, tmp_path,
         {"model_type": "mistral", "encoder": {"layer": -2}},
         {"model_type": "gemma2"},
         {"model_type": "phi3"},
+        {"model_type": "smollm3"},
+        {"model_type": "olmo2"},
+        {"model_type": "seed_oss"},
+        {"model_type": "gemma"},
         {**INTERNVL, "encoder": {"layer": -2}},
         {**GEMMA3, "model_type": "gemma3_text"},
+        IDEFICS3,
+        {**LFM2, "tokenizer": {"type": "linear", "pixel_shuffle": 2, "norm": "layer"}},
+        LFM2,
     ],
 )
 def test_llama_cpp_answers_as_the_model_does(folder, tmp_path, parts):
     facts = export_gguf(*llama_cpp.make(folder, **parts), tmp_path, name="x", out_type="f32")
     assert facts["largest_difference"] < 5e-4 and facts["equal_tokens"]["text"] == 16
+
+
+def test_layers_without_rotation_must_be_those_of_smollm3(folder):
+    model, _ = llama_cpp.make(folder, model_type="smollm3")
+    check_gguf(model.config)
+    model.config.text_config.no_rope_layers = [1, 1, 1, 1]
+    with pytest.raises(UsageError, match="no_rope_layers differ from SmolLM3's"):
+        check_gguf(model.config)
 
 
 def test_a_head_that_llama_cpp_has_no_place_for(folder):

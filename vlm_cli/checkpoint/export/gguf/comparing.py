@@ -25,6 +25,7 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.prompt import Medium, Text
 from vlm_cli.templates.conversation import ChatFormat, Markers, Message
+from vlm_cli.tiling import MediumSize
 
 __all__ = ["UNCHECKED", "check_room", "compare_with_llama_cpp"]
 
@@ -49,6 +50,7 @@ UNCHECKED = (
 class _Prompt:
     text: str  # with MARKER for the picture
     picture: str | None  # base64
+    size: MediumSize | None  # of the picture
     inputs: dict[str, Tensor]
 
 
@@ -83,6 +85,8 @@ def compare_with_llama_cpp(
     mmproj: str,
     kept: list[int],
     adds_bos: bool,
+    splits_linear: bool,
+    picture_size: tuple[int, int],
 ) -> dict[str, Any]:
     """Return what the comparison found: `largest_difference`, `equal_tokens` and `notes`.
 
@@ -95,6 +99,8 @@ def compare_with_llama_cpp(
         mmproj: name of a file.
         kept: ids of the added tokens that have rows in the files.
         adds_bos: whether the files say that a text begins with the tokenizer's first token.
+        splits_linear: whether they hold a linear vision tokenizer as two maps.
+        picture_size: width and height of the picture, which both show alike.
 
     Raises:
         CheckpointError: if llama.cpp cannot read the files, reads other tokens, or computes other probabilities.
@@ -102,7 +108,7 @@ def compare_with_llama_cpp(
     version = llama_cpp_version()
     if version is None:
         return {"llama_cpp": None, "notes": [_NOT_CHECKED]}
-    prompts = _make_prompts(model, processor, adds_bos)
+    prompts = _make_prompts(processor, picture_size, adds_bos)
     pairs = [(prompt.text, prompt.picture) for prompt in prompts]
     files = out / language_model, out / mmproj
     first, rendered = ask_llama_cpp(*files, pairs, num_tokens=1, top=_TOP, messages=_messages(prompts[-1].picture))
@@ -112,28 +118,28 @@ def compare_with_llama_cpp(
     dtype = model.dtype
     cast(model, torch.float32)
     try:
-        facts = _compare(model, prompts, first, whole, ids, out_type)
+        facts = _compare(model, prompts, first, whole, ids, out_type, splits_linear)
     finally:
         cast(model, dtype)
     return {"llama_cpp": f"xllamacpp {version}", **facts}
 
 
-def _make_prompts(model: VLM, processor: VLMProcessor, adds_bos: bool) -> list[_Prompt]:
+def _make_prompts(processor: VLMProcessor, picture_size: tuple[int, int], adds_bos: bool) -> list[_Prompt]:
     """Return texts, texts behind a picture, and last a chat about the picture."""
-    side = model.vision_encoder.image_size[0]
     generator = torch.Generator().manual_seed(0)
-    values = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
+    values = torch.randint(256, (*picture_size[::-1], 3), generator=generator, dtype=torch.uint8)
     file = io.BytesIO()
     Image.fromarray(values.numpy()).save(file, "PNG")
     picture, encoded = decode_image(file.getvalue(), "a picture").image, base64.b64encode(file.getvalue()).decode()
+    size = processor.image_processor.measure(*picture_size)
     # Where texts begin with the tokenizer's first token and chats do not, a text spells it for llama.cpp.
     bos = processor.tokenizer.bos_token or ""
     starts = processor.tokenizer("a")["input_ids"][:1]
     opening = bos if starts == [processor.tokenizer.bos_token_id] and not adds_bos else ""
-    found = [_Prompt(opening + text, None, dict(processor(text=text))) for text in _TEXTS]
+    found = [_Prompt(opening + text, None, None, dict(processor(text=text))) for text in _TEXTS]
     for text in _TEXTS:
         inputs = dict(processor(text=MEDIA_TOKEN + text, images=[picture]))
-        found.append(_Prompt(opening + MARKER + text, encoded, inputs))
+        found.append(_Prompt(opening + MARKER + text, encoded, size, inputs))
     turn = Message("user", (Medium("picture.png"), Text(_TEXTS[0])))
     chat = ChatFormat(processor, gives_images=False)
     ids = torch.tensor([chat.encode_messages([turn])])
@@ -141,7 +147,7 @@ def _make_prompts(model: VLM, processor: VLMProcessor, adds_bos: bool) -> list[_
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     markers = Markers(MARKER, "", "")
     rendered = chat.render([turn], markers)
-    return [*found, _Prompt(rendered.removeprefix(bos) if adds_bos else rendered, encoded, inputs)]
+    return [*found, _Prompt(rendered.removeprefix(bos) if adds_bos else rendered, encoded, size, inputs)]
 
 
 def _messages(picture: str | None) -> list[dict[str, Any]]:
@@ -161,13 +167,19 @@ def _check_chat(processor: VLMProcessor, rendered: str, wanted: str) -> None:
 
 @torch.no_grad()
 def _compare(
-    model: VLM, prompts: list[_Prompt], first: list[Answer], whole: list[Answer], ids: list[int], out_type: str
+    model: VLM,
+    prompts: list[_Prompt],
+    first: list[Answer],
+    whole: list[Answer],
+    ids: list[int],
+    out_type: str,
+    splits: bool,
 ) -> dict[str, Any]:
     largest = 0.0
     for prompt, answer in zip(prompts, first, strict=True):
         _check_length(model, prompt, answer)
         if answer.logprobs:  # llama.cpp gives none for a token that is a part of a character
-            with rounding_as_llama_cpp(model):
+            with rounding_as_llama_cpp(model, splits_linear=splits):
                 logits = model(**prompt.inputs).logits[0, -1, ids].float()
             found = torch.tensor([*answer.logprobs.values()])
             expected = logits.log_softmax(-1)[[*answer.logprobs]]
@@ -176,7 +188,7 @@ def _compare(
     equal = {kind: _TOKENS for kind in ("text", "picture")}
     for prompt, answer in zip(prompts, whole, strict=True):
         kind = "picture" if prompt.picture else "text"
-        with rounding_as_llama_cpp(model):
+        with rounding_as_llama_cpp(model, splits_linear=splits):
             count = _count_equal(_generate(model, prompt, ids), answer.tokens)
         if count < len(answer.tokens) and out_type == "f32":
             raise CheckpointError(
@@ -197,10 +209,9 @@ def _note(equal: dict[str, int]) -> list[str]:
 
 
 def _check_length(model: VLM, prompt: _Prompt, answer: Answer) -> None:
-    ids, texts = prompt.inputs["input_ids"], model.config.tiling_texts or {}
-    around = sum(len(tokens) for tokens in texts.values())  # each text around a picture of one view stands there once
-    media = int((ids == model.config.media_token_id).sum())
-    wanted = ids.shape[1] + media * (model.num_positions() - 1 + around)
+    wanted = prompt.inputs["input_ids"].shape[1]
+    if prompt.size is not None:
+        wanted += model.positions_of(prompt.size) - 1
     if answer.num_prompt != wanted:
         raise CheckpointError(
             f"llama.cpp reads {prompt.text!r} as {answer.num_prompt} tokens, vlm as {wanted}. Nothing was written; "

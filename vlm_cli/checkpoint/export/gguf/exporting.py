@@ -65,7 +65,9 @@ def export_gguf(
         check_room(model, out_type)
     files = write_gguf(model, processor, out, name=name, out_type=out_type)
     preprocess, side = processor.image_processor.preprocessing.config, model.vision_encoder.image_size[0]
-    note = PROJECTORS[files["projector"]].picture_note(preprocess, side)
+    projector = PROJECTORS[files["projector"]]
+    picture_size = projector.same_size(model.config, side)
+    note = projector.picture_note(preprocess, side, picture_size[0])
     notes = [*([note] if note else []), *([_AROUND] if _writes_around_images(processor) else [])]
     if not check:
         return {**files, "llama_cpp": None, "notes": [*notes, UNCHECKED]}
@@ -78,6 +80,8 @@ def export_gguf(
         mmproj=files["mmproj"],
         kept=kept_tokens(model),
         adds_bos=begins_with_bos(processor),
+        splits_linear=projector.splits_linear,
+        picture_size=picture_size,
     )
     return {**files, **facts, "notes": [*notes, *facts["notes"]]}
 
@@ -125,7 +129,7 @@ def write_gguf(model: VLM, processor: VLMProcessor, out: Path, *, name: str, out
         _describe_tower(writer, tower, projector, text.hidden_size)
         writer.add_vision_image_mean(_three(pixels.mean))
         writer.add_vision_image_std(_three(pixels.std))
-        chosen.describe(writer, model.config.composition.vision_tokenizer.options, tower)
+        chosen.describe(writer, model.config.composition, tower)
 
     write_file(out / vision, "clip", weights, out_type, [describe_vision], exact=_VISION_EXACT)
     return {"language_model": language, "mmproj": vision, "projector": projector}

@@ -35,6 +35,7 @@ class Architecture:
         scales_embeddings: whether the embeddings of tokens are multiplied by the root of their width.
         scales_vision_tokens: whether llama.cpp multiplies vision tokens, too.
         windows: whether some layers see a sliding window.
+        needs_head: whether llama.cpp wants a head of its own also where the model has its table for it.
         problems: what of the configuration llama.cpp does not have.
     """
 
@@ -44,6 +45,7 @@ class Architecture:
     scales_embeddings: bool = False
     scales_vision_tokens: bool = False
     windows: bool = False
+    needs_head: bool = False
     problems: Callable[[Any], list[str]] = lambda config: []
 
 
@@ -81,12 +83,22 @@ def _gemma2_problems(config: Any) -> list[str]:
     )
 
 
+def _smollm3_problems(config: Any) -> list[str]:
+    wanted = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
+    differs = list(config.no_rope_layers) != wanted
+    return ["the language model's no_rope_layers differ from SmolLM3's: every fourth layer rotates nothing."] * differs
+
+
 #: Type of Transformers' language model -> how llama.cpp reads it.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(arch=MODEL_ARCH.LLAMA, rotates_neighbours=True),
     "mistral": Architecture(arch=MODEL_ARCH.LLAMA, rotates_neighbours=True),
     "qwen2": Architecture(arch=MODEL_ARCH.QWEN2),
     "qwen3": Architecture(arch=MODEL_ARCH.QWEN3),
+    "smollm3": Architecture(arch=MODEL_ARCH.SMOLLM3, rotates_neighbours=True, problems=_smollm3_problems),
+    "olmo2": Architecture(arch=MODEL_ARCH.OLMO2, needs_head=True),
+    "seed_oss": Architecture(arch=MODEL_ARCH.SEED_OSS),
+    "gemma": Architecture(arch=MODEL_ARCH.GEMMA, shifts_norms=True, scales_embeddings=True, scales_vision_tokens=True),
     "gemma2": Architecture(
         arch=MODEL_ARCH.GEMMA2,
         shifts_norms=True,
@@ -199,7 +211,7 @@ def language_weights(model: VLM, kept: list[int]) -> dict[str, Tensor]:
     added = model.added_tokens
     scale = embedding_scale(model.lang_model.get_input_embeddings())
     weights["token_embd.weight"] = torch.cat([embedding[:first], added.embedding.weight[rows] / scale]).detach()
-    if rows or head.data_ptr() != embedding.data_ptr():
+    if rows or found.needs_head or head.data_ptr() != embedding.data_ptr():
         if gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[found.arch]:
             raise UsageError(
                 f"llama.cpp's {config.model_type} has no head beside its table, and this model has one, for "

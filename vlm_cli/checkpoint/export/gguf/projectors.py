@@ -1,117 +1,23 @@
-"""How llama.cpp brings the features of patches to the language model, and which vision tokenizers it can hold so.
-
-A projector type of llama.cpp stands for a graph, for how it resizes pictures, and for texts around them.
-"""
+"""The projector types of llama.cpp that hold a vision tokenizer of vlm, and how their tensors are written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import gguf
 import torch
 from torch import Tensor, nn
 
+from vlm_cli.checkpoint.export.gguf.projector import Projector, Settings
 from vlm_cli.checkpoint.export.gguf.towers import Tower
-from vlm_cli.composition import LinearOptions, MLPOptions
+from vlm_cli.composition import Composition
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.tiling.split import longest_edge
 
-__all__ = ["PROJECTORS", "Projector", "find_projector"]
+__all__ = ["PROJECTORS", "find_projector"]
 
-#: Settings of a tokenizer that may have any value. `frames` is for videos, which these graphs do not read.
-_FREE = ("dim_out", "frames", "scale")
 _GELU = ("gelu", "gelu_tanh")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Projector:
-    """A projector type.
-
-    Attributes:
-        summary: what it holds.
-        picture_text: the text around a picture; llama.cpp writes it by itself.
-        tokenizers: type of vision tokenizer -> settings that may have other values than their default, and which.
-        mask: what positions of a picture see.
-        tower_problem: says why it cannot hold a tower; None if it can.
-        norm_eps_of_tower: whether the tokenizer's norm has the eps of the tower's norms.
-        weights: returns the tensors of the vision tokenizer under llama.cpp's names; its outputs are multiplied by a
-            factor.
-        describe: writes keys of its own.
-        class_token_last: whether the class token stands behind the patches.
-        bars: colour of the bars with which llama.cpp makes a picture square.
-        filter: by which it resizes pictures.
-        shows_twice: whether it shows a larger picture whole, and once more as its only tile.
-    """
-
-    summary: str
-    picture_text: str = "{views}"
-    tokenizers: Mapping[str, Mapping[str, Collection[Any] | None]]
-    mask: str = "causal"
-    tower_problem: Callable[[Tower], str | None]
-    norm_eps_of_tower: bool = False
-    weights: Callable[[Any, float], dict[str, Tensor]]
-    describe: Callable[[gguf.GGUFWriter, Any, Tower], None]
-    class_token_last: bool = False
-    bars: tuple[int, int, int] = (0, 0, 0)
-    filter: str = "bicubic"
-    shows_twice: bool = False
-
-    def picture_note(self, preprocess: Any, side: int) -> str | None:
-        """Say which pictures llama.cpp resizes in another way than the model; None if there are none.
-
-        Args:
-            preprocess: OpenCLIP's settings of the model's preprocessing.
-            side: pixels that the vision encoder reads.
-        """
-        if self.shows_twice:
-            return (
-                f"llama.cpp shows a picture twice if it is wider or higher than {side} pixels, and the model was made "
-                f"for one view. Make pictures {side}x{side} before you send them."
-            )
-        fill, mode = preprocess.fill_color, preprocess.resize_mode
-        same_bars = mode == "longest" and (fill if isinstance(fill, (list, tuple)) else (fill,) * 3) == self.bars
-        if same_bars and preprocess.interpolation == self.filter:
-            return None
-        return (
-            f"llama.cpp resizes pictures by {self.filter} and makes them square with bars of colour "
-            f"{', '.join(map(str, self.bars))}; the model was made for {mode or 'shortest'} by "
-            f"{preprocess.interpolation}. For equal answers, make pictures {side}x{side} before you send them."
-        )
-
-    def problems(self, config: VLMConfig, tower: Tower) -> list[str]:
-        """Say why it cannot hold a model of this configuration and tower; an empty list if it can."""
-        parts, problems = config.composition, []
-        kind = parts.vision_tokenizer.type
-        if kind not in self.tokenizers:
-            problems.append(f"vision_tokenizer is {kind}; it would have to be {' or '.join(self.tokenizers)}.")
-        else:
-            problems += _tokenizer_problems(kind, parts.vision_tokenizer.options, self.tokenizers[kind])
-            eps = getattr(parts.vision_tokenizer.options, "norm_eps", None)
-            if self.norm_eps_of_tower and eps != tower.eps:
-                problems.append(f"vision_tokenizer.norm_eps is {eps}; it would have to be the tower's, {tower.eps}.")
-        if parts.tiling.type != "none":
-            problems.append(f"tiling is {parts.tiling.type}; it would have to be none.")
-        elif (text := parts.tiling.options.picture_text) != self.picture_text:
-            problems.append(f"tiling.picture_text is {text!r}; it would have to be {self.picture_text!r}.")
-        if (mask := getattr(parts.fusion.options, "mask", self.mask)) != self.mask:
-            problems.append(f"fusion.mask is {mask}; it would have to be {self.mask}.")
-        if (problem := self.tower_problem(tower)) is not None:
-            problems.append(problem)
-        return problems
-
-
-def _tokenizer_problems(kind: str, options: Any, allowed: Mapping[str, Collection[Any] | None]) -> list[str]:
-    """Say which settings of a tokenizer a projector cannot hold."""
-    problems = []
-    for field in fields(MLPOptions if kind == "mlp" else LinearOptions):
-        value, name = getattr(options, field.name), f"vision_tokenizer.{field.name}"
-        known = allowed.get(field.name, (field.default,))
-        if field.name not in _FREE and known is not None and value not in known:
-            wanted = f"{min(known)} or more" if isinstance(known, range) else " or ".join(map(repr, known))
-            problems.append(f"{name} is {value!r}; it would have to be {wanted}.")
-    return problems
-
 
 # -- what projectors share ---------------------------------------------------------------------------------------------
 
@@ -122,22 +28,31 @@ _CLASS_TOKEN = (
 )
 
 
-def _no_class_token(tower: Tower) -> str | None:
+def _no_class_token(config: VLMConfig, tower: Tower) -> str | None:
     return _CLASS_TOKEN if tower.has_class else None
 
 
-def _one_layer_without_class(tower: Tower) -> str | None:
-    return _no_class_token(tower) or _one_layer(tower)
+def _one_layer_without_class(config: VLMConfig, tower: Tower) -> str | None:
+    return _no_class_token(config, tower) or _one_layer(tower)
 
 
 def _one_layer(tower: Tower) -> str | None:
     return "vision_encoder.layer names several layers; it would have to be one." if len(tower.layers) > 1 else None
 
 
-def _class_token(tower: Tower) -> str | None:
+def _class_token(config: VLMConfig, tower: Tower) -> str | None:
     if not tower.has_class:
         return "the vision encoder has no class token; it would have to be a tower with one, as CLIP's."
     return _one_layer(tower)
+
+
+def _around(picture_text: str = "{views}") -> tuple[str, Settings]:
+    """Return the tiling `none` with a text around a picture, which llama.cpp writes by itself."""
+    return "none", {"picture_text": (picture_text,)}
+
+
+def _options(parts: Composition) -> Any:
+    return parts.vision_tokenizer.options
 
 
 def _maps(tokenizer: Any, factor: float) -> list[tuple[Tensor, Tensor]]:
@@ -150,13 +65,9 @@ def _maps(tokenizer: Any, factor: float) -> list[tuple[Tensor, Tensor]]:
     return [*found[:-1], (found[-1][0] * scale, found[-1][1] * scale)]
 
 
-# -- mlp ---------------------------------------------------------------------------------------------------------------
-
-
-def _mlp_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
+def _two_maps(tokenizer: Any, factor: float) -> list[tuple[Tensor, Tensor]]:
     maps = _maps(tokenizer, factor)
-    (first, first_bias), (last, last_bias) = maps if len(maps) == 2 else _split_identity(*maps[0])
-    return {"mm.0.weight": first, "mm.0.bias": first_bias, "mm.2.weight": last, "mm.2.bias": last_bias}
+    return maps if len(maps) == 2 else _split_identity(*maps[0])
 
 
 def _split_identity(weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -168,7 +79,15 @@ def _split_identity(weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]
     ]
 
 
-def _describe_mlp(writer: gguf.GGUFWriter, options: Any, tower: Tower) -> None:
+# -- mlp ---------------------------------------------------------------------------------------------------------------
+
+
+def _mlp_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
+    (first, first_bias), (last, last_bias) = _two_maps(tokenizer, factor)
+    return {"mm.0.weight": first, "mm.0.bias": first_bias, "mm.2.weight": last, "mm.2.bias": last_bias}
+
+
+def _describe_mlp(writer: gguf.GGUFWriter, parts: Composition, tower: Tower) -> None:
     writer.add_array("clip.vision.feature_layer", list(tower.layers))
 
 
@@ -187,8 +106,8 @@ def _internvl_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
     }
 
 
-def _describe_internvl(writer: gguf.GGUFWriter, options: Any, tower: Tower) -> None:
-    writer.add_vision_projector_scale_factor(options.pixel_shuffle)
+def _describe_internvl(writer: gguf.GGUFWriter, parts: Composition, tower: Tower) -> None:
+    writer.add_vision_projector_scale_factor(_options(parts).pixel_shuffle)
     writer.add_vision_preproc_min_tiles(1)
     writer.add_vision_preproc_max_tiles(1)
 
@@ -205,45 +124,150 @@ def _gemma3_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
     }
 
 
-def _describe_gemma3(writer: gguf.GGUFWriter, options: Any, tower: Tower) -> None:
-    writer.add_vision_projector_scale_factor(options.pool)
+def _describe_gemma3(writer: gguf.GGUFWriter, parts: Composition, tower: Tower) -> None:
+    writer.add_vision_projector_scale_factor(_options(parts).pool)
+
+
+# -- idefics3 ----------------------------------------------------------------------------------------------------------
+
+_FENCE = "<fake_token_around_image>"
+_MOST_PIXELS = 4096  # of the longer side, beyond which Idefics3 makes a picture smaller before it is cut
+_IDEFICS3_TILING: Settings = {
+    "tile_text": (f"{_FENCE}<row_{{row}}_col_{{column}}>{{image}}",),
+    "row_end_text": ("\n",),
+    "thumbnail_text": (f"\n{_FENCE}<global-img>{{image}}{_FENCE}",),
+    "whole_text": None,  # no picture is one view
+    "longest_edge": None,
+}
+
+
+def _idefics3_problem(config: VLMConfig, tower: Tower) -> str | None:
+    if config.composition.tiling.type == "split":
+        edge, side = _idefics3_size(config, tower.image_size)[0], tower.image_size
+        if edge % side or not 2 * side <= edge <= _MOST_PIXELS:
+            return (
+                f"tiling.longest_edge is {edge}; it would have to be a multiple of the {side} pixels of a tile, from "
+                f"{2 * side} to {_MOST_PIXELS}."
+            )
+        if (by := config.vision_config["preprocess"].get("interpolation", "bicubic")) != "lanczos":
+            return f"the vision encoder's pictures are resized by {by}; it would have to be lanczos."
+        texts = config.tiling_texts or {}
+        if (len(texts.get(_FENCE, ())), len(texts.get(f"\n\n{_FENCE}<global-img>", ()))) != (1, 3):
+            return (
+                f"the tokenizer takes {_FENCE}, <global-img> or two newlines for several tokens each; it would have to "
+                "be one. Name them in added_tokens."
+            )
+    return _one_layer_without_class(config, tower)
+
+
+def _idefics3_size(config: VLMConfig, side: int) -> tuple[int, int]:
+    return longest_edge(config.composition.tiling.options, (side, side)), 2 * side
+
+
+def _idefics3_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
+    ((weight, _),) = _maps(tokenizer, factor)
+    return {"mm.model.fc.weight": weight}
+
+
+def _describe_idefics3(writer: gguf.GGUFWriter, parts: Composition, tower: Tower) -> None:
+    writer.add_vision_projector_scale_factor(_options(parts).pixel_shuffle)
+    writer.add_vision_preproc_image_size(longest_edge(parts.tiling.options, (tower.image_size, tower.image_size)))
+
+
+# -- lfm2 --------------------------------------------------------------------------------------------------------------
+
+_FEWEST_ROWS, _MOST_ROWS = 8, 16  # of vision tokens: llama.cpp gives a picture 64 to 256 of them
+
+
+def _lfm2_problem(config: VLMConfig, tower: Tower) -> str | None:
+    factor = getattr(config.composition.vision_tokenizer.options, "pixel_shuffle", 1)
+    rows = tower.image_size // tower.patch_size // factor
+    if not _FEWEST_ROWS <= rows <= _MOST_ROWS:
+        return (
+            f"the vision tokens of a picture have {rows} rows; it would have to be {_FEWEST_ROWS} to {_MOST_ROWS}, or "
+            "llama.cpp resizes it."
+        )
+    return _one_layer_without_class(config, tower)
+
+
+def _lfm2_weights(tokenizer: Any, factor: float) -> dict[str, Tensor]:
+    (first, first_bias), (last, last_bias) = _two_maps(tokenizer, factor)
+    weights = {"mm.1.weight": first, "mm.1.bias": first_bias, "mm.2.weight": last, "mm.2.bias": last_bias}
+    if tokenizer.options.norm is not None:
+        weights |= {f"mm.input_norm.{name}": x.detach() for name, x in tokenizer.norm.named_parameters()}
+    return weights
+
+
+def _describe_lfm2(writer: gguf.GGUFWriter, parts: Composition, tower: Tower) -> None:
+    writer.add_vision_projector_scale_factor(_options(parts).pixel_shuffle)
 
 
 _ANY = None
 _TWO_MAPS: Mapping[str, Collection[Any] | None] = {"bias": (True, False), "activation": _GELU, "dim_hidden": _ANY}
 
+_SHUFFLES = range(2, 65)
+
 #: Name in llama.cpp -> what it holds.
 PROJECTORS: dict[str, Projector] = {
     "mlp": Projector(
         summary="linear or mlp of each patch, of towers without a class token (LLaVA with SigLIP)",
+        tiling=_around(),
         tokenizers={"linear": {"bias": (True, False)}, "mlp": _TWO_MAPS},
-        tower_problem=_no_class_token,
+        problem=_no_class_token,
         weights=_mlp_weights,
         describe=_describe_mlp,
         bars=(122, 116, 104),
+        splits_linear=True,
     ),
     "internvl": Projector(
         summary="a norm and mlp of pixel-shuffled patches, of towers with a class token (InternVL, one tile)",
-        picture_text="<img>{views}</img>",
+        tiling=_around("<img>{views}</img>"),
         tokenizers={"mlp": {**_TWO_MAPS, "norm": ("layer",), "pixel_shuffle": range(1, 65)}},
-        tower_problem=_class_token,
+        problem=_class_token,
         weights=_internvl_weights,
         describe=_describe_internvl,
         class_token_last=True,
-        shows_twice=True,
+        pictures="shows a picture twice if it is wider or higher than {side} pixels, and the model was made for one "
+        "view. Make pictures {side}x{side} before you send them.",
     ),
     "gemma3": Projector(
         summary="a norm and linear of pooled patches that see each other, of towers without a class token (Gemma 3)",
-        picture_text="<start_of_image>{views}<end_of_image>",
+        tiling=_around("<start_of_image>{views}<end_of_image>"),
         tokenizers={
             "linear": {"bias": (False,), "pool": range(1, 1025), "norm": ("gemma", "rms"), "norm_eps": _ANY},
         },
         mask="image",
-        tower_problem=_one_layer_without_class,
+        problem=_one_layer_without_class,
         norm_eps_of_tower=True,
         weights=_gemma3_weights,
         describe=_describe_gemma3,
         filter="bilinear",
+    ),
+    "idefics3": Projector(
+        summary="linear of pixel-shuffled patches, of towers without a class token, with tiles (Idefics3, SmolVLM)",
+        tiling=("split", _IDEFICS3_TILING),
+        tokenizers={"linear": {"bias": (False,), "pixel_shuffle": _SHUFFLES}},
+        problem=_idefics3_problem,
+        weights=_idefics3_weights,
+        describe=_describe_idefics3,
+        pictures="resizes a picture once, where the model was made for two steps, so that pixels differ a little. For "
+        "equal answers, send pictures whose longer side has {width} pixels, and whose shorter side has a multiple of "
+        "{side}.",
+        same_size=_idefics3_size,
+    ),
+    "lfm2": Projector(
+        summary="linear or mlp of pixel-shuffled patches, of towers without a class token (LFM2-VL, one tile)",
+        tiling=_around("<|image_start|>{views}<|image_end|>"),
+        tokenizers={
+            "linear": {"bias": (True, False), "pixel_shuffle": _SHUFFLES, "norm": (None, "layer")},
+            "mlp": {**_TWO_MAPS, "pixel_shuffle": _SHUFFLES, "norm": (None, "layer")},
+        },
+        problem=_lfm2_problem,
+        weights=_lfm2_weights,
+        describe=_describe_lfm2,
+        pictures="keeps the shape of a picture that is not square, so that its patches lie elsewhere, and cuts one of "
+        "more than 1024 pixels into tiles. Make pictures {side}x{side} before you send them.",
+        splits_linear=True,
     ),
 }
 
@@ -251,5 +275,6 @@ PROJECTORS: dict[str, Projector] = {
 def find_projector(config: VLMConfig, tower: Tower) -> tuple[str, list[str]]:
     """Return the projector type that holds a model, or the nearest one, and what stands in its way."""
     found = {name: projector.problems(config, tower) for name, projector in PROJECTORS.items()}
-    name = min(found, key=lambda kind: len(found[kind]))
+    cut = config.composition.tiling.type
+    name = min(found, key=lambda kind: (len(found[kind]), PROJECTORS[kind].tiling[0] != cut))
     return name, found[name]

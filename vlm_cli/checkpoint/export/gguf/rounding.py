@@ -27,8 +27,13 @@ _TABLE = 10.0  # beyond it the table of GELU is not asked
 
 
 @contextmanager
-def rounding_as_llama_cpp(model: VLM) -> Iterator[None]:
-    """Let a float32 model round as llama.cpp does, inside the block."""
+def rounding_as_llama_cpp(model: VLM, *, splits_linear: bool = False) -> Iterator[None]:
+    """Let a float32 model round as llama.cpp does, inside the block.
+
+    Args:
+        model: the model.
+        splits_linear: whether the file holds a linear vision tokenizer as two maps with a GELU between.
+    """
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, _GELU):
@@ -36,7 +41,7 @@ def rounding_as_llama_cpp(model: VLM) -> Iterator[None]:
             elif isinstance(module, _QUICK):
                 stack.enter_context(_replaced_output(module, _quick_gelu))
         tokenizer: Any = model.vision_tokenizer
-        if isinstance(tokenizer.proj, nn.Linear) and tokenizer.options.pixel_shuffle == 1:
+        if splits_linear and isinstance(tokenizer.proj, nn.Linear):
             handle = tokenizer.proj.register_forward_hook(lambda _, args, y: _gelu(y) - _gelu(-y))
             stack.callback(handle.remove)
         patches = next(m for m in model.vision_encoder.modules() if isinstance(m, nn.Conv2d))
