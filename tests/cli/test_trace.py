@@ -21,13 +21,14 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 
 def test_the_answer_and_its_words(vlm: Callable[..., Any], tmp_path: Path) -> None:
     out = tmp_path / "seen.png"
-    result = vlm("trace", PROMPT, "--png", out, "--grid", 4)
+    result = vlm("trace", PROMPT, "--png", out, "--html", tmp_path / "seen.html", "--grid", 4)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == ANSWER
     assert "falls without" in result.stdout and "attends to" in result.stdout
     assert f"Wrote {out}" in result.stderr
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and sheet.height > 10 * 128
+    assert (tmp_path / "seen.html").read_text(encoding="utf-8").count("data-word=") == 10
 
 
 def test_json(vlm: Callable[..., Any]) -> None:
@@ -65,6 +66,7 @@ def test_the_model_may_stand_before_options_that_bring_the_prompt(vlm: Callable[
         ([PROMPT, "--grid", "0"], 2, "--grid"),
         (["nowhere", PROMPT], 2, "unknown model 'nowhere'"),
         (["<image:nowhere.png>A"], 1, "nowhere.png"),
+        ([PROMPT, "--png", "a", "--html", "a"], 2, "--html and --png both name 'a'"),
         ([PROMPT, "--png", "/nowhere/a.png"], 1, "/nowhere"),
     ],
 )

@@ -84,6 +84,15 @@ class TraceSettings:
 class TraceFiles:
     """The files that show a trace."""
 
+    html: Annotated[
+        Path | None,
+        option(
+            OUTPUT,
+            "Write the web page FILE, which needs no other file: point at a word of the answer to see its heat maps, "
+            "its next-best words, and to what each layer attends.",
+            metavar="FILE",
+        ),
+    ] = None
     png: Annotated[
         Path | None,
         option(OUTPUT, "Draw the heat map of each word over each picture, as the PNG FILE.", metavar="FILE"),
@@ -93,14 +102,18 @@ class TraceFiles:
     @property
     def makers(self) -> Mapping[Path, Callable[[Trace], bytes]]:
         """What makes each file that the user wants."""
-        return {} if self.png is None else {self.png: _draw}
+        makers = {self.html: _make_page, self.png: _draw}
+        return {path: make for path, make in makers.items() if path is not None}
 
     def check(self) -> None:
         """Refuse a file that may not be written, before a model is loaded.
 
         Raises:
+            UsageError: if both have one name.
             OutputExistsError: if one exists and --overwrite is not given.
         """
+        if self.html is not None and self.html == self.png:
+            raise UsageError(f"--html and --png both name {str(self.png)!r}. Give each a file of its own.")
         for path in self.makers:
             check_file(path, overwrite=self.overwrite)
 
@@ -116,6 +129,12 @@ class TraceFiles:
                 file.buffer.write(content)
         for path in self.makers:
             console.note(f"Wrote {path}")
+
+
+def _make_page(found: Trace) -> bytes:
+    from vlm_cli.tracing.page import make_page
+
+    return make_page(found)
 
 
 def _draw(found: Trace) -> bytes:
@@ -159,7 +178,7 @@ def trace(
     pictures, and occlusion, which blanks one part of a picture after the other and looks how much less likely each
     word becomes.
 
-    Example: vlm trace --png seen.png "<image:photo.jpg>Describe the image."
+    Example: vlm trace --html seen.html "<image:photo.jpg>Describe the image."
     """
     settings.check()
     sampling.keywords()  # refuses what contradicts itself

@@ -62,7 +62,8 @@ def draw_curves(title: str, curves: Mapping[str, Sequence[Point]], *, unit: str 
 def _axes(ticks: Sequence[float], last: float, place: Callable[[Point], Point]) -> str:
     """Draw the grid and its labels; `place` turns (step, value) into a place of the drawing."""
     rows = [(y, place((0, y))[1]) for y in ticks]
-    columns = [(x, place((x, ticks[0]))) for x in choose_ticks(0, last, most=6) if x <= last]
+    steps = [x for x in choose_ticks(0, last, most=6) if x <= last and x == int(x)]
+    columns = [(x, place((x, ticks[0]))) for x in steps]
     lines = [
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{row}" y2="{row}"/>'
         f'<text x="{LEFT - 6}" y="{row + 4:.1f}" text-anchor="end">{_number(y)}</text>'

@@ -6,12 +6,15 @@ import base64
 import hashlib
 import io
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["data_uri", "page_head", "page_text"]
+
+_STYLE = (Path(__file__).parent / "web_page.css").read_text(encoding="utf-8")
 
 #: Control characters, which HTML cannot hold, and the symbols that stand for them: ␀ for NUL.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
@@ -22,7 +25,7 @@ def page_head(title: str, style: str, script: str = "", *, reload_seconds: int |
 
     Args:
         title: of the page.
-        style: its CSS.
+        style: its CSS, beside what all pages have in common.
         script: the only script that it may run.
         reload_seconds: after which a browser reads the page again; None for a page that does not change.
     """
@@ -39,7 +42,7 @@ def page_head(title: str, style: str, script: str = "", *, reload_seconds: int |
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 {reload}<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{page_text(title)}</title>
-<style>{style}</style>
+<style>{_STYLE}{style}</style>
 </head>
 <body>
 <h1>{page_text(title)}</h1>
