@@ -31,9 +31,13 @@ MADE: dict[str, Any] = {
     "smolvlm": lambda folder, **more: idefics3.make(folder, "smolvlm", **more),
     "paligemma": gemma.paligemma,
     "gemma3": gemma.gemma3,
+    "cohere2_vision": grid_models.cohere2_vision,
+    "aya_vision": grid_models.aya_vision,
+    "qianfan_ocr": grid_models.qianfan_ocr,
 }
-#: Settings that name a file's writer, a dtype or padding, and change no output.
+#: Settings that name a writer, a dtype or padding, or that the class does not read (logit_scale), and change no output.
 NO_MATTER = {"transformers_version", "dtype", "pad_token_id", "_pad_token_id", "_name_or_path", "image_seq_length"}
+NO_MATTER |= {"logit_scale"}
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -2,8 +2,8 @@
 
 from vlm_cli.checkpoint.export.hf.draft import HFClass
 from vlm_cli.checkpoint.export.hf.gemma import Gemma3Class, PaliGemmaClass
+from vlm_cli.checkpoint.export.hf.grid import AyaVisionClass, Cohere2VisionClass, InternVLClass, QianfanOCRClass
 from vlm_cli.checkpoint.export.hf.idefics3 import Idefics3Class, SmolVLMClass
-from vlm_cli.checkpoint.export.hf.internvl import InternVLClass
 from vlm_cli.checkpoint.export.hf.llava import LLaVAClass, ViPLLaVAClass
 from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVAOneVisionClass
 
@@ -20,4 +20,7 @@ CLASSES: dict[str, HFClass] = {
     "idefics3": Idefics3Class(),
     "paligemma": PaliGemmaClass(),
     "gemma3": Gemma3Class(),
+    "cohere2_vision": Cohere2VisionClass(),
+    "aya_vision": AyaVisionClass(),
+    "qianfan_ocr": QianfanOCRClass(),
 }

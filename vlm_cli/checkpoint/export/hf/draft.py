@@ -20,7 +20,7 @@ from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.preprocessing import make_preprocessing, three
 
-__all__ = ["Draft", "HFClass", "SoftToken", "Source", "image_settings", "soft_token"]
+__all__ = ["Draft", "HFClass", "SoftToken", "Source", "image_settings", "soft_token", "split_text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,29 @@ class Source:
                 f"tiling.picture_text has {wrong[0]!r} beside a picture; the class has a token of the tokenizer there."
             )
 
-    def rows(self, *, of_added: bool) -> dict[str, Any]:
-        """Return the settings of the language model's tables, with a row for each added token or without."""
+    @property
+    def square(self) -> dict[str, int]:
+        """The pixels of what the vision encoder reads, as image processors have them."""
+        return {"height": self.tower.image_size, "width": self.tower.image_size}
+
+    def describe(self, model_type: str, token: SoftToken | None = None) -> dict[str, Any]:
+        """Return the settings of a class that say what its parts are.
+
+        The language model's tables get a row for each token that vlm added, unless the class's own token stands for
+        vision tokens.
+
+        Args:
+            model_type: of the class.
+            token: at the positions of vision tokens; None for vlm's.
+        """
         first, num = self.config.first_added_id, len(self.config.added_tokens)
         size = self.config.get_text_config(decoder=True).vocab_size
-        return {"vocab_size": max(size, first + num)} if of_added else {}
+        rows = {"vocab_size": max(size, first + num)} if token is None or token.is_added else {}
+        return {
+            "model_type": model_type,
+            "vision_config": dict(self.tower.config),
+            "text_config": {**self.text_config, **rows},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +163,31 @@ class SoftToken:
     is_added: bool
 
 
-def soft_token(source: Source, name: str) -> SoftToken:
-    """Return the token that a published tokenizer has for vision tokens under a name; else vlm's `<image>`."""
-    found = source.named_token(name, MEDIA_TOKEN)
+def soft_token(source: Source, name: str, text: str = MEDIA_TOKEN) -> SoftToken:
+    """Return the token that a published tokenizer has for vision tokens; else vlm's `<image>`.
+
+    Args:
+        source: with the tokenizer.
+        name: under which the tokenizer has it.
+        text: of the token in a tokenizer that names none.
+    """
+    known = {} if source.tokenizer is None else source.tokenizer.get_vocab()
+    found = source.named_token(name, text if text in known else MEDIA_TOKEN)
     if found == MEDIA_TOKEN or source.tokenizer is None:
         return SoftToken(MEDIA_TOKEN, source.config.media_token_id, True)
-    return SoftToken(found, int(source.tokenizer.get_vocab()[found]), False)
+    return SoftToken(found, int(known[found]), False)
+
+
+def split_text(source: Source, name: str, at: str) -> tuple[str, str]:
+    """Return what a text of the tiling has before and after a placeholder; empty texts without one.
+
+    Args:
+        source: with the tiling.
+        name: of the text.
+        at: the placeholder.
+    """
+    before, found, after = str(source.option("tiling", name) or "").partition(at)
+    return (before, after) if found else ("", "")
 
 
 def image_settings(config: VLMConfig) -> dict[str, Any]:

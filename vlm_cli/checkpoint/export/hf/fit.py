@@ -119,12 +119,12 @@ def fit_class(target: HFClass, subject: Subject) -> Fit:
         with meta_device(), SkipsFilling():
             theirs = getattr(transformers, target.model)(theirs_config)
         found = _read_back(target, draft, theirs)
+        is_known = source.tower is not target.stand_in
+        problems += _differences(config, found, source.tower if is_known else None)
     except (NotHeld, VLMError) as error:
         return Fit(draft, None, (*problems, first_line(error)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return Fit(draft, None, (*problems, f"the class cannot be made of these parts: {first_line(error)}."))
-    is_known = source.tower is not target.stand_in
-    problems += _differences(config, found, source.tower if is_known else None)
     if problems:
         return Fit(draft, theirs_config, tuple(problems))
     tower_of, layout_of = make_targets_of(source.tower.make_rules(target.tower)), found.targets_for(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings, soft_token
+from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings, soft_token, split_text
 from vlm_cli.checkpoint.export.hf.towers import NotHeld
 from vlm_cli.checkpoint.published.layouts.gemma import HuggingFaceGemma3, HuggingFacePaliGemma
 
@@ -23,18 +23,17 @@ class PaliGemmaClass(HFClass):
         from transformers import SiglipImageProcessor
 
         _check_tower(source)
-        text = {key: x for key, x in source.text_config.items() if key != "use_bidirectional_attention"}
-        _, _, begin = str(source.option("tiling", "picture_text", "{views}")).partition("{views}")
+        described = source.describe("paligemma")
+        described["text_config"].pop("use_bidirectional_attention", None)
+        _, begin = split_text(source, "picture_text", "{views}")
         source.check_tokens(begin)
         begin_id = _id_of(source, begin, 0)
         width = source.config.get_text_config(decoder=True).hidden_size
-        images: Any = SiglipImageProcessor(size=_square(source), **image_settings(source.config))
+        images: Any = SiglipImageProcessor(size=source.square, **image_settings(source.config))
         images.image_seq_length = source.num_positions
         return Draft(
             config={
-                "model_type": "paligemma",
-                "vision_config": dict(source.tower.config),
-                "text_config": {**text, **source.rows(of_added=True)},
+                **described,
                 "image_token_index": source.config.media_token_id,
                 "projection_dim": width,
                 "hidden_size": width,
@@ -60,21 +59,19 @@ class Gemma3Class(HFClass):
         _check_tower(source)
         token = soft_token(source, "image_token")
         side = source.tower.image_size // source.tower.patch_size // source.option("vision_tokenizer", "pool", 1)
-        before, _, after = str(source.option("tiling", "picture_text", "{views}")).partition("{views}")
+        before, after = split_text(source, "picture_text", "{views}")
         names = {"boi": before.strip("\n"), "eoi": after.strip("\n")}
         source.check_tokens(*names.values())
         ids = {key: _id_of(source, text, default) for (key, text), default in zip(names.items(), (0, 1), strict=True)}
         return Draft(
             config={
-                "model_type": "gemma3",
-                "vision_config": dict(source.tower.config),
-                "text_config": {**source.text_config, **source.rows(of_added=token.is_added)},
+                **source.describe("gemma3", token),
                 "mm_tokens_per_image": side**2,
                 "boi_token_index": ids["boi"],
                 "eoi_token_index": ids["eoi"],
                 "image_token_index": token.id,
             },
-            images=Gemma3ImageProcessor(size=_square(source), **image_settings(source.config)),
+            images=Gemma3ImageProcessor(size=source.square, **image_settings(source.config)),
             processor={"image_seq_length": side**2},
             media_token=names["boi"],
             named_tokens={"boi_token": names["boi"], "eoi_token": names["eoi"], "image_token": token.text},

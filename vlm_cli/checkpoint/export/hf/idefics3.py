@@ -40,9 +40,8 @@ class Idefics3Class(HFClass):
         )
         return Draft(
             config={
-                "model_type": self.model_type,
+                **source.describe(self.model_type),
                 "vision_config": self._vision_config(source),
-                "text_config": {**source.text_config, **source.rows(of_added=True)},
                 "image_token_id": source.config.media_token_id,
                 "scale_factor": source.option("vision_tokenizer", "pixel_shuffle", 2),
             },

@@ -28,9 +28,7 @@ class LLaVAClass(HFClass):
         strategy = "default" if drops else "full"
         return Draft(
             config={
-                "model_type": "llava",
-                "vision_config": dict(source.tower.config),
-                "text_config": {**source.text_config, **source.rows(of_added=True)},
+                **source.describe("llava"),
                 "image_token_index": ours.media_token_id,
                 "image_seq_length": source.num_positions,
                 "vision_feature_layer": source.layer,
@@ -78,9 +76,7 @@ def _make_images(source: Source) -> Any:
 
     given: Any = source.config.vision_config.get("preprocess") or {}
     side = source.tower.image_size
-    square = {"height": side, "width": side}
     if given.get("resize_mode") == "squash":
-        return SiglipImageProcessor(size=square, **image_settings(source.config))
-    return CLIPImageProcessor(
-        size={"shortest_edge": given.get("shortest_edge", side)}, crop_size=square, **image_settings(source.config)
-    )
+        return SiglipImageProcessor(size=source.square, **image_settings(source.config))
+    size = {"shortest_edge": given.get("shortest_edge", side)}
+    return CLIPImageProcessor(size=size, crop_size=source.square, **image_settings(source.config))

@@ -26,7 +26,7 @@ class LLaVANeXTClass(HFClass):
         pinpoints = _pinpoints(source)
         images = LlavaNextImageProcessor(
             size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
+            crop_size=source.square,
             image_grid_pinpoints=pinpoints,
             **image_settings(source.config),
         )
@@ -52,35 +52,32 @@ class LLaVAOneVisionClass(HFClass):
     def draft(self, source: Source) -> Draft:
         from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionVideoProcessor
 
-        side, strategy = source.tower.image_size, "default" if source.tower.num_before else "full"
+        strategy = "default" if source.tower.num_before else "full"
         settings, pinpoints = image_settings(source.config), _pinpoints(source)
-        square = {"height": side, "width": side}
         ratio = f"anyres_max_{source.option('tiling', 'shrink_beyond') or 9}"
-        ids = source.config.added_ids
+        ids, described = source.config.added_ids, _settings(source, "llava_onevision", strategy)
         # Without a token for clips, an id that no tokenizer has: the class reads it only beside clips.
-        clip_id = ids.get("<video>", source.rows(of_added=True)["vocab_size"] + 1)
+        clip_id = ids.get("<video>", described["text_config"]["vocab_size"] + 1)
         return Draft(
             config={
-                **_settings(source, "llava_onevision", strategy),
+                **described,
                 "vision_aspect_ratio": ratio,
                 "video_token_index": clip_id,
             },
-            images=LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints, **settings),
+            images=LlavaOnevisionImageProcessor(size=source.square, image_grid_pinpoints=pinpoints, **settings),
             processor={
                 "num_image_tokens": source.num_positions,
                 "vision_feature_select_strategy": strategy,
                 "vision_aspect_ratio": ratio,
                 "image_token": MEDIA_TOKEN,
             },
-            parts={"video_processor": LlavaOnevisionVideoProcessor(size=square, **settings)},
+            parts={"video_processor": LlavaOnevisionVideoProcessor(size=source.square, **settings)},
         )
 
 
 def _settings(source: Source, model_type: str, strategy: str) -> dict[str, Any]:
     return {
-        "model_type": model_type,
-        "vision_config": dict(source.tower.config),
-        "text_config": {**source.text_config, **source.rows(of_added=True)},
+        **source.describe(model_type),
         "image_token_index": source.config.media_token_id,
         "image_seq_length": source.num_positions,
         "image_grid_pinpoints": _pinpoints(source),
