@@ -11,6 +11,10 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
@@ -64,6 +68,31 @@ def llava_next(folder: Path, *, is_tied: bool = False, shard: str = "5GB", **cha
     processor = LlavaNextProcessor(
         images,
         write_tokenizer(folder, "<image>", pad="<pad>"),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    return TiledCase(source=folder, model=theirs, processor=processor)
+
+
+def llava_next_video(folder: Path, *, is_tied: bool = False, shard: str = "5GB", **changes: Any) -> TiledCase:
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**_TOWER, projection_dim=24),
+        text_config=LlamaConfig(**_TEXT, tie_word_embeddings=is_tied),
+        tie_word_embeddings=is_tied,
+        video_token_index=VOCABULARY,
+        image_token_index=VOCABULARY + 1,
+        image_grid_pinpoints=PINPOINTS,
+        **changes,
+    )
+    theirs = stir(LlavaNextVideoForConditionalGeneration(config), seed=5)
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": TILE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
+    images.save_pretrained(folder)
+    processor = LlavaNextVideoProcessor(
+        video_processor=LlavaNextVideoVideoProcessor(size={"shortest_edge": TILE}, crop_size=SQUARE),
+        image_processor=images,
+        tokenizer=write_tokenizer(folder, "<video>", "<image>", pad="<pad>"),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.support import gemma, grid_models, idefics3, llava, llava_next, vipllava
+from tests.support import deepseek_vl, gemma, grid_models, idefics3, llava, llava_next, vipllava
 from tests.support.photographs import photograph
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.write import export_hf
@@ -34,6 +34,8 @@ MADE: dict[str, Any] = {
     "cohere2_vision": grid_models.cohere2_vision,
     "aya_vision": grid_models.aya_vision,
     "qianfan_ocr": grid_models.qianfan_ocr,
+    "llava_next_video": llava_next.llava_next_video,
+    "deepseek_vl": deepseek_vl.deepseek_vl,
 }
 #: Settings that name a writer, a dtype or padding, or that the class does not read (logit_scale), and change no output.
 NO_MATTER = {"transformers_version", "dtype", "pad_token_id", "_pad_token_id", "_name_or_path", "image_seq_length"}

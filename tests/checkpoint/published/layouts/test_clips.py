@@ -8,60 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
-    LlavaNextVideoProcessor,
-    LlavaNextVideoVideoProcessor,
-)
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from tests.support.llava_next import (
-    _TEXT,
-    _TOWER,
-    PATCH,
-    PINPOINTS,
-    SQUARE,
-    TILE,
+    llava_next_video,
     llava_onevision,
 )
 from tests.support.photographs import photograph
-from tests.support.published import VOCABULARY, rewrite_config, write_tokenizer
+from tests.support.published import VOCABULARY, rewrite_config
 from tests.support.tiled import AFTER, BEFORE, TiledCase, check_tiled
-from tests.support.tiny import nudged, stir
+from tests.support.tiny import nudged
 from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.budget import ContextBudget
 from vlm_cli.tiling import MediumSize
 
 WORDS = slice(0, VOCABULARY)
-
-
-def llava_next_video(folder: Path, *, is_tied: bool = False, shard: str = "5GB", **changes: Any) -> TiledCase:
-    config = LlavaNextVideoConfig(
-        vision_config=CLIPVisionConfig(**_TOWER, projection_dim=24),
-        text_config=LlamaConfig(**_TEXT, tie_word_embeddings=is_tied),
-        tie_word_embeddings=is_tied,
-        video_token_index=VOCABULARY,
-        image_token_index=VOCABULARY + 1,
-        image_grid_pinpoints=PINPOINTS,
-        **changes,
-    )
-    theirs = stir(LlavaNextVideoForConditionalGeneration(config), seed=5)
-    theirs.save_pretrained(folder, max_shard_size=shard)
-    images = LlavaNextImageProcessorPil(size={"shortest_edge": TILE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
-    images.save_pretrained(folder)
-    processor = LlavaNextVideoProcessor(
-        video_processor=LlavaNextVideoVideoProcessor(size={"shortest_edge": TILE}, crop_size=SQUARE),
-        image_processor=images,
-        tokenizer=write_tokenizer(folder, "<video>", "<image>", pad="<pad>"),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    return TiledCase(source=folder, model=theirs, processor=processor)
 
 
 MADE = {"llava_next_video": llava_next_video, "llava_onevision": llava_onevision}

@@ -3,46 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import (
-    DeepseekVLConfig,
-    DeepseekVLForConditionalGeneration,
-    DeepseekVLProcessor,
-    LlamaConfig,
-    SiglipVisionConfig,
-)
-from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 
-from tests.support.grid_models import PATCH, SQUARE, TEXT, TILE, TOWER
-from tests.support.published import VOCABULARY, rewrite_config, write_tokenizer
-from tests.support.tiled import TiledCase, check_tiled
-from tests.support.tiny import stir
+from tests.support.deepseek_vl import deepseek_vl
+from tests.support.published import rewrite_config
+from tests.support.tiled import check_tiled
 from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.errors import CheckpointError
-
-TOKEN = "<image_placeholder>"
-
-
-def deepseek_vl(
-    folder: Path, *, is_tied: bool = True, shard: str = "5GB", has_head: bool = False, **images: Any
-) -> TiledCase:
-    config = DeepseekVLConfig(
-        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=has_head),
-        text_config=LlamaConfig(**TEXT, tie_word_embeddings=is_tied),
-        tie_word_embeddings=is_tied,
-        image_token_id=VOCABULARY,
-    )
-    theirs = stir(DeepseekVLForConditionalGeneration(config), seed=5)
-    theirs.save_pretrained(folder, max_shard_size=shard)
-    tokenizer = write_tokenizer(folder, TOKEN, pad="w0", named={"image_token": TOKEN})
-    pixels = DeepseekVLImageProcessorPil(size=SQUARE, **images)
-    pixels.save_pretrained(folder)
-    processor = DeepseekVLProcessor(pixels, tokenizer, num_image_tokens=(TILE // PATCH) ** 2)
-    processor.save_pretrained(folder)
-    return TiledCase(source=folder, model=theirs, processor=processor, placeholder=TOKEN)
 
 
 @pytest.mark.matrix

@@ -1,11 +1,12 @@
 """The classes of Transformers that `vlm export --format hf` writes, in the order in which they are tried."""
 
+from vlm_cli.checkpoint.export.hf.deepseek_vl import DeepSeekVLClass
 from vlm_cli.checkpoint.export.hf.draft import HFClass
 from vlm_cli.checkpoint.export.hf.gemma import Gemma3Class, PaliGemmaClass
 from vlm_cli.checkpoint.export.hf.grid import AyaVisionClass, Cohere2VisionClass, InternVLClass, QianfanOCRClass
 from vlm_cli.checkpoint.export.hf.idefics3 import Idefics3Class, SmolVLMClass
 from vlm_cli.checkpoint.export.hf.llava import LLaVAClass, ViPLLaVAClass
-from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVAOneVisionClass
+from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVANeXTVideoClass, LLaVAOneVisionClass
 
 __all__ = ["CLASSES"]
 
@@ -14,6 +15,7 @@ CLASSES: dict[str, HFClass] = {
     "llava": LLaVAClass(),
     "vipllava": ViPLLaVAClass(),
     "llava_next": LLaVANeXTClass(),
+    "llava_next_video": LLaVANeXTVideoClass(),
     "llava_onevision": LLaVAOneVisionClass(),
     "internvl": InternVLClass(),
     "smolvlm": SmolVLMClass(),
@@ -23,4 +25,5 @@ CLASSES: dict[str, HFClass] = {
     "cohere2_vision": Cohere2VisionClass(),
     "aya_vision": AyaVisionClass(),
     "qianfan_ocr": QianfanOCRClass(),
+    "deepseek_vl": DeepSeekVLClass(),
 }

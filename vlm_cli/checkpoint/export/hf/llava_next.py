@@ -6,10 +6,14 @@ from typing import Any
 
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings
 from vlm_cli.checkpoint.published.layouts.base import Layout
-from vlm_cli.checkpoint.published.layouts.llava_next import HuggingFaceLLaVANeXT, HuggingFaceLLaVAOneVision
+from vlm_cli.checkpoint.published.layouts.llava_next import (
+    HuggingFaceLLaVANeXT,
+    HuggingFaceLLaVANeXTVideo,
+    HuggingFaceLLaVAOneVision,
+)
 from vlm_cli.composition import MEDIA_TOKEN
 
-__all__ = ["LLaVANeXTClass", "LLaVAOneVisionClass"]
+__all__ = ["LLaVANeXTClass", "LLaVANeXTVideoClass", "LLaVAOneVisionClass"]
 
 
 class LLaVANeXTClass(HFClass):
@@ -18,20 +22,20 @@ class LLaVANeXTClass(HFClass):
     layout: Layout = HuggingFaceLLaVANeXT()
     model = "LlavaNextForConditionalGeneration"
     processor = "LlavaNextProcessor"
+    model_type = "llava_next"
 
     def draft(self, source: Source) -> Draft:
         from transformers import LlavaNextImageProcessor
 
-        side, strategy = source.tower.image_size, "default" if source.tower.num_before else "full"
-        pinpoints = _pinpoints(source)
+        strategy = "default" if source.tower.num_before else "full"
         images = LlavaNextImageProcessor(
-            size={"shortest_edge": side},
+            size={"shortest_edge": source.tower.image_size},
             crop_size=source.square,
-            image_grid_pinpoints=pinpoints,
+            image_grid_pinpoints=_pinpoints(source),
             **image_settings(source.config),
         )
         return Draft(
-            config=_settings(source, "llava_next", strategy),
+            config={**_settings(source, self.model_type, strategy), **self.clip_settings(source)},
             images=images,
             processor={
                 "patch_size": source.tower.patch_size,
@@ -39,7 +43,35 @@ class LLaVANeXTClass(HFClass):
                 "image_token": MEDIA_TOKEN,
                 "num_additional_image_tokens": source.tower.num_before,
             },
+            parts=self.more_parts(source),
         )
+
+    def clip_settings(self, source: Source) -> dict[str, Any]:
+        """Return the settings of clips."""
+        return {}
+
+    def more_parts(self, source: Source) -> dict[str, Any]:
+        """Return what the processor has beside its image processor and its tokenizer."""
+        return {}
+
+
+class LLaVANeXTVideoClass(LLaVANeXTClass):
+    """LLaVA-NeXT-Video's class: LLaVA-NeXT's parts, which also read clips and pool their patches."""
+
+    layout: Layout = HuggingFaceLLaVANeXTVideo()
+    model = "LlavaNextVideoForConditionalGeneration"
+    processor = "LlavaNextVideoProcessor"
+    model_type = "llava_next_video"
+
+    def clip_settings(self, source: Source) -> dict[str, Any]:
+        stride = source.option("tiling", "clip_pool") or 2
+        return {"video_token_index": _clip_id(source), "spatial_pool_stride": stride}
+
+    def more_parts(self, source: Source) -> dict[str, Any]:
+        from transformers import LlavaNextVideoVideoProcessor
+
+        size, settings = {"shortest_edge": source.tower.image_size}, image_settings(source.config)
+        return {"video_processor": LlavaNextVideoVideoProcessor(size=size, crop_size=source.square, **settings)}
 
 
 class LLaVAOneVisionClass(HFClass):
@@ -55,14 +87,11 @@ class LLaVAOneVisionClass(HFClass):
         strategy = "default" if source.tower.num_before else "full"
         settings, pinpoints = image_settings(source.config), _pinpoints(source)
         ratio = f"anyres_max_{source.option('tiling', 'shrink_beyond') or 9}"
-        ids, described = source.config.added_ids, _settings(source, "llava_onevision", strategy)
-        # Without a token for clips, an id that no tokenizer has: the class reads it only beside clips.
-        clip_id = ids.get("<video>", described["text_config"]["vocab_size"] + 1)
         return Draft(
             config={
-                **described,
+                **_settings(source, "llava_onevision", strategy),
                 "vision_aspect_ratio": ratio,
-                "video_token_index": clip_id,
+                "video_token_index": _clip_id(source),
             },
             images=LlavaOnevisionImageProcessor(size=source.square, image_grid_pinpoints=pinpoints, **settings),
             processor={
@@ -73,6 +102,12 @@ class LLaVAOneVisionClass(HFClass):
             },
             parts={"video_processor": LlavaOnevisionVideoProcessor(size=source.square, **settings)},
         )
+
+
+def _clip_id(source: Source) -> int:
+    """Return the id of the token for clips; without one, an id that no tokenizer has: it is read beside clips alone."""
+    beyond: int = source.describe("")["text_config"]["vocab_size"]
+    return source.config.added_ids.get("<video>", beyond + 1)
 
 
 def _settings(source: Source, model_type: str, strategy: str) -> dict[str, Any]:

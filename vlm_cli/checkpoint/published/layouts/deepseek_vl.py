@@ -73,6 +73,10 @@ def read_padded_parts(checkpoint: PublishedCheckpoint, settings: Settings) -> HF
     """
     parts = read_parts(checkpoint, settings, cuts=PADDED_PIXELS, like=_LIKE)
     images = parts.images
+    if str(images.get("image_processor_type", "")).startswith(
+        "Siglip"
+    ):  # which stretches pictures, as vlm may write it
+        return parts
     if images.get("do_pad", True) is not True:
         raise CheckpointError(
             f"{checkpoint.name!r} sets do_pad={show(images['do_pad'])} for its pictures; vlm builds only true."
