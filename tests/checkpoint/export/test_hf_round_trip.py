@@ -12,7 +12,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.support import deepseek_vl, gemma, grid_models, idefics3, llava, llava_next, vipllava
+from tests.support import (
+    deepseek_vl,
+    fast_vlm,
+    gemma,
+    got_ocr2,
+    grid_models,
+    idefics3,
+    llava,
+    llava_next,
+    perception_lm,
+    vipllava,
+)
 from tests.support.photographs import photograph
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.write import export_hf
@@ -36,6 +47,9 @@ MADE: dict[str, Any] = {
     "qianfan_ocr": grid_models.qianfan_ocr,
     "llava_next_video": llava_next.llava_next_video,
     "deepseek_vl": deepseek_vl.deepseek_vl,
+    "got_ocr2": lambda folder, **more: got_ocr2.got_ocr2(folder, size=128, patch_size=2, **more),
+    "perception_lm": perception_lm.case,
+    "fast_vlm": fast_vlm.fast_vlm,
 }
 #: Settings that name a writer, a dtype or padding, or that the class does not read (logit_scale), and change no output.
 NO_MATTER = {"transformers_version", "dtype", "pad_token_id", "_pad_token_id", "_name_or_path", "image_seq_length"}

@@ -3,10 +3,12 @@
 from vlm_cli.checkpoint.export.hf.deepseek_vl import DeepSeekVLClass
 from vlm_cli.checkpoint.export.hf.draft import HFClass
 from vlm_cli.checkpoint.export.hf.gemma import Gemma3Class, PaliGemmaClass
+from vlm_cli.checkpoint.export.hf.got_ocr2 import GotOCR2Class
 from vlm_cli.checkpoint.export.hf.grid import AyaVisionClass, Cohere2VisionClass, InternVLClass, QianfanOCRClass
 from vlm_cli.checkpoint.export.hf.idefics3 import Idefics3Class, SmolVLMClass
 from vlm_cli.checkpoint.export.hf.llava import LLaVAClass, ViPLLaVAClass
 from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVANeXTVideoClass, LLaVAOneVisionClass
+from vlm_cli.checkpoint.export.hf.timm import FastVLMClass, PerceptionLMClass
 
 __all__ = ["CLASSES"]
 
@@ -26,4 +28,7 @@ CLASSES: dict[str, HFClass] = {
     "aya_vision": AyaVisionClass(),
     "qianfan_ocr": QianfanOCRClass(),
     "deepseek_vl": DeepSeekVLClass(),
+    "got_ocr2": GotOCR2Class(),
+    "perception_lm": PerceptionLMClass(),
+    "fast_vlm": FastVLMClass(),
 }

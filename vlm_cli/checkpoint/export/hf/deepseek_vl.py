@@ -1,4 +1,4 @@
-"""Transformers' `DeepseekVLForConditionalGeneration`: all patches of one view, past the last norm, and two linear maps."""
+"""Transformers' `DeepseekVLForConditionalGeneration`: patches of one view, past the last norm, and two linear maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["DeepSeekVLClass"]
 
 
 class DeepSeekVLClass(HFClass):
-    """DeepSeek-VL's class. Its processor takes any image processor: one that pads pictures, or one that stretches them."""
+    """DeepSeek-VL's class. Its processor takes an image processor that pads pictures, or one that stretches them."""
 
     layout = HuggingFaceDeepSeekVL()
     model = "DeepseekVLForConditionalGeneration"
@@ -28,7 +28,7 @@ class DeepSeekVLClass(HFClass):
         return Draft(
             config={**source.describe("deepseek_vl", token), "image_token_id": token.id},
             images=_make_images(source),
-            processor={"num_image_tokens": source.num_positions},
+            processor={"num_image_tokens": (source.tower.image_size // source.tower.patch_size) ** 2},
             media_token=token.text,
             named_tokens={"image_token": token.text},
             has_added_rows=token.is_added,

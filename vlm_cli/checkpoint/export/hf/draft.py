@@ -129,6 +129,8 @@ class HFClass(ABC):
         tower: pattern before the names of the vision encoder's tensors, in memory.
         language_models: types of language models that the class computes as they are; None for every type whose head
             is a plain linear map.
+        takes_maps: whether the class reads a vision encoder whose output is a map.
+        takes_timm: whether it makes its vision encoder of timm, by Transformers' wrapper.
         stand_in: takes the place of a vision encoder that the class does not hold, so that the rest can be judged.
     """
 
@@ -137,6 +139,8 @@ class HFClass(ABC):
     processor: str
     tower: str = r"model\.vision_tower\."
     language_models: tuple[str, ...] | None = None
+    takes_maps: bool = False
+    takes_timm: bool = False
     stand_in: HFTower = STAND_IN
 
     @abstractmethod

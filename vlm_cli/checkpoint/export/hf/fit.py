@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source
 from vlm_cli.checkpoint.export.hf.language import HFLanguageModel, find_hf_language_model
 from vlm_cli.checkpoint.export.hf.tensors import Plan, plan_tensors
-from vlm_cli.checkpoint.export.hf.towers import HFTower, NotHeld, find_hf_tower
+from vlm_cli.checkpoint.export.hf.towers import HFTower, NotHeld, find_hf_tower, find_timm_tower
 from vlm_cli.checkpoint.published.checkpoint import PublishedCheckpoint, TensorInfo
 from vlm_cli.checkpoint.published.layouts.base import CheckpointDescription
 from vlm_cli.checkpoint.published.targets import Target, make_targets_of
@@ -67,16 +67,12 @@ class Subject:
         config: of the VLM.
         model: the VLM on the meta device.
         tokenizer: of the VLM, if it is known.
-        tower: its vision encoder in Transformers' terms; None if no class holds it.
-        tower_problem: why none does.
         language: its language model in Transformers' terms.
     """
 
     config: VLMConfig
     model: VLM
     tokenizer: PreTrainedTokenizerBase | None
-    tower: HFTower | None
-    tower_problem: str
     language: HFLanguageModel
 
     @classmethod
@@ -84,12 +80,21 @@ class Subject:
         """Look at a model. No weights are read."""
         with meta_device(), SkipsFilling():
             model = VLM(config)
-        tower, why = None, ""
-        try:
-            tower = find_hf_tower(config.vision_config, config.composition.vision_encoder.name)
-        except NotHeld as error:
-            why = str(error)
-        return cls(config, model, tokenizer, tower, why, find_hf_language_model(config.text_config))
+        return cls(config, model, tokenizer, find_hf_language_model(config.text_config))
+
+    def find_tower(self, target: HFClass) -> HFTower:
+        """Describe the vision encoder in Transformers' terms, as a class has it.
+
+        Raises:
+            NotHeld: if the class does not hold it.
+        """
+        find = find_timm_tower if target.takes_timm else find_hf_tower
+        name = self.config.composition.vision_encoder.name
+        tower = find(self.config.vision_config, name)
+        if tower.is_map != target.takes_maps:
+            gives, reads = ("a map", "a row of patches") if tower.is_map else ("a row of patches", "a map")
+            raise NotHeld(f"vision_encoder {name!r} gives {gives}; the class reads {reads}.")
+        return tower
 
 
 def fit_class(target: HFClass, subject: Subject) -> Fit:
@@ -98,7 +103,7 @@ def fit_class(target: HFClass, subject: Subject) -> Fit:
     text, problems = _find_text_config(target, subject)
     source = Source(
         config=config,
-        tower=subject.tower or target.stand_in,
+        tower=target.stand_in,
         text_config=text,
         tokenizer=subject.tokenizer,
         num_positions=subject.model.vision_tokenizer.num_tokens(1),
@@ -106,8 +111,7 @@ def fit_class(target: HFClass, subject: Subject) -> Fit:
     draft = Draft(config={}, images=None)
     try:
         try:
-            if subject.tower is None:
-                raise NotHeld(subject.tower_problem)
+            source = replace(source, tower=subject.find_tower(target))
             draft = target.draft(source)
         except NotHeld as error:
             problems.append(str(error))
@@ -193,6 +197,8 @@ def _option_differences(part: str, ours: Any, theirs: Any) -> Iterator[str]:
     for field in fields(ours):
         name = field.name
         if name in _NO_MATTER or name.startswith("clip_") or (name.startswith("norm_") and not has_norm):
+            continue
+        if name == "pool_at" and (ours.pool, theirs.pool) == (1, 1):
             continue
         if (one := getattr(ours, name)) != (other := getattr(theirs, name)):
             yield f"{part}.{name} is {show(one)}; the class has {show(other)}."

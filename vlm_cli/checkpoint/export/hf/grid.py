@@ -63,7 +63,7 @@ class InternVLClass(HFClass):
         """
         kinds = {"internvl_vision", self.vision}  # the same encoder under another name
         if (kind := source.tower.config["model_type"]) not in kinds:
-            raise NotHeld(f"vision_encoder is a {kind}; the class has an {self.vision}.")
+            raise NotHeld(f"vision_encoder is of type {kind}; the class has {self.vision}.")
         return {**source.tower.config, "model_type": self.vision}
 
     def more(self, source: Source, token: SoftToken, end: str) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def judge_classes(
 ) -> list[tuple[str, Fit]]:
     """Judge a model by each class: those that hold it first, then those with the fewest problems.
 
-    Of those that hold it, one comes first that also treats clips as the model does.
+    Of those that hold it, one comes first that also treats clips as the model does. No class is judged after such a
+    one.
 
     Args:
         config: of the VLM.
@@ -61,7 +62,12 @@ def judge_classes(
         name: a key of `CLASSES`; None for all.
     """
     subject = Subject.of(config, None if processor is None else processor.tokenizer)
-    fits = [(word, fit_class(x, subject)) for word, x in CLASSES.items() if name in (None, word)]
+    fits: list[tuple[str, Fit]] = []
+    for word, target in CLASSES.items():
+        if name in (None, word):
+            fits.append((word, fit_class(target, subject)))
+            if not fits[-1][1].problems and fits[-1][1].is_exact:
+                break
     return sorted(fits, key=lambda item: (len(item[1].problems), not item[1].is_exact))
 
 
