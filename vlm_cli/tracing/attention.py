@@ -76,25 +76,29 @@ class RecordedAttention:
             found.append(f"The language model ({name}) computes no attention, so maps of attention {rest}.")
         elif missing:
             found.append(
-                f"{_name_layers(missing)} of the language model ({name}) compute no attention; maps of attention take "
-                "what goes through them for what stood there before."
+                f"{_name_layers(missing, 'compute')} no attention (the language model is {name}); maps of attention "
+                "take what comes out of such a layer for what stood there before."
             )
         windows = {i: window for i, layer in enumerate(self.layers) if (window := _find_window(layer.weights))}
         if windows:
             sizes = sorted(set(windows.values()))
             words = " or ".join(map(str, sizes))
-            found.append(
-                f"{_name_layers(list(windows))} attend to the last {words} positions alone (a sliding window)."
-            )
+            found.append(f"{_name_layers(list(windows), 'attend')} to the last {words} positions alone.")
         sinks = [i for i, layer in enumerate(self.layers) if layer.weights is not None and _has_sink(layer.weights)]
         if sinks:
-            found.append(f"{_name_layers(sinks)} also attend to a learned sink, which is left out.")
+            found.append(f"{_name_layers(sinks, 'attend')} to a learned sink, too, which is left out.")
         return found
 
 
-def _name_layers(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:6]))
-    return f"{'Layer' if len(numbers) == 1 else 'Layers'} {shown}{' …' * (len(numbers) > 6)}"
+def _name_layers(numbers: Sequence[int], verb: str) -> str:
+    """Name layers, and what they do.
+
+    >>> _name_layers([0], "attend"), _name_layers([0, 2], "attend")
+    ('Layer 0 attends', 'Layers 0, 2 attend')
+    """
+    if len(numbers) == 1:
+        return f"Layer {numbers[0]} {verb}s"
+    return f"Layers {', '.join(map(str, numbers[:6]))}{' …' * (len(numbers) > 6)} {verb}"
 
 
 def _find_window(weights: Tensor | None) -> int | None:

@@ -123,7 +123,8 @@ def _of_frames(merge: Callable[[Tensor], Tensor], num_features: int, num_tokens:
 
 
 def _of_neighbours(tokenizer: LinearProjection, num_features: int, num_frames: int) -> Origin:
-    found = _of_frames(lambda x: _merge(tokenizer, x), num_features, tokenizer.num_patches)
+    num_tokens = len(_merge(tokenizer, torch.zeros(num_features, 1)))  # fewer if an arrangement pools patches first
+    found = _of_frames(lambda x: _merge(tokenizer, x), num_features, num_tokens)
     if tokenizer.frames == "concatenate":
         return found
     return lambda shares: found(shares).expand(-1, num_frames, -1) / num_frames

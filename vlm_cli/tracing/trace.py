@@ -188,7 +188,8 @@ class LayerShares:
     Attributes:
         layer: number of the decoder layer, from 0.
         kind: "layer" for the language model's own attention, "block" for a gated block before the layer.
-        text: for each word, the part of its attention that goes to text; always 0 in a block.
+        text: for each word, the part of its attention that goes to text, or to what is learned and shows nothing: the
+            newlines between rows of tiles. In a block, there is no text.
         pictures: for each word, the part that goes to each picture; with `text`, they sum to 1.
     """
 
