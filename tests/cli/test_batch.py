@@ -314,7 +314,7 @@ def test_where_memory_does_not_suffice_rows_are_halved_and_asked_again(answer, m
     monkeypatch.setattr(VLM, "generate", scarce)
     result, written = answer(PROMPTS)
     assert written == wanted
-    assert sizes == [4, 2, 1, 1, 2, 1, 1, 1, 1, 1]
+    assert sizes == [4, 2, 1, 1, 1, 1, 1, 1, 1]
     assert "memory does not suffice for 4 rows at once; continuing with 2." in result.stderr
 
 

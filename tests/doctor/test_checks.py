@@ -270,7 +270,7 @@ def prefers_images(model: VLM, patch: Patch) -> None:
 @breaks("greedy", error="has 6 media tokens, but vision_x has 2")
 def writes_image_placeholders(model, patch):
     prefers_images(model, patch)
-    patch.setattr(generation._ForbidToken, "__call__", lambda self, ids, scores: scores)
+    patch.setattr(generation.ForbidToken, "__call__", lambda self, ids, scores: scores)
 
 
 @both_fusions

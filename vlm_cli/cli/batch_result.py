@@ -50,12 +50,22 @@ class BatchResult:
             "images": counts.images,
             "images_encoded": counts.encoded,
             "positions_reused": counts.reused,
+            "positions_decoded": counts.decoded,
             "batch_size": self.batch_size,
             "load_seconds": round(self.load_seconds, 3),
             "seconds": round(self.seconds, 3),
+            **self._shares(counts, seconds),
             "rows_per_second": round((self.rows - self.earlier) / seconds, 2),
             "tokens_per_second": round(counts.new_tokens / seconds, 2),
         }
+
+    @staticmethod
+    def _shares(counts: Counts, seconds: float) -> dict[str, float]:
+        """Return the shares of the time without the model; none for requests, whose engine is in another thread."""
+        if not counts.seconds:
+            return {}
+        outside = max(0.0, seconds - counts.seconds - counts.waited)
+        return {"waiting_share": round(counts.waited / seconds, 4), "outside_share": round(outside / seconds, 4)}
 
     def summary(self) -> str:
         data = self.to_dict()
@@ -69,8 +79,16 @@ class BatchResult:
     def statistics(self) -> str:
         if self.counts is None:
             return "no row was left to answer"
+        data = self.to_dict()
+        shares = (
+            f"{self.counts.seconds:.2f} s in the model, {data['waiting_share']:.1%} of the time waiting for rows and "
+            f"pictures, {data['outside_share']:.1%} outside, {count_of(self.counts.decoded, 'position')} decoded, "
+            if "waiting_share" in data
+            else ""
+        )
         return (
-            f"{count_of(self.counts.new_tokens, 'new token')} in {self.seconds:.2f} s, {self.counts.seconds:.2f} s of "
-            f"them in the model, {count_of(self.batch_size, 'row')} at once in the end, "
+            f"{count_of(self.counts.new_tokens, 'new token')} in {self.seconds:.2f} s, "
+            f"{data['tokens_per_second']:.1f} tokens/s, {shares}"
+            f"{count_of(self.batch_size, 'row')} at once in the end, "
             f"load {self.load_seconds:.2f} s, peak memory {console.human_bytes(self.peak_memory)}"
         )

@@ -21,6 +21,9 @@ from vlm_cli.generation.choosing import RowChooser
 from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
 from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
+from vlm_cli.generation.slot_choice import find_slot_problem, make_chooser
+from vlm_cli.generation.slot_queue import SlotQueue
+from vlm_cli.generation.slots import Slots
 from vlm_cli.media import MediaLoader
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.batching import pad_left
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["Counts", "RowAnswerer"]
 
 LOOKAHEAD_BATCHES = 8  # batches of rows among which the engine looks for rows of similar length
+#: Arguments of `VLM.generate` that read a prompt and say what its first token may be.
+FIRST_TOKEN = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
 CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait for the model or may be shown again
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -49,7 +54,9 @@ class Counts:
         images: that rows show.
         encoded: images that passed the vision encoder; fewer, because rows show some images again.
         reused: positions that rows share with others and the model computed once.
+        decoded: positions that the model computed for new tokens, those of rows that were over included.
         seconds: that the model took.
+        waited: seconds in which the model waited for rows and their images.
     """
 
     rows: int = 0
@@ -57,11 +64,16 @@ class Counts:
     images: int = 0
     encoded: int = 0
     reused: int = 0
+    decoded: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
 
 class RowAnswerer:
-    """The engine that answers rows in batches, and returns them in their order.
+    """The engine that answers many rows at once, and returns them in their order.
+
+    A row that ends makes room for another (`SlotQueue`). Where the language model, the fusion or the settings do not
+    allow that, rows are answered in batches, each of which takes as long as its longest answer.
 
     But for rounding, the answer to a row does not depend on the other rows of its batch.
 
@@ -98,6 +110,7 @@ class RowAnswerer:
         # For what rows begin with in common, such as the examples of few-shot prompts.
         shares = self.media.encodes_apart and sequences == 1 and self.chooser.most != 1
         self.prompt_cache = PromptCache() if shares else None
+        self.queue = self._make_queue(sequences)
         channels, height, width = plan.processor.image_processor.frame_shape
         image_bytes = max(4 * channels * height * width, count_token_bytes(self.model, MediumSize()))
         self.max_images = max(1, CACHE_BYTES // image_bytes)
@@ -119,7 +132,9 @@ class RowAnswerer:
                 self._fill(waiting, ready)
                 if not waiting:
                     return
-                if not waiting[0].is_done:
+                if self.queue is not None:
+                    self._go_on(self.queue)
+                elif not waiting[0].is_done:
                     # Where the context ends an answer, rows of one length end together.
                     equal = [row for row in waiting if not row.is_done and row.room == waiting[0].room]
                     self._answer(self.chooser.choose(equal, self.size.rows))
@@ -128,14 +143,53 @@ class RowAnswerer:
                     done.images = []  # whoever keeps the row keeps no vision tokens; the cache has those of late
                     yield done
 
+    def _make_queue(self, sequences: int) -> SlotQueue | None:
+        """Make the queue for slots; None where rows are answered in batches."""
+        if sequences > 1 or not self.chooser.pads or (choose := make_chooser(self.plan, self.seed)) is None:
+            return None
+        if (problem := find_slot_problem(self.model)) is not None:
+            self.notify(f"Note: {problem}, so each batch of rows takes as long as its longest answer.")
+            return None
+        slots = Slots(self.model, choose, lambda row, ids, newest: self.plan.is_over(row.ids, ids, newest))
+        return SlotQueue(slots, self.size, self.chooser)
+
+    @torch.inference_mode()
+    def _go_on(self, queue: SlotQueue) -> None:
+        """Let rows that wait take free slots, or write the next tokens of those that have one."""
+        started, rows = time.monotonic(), queue.choose()
+        try:
+            over = queue.seat(rows, self._run(rows, **FIRST_TOKEN)) if rows else queue.write()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self.counts.seconds += time.monotonic() - started
+            if over is None:
+                self._answer(rows)
+            for seat in over or ():
+                self._note_answers(seat.row, [seat.tokens])
+            self.counts.decoded += queue.take_decoded()
+            return
+        # The `except` block is over, so Python has dropped the error and the tensors that its traceback held.
+        self._free_cached()
+        number = queue.retreat(rows)
+        if number == 1:
+            self._refuse([*rows, *queue.waiting][0])
+        else:
+            self._tell_less(number)
+
     def _fill(self, waiting: deque[AnyRow], rows: Iterator[AnyRow]) -> None:
+        started = time.monotonic()
         images = sum(size.num_frames for row in waiting for size in row.media)
         while len(waiting) < LOOKAHEAD_BATCHES * self.size.rows and (not waiting or images < self.max_images):
             row = next(rows, None)
             if row is None:
-                return
+                break
             waiting.append(row)
+            if self.queue is not None:
+                self.queue.add(row)
             images += sum(size.num_frames for size in row.media)
+        self.counts.waited += time.monotonic() - started
 
     def _answer(self, rows: Sequence[Row]) -> None:
         """Answer rows together or, where memory does not suffice, in halves."""
@@ -151,41 +205,54 @@ class RowAnswerer:
             self.size.record(len(rows), seconds)
             return
         # The `except` block is over, so Python has dropped the error and the tensors that its traceback held.
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free_cached()
         if len(rows) == 1:
-            row = rows[0]
-            sizes = ((row.positions, "position"), (len(row.images), "image"), (row.room, "new token"))
-            needed = ", ".join(count_of(number, noun) for number, noun in sizes)
-            row.error = VLMError(f"memory does not suffice for this row alone ({needed}).")
+            self._refuse(rows[0])
             return
         self.size.halve(len(rows))
-        self.notify(f"Note: memory does not suffice for {len(rows)} rows at once; continuing with {self.size.rows}.")
+        self._tell_less(len(rows))
         half = (len(rows) + 1) // 2
         self._answer(rows[:half])
         self._answer(rows[half:])
 
-    @torch.inference_mode()
-    def _generate(self, rows: Sequence[Row]) -> None:
+    def _free_cached(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _refuse(self, row: Row) -> None:
+        sizes = ((row.positions, "position"), (len(row.images), "image"), (row.room, "new token"))
+        needed = ", ".join(count_of(number, noun) for number, noun in sizes)
+        row.error = VLMError(f"memory does not suffice for this row alone ({needed}).")
+
+    def _tell_less(self, rows: int) -> None:
+        self.notify(f"Note: memory does not suffice for {rows} rows at once; continuing with {self.size.rows}.")
+
+    def _run(self, rows: Sequence[Row], **keywords: Any) -> Any:
+        """Call `VLM.generate` for rows, with more keywords than those of the plan."""
         ids, mask = pad_left([row.ids for row in rows], self.plan.processor.tokenizer.pad_token_id)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **self.media.arguments(rows)}
+        output = self.model.generate(**inputs, **self.plan.keywords | keywords, prompt_cache=self.prompt_cache)
+        if self.prompt_cache is not None:
+            self.counts.reused += len(rows) * self.prompt_cache.reused
+        self.counts.images += sum(len(row.images) for row in rows)
+        self.counts.encoded = self.media.encoded
+        return output
+
+    @torch.inference_mode()
+    def _generate(self, rows: Sequence[Row]) -> None:
         if self.seed is not None:
             from transformers import set_seed
 
             set_seed((self.seed + rows[0].line) % 2**32)  # the same in a run that resumes here
-        output = self.model.generate(
-            **inputs,
-            **self.plan.keywords | {"max_new_tokens": rows[0].room},
-            prompt_cache=self.prompt_cache,
-            stopping_criteria=self.plan.stopping_criteria(),
-        )
-        if self.prompt_cache is not None:
-            self.counts.reused += len(rows) * self.prompt_cache.reused
-        new = output[:, ids.shape[1] :].tolist()
+        length = max(len(row.ids) for row in rows)
+        output = self._run(rows, max_new_tokens=rows[0].room, stopping_criteria=self.plan.stopping_criteria())
+        new = output[:, length:].tolist()
+        self.counts.decoded += output[:, length:].numel()
         for b, row in enumerate(rows):
-            own = new[b * self.num_answers : (b + 1) * self.num_answers]
-            row.answers = [self.plan.read(row.ids, x, row.room) for x in own]
-            self.counts.new_tokens += sum(answer.new_tokens for answer in row.answers)
-            self.counts.images += len(row.images)
-        self.counts.encoded = self.media.encoded
-        self.counts.rows += len(rows)
+            self._note_answers(row, new[b * self.num_answers : (b + 1) * self.num_answers])
+
+    def _note_answers(self, row: Row, answers: Sequence[Sequence[int]]) -> None:
+        """Read the answers of a row from what the model wrote."""
+        row.answers = [self.plan.read(row.ids, ids, row.room) for ids in answers]
+        self.counts.rows += 1
+        self.counts.new_tokens += sum(answer.new_tokens for answer in row.answers)

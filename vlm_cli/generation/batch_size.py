@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchSize", "RowCost", "available_memory"]
 
 START_ROWS = 4  # rows of the first batch
+STEPS_EACH = 4  # tokens of each row that are timed before the number of rows changes
 MAX_ROWS = 256  # rows of the largest batch
 ASSUMED_LAYERS = 32  # layers of a language model whose configuration does not give their number
 MIN_SPEEDUP = 1.1  # factor in rows per second that makes twice the rows worthwhile
@@ -29,6 +30,7 @@ class BatchSize:
         self._grows = fixed is None
         self._before = 0.0  # rows per second with half as many
         self._timed: list[float] = []  # seconds of each full batch of this size
+        self._steps: list[float] = []  # seconds of each step of that many rows
 
     def record(self, rows: int, seconds: float) -> None:
         """Learn from the time of a batch whether more rows are faster.
@@ -45,6 +47,15 @@ class BatchSize:
             self.rows, self._before, self._timed = min(2 * self.rows, MAX_ROWS), rate, []
         elif len(self._timed) == 2:
             self.rows, self._grows = self.rows // 2, False
+
+    def record_step(self, rows: int, seconds: float) -> None:
+        """Learn from the time in which each of so many rows got a token; the best of some steps counts as a batch."""
+        if not self._grows or rows < self.rows:
+            return
+        self._steps.append(seconds)
+        if len(self._steps) == STEPS_EACH:
+            best, self._steps = min(self._steps), []
+            self.record(rows, best)
 
     def halve(self, rows: int) -> None:
         """Use at most half of so many rows from now on, because memory did not suffice for them."""

@@ -38,12 +38,14 @@ class RowChooser:
         self.pads = pads and kind not in NO_LEFT_PADDING
         self.cost = RowCost(self.model, sequences)
 
-    def choose(self, rows: Sequence[AnyRow], most: int) -> list[AnyRow]:
+    def choose(self, rows: Sequence[AnyRow], most: int, beside: Sequence[Row] = ()) -> list[AnyRow]:
         """Choose the first row, so that no row waits for long, and the rows that are nearest to it in length.
 
         Args:
             rows: that wait, at least one.
             most: rows to choose at most.
+            beside: rows that the model answers already and that have their memory; without any, one row is chosen even
+                if memory may not suffice.
         """
         first = rows[0]
 
@@ -54,16 +56,17 @@ class RowChooser:
         fitting = rows if self.pads else [row for row in rows if not distance(row)]
         chosen = sorted(fitting, key=distance)[: self.most or most]
         memory = available_memory(self.model.device) / 2
-        while len(chosen) > 1 and not self._fits(chosen, memory):
+        while len(chosen) > (not beside) and not self._fits(chosen, memory, beside):
             chosen.pop()
         return chosen
 
-    def _fits(self, rows: Sequence[Row], memory: float) -> bool:
+    def _fits(self, rows: Sequence[Row], memory: float, beside: Sequence[Row]) -> bool:
         """Tell whether rows, padded to each other, stay within so many bytes and within the context."""
         budget, room = self.plan.budget, max(row.room for row in rows)
         positions = budget.positions_together([(len(row.ids), row.positions) for row in rows]) + room
         left = budget.left(positions)
         if left is not None and left < 0:
             return False
+        longest = max(positions, max((row.positions + row.room for row in beside), default=0))
         media_bytes = max(sum(count_token_bytes(self.model, size) for size in row.media) for row in rows)
-        return len(rows) * self.cost(positions, media_bytes) <= memory
+        return len(rows) * self.cost(longest, media_bytes) <= memory

@@ -115,6 +115,18 @@ class GenerationPlan:
 
         return StoppingCriteriaList([StopStrings(self.decode, self.stops)] if self.stops else [])
 
+    def is_over(self, before: Sequence[int], ids: Sequence[int], newest: int) -> bool:
+        """Say whether one of the last `newest` tokens of an answer ends it; its length, the caller knows.
+
+        Args:
+            before: the tokens of the prompt.
+            ids: what the model wrote after them.
+            newest: tokens that were not asked about before.
+        """
+        if any(token in self._stop_ids for token in ids[-newest:]):
+            return True
+        return bool(self.stops) and StopStrings(self.decode, self.stops).is_in_newest(before, ids, newest)
+
     def decode(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Turn new tokens into text, up to the first stop token and without special tokens.
 

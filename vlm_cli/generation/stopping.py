@@ -51,7 +51,16 @@ class StopStrings(StoppingCriteria):
             self.start = length - 1  # the first call comes after the first new token
         first = max(self.start, length - self.window)
         before = max(0, first - CONTEXT)
-        rows = input_ids[:, before:].tolist()
-        texts = (self.decode(row[: first - before], row[first - before :]) for row in rows)
-        ends = [any(stop in text for stop in self.stops) for text in texts]
+        ends = [self.is_in(row, first - before) for row in input_ids[:, before:].tolist()]
         return torch.tensor(ends, dtype=torch.bool, device=input_ids.device)
+
+    def is_in(self, ids: Sequence[int], start: int) -> bool:
+        """Say whether the text of the tokens from `start` on holds a stop string."""
+        text = self.decode(ids[:start], ids[start:])
+        return any(stop in text for stop in self.stops)
+
+    def is_in_newest(self, prompt: Sequence[int], tokens: Sequence[int], newest: int) -> bool:
+        """Say whether the last `newest` tokens of an answer complete a stop string."""
+        first = max(0, len(tokens) - newest + 1 - self.window)
+        before = [*prompt, *tokens[:first]][-CONTEXT:]
+        return self.is_in([*before, *tokens[first:]], len(before))

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.utils.generic import ModelOutput
 
 from vlm_cli.modeling.added_tokens import AddedTokens
 from vlm_cli.modeling.batching import pad_left
@@ -29,7 +30,7 @@ from vlm_cli.modeling.language_model import NO_LEFT_PADDING
 from vlm_cli.modeling.lm_interface import LanguageModelInterface
 from vlm_cli.modeling.prompt_cache import PromptCache, PromptRow, ShownMedia
 
-__all__ = ["GenerationMixin"]
+__all__ = ["ForbidToken", "GenerationMixin"]
 
 
 class GenerationMixin(transformers.GenerationMixin):
@@ -111,7 +112,9 @@ class GenerationMixin(transformers.GenerationMixin):
             kwargs: as in Transformers.
 
         Returns:
-            int[B, T_txt + new tokens], or Transformers' output object with these `sequences`.
+            int[B, T_txt + new tokens], or Transformers' output object with these `sequences`. The object also has what
+            the language model read: `attention_mask` int[B, L] and `media_counts` int[B], of the prompt and on the CPU,
+            and `media` and `media_mask`.
 
         Raises:
             ValueError: if tokens are missing, if media and media tokens do not match, or if `prompt_cache` is given
@@ -143,10 +146,10 @@ class GenerationMixin(transformers.GenerationMixin):
             kwargs["return_dict_in_generate"] = True
             if cache is not None:
                 kwargs[self.lm_interface.cache_name] = cache
-        output = super().generate(
+        output: Any = super().generate(
             moved(ids, self.device),
             generation_config,
-            logits_processor=LogitsProcessorList([*(logits_processor or []), _ForbidToken(self.config.media_token_id)]),
+            logits_processor=LogitsProcessorList([*(logits_processor or []), ForbidToken(self.config.media_token_id)]),
             attention_mask=moved(mask, self.device),
             media=media,
             media_mask=moved(media_mask, self.device),
@@ -157,7 +160,11 @@ class GenerationMixin(transformers.GenerationMixin):
         if prompt_cache is not None:
             self._end_with(prompt_cache, output, shown)
             output = output if wants_details else output.sequences
-        elif expanded is None:
+        if isinstance(output, ModelOutput):  # for whoever goes on behind the answer
+            output.attention_mask = torch.ones_like(ids) if mask is None else mask
+            output.media, output.media_mask = media, moved(media_mask, self.device)
+            output.media_counts = count_media(ids, self.config.media_token_id)[:, -1]
+        if prompt_cache is None and expanded is None:
             return output
         return _restore_prompt(output, moved(lang_x, self.device), ids.shape[1])
 
@@ -371,7 +378,7 @@ class GenerationMixin(transformers.GenerationMixin):
         super()._validate_model_kwargs(own)  # type: ignore[misc]
 
 
-class _ForbidToken(LogitsProcessor):
+class ForbidToken(LogitsProcessor):
     """Never generate one token. Transformers' own class for this would replace the caller's `suppress_tokens`."""
 
     may_wait = True

@@ -35,6 +35,8 @@ class Fusion:
         splices_media: whether vision tokens take the place of `<image>` among the text's embeddings.
         sees_ahead: what sees positions after its own: "nothing", "media" within themselves, or the whole "prompt".
         reads_before_media: whether text before its row's first medium reads the row's media.
+        media_may_be_padded: whether rows that are decoded may stand beside rows with more media: `media_for_decoding`
+            returns None, or float[B, …, T_img·n, k] whose padding the mask hides.
     """
 
     config: VLMConfig
@@ -44,6 +46,7 @@ class Fusion:
     splices_media = False
     sees_ahead: Literal["nothing", "media", "prompt"] = "nothing"
     reads_before_media = False
+    media_may_be_padded = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,6 +85,17 @@ class Fusion:
             float[B, …], one row for each row of the prompt; hooks find it in `conditioning.media`.
         """
         raise TypeError(f"{type(self).__name__} is not a fusion.")
+
+    def media_for_decoding(
+        self, media: Tensor | None, media_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Keep of the media what tokens after the prompt see; only asked if `media_may_be_padded`.
+
+        Args:
+            media: what `project_media` returned.
+            media_mask: bool[B, T_img, n] of it.
+        """
+        return media, media_mask
 
     def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
         """Return what the hooks read during one call of the language model.

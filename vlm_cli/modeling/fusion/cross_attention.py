@@ -173,6 +173,7 @@ class VLMWithCrossAttention(VLM):
     _no_split_modules = ["GatedCrossAttentionBlock", "VisionEncoder"]
 
     fusion: GatedCrossAttention
+    media_may_be_padded = True
 
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:
@@ -226,20 +227,22 @@ class VLMWithCrossAttention(VLM):
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kept = super()._update_model_kwargs_for_generation(*args, **kwargs)
-        media, mask = kept.get("media"), kept.get("media_mask")
-        if (
-            media is None
-            or mask is None
-            or self.fusion.options.attend != "last"
-            or mask.shape[1] == 1
-            or not is_filled(kept.get(self.lm_interface.cache_name))
-        ):
+        if not is_filled(kept.get(self.lm_interface.cache_name)):
             return kept
-        # A decoded token sees the last medium of its row only, so the other media are dropped.
+        media, mask = self.media_for_decoding(kept.get("media"), kept.get("media_mask"))
+        return kept | {"media": media, "media_mask": mask}
+
+    def media_for_decoding(
+        self, media: Tensor | None, media_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Keep the last medium of each row if a decoded token sees no other."""
+        mask = media_mask
+        if media is None or mask is None or self.fusion.options.attend != "last" or mask.shape[1] == 1:
+            return media, mask
         last = (mask.any(-1).sum(-1) - 1).clamp(min=0)  # [B]
         rows = torch.arange(len(last), device=last.device)
         by_medium = media.unflatten(-2, mask.shape[1:])  # [B, L, 2, h, T_img, n, k]
-        return kept | {"media": by_medium[rows, ..., last, :, :].contiguous(), "media_mask": mask[rows, last][:, None]}
+        return by_medium[rows, ..., last, :, :].contiguous(), mask[rows, last][:, None]
 
 
 class _BeforeLayer(ModelHook):

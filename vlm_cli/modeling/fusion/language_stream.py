@@ -32,6 +32,7 @@ class VLMWithLanguageStream(VLM):
     """Vision tokens take the place of `<image>` among the embeddings of text (Kosmos, BLIP-2, LLaVA)."""
 
     splices_media = True
+    media_may_be_padded = True
 
     @classmethod
     def media_width(cls, dim_embedding: int) -> int | None:
@@ -50,6 +51,10 @@ class VLMWithLanguageStream(VLM):
     def project_media(self, vision_tokens: Tensor, media_mask: Tensor) -> Tensor:
         """Return each row's vision tokens in order, padding last: float[B, T_img·n, d]."""
         return pack_valid_tokens(vision_tokens, media_mask)
+
+    def media_for_decoding(self, media: Tensor | None, media_mask: Tensor | None) -> tuple[None, None]:
+        """Return nothing: the language model's cache holds the media."""
+        return None, None
 
     def expand_prompt(self, lang_x: Tensor, attention_mask: Tensor | None, media_mask: Tensor) -> ExpandedPrompt | None:
         is_media = lang_x == self.config.media_token_id
