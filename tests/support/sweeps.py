@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,25 @@ from typer.testing import CliRunner
 
 from vlm_cli.cli.app import app
 from vlm_cli.cli.sweep_process import Launcher
+from vlm_cli.evaluation.items import read_items
+from vlm_cli.prompt import format
 
 PERCEIVER = "{type: perceiver, depth: 1, num_heads: 2, head_dim: 16, num_latents: 4}"
 CROSS_ATTENTION = "{type: cross-attention, num_heads: 2, head_dim: 16, every: 2}"
 
 
 def launch_here(
-    monkeypatch: Any, before: Callable[[Sequence[str]], int | None] = lambda words: None
+    monkeypatch: Any,
+    before: Callable[[Sequence[str]], int | None] = lambda words: None,
+    *,
+    pretends: bool = False,
 ) -> list[list[str]]:
     """Let a sweep run its commands in this process, and return the list to which their words are added.
 
     Args:
         monkeypatch: pytest's.
         before: called with the words of a command; a number that it returns is the exit code of a command not run.
+        pretends: write what the sweep looks for, and run nothing: every answer is right.
     """
     ran: list[list[str]] = []
 
@@ -30,6 +38,9 @@ def launch_here(
         ran.append(list(words))
         if (code := before(words)) is not None:
             return code
+        if pretends:
+            pretend(words, printed)
+            return 0
         result = CliRunner().invoke(app, list(words))
         with log.open("a", encoding="utf-8") as file:
             file.write(result.stderr)
@@ -39,3 +50,19 @@ def launch_here(
 
     monkeypatch.setattr(Launcher, "__call__", launch)
     return ran
+
+
+def pretend(words: Sequence[str], printed: Path | None) -> None:
+    """Write what a sweep looks for after a command."""
+    command, first, *rest = words
+    given = dict(itertools.pairwise(rest))
+    if command == "eval":
+        items, _ = read_items(Path(given["--data"]), int(given["--limit"]))
+        rows = [{"id": x.id, "prompt": format(x.asked), "expected": x.expected, "answer": x.expected} for x in items]
+        Path(given["--output"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert printed is not None
+        printed.write_text("{}")
+        return
+    made = Path(given["--output"] if command == "train" else first)
+    made.mkdir()
+    (made / "config.json").write_text('{"model_type": "vlm"}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import yaml
 
 from tests.support.sweeps import PERCEIVER, launch_here
 
-TRAIN = ("--data", "train.jsonl", "--eval-data", "train.jsonl", "--budget", "2", "--batch-size", "2", "--limit", "6")
+TRAIN = ("--data", "train.jsonl", "--eval-data", "train.jsonl", "--budget", "1", "--batch-size", "2", "--limit", "6")
 SETS = ("--set", f"vision_tokenizer=linear,{PERCEIVER}")
 
 
@@ -42,7 +43,7 @@ def test_each_run_is_built_trained_and_asked_with_its_seed(done):
     for words in ran:
         if words[0] == "train":
             record = json.loads((Path(words[words.index("--output") + 1]) / "training_args.json").read_text())
-            assert record["settings"]["max_steps"] == record["result"]["steps"] == 2
+            assert record["settings"]["max_steps"] == record["result"]["steps"] == 1
             assert record["settings"]["batch_size"] == 2
             assert record["settings"]["seed"] == int(words[words.index("--seed") + 1] if "--seed" in words else 0)
     folders = sorted((out / "runs").glob("*/"))
@@ -91,7 +92,7 @@ def test_all_forms_of_the_table_agree(done):
 def test_the_same_command_repeats_nothing_and_more_seeds_add_runs(done, prepared, vlm, monkeypatch, tmp_path):
     out, words, _, printed = done
     monkeypatch.chdir(prepared)
-    ran = launch_here(monkeypatch)
+    ran = launch_here(monkeypatch, pretends=True)
     again = vlm(*words, "--json")
     assert ran == []
     assert json.loads(again.stdout) == printed
@@ -102,17 +103,39 @@ def test_the_same_command_repeats_nothing_and_more_seeds_add_runs(done, prepared
     assert all(x[x.index("--seed") + 1] == "2" for x in ran if x[0] != "eval")
 
 
-def test_its_file_repeats_it(done, prepared, vlm, monkeypatch, tmp_path):
+@pytest.mark.parametrize("pretends", [True, pytest.param(False, marks=pytest.mark.matrix)])
+def test_its_file_repeats_it(done, vlm, monkeypatch, tmp_path, pretends):
     out, _, first, printed = done
     values = yaml.safe_load((out / "sweep.yaml").read_text())
     assert values["seeds"] == [0, 1]
     assert set(values["made_with"]["versions"]) >= {"vlm_cli", "torch", "transformers"}
     assert len(values["made_with"]["inputs"]) == 3  # records, tower, language model
     monkeypatch.chdir(tmp_path)  # paths start at the file
-    ran = launch_here(monkeypatch)
+    ran = launch_here(monkeypatch, pretends=pretends)
     result = vlm("sweep", out / "sweep.yaml", "--output", tmp_path / "other", "--json")
     assert result.exit_code == 0, result.stderr
     assert "another than when" not in result.stderr
-    assert [x[0] for x in ran] == [x[0] for x in first]
+    assert [[x for x in words if "/" not in x] for words in ran] == [
+        [x for x in words if "/" not in x and x != "train.jsonl"] for words in first
+    ]
     again = json.loads(result.stdout)["compositions"]
-    assert [x["scores"] for x in again] == [x["scores"] for x in printed["compositions"]]
+    assert [x["values"] for x in again] == [x["values"] for x in printed["compositions"]]
+    if not pretends:
+        assert [x["scores"] for x in again] == [x["scores"] for x in printed["compositions"]]
+
+
+def test_words_on_the_command_line_cover_a_file(done, vlm, monkeypatch, tmp_path):
+    out, _, _, _ = done
+    monkeypatch.chdir(tmp_path)
+    ran = launch_here(monkeypatch, pretends=True)
+    words = ["--seeds", "5", "--learning-rate", "fusion=1e-3,others=1e-4", "--set", "train.lora=[language_model]"]
+    words += ["--set", "vision_tokenizer=mlp", "--no-group-by-length"]
+    assert vlm("sweep", out / "sweep.yaml", "--output", tmp_path / "other", *words).exit_code == 0
+    [_, train, _] = ran
+    given = dict(itertools.pairwise(train))
+    assert given["--learning-rate"] in ("fusion=0.001,0.0001", "0.0001,fusion=0.001")
+    assert (given["--lora"], given["--seed"]) == ("language_model", "5")
+    assert "--no-group-by-length" in train
+    assert (tmp_path / "other/runs").is_dir()
+    [start] = (tmp_path / "other/runs").glob("*/start")  # its adapters need it
+    assert start.is_dir()

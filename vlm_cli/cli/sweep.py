@@ -96,7 +96,7 @@ def _conduct(plan: Plan, rows: Sequence[Overview], running: RunningOptions, shap
         DataError: if a run failed, after the table is printed.
     """
     from vlm_cli.cli.sweep_process import end_processes
-    from vlm_cli.sweeps.conducting import Conductor, describe_problems
+    from vlm_cli.sweeps.conducting import Conductor, check_place, describe_problems
     from vlm_cli.sweeps.running import Engine
     from vlm_cli.sweeps.tables import overview_table, results_table
 
@@ -108,6 +108,7 @@ def _conduct(plan: Plan, rows: Sequence[Overview], running: RunningOptions, shap
         end_processes()
         return f"{out} keeps what is done; the same command goes on."
 
+    check_place(out)
     with locked(out):
         conductor = Conductor.prepare(plan, rows, out, console.note, trusts=trusts, overwrite=running.overwrite)
         for note in overview_table(rows).notes:

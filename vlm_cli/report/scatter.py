@@ -10,12 +10,12 @@ from vlm_cli.report.curves import choose_ticks
 from vlm_cli.report.tables import human_count
 from vlm_cli.report.web_page import page_text
 
-__all__ = ["ScatterPoint", "draw_scatter"]
+__all__ = ["COLOURS", "ScatterPoint", "draw_scatter"]
 
 WIDTH, HEIGHT = 480, 260  # units of the drawing
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 14, 42
 RADIUS = 5
-COLOURS = 6
+COLOURS = 6  # that the page's style has
 _FAR = 20.0  # from so many times the least on, the axis is logarithmic
 
 

@@ -197,8 +197,8 @@ def _check_values(base: Base, dimensions: Sequence[Dimension], candidates: Seque
 
 
 def _problem_alone(base: Base, dimensions: Sequence[Dimension], own: Dimension, candidate: Candidate) -> str | None:
-    """Say why a candidate is impossible even without what else varies inside of its parts; None if it is not."""
-    others = [x for x in dimensions if x.varies and x is not own]
+    """Say why a candidate is impossible even without the other settings inside of its parts; None if it is not."""
+    others = [x for x in dimensions if x is not own]
     inside = {x.name for x in others if "." in x.name and x.name.partition(".")[0] != TRAINING}
     found = _make(base, 0, {k: x for k, x in candidate.values.items() if k not in inside}, TrainingSettings())
     return found.problem

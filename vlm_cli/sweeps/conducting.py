@@ -7,7 +7,6 @@ OUT/results.json, results.csv, results.md, results.html    written anew after ea
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from vlm_cli.sweeps.tables import results_table
 if TYPE_CHECKING:
     from vlm_cli.evaluation.items import Item
 
-__all__ = ["Conductor"]
+__all__ = ["Conductor", "check_place", "describe_problems"]
 
 SWEEP_FILE = "sweep.yaml"
 _RESULTS = ("results.json", "results.csv", "results.md", "results.html")
@@ -180,17 +179,6 @@ class Conductor:
                 file.write(text)
 
 
-def with_budget(overviews: Sequence[Overview], steps: Callable[[Overview], int]) -> list[Overview]:
-    """Give each composition that is possible so many steps."""
-    found = []
-    for x in overviews:
-        if x.candidate.problem is None:
-            settings = dataclasses.replace(x.candidate.settings, max_steps=steps(x))
-            x = dataclasses.replace(x, candidate=dataclasses.replace(x.candidate, settings=settings))
-        found.append(x)
-    return found
-
-
 def describe_problems(problems: dict[str, str], runs: Sequence[Run]) -> str:
     """Say which runs failed, and why."""
     names = {run.folder.name: run for run in runs}
@@ -212,15 +200,22 @@ def _choose_metrics(plan: Plan, items: Sequence[Item], note: Callable[[str], Non
     return metrics
 
 
+def check_place(out: Path) -> None:
+    """Check that there is a folder for the results.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if not (folder := out.absolute().parent).is_dir():
+        raise CheckpointError(f"cannot write {str(out)!r}: the folder {str(folder)!r} does not exist.")
+
+
 def _check_folder(out: Path, inputs: dict[str, str], *, overwrite: bool) -> None:
     """Check that results may be written to a folder.
 
     Raises:
         VLMError: if it holds something else, or runs of other inputs.
     """
-    if not out.absolute().parent.is_dir():
-        folder = str(out.absolute().parent)
-        raise CheckpointError(f"cannot write {str(out)!r}: the folder {folder!r} does not exist.")
     if not out.exists():
         return
     held = [x.name for x in out.iterdir() if not x.name.startswith(".")] if out.is_dir() else [out.name]

@@ -7,27 +7,29 @@ from pathlib import Path
 from urllib.parse import quote
 
 from vlm_cli.evaluation.figures import difference_cells, estimate_cells
-from vlm_cli.report.scatter import ScatterPoint, draw_scatter
+from vlm_cli.report.scatter import COLOURS, ScatterPoint, draw_scatter
 from vlm_cli.report.tables import human_count
 from vlm_cli.report.web_page import page_head, page_text
 from vlm_cli.sweeps.dimensions import describe_value
-from vlm_cli.sweeps.overview import Costs
+from vlm_cli.sweeps.overview import PROMPT, Costs
 from vlm_cli.sweeps.results import Results, Row
 from vlm_cli.sweeps.runs import RUNS
-from vlm_cli.sweeps.tables import range_text, results_table, short_name, split_names
+from vlm_cli.sweeps.tables import flops_text, range_text, results_table, short_name, split_names
 
 __all__ = ["format_page"]
 
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 #: Title of a plot, the name of its axis, and what stands there.
-_AXES: tuple[tuple[str, str, Callable[[Costs], float | None]], ...] = (
-    ("Vision tokens", "vision tokens per image", lambda costs: float(costs.tokens[1])),
-    ("Parameters", "parameters", lambda costs: float(costs.parameters)),
+_AXES: tuple[tuple[str, str, Callable[[Row, Costs], float | None]], ...] = (
+    ("Operations of training", "FLOPs of training, each seed", lambda row, costs: row.training_flops),
+    ("Operations", f"FLOPs of a prompt of one picture and {PROMPT.text} tokens", lambda row, costs: costs.flops),
+    ("Vision tokens", "vision tokens per image", lambda row, costs: float(costs.tokens[1])),
+    ("Parameters", "parameters", lambda row, costs: float(costs.parameters)),
 )
 _READING = (
     "The interval of a score says how far another choice of questions could move it; with several seeds, also another "
     "choice of seeds, as far as these few tell. A p-value is that of one comparison: of twenty compositions that are "
-    "equally good, one is below 0.05 by chance."
+    "equally good, about one is below 0.05 by chance."
 )
 
 
@@ -36,7 +38,7 @@ def format_page(results: Results) -> str:
     base = results.facts.get("base", "")
     rows = "".join(f"<dt>{page_text(k)}</dt><dd>{page_text(x)}</dd>\n" for k, x in results.facts.items())
     rules = "".join(f"<dt>{page_text(x.name)}</dt><dd>{page_text(x.summary)}</dd>\n" for x in results.metrics)
-    parts = [page_head(f"Sweep over {Path(base).stem}", _STYLE), f"<dl>\n{rows}{rules}</dl>\n"]
+    parts = [page_head(f"Sweep over {Path(base).name}", _STYLE), f"<dl>\n{rows}{rules}</dl>\n"]
     if plots := "".join(_plot(results, *axis) for axis in _AXES):
         parts.append(f'<h2>Scores and costs</h2>\n<div class="plots">\n{plots}</div>\n')
     parts += [f"<h2>Compositions</h2>\n{_table(results)}", f'<p class="note">{page_text(_READING)}</p>\n']
@@ -45,11 +47,11 @@ def format_page(results: Results) -> str:
     return "".join(parts)
 
 
-def _plot(results: Results, title: str, x_name: str, x_of: Callable[[Costs], float | None]) -> str:
+def _plot(results: Results, title: str, x_name: str, x_of: Callable[[Row, Costs], float | None]) -> str:
     """Draw the main figure of each composition against a cost."""
     points = []
     for row in results.rows:
-        place = None if row.overview.costs is None else x_of(row.overview.costs)
+        place = None if row.overview.costs is None else x_of(row, row.overview.costs)
         if row.score is None or place is None:
             continue
         main = row.score.main
@@ -75,53 +77,55 @@ def colour_of(row: Row, rows: Sequence[Row]) -> int:
 
 
 def _table(results: Results) -> str:
+    """Return the table: costs, scores with their intervals below, and how they differ from those of the base."""
     names, _ = split_names([row.candidate.values for row in results.rows])
-    heads = ["", *map(short_name, names), "parameters", "trainable", "tokens/image", "positions/image", "metric"]
-    heads += ["score", "95 % interval", "each seed", "against base", "95 % interval", "p"]
+    numbers = ["parameters", "trainable", "tokens/image", "positions/image", "FLOPs"]
+    scores = ["score", "each seed", "against base", "p"]
     body = "".join(_table_rows(row, results, names) for row in results.rows)
-    head = "".join(f"<th>{page_text(x)}</th>" for x in heads)
+    head = "".join(f"<th>{page_text(x)}</th>" for x in ["", *map(short_name, names)])
+    head += "".join(f'<th class="number">{page_text(x)}</th>' for x in numbers)
+    head += "<th>metric</th>" + "".join(f'<th class="number">{page_text(x)}</th>' for x in scores)
     return f'<div class="wide">\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n'
 
 
 def _table_rows(row: Row, results: Results, names: Sequence[str]) -> str:
-    colour = colour_of(row, results.rows) % 6
+    colour = colour_of(row, results.rows) % COLOURS
     values = "".join(f"<td>{page_text(describe_value(row.candidate.values[name]))}</td>" for name in names)
     begin = f'<td class="number"><span class="dot s{colour}">{row.candidate.number}</span></td>{values}'
     costs = row.overview.costs
     if costs is None:
-        return f'<tr>{begin}<td colspan="11">impossible: {page_text(row.candidate.problem or "")}</td></tr>\n'
-    numbers = (human_count(costs.parameters), human_count(costs.trainable))
-    begin += "".join(_number(x) for x in (*numbers, range_text(costs.tokens), range_text(costs.positions)))
+        return f'<tr>{begin}<td colspan="10">impossible: {page_text(row.candidate.problem or "")}</td></tr>\n'
+    numbers = [human_count(costs.parameters), human_count(costs.trainable)]
+    numbers += [range_text(costs.tokens), range_text(costs.positions), flops_text(costs.flops)]
+    begin += "".join(map(_number, numbers))
     if row.score is None:
         why = next((x.problem for x in row.seeds if x.problem), None)
         same = row.candidate.same_as
         words = f"the same as {same}" if same else f"failed: {why}" if why else "not done yet"
-        return f'<tr>{begin}<td colspan="7">{page_text(words)}</td></tr>\n'
+        return f'<tr>{begin}<td colspan="5">{page_text(words)}</td></tr>\n'
     found = []
     for i, estimate in enumerate(row.score.estimates):
         name, score, interval = estimate_cells(estimate)
-        each = ", ".join(estimate_cells(x.score.estimates[i])[1] for x in row.seeds if x.score)
-        cells = f"<td>{page_text(name)}</td>{_number(score)}{_number(interval)}{_number(each)}"
-        found.append(f"<tr{_style(row)}>{begin}{cells}{_difference(row, i)}</tr>\n")
+        each = "<br>".join(page_text(estimate_cells(x.score.estimates[i])[1]) for x in row.seeds if x.score)
+        cells = f'<td>{page_text(name)}</td>{_number(score, interval)}<td class="number">{each}</td>'
+        style = ' class="base"' if row.is_base else ""
+        found.append(f"<tr{style}>{begin}{cells}{_difference(row, i)}</tr>\n")
     return "".join(found)
-
-
-def _style(row: Row) -> str:
-    return ' class="base"' if row.is_base else ""
 
 
 def _difference(row: Row, figure: int) -> str:
     if row.is_base or not row.differences:
-        return f'<td colspan="3">{"the base" if row.is_base else ""}</td>'
+        return f'<td colspan="2" class="number">{"the base" if row.is_base else ""}</td>'
     x = row.differences[figure]
     low, high = x.interval
-    style = " better" if low > 0 else " worse" if high < 0 else ""
     value, interval, p_value = difference_cells(x)[3:]
-    return f'<td class="number{style}">{page_text(value)}</td>{_number(interval)}{_number(p_value)}'
+    return _number(value, interval, style=" better" if low > 0 else " worse" if high < 0 else "") + _number(p_value)
 
 
-def _number(text: str) -> str:
-    return f'<td class="number">{page_text(text)}</td>'
+def _number(text: str, below: str = "", *, style: str = "") -> str:
+    """Return a cell of a number, perhaps with its interval below it."""
+    small = f"<br><small>{page_text(below)}</small>" if below else ""
+    return f'<td class="number{style}">{page_text(text)}{small}</td>'
 
 
 def _runs(results: Results) -> str:
@@ -139,7 +143,8 @@ def _runs(results: Results) -> str:
             cells = "".join(_number(y) for y in (*numbers, score))
             name = f"{row.candidate.number}: {x.run.name}{f' (failed: {x.problem})' if x.problem else ''}"
             rows.append(f"<tr><td>{page_text(name)}</td>{cells}<td>{linked}</td></tr>\n")
-    heads = "".join(f"<th>{x}</th>" for x in ("run", "steps", "seconds", "last loss", "score", "files"))
+    heads = "".join(f'<th class="number">{x}</th>' for x in ("steps", "seconds", "last loss", "score"))
+    heads = f"<th>run</th>{heads}<th>files</th>"
     body = "".join(rows)
     return f'<div class="wide">\n<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n'
 

@@ -75,10 +75,18 @@ class Row:
         found = [x.training[name] for x in self.seeds if x.training.get(name) is not None]
         return fmean(found) if found else None
 
+    @property
+    def training_flops(self) -> float | None:
+        """Operations of the training of one seed, on average; padding aside."""
+        steps, flops = self.mean_of("steps"), self.overview.flops_per_record
+        return None if steps is None or flops is None else steps * self.candidate.settings.step_size(1) * flops
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything that is known of the composition."""
+        flops = self.training_flops
         return {
             **self.overview.to_dict(),
+            **({} if flops is None else {"training_flops": round(flops)}),
             "is_base": self.is_base,
             **({} if self.score is None else self.score.to_dict()),
             "against_base": [x.to_dict() for x in self.differences],

@@ -13,8 +13,12 @@ from vlm_cli.evaluation.figures import difference_cells, estimate_cells
 from vlm_cli.printable import markdown_text
 from vlm_cli.report.tables import human_count
 from vlm_cli.sweeps.dimensions import describe_value
-from vlm_cli.sweeps.overview import Overview
+from vlm_cli.sweeps.overview import PROMPT, Overview
 from vlm_cli.sweeps.results import Results, Row
+
+#: What the column FLOPs holds.
+FLOPS_NOTE = f"FLOPs are those of a prompt of one picture and {PROMPT.text} tokens of text, up to the first new token."
+_COSTS = ("parameters", "trainable", "tokens_per_image", "positions_per_image", "flops_per_prompt")
 
 __all__ = ["Table", "overview_table", "results_table", "split_names"]
 
@@ -62,45 +66,47 @@ def _escape(text: str) -> str:
 def overview_table(rows: Sequence[Overview]) -> Table:
     """Make the table of what each composition costs. Dimensions of one value stand below it."""
     names, notes = split_names([row.candidate.values for row in rows])
-    heads = ["#", *names, "parameters", "trainable", "tokens_per_image", "positions_per_image", "same_as", "problem"]
+    heads = ["#", *names, *_COSTS, "same_as", "problem"]
     exact = []
     for row in rows:
         data = row.to_dict()
         values = [describe_value(row.candidate.values[name]) for name in names]
         exact.append([row.candidate.number, *values, *(_plain(data.get(head)) for head in heads[1 + len(names) :])])
-    short_heads = ["#", *map(short_name, names), "Parameters", "Trainable", "Tokens/image", "Positions/image"]
+    short_heads = ["#", *map(short_name, names), "Parameters", "Trainable", "Tokens/image", "Positions/image", "FLOPs"]
     short = [_short(row, names) for row in rows]
     notes += list(_impossible(rows))
     notes += [f"{x.candidate.number} is the same as {x.candidate.same_as}." for x in rows if x.candidate.same_as]
-    return Table(heads, exact, short_heads, short, notes)
+    notes.append(FLOPS_NOTE)
+    return Table(heads, exact, short_heads, short, notes, ("Trainable", "Positions/image", "Parameters"))
 
 
 def results_table(results: Results) -> Table:
     """Make the table of scores: a row for each composition and figure, the base marked by a star."""
     names, notes = split_names([row.candidate.values for row in results.rows])
-    heads = ["#", *names, "parameters", "trainable", "tokens_per_image", "positions_per_image", "is_base"]
+    heads = ["#", *names, *_COSTS, "is_base"]
     heads += ["metric", "items", "seeds", "score", "low", "high", "difference", "difference_low", "difference_high"]
-    heads += ["p_value", "seed_scores", "steps", "seconds", "loss", "problem"]
+    heads += ["p_value", "seed_scores", "training_flops", "steps", "seconds", "loss", "problem"]
     exact = [cells for row in results.rows for cells in _exact_cells(row, names)]
-    short_heads = ["#", *map(short_name, names), "Parameters", "Tokens/image"]
+    short_heads = ["#", *map(short_name, names), "Parameters", "Tokens/image", "FLOPs"]
     short_heads += ["Metric", "Score", "95 % interval", "Each seed", "Against base", "95 % interval", "p"]
     short = [cells for row in results.rows for cells in _score_cells(row, names)]
     overviews = [row.overview for row in results.rows]
-    notes += list(_impossible(overviews))
+    notes += [FLOPS_NOTE, *_impossible(overviews)]
     notes += [f"{x.candidate.number} is the same as {x.candidate.same_as}." for x in overviews if x.candidate.same_as]
     notes += [f"{x.run.name} failed: {x.problem}" for row in results.rows for x in row.seeds if x.problem]
     if waiting := sum(x.score is None and x.problem is None for row in results.rows for x in row.seeds):
         notes.append(f"Not done yet: {waiting} of {sum(len(row.seeds) for row in results.rows)} runs.")
-    optional = ("Tokens/image", "Parameters", "Metric", "Each seed", "p")
+    optional = ("Tokens/image", "FLOPs", "Parameters", "Metric", "Each seed", "p")
     return Table(heads, exact, short_heads, short, notes, optional)
 
 
 def _exact_cells(row: Row, names: Sequence[str]) -> Iterator[list[Any]]:
     """Yield the cells of each figure of a row; one row without a score."""
     data, values = row.overview.to_dict(), [describe_value(row.candidate.values[name]) for name in names]
-    costs = [_plain(data.get(x)) for x in ("parameters", "trainable", "tokens_per_image", "positions_per_image")]
+    costs = [_plain(data.get(x)) for x in _COSTS]
     begin = [row.candidate.number, *values, *costs, row.is_base]
-    training = [row.mean_of(name) for name in ("steps", "seconds", "loss")]
+    flops = row.training_flops
+    training = [None if flops is None else round(flops), *(row.mean_of(x) for x in ("steps", "seconds", "loss"))]
     failed = "; ".join(f"seed {x.run.seed}: {x.problem}" for x in row.seeds if x.problem)
     end = [*training, row.candidate.problem or failed or None]
     if row.score is None:
@@ -120,9 +126,9 @@ def _score_cells(row: Row, names: Sequence[str]) -> Iterator[list[str]]:
     values = [str(row.candidate.number), *(describe_value(row.candidate.values[name]) for name in names)]
     costs = row.overview.costs
     if costs is None:
-        yield [*values, "impossible", *[""] * 8]
+        yield [*values, "impossible", *[""] * 9]
         return
-    begin = [*values, human_count(costs.parameters), range_text(costs.tokens)]
+    begin = [*values, human_count(costs.parameters), range_text(costs.tokens), flops_text(costs.flops)]
     if row.score is None:
         failed = any(x.problem for x in row.seeds)
         yield [*begin, "", "failed" if failed else "", *[""] * 5]
@@ -165,13 +171,28 @@ def range_text(numbers: tuple[int, int]) -> str:
     return f"{least:,}" if least == most else f"{least:,}–{most:,}"
 
 
+def flops_text(flops: float | None) -> str:
+    """Write a number of floating-point operations.
+
+    >>> flops_text(12_345_000_000), flops_text(None)
+    ('12.3 G', '')
+    """
+    if flops is None:
+        return ""
+    names = iter(("", "k", "M", "G", "T", "P", "E", "Z"))
+    name = next(names)
+    while flops >= 999.95 and name != "Z":
+        flops, name = flops / 1000, next(names)
+    return f"{flops:.1f} {name}".strip()
+
+
 def _short(row: Overview, names: Sequence[str]) -> list[str]:
     values = [str(row.candidate.number), *(describe_value(row.candidate.values[name]) for name in names)]
     costs = row.costs
     if costs is None:
-        return [*values, "impossible", "", "", ""]
+        return [*values, "impossible", "", "", "", ""]
     numbers = [human_count(costs.parameters), human_count(costs.trainable)]
-    return [*values, *numbers, range_text(costs.tokens), range_text(costs.positions)]
+    return [*values, *numbers, range_text(costs.tokens), range_text(costs.positions), flops_text(costs.flops)]
 
 
 def _plain(value: Any) -> Any:
