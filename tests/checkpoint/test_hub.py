@@ -210,6 +210,7 @@ def test_what_vlm_push_sent_is_used_by_its_name(found):
     card = found.hub.repositories["org/whole"].newest["README.md"].decode()
     assert "license: mit" in card and "- org/lm" in card and "- org/tower" in card
     assert "vlm build OUT --from delta" in found.online["push a delta"]["stderr"]
+    assert "differ" not in found.online["build from a pushed delta"]["stderr"]  # files that were not fetched
 
 
 def test_a_delta_is_pinned_at_commits(found):

@@ -178,6 +178,29 @@ def test_what_cannot_be_sent(vlm, model, tmp_path, hub):
     assert result.exit_code == 1 and "me/x" not in hub.repositories
 
 
+def test_a_delta_of_files_that_others_cannot_fetch_is_not_sent(vlm, built, tmp_path, hub):
+    delta = tmp_path / "delta"
+    assert vlm("build", delta, "--config", built / "composition.yaml", "--delta").exit_code == 0
+    result = vlm("push", delta, "me/delta")
+    assert result.exit_code == 2 and "nobody else can fetch its language model and vision encoder" in result.stderr
+    assert f"Make it whole, and send that: vlm build OUT --from {delta}" in result.stderr
+    assert hub.requests == []
+    config = json.loads((delta / "config.json").read_text())
+    for record in config["backbones"].values():  # as of parts of the hub
+        record |= {"kind": "hub", "location": "org/part", "revision": "a" * 40}
+    (delta / "config.json").write_text(json.dumps(config))
+    notes = prepare(delta, PushOptions()).notes
+    assert any(f"make it whole with vlm build OUT --from {delta}" in note for note in notes)
+    (delta / "config.json").write_text(json.dumps({**config, "adapters": ["language_model"]}))
+    notes = prepare(delta, PushOptions()).notes
+    assert any(f"vlm export {delta} OUT --format merged" in note for note in notes)
+
+
+def test_folders_that_the_card_shows_are_told(model, built):
+    notes = prepare(model, PushOptions()).notes
+    assert any(f"{built.parent / 'tower'} and {built.parent / 'lm'} of this machine" in note for note in notes)
+
+
 def test_without_a_hub(push):
     result = push()  # the tests run offline
     assert result.exit_code == 2 and "cannot push to 'me/model': " in result.stderr and "hf auth login" in result.stderr
@@ -215,7 +238,7 @@ def test_the_licence_is_that_of_all_parts(tmp_path, built, licences):
         (built.parent / name / "README.md").write_text(text)
     shipment = prepare(built, PushOptions())
     assert Card.parse(shipment.card).metadata.get("license") == licences[2]
-    assert bool(shipment.notes) == (licences[2] is None)
+    assert any("licence" in note for note in shipment.notes) == (licences[2] is None)
     assert Card.parse(prepare(built, PushOptions(license="gpl-3.0")).card).metadata["license"] == "gpl-3.0"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.report.card import UNTRAINED
 
-__all__ = ["is_delta", "load_delta", "write_whole"]
+__all__ = ["is_delta", "load_delta", "merging_command", "write_whole"]
 
 
 def load_delta(
@@ -42,13 +43,21 @@ def load_delta(
         UsageError: if the composition is to change, or the model has adapters.
         VLMError: if a part cannot be found.
     """
-    own = read_config(source, trust_remote_code=trust_remote_code, revision=revision).composition
+    config = read_config(source, trust_remote_code=trust_remote_code, revision=revision)
+    if config.adapters:
+        raise UsageError(f"{source!r} has adapters. Merge them: {merging_command(source)}")
+    own = config.composition
     if _changed(own, composition_over) != own:
         raise UsageError(
             f"{source!r} is a delta directory, of which no part can be replaced. Make it whole first: vlm build WHOLE "
             f"--from {source}; then replace the part: vlm build OUT --from WHOLE …"
         )
     return load(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def merging_command(source: str) -> str:
+    """Return the command that makes a delta directory with adapters whole."""
+    return f"vlm export {shlex.quote(source)} OUT --format merged"
 
 
 def _changed(own: Composition, over: CompositionOver | None) -> Composition:

@@ -13,7 +13,7 @@ from vlm_cli.errors import CheckpointError, VLMWarning
 from vlm_cli.files import EXPORT_FILE, is_vlm_directory
 from vlm_cli.manifest import MANIFEST_FILE, ManifestReport, compare_files, sign
 
-__all__ = ["check_fetched_files", "check_files", "sign_directory"]
+__all__ = ["check_fetched_files", "check_files", "check_snapshot", "sign_directory"]
 
 _SHOWN = 4  # names of edited files in one line
 
@@ -63,7 +63,24 @@ def check_fetched_files(name: str, keywords: Mapping[str, Any], *, verify: bool 
         path = cached_file(name, MANIFEST_FILE, **quiet, **places)
     except OSError:  # no such repository, which the loaders report
         return None
-    report = None if path is None else compare_files(Path(path).parent, verify=verify, may_lack=True)
+    return None if path is None else check_snapshot(Path(path).parent, name, verify=verify)
+
+
+def check_snapshot(folder: Path, name: str, *, verify: bool = False) -> ManifestReport | None:
+    """Compare the files that were fetched of a hub repository with its manifest; files that were not do not count.
+
+    Args:
+        folder: where they are.
+        name: hub id.
+        verify: as of `check_files`.
+
+    Returns:
+        What was compared; None if there is no manifest.
+
+    Raises:
+        CheckpointError: as of `check_files`.
+    """
+    report = compare_files(folder, verify=verify, may_lack=True)
     if report is not None:
         _tell(report, name, "vlm doctor DIR --sign, in a copy of the repository")
     return report

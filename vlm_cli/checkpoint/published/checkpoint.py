@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm_cli.checkpoint.inside import check_folder, read_index
 from vlm_cli.checkpoint.schemas.text_config import check_sizes
 from vlm_cli.checkpoint.torch_files import describe_load_error, read_torch_file
-from vlm_cli.checkpoint.whole import check_files
+from vlm_cli.checkpoint.whole import check_files, check_snapshot
 from vlm_cli.errors import CheckpointError, first_line
 from vlm_cli.hub_ids import is_hub_id
 from vlm_cli.lookalike import find_named
@@ -69,7 +69,9 @@ class PublishedCheckpoint:
         path = find_named(name)
         if not name or not path.exists():  # Path("") is the working directory
             path = _fetch(name, revision, token)
-        if path.is_dir():
+            check_folder(path)
+            check_snapshot(path, name)
+        elif path.is_dir():
             check_folder(path)
             check_files(path)
         files = [path] if path.is_file() else _weight_files(path, name)
