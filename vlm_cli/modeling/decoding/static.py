@@ -149,7 +149,8 @@ class StaticStep:
         try:
             replay = graph(self._run)
         except RuntimeError as error:
-            logging.getLogger(__name__).warning(
+            # Not a warning: the commands hide those, and whoever asked for a graph must hear of this.
+            logging.getLogger(__name__).error(
                 "The step that writes a token could not be captured in a CUDA graph, and runs without one: %s",
                 first_line(error),
             )
