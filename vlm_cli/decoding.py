@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["HALF", "decode", "decode_after"]
+__all__ = ["HALF", "decode", "decode_after", "split_after"]
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are no character
 CONTEXT = 16  # tokens of the prompt that decide how the answer begins: 4 are one character at most
@@ -63,6 +63,23 @@ def decode_after(
     whole = decode(tokenizer, [*before[-size:], *ids], skip_special_tokens)
     # `start` may end with half a character, which `ids` complete.
     return whole[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False))) :]
+
+
+def split_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> list[str]:
+    """Return the text that each token adds to an answer. Bytes of a character are the text of its last token.
+
+    Args:
+        tokenizer: of the model.
+        before: tokens of the prompt.
+        ids: of the answer.
+    """
+    pieces, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = decode_after(tokenizer, before, ids[:end])
+        whole = text.rstrip(HALF) if end < len(ids) else text
+        pieces.append(whole[len(done) :])
+        done = whole if len(whole) > len(done) else done
+    return pieces
 
 
 def _byte_runs(tokens: Sequence[str]) -> Iterator[list[str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_cli.cli import console
+from vlm_cli.cli import console, terminal
 from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_subjects
 from vlm_cli.cli.options import OUTPUT, RUN, DeviceOptions, JsonOption, QuietOption, flatten_options
@@ -159,8 +161,7 @@ def _print(found: Difference) -> None:
     same = []
     for section, title in SECTIONS.items():
         if changes := found.changes.get(section):
-            rows = [[x.key, _write(x.a), _write(x.b)] for x in changes]
-            console.print_table((title, "A", "B"), rows)
+            _print_changes(title, [(x.key, _write(x.a), _write(x.b)) for x in changes])
         elif section in found.changes:
             same.append(title.lower())
     same += _print_vocabulary(found)
@@ -172,13 +173,36 @@ def _print(found: Difference) -> None:
         _print_text(sentence)
 
 
+def _print_changes(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Print settings that differ as a table, or, where a terminal is too narrow for their words, below their names."""
+    words = ((key, _longest(a), _longest(b)) for key, a, b in rows)
+    longest = [max(map(len, column)) for column in zip(*words, strict=True)]
+    if not terminal.is_terminal(sys.stdout) or sum(longest) + 8 <= terminal.width():
+        console.print_table((title, "A", "B"), rows)
+        return
+    console.print_line("")
+    console.print_line(title)
+    for key, *values in rows:
+        console.print_line(f"  {key}")
+        for name, value in zip("AB", values, strict=True):
+            _print_text(f"{name} {value or '-'}", 4)
+    console.print_line("")
+
+
+def _longest(text: str) -> str:
+    """Return the longest word of a text."""
+    return max(text.split(), key=len, default="")
+
+
 def _print_text(text: str, indent: int = 0) -> None:
     for line in console.wrapped(text, indent):
         console.print_line(line)
 
 
 def _write(value: Any) -> str:
-    """Write a setting as it would stand in a command."""
+    """Write a setting on one line."""
+    if isinstance(value, list) and value and all(isinstance(x, str) for x in value):
+        return ", ".join(value)
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlm_cli.decoding import HALF, decode_after
+from vlm_cli.decoding import decode_after, split_after
 from vlm_cli.generation.plan import GenerationPlan
 from vlm_cli.modeling.batching import pad_left, stack_pixels
 from vlm_cli.prompt import Medium, Text
@@ -157,18 +157,9 @@ def answer_greedily(
     logits = model(input_ids=whole, **shown, prefix_mask=in_prompt, use_cache=False).logits[0]  # [tokens, V]
     rated = logits[len(prompt) - 1 : len(prompt) - 1 + len(own)].float()
     rated[:, model.config.media_token_id] = float("-inf")  # no answer holds it
-    return Answered(answer.text, own, _pieces(plan, prompt, own), rated.log_softmax(-1).cpu(), tokenizer)
-
-
-def _pieces(plan: GenerationPlan, prompt: Sequence[int], ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds; bytes of a character are the text of its last token."""
-    pieces, done = [], ""
-    for end in range(1, len(ids) + 1):
-        text = plan.decode(prompt, ids[:end])
-        whole = text.rstrip(HALF) if end < len(ids) else text
-        pieces.append(whole[len(done) :])
-        done = whole if len(whole) > len(done) else done
-    return pieces
+    stop = [""] if answer.finish_reason == "stop_token" else []
+    pieces = [*split_after(tokenizer, prompt, own[: len(own) - len(stop)]), *stop]
+    return Answered(answer.text, own, pieces, rated.log_softmax(-1).cpu(), tokenizer)
 
 
 def find_parting(a: Answered, b: Answered) -> AnswerDifference:

@@ -11,33 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlm_cli.decoding import HALF, decode_after
+from vlm_cli.decoding import decode_after, split_after
 from vlm_cli.tracing.trace import Alternative, Word, WordToken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["average_words", "make_words", "split_answer", "sum_words"]
+__all__ = ["average_words", "make_words", "sum_words"]
 
 _INSIDE = "'\N{RIGHT SINGLE QUOTATION MARK}"  # characters that may stand inside of a word
 _SPACELESS = "\N{CJK RADICAL REPEAT}"  # from this character on, scripts write no space between words
-
-
-def split_answer(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds to an answer. Bytes of a character are the text of its last token.
-
-    Args:
-        tokenizer: of the model.
-        before: tokens of the prompt.
-        ids: of the answer.
-    """
-    pieces, done = [], ""
-    for end in range(1, len(ids) + 1):
-        text = decode_after(tokenizer, before, ids[:end])
-        whole = text.rstrip(HALF) if end < len(ids) else text
-        pieces.append(whole[len(done) :])
-        done = whole if len(whole) > len(done) else done
-    return pieces
 
 
 def group_pieces(pieces: Sequence[str]) -> list[int]:
@@ -86,7 +69,7 @@ def make_words(
     Returns:
         The words, and for each token the number of its word.
     """
-    pieces = split_answer(tokenizer, before, ids)
+    pieces = split_after(tokenizer, before, ids)
     best = log_probabilities.topk(min(top, log_probabilities.shape[1]), dim=-1)
     tokens = []
     for i, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
