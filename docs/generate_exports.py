@@ -55,14 +55,16 @@ TOWERS: dict[str, dict[str, Any]] = {
         "config": {"model_type": "siglip_vision_model", **_SIZES, "vision_use_head": False, "patch_size": 2},
     },
     "InternViT": {"type": "hf", "config": {"model_type": "internvl_vision", **_SIZES}},
+    "FastViT": {"type": "timm", "name": "fastvit_t8", "vision_cfg": {"image_size": 256}, "preprocess": {"size": 256}},
     "PE": {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 384, "timm_model_name": "vit_pe_core_small_patch16_384", "timm_pool": "map"},
-        "preprocess": {"size": 384},
+        "preprocess": {"size": 384, "resize_mode": "squash"},
     },
 }
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "Llama": {"model_type": "llama"},
+    "Phi": {"model_type": "phi"},
     "GPT-2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
     "Gemma": {"model_type": "gemma", "head_dim": 16},
     "Gemma 3": {"model_type": "gemma3_text", "head_dim": 16},
@@ -96,8 +98,19 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Llama",
         {"vision_encoder": _LAYER, "vision_tokenizer": {"type": "mlp", "pixel_shuffle": 2}},
     ),
-    "PE; `mlp`": ("PE", "Llama", {"vision_encoder": _LAYER, "vision_tokenizer": "mlp"}),
+    "PE; `mlp`": ("PE", "Llama", {"vision_tokenizer": "mlp"}),
+    "PE, layer -2; `mlp`": ("PE", "Llama", {"vision_encoder": _LAYER, "vision_tokenizer": "mlp"}),
+    "FastViT of timm; `mlp`": ("FastViT", "Llama", {"vision_tokenizer": "mlp"}),
     "CLIP, layer -2; `mlp`; GPT-2": ("CLIP", "GPT-2", {"vision_encoder": _LAYER, "vision_tokenizer": "mlp"}),
+    "CLIP, layer -2; `mlp`; Phi": ("CLIP", "Phi", {"vision_encoder": _LAYER, "vision_tokenizer": "mlp"}),
+    "InternViT; `mlp` with `pixel_shuffle` and norm": (
+        "InternViT",
+        "Llama",
+        {
+            "vision_tokenizer": {"type": "mlp", "pixel_shuffle": 2, "norm": "layer"},
+            "tiling": {"type": "none", "picture_text": "<img>{views}</img>"},
+        },
+    ),
     "CLIP, layer -2; `mlp`; `anyres`": (
         "CLIP",
         "Llama",

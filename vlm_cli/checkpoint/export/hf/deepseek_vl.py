@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings, soft_token
+from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings, make_one_view, soft_token
 from vlm_cli.checkpoint.export.hf.towers import NotHeld
 from vlm_cli.checkpoint.published.layouts.deepseek_vl import HuggingFaceDeepSeekVL
 
@@ -37,10 +37,10 @@ class DeepSeekVLClass(HFClass):
 
 def _make_images(source: Source) -> Any:
     """Return the image processor of a picture that is one view."""
-    from transformers import DeepseekVLImageProcessor, SiglipImageProcessor
+    from transformers import DeepseekVLImageProcessor
 
     given: Any = source.config.vision_config.get("preprocess") or {}
     if given.get("resize_mode") == "squash":
-        return SiglipImageProcessor(size=source.square, **image_settings(source.config))
+        return make_one_view(source)
     least = given.get("least_side", 1)
     return DeepseekVLImageProcessor(size=source.square, min_size=least, **image_settings(source.config))

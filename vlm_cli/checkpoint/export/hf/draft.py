@@ -20,7 +20,7 @@ from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.preprocessing import make_preprocessing, three
 
-__all__ = ["Draft", "HFClass", "SoftToken", "Source", "image_settings", "soft_token", "split_text"]
+__all__ = ["Draft", "HFClass", "SoftToken", "Source", "image_settings", "make_one_view", "soft_token", "split_text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,3 +202,14 @@ def image_settings(config: VLMConfig) -> dict[str, Any]:
         "image_std": three(found.config.std),
         "resample": int(found.filter),
     }
+
+
+def make_one_view(source: Source) -> Any:
+    """Return the image processor of a picture that is one view: stretched, or its middle."""
+    from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+    given: Any = source.config.vision_config.get("preprocess") or {}
+    if given.get("resize_mode") == "squash":
+        return SiglipImageProcessor(size=source.square, **image_settings(source.config))
+    size = {"shortest_edge": given.get("shortest_edge", source.tower.image_size)}
+    return CLIPImageProcessor(size=size, crop_size=source.square, **image_settings(source.config))

@@ -126,7 +126,7 @@ def fit_class(target: HFClass, subject: Subject) -> Fit:
         is_known = source.tower is not target.stand_in
         problems += _differences(config, found, source.tower if is_known else None)
     except (NotHeld, VLMError) as error:
-        return Fit(draft, None, (*problems, first_line(error)))
+        return Fit(draft, None, (*problems, f"{first_line(error).replace(f'{_ADDRESS!r} ', 'the class ')}."))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return Fit(draft, None, (*problems, f"the class cannot be made of these parts: {first_line(error)}."))
     if problems:
@@ -170,7 +170,11 @@ def _read_back(target: HFClass, draft: Draft, theirs: nn.Module) -> CheckpointDe
 
 def _differences(config: VLMConfig, found: CheckpointDescription, tower: HFTower | None) -> Iterator[str]:
     """Say what a class has other than a composition; without a tower, nothing is said of the vision encoder."""
-    ours, theirs = config.composition, Composition.compose(None, found.composition, {})
+    ours = config.composition
+    read = found.composition
+    if ours.tiling.type == "none":
+        read = {**read, "tiling": _without_single_tile(read.get("tiling", {"type": "none"}))}
+    theirs = Composition.compose(None, read, {})
     for part in ("vision_tokenizer", "fusion", "tiling"):
         one, other = getattr(ours, part), getattr(theirs, part)
         if one.type != other.type:
@@ -182,6 +186,14 @@ def _differences(config: VLMConfig, found: CheckpointDescription, tower: HFTower
         assert found.vision_config is not None
         if ours.tiling.type == theirs.tiling.type:
             yield from _pixel_differences(config, found.vision_config["preprocess"])
+
+
+def _without_single_tile(tiling: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return no tiling for a grid of one tile that has no text of its own: both show a picture as one view."""
+    known = {"type", "choose", "min_tiles", "max_tiles", "picture_text", *_NO_MATTER}
+    if tiling["type"] != "grid" or tiling.get("max_tiles") != 1 or not tiling.keys() <= known:
+        return tiling
+    return {key: x for key, x in tiling.items() if key not in ("choose", "min_tiles", "max_tiles")} | {"type": "none"}
 
 
 def _spelled_out(options: Any, tower: HFTower | None) -> Any:

@@ -50,9 +50,14 @@ class InternVLClass(HFClass):
             },
             images=GotOcr2ImageProcessor(crop_to_patches=True, **_limits(source)),
             processor={"image_seq_length": num_positions},
-            named_tokens={"start_image_token": begin, "end_image_token": end, "context_image_token": token.text},
+            named_tokens={
+                "start_image_token": begin,
+                "end_image_token": end,
+                "context_image_token": token.text,
+                **self.name_clip_token(source, end),
+            },
             has_added_rows=token.is_added,
-            **self.more(source, token, end),
+            **self.more(source, token),
         )
 
     def _find_tower(self, source: Source) -> dict[str, Any]:
@@ -66,7 +71,11 @@ class InternVLClass(HFClass):
             raise NotHeld(f"vision_encoder is of type {kind}; the class has {self.vision}.")
         return {**source.tower.config, "model_type": self.vision}
 
-    def more(self, source: Source, token: SoftToken, end: str) -> dict[str, Any]:
+    def name_clip_token(self, source: Source, end: str) -> dict[str, str]:
+        """Name the token of a clip, which the class looks for in each prompt; else one that no prompt holds yet."""
+        return {"video_token": source.named_token("video_token", end)}
+
+    def more(self, source: Source, token: SoftToken) -> dict[str, Any]:
         """Return what a draft has beside these settings."""
         from transformers import InternVLVideoProcessor
 
@@ -83,7 +92,10 @@ class QianfanOCRClass(InternVLClass):
     model_type = "qianfan_ocr"
     vision = "qianfan_ocr_vision"
 
-    def more(self, source: Source, token: SoftToken, end: str) -> dict[str, Any]:
+    def name_clip_token(self, source: Source, end: str) -> dict[str, str]:
+        return {}
+
+    def more(self, source: Source, token: SoftToken) -> dict[str, Any]:
         return {}
 
 
@@ -170,10 +182,11 @@ def _shuffle(source: Source) -> tuple[int, int]:
 
 def _limits(source: Source) -> dict[str, Any]:
     """Return the settings of an image processor that cuts a grid of tiles."""
+    most = 12 if source.config.composition.tiling.type == "grid" else 1
     return {
         "size": source.square,
         "min_patches": source.option("tiling", "min_tiles", 1),
-        "max_patches": source.option("tiling", "max_tiles") or 12,
+        "max_patches": source.option("tiling", "max_tiles") or most,
         **image_settings(source.config),
     }
 

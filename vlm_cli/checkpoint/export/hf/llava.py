@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings
+from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, make_one_view
 from vlm_cli.checkpoint.export.hf.towers import STAND_IN, NotHeld
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.checkpoint.published.layouts.llava import HuggingFaceLLaVA
@@ -37,7 +36,7 @@ class LLaVAClass(HFClass):
                 "projector_hidden_act": "linear" if ours.composition.vision_tokenizer.type == "linear" else "gelu",
                 "multimodal_projector_bias": source.option("vision_tokenizer", "bias", True),
             },
-            images=_make_images(source),
+            images=make_one_view(source),
             processor={
                 "patch_size": source.tower.patch_size,
                 "vision_feature_select_strategy": strategy,
@@ -52,7 +51,9 @@ class ViPLLaVAClass(LLaVAClass):
 
     layout = HuggingFaceViPLLaVA()
     model = "VipLlavaForConditionalGeneration"
-    stand_in = replace(STAND_IN, num_before=1, has_class_token=True)
+    stand_in = replace(
+        STAND_IN, config={**STAND_IN.config, "model_type": "clip_vision_model"}, num_before=1, has_class_token=True
+    )
 
     def draft(self, source: Source) -> Draft:
         if source.tower.num_before != 1:
@@ -68,15 +69,3 @@ class ViPLLaVAClass(LLaVAClass):
             config={**kept, "model_type": "vipllava", "projector_layernorm_eps": epsilon},
             processor={**found.processor, "vision_feature_select_strategy": "default"},
         )
-
-
-def _make_images(source: Source) -> Any:
-    """Return the image processor of a picture that is one view."""
-    from transformers import CLIPImageProcessor, SiglipImageProcessor
-
-    given: Any = source.config.vision_config.get("preprocess") or {}
-    side = source.tower.image_size
-    if given.get("resize_mode") == "squash":
-        return SiglipImageProcessor(size=source.square, **image_settings(source.config))
-    size = {"shortest_edge": given.get("shortest_edge", side)}
-    return CLIPImageProcessor(size=size, crop_size=source.square, **image_settings(source.config))

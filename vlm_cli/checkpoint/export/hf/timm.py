@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings, soft_token
+from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, Source, image_settings, make_one_view, soft_token
 from vlm_cli.checkpoint.export.hf.towers import STAND_IN
 from vlm_cli.checkpoint.published.layouts.fast_vlm import HuggingFaceFastVLM
 from vlm_cli.checkpoint.published.layouts.perception_lm import HuggingFacePerceptionLM
@@ -73,9 +73,6 @@ class FastVLMClass(HFClass):
     stand_in = replace(STAND_IN, config=_stand_in("fastvit_t8", 768), image_size=256, patch_size=32)
 
     def draft(self, source: Source) -> Draft:
-        from transformers import CLIPImageProcessor
-
-        side = source.tower.image_size
         return Draft(
             config={
                 **source.describe("fast_vlm"),
@@ -83,9 +80,7 @@ class FastVLMClass(HFClass):
                 "image_seq_length": source.num_positions,
                 "multimodal_projector_bias": source.option("vision_tokenizer", "bias", True),
             },
-            images=CLIPImageProcessor(
-                size={"shortest_edge": side}, crop_size=source.square, **image_settings(source.config)
-            ),
+            images=make_one_view(source),
             processor={
                 "patch_size": source.tower.patch_size,
                 "vision_feature_select_strategy": "full",

@@ -106,7 +106,7 @@ def _keep_tower(vision_config: Mapping[str, Any], name: str) -> HFTower:
     if vision_config.get("depth") is not None:
         config["num_hidden_layers"] = vision_config["depth"]
     return HFTower(
-        config=config | {"image_size": size},
+        config=config | {"image_size": side, "patch_size": patch},
         image_size=side,
         patch_size=patch,
         make_rules=lambda prefix: [(rf"{prefix}(.*)", r"vision_encoder.visual.\1")],

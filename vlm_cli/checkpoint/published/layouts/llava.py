@@ -174,6 +174,8 @@ def _read_tower(checkpoint: PublishedCheckpoint, vision: Mapping[str, Any], pref
     found = dict(vision)
     config = make_config(found.pop("model_type"), **found)
     settings, size = config.to_dict(), getattr(config, "image_size", None)
+    if isinstance(size, (list, tuple)) and len({*size}) == 1:
+        size = size[0]
     if find_vision_class(config) is None or not isinstance(size, int):
         raise CheckpointError(
             f"{checkpoint.name!r} has a vision encoder of type {vision['model_type']!r}; vlm reads CLIP, SigLIP and "
