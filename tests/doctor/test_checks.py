@@ -243,7 +243,12 @@ def forgets_media_after_the_first_step(model, patch):
 
 @breaks("cached", CROSS)
 def counts_no_media_after_the_first_step(model, patch):
-    change_later_steps(model, patch, lambda inputs: inputs | {"media_counts": 0 * inputs["media_counts"]})
+    def without(inputs):
+        media = inputs["media"]
+        masks = {} if media is None else {"media_mask": torch.ones(len(media), 1, media.shape[-2], dtype=torch.bool)}
+        return inputs | masks | {"media_counts": 0 * inputs["media_counts"]}
+
+    change_later_steps(model, patch, without)
 
 
 @breaks("cached")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from tests.support import seed_torch, tiny
 from tests.support.grid import grid
-from tests.support.tiny import PAD
+from tests.support.recorded_graph import waits
+from tests.support.tiny import IMAGE, PAD
+from vlm_cli.modeling.decoding import loop
 from vlm_cli.modeling.decoding.choosing import draw
 from vlm_cli.modeling.decoding.rows import GrowingRows
+from vlm_cli.modeling.decoding.steps import EagerStep
 from vlm_cli.modeling.vlm import VLM
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False}
@@ -84,6 +91,38 @@ def answer(model: VLM, inputs: dict[str, Any], **options: Any) -> Any:
     return model.generate(**inputs, **options)
 
 
+VIEWS = ("view", "_unsafe_view", "transpose", "t", "select", "unbind", "unsqueeze", "expand", "slice", "split", "alias")
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counted[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting(model: VLM) -> Iterator[list[Counter[str]]]:
+    """The operations of each step of a model."""
+    found: list[Counter[str]] = []
+    step = EagerStep.__call__
+
+    def counted(self: EagerStep, ids: Tensor) -> Tensor:
+        if self.model is not model:
+            return step(self, ids)
+        with Operations() as operations:
+            logits = step(self, ids)
+        found.append(operations.counted)
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EagerStep, "__call__", counted)
+        yield found
+
+
 def often(model: VLM, inputs: dict[str, Any], *, among: Any = None, **options: Any) -> int:
     """A token in the middle of an answer."""
     ids = answer(model, inputs, **GREEDY | options)[:, -GREEDY["max_new_tokens"] :]
@@ -145,6 +184,39 @@ def test_attentions_are_transformers_own(model):
     assert len(answer(model, tiny.batch(model, (1,)), **asked).hidden_states) == GREEDY["max_new_tokens"]
 
 
+# -- what decoded tokens read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", tiny.FUSIONS)
+@pytest.mark.parametrize(("counts", "is_open"), [((2, 2), True), ((2, 1), True), ((2, 0), False)])
+def test_masks_that_hide_nothing_are_left_out(fusion, counts, is_open):
+    model = tiny.open_gates(tiny.build(fusion=fusion))
+    inputs = tiny.batch(model, counts)
+    asked = GREEDY | {"output_scores": True, "return_dict_in_generate": True}
+    with theirs():
+        expected = torch.stack(answer(model, inputs, **asked).scores)[..., :IMAGE]
+        other = torch.stack(answer(model, inputs | {"vision_x": inputs["vision_x"].neg()}, **asked).scores)[..., :IMAGE]
+    with counting(model) as steps:
+        found = torch.stack(answer(model, inputs, **asked).scores)[..., :IMAGE]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(other, expected, atol=1e-3)
+    assert (steps[-1]["any.dim"] == 0) == (is_open or fusion == "language-stream")
+
+
+def test_operations_of_a_block(model):
+    """Those of one token and one cross-attention block, views left out; each is a launch on a GPU."""
+    inputs = tiny.batch(model, (1,))
+    closed = tiny.build(fusion="language-stream")
+    with counting(model) as blocks, counting(closed) as bare:
+        answer(model, inputs, **GREEDY)
+        answer(closed, inputs, **GREEDY)
+    both = len(model.fusion.blocks)
+    each = Counter({name: n / both for name, n in (blocks[-1] - bare[-1]).items() if name.split(".")[0] not in VIEWS})
+    attention = next(name for name in each if name.startswith("_scaled_dot_product"))
+    expected = {"native_layer_norm.default": 2, "mm.default": 4, attention: 1, "gelu.default": 1}
+    assert dict(each) == expected | {"tanh.default": 2, "addcmul.default": 2}
+
+
 # -- looks -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +248,56 @@ def test_the_host_looks_every_few_tokens(model, may_wait, looks, monkeypatch):
         options = {"stopping_criteria": StoppingCriteriaList([Ends(-1, may_wait=may_wait)])}
         answer(model, tiny.batch(model, (1,)), **GREEDY, **options)
     assert len(counted) == looks
+
+
+def test_nothing_but_a_look_waits(model, monkeypatch):
+    """Between two looks, no operation needs a number on the host; Transformers looks whether rows are padded."""
+    seen: list[str] = []
+
+    class Watched(GrowingRows):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.watch = Watch(seen)
+            self.watch.__enter__()
+
+        def look(self) -> bool:
+            self.watch.__exit__(None, None, None)
+            is_over = super().look()
+            if not is_over:
+                self.watch.__enter__()
+            return is_over
+
+    class Looking(LogitsProcessor):
+        may_wait = True
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            assert float(scores[0, 0]) < 1e9
+            return scores
+
+    monkeypatch.setattr(loop, "GrowingRows", Watched)
+    options = SAMPLED | {"top_k": 20, "top_p": 0.9, "temperature": 0.7, "repetition_penalty": 1.2, "eos_token_id": 1}
+    with looking(model, 5):
+        answer(model, tiny.batch(model, (2,)), **options)
+        assert seen == []
+        answer(model, tiny.batch(model, (2, 1)), **options)
+        assert set(seen) <= {"masking_utils.py"} and len(seen) <= 13
+        seen.clear()
+        answer(model, tiny.batch(model, (1,)), **options, logits_processor=LogitsProcessorList([Looking()]))
+        assert set(seen) == {"test_decoding.py"}
+
+
+class Watch(TorchDispatchMode):
+    """Notes the files whose lines look at numbers."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if waits(function, args):
+            frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+            self.seen.append(Path(frames[-2].filename).name)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("shape", [(3, 50), (1, 8)])

@@ -102,7 +102,7 @@ def look(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_kept_step_serves_what_fits(monkeypatch):
     monkeypatch.setattr(static, "ROUND", 8)
-    model = tiny.open_gates(tiny.build())
+    model = copy.deepcopy(tiny.open_gates(tiny.build()))
     inputs, more = tiny.batch(model, (1,)), tiny.batch(model, (1, 2))
     with capturing(model) as made:
         for x, length in ((inputs, 5), (inputs, 6), (more, 5), (inputs, 20), (inputs, 5)):

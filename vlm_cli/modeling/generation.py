@@ -21,6 +21,7 @@ from vlm_cli.modeling.batching import pad_left
 from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.decoding.loop import decode, fits
+from vlm_cli.modeling.decoding.reading import ReadPrompts, read
 from vlm_cli.modeling.decoding.static import StaticStep
 from vlm_cli.modeling.deduplicate import is_on_host, moved, on_host
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
@@ -40,6 +41,8 @@ class GenerationMixin(transformers.GenerationMixin):
     look_every: int | None = None
     #: The step of the last answer with a static cache, whose tensors the next one may use again.
     static_step: StaticStep | None = None
+    #: Where prompts go that `generate` only reads; None to answer them.
+    read_prompts: list[ReadPrompts] | None = None
 
     # Attributes of the `VLM` that inherits this class.
     config: VLMConfig
@@ -47,6 +50,7 @@ class GenerationMixin(transformers.GenerationMixin):
     added_tokens: AddedTokens
     num_positions_of: Callable[[Tensor], int]
     splices_media: bool
+    reads_all_media: Callable[[Tensor, Tensor], bool]
     sees_ahead: Literal["nothing", "media", "prompt"]
     reads_before_media: bool
     find_prefix: Callable[[Tensor, Tensor | None], Tensor | None]
@@ -155,6 +159,7 @@ class GenerationMixin(transformers.GenerationMixin):
             media_mask=moved(media_mask, self.device),
             mm_token_type_ids=moved(self._position_types(ids, mask), self.device),
             most_readers=self._count_readers(ids, media_mask),
+            reads_all_media=self._read_all(ids, media_mask),
             **kwargs,
         )
         if prompt_cache is not None:
@@ -173,6 +178,12 @@ class GenerationMixin(transformers.GenerationMixin):
         if media_mask is None or self.splices_media or ids.is_meta:
             return None
         return most_readers(count_media(ids, self.config.media_token_id), media_mask.shape[1])
+
+    def _read_all(self, ids: Tensor, media_mask: Tensor | None) -> bool:
+        """Say whether the answer reads all vision tokens that it gets, for a prompt on the CPU."""
+        if media_mask is None or ids.is_meta:
+            return False
+        return self.reads_all_media(count_media(ids, self.config.media_token_id)[:, -1:], media_mask)
 
     def _position_types(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Mark positions by 1 for media, and by 2 more if they all see each other: int[B, L].
@@ -300,6 +311,9 @@ class GenerationMixin(transformers.GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
+        if self.read_prompts is not None:
+            self.read_prompts.append(read(self, input_ids, generation_config, model_kwargs))
+            return input_ids
         if not fits(generation_config, stopping_criteria, synced_gpus=synced_gpus, kwargs=model_kwargs):
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
@@ -325,6 +339,7 @@ class GenerationMixin(transformers.GenerationMixin):
         mm_token_type_ids: Tensor | None = None,
         media_counts: Tensor | None = None,
         most_readers: int | None = None,
+        reads_all_media: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for one call: the language model's own, and the media with their counts.

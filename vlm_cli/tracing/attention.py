@@ -166,7 +166,7 @@ def _place(weights: Tensor, call: Conditioning, visibility: MediaVisibility) -> 
         call: of the language model.
         visibility: of the call.
     """
-    assert call.media_mask is not None
+    assert call.media_mask is not None and visibility.reads is not None
     readers, num_media = visibility.readers, call.media_mask.shape[1]
     if readers is None:
         found = weights[0]

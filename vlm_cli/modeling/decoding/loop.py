@@ -21,9 +21,10 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vlm_cli.modeling.decoding.choosing import are_numbers, choose
+from vlm_cli.modeling.decoding.reading import read
 from vlm_cli.modeling.decoding.rows import GrowingRows, may_wait
 from vlm_cli.modeling.decoding.static import StaticStep, capture
-from vlm_cli.modeling.decoding.steps import EagerStep, settle
+from vlm_cli.modeling.decoding.steps import EagerStep
 
 __all__ = ["decode", "fits"]
 
@@ -77,10 +78,8 @@ def decode(
     static = find_static_step(model, ids, config, kwargs)
     if static is not None:
         kwargs[model.lm_interface.cache_name] = static.cache
-    outputs = model._prefill(ids, config, kwargs, is_first_iteration=True)
-    logits = outputs.logits[:, -1]
-    kwargs = settle(model, outputs, kwargs)
-    del outputs  # the logits of all positions of a prompt, if the language model gives these
+    prompts = read(model, ids, config, kwargs)
+    logits, kwargs = prompts.logits, prompts.kwargs
     step: Any = EagerStep(model, kwargs) if static is None else static
     if static is not None:
         static.begin(kwargs)

@@ -64,6 +64,7 @@ class StaticStep:
 
     Attributes:
         cache: which the prompt is read into, before `begin`.
+        inputs: the tensors that the step reads, by their names among the arguments of `prepare_inputs_for_generation`.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class StaticStep:
         self.model, self.forward, self.graph = model, forward, graph
         self.rows, self.length = rows, -(-length // ROUND) * ROUND
         self.cache = make_static_cache(model.lang_model.config, self.length)
-        self._inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
         self._fixed: dict[str, Any] = {}
         self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         self._logits: Tensor | None = None
@@ -114,11 +115,16 @@ class StaticStep:
             given["position_ids"] = given["position_ids"][..., -1:]
         tensors = {key: x for key, x in given.items() if isinstance(x, Tensor)}
         fixed = {key: x for key, x in given.items() if key not in tensors}
-        if self._shapes(tensors) != self._shapes(self._inputs) or fixed != self._fixed:
-            self._inputs, self._fixed = {key: x.clone() for key, x in tensors.items()}, fixed
-            self._replay, self._calls, self._logits = None, 0, None
+        if self._shapes(tensors) != self._shapes(self.inputs) or fixed != self._fixed:
+            self._fixed = fixed
+            self.replace({key: x.clone() for key, x in tensors.items()})
         for key, x in tensors.items():
-            self._inputs[key].copy_(x)
+            self.inputs[key].copy_(x)
+
+    def replace(self, inputs: dict[str, Tensor]) -> None:
+        """Read other tensors, which are captured anew."""
+        self.inputs = inputs
+        self._replay, self._calls, self._logits = None, 0, None
 
     @staticmethod
     def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -135,14 +141,14 @@ class StaticStep:
         return self._logits
 
     def _run(self) -> None:
-        arguments = {**self._fixed, **self._inputs, self.model.lm_interface.cache_name: self.cache}
+        arguments = {**self._fixed, **self.inputs, self.model.lm_interface.cache_name: self.cache}
         inputs = self.model.prepare_inputs_for_generation(self._tokens, next_sequence_length=1, **arguments)
         logits = self.forward(**inputs, return_dict=True).logits[:, -1]
         if self._logits is None:
             self._logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         self._logits.copy_(logits)
-        if "position_ids" in self._inputs:
-            self._inputs["position_ids"].add_(1)
+        if "position_ids" in self.inputs:
+            self.inputs["position_ids"].add_(1)
 
     def _capture(self, graph: Graph) -> Callable[[], None]:
         before = self._counted()

@@ -25,6 +25,11 @@ def settle(model: Any, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs: of `prepare_inputs_for_generation` for the prompt.
     """
     kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
+    kwargs.pop("most_readers", None)
+    media, mask = kwargs.pop("media", None), kwargs.pop("media_mask", None)
+    reads_all = bool(kwargs.pop("reads_all_media", False))
+    if media is not None:
+        kwargs["media"], kwargs["media_mask"] = model.decoded_media(media, mask, reads_all)
     types = kwargs.pop("mm_token_type_ids", None)
     return kwargs if types is None else kwargs | {"media_counts": count_media(types % 2, 1)[:, -1:].clone()}
 

@@ -109,6 +109,27 @@ class Fusion:
         """
         return prompt.for_call(ids, self.config.media_token_id, end)
 
+    def reads_all_media(self, media_counts: Tensor, media_mask: Tensor) -> bool:
+        """Say whether the text after a prompt reads all vision tokens that `decoded_media` gets.
+
+        Args:
+            media_counts: int[B, 1] of the last position, on the CPU.
+            media_mask: bool[B, T_img, n] of the prompt, on the CPU.
+        """
+        return False
+
+    def decoded_media(
+        self, media: Tensor | None, media_mask: Tensor | None, reads_all: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the media and the mask that the tokens after a prompt read; None for what they need not.
+
+        Args:
+            media: of the prompt, as `project_media` returned it.
+            media_mask: bool[B, T_img, n].
+            reads_all: what `reads_all_media` said.
+        """
+        return media, media_mask
+
     def find_prefix(self, lang_x: Tensor, labels: Tensor | None, segments: Tensor | None = None) -> Tensor | None:
         """Mark the tokens of a prompt that all see each other, if the fusion's mask has such: bool[B, T_txt] or None.
 

@@ -45,7 +45,7 @@ class MaskedCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
         """float[B, T_txt, dim], float[B, 2, h, S, k] -> float[B, T_txt, dim]."""
-        q = rearrange(self.to_q(self.norm(x)), "B T (h k) -> B h T k", h=self.num_heads)
+        q = self.to_q(self.norm(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return self.to_out(attend_to_media(q, keys_values, visibility))
 
 
@@ -93,9 +93,14 @@ class GatedCrossAttentionBlock(nn.Module):
         return self._forward(x, keys_values, visibility)
 
     def _forward(self, x: Tensor, keys_values: Tensor, visibility: MediaVisibility) -> Tensor:
-        attended = self.attn(x, keys_values, visibility).masked_fill(~visibility.reads, 0)
-        x = x + self.attn_gate.tanh() * attended
-        return x + self.ff_gate.tanh() * self.ff(x).masked_fill(~visibility.feeds, 0)
+        # A decoded token waits for each operation: these are as few as there can be.
+        x = torch.addcmul(x, self.attn_gate.tanh(), _without(self.attn(x, keys_values, visibility), visibility.unread))
+        return torch.addcmul(x, self.ff_gate.tanh(), _without(self.ff(x), visibility.unfed))
+
+
+def _without(x: Tensor, hidden: Tensor | None) -> Tensor:
+    """Set positions to zero: float[B, T_txt, d], bool[B, T_txt, 1] -> float[B, T_txt, d]."""
+    return x if hidden is None else x.masked_fill(hidden, 0)
 
 
 class GatedCrossAttention(nn.Module):
@@ -150,6 +155,7 @@ class GatedCrossAttention(nn.Module):
         media_mask: Tensor,
         segments: Tensor | None = None,
         readers_bound: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> MediaVisibility:
         """Compute what each position sees; arguments as for `MediaVisibility.build`."""
         return MediaVisibility.build(
@@ -160,6 +166,7 @@ class GatedCrossAttention(nn.Module):
             attend_before_media=self.attends_before_media,
             segments=segments,
             readers_bound=readers_bound,
+            dtype=dtype,
         )
 
 
@@ -217,13 +224,35 @@ class VLMWithCrossAttention(VLM):
     def condition_call(self, prompt: Conditioning, ids: Tensor, end: int | None) -> Conditioning:
         """Compute once per call which media each position sees: `fusion_state` is a `MediaVisibility`."""
         conditioning = super().condition_call(prompt, ids, end)
-        if conditioning.media is not None and conditioning.media_mask is not None:
-            # While tokens are decoded, `media` holds fewer media than were counted (see below).
-            counts = conditioning.media_counts.clamp(max=conditioning.media_mask.shape[1])
-            conditioning.fusion_state = self.fusion.visibility(
-                counts, conditioning.media_mask, conditioning.segments, conditioning.most_readers
-            )
+        if conditioning.media is None:
+            return conditioning
+        if conditioning.media_mask is None:  # see `decoded_media`
+            conditioning.fusion_state = MediaVisibility()
+            return conditioning
+        # While tokens are decoded, `media` holds fewer media than were counted (see below).
+        counts = conditioning.media_counts.clamp(max=conditioning.media_mask.shape[1])
+        conditioning.fusion_state = self.fusion.visibility(
+            counts,
+            conditioning.media_mask,
+            conditioning.segments,
+            conditioning.most_readers,
+            conditioning.media.dtype,
+        )
         return conditioning
+
+    def reads_all_media(self, media_counts: Tensor, media_mask: Tensor) -> bool:
+        visibility = self.fusion.visibility(media_counts, media_mask)
+        hidden = (~visibility.attention, visibility.unread, visibility.unfed)  # type: ignore[operator]
+        if self.fusion.options.attend == "last" and media_mask.shape[1] > 1:  # the other media will be dropped
+            rows, last = torch.arange(len(media_mask)), (media_counts[:, 0] - 1).clamp(min=0)
+            hidden = (~media_mask[rows, last], *hidden[1:])
+        return not any(bool(x.any()) for x in hidden if x is not None)
+
+    def decoded_media(
+        self, media: Tensor | None, media_mask: Tensor | None, reads_all: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Leave out the mask if it hides nothing, so that no block reads it."""
+        return media, None if reads_all else media_mask
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kept = super()._update_model_kwargs_for_generation(*args, **kwargs)

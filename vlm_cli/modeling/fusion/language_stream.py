@@ -118,6 +118,12 @@ class VLMWithLanguageStream(VLM):
             "(causal), or choose another language model."
         )
 
+    def decoded_media(
+        self, media: Tensor | None, media_mask: Tensor | None, reads_all: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return nothing: the language model's cache holds the media, and no `<image>` follows."""
+        return None, None
+
     def embed_media(self, embeddings: Tensor, conditioning: Conditioning) -> Tensor:
         """Put the vision tokens at the positions of `<image>`."""
         if conditioning.media is None:

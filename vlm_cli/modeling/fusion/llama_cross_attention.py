@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as nnf
-from einops import rearrange
 from torch import Tensor, nn
 
 from vlm_cli.composition import LlamaCrossAttentionOptions
@@ -42,7 +41,7 @@ class LlamaCrossAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """Split channels into heads: float[B, T, h·k] -> float[B, h, T, k]."""
-        return rearrange(x, "B T (h k) -> B h T k", k=self.head_dim)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def project(self, media: Tensor) -> Tensor:
         """Compute keys and values of vision tokens: float[B, S, dim_media] -> float[B, 2, g, S, k]."""

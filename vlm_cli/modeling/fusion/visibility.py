@@ -39,12 +39,18 @@ class MediaVisibility:
         reads: bool[B, T_txt, 1], true where a position sees any vision token.
         feeds: bool[B, T_txt, 1], true where the feed-forward applies.
         readers: the readers of each medium; None to attend between all positions and all media.
+        bias: what attention adds to its products, 0 or -inf: float of the shape of `attention`; None for 0.
+        unread: the positions that are not in `reads`, whose attention is dropped; None for none.
+        unfed: the positions that are not in `feeds`; None for none.
     """
 
-    attention: Tensor
-    reads: Tensor
-    feeds: Tensor
+    attention: Tensor | None = None
+    reads: Tensor | None = None
+    feeds: Tensor | None = None
     readers: Readers | None = None
+    bias: Tensor | None = None
+    unread: Tensor | None = None
+    unfed: Tensor | None = None
 
     @classmethod
     def build(
@@ -57,6 +63,7 @@ class MediaVisibility:
         attend_before_media: bool = False,
         segments: Tensor | None = None,
         readers_bound: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> MediaVisibility:
         """Compute the masks of one call.
 
@@ -69,6 +76,7 @@ class MediaVisibility:
                 views of these media included, as in Transformers' Mllama.
             segments: int[B, T_txt] of packed rows, which see their own media alone; None if rows are not packed.
             readers_bound: as for `Readers.build`.
+            dtype: of `bias`. Each block would otherwise make it from `attention`.
         """
         num_media, n = media_mask.shape[1:]
         position = media_counts[:, :, None]  # [B, T_txt, 1]
@@ -94,7 +102,9 @@ class MediaVisibility:
             whole = media_mask.any(-1, keepdim=True).expand_as(media_mask).flatten(1)[:, None]  # [B, 1, S]
             whole = whole & is_own
             attention, reads = torch.where(reads | ~everyone, attention[:, 0], whole)[:, None], everyone
-        return cls(attention, reads, feeds, readers)
+        bias = torch.zeros_like(attention, dtype=dtype).masked_fill(~attention, -torch.inf)
+        unread = ~reads
+        return cls(attention, reads, feeds, readers, bias, unread, unread if feeds is reads else ~feeds)
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,7 @@ def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility)
     Args:
         q: float[B, h, T_txt, k] queries.
         keys_values: float[B, 2, g, S, k]; each of the g heads serves h/g neighbouring heads of queries.
-        visibility: of the call.
+        visibility: of the call; one that hides nothing if its `bias` is None.
 
     Returns:
         float[B, T_txt, h·k]; arbitrary where `visibility.reads` is false.
@@ -211,7 +221,8 @@ def attend_to_media(q: Tensor, keys_values: Tensor, visibility: MediaVisibility)
         keys_values = rearrange(keys_values, "B two h (M n) k -> (B M) two h n k", M=readers.num_media)
     k, v = keys_values.unbind(1)
     is_grouped = k.shape[1] != q.shape[1]
-    out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=visibility.attention, enable_gqa=is_grouped)
+    bias = None if visibility.bias is None else visibility.bias.to(q.dtype)
+    out = nnf.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=is_grouped)
     if readers is not None:
         out = readers.scatter(out)
-    return rearrange(out, "B h T k -> B T (h k)")
+    return out.transpose(1, 2).flatten(2)
