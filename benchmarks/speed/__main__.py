@@ -17,7 +17,8 @@ import typer
 from benchmarks.speed.question import Settings, command
 from benchmarks.speed.results import Report, bars_table, page
 
-QUESTIONS = ("startup", "encode", "prefill", "decode", "train_step", "training", "memory", "growth", "batch", "clip")
+QUESTIONS = ("startup", "encode", "prefill", "decode", "steps", "train_step", "training", "memory", "growth", "batch")
+QUESTIONS += ("clip",)
 
 
 def asked(device: str) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.speed.measure import Pairs, Skipped, Subject, alternate, compare
 from benchmarks.speed.models import Contender, Models, Prompt, decode, greedy
 from benchmarks.speed.question import Question, Settings, run
 from benchmarks.speed.results import Bar, Report, Table
-from vlm_cli.errors import VLMError, first_line
+from vlm_cli.errors import VLMError
 from vlm_cli.modeling.acceleration import accelerate, compile_for
 
 BARE, WITH_8 = "bare language model", "the same with 8 images"
@@ -35,10 +35,7 @@ def measure(report: Report, models: Models, settings: Settings) -> None:
         if size == "standard":
             _bars(report, family, ceiling)
     _limits(report, models, settings)
-    if models.device != "cpu":
-        for family in ("llava", "flamingo"):
-            _measure_compiled(report, models, settings, family)
-    elif size != "large":
+    if models.device == "cpu" and size != "large":
         _measure_variants(report, models, settings)
 
 
@@ -63,7 +60,7 @@ def _measure_family(report: Report, models: Models, settings: Settings, family: 
         is_first = prompt is prompts[0]
         outcomes = compare(subject, peers, rounds, together=models.together, warm_up=is_first)
         report.add(size, prompt, ours.name, outcomes, unit="s/token")
-    ceiling = _weights(bare) / _weights(bare, ours)
+    ceiling = weights_of(bare) / weights_of(bare, ours)
     rows = [r for r in report.rows if (r.size, r.ours, r.peer) == (size, ours.name, BARE)]
     speeds = [
         (row.case, *(f"{1 / cost:.2f}" for cost in (row.ours_median, row.peer_median, row.ratio) if cost))
@@ -90,7 +87,7 @@ def _bars(report: Report, family: str, ceiling: float) -> None:
     report.bars.append(Bar(name="decode, flamingo: cost of a token with 32 images / with 8", value=more))
 
 
-def _weights(bare: Contender, ours: Contender | None = None) -> int:
+def weights_of(bare: Contender, ours: Contender | None = None) -> int:
     """Bytes of weights that one token reads: the language model's and, with ours, those of its blocks.
 
     Keys and values of the media are there already, so the blocks' `to_kv` is not read.
@@ -114,36 +111,6 @@ def _limits(report: Report, models: Models, settings: Settings) -> None:
     subject = Subject(BARE, partial(decode, bare, Prompt(0), TOKENS))
     outcomes = compare(subject, peers, settings.pairs)
     report.add(models.size.name, f"no images, {traffic / 1e6:.0f} MB of weights", BARE, outcomes, unit="s/token")
-
-
-# -- compiled, on a GPU ----------------------------------------------------------------------------------------------
-
-
-def _measure_compiled(report: Report, models: Models, settings: Settings, family: str) -> None:
-    """The compiled step next to the bare model's, which Transformers compiles and captures in CUDA graphs."""
-    size, prompt, tokens = models.size.name, Prompt(1), 16 if models.size.name == "tiny" else 128
-    ours = models.ours(family)
-    bare = models.bare(ours.model.num_positions())
-    bare.model.generation_config.cache_implementation = "static"
-    ready, first = {}, []
-    for name, mode in (("compile", None), ("compile, CUDA graphs", "reduce-overhead")):
-        try:
-            contender = models.ours(family)
-            accelerate(contender.model, compile=True)
-            contender.model.generation_config.compile_config.mode = mode
-            first.append((name, *(f"{x:.2f}" for x in _first_calls(contender, prompt, tokens + 1))))
-        except Exception as error:
-            problem = Skipped(f"{type(error).__name__}: {first_line(error)}")
-            report.add(size, prompt, f"{ours.name}, {name}", {"bare, compiled": problem})
-            continue
-        ready[name] = decode(contender, prompt, tokens)
-    costs = alternate({"bare": decode(bare, prompt, tokens), **ready}, settings.few)
-    for name in ready:
-        pairs = Pairs(costs[name], costs["bare"])
-        report.add(size, prompt, f"{ours.name}, {name}", {"bare, compiled": pairs}, unit="s/token")
-    title = f"{size}, {family}: seconds of the first call and of the second; weight traffic allows a share of "
-    share = _weights(bare) / _weights(bare, ours)
-    report.tables.append(Table(f"{title}{share:.3f}", ("variant", "first", "second"), first))
 
 
 # -- variants --------------------------------------------------------------------------------------------------------
@@ -185,7 +152,7 @@ def _measure_variants(report: Report, models: Models, settings: Settings) -> Non
             report.add(size, f"{prompt}, {tokens} new", f"ours, {family}, {name}", {"float32": reason})
             continue
         ready[name] = decode(contender, prompt, tokens)
-        first.append((name, *(f"{x:.2f}" for x in _first_calls(contender, prompt, tokens + 1))))
+        first.append((name, *(f"{x:.2f}" for x in first_calls(contender, prompt, tokens + 1))))
     costs = alternate(ready, settings.few, warm_up=False)
     others = list(ready)[1:]
     for name in others:
@@ -210,7 +177,7 @@ def _variant_bars(report: Report, names: Sequence[str], ratios: Sequence[float |
 
 
 @torch.inference_mode()
-def _first_calls(contender: Contender, prompt: Prompt, tokens: int) -> tuple[float, float]:
+def first_calls(contender: Contender, prompt: Prompt, tokens: int) -> tuple[float, float]:
     """Seconds of two calls that end after a few tokens; the first may compile, for an answer of so many."""
     arguments = {**contender.inputs(prompt), **greedy(tokens)}
     return compile_for(contender.model, **arguments), compile_for(contender.model, **arguments)

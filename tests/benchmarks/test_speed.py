@@ -45,6 +45,16 @@ def test_a_quick_run_writes_its_results(question: Question, tmp_path: Path, monk
 
 
 @pytest.mark.matrix
+def test_a_quick_run_of_the_ways_to_run_a_step(tmp_path: Path) -> None:
+    from benchmarks.speed import steps
+
+    report = answer(steps.QUESTION, Settings(sizes=("tiny",), pairs=1, out=tmp_path))
+    assert len(report.rows) == 6 and all(row.ratio and row.skipped is None for row in report.rows)
+    told = [table for table in report.tables if "tokens" in table.head]
+    assert len(told) == 2 and all(row[-1].startswith("same tokens") for table in told for row in table.rows)
+
+
+@pytest.mark.matrix
 def test_a_quick_run_of_training(tmp_path: Path) -> None:
     from benchmarks.speed import training  # the Trainer takes seconds to import
 
@@ -120,8 +130,8 @@ def test_a_device_and_a_dtype_are_told(tmp_path: Path) -> None:
         inputs = made.inputs(Prompt(1))
         assert {x.device.type for x in inputs.values()} == {"meta"}
         assert {x.dtype for x in inputs.values()} <= {torch.bfloat16, torch.int64}
-    assert set(asked("cuda:0")) == {"encode", "prefill", "decode", "train_step", "batch"}
-    assert asked("cpu") == list(QUESTIONS)
+    assert set(asked("cuda:0")) == {"encode", "prefill", "decode", "steps", "train_step", "batch"}
+    assert asked("cpu") == [name for name in QUESTIONS if name != "steps"]
 
 
 def test_every_question_is_asked() -> None:
