@@ -11,10 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 __all__ = ["FlopCount"]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    found: int = sdpa_flop_count(query.shape, key.shape, value.shape)
+    return found
+
+
+#: Torch's formulas, and that of a CPU's fused attention, over which its counter passes.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attend,
+}
 
 
 class FlopCount(TorchDispatchMode):
@@ -37,7 +51,7 @@ class FlopCount(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        formula: Callable[..., int] | None = flop_registry.get(getattr(func, "_overloadpacket", func))
+        formula: Callable[..., int] | None = _FORMULAS.get(getattr(func, "_overloadpacket", func))
         if formula is not None:
             found = func(*args, **kwargs)
             self.total += formula(*args, **kwargs, out_val=found)

@@ -42,6 +42,7 @@ class PromptRun:
         self.mask = torch.ones(rows, media, self.size.num_frames, dtype=torch.bool)
         self.grid = torch.tensor(self.size.grid).expand(rows, media, -1) if self.size.rows else None
         self.positions = workload.tokens + media * (model.positions_of(self.size) - 1)
+        self.pixels: Tensor | None = None
         self.features: Tensor | None = None
         self.tokens: Tensor | None = None
         self.token_mask: Tensor | None = None
@@ -51,15 +52,20 @@ class PromptRun:
         if not self.workload.pictures:
             return
         encoder, shape = self.model.vision_encoder, self.mask.shape
-        pixels = (encoder.num_channels, *encoder.image_size)
         dtype = next(encoder.parameters()).dtype
+        size = (encoder.num_channels, *encoder.image_size)
+        self.pixels = torch.empty(*shape, *size, device="meta", dtype=dtype)
         if encoder.num_views is None:
-            views = torch.empty(self.mask.numel(), 1, 1, *pixels, device="meta", dtype=dtype)
-            self.features = encoder(views).flatten(0, 2).unflatten(0, shape)
+            views = self.pixels.flatten(0, 2)[self.layout().views]
+            self.features = encoder(views[:, None, None]).flatten(0, 2).unflatten(0, shape)
             return
-        views = torch.empty(shape[0] * shape[1], 1, shape[2], *pixels, device="meta", dtype=dtype)
         grid = None if self.grid is None else self.grid.flatten(0, 1)[:, None]
+        views = self.pixels.flatten(0, 1)[:, None]
         self.features = encoder(views, self.mask.flatten(0, 1)[:, None], grid)[:, 0].unflatten(0, shape[:2])
+
+    def layout(self) -> MediaLayout:
+        """Return the layout of media that all differ."""
+        return MediaLayout.of(torch.arange(self.mask.numel(), dtype=torch.float32).view(*self.mask.shape, 1), self.mask)
 
     def tokenize(self) -> None:
         """Make float[B, P, n, d] vision tokens of the features."""
@@ -70,9 +76,7 @@ class PromptRun:
             self.tokens = model.vision_tokenizer(self.features, mask)
             self.token_mask = model.vision_tokenizer.token_mask(mask)
         else:
-            distinct = torch.arange(mask.numel(), dtype=torch.float32).view(*mask.shape, 1)
-            layout = MediaLayout.of(distinct, mask)  # all media differ
-            self.tokens, self.token_mask = model.encode_features(self.features, mask, self.grid, layout)
+            self.tokens, self.token_mask = model.encode_features(self.features, mask, self.grid, self.layout())
         self.features = None
 
     def project(self) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_cli.costs.attention import fused_attention
 from vlm_cli.costs.flops import FlopCount
+from vlm_cli.costs.live import LiveBytes, count_weights
 from vlm_cli.costs.prompt_run import PromptRun
 from vlm_cli.costs.shapes import ShapesOnly
 from vlm_cli.costs.workload import Workload
@@ -62,6 +64,8 @@ class PromptCost:
         flops: operations of all rows.
         cache_bytes: of the language model's cache after the prompt, all rows.
         media_bytes: of what is kept of the media while tokens are decoded: keys and values, or vision tokens.
+        weight_bytes: of the weights.
+        peak_bytes: at the peak, weights included and libraries not.
     """
 
     workload: Workload
@@ -72,6 +76,8 @@ class PromptCost:
     flops: PromptFlops
     cache_bytes: int
     media_bytes: int
+    weight_bytes: int
+    peak_bytes: int
 
     @property
     def fits(self) -> bool:
@@ -97,30 +103,33 @@ def count_prompt(model: VLM, workload: Workload) -> PromptCost:
         LanguageModelLimit: if the language model computes nothing without its weights.
     """
     run = PromptRun(model, workload)
-    with following(model), torch.no_grad():
+    held = [*model.parameters(), *model.buffers()]
+    calls: list[int] = []
+    caches: list[int] = []
+
+    def note(output: Any) -> None:
+        calls.append(count.total)
+        caches.append(sum(x.nbytes for x in _tensors(model.lm_interface.cache_in(output))))
+
+    with following(model), torch.no_grad(), fused_attention(), LiveBytes(held) as live:
         encoder, tokenizer = _count(run.encode), _count(run.tokenize)
         vision_tokens = 0 if run.tokens is None else run.tokens.shape[2]
         with FlopCount() as fusion:
             media_bytes = sum(x.nbytes for x in _tensors(run.project()))
-        calls: list[int] = []
-        caches: list[int] = []
-
-        def note(output: Any) -> None:
-            calls.append(count.total)
-            caches.append(sum(x.nbytes for x in _tensors(model.lm_interface.cache_in(output))))
-
         with FlopCount() as count:
             run.answer(note)
-    flops = PromptFlops(encoder, tokenizer, fusion.total, calls[0] - fusion.total, calls[1] - calls[0])
+    weights = count_weights(held)
     return PromptCost(
         workload=workload,
         views=run.size.num_frames if workload.pictures else 0,
         vision_tokens=vision_tokens,
         positions=run.positions,
         context=context_length(model.config),
-        flops=flops,
+        flops=PromptFlops(encoder, tokenizer, fusion.total, calls[0] - fusion.total, calls[1] - calls[0]),
         cache_bytes=caches[0],
         media_bytes=media_bytes,
+        weight_bytes=weights,
+        peak_bytes=weights + live.peak,
     )
 
 
