@@ -10,8 +10,8 @@ import typer
 from vlm_cli.cli.command import option
 from vlm_cli.cli.completion import complete_models
 from vlm_cli.training.data_settings import DATA
-from vlm_cli.training.learning_settings import LEARNING
 from vlm_cli.training.settings import RUN
+from vlm_cli.training.step_settings import LEARNING
 
 __all__ = [
     "CacheFeaturesOption",

@@ -18,8 +18,8 @@ def fused_attention() -> Iterator[None]:
     """Inside the block, `scaled_dot_product_attention` of shapes is the CPU's fused kernel where that can run.
 
     On the meta device, torch makes this function of plain products. That is right for counting operations and wrong for
-    memory, since each head would hold a matrix of scores. As on a CPU, plain products stay for dropout, and for keys and
-    values of different widths. The block replaces the function in its module, because that is where every part of
+    memory, since each head would hold a matrix of scores. As on a CPU, plain products stay for dropout, and for keys
+    and values of different widths. The block replaces the function in its module, because that is where every part of
     every model looks it up, also in layers that gradient checkpointing computes again.
     """
     attend = nnf.scaled_dot_product_attention
@@ -38,8 +38,6 @@ def fused_attention() -> Iterator[None]:
             return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernel takes numbers that it adds
             attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -9,14 +9,22 @@ a module is called without gradients on a parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["FlopCount"]
+__all__ = ["FlopCount", "Work"]
+
+
+class Work(NamedTuple):
+    """What one operation of torch does: floating-point operations, and bytes that it reads and writes."""
+
+    flops: int
+    bytes: int
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -24,10 +32,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     return found
 
 
-#: Torch's formulas, and that of a CPU's fused attention, over which its counter passes.
+def _attend_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    found: int = sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+    return found
+
+
+_ATEN = torch.ops.aten
+#: Torch's formulas, and those of a CPU's fused attention, over which its counter passes.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attend,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attend,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attend_backward,
 }
 
 
@@ -35,13 +50,14 @@ class FlopCount(TorchDispatchMode):
     """Counts while it is entered.
 
     Attributes:
-        total: operations so far.
+        total: floating-point operations so far.
+        works: of each operation of torch so far that computes something; a view computes nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
-        self._whole: set[Any] = set()  # operations that are not made of others
+        self.works: list[Work] = []
 
     def __torch_dispatch__(
         self,
@@ -51,15 +67,27 @@ class FlopCount(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        formula: Callable[..., int] | None = _FORMULAS.get(getattr(func, "_overloadpacket", func))
-        if formula is not None:
-            found = func(*args, **kwargs)
-            self.total += formula(*args, **kwargs, out_val=found)
-            return found
-        if func not in self._whole:
-            with self:
-                found = func.decompose(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
-            self._whole.add(func)
-        return func(*args, **kwargs)
+        formula = _FORMULAS.get(getattr(func, "_overloadpacket", func))
+        found = func(*args, **kwargs)
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=found)
+        self.total += flops
+        self._note(flops, [x for x in tree_iter((args, dict(kwargs))) if isinstance(x, Tensor)], found)
+        return found
+
+    def _note(self, flops: int, inputs: list[Tensor], found: Any) -> None:
+        """Note what an operation did, if it computed on a model's numbers and not on the host's counts and masks."""
+        outputs = [x for x in tree_iter(found) if isinstance(x, Tensor)]
+        given = {x.untyped_storage()._cdata for x in inputs}
+        is_view = all(x.untyped_storage()._cdata in given for x in outputs) and not flops
+        if any(x.is_meta for x in (*inputs, *outputs)) and (not is_view or _writes(found, inputs)):
+            self.works.append(Work(flops, sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))))
+
+
+def _writes(found: Any, inputs: list[Tensor]) -> bool:
+    """Say whether an operation changed its first input in place: it returns that tensor itself."""
+    return bool(inputs) and found is inputs[0]
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Count what is read of a tensor: of one that repeats its numbers, each once."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())

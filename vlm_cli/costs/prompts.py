@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm_cli.costs.attention import fused_attention
-from vlm_cli.costs.flops import FlopCount
+from vlm_cli.costs.flops import FlopCount, Work
 from vlm_cli.costs.live import LiveBytes, count_weights
 from vlm_cli.costs.prompt_run import PromptRun
 from vlm_cli.costs.shapes import ShapesOnly
@@ -66,6 +66,8 @@ class PromptCost:
         media_bytes: of what is kept of the media while tokens are decoded: keys and values, or vision tokens.
         weight_bytes: of the weights.
         peak_bytes: at the peak, weights included and libraries not.
+        first: what each operation of torch does until the first new token.
+        next: what each does for one more token.
     """
 
     workload: Workload
@@ -78,6 +80,8 @@ class PromptCost:
     media_bytes: int
     weight_bytes: int
     peak_bytes: int
+    first: list[Work] = field(repr=False)
+    next: list[Work] = field(repr=False)
 
     @property
     def fits(self) -> bool:
@@ -86,7 +90,9 @@ class PromptCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("workload", "flops")}
+        found = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("workload", "flops", "first", "next")
+        }
         flops = asdict(self.flops) | {"total": self.flops.total}
         return {**asdict(self.workload), **found, "fits": self.fits, "flops": flops}
 
@@ -104,39 +110,39 @@ def count_prompt(model: VLM, workload: Workload) -> PromptCost:
     """
     run = PromptRun(model, workload)
     held = [*model.parameters(), *model.buffers()]
-    calls: list[int] = []
+    calls: list[tuple[int, int]] = []  # operations so far
     caches: list[int] = []
 
     def note(output: Any) -> None:
-        calls.append(count.total)
+        calls.append((count.total, len(count.works)))
         caches.append(sum(x.nbytes for x in _tensors(model.lm_interface.cache_in(output))))
 
     with following(model), torch.no_grad(), fused_attention(), LiveBytes(held) as live:
-        encoder, tokenizer = _count(run.encode), _count(run.tokenize)
+        with FlopCount() as encoder:
+            run.encode()
+        with FlopCount() as tokenizer:
+            run.tokenize()
         vision_tokens = 0 if run.tokens is None else run.tokens.shape[2]
         with FlopCount() as fusion:
             media_bytes = sum(x.nbytes for x in _tensors(run.project()))
         with FlopCount() as count:
             run.answer(note)
     weights = count_weights(held)
+    (prefill, first), (both, last) = calls
     return PromptCost(
         workload=workload,
         views=run.size.num_frames if workload.pictures else 0,
         vision_tokens=vision_tokens,
         positions=run.positions,
         context=context_length(model.config),
-        flops=PromptFlops(encoder, tokenizer, fusion.total, calls[0] - fusion.total, calls[1] - calls[0]),
+        flops=PromptFlops(encoder.total, tokenizer.total, fusion.total, prefill - fusion.total, both - prefill),
         cache_bytes=caches[0],
         media_bytes=media_bytes,
         weight_bytes=weights,
         peak_bytes=weights + live.peak,
+        first=[*encoder.works, *tokenizer.works, *count.works[:first]],
+        next=count.works[first:last],
     )
-
-
-def _count(step: Any) -> int:
-    with FlopCount() as count:
-        step()
-    return count.total
 
 
 @contextmanager

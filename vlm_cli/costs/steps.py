@@ -5,15 +5,15 @@ B rows, P media per row, T tokens, N learned tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from vlm_cli.costs.attention import fused_attention
-from vlm_cli.costs.flops import FlopCount
+from vlm_cli.costs.autocast import bfloat16_products
+from vlm_cli.costs.flops import FlopCount, Work
 from vlm_cli.costs.live import LiveBytes, count_weights
 from vlm_cli.costs.prompt_run import PromptRun
 from vlm_cli.costs.prompts import following
@@ -21,7 +21,7 @@ from vlm_cli.costs.workload import Workload
 from vlm_cli.modeling.learned import IGNORED, find_learned
 from vlm_cli.modeling.vlm import VLM
 
-__all__ = ["StepCost", "StepMemory", "count_step_flops", "count_step_memory"]
+__all__ = ["StepMemory", "count_step_flops", "count_step_memory"]
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,6 @@ class StepMemory:
     def to_dict(self) -> dict[str, int]:
         """Return plain data."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Operations and memory of a step.
-
-    Attributes:
-        flops: of the forward and the backward pass of all rows, what gradient checkpointing computes twice included.
-        memory: at the peak.
-    """
-
-    flops: int
-    memory: StepMemory
 
 
 class _StepRun:
@@ -125,8 +112,8 @@ def count_step_memory(
     *,
     learned: int | None = None,
     states: int = 0,
-    accumulates: bool = False,
-) -> StepMemory:
+    bf16: bool = False,
+) -> tuple[StepMemory, list[Work]]:
     """Follow the tensors of a step, and return its memory at the peak.
 
     Args:
@@ -134,10 +121,13 @@ def count_step_memory(
         workload: the rows that are read at a time.
         learned: as for `count_step_flops`.
         states: bytes of the optimizer's states.
-        accumulates: several passes make a step, so that gradients exist while the next rows are read.
+        bf16: products are computed in bfloat16, as with autocast.
+
+    Returns:
+        The memory, and what each operation of torch does.
 
     Raises:
-        as `count_step_flops`.
+        UsageError, LanguageModelLimit: as `count_step_flops`.
     """
     held = [*model.parameters(), *model.buffers()]
     weights = count_weights(held)
@@ -146,20 +136,16 @@ def count_step_memory(
     was_training = model.training
     model.train()
     try:
-        with following(model), fused_attention(), LiveBytes(held) as live:
-            for _ in range(1 + accumulates):
-                step.forward().backward()
+        with ExitStack() as stack:
+            stack.enter_context(following(model))
+            stack.enter_context(fused_attention())
+            if bf16:
+                stack.enter_context(bfloat16_products())
+            live = stack.enter_context(LiveBytes(held))
+            count = stack.enter_context(FlopCount())
+            step.forward().backward()
     finally:
         model.zero_grad()
         model.train(was_training)
-    return StepMemory(weights, gradients, states, max(0, live.peak - gradients), weights + states + live.peak)
-
-
-def count_states(optimizer: Optimizer, model: VLM, step: Callable[[], Any] | None = None) -> int:
-    """Count the bytes of an optimizer's states after its first step: on shapes, it computes nothing."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.empty_like(p)
-    optimizer.step()
-    optimizer.zero_grad()
-    return sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+    memory = StepMemory(weights, gradients, states, max(0, live.peak - gradients), weights + states + live.peak)
+    return memory, count.works

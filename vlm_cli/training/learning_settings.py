@@ -11,10 +11,9 @@ from vlm_cli.composition.adapters import AdapterSettings, parse_adapters
 from vlm_cli.composition.composition import MAX_WEIGHT_DECAY
 from vlm_cli.flags import Alias, Flag
 from vlm_cli.training.data_settings import MOST_STEPS
+from vlm_cli.training.step_settings import LEARNING, StepSettings
 
 __all__ = ["DEFAULT_RATE", "LEARNING", "LearningSettings", "Schedule"]
-
-LEARNING = "Learning"  # heading in --help
 
 #: Learning rate of a part to which the user gives none.
 DEFAULT_RATE = 1e-4
@@ -37,8 +36,8 @@ _MAX_SEED = 2**32 - 1  # the largest seed that NumPy takes
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningSettings:
-    """Parts, adapters, optimizer, schedule and precision."""
+class LearningSettings(StepSettings):
+    """Parts, rates, schedule and decay, beside what decides the cost of a step."""
 
     trainable: Annotated[
         tuple[str, ...] | None,
@@ -49,25 +48,6 @@ class LearningSettings:
             metavar="PART,…",
         ),
     ] = None
-    lora: Annotated[
-        tuple[str, ...] | None,
-        Flag(
-            help="Train small matrices beside the linear layers of PART, and leave PART as it is: LoRA. Settings are "
-            "r=16, alpha=32 (twice r), targets=q_proj+v_proj (names of layers; all by default), dropout=0, and dora or "
-            "rslora. May be given several times. OUT then holds the adapters and the parts that train whole, and names "
-            "MODEL for the rest. For a directory that runs alone: vlm export OUT OTHER --format merged.",
-            heading=LEARNING,
-            metavar="PART[:r=R,…]",
-            repeated=True,
-        ),
-    ] = None
-    optimizer: Annotated[
-        Literal["adamw", "muon"],
-        Flag(
-            help="Choose the optimizer. muon updates matrices with Muon, and all other parameters with AdamW.",
-            heading=LEARNING,
-        ),
-    ] = "adamw"
     learning_rate: Annotated[
         float | Mapping[str, float],
         Flag(
@@ -146,22 +126,6 @@ class LearningSettings:
             most=1e9,
         ),
     ] = 1.0
-    bf16: Annotated[
-        bool, Flag(help="Compute in bfloat16; the weights that train stay in float32.", heading=LEARNING)
-    ] = False
-    stochastic_rounding: Annotated[
-        bool,
-        Flag(
-            help="With --bf16: keep the linear layers that train in bfloat16, too, and round each update up or down "
-            "at random, so that small ones count on average. AdamW then keeps states of 8 bits (torchao): 6 bytes for "
-            "each weight, gradients included, and not 16.",
-            heading=LEARNING,
-        ),
-    ] = False
-    gradient_checkpointing: Annotated[
-        bool,
-        Flag(help="Compute activations a second time in the backward pass: less memory, more time.", heading=LEARNING),
-    ] = False
     compile: Annotated[
         bool,
         Flag(

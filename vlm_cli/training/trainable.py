@@ -19,10 +19,12 @@ from vlm_cli.modeling.adapters import adapter_parameters, add_adapter
 from vlm_cli.modeling.vlm import VLM
 from vlm_cli.processor import VLMProcessor
 from vlm_cli.training.job import Job
+from vlm_cli.training.learning_settings import LearningSettings
 from vlm_cli.training.rates import check_parts
 from vlm_cli.training.settings import TrainingSettings
+from vlm_cli.training.step_settings import StepSettings
 
-__all__ = ["load_trainable", "trains_on_cpu"]
+__all__ = ["choose_precision", "load_trainable", "make_trainable", "trains_on_cpu"]
 
 
 def trains_on_cpu(settings: TrainingSettings) -> bool:
@@ -49,27 +51,46 @@ def load_trainable(job: Job, settings: TrainingSettings) -> tuple[VLM, VLMProces
         verify=job.verify,
     )
     stored = model.dtype
-    if not (settings.bf16 and stored in (torch.bfloat16, torch.float16)):
-        model.float()
+    choose_precision(model, settings)
     if job.merge_adapters and job.base is None:  # later stages begin with what an earlier one merged
         _merge(job, model)
-    _choose_parts(job, settings, model)
+    make_trainable(model, settings, job.model)
+    if model.config.adapters:
+        _check_output(job)
+    return model, processor, stored
+
+
+def choose_precision(model: VLM, settings: StepSettings) -> None:
+    """Convert a model to float32, unless it computes in bfloat16 and has weights of half precision."""
+    if not (settings.bf16 and model.dtype in (torch.bfloat16, torch.float16)):
+        model.float()
+
+
+def make_trainable(model: VLM, settings: LearningSettings, name: str) -> None:
+    """Set which parts of a model train, in which dtype, and put new adapters beside others.
+
+    Args:
+        model: after `choose_precision`; on the meta device, it has the shapes of a run.
+        settings: of the run.
+        name: of the model, for messages.
+
+    Raises:
+        UsageError: if nothing would train, a part would train in two ways, or a part can have no adapter.
+    """
+    _choose_parts(name, settings, model)
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):  # on the CPU, it takes no half weights for float32 inputs
             module.float()
     parts = model.config.composition.trainable
     model.set_trainable(parts)
-    for name in parts:
-        _set_precision(model.part_modules()[name], rounds_at_random=settings.stochastic_rounding)
+    for part in parts:
+        _set_precision(model.part_modules()[part], rounds_at_random=settings.stochastic_rounding)
     _add_adapters(model, settings)
-    if model.config.adapters:
-        _check_output(job)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(
             f"nothing trains: {', '.join(parts)} {'has' if len(parts) == 1 else 'have'} no parameters in this "
             "composition. Add another part: --trainable PART,PART."
         )
-    return model, processor, stored
 
 
 def _merge(job: Job, model: VLM) -> None:
@@ -102,7 +123,7 @@ def _set_precision(module: torch.nn.Module, *, rounds_at_random: bool) -> None:
                 layer.bfloat16()
 
 
-def _choose_parts(job: Job, settings: TrainingSettings, model: VLM) -> None:
+def _choose_parts(name: str, settings: LearningSettings, model: VLM) -> None:
     """Write into the composition of a model which parts train whole, and with which weight decay.
 
     Raises:
@@ -113,9 +134,9 @@ def _choose_parts(job: Job, settings: TrainingSettings, model: VLM) -> None:
         if part in settings.adapters or part in (settings.trainable or ()):
             option = "--lora" if part in settings.adapters else "--trainable"
             raise UsageError(
-                f"{job.model!r} has an adapter of its {part} already, which the run goes on training. Leave {part} out "
+                f"{name!r} has an adapter of its {part} already, which the run goes on training. Leave {part} out "
                 f"of {option}, or add --merge-adapters, which first adds the adapter to the weights: vlm train "
-                f"{shlex.quote(job.model)} … --merge-adapters"
+                f"{shlex.quote(name)} … --merge-adapters"
             )
     adapters = (*had, *settings.adapters)
     whole = composition["trainable"] if settings.trainable is None else settings.trainable
@@ -152,7 +173,7 @@ def _check_output(job: Job) -> None:
         )
 
 
-def _add_adapters(model: VLM, settings: TrainingSettings) -> None:
+def _add_adapters(model: VLM, settings: LearningSettings) -> None:
     """Put the adapters of a run beside the parts of its model. The same seed gives the same ones.
 
     Raises:
