@@ -56,7 +56,7 @@ def real_pass(model: VLM, workload: Workload, *, bf16: bool = False) -> Callable
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("settings", ["frozen", "checkpointed", "whole", "lora"])
+@pytest.mark.parametrize("settings", ["frozen", "lora", "checkpointed", "whole"])
 @pytest.mark.parametrize("parts", tiny.covering(), ids="-".join)
 def test_operations_are_those_of_a_real_step(parts: tuple[str, str, str, str], settings: str) -> None:
     model, workload = tiny.build(*parts), Workload(pictures=2, text=9, rows=2)
@@ -97,5 +97,5 @@ def test_memory_is_that_of_a_real_step(size: str, fusion: str, tokenizer: str, s
     assert abs(counted.peak / (measured_peak(step) + real_states + weights) - 1) < 0.1
     assert abs(counted.states / real_states - 1) < 0.02
     assert counted.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    bare, _ = count_step_memory(shapes_of(model), workload)  # the twin trains other parts and counts no states
-    assert abs(bare.peak / counted.peak - 1) > 0.01
+    longer, _ = count_step_memory(shapes, Workload(pictures=2, text=400, rows=2), states=states)
+    assert longer.activations > 1.15 * counted.activations

@@ -11,7 +11,15 @@ from vlm_cli.printable import markdown_text
 if TYPE_CHECKING:
     from vlm_cli.report.parameters import ParameterReport, ParameterRow
 
-__all__ = ["OPTIONAL_HEADS", "human_bytes", "human_count", "parameter_heads", "parameter_rows", "parameters_markdown"]
+__all__ = [
+    "OPTIONAL_HEADS",
+    "human_bytes",
+    "human_count",
+    "human_flops",
+    "parameter_heads",
+    "parameter_rows",
+    "parameters_markdown",
+]
 
 
 #: Columns that a narrow table of parameters does without, the least important one first.
@@ -45,6 +53,19 @@ def human_count(number: int) -> str:
             return f"{number / size:.1f} {unit}"
         size *= 1000
     return f"{number / size:.1f} B"
+
+
+def human_flops(number: float) -> str:
+    """Write a number of floating-point operations with a unit.
+
+    >>> human_flops(4_695_500_000_000), human_flops(640)
+    ('4.7 T', '640')
+    """
+    for unit in ("", "k", "M", "G", "T"):
+        if round(number, 1) < 1000:
+            return f"{number:.1f} {unit}" if unit else f"{number:.0f}"
+        number /= 1000
+    return f"{number:.1f} P"
 
 
 def parameter_heads(report: ParameterReport) -> tuple[str, ...]:
