@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm_cli.errors import UsageError
 from vlm_cli.files import check_file, replacing_file
@@ -59,15 +60,17 @@ def draw_panels(path: Path, panels: Sequence[Panel], *, x: str, title: str, over
     with rc_context({"svg.hashsalt": "vlm", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(_SIZE[0] * len(panels), _SIZE[1] + 0.6), layout="constrained")
         figure.suptitle(title)
+        named = {}
         for i, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), i + 1)
             for number, (name, points) in enumerate(panel.curves.items()):
                 style = _DASHES[number // 10 % len(_DASHES)]
-                axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+                colour = f"C{number}" if name not in named else named[name].get_color()
+                [named[name]] = axes.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3)
             axes.set(title=panel.title, xlabel=x, ylim=(0, None))
             axes.grid(alpha=0.3)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        place: Any = "outside lower center"
+        figure.legend(named.values(), named, loc=place, ncols=min(4, len(named)), frameon=False)
         data = io.BytesIO()
         kind = path.suffix[1:].lower()
         figure.savefig(data, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
