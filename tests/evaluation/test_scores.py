@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_cli.evaluation.comparison import mcnemar
-from vlm_cli.evaluation.intervals import draw_sums, percentile_interval, wilson_interval
+from vlm_cli.evaluation.intervals import add_up, draw_sums, percentile_interval, wilson_interval
 from vlm_cli.evaluation.metrics import METRICS, Sample
 from vlm_cli.evaluation.metrics.exact import is_exact
 from vlm_cli.evaluation.scores import Marks
@@ -86,13 +86,27 @@ def test_marks_that_are_all_alike_are_in_doubt() -> None:
     assert (total.main.value, total.main.interval) == (0.0, wilson_interval(0, 4))
 
 
+def test_questions_about_one_picture_are_drawn_together() -> None:
+    """With two questions about each picture, both right or both wrong, the doubt is that of half as many questions."""
+    answers = [Sample("yes" if i % 4 < 2 else "no", "yes", ("yes",), group=f"{i // 2}") for i in range(80)]
+    apart = [Sample(x.answer, "yes", ("yes",), place=f"{i}") for i, x in enumerate(answers)]
+    together, alone = (Marks(x, [None] * 80, [METRICS["yes-no"]]).total().main for x in (answers, apart))
+    assert (together.value, together.right) == (alone.value, alone.right) == (0.5, 40)
+    assert alone.interval == wilson_interval(40, 80)
+    width, wider = (high - low for low, high in (alone.interval, together.interval))
+    assert wider == pytest.approx(2**0.5 * width, rel=0.08)
+    statistics = np.random.default_rng(0).random((6, 2))
+    slow = [statistics[[0, 3]].sum(0), statistics[1], statistics[[2, 4]].sum(0), statistics[5]]
+    np.testing.assert_allclose(add_up(statistics, ["a", "", "b", "a", "b", ""]), slow)
+
+
 def test_shares_of_fewer_cases_than_items_are_in_more_doubt() -> None:
     """Precision is a share of the answers yes, and accuracy+ one of pictures."""
     asked = [Sample("yes" if i < 10 else "no", "yes" if i < 10 else "no", ("x",), group=f"{i // 2}") for i in range(40)]
     found = {x.figure.name: x.interval for x in Marks(asked, [None] * 40, [METRICS["yes-no"]]).total().estimates}
     assert found["yes-no precision"] == found["yes-no recall"] == wilson_interval(10, 10)
     found = {x.figure.name: x.interval for x in Marks(asked, [None] * 40, [METRICS["mme"]]).total().estimates}
-    assert (found["mme accuracy"], found["mme accuracy+"]) == (wilson_interval(40, 40), wilson_interval(20, 20))
+    assert (found["mme accuracy"], found["mme accuracy+"]) == (wilson_interval(20, 20), wilson_interval(20, 20))
     silent = [Sample("no", "no", ("no",))] * 5
     found = {x.figure.name: x.interval for x in Marks(silent, [None] * 5, [METRICS["yes-no"]]).total().estimates}
     assert found["yes-no precision"] == (0.0, 1.0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.errors import DataError
-from vlm_cli.evaluation.intervals import draw_sums, percentile_interval
+from vlm_cli.evaluation.intervals import add_up, draw_sums, percentile_interval
 from vlm_cli.evaluation.metrics import Figure, Metric
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Difference:
         value: the difference.
         interval: its 95 % confidence interval, from a paired bootstrap.
         p_value: how likely a difference of this size or more is between two models that are equally good.
-        test: "McNemar" (exact) for right and wrong answers, and else "paired bootstrap".
+        test: "McNemar" (exact) for right and wrong answers to independent questions, and else "paired bootstrap".
         only: for right and wrong answers, the items that only the first, and only the second model answers right.
     """
 
@@ -92,16 +93,27 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
     chosen = [[place[key] for key in both] for place in places]
     differences: list[Difference] = []
     for metric, *statistics in zip(first.metrics, first.marks.statistics, second.marks.statistics, strict=True):
-        differences += compare_statistics(metric, statistics[0][chosen[0]], statistics[1][chosen[1]])
+        clusters = [first.marks.clusters[i] for i in chosen[0]]
+        differences += compare_statistics(metric, statistics[0][chosen[0]], statistics[1][chosen[1]], clusters)
     return differences
 
 
-def compare_statistics(metric: Metric, first: np.ndarray, second: np.ndarray) -> list[Difference]:
-    """Compare float[n, k] statistics of the same items."""
+def compare_statistics(
+    metric: Metric, first: np.ndarray, second: np.ndarray, clusters: Sequence[str] = ()
+) -> list[Difference]:
+    """Compare statistics of the same items.
+
+    Args:
+        metric: the metric.
+        first, second: float[n, k] of two models.
+        clusters: of the items, which the bootstrap draws as a whole; without any, each item is one.
+    """
     import numpy as np
 
     values = [metric.values(x.sum(axis=0)) for x in (first, second)]
-    drawn = [metric.values(x) for x in draw_sums(first, second, resamples=RESAMPLES)]
+    units = [add_up(x, clusters) if clusters else x for x in (first, second)]
+    drawn = [metric.values(x) for x in draw_sums(*units, resamples=RESAMPLES)]
+    are_alone = len(units[0]) == len(first)  # as McNemar's test assumes it
     own = [metric.values(x)[:, 0] for x in (first, second)]
     differences = []
     for i, figure in enumerate(metric.figures):
@@ -109,7 +121,8 @@ def compare_statistics(metric: Metric, first: np.ndarray, second: np.ndarray) ->
         only = None
         if i == 0 and metric.is_binary:
             only = int(np.sum(own[0] > own[1])), int(np.sum(own[1] > own[0]))
-        p_value = bootstrap_p(apart) if only is None else mcnemar(*only)
+        pairs = only if are_alone else None
+        p_value = bootstrap_p(apart) if pairs is None else mcnemar(*pairs)
         before, after = float(values[0][i]), float(values[1][i])
         differences.append(
             Difference(
@@ -119,7 +132,7 @@ def compare_statistics(metric: Metric, first: np.ndarray, second: np.ndarray) ->
                 after - before,
                 percentile_interval(apart),
                 p_value,
-                "paired bootstrap" if only is None else "McNemar",
+                "paired bootstrap" if pairs is None else "McNemar",
                 only,
             )
         )

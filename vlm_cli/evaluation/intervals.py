@@ -6,13 +6,14 @@ n items, k statistics of an item, f figures, R samples with replacement.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CONFIDENCE", "draw_sums", "percentile_interval", "wilson_interval"]
+__all__ = ["CONFIDENCE", "add_up", "draw_sums", "percentile_interval", "wilson_interval"]
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -60,6 +61,32 @@ def draw_sums(*statistics: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
         for found, values in zip(parts, statistics, strict=True):
             found.append(counts @ values)
     return [np.concatenate(x) for x in parts]
+
+
+def add_up(statistics: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
+    """Add up the statistics of the items of each cluster, so that a bootstrap draws whole clusters.
+
+    Items about one picture, or the turns of one conversation, are not independent: drawn one by one, they would make an
+    interval too narrow.
+
+    Source: A. C. Davison and D. V. Hinkley, Bootstrap methods and their application, 1997, section 3.8.
+
+    Args:
+        statistics: float[n, k].
+        clusters: of the items; an empty name is a cluster of its own.
+
+    Returns:
+        float[c, k] for c clusters; the statistics themselves if each item is one.
+    """
+    import numpy as np
+
+    place: dict[str, int] = {}
+    codes = [place.setdefault(name or f"\0{i}", len(place)) for i, name in enumerate(clusters)]
+    if len(place) == len(codes):
+        return statistics
+    found = np.zeros((len(place), statistics.shape[1]))
+    np.add.at(found, codes, statistics)
+    return found
 
 
 def percentile_interval(drawn: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_cli.evaluation.intervals import draw_sums, percentile_interval, wilson_interval
+from vlm_cli.evaluation.intervals import add_up, draw_sums, percentile_interval, wilson_interval
 from vlm_cli.evaluation.metrics import Figure, Metric, Sample
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class Estimate:
     Attributes:
         figure: what it is.
         value: of the figure.
-        interval: the 95 % confidence interval: Wilson's for shares of right answers and for shares that are the same in
-            every sample of a bootstrap, and else the bootstrap's.
+        interval: the 95 % confidence interval: Wilson's for shares of right answers to independent questions and for
+            shares that are the same in every sample of a bootstrap, and else the bootstrap's.
         right: the number of right answers, where an answer is right or wrong.
     """
 
@@ -65,11 +65,13 @@ class Marks:
 
     Attributes:
         statistics: float[n, k] for each metric.
+        clusters: of each item, for intervals.
     """
 
     def __init__(self, samples: Sequence[Sample], kinds: Sequence[str | None], metrics: Sequence[Metric]) -> None:
         self.kinds, self.metrics = list(kinds), list(metrics)
         self.statistics = [metric.measure(samples) for metric in metrics]
+        self.clusters = [sample.cluster for sample in samples]
 
     def of_items(self) -> list[dict[str, float]]:
         """Return for each item the main figure of each metric, by the metric's name, as if it were the only item."""
@@ -91,33 +93,43 @@ class Marks:
     def _score(self, chosen: Sequence[int]) -> Score:
         estimates: list[Estimate] = []
         for metric, statistics in zip(self.metrics, self.statistics, strict=True):
-            estimates += estimate_figures(metric, statistics[list(chosen)])
+            estimates += estimate_figures(metric, statistics[list(chosen)], [self.clusters[i] for i in chosen])
         return Score(len(chosen), tuple(estimates))
 
 
-def estimate_figures(metric: Metric, statistics: np.ndarray) -> list[Estimate]:
-    """Return the figures of a metric from float[n, k] statistics."""
-    sums = statistics.sum(axis=0)
+def estimate_figures(metric: Metric, statistics: np.ndarray, clusters: Sequence[str] = ()) -> list[Estimate]:
+    """Return the figures of a metric.
+
+    Args:
+        metric: the metric.
+        statistics: float[n, k].
+        clusters: of the items, which a bootstrap draws as a whole; without any, each item is one.
+    """
+    sums, units = statistics.sum(axis=0), add_up(statistics, clusters) if clusters else statistics
     values, counts = metric.values(sums), metric.counts(sums)
     drawn = None
     estimates = []
     for i, figure in enumerate(metric.figures):
-        if i == 0 and metric.is_binary:
-            right, items = round(float(values[0]) * len(statistics)), len(statistics)
+        is_binary = i == 0 and metric.is_binary
+        right = round(float(values[0]) * len(statistics)) if is_binary else None
+        if right is not None and len(units) == len(statistics):
+            items = len(statistics)
             estimates.append(Estimate(figure, right / items, wilson_interval(right, items), right))
             continue
         if drawn is None:
-            drawn = metric.values(draw_sums(statistics)[0])
-        estimates.append(Estimate(figure, float(values[i]), interval_of(drawn[:, i], figure, float(counts[i]))))
+            drawn = metric.values(draw_sums(units)[0])
+        cases = min(float(counts[i]), len(units))
+        estimates.append(Estimate(figure, float(values[i]), interval_of(drawn[:, i], figure, cases), right))
     return estimates
 
 
 def interval_of(drawn: np.ndarray, figure: Figure, cases: float) -> tuple[float, float]:
     """Return the interval of float[R] drawn values.
 
-    Where all are alike, as of one item or of marks that are all 0, the bootstrap knows of no doubt. Wilson's interval
+    Where it has no width, as of one item or of marks that are all 0, the bootstrap knows of no doubt. Wilson's interval
     is then on the safe side: no marks between 0 and 1 vary more than right and wrong answers of the same mean.
     """
-    if figure.is_share and (drawn == drawn[0]).all():
-        return wilson_interval(float(drawn[0]) * cases, cases) if cases else (0.0, 1.0)
-    return percentile_interval(drawn)
+    low, high = percentile_interval(drawn)
+    if figure.is_share and low == high:
+        return wilson_interval(low * cases, cases) if cases else (0.0, 1.0)
+    return low, high

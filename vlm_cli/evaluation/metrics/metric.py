@@ -38,6 +38,11 @@ class Sample:
     likelihoods: tuple[tuple[float, int], ...] = ()
     place: str = ""
 
+    @property
+    def cluster(self) -> str:
+        """What tells the samples that depend on each other: one group, or the turns of one conversation."""
+        return self.group or self.place
+
 
 @dataclass(frozen=True)
 class Figure:

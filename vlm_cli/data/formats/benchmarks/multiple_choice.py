@@ -62,6 +62,9 @@ class ScienceQA(Benchmark):
         )
 
 
+_ROTATION = 1_000_000
+
+
 class MMBench(Benchmark):
     """MMBench, and other tables with a column for each choice: A, B, C, …"""
 
@@ -86,7 +89,13 @@ class MMBench(Benchmark):
             choices=tuple(choices.values()),
             id=text_of(data, "index") or None,
             kind=text_of(data, "category") or None,
+            group=_rotated(text_of(data, "index")),
         )
+
+
+def _rotated(index: str) -> str:
+    """Return the number of a question of MMBench: the indices of its rotations are 1,000,000 apart."""
+    return str(int(index) % _ROTATION) if index.isdecimal() else ""
 
 
 class MMStar(Benchmark):
