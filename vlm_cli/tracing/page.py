@@ -107,17 +107,18 @@ def _picture(trace: Trace, number: int) -> str:
     name = page_text(_name_picture(picture, number))
     return (
         f'<figure data-picture="{number}" style="--ratio:{ratio:.6g}">\n<figcaption>'
-        f'<span class="c{number % _COLOURS} chip"></span><span>{name}</span><output></output></figcaption>\n'
+        f'<span class="c{number % _COLOURS} chip"></span><span title="{name}">{name}</span><output></output>'
+        "</figcaption>\n"
         f'<div class="frame"><img src="{_embed(trace, picture)}" alt="{name}">'
         f"<canvas></canvas>{tiles}</div>\n</figure>\n"
     )
 
 
 def _name_picture(picture: TracedPicture, number: int) -> str:
-    name = f"{number + 1}: {picture.name}"
-    if picture.frame is not None:
-        name += f", frame {picture.frame}"
-    return name if picture.seconds is None else f"{name} ({picture.seconds:.2f} s)"
+    place = "" if picture.frame is None else f"frame {picture.frame} of "
+    if picture.seconds is not None:
+        place = f"{picture.seconds:.2f} s of "
+    return f"{number + 1}: {place}{picture.name}"
 
 
 def _outline(picture: TracedPicture) -> Iterator[str]:
