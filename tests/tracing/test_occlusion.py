@@ -161,6 +161,16 @@ def test_a_picture_behind_closed_gates_changes_nothing(subject: Callable[..., Su
     assert half[1].whole.abs().max() > 100 * half[0].whole.abs().max()
 
 
+def test_a_picture_out_of_sight_changes_nothing(subject: Callable[..., Subject]) -> None:
+    """Four layers that attend to two positions see four positions back: the last picture's tokens, and no others."""
+    one = subject("perceiver", "language-stream", "mistral")
+    one.model.lang_model.config.sliding_window = 2
+    first, last = occlude(one, [image(32, 32), image(32, 32, 1)])[1]
+    for falls in (first.whole, first.views, first.cells):
+        assert falls.abs().max() <= 1e-5
+    assert last.whole[0].abs() > 1e-3
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (4, 3)])
 def test_windows_blank_each_cell_as_often(rows: int, columns: int) -> None:
     times = torch.zeros(rows, columns)

@@ -79,8 +79,8 @@ def test_tiles_masks_and_texts(
 @pytest.mark.parametrize(
     ("language_model", "fusion", "note"),
     [
-        ("mamba", "language-stream", "(mamba) computes no attention, so maps of attention are left out"),
-        ("mamba", "cross-attention", "(mamba) computes no attention, so maps of attention show the gated blocks alone"),
+        ("mamba", "language-stream", "(mamba) shows no attention, so maps of attention are left out"),
+        ("mamba", "cross-attention", "(mamba) shows no attention, so maps of attention show the gated blocks alone"),
         ("mistral", "language-stream", "Layers 0, 1, 2, 3 attend to the last 8 positions alone."),
     ],
 )
@@ -102,7 +102,7 @@ def test_layers_without_attention_and_with_sinks_are_named() -> None:
     whole = whole / whole.sum(-1, keepdim=True)
     found = RecordedAttention([Layer(None), Layer(whole), Layer(whole * 0.5)], torch.arange(2), torch.arange(2), 2)
     first, second = found.notes("jamba")
-    assert first.startswith("Layer 0 computes no attention (the language model is jamba);")
+    assert first.startswith("Layer 0 shows no attention (the language model is jamba);")
     assert second == "Layer 2 attends to a learned sink, too, which is left out."
     assert found.knows_media
 

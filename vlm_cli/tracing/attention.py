@@ -73,10 +73,10 @@ class RecordedAttention:
         found = []
         if len(missing) == len(self.layers):
             rest = "show the gated blocks alone" if self.knows_media else "are left out; occlusion needs none"
-            found.append(f"The language model ({name}) computes no attention, so maps of attention {rest}.")
+            found.append(f"The language model ({name}) shows no attention, so maps of attention {rest}.")
         elif missing:
             found.append(
-                f"{_name_layers(missing, 'compute')} no attention (the language model is {name}); maps of attention "
+                f"{_name_layers(missing, 'show')} no attention (the language model is {name}); maps of attention "
                 "take what comes out of such a layer for what stood there before."
             )
         windows = {i: window for i, layer in enumerate(self.layers) if (window := _find_window(layer.weights))}

@@ -95,7 +95,8 @@ def read_media(model: VLM, processor: VLMProcessor, loaded: Sequence[LoadedImage
     pixels = [processor.image_processor.read(medium) for medium in loaded]
     views, mask = stack_media([[x.views for x in pixels]])
     views, mask = views.to(model.device), mask.to(model.device)
-    grid = stack_grids([[x.size for x in pixels]]).get("vision_grid")
+    found = stack_grids([[x.size for x in pixels]]).get("vision_grid")
+    grid = None if found is None else found.to(model.device)
     tokens, token_mask = model.encode_vision(views, mask, grid)
     pictures = [
         picture

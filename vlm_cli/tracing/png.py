@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from math import isqrt
 from typing import TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from vlm_cli.tracing.trace import HeatMap, Measure, Trace
 
 __all__ = ["draw_trace", "overlay"]
 
-_MOST_SIDE = 16_000  # pixels of a side of the sheet
+_MOST_SIDE, _MOST_PIXELS = 16_000, 2**23  # of the sheet, so that it is written in seconds and opens anywhere
 _TILE, _SMALLEST_TILE = 128, 32  # pixels of a picture's longer side
 _GAP, _HEAD, _NAME = 8, 44, 150  # pixels between pictures, above them, and for a word
 _INK, _QUIET = "#222222", "#777777"
@@ -49,7 +50,7 @@ def draw_trace(trace: Trace) -> bytes:
             shown = overlay(image, found, trace.scale(word, measure))
             sheet.paste(shown, (_NAME + column * (tile + _GAP), top))
     data = io.BytesIO()
-    sheet.save(data, "PNG", optimize=True)
+    sheet.save(data, "PNG", compress_level=3)
     return data.getvalue()
 
 
@@ -57,7 +58,8 @@ def _choose_tile(num_words: int, num_columns: int) -> int:
     """Choose the pixels of a picture's longer side, so that the sheet is not too large to open."""
     rows = (_MOST_SIDE - _HEAD) // max(1, num_words) - _GAP
     columns = (_MOST_SIDE - _NAME) // max(1, num_columns) - _GAP
-    return max(_SMALLEST_TILE, min(_TILE, rows, columns))
+    area = isqrt(_MOST_PIXELS // max(1, num_words * num_columns))
+    return max(_SMALLEST_TILE, min(_TILE, rows, columns, area))
 
 
 def _name_picture(trace: Trace, picture: int) -> str:
