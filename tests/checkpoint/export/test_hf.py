@@ -131,7 +131,7 @@ def scaled(kind, **settings):
         (scaled("cohere", logit_scale=0.5), "scales or caps its logits"),
         (scaled("gemma2"), "scales or caps its logits"),
         (scaled("phi"), "with a bias in its head"),
-        (AutoConfig.for_model("fuyu"), "a model of several parts"),
+        (AutoConfig.for_model("fuyu"), "no plain language model with a head on it"),
     ],
     ids=lambda x: getattr(x, "model_type", ""),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -22,6 +23,7 @@ from tests.support.grid_models import PATCH, TEXT, TILE, TOWER
 from tests.support.published import VOCABULARY, rewrite, rewrite_config, write_tokenizer
 from tests.support.tiled import TiledCase, check_tiled
 from tests.support.tiny import stir
+from vlm_cli.checkpoint.export.hf.write import export_hf
 from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.errors import CheckpointError
 
@@ -143,3 +145,13 @@ def test_what_is_not_read(tmp_path, changes, words):
     rewrite_config(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=words):
         import_checkpoint(tmp_path)
+
+
+@pytest.mark.matrix
+def test_the_half_for_pictures_is_exported_as_llava(tmp_path):
+    imported = import_checkpoint(video_llava(tmp_path / "published").source)
+    (tmp_path / "out").mkdir()
+    report = export_hf(imported.model, imported.processor, tmp_path / "out")
+    assert report["class"] == "LlavaForConditionalGeneration" and report["largest_difference"] <= 1e-4
+    again = import_checkpoint(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in imported.model.state_dict().items())

@@ -48,7 +48,9 @@ def find_hf_language_model(config: PreTrainedConfig) -> HFLanguageModel:
     what, prefix = f"language_model is of type {config.model_type}", lm.base_model_prefix
     base: Any = getattr(lm, prefix, None)
     if not _is_of_text(base):
-        return HFLanguageModel(None, (f"{what}, a model of several parts; the class has a plain language model.",))
+        return HFLanguageModel(
+            None, (f"{what}, which is no plain language model with a head on it; the class has one.",)
+        )
     found = {key: x for key, x in base.config.to_dict().items() if key not in NO_SETTINGS}
     if find_tables(lm)[0] != f"{prefix}.embed_tokens.weight":
         found["tie_word_embeddings"] = False

@@ -68,7 +68,8 @@ def judge_classes(
             fits.append((word, fit_class(target, subject)))
             if not fits[-1][1].problems and fits[-1][1].is_exact:
                 break
-    return sorted(fits, key=lambda item: (len(item[1].problems), not item[1].is_exact))
+    # A class that could not even be made of the parts was judged by less, and is none of the nearest.
+    return sorted(fits, key=lambda item: (item[1].config is None, len(item[1].problems), not item[1].is_exact))
 
 
 def _choose(fits: list[tuple[str, Fit]]) -> tuple[str, Fit]:
