@@ -297,6 +297,21 @@ def test_a_batch_grows_while_that_is_faster(best, found):
     assert size.rows == found
 
 
+@pytest.mark.parametrize(("best", "found"), [(4, 4), (16, 16), (64, 64), (1000, 256)])
+@pytest.mark.parametrize("is_noisy", [False, True])
+def test_slots_grow_while_that_is_faster(best, found, is_noisy):
+    draw, size, sizes = random.Random(best), BatchSize(), []
+    for _ in range(600):
+        size.record_step(1, 0.001)  # slots that are not full tell nothing
+        accident = 8.0 if is_noisy and draw.random() < 0.3 else 1.0
+        size.record_step(size.rows, (1.0 + 0.05 * draw.random() + max(0, size.rows - best)) * accident)
+        sizes.append(size.rows)
+    assert size.rows == found
+    assert is_noisy or sizes.index(found) <= 14
+    # Sizes that are too large are tried for a few steps alone.
+    assert sum(rows > found for rows in sizes) <= 12
+
+
 @pytest.mark.parametrize(
     "error",
     first_of([torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: not enough memory")]),

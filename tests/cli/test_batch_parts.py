@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.support.grid import grid
 from vlm_cli.cli.batch_parts import Parts, Piece, cut
 from vlm_cli.data.sources import open_source
-from vlm_cli.errors import OutputExistsError, UsageError
+from vlm_cli.errors import DataError, OutputExistsError, UsageError
 
 SETTINGS = {"--model": "demo", "--seed": None}
 
@@ -42,7 +43,10 @@ def test_pieces_cover_each_row_once(folder, rows_each):
 def test_a_part_is_whole_or_absent(tmp_path, as_parquet):
     if as_parquet:
         pytest.importorskip("pyarrow")
-    parts, piece = Parts.open(tmp_path / "out", SETTINGS, as_parquet=as_parquet, overwrite=False), Piece(0, 1, 0, 2)
+    parts, piece = (
+        Parts.open(str(tmp_path / "out"), SETTINGS, as_parquet=as_parquet, overwrite=False),
+        Piece(0, 1, 0, 2),
+    )
 
     def breaks():
         yield {"id": 1, "text": " a"}
@@ -50,38 +54,41 @@ def test_a_part_is_whole_or_absent(tmp_path, as_parquet):
 
     with pytest.raises(RuntimeError):
         parts.write(piece, breaks())
-    assert [path.name for path in parts.folder.iterdir()] == ["run.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
     answers = [{"id": 1, "text": " a \u2028 \ud800"}, {"id": "x", "error": "line 2: no"}]
     if as_parquet:
         answers[0]["text"] = " a \u2028"
     parts.write(piece, iter(answers))
     parts.write(piece, iter(answers))  # by an actor that answers it again
-    assert sorted(path.name for path in parts.folder.iterdir()) == [parts.path(piece).name, "run.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [parts.name_of(piece), "run.json"]
     assert parts.count_failed(piece) == 1
     if as_parquet:
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(parts.path(piece)).to_pylist()
+        rows = pyarrow.parquet.read_table(tmp_path / "out" / parts.name_of(piece)).to_pylist()
         assert [json.loads(row["row"]) for row in rows] == answers
         assert [(row["id"], row["text"], row["error"]) for row in rows] == [
             ("1", " a \u2028", None),
             ("x", None, "line 2: no"),
         ]
     else:
-        assert [json.loads(line) for line in parts.path(piece).read_text(encoding="utf-8").split("\n")[:-1]] == answers
+        assert [
+            json.loads(line)
+            for line in (tmp_path / "out" / parts.name_of(piece)).read_text(encoding="utf-8").split("\n")[:-1]
+        ] == answers
 
 
 def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
-    out, piece = tmp_path / "out", Piece(0, 1, 0, 1)
+    out, piece = str(tmp_path / "out"), Piece(0, 1, 0, 1)
     Parts.open(out, SETTINGS, as_parquet=False, overwrite=False).write(piece, iter([{"text": ""}]))
-    assert Parts.open(out, SETTINGS, as_parquet=False, overwrite=False).path(piece).exists()
+    assert not Parts.open(out, SETTINGS, as_parquet=False, overwrite=False).missing([piece])
     with pytest.raises(UsageError, match=r"--seed: was None, is 7\nGive the same settings"):
         Parts.open(out, {**SETTINGS, "--seed": 7}, as_parquet=False, overwrite=False)
-    assert not Parts.open(out, {**SETTINGS, "--seed": 7}, as_parquet=False, overwrite=True).path(piece).exists()
+    assert Parts.open(out, {**SETTINGS, "--seed": 7}, as_parquet=False, overwrite=True).missing([piece]) == [piece]
     for other in (tmp_path / "file", tmp_path / "folder"):
         (other.mkdir if other.name == "folder" else other.touch)()
         with pytest.raises(OutputExistsError, match="holds no answers of `vlm batch --engine ray`"):
-            Parts.open(other, SETTINGS, as_parquet=False, overwrite=True)
+            Parts.open(str(other), SETTINGS, as_parquet=False, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +117,62 @@ def test_an_output_of_another_is_refused_before_ray_starts(folder, tmp_path, vlm
     (tmp_path / "out").mkdir()
     found = vlm("batch", folder / "a.jsonl", "--output", tmp_path / "out", "--engine", "ray")
     assert found.exit_code == 2 and "holds no answers of `vlm batch --engine ray`" in found.stderr
+
+
+@pytest.fixture
+def bucket():
+    """An object store in memory, and an empty place in it."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.makedirs("/batch", exist_ok=True)
+    yield system
+    system.rm("/batch", recursive=True)
+
+
+def test_rows_come_from_an_object_store(folder, bucket):
+    bucket.put(str(folder), "/batch/rows", recursive=True)
+    bucket.pipe_file("/batch/rows/_SUCCESS", b"")
+    local, remote = open_source(str(folder)), open_source("memory://batch/rows")
+    assert remote.shards == local.shards
+    assert [row.data for row in remote.all_rows()] == [row.data for row in local.all_rows()]
+    pieces = list(cut(remote, 2))
+    assert pieces == list(cut(local, 2))
+    again = open_source("memory://batch/rows")  # as an actor opens it
+    assert [row.data for piece in pieces[::-1] for row in piece.rows(again)] == [
+        row.data for piece in pieces[::-1] for row in piece.rows(local)
+    ]
+    before = remote.digest()
+    assert again.digest() == before
+    assert open_source("memory://batch/rows/b*.jsonl").shards == ["b.jsonl"]
+    assert [row.data for row in open_source("memory://batch/rows/a.jsonl").all_rows()] == [
+        row.data for row in local.rows(0)
+    ]
+    bucket.pipe_file("/batch/rows/a.jsonl", b'{"prompt": "another"}')
+    assert open_source("memory://batch/rows").digest() != before
+    for url, words in (("memory://batch/none", "cannot be read"), ("strange://x/y", "cannot be opened")):
+        with pytest.raises((DataError, UsageError), match=words):
+            open_source(url)
+
+
+@pytest.mark.parametrize("as_parquet", [False, True])
+def test_answers_go_to_an_object_store(bucket, as_parquet):
+    if as_parquet:
+        pytest.importorskip("pyarrow")
+    out, pieces = "memory://batch/out", [Piece(0, 1, 0, 2), Piece(0, 3, 40, 1)]
+    parts = pickle.loads(pickle.dumps(Parts.open(out, SETTINGS, as_parquet=as_parquet, overwrite=False)))
+    assert parts.missing(pieces) == pieces
+    parts.write(pieces[0], iter([{"id": 1, "text": " a"}, {"id": 2, "error": "line 2: no"}]))
+    assert parts.count_failed(pieces[0]) == 1
+    resumed = Parts.open(out, SETTINGS, as_parquet=as_parquet, overwrite=False)
+    assert resumed.missing(pieces) == pieces[1:]
+    with pytest.raises(UsageError, match="other settings"):
+        Parts.open(out, {**SETTINGS, "--seed": 7}, as_parquet=as_parquet, overwrite=False)
+    assert Parts.open(out, SETTINGS, as_parquet=as_parquet, overwrite=True).missing(pieces) == pieces
+    bucket.pipe_file("/batch/other/file", b"")
+    with pytest.raises(OutputExistsError, match="holds no answers"):
+        Parts.open("memory://batch/other", SETTINGS, as_parquet=as_parquet, overwrite=True)
+
+
+def test_one_process_writes_to_no_object_store(folder, vlm):
+    found = vlm("batch", folder / "a.jsonl", "--output", "memory://batch/out.jsonl")
+    assert found.exit_code == 2 and "only --engine ray writes to an object store" in found.stderr

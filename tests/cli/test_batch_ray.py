@@ -46,8 +46,19 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def start(prompts: Path, out: Path) -> subprocess.Popen[str]:
-    words = ["batch", prompts, "--output", out, "--max-new-tokens", 8, "--dtype", "float32", "--engine", "ray"]
+def start(prompts: Path, out: Path, scheme: str = "") -> subprocess.Popen[str]:
+    words = [
+        "batch",
+        f"{scheme}{prompts}",
+        "--output",
+        f"{scheme}{out}",
+        "--max-new-tokens",
+        8,
+        "--dtype",
+        "float32",
+        "--engine",
+        "ray",
+    ]
     words += ["--part-rows", EACH, "--actors", 2, "--actor-cpus", 0.5]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vlm_cli", *map(str, words)]
@@ -90,9 +101,10 @@ def test_a_killed_actor_loses_nothing(prompts, expected, tmp_path):
     check(out, expected)
 
 
-def test_a_killed_run_goes_on(prompts, expected, tmp_path):
+@pytest.mark.parametrize("scheme", ["", "local://"])  # fsspec's own files stand for an object store
+def test_a_killed_run_goes_on(prompts, expected, tmp_path, scheme):
     out = tmp_path / "out"
-    run = start(prompts, out)
+    run = start(prompts, out, scheme)
     try:
         wait_for_parts(run, out, 2)
     finally:
@@ -102,7 +114,7 @@ def test_a_killed_run_goes_on(prompts, expected, tmp_path):
         psutil.wait_procs(children, timeout=60)  # Ray ends with the run
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
     assert 2 <= len(kept) < ROWS // EACH
-    second = start(prompts, out)
+    second = start(prompts, out, scheme)
     told = second.communicate(timeout=500)[1]
     assert second.returncode == 1 and "Resuming after" in told, told
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept  # nothing is answered twice

@@ -20,6 +20,7 @@ from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.data.formats.requests import begins_with_request, note_ids
 from vlm_cli.data.inputs import is_pipe, read_lines
 from vlm_cli.data.sources import Row, Source, open_source
+from vlm_cli.data.sources.remote import is_remote
 from vlm_cli.errors import DataError, UsageError
 from vlm_cli.interrupt import Interrupted, at_signal, deferred_signals
 from vlm_cli.printable import count_of
@@ -61,11 +62,13 @@ def _answer_file(job: BatchJob) -> BatchResult:
     from vlm_cli.generation.journal import Journal
 
     assert job.options.output is not None
+    if is_remote(job.options.output):
+        raise UsageError("only --engine ray writes to an object store. Add --engine ray, or give a FILE.")
     work = _Work.open(job)
     journal: Journal | PrintedAnswers = (
         PrintedAnswers()
         if job.options.prints
-        else Journal.open(job.options.output, job.settings(), overwrite=job.options.overwrite)
+        else Journal.open(Path(job.options.output), job.settings(), overwrite=job.options.overwrite)
     )
     try:
         with at_signal(lambda: _leave(job, journal)):

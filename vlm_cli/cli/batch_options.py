@@ -31,7 +31,7 @@ class BatchOptions:
     """Where answers go, and how many rows are answered at once."""
 
     output: Annotated[
-        Path | None,
+        str | None,
         option(
             BATCH,
             "Write answers to FILE (JSONL), or to stdout if FILE is -. An interrupted run resumes from "
@@ -70,7 +70,7 @@ class BatchOptions:
     @property
     def prints(self) -> bool:
         """Whether the answers go to stdout."""
-        return self.output is not None and str(self.output) == "-"
+        return self.output is not None and self.output == "-"
 
     @property
     def given(self) -> list[str]:
@@ -90,7 +90,8 @@ class BatchOptions:
             raise UsageError(f"no output file is named: vlm batch {name} --output OUT.jsonl")
         if self.prints and self.overwrite:
             raise UsageError("--output - writes to stdout, where --overwrite has nothing to replace. Leave it out.")
-        if not (self.prints or is_stdin(Path(name))) and Path(name).resolve() == self.output.resolve():
+        is_file = not (self.prints or is_stdin(Path(name)))
+        if is_file and Path(name).resolve() == Path(self.output).resolve():
             raise UsageError(f"the input and --output are the same file, {name!r}. Choose another name.")
         self.rows_at_once()
 
@@ -124,7 +125,8 @@ class RayOptions:
         option(
             BATCH,
             "local answers in this process; ray in a pool of processes, on the Ray cluster that RAY_ADDRESS names if "
-            "there is one. --output is then a directory, with a file for each piece of the input.",
+            "there is one. --output is then a directory or a URL such as s3://BUCKET/answers, with a file for each "
+            "piece of the input.",
             "--engine",
             metavar="local|ray",
         ),

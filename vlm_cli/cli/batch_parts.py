@@ -1,25 +1,26 @@
-"""The input of a run cut into pieces, and its output directory, which has a file of answers for each piece.
+"""The input of a run cut into pieces, and its output, which has a file of answers for each piece.
 
     OUT/run.json                 settings, the input's hash, and rows of a piece: a run with others does not resume
     OUT/part-00000-00000001.jsonl    answers to the piece that begins at row 1 of the first shard
     OUT/part-00000-00001001.jsonl
 
-A part appears whole or not at all, under a name that its piece alone has. So whoever answers a piece again writes the
-same file, and a run that was killed goes on with the pieces that have no part.
+OUT is a folder, or a place in an object store. A part appears whole or not at all, under a name that its piece alone
+has. So whoever answers a piece again writes the same file, and a run that was killed goes on with the pieces that have
+no part.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from vlm_cli.cli.part_store import PartStore, find_store
 from vlm_cli.data.sources import Row, Source
 from vlm_cli.errors import OutputExistsError, UsageError
-from vlm_cli.files import remove_leftovers, replacing_file
 from vlm_cli.plain_data import parse_json
 from vlm_cli.resume import settings_diff
 
@@ -69,96 +70,93 @@ def cut(source: Source, rows_each: int) -> Iterator[Piece]:
 
 @dataclass(frozen=True)
 class Parts:
-    """The output directory of a run.
+    """The output of a run.
 
     Attributes:
-        folder: the directory.
+        store: where its files are.
         as_parquet: whether parts are Parquet, and not JSON lines.
     """
 
-    folder: Path
+    store: PartStore
     as_parquet: bool = False
 
     @classmethod
-    def open(cls, folder: Path, settings: Mapping[str, Any], *, as_parquet: bool, overwrite: bool) -> Parts:
-        """Begin an output directory, or open the one that an unfinished run with the same settings left.
+    def open(cls, output: str, settings: Mapping[str, Any], *, as_parquet: bool, overwrite: bool) -> Parts:
+        """Begin an output, or open the one that an unfinished run with the same settings left.
 
         Raises:
             OutputExistsError: if there is something else.
             UsageError: if the unfinished run had other settings; the message names them.
         """
-        parts, run_file = cls(folder, as_parquet), folder / RUN_FILE
-        if folder.exists():
-            found = parse_json(run_file.read_text(encoding="utf-8")) if run_file.is_file() else None
+        store = find_store(output)
+        parts = cls(store, as_parquet)
+        if store.exists():
+            found = parse_json(store.read(RUN_FILE).decode()) if RUN_FILE in store.names() else None
             if not isinstance(found, dict) or not isinstance(found.get("vlm_batch_settings"), dict):
                 raise OutputExistsError(
-                    f"{str(folder)!r} exists and holds no answers of `vlm batch --engine ray`. Choose another --output."
+                    f"{store.name!r} exists and holds no answers of `vlm batch --engine ray`. Choose another --output."
                 )
             if not overwrite:
                 if differences := settings_diff(found["vlm_batch_settings"], settings):
                     raise UsageError(
-                        f"{str(folder)!r} holds answers of a run with other settings:\n{differences}\nGive the same "
+                        f"{store.name!r} holds answers of a run with other settings:\n{differences}\nGive the same "
                         "settings to go on with it, or add --overwrite to discard its answers and start again."
                     )
                 return parts
-            for path in folder.glob("part-*"):
-                path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing_file(run_file, overwrite=True) as file:
-            json.dump({"vlm_batch_settings": settings}, file, indent=2)
+            for name in store.names():
+                if name.startswith("part-"):
+                    store.remove(name)
+        store.write(RUN_FILE, json.dumps({"vlm_batch_settings": settings}, indent=2).encode())
         return parts
 
-    def path(self, piece: Piece) -> Path:
-        """Return the file of answers of a piece."""
-        return self.folder / f"{piece.name}.{'parquet' if self.as_parquet else 'jsonl'}"
+    def name_of(self, piece: Piece) -> str:
+        """Return the name of the file of answers of a piece."""
+        return f"{piece.name}.{'parquet' if self.as_parquet else 'jsonl'}"
+
+    def missing(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Return the pieces without a file of answers."""
+        there = self.store.names()
+        return [piece for piece in pieces if self.name_of(piece) not in there]
 
     def write(self, piece: Piece, answers: Iterator[Mapping[str, Any]]) -> None:
         """Write the answers of a piece, whole or not at all."""
-        path = self.path(piece)
-        remove_leftovers(path)
         if self.as_parquet:
-            self._write_parquet(path, piece, answers)
-            return
-        with replacing_file(path, overwrite=True) as file:
-            for answer in answers:
-                # UTF-8 has no half characters (\ud800 to \udfff), so they are written as JSON escapes.
-                text = json.dumps(answer, ensure_ascii=False, allow_nan=False)
-                file.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
-
-    def _write_parquet(self, path: Path, piece: Piece, answers: Iterator[Mapping[str, Any]]) -> None:
-        """Write a table whose columns every run has; `row` is the line that JSON lines would have."""
-        import os
-
-        import pyarrow
-        import pyarrow.parquet
-
-        rows = [
-            {
-                "shard": piece.shard,
-                "id": None if answer.get("id") is None else str(answer["id"]),
-                "text": answer.get("text"),
-                "error": answer.get("error"),
-                "row": json.dumps(answer, allow_nan=False),
-            }
-            for answer in answers
-        ]
-        kinds = [("shard", pyarrow.int32()), *((name, pyarrow.string()) for name in ("id", "text", "error", "row"))]
-        hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds)), hidden)
-            hidden.replace(path)
-        finally:
-            hidden.unlink(missing_ok=True)
+            content = _as_parquet(piece, answers)
+        else:
+            # UTF-8 has no half characters (\ud800 to \udfff), so they are written as JSON escapes.
+            lines = (json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers)
+            content = b"".join(line.encode("utf-8", "backslashreplace") for line in lines)
+        self.store.write(self.name_of(piece), content)
 
     def count_failed(self, piece: Piece) -> int:
         """Count the rows of a written part that could not be answered."""
-        path = self.path(piece)
+        content = self.store.read(self.name_of(piece))
         if self.as_parquet:
             import pyarrow.parquet
 
-            column = pyarrow.parquet.read_table(path, columns=["error"]).column("error")
+            column = pyarrow.parquet.read_table(io.BytesIO(content), columns=["error"]).column("error")
             return len(column) - int(column.null_count)
         from vlm_cli.generation.journal import has_failed
 
-        with path.open(encoding="utf-8") as file:
-            return sum(has_failed(parse_json(line)) for line in file)
+        return sum(has_failed(parse_json(line.decode())) for line in content.split(b"\n") if line)
+
+
+def _as_parquet(piece: Piece, answers: Iterator[Mapping[str, Any]]) -> bytes:
+    """Return a table whose columns every run has; `row` is the line that JSON lines would have."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            "shard": piece.shard,
+            "id": None if answer.get("id") is None else str(answer["id"]),
+            "text": answer.get("text"),
+            "error": answer.get("error"),
+            "row": json.dumps(answer, allow_nan=False),
+        }
+        for answer in answers
+    ]
+    kinds = [("shard", pyarrow.int32()), *((name, pyarrow.string()) for name in ("id", "text", "error", "row"))]
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(kinds)), written)
+    return written.getvalue()

@@ -81,7 +81,7 @@ def answer_by_ray(job: BatchJob, options: RayOptions, *, as_json: bool) -> None:
     _check_ray()
     run = _Run.open(job, options)
     if run.earlier:
-        console.note(f"Resuming after {count_of(run.earlier, 'row')}, answered in {run.parts.folder}.")
+        console.note(f"Resuming after {count_of(run.earlier, 'row')}, answered in {run.parts.store.name}.")
     started = time.monotonic()
     new_tokens, failed = run.answer(_start_ray()) if run.left else (0, 0)
     failed += run.count_failed_earlier()
@@ -90,9 +90,9 @@ def answer_by_ray(job: BatchJob, options: RayOptions, *, as_json: bool) -> None:
         f"{count_of(run.rows, 'row')}, {failed:,} failed, {count_of(new_tokens, 'new token')} in {seconds:.1f} s with "
         f"{count_of(options.actors, 'actor')}"
     )
-    console.notify(f"Wrote {count_of(len(run.pieces), 'file')} to {run.parts.folder}")
+    console.notify(f"Wrote {count_of(len(run.pieces), 'file')} to {run.parts.store.name}")
     if as_json:
-        files = {"model": job.request.name, "batch": job.name, "output": str(run.parts.folder)}
+        files = {"model": job.request.name, "batch": job.name, "output": run.parts.store.name}
         told = {"rows": run.rows, "failed": failed, "earlier": run.earlier, "new_tokens": new_tokens}
         more = {"files": len(run.pieces), "actors": options.actors, "seconds": round(seconds, 3)}
         console.print_json({**files, **told, **more})
@@ -135,12 +135,12 @@ class _Run:
         settings = {**job.settings(), "the input": source.digest(), "--part-rows": options.part_rows}
         assert job.options.output is not None
         parts = Parts.open(
-            job.options.output,
+            str(job.options.output),
             {**settings, "--part-format": options.part_format},
             as_parquet=options.part_format == "parquet",
             overwrite=job.options.overwrite,
         )
-        return cls(job, options, parts, pieces, [piece for piece in pieces if not parts.path(piece).exists()])
+        return cls(job, options, parts, pieces, parts.missing(pieces))
 
     @property
     def rows(self) -> int:
@@ -160,7 +160,7 @@ class _Run:
         answered = ray_data.from_items(items, override_num_blocks=len(items)).map_batches(
             PieceAnswerer,
             batch_size=1,
-            fn_constructor_args=(job, replace(self.parts, folder=self.parts.folder.resolve())),
+            fn_constructor_args=(job, self.parts),
             compute=ray_data.ActorPoolStrategy(size=actors),
             num_cpus=self.options.actor_cpus,
             num_gpus=self.options.actor_gpus,
@@ -176,7 +176,9 @@ class _Run:
             except Exception as error:
                 cause = getattr(error, "cause", None) or error.__cause__ or error  # Ray wraps what an actor raised
                 reason = str(cause) if isinstance(cause, VLMError) else first_line(cause)
-                raise DataError(f"the actors stopped: {reason} {self.parts.folder} keeps what is answered.") from None
+                raise DataError(
+                    f"the actors stopped: {reason} {self.parts.store.name} keeps what is answered."
+                ) from None
         return tokens, failed
 
     def count_failed_earlier(self) -> int:

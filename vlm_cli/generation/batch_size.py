@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["BatchSize", "RowCost", "available_memory"]
 
 START_ROWS = 4  # rows of the first batch
-STEPS_EACH = 4  # tokens of each row that are timed before the number of rows changes
+STEPS_EACH = 2  # tokens of each row that are timed before the number of rows doubles
+STEPS_UNTIL_RETRY = 64  # tokens of each row before a number that seemed too slow is tried again
+MAX_TRIALS = 3  # times that a number of rows may seem too slow before it is given up
 MAX_ROWS = 256  # rows of the largest batch
 ASSUMED_LAYERS = 32  # layers of a language model whose configuration does not give their number
 MIN_SPEEDUP = 1.1  # factor in rows per second that makes twice the rows worthwhile
@@ -30,7 +32,11 @@ class BatchSize:
         self._grows = fixed is None
         self._before = 0.0  # rows per second with half as many
         self._timed: list[float] = []  # seconds of each full batch of this size
-        self._steps: list[float] = []  # seconds of each step of that many rows
+        self._steps: list[float] = []  # seconds of the steps since the number of rows was judged
+        self._best: dict[int, float] = {}  # seconds of the fastest step of each number of rows
+        self._wanted_steps = STEPS_EACH  # before the next judgement
+        self._doubts = 0  # judgements in a row that found this number too slow
+        self._trials = 0
 
     def record(self, rows: int, seconds: float) -> None:
         """Learn from the time of a batch whether more rows are faster.
@@ -49,13 +55,28 @@ class BatchSize:
             self.rows, self._grows = self.rows // 2, False
 
     def record_step(self, rows: int, seconds: float) -> None:
-        """Learn from the time in which each of so many rows got a token; the best of some steps counts as a batch."""
+        """Learn from the time in which each of so many rows got a token.
+
+        The fastest step of each number of rows counts, since others may have been slow by accident; a number that seems
+        too slow is tried again later. No step is made for the sake of its time.
+        """
         if not self._grows or rows < self.rows:
             return
         self._steps.append(seconds)
-        if len(self._steps) == STEPS_EACH:
-            best, self._steps = min(self._steps), []
-            self.record(rows, best)
+        if len(self._steps) < self._wanted_steps:
+            return
+        best = self._best[self.rows] = min(*self._steps, self._best.get(self.rows, seconds))
+        self._steps = []
+        half = self._best.get(self.rows // 2)
+        if half is None or best * MIN_SPEEDUP <= 2 * half:
+            self._grows = 2 * self.rows <= MAX_ROWS
+            self.rows, self._wanted_steps, self._doubts = min(2 * self.rows, MAX_ROWS), STEPS_EACH, 0
+            return
+        self._doubts += 1
+        if self._doubts > 1:
+            self._trials += 1
+            self.rows, self._wanted_steps, self._doubts = self.rows // 2, STEPS_UNTIL_RETRY, 0
+            self._grows = self._trials < MAX_TRIALS
 
     def halve(self, rows: int) -> None:
         """Use at most half of so many rows from now on, because memory did not suffice for them."""

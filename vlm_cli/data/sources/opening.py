@@ -18,6 +18,7 @@ from vlm_cli.data.sources.json_array import JsonArray
 from vlm_cli.data.sources.json_lines import JsonLines, PipedLines
 from vlm_cli.data.sources.mme_folder import MMEFolder, find_mme
 from vlm_cli.data.sources.patterns import expand_pattern, is_pattern
+from vlm_cli.data.sources.remote import RemoteShards, is_remote
 from vlm_cli.data.sources.tab_tables import TabTables, is_tab_table
 from vlm_cli.data.sources.tables import ArrowFiles, ArrowStreams, ParquetFiles
 from vlm_cli.data.sources.tar_shards import TarShards
@@ -36,12 +37,14 @@ def open_source(text: str) -> Source:
 
     Args:
         text: what the user typed: a path, a pattern such as `train-{000..012}.tar` or `data/*.parquet`, or
-            `hf:ORG/NAME[:CONFIG][:SPLIT]`.
+            `hf:ORG/NAME[:CONFIG][:SPLIT]`, or a URL of an object store, such as `s3://BUCKET/rows.jsonl`.
 
     Raises:
         DataError: if it does not exist, or is nothing that vlm reads.
         UsageError: if a package that reads it is not installed.
     """
+    if is_remote(text):
+        return _open(text, RemoteShards(text), "")
     if text.startswith(HUB):
         found = find_on_hub(text)
         return _open(text, found.shards, found.detail)
