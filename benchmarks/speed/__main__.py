@@ -18,7 +18,7 @@ from benchmarks.speed.question import Settings, command
 from benchmarks.speed.results import Report, bars_table, page
 
 QUESTIONS = ("startup", "encode", "prefill", "decode", "steps", "train_step", "training", "memory", "growth", "batch")
-QUESTIONS += ("clip",)
+QUESTIONS += ("batch_goals", "clip")
 
 
 def asked(device: str) -> list[str]:

@@ -130,8 +130,8 @@ def test_a_device_and_a_dtype_are_told(tmp_path: Path) -> None:
         inputs = made.inputs(Prompt(1))
         assert {x.device.type for x in inputs.values()} == {"meta"}
         assert {x.dtype for x in inputs.values()} <= {torch.bfloat16, torch.int64}
-    assert set(asked("cuda:0")) == {"encode", "prefill", "decode", "steps", "train_step", "batch"}
-    assert asked("cpu") == [name for name in QUESTIONS if name != "steps"]
+    assert set(asked("cuda:0")) == {"encode", "prefill", "decode", "steps", "train_step", "batch", "batch_goals"}
+    assert asked("cpu") == [name for name in QUESTIONS if name not in ("steps", "batch_goals")]
 
 
 def test_every_question_is_asked() -> None:
