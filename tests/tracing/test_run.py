@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from tests.support.traced import Subject, clip, image
 from vlm_cli.errors import PromptError
-from vlm_cli.tracing.attention import RecordedAttention
+from vlm_cli.tracing.attention import RecordedAttention, list_gates
 from vlm_cli.tracing.rollout import Layer
 from vlm_cli.tracing.trace import Trace
 
@@ -155,3 +156,11 @@ def test_pictures_of_one_pixel(subject: Callable[..., Subject]) -> None:
     trace = subject("linear", "language-stream").trace(image(1, 1), image(1, 50, 1), answer=" a")
     assert {(x.rows, x.columns) for x in trace.maps if x.picture == 0} == {(1, 1)}
     check_shares(trace)
+
+
+def test_gates_of_any_fusion_are_listed() -> None:
+    """A fusion of another package may have a gate outside of blocks."""
+    gates = {"blocks.3.attn_gate": torch.tensor([1.0, -1.0]), "media_gate": torch.zeros(1)}
+    first, second = list_gates(cast(Any, SimpleNamespace(gates=lambda: gates)))
+    assert (first.layer, first.name, first.opening) == (0, "media_gate", 0.0)
+    assert (second.layer, second.name) == (3, "attn_gate") and second.opening == pytest.approx(math.tanh(1))

@@ -183,9 +183,9 @@ def list_gates(model: VLM) -> list[Gate]:
     """List the gates of a model's fusion, by layer."""
     found = []
     for name, gate in model.gates().items():
-        *_, layer, own = name.rsplit(".", 2)
-        number = int(layer) if layer.isdecimal() else 0
-        found.append(Gate(number, own, float(gate.detach().float().tanh().abs().mean())))
+        *places, own = name.split(".")
+        layer = next((int(x) for x in reversed(places) if x.isdecimal()), 0)
+        found.append(Gate(layer, own, float(gate.detach().float().tanh().abs().mean())))
     return sorted(found, key=lambda gate: gate.layer)
 
 

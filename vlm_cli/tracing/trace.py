@@ -204,7 +204,7 @@ class Gate:
     """How far a gate of the fusion is open.
 
     Attributes:
-        layer: number of the decoder layer before which the block runs, from 0.
+        layer: number of the decoder layer before which the block runs, from 0; 0 for a gate of no block.
         name: of the gate in its block, such as "attn_gate".
         opening: mean of |tanh(gate)| over the gate's channels, from 0 (closed) to 1.
     """
