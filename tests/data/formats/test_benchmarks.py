@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.support import ROOT
-from tests.support.markdown import table
+from tests.support.markdown import blocks, table
 from vlm_cli.data.formats import BENCHMARKS, recognise_question
 from vlm_cli.data.formats.format import ANSWERED
 from vlm_cli.data.jsonl import RecordError
@@ -413,6 +413,23 @@ def test_other_questions_of_yes_and_no_are_not_those_of_mme(tmp_path: Path) -> N
 
 
 # -- what cannot be used -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["test2015", pytest.param("test-dev2015", marks=pytest.mark.matrix)])
+def test_a_test_split_is_answered_and_not_marked(tmp_path: Path, vlm: Any, monkeypatch: Any, split: str) -> None:
+    """The page's program turns the answers into the file that VQAv2's server takes."""
+    asked = [{"image_id": 42, "question": "What is this?", "question_id": 42000 + i} for i in range(2)]
+    save(tmp_path / "COCO_test2015_000000000042.jpg", picture())
+    name = f"v2_OpenEnded_mscoco_{split}_questions.json"
+    questions = save(tmp_path / name, {"data_subtype": split, "questions": asked})
+    with pytest.raises(DataError, match="has no answer, as in the test split of VQAv2"):
+        good(questions)
+    assert vlm("batch", questions, "-o", tmp_path / "answers.jsonl", "-n", 4).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs/evaluation.md").read_text().partition("### Splits without answers")[2]
+    exec(blocks(section, "python")[0], {})
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [x["question_id"] for x in results] == [42000, 42001] and all(isinstance(x["answer"], str) for x in results)
 
 
 def test_questions_without_answers(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A JSON file that is one object: the files of benchmarks, which hold their rows somewhere inside.
 
-    VQAv2          {"questions": […], …}, and beside it {"annotations": […], …}
+    VQAv2          {"questions": […], …}, and beside it {"annotations": […], …} except for test splits
     COCO captions  {"images": […], "annotations": [{"image_id": …, "caption": …}, …], …}
     TextVQA        {"dataset_name": "textvqa", "data": […], …}; DocVQA alike
     GQA, ScienceQA {"201307251": {…}, …}
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,12 @@ def _join(document: dict[str, Any], source: JsonDocument, shard: int) -> Iterato
     """
     path = source.files.path(shard)
     other, wanted = _other_half(path), "annotations" if "questions" in document else "questions"
+    kind = str(document.get("data_subtype", ""))
     if wanted not in document:
         if other is None or not other.is_file():
+            if wanted == "annotations" and kind.startswith("test"):
+                yield from map(partial(_unanswered, kind=kind), document["questions"])
+                return
             name = other.name if other is not None else f"a file of {wanted}"
             why = ", and the answers of test splits are not published" if wanted == "annotations" else ""
             raise DataError(
@@ -175,7 +180,6 @@ def _join(document: dict[str, Any], source: JsonDocument, shard: int) -> Iterato
     if not isinstance(questions, list) or not isinstance(answers, list):
         raise DataError(f"{str(other)!r} must hold a list of {wanted}, for {name_shard(source, shard)}.")
     by_id = {repr(x.get("question_id")): x for x in answers if isinstance(x, dict)}  # a damaged id may be a list
-    kind = document.get("data_subtype", "")
     for question in questions:
         if not isinstance(question, dict) or repr(question.get("question_id")) not in by_id:
             identity = question.get("question_id") if isinstance(question, dict) else question
@@ -183,7 +187,19 @@ def _join(document: dict[str, Any], source: JsonDocument, shard: int) -> Iterato
                 f"{name_shard(source, shard)} has the question {identity!r}, and its answers are not in "
                 f"{str(other.name if other else '')!r}. Give the two files of one split."
             )
-        row = {**by_id[repr(question.get("question_id"))], **question}
-        if isinstance(row.get("image_id"), int):
-            row["file_name"] = f"COCO_{kind}_{row['image_id']:012d}.jpg"
-        yield row
+        yield _with_picture({**by_id[repr(question.get("question_id"))], **question}, kind)
+
+
+def _unanswered(question: Any, kind: str) -> Any:
+    """Return a question of a test split of VQAv2, whose answers nobody but its server knows."""
+    if not isinstance(question, dict):
+        return question
+    return _with_picture({"question_type": "", "answer_type": "", "answers": [], **question}, kind)
+
+
+def _with_picture(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Name COCO's picture of a question; test-dev has those of the whole test split."""
+    if isinstance(row.get("image_id"), int):
+        split = kind.replace("test-dev", "test")
+        row["file_name"] = f"COCO_{split}_{row['image_id']:012d}.jpg"
+    return row
