@@ -72,7 +72,7 @@ def test_each_row_is_answered_as_if_it_were_alone(language_model, fusion, monkey
     found, steps = serve(slots, waiting, rooms)
     assert found == expected
     assert steps < sum(map(len, expected.values()))
-    assert len({tuple(x) for x in expected.values()}) >= 4  # one answer in another's place would be seen
+    assert len({tuple(x) for x in expected.values()}) > 1  # one answer in another's place would be seen
 
 
 def test_penalties_are_those_of_each_row_alone(monkeypatch):
