@@ -60,7 +60,7 @@ def draw_panels(path: Path, panels: Sequence[Panel], *, x: str, title: str, over
     with rc_context({"svg.hashsalt": "vlm", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(_SIZE[0] * len(panels), _SIZE[1] + 0.6), layout="constrained")
         figure.suptitle(title)
-        named = {}
+        named: dict[str, Any] = {}
         for i, panel in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), i + 1)
             for number, (name, points) in enumerate(panel.curves.items()):
