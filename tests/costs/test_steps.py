@@ -28,6 +28,7 @@ SETTINGS = {
     "checkpointed": TrainingSettings(trainable=(*OURS, "language_model"), gradient_checkpointing=True),
     "whole": TrainingSettings(trainable=(*OURS, "language_model", "vision_encoder")),
     "lora": TrainingSettings(trainable=("vision_tokenizer",), lora=("language_model:r=4",)),
+    "bf16": TrainingSettings(trainable=(*OURS, "language_model"), bf16=True, gradient_checkpointing=True),
     "muon": TrainingSettings(trainable=("vision_tokenizer", "language_model"), optimizer="muon"),
 }
 
@@ -80,11 +81,11 @@ def test_memory_is_that_of_a_real_step(size: str, fusion: str, tokenizer: str, s
     chosen = SETTINGS[settings]
     shapes = shapes_of(model)
     states = plan_step(shapes, chosen, "MODEL")
-    counted, _ = count_step_memory(shapes, workload, states=states)
+    counted, _ = count_step_memory(shapes, workload, states=states, bf16=chosen.bf16)
     trained(model, chosen)
     groups = group_parameters(model, DEFAULT_RATE, default_rate=DEFAULT_RATE)
     optimizer = make_optimizer(model, chosen.optimizer, groups)
-    run = real_pass(model, workload)
+    run = real_pass(model, workload, bf16=chosen.bf16)
 
     def step() -> None:
         run()
@@ -97,5 +98,5 @@ def test_memory_is_that_of_a_real_step(size: str, fusion: str, tokenizer: str, s
     assert abs(counted.peak / (measured_peak(step) + real_states + weights) - 1) < 0.1
     assert abs(counted.states / real_states - 1) < 0.02
     assert counted.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    longer, _ = count_step_memory(shapes, Workload(pictures=2, text=400, rows=2), states=states)
+    longer, _ = count_step_memory(shapes, Workload(pictures=2, text=400, rows=2), states=states, bf16=chosen.bf16)
     assert longer.activations > 1.15 * counted.activations

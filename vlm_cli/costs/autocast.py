@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as nnf
@@ -21,22 +20,31 @@ _NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
 
 
 @contextlib.contextmanager
-def bfloat16_products() -> Iterator[None]:
+def bfloat16_products() -> Iterator[Callable[[], None]]:
     """Inside the block, products of shapes are computed in bfloat16, from copies of weights that are made once.
 
     These are the operations that autocast lowers on a CPU and on a GPU. On a GPU it also raises norms and softmax to
     float32; here they compute in the dtype that they get.
+
+    Yields:
+        What drops the copies and makes new ones at each use from then on: a backward pass finds none of autocast's.
     """
-    copies: WeakKeyDictionary[Tensor, Tensor] = WeakKeyDictionary()
+    keeps = True
+    copies: dict[int, Tensor] = {}  # by the number of the weight, which lives longer than the block
 
     def lower(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_meta or x.dtype != torch.float32:
             return x
-        if not x.is_leaf or not x.requires_grad:
+        if not (keeps and x.is_leaf and x.requires_grad):
             return x.bfloat16()
-        if x not in copies:
-            copies[x] = x.bfloat16()
-        return copies[x]
+        if id(x) not in copies:
+            copies[id(x)] = x.bfloat16()
+        return copies[id(x)]
+
+    def forget() -> None:
+        nonlocal keeps
+        keeps = False
+        copies.clear()
 
     def lowered(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -50,4 +58,4 @@ def bfloat16_products() -> Iterator[None]:
                 before = getattr(owner, name)
                 setattr(owner, name, lowered(before))
                 stack.callback(setattr, owner, name, before)
-        yield
+        yield forget

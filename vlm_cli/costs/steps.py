@@ -5,7 +5,7 @@ B rows, P media per row, T tokens, N learned tokens.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -139,11 +139,12 @@ def count_step_memory(
         with ExitStack() as stack:
             stack.enter_context(following(model))
             stack.enter_context(fused_attention())
-            if bf16:
-                stack.enter_context(bfloat16_products())
+            forget = stack.enter_context(bfloat16_products() if bf16 else nullcontext(lambda: None))
             live = stack.enter_context(LiveBytes(held))
             count = stack.enter_context(FlopCount())
-            step.forward().backward()
+            loss = step.forward()
+            forget()
+            loss.backward()
     finally:
         model.zero_grad()
         model.train(was_training)
