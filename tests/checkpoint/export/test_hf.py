@@ -247,7 +247,7 @@ def test_a_refusal_comes_before_weights_are_read(folder, tmp_path):
     data = json.loads((folder / "llava" / "config.json").read_text())
     data["composition"]["fusion"] = {"type": "cross-attention"}
     (broken / "config.json").write_text(json.dumps(data))
-    result = run("export", broken, tmp_path / "out", "--format", "hf")
+    result = run("export", broken, tmp_path / "out", "--format", "llava")
     assert result.exit_code == 2 and "fusion is cross-attention" in result.stderr
     assert "LlavaForConditionalGeneration" in result.stderr
 

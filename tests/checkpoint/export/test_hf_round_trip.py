@@ -47,7 +47,9 @@ MADE: dict[str, Any] = {
     "qianfan_ocr": grid_models.qianfan_ocr,
     "llava_next_video": llava_next.llava_next_video,
     "deepseek_vl": deepseek_vl.deepseek_vl,
-    "got_ocr2": lambda folder, **more: got_ocr2.got_ocr2(folder, size=128, patch_size=2, **more),
+    "got_ocr2": lambda folder, **more: got_ocr2.got_ocr2(
+        folder, size=128, patch_size=2, num_hidden_layers=1, global_attn_indexes=[], **more
+    ),
     "perception_lm": perception_lm.case,
     "fast_vlm": fast_vlm.fast_vlm,
 }
@@ -73,6 +75,8 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 def test_an_import_is_exported_as_it_was(tmp_path: Path, kind: str, is_tied: bool) -> None:
     if kind == "smolvlm":
         pytest.importorskip("num2words")
+    if not hasattr(transformers, CLASSES[kind].model):
+        pytest.skip(f"Transformers {transformers.__version__} has no {CLASSES[kind].model}")
     case = MADE[kind](tmp_path / "published", is_tied=is_tied)
     imported = import_checkpoint(case.source)
     assert imported.model is not None
@@ -103,6 +107,7 @@ def test_an_import_is_exported_as_it_was(tmp_path: Path, kind: str, is_tied: boo
 
 
 def test_each_class_exists() -> None:
-    for target in CLASSES.values():
-        assert hasattr(transformers, target.model) and hasattr(transformers, target.processor)
+    names = {word: (x.model, x.processor) for word, x in CLASSES.items()}
+    absent = {word for word, pair in names.items() if not all(hasattr(transformers, name) for name in pair)}
+    assert absent <= {"qianfan_ocr"}  # the oldest release may lack it
     assert MADE.keys() == CLASSES.keys()
