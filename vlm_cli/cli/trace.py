@@ -148,7 +148,7 @@ def trace(
     first: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="Directory that `vlm build` wrote, or hub id, as --model.", show_default=False
+            metavar="MODEL", help="Directory that `vlm build` wrote, or hub id, as --model.", show_default=False
         ),
     ] = None,
     second: Annotated[
