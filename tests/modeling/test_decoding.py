@@ -132,6 +132,7 @@ def often(model: VLM, inputs: dict[str, Any], *, among: Any = None, **options: A
 # -- the same answers -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("every", [1, 5])
 def test_answers_are_those_of_transformers(model, way, every):
@@ -187,6 +188,7 @@ def test_attentions_are_transformers_own(model):
 # -- what decoded tokens read -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("fusion", tiny.FUSIONS)
 @pytest.mark.parametrize(("counts", "is_open"), [((2, 2), True), ((2, 1), True), ((2, 0), False)])
 def test_masks_that_hide_nothing_are_left_out(fusion, counts, is_open):

@@ -52,7 +52,7 @@ def compiles(model: VLM) -> bool:
     return model.lang_model._can_compile_fullgraph
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @grid(language_model=tiny.LANGUAGE_MODELS, fusion=tiny.FUSIONS, quick={"language_model": QUICK})
 def test_a_captured_step_answers_the_same(language_model, fusion):
     model = tiny.open_gates(tiny.build(fusion=fusion, language_model=language_model))
