@@ -61,6 +61,8 @@ def real_pass(model: VLM, workload: Workload, *, bf16: bool = False) -> Callable
 @pytest.mark.parametrize("parts", tiny.covering(), ids="-".join)
 def test_operations_are_those_of_a_real_step(parts: tuple[str, str, str, str], settings: str) -> None:
     model, workload = tiny.build(*parts), Workload(pictures=2, text=9, rows=2)
+    if settings == "lora" and parts[-1] in ("mamba", "mamba2", "falcon_h1"):
+        pytest.skip("PEFT puts no adapter beside out_proj of these")
     shapes = shapes_of(model)
     plan_step(shapes, SETTINGS[settings], "MODEL")
     trained(model, SETTINGS[settings])
