@@ -129,7 +129,7 @@ def test_words_on_the_command_line_cover_a_file(done, vlm, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     ran = launch_here(monkeypatch, pretends=True)
     words = ["--seeds", "5", "--learning-rate", "fusion=1e-3,others=1e-4", "--set", "train.lora=[language_model]"]
-    words += ["--set", "vision_tokenizer=mlp", "--no-group-by-length"]
+    words += ["--set", "vision_tokenizer=mlp", "--no-group-by-length", "--set", "trainable=[fusion,added_tokens]"]
     assert vlm("sweep", out / "sweep.yaml", "--output", tmp_path / "other", *words).exit_code == 0
     [_, train, _] = ran
     given = dict(itertools.pairwise(train))
@@ -139,3 +139,32 @@ def test_words_on_the_command_line_cover_a_file(done, vlm, monkeypatch, tmp_path
     assert (tmp_path / "other/runs").is_dir()
     [start] = (tmp_path / "other/runs").glob("*/start")  # its adapters need it
     assert start.is_dir()
+
+
+def test_a_budget_of_operations_gives_each_composition_its_steps(prepared, vlm, monkeypatch, tmp_path):
+    monkeypatch.chdir(prepared)
+    ran = launch_here(monkeypatch, pretends=True)
+    words = [*SETS, *TRAIN, "--output", tmp_path / "out", "--budget", "3.3 GFLOPs", "--json"]
+    result = vlm("sweep", "base.yaml", *words)
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["compositions"]
+    steps = [int(x[x.index("--max-steps") + 1]) for x in ran if x[0] == "train"]
+    assert len(set(steps)) == 2
+    for row, count in zip(rows, steps, strict=True):
+        of_step = 2 * row["flops_per_record"]  # the records of a step
+        assert count * of_step <= 3.3e9 < (count + 1) * of_step
+    packed = vlm("sweep", "base.yaml", *words, "--pack", "64")
+    assert packed.exit_code == 2
+    assert "with --pack, nobody knows how many records a step has" in " ".join(packed.stderr.split())
+
+
+def test_a_composition_that_cannot_learn_is_impossible(prepared, vlm, monkeypatch, tmp_path):
+    monkeypatch.chdir(prepared)
+    ran = launch_here(monkeypatch, pretends=True)
+    words = ["--set", "train.learning_rate=1e-3,{fusion: 1e-3}", *TRAIN, "--output", tmp_path / "out", "--json"]
+    result = vlm("sweep", "base.yaml", *words)
+    assert result.exit_code == 0, result.stderr
+    even, uneven = json.loads(result.stdout)["compositions"]
+    assert [x[0] for x in ran] == ["build", "train", "eval"]
+    assert "scores" in even
+    assert "fusion" in uneven["problem"]

@@ -36,8 +36,8 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Read `10m`, `90s`, `2h`, `500` (steps) or `2e15FLOPs`.
 
-        >>> Budget.parse("90s").amount, Budget.parse("500").unit
-        (1.5, 'steps')
+        >>> Budget.parse("90s").amount, Budget.parse("500").unit, Budget.parse("3 PFLOPs").amount
+        (1.5, 'steps', 3000000000000000.0)
 
         Raises:
             UsageError: if it is none of these, or not above 0.
@@ -50,8 +50,6 @@ class Budget:
             budget = cls(given, "flops", float(found[1]) * _FACTORS[found[2].lower()])
         elif re.fullmatch(r"\d{1,12}", given):
             budget = cls(given, "steps", int(given))
-        if budget is not None and budget.unit == "flops":
-            raise UsageError(f"--budget {text} counts operations, which is not possible yet. Give time or steps.")
         most = _MOST_FLOPS if budget is not None and budget.unit == "flops" else MOST_STEPS
         if budget is None or not 0 < budget.amount <= most:
             raise UsageError(

@@ -31,6 +31,7 @@ from vlm_cli.sweeps.results import Results, collect
 from vlm_cli.sweeps.running import Engine, run_all
 from vlm_cli.sweeps.runs import RUNS, Run, make_runs
 from vlm_cli.sweeps.tables import results_table
+from vlm_cli.sweeps.training_costs import with_training_costs
 
 if TYPE_CHECKING:
     from vlm_cli.evaluation.items import Item
@@ -96,6 +97,7 @@ class Conductor:
         items, records = read_items(Path(plan.eval_data), plan.values.get("limit"), plan.reading)
         metrics = _choose_metrics(plan, items, note)
         hashes = hash_data(plan)
+        overviews = with_training_costs(overviews, plan, trusts=trusts)
         possible = [x.candidate for x in overviews if x.candidate.problem is None]
         if not possible:
             raise CheckpointError(f"no composition is possible: {overviews[0].candidate.problem}")
