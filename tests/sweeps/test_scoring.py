@@ -76,3 +76,19 @@ def test_models_share_their_draws():
     one, two = _draw(stats, stats)
     assert np.array_equal(one, two)
     assert not np.array_equal(one, _draw(stats, seed=7)[0])
+
+
+def test_items_that_belong_together_are_drawn_together():
+    """Twenty pictures with two questions each, answered alike: the intervals are those of twenty questions."""
+    marks = (np.random.default_rng(3).random(20) < 0.5).astype(float)
+    once = [Answered(np.ones(20, bool), [np.stack([np.ones(20), marks], axis=1)])] * 2
+    twice = np.repeat(once[0].statistics[0], 2, axis=0)
+    clusters = [str(i // 2) for i in range(40)]
+    together = [Answered(np.ones(40, bool), [twice], clusters)] * 2
+    apart = [Answered(np.ones(40, bool), [twice])] * 2
+    of_once, of_together, of_apart = (score_of(x, [EXACT]).main.interval for x in (once, together, apart))
+    assert of_together == pytest.approx(of_once)
+    assert np.subtract(*of_apart[::-1]) < 0.9 * np.subtract(*of_once[::-1])
+    other = [Answered(np.ones(40, bool), [twice * [1, 0.5]], clusters)] * 2
+    [difference] = difference_of(dict(enumerate(together)), dict(enumerate(other)), [EXACT])
+    assert difference.value == pytest.approx(-0.5 * marks.mean())

@@ -20,7 +20,7 @@ import numpy as np
 from vlm_cli.errors import DataError
 from vlm_cli.evaluation.answers import make_sample
 from vlm_cli.evaluation.comparison import RESAMPLES, Difference, bootstrap_p, compare_statistics
-from vlm_cli.evaluation.intervals import draw_sums, percentile_interval
+from vlm_cli.evaluation.intervals import add_up, draw_sums, percentile_interval
 from vlm_cli.evaluation.metrics import Metric, Sample
 from vlm_cli.evaluation.scores import Estimate, Score, estimate_figures, interval_of
 from vlm_cli.plain_data import parse_json
@@ -39,10 +39,16 @@ class Answered:
     Attributes:
         given: bool[n], which items have an answer.
         statistics: float[n, k] of each metric; zeros where there is no answer.
+        clusters: of the items, which a bootstrap draws as a whole; without any, each item is one.
     """
 
     given: np.ndarray
     statistics: Sequence[np.ndarray]
+    clusters: Sequence[str] = ()
+
+    def clusters_of(self, chosen: np.ndarray) -> list[str]:
+        """Return the clusters of the items that bool[n] chooses."""
+        return [name for name, is_chosen in zip(self.clusters, chosen, strict=False) if is_chosen]
 
 
 def read_answers(path: Path, items: Sequence[Item], metrics: Sequence[Metric]) -> Answered:
@@ -64,7 +70,7 @@ def read_answers(path: Path, items: Sequence[Item], metrics: Sequence[Metric]) -
     given = np.array(["answer" in row for row in found])
     samples = [make_sample(x, str(row.get("answer", ""))) for x, row in zip(items, found, strict=True)]
     statistics = [_measure(metric, samples, found, given) for metric in metrics]
-    return Answered(given, statistics)
+    return Answered(given, statistics, [sample.cluster for sample in samples])
 
 
 def _measure(
@@ -88,20 +94,28 @@ def score_of(seeds: Sequence[Answered], metrics: Sequence[Metric]) -> Score:
     for i, metric in enumerate(metrics):
         statistics = [run.statistics[i] for run in seeds]
         if len(seeds) == 1:
-            estimates += estimate_figures(metric, statistics[0][seeds[0].given])
+            given = seeds[0].given
+            estimates += estimate_figures(metric, statistics[0][given], seeds[0].clusters_of(given))
         else:
-            estimates += _estimate_over_seeds(metric, statistics)
+            estimates += _estimate_over_seeds(metric, statistics, seeds[0].clusters)
     return Score(int(max(run.given.sum() for run in seeds)), tuple(estimates))
 
 
-def _estimate_over_seeds(metric: Metric, statistics: Sequence[np.ndarray]) -> list[Estimate]:
+def _estimate_over_seeds(metric: Metric, statistics: Sequence[np.ndarray], clusters: Sequence[str]) -> list[Estimate]:
     sums = np.sum(statistics, axis=(0, 1))
     values, counts = metric.values(sums), metric.counts(sums)
-    drawn = metric.values(_draw(statistics)[0])
+    units = _join(statistics, clusters)
+    drawn = metric.values(_draw(units)[0])
+    cases = [min(float(x) / len(statistics), len(units[0])) for x in counts]
     return [
-        Estimate(figure, float(values[i]), interval_of(drawn[:, i], figure, float(counts[i]) / len(statistics)))
+        Estimate(figure, float(values[i]), interval_of(drawn[:, i], figure, cases[i]))
         for i, figure in enumerate(metric.figures)
     ]
+
+
+def _join(statistics: Sequence[np.ndarray], clusters: Sequence[str]) -> list[np.ndarray]:
+    """Add up what belongs together in the answers of each seed."""
+    return [add_up(x, clusters) if clusters else x for x in statistics]
 
 
 def difference_of(
@@ -124,13 +138,15 @@ def difference_of(
     found: list[Difference] = []
     for i, metric in enumerate(metrics):
         if len(pairs) == 1:
-            found += compare_statistics(metric, *(run.statistics[i][both[0]] for run in pairs[0]))
+            one, other = (run.statistics[i][both[0]] for run in pairs[0])
+            found += compare_statistics(metric, one, other, pairs[0][0].clusters_of(both[0]))
         else:
             sides = [
                 [pair[side].statistics[i] * mask[:, None] for pair, mask in zip(pairs, both, strict=True)]
                 for side in (0, 1)
             ]
-            found += _compare_over_seeds(metric, sides[0], sides[1], int(max(x.sum() for x in both)))
+            items, clusters = int(max(x.sum() for x in both)), pairs[0][0].clusters
+            found += _compare_over_seeds(metric, _join(sides[0], clusters), _join(sides[1], clusters), items)
     return found
 
 
