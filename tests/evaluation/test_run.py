@@ -84,13 +84,13 @@ def test_each_image_is_encoded_once(ask: Ask, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_item_that_is_answered_keeps_no_picture(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, original = [], RowAnswerer._answer
+    seen, original = [], RowAnswerer._run
 
-    def spy(self: RowAnswerer, rows: Any) -> None:
+    def spy(self: RowAnswerer, rows: Any, **keywords: Any) -> Any:
         seen.append(sum(len(row.images) for row in rows))
-        original(self, rows)
+        return original(self, rows, **keywords)
 
-    monkeypatch.setattr(RowAnswerer, "_answer", spy)
+    monkeypatch.setattr(RowAnswerer, "_run", spy)
     items, _, _ = ask("stream", 2)
     assert sum(seen) > 0 and not any(item.images for item in items)
 
