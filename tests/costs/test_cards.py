@@ -33,6 +33,7 @@ def test_a_cpu_adds_up_what_others_do_at_once() -> None:
     assert replace(CARD, overlaps=False).seconds([Work(500, 5)], "float32") == 11.0
 
 
+@pytest.mark.matrix
 def test_this_machine_is_measured() -> None:
     card = find_card("cpu")
     assert 1e8 < card.peak["float32"] < 1e15 and 1e8 < card.bandwidth < 1e13

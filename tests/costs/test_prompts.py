@@ -31,7 +31,7 @@ def run(model: VLM, inputs: dict[str, Any], new_tokens: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("parts", tiny.covering(), ids="-".join)
 def test_operations_are_those_of_a_real_run(parts: tuple[str, str, str, str]) -> None:
     model, workload = tiny.build(*parts), Workload(pictures=2, text=9)

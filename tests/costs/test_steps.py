@@ -56,7 +56,7 @@ def real_pass(model: VLM, workload: Workload, *, bf16: bool = False) -> Callable
     return run
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("settings", ["frozen", "lora", "checkpointed", "whole"])
 @pytest.mark.parametrize("parts", tiny.covering(), ids="-".join)
 def test_operations_are_those_of_a_real_step(parts: tuple[str, str, str, str], settings: str) -> None:

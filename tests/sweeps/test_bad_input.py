@@ -38,6 +38,7 @@ def told(result) -> str:
     return " ".join(result.stderr.split())
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -94,6 +95,7 @@ def test_a_budget_that_is_none(text):
         Budget.parse(text)
 
 
+@pytest.mark.matrix
 def test_one_run_fails_and_the_others_go_on(own, vlm, monkeypatch):
     def break_mlp(words: Sequence[str]) -> int | None:
         if words[0] != "train" or "mlp" not in words[1]:
@@ -119,6 +121,7 @@ def test_one_run_fails_and_the_others_go_on(own, vlm, monkeypatch):
     assert [x[0] for x in ran] == ["train", "eval"]  # what was built is kept
 
 
+@pytest.mark.matrix
 def test_a_run_that_is_killed(own, vlm, monkeypatch):
     launch_here(monkeypatch, lambda words: -9 if words[0] == "train" else None, pretends=True)
     result = vlm("sweep", "base.yaml", *TRAIN, "--output", "out")
@@ -126,6 +129,7 @@ def test_a_run_that_is_killed(own, vlm, monkeypatch):
     assert "vlm train failed: signal 9 ended it, as when memory runs out" in told(result)
 
 
+@pytest.mark.matrix
 def test_a_full_disk_ends_the_sweep_and_it_goes_on(own, vlm, monkeypatch):
     def fill(words: Sequence[str]) -> int | None:
         if words[0] != "train":
@@ -144,6 +148,7 @@ def test_a_full_disk_ends_the_sweep_and_it_goes_on(own, vlm, monkeypatch):
     assert vlm(*words).exit_code == 0
 
 
+@pytest.mark.matrix
 def test_results_that_a_full_disk_does_not_hold(own, vlm, monkeypatch):
     def fail(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -159,6 +164,7 @@ def test_results_that_a_full_disk_does_not_hold(own, vlm, monkeypatch):
     assert vlm("sweep", "base.yaml", *TRAIN, "--output", "out").exit_code == 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["train.jsonl", "tower.json"])
 def test_inputs_that_change_are_refused(own, vlm, monkeypatch, name):
     ran = launch_here(monkeypatch, pretends=True)
@@ -189,6 +195,7 @@ def test_another_sweep_writes_there(own, vlm):
     assert "another thread of this process" in told(found[0])
 
 
+@pytest.mark.matrix
 def test_answers_to_other_questions(own, vlm, monkeypatch):
     launch_here(monkeypatch, pretends=True)
     words = ["sweep", "base.yaml", *TRAIN, "--output", "out"]

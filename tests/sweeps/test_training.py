@@ -89,6 +89,7 @@ def test_all_forms_of_the_table_agree(done):
     assert page.count("<circle") == 2 * page.count("<figure>") > 0
 
 
+@pytest.mark.matrix
 def test_the_same_command_repeats_nothing_and_more_seeds_add_runs(done, prepared, vlm, monkeypatch, tmp_path):
     out, words, _, printed = done
     monkeypatch.chdir(prepared)
@@ -103,6 +104,7 @@ def test_the_same_command_repeats_nothing_and_more_seeds_add_runs(done, prepared
     assert all(x[x.index("--seed") + 1] == "2" for x in ran if x[0] != "eval")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("pretends", [True, pytest.param(False, marks=pytest.mark.matrix)])
 def test_its_file_repeats_it(done, vlm, monkeypatch, tmp_path, pretends):
     out, _, first, printed = done
@@ -124,6 +126,7 @@ def test_its_file_repeats_it(done, vlm, monkeypatch, tmp_path, pretends):
         assert [x["scores"] for x in again] == [x["scores"] for x in printed["compositions"]]
 
 
+@pytest.mark.matrix
 def test_words_on_the_command_line_cover_a_file(done, vlm, monkeypatch, tmp_path):
     out, _, _, _ = done
     monkeypatch.chdir(tmp_path)
@@ -141,6 +144,7 @@ def test_words_on_the_command_line_cover_a_file(done, vlm, monkeypatch, tmp_path
     assert start.is_dir()
 
 
+@pytest.mark.matrix
 def test_a_budget_of_operations_gives_each_composition_its_steps(prepared, vlm, monkeypatch, tmp_path):
     monkeypatch.chdir(prepared)
     ran = launch_here(monkeypatch, pretends=True)
@@ -158,6 +162,7 @@ def test_a_budget_of_operations_gives_each_composition_its_steps(prepared, vlm, 
     assert "with --pack, nobody knows how many records a step has" in " ".join(packed.stderr.split())
 
 
+@pytest.mark.matrix
 def test_a_composition_that_cannot_learn_is_impossible(prepared, vlm, monkeypatch, tmp_path):
     monkeypatch.chdir(prepared)
     ran = launch_here(monkeypatch, pretends=True)

@@ -24,6 +24,7 @@ def test_colours_lie_where_the_values_are() -> None:
     assert abs(red[3, 36]) < 20
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("num_words", "num_pictures"), [(2, 1), (100, 8)])
 def test_a_sheet_has_a_row_for_each_word(num_words: int, num_pictures: int) -> None:
     picture = TracedPicture(
