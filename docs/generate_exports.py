@@ -55,6 +55,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         "config": {"model_type": "siglip_vision_model", **_SIZES, "vision_use_head": False, "patch_size": 2},
     },
     "InternViT": {"type": "hf", "config": {"model_type": "internvl_vision", **_SIZES}},
+    "AIMv2": {"type": "hf", "config": {"model_type": "aimv2_vision_model", **_SIZES, "use_head": False}},
     "FastViT": {"type": "timm", "name": "fastvit_t8", "vision_cfg": {"image_size": 256}, "preprocess": {"size": 256}},
     "PE": {
         "embed_dim": 32,
@@ -78,6 +79,12 @@ _SPLIT = {
     "thumbnail_text": f"\n{_WHOLE}",
     "whole_text": _WHOLE,
 }
+_OVIS2 = {
+    **{"type": "grid", "choose": "cover", "max_tiles": 12, "thumbnail": "first", "thumbnail_text": "{image}<IMG_GRID>"},
+    **{"picture_text": "<IMG_START>{views}<IMG_END>", "between_tiles_text": "<IMG_COL>"},
+    "between_rows_text": "<IMG_ROW>",
+}
+_WORDS = {"bias": False, "hidden_norm": "layer", "activation": "softmax", "dim_hidden": 48}
 _ANYRES = {"type": "anyres", "pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
 _LAYER = {"layer": -2}
 _GEMMA_3 = {"type": "linear", "bias": False, "pool": 2, "norm": "gemma", "norm_eps": 1e-6}
@@ -159,6 +166,11 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "fusion": {"type": "language-stream", "mask": "image"},
             "tiling": {"type": "none", "picture_text": "\n\n<start_of_image>{views}<end_of_image>\n\n"},
         },
+    ),
+    "AIMv2; `mlp` with `pixel_shuffle`, `hidden_norm` and `softmax`; `grid` with Ovis2's texts": (
+        "AIMv2",
+        "Llama",
+        {"vision_tokenizer": {"type": "mlp", "pixel_shuffle": 2, **_WORDS}, "tiling": _OVIS2},
     ),
     "CLIP; `qformer` (BLIP-2)": ("CLIP", "Llama", {"vision_tokenizer": "qformer"}),
     "CLIP; `perceiver`; `cross-attention` (Flamingo)": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def compare_pictures(
         levels = max(levels, _levels(own, back["pixel_values"], by_torch["pixel_values"], what))
         largest = max(largest, _compare_logits(model, theirs, ours, back))
         if model.dtype == torch.float32 and (width, height) in sizes[:2]:
-            _compare_answers(model, theirs, ours, back, what)
+            _compare_answers(model, theirs, ours, back, draft.unanswered, what)
     their_processor.image_processor = default
     is_moved = own is not processor
     return {
@@ -194,12 +195,14 @@ def _compare_logits(model: VLM, theirs: Any, ours_inputs: Any, their_inputs: Any
     return check_agreement("the exported model", pairs[0].float(), pairs[1].float(), tolerance)
 
 
-def _compare_answers(model: VLM, theirs: Any, ours_inputs: Any, their_inputs: Any, what: str) -> None:
+def _compare_answers(
+    model: VLM, theirs: Any, ours_inputs: Any, their_inputs: Any, unanswered: Sequence[int], what: str
+) -> None:
     first = model.config.first_added_id
     size = theirs.get_output_embeddings().weight.shape[0]
     own = list(model.config.added_ids.values())  # an answer of words; a pad token, say, is none
     settings: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "do_sample": False}
-    settings["suppress_tokens"] = sorted({*own, *range(first, size)})
+    settings["suppress_tokens"] = sorted({*own, *unanswered, *range(first, size)})
     ours = model.generate(**ours_inputs, **settings)[0, ours_inputs["input_ids"].shape[1] :]
     back = theirs.generate(**their_inputs, **settings)[0, their_inputs["input_ids"].shape[1] :]
     if not torch.equal(ours, back):

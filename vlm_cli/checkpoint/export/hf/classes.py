@@ -8,6 +8,7 @@ from vlm_cli.checkpoint.export.hf.grid import AyaVisionClass, Cohere2VisionClass
 from vlm_cli.checkpoint.export.hf.idefics3 import Idefics3Class, SmolVLMClass
 from vlm_cli.checkpoint.export.hf.llava import LLaVAClass, ViPLLaVAClass
 from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVANeXTVideoClass, LLaVAOneVisionClass
+from vlm_cli.checkpoint.export.hf.ovis2 import Ovis2Class
 from vlm_cli.checkpoint.export.hf.timm import FastVLMClass, PerceptionLMClass
 
 __all__ = ["CLASSES"]
@@ -31,4 +32,5 @@ CLASSES: dict[str, HFClass] = {
     "got_ocr2": GotOCR2Class(),
     "perception_lm": PerceptionLMClass(),
     "fast_vlm": FastVLMClass(),
+    "ovis2": Ovis2Class(),
 }

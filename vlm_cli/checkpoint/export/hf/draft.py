@@ -8,16 +8,18 @@ is compared with the composition.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlm_cli.checkpoint.export.hf.towers import STAND_IN, HFTower
 from vlm_cli.checkpoint.published.layouts.base import Layout
 from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.config import VLMConfig
+from vlm_cli.modeling.vlm import VLM
 from vlm_cli.preprocessing import make_preprocessing, three
 
 __all__ = ["Draft", "HFClass", "SoftToken", "Source", "image_settings", "make_one_view", "soft_token", "split_text"]
@@ -106,6 +108,7 @@ class Draft:
         token_ids: id -> token of the tokenizer that `config` names by its id.
         has_added_rows: whether the tables get a row for each token that vlm added.
         ends_prompts_with: text that the class's processor puts after each prompt.
+        unanswered: ids whose rows the class takes from elsewhere once a prompt has passed; no answer has them.
     """
 
     config: Mapping[str, Any]
@@ -117,6 +120,7 @@ class Draft:
     token_ids: Mapping[int, Any] = field(default_factory=dict)
     has_added_rows: bool = True
     ends_prompts_with: str = ""
+    unanswered: Sequence[int] = ()
 
 
 class HFClass(ABC):
@@ -150,6 +154,16 @@ class HFClass(ABC):
         Raises:
             NotHeld: if the class has no settings for the model's vision encoder or tokens.
         """
+
+    def find_tables(self, model: VLM, config: Any) -> tuple[Tensor, Tensor]:
+        """Return the language model's embedding and head as the class has them; one tensor twice if they are tied.
+
+        Args:
+            model: the VLM.
+            config: of the class.
+        """
+        lm = model.lang_model
+        return lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
 
 
 @dataclass(frozen=True)

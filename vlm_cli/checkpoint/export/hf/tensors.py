@@ -40,24 +40,26 @@ class Plan:
     left_over: Sequence[str]
     misfit: Sequence[str]
 
-    def gather(self, model: VLM, theirs: nn.Module, *, has_added_rows: bool) -> dict[str, Tensor]:
+    def gather(
+        self, model: VLM, theirs: nn.Module, tables: Sequence[Tensor], *, has_added_rows: bool
+    ) -> dict[str, Tensor]:
         """Return the tensors of the class, with the numbers of a VLM.
 
         Args:
             model: the VLM.
             theirs: of the class; it may be on the meta device.
+            tables: the language model's embedding and head, as the class has them.
             has_added_rows: whether the tables of the class have a row for each added token.
         """
         ours, added = model.state_dict(), model.added_tokens
-        rows_of = (added_embedding(model), added.head.weight) if has_added_rows else ()
-        tables = dict(zip(_name_tables(model), rows_of, strict=False))
+        rows_of = (added_embedding(model), added.head.weight) if has_added_rows else (None, None)
+        made = dict(zip(_name_tables(model), zip(tables, rows_of, strict=True), strict=True))
         state: dict[str, Tensor] = {}
         for name, like in theirs.state_dict().items():
             if not (targets := [x for x in self.targets.get(name, ()) if not x.target.startswith(_ADDED)]):
                 continue
-            base = ours[targets[0].target]
-            if (rows := tables.get(targets[0].target)) is not None:
-                state[name] = _make_table(base, rows, added.first_id, len(like))
+            if (table := made.get(targets[0].target)) is not None:
+                state[name] = _make_table(*table, added.first_id, len(like))
             else:
                 state[name] = _restore(targets, ours, like.shape)
         return {name: x.detach().contiguous() for name, x in state.items()}
@@ -72,8 +74,11 @@ def added_embedding(model: VLM) -> Tensor:
     return scale_rows(rows, 1 / scale)
 
 
-def _make_table(base: Tensor, rows: Tensor, first: int, size: int) -> Tensor:
+def _make_table(base: Tensor, rows: Tensor | None, first: int, size: int) -> Tensor:
     """Put the rows of added tokens, from row `first` on, into a language model's table of `size` rows."""
+    if rows is None:
+        assert len(base) == size, f"the table has {len(base)} rows, and {size} in the class"
+        return base
     table = base.new_zeros(size, base.shape[1])
     table[: len(base)] = base
     table[first : first + len(rows)] = rows

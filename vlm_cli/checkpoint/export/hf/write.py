@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from vlm_cli.checkpoint.export.hf.agreement import compare_pictures
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
@@ -141,7 +142,8 @@ def _missed(fits: list[tuple[str, Fit]], target: HFClass) -> list[str]:
 def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_size: str) -> None:
     config, draft = fit.config, fit.draft
     assert fit.plan is not None
-    tied = config.tie_word_embeddings and _is_tied(model, has_added_rows=draft.has_added_rows)
+    tables = target.find_tables(model, config)
+    tied = config.tie_word_embeddings and _is_tied(model, tables, has_added_rows=draft.has_added_rows)
     pad: int | None = model.config.pad_token_id
     if pad is not None and pad >= config.get_text_config().vocab_size:
         pad = None
@@ -149,7 +151,7 @@ def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_s
     config.pad_token_id, config.dtype = pad, model.dtype
     with meta_device(), SkipsFilling():
         theirs = getattr(transformers, target.model)(config)
-    state = fit.plan.gather(model, theirs, has_added_rows=draft.has_added_rows)
+    state = fit.plan.gather(model, theirs, tables, has_added_rows=draft.has_added_rows)
     theirs.load_state_dict(state, assign=True, strict=False)
     theirs.tie_weights()
     left = [name for name, x in theirs.state_dict().items() if x.is_meta]
@@ -162,10 +164,9 @@ def _write_weights(model: VLM, fit: Fit, target: HFClass, out: Path, max_shard_s
     theirs.save_pretrained(out, max_shard_size=max_shard_size)
 
 
-def _is_tied(model: VLM, *, has_added_rows: bool) -> bool:
+def _is_tied(model: VLM, tables: tuple[Tensor, Tensor], *, has_added_rows: bool) -> bool:
     """Say whether the tables are one tensor in the class: if they are in the language model, added rows and all."""
-    lm = model.lang_model
-    if lm.get_input_embeddings().weight is not lm.get_output_embeddings().weight:
+    if tables[0] is not tables[1]:
         return False
     return not has_added_rows or torch.equal(added_embedding(model), model.added_tokens.head.weight)
 

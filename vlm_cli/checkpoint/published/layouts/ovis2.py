@@ -143,7 +143,9 @@ def _make_targets(checkpoint: PublishedCheckpoint, parts: HFParts, num_words: in
         return found if has_head else [*found, Target(_HEAD)]
 
     def to_words(match: re.Match[str]) -> list[Target]:
-        found = [Target("vision_tokenizer.proj.3.weight", source_rows=slice(num_words), transform=Tensor.t)]
+        found = [
+            Target("vision_tokenizer.proj.3.weight", source_rows=slice(num_words), transform=Tensor.t, restore=Tensor.t)
+        ]
         for i, token in enumerate(announced):
             row = num_words + i
             found.append(Target(_EMBEDDING, target_rows=slice(token, token + 1), source_rows=slice(row, row + 1)))
