@@ -14,6 +14,7 @@ from vlm_cli.cli.app import app
 from vlm_cli.cli.sweep_process import Launcher
 from vlm_cli.evaluation.items import read_items
 from vlm_cli.prompt import format
+from vlm_cli.sweeps import conducting
 
 PERCEIVER = "{type: perceiver, depth: 1, num_heads: 2, head_dim: 16, num_latents: 4}"
 CROSS_ATTENTION = "{type: cross-attention, num_heads: 2, head_dim: 16, every: 2}"
@@ -24,13 +25,16 @@ def launch_here(
     before: Callable[[Sequence[str]], int | None] = lambda words: None,
     *,
     pretends: bool = False,
+    counts: bool = False,
 ) -> list[list[str]]:
     """Let a sweep run its commands in this process, and return the list to which their words are added.
 
     Args:
         monkeypatch: pytest's.
         before: called with the words of a command; a number that it returns is the exit code of a command not run.
-        pretends: write what the sweep looks for, and run nothing: every answer is right.
+        pretends: write what the sweep looks for, and run nothing: every answer is right. Nor are operations counted,
+            unless `counts` says so.
+        counts: count the operations of training in any case.
     """
     ran: list[list[str]] = []
 
@@ -49,6 +53,8 @@ def launch_here(
         return result.exit_code
 
     monkeypatch.setattr(Launcher, "__call__", launch)
+    if pretends and not counts:
+        monkeypatch.setattr(conducting, "with_training_costs", lambda overviews, *_, **__: overviews)
     return ran
 
 

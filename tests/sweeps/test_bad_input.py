@@ -207,3 +207,15 @@ def test_answers_to_other_questions(own, vlm, monkeypatch):
     assert "does not hold the answers to these questions. Delete it" in told(result)
     answers.unlink()
     assert vlm(*words).exit_code == 0
+
+
+def test_another_version_is_told(own, vlm, monkeypatch):
+    launch_here(monkeypatch, pretends=True)
+    words = ["sweep", "base.yaml", *TRAIN, "--output", "out"]
+    assert vlm(*words).exit_code == 0
+    values = yaml.safe_load((own / "out/sweep.yaml").read_text())
+    values["made_with"]["versions"]["torch"] = "1.0"
+    (own / "out/sweep.yaml").write_text(yaml.safe_dump(values))
+    result = vlm(*words)
+    assert result.exit_code == 0
+    assert "the sweep was made with 1.0." in told(result)

@@ -103,11 +103,11 @@ class Conductor:
             raise CheckpointError(f"no composition is possible: {overviews[0].candidate.problem}")
         parts = hash_parts([x.composition for x in possible if x.composition is not None])
         inputs = {**hashes, plan.eval_data: records.sha256, **parts}
-        _check_folder(out, inputs, overwrite=overwrite)
+        made = _check_folder(out, inputs, overwrite=overwrite) or plan.values.get(MADE) or {}
         asked = [records.sha256, *(plan.values.get(x) for x in QUESTIONS), [x.name for x in metrics]]
         runs = make_runs(plan, [x.candidate for x in overviews], out, hashes, digest(asked)[:8], trusts=trusts)
         reference = find_reference(plan.base, plan.dimensions, [x.candidate for x in overviews])
-        for line in _compare_with_file(plan, inputs):
+        for line in _compare_with(made, inputs):
             note(line)
         return cls(plan, overviews, out, runs, items, metrics, inputs, reference, note)
 
@@ -212,33 +212,35 @@ def check_place(out: Path) -> None:
         raise CheckpointError(f"cannot write {str(out)!r}: the folder {str(folder)!r} does not exist.")
 
 
-def _check_folder(out: Path, inputs: dict[str, str], *, overwrite: bool) -> None:
-    """Check that results may be written to a folder.
+def _check_folder(out: Path, inputs: dict[str, str], *, overwrite: bool) -> dict[str, Any]:
+    """Check that results may be written to a folder, and return what a sweep noted there of its making.
 
     Raises:
         VLMError: if it holds something else, or runs of other inputs.
     """
     if not out.exists():
-        return
+        return {}
     held = [x.name for x in out.iterdir() if not x.name.startswith(".")] if out.is_dir() else [out.name]
     if held in ([], [RUNS]):  # a sweep was killed before its file was whole
-        return
+        return {}
     if not (out / SWEEP_FILE).is_file():
         raise OutputExistsError(f"{str(out)!r} exists, and no sweep wrote it. Choose another name.")
     if overwrite:
         for name in (RUNS, *_RESULTS, SWEEP_FILE):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return
-    check_unchanged(read_plan_values(str(out / SWEEP_FILE)), inputs, out)
+        return {}
+    values = read_plan_values(str(out / SWEEP_FILE))
+    check_unchanged(values, inputs, out)
+    return values.get(MADE) or {}
 
 
-def _compare_with_file(plan: Plan, inputs: dict[str, str]) -> list[str]:
-    """Say what is another than when the file of this sweep was made by a sweep."""
-    made: dict[str, Any] = plan.values.get(MADE) or {}
+def _compare_with(made: dict[str, Any], inputs: dict[str, str]) -> list[str]:
+    """Say what is another than when a sweep was made, or its first runs."""
     before = made.get("versions") or {}
-    lines = [f"{name} is {x} here; the sweep was made with {before[name]}." for name, x in list_versions().items()
-             if name in before and before[name] != x]  # fmt: skip
+    now = list_versions()
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    lines = [f"{name} is {now[name]} here; the sweep was made with {before[name]}." for name in changed]
     return lines + [f"{name} is another than when the sweep was made." for name in changes_of(made, inputs)]
 
 

@@ -14,7 +14,7 @@ from vlm_cli.sweeps.dimensions import describe_value
 from vlm_cli.sweeps.overview import PROMPT, Costs
 from vlm_cli.sweeps.results import Results, Row
 from vlm_cli.sweeps.runs import RUNS
-from vlm_cli.sweeps.tables import flops_text, range_text, results_table, short_name, split_names
+from vlm_cli.sweeps.tables import flops_text, range_text, results_table, short_name, shorten_values, split_names
 
 __all__ = ["format_page"]
 
@@ -90,7 +90,9 @@ def _table(results: Results) -> str:
 
 def _table_rows(row: Row, results: Results, names: Sequence[str]) -> str:
     colour = colour_of(row, results.rows) % COLOURS
-    values = "".join(f"<td>{page_text(describe_value(row.candidate.values[name]))}</td>" for name in names)
+    named, _ = shorten_values(names, [x.candidate.values for x in results.rows])
+    own = row.candidate.values
+    values = "".join(f"<td>{page_text(named[name, describe_value(own[name])])}</td>" for name in names)
     begin = f'<td class="number"><span class="dot s{colour}">{row.candidate.number}</span></td>{values}'
     costs = row.overview.costs
     if costs is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlm_cli.evaluation.figures import difference_cells, estimate_cells
 from vlm_cli.printable import markdown_text
 from vlm_cli.report.tables import human_count
-from vlm_cli.sweeps.dimensions import describe_value
+from vlm_cli.sweeps.dimensions import Values, describe_value
 from vlm_cli.sweeps.overview import PROMPT, Overview
 from vlm_cli.sweeps.results import Results, Row
 
@@ -20,7 +20,7 @@ from vlm_cli.sweeps.results import Results, Row
 FLOPS_NOTE = f"FLOPs are those of a prompt of one picture and {PROMPT.text} tokens of text, up to the first new token."
 _COSTS = ("parameters", "trainable", "tokens_per_image", "positions_per_image", "flops_per_prompt")
 
-__all__ = ["Table", "overview_table", "results_table", "split_names"]
+__all__ = ["Table", "overview_table", "results_table", "shorten_values", "split_names"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def overview_table(rows: Sequence[Overview]) -> Table:
         values = [describe_value(row.candidate.values[name]) for name in names]
         exact.append([row.candidate.number, *values, *(_plain(data.get(head)) for head in heads[1 + len(names) :])])
     short_heads = ["#", *map(short_name, names), "Parameters", "Trainable", "Tokens/image", "Positions/image", "FLOPs"]
-    short = [_short(row, names) for row in rows]
+    words, more = shorten_values(names, [row.candidate.values for row in rows])
+    short = [_short(row, _name_values(row, names, words)) for row in rows]
+    notes += more
     notes += list(_impossible(rows))
     notes += [f"{x.candidate.number} is the same as {x.candidate.same_as}." for x in rows if x.candidate.same_as]
     notes.append(FLOPS_NOTE)
@@ -88,15 +90,17 @@ def results_table(results: Results) -> Table:
     heads += ["p_value", "seed_scores", "training_flops", "steps", "seconds", "loss", "problem"]
     exact = [cells for row in results.rows for cells in _exact_cells(row, names)]
     short_heads = ["#", *map(short_name, names), "Parameters", "Tokens/image", "FLOPs"]
-    short_heads += ["Metric", "Score", "95 % interval", "Each seed", "Against base", "95 % interval", "p"]
-    short = [cells for row in results.rows for cells in _score_cells(row, names)]
+    short_heads += ["Metric", "Score", "95 % interval", "Each seed", "Difference", "Its interval", "p"]
+    words, more = shorten_values(names, [row.candidate.values for row in results.rows])
+    notes += more
+    short = [x for row in results.rows for x in _score_cells(row, _name_values(row.overview, names, words))]
     overviews = [row.overview for row in results.rows]
     notes += [FLOPS_NOTE, *_impossible(overviews)]
     notes += [f"{x.candidate.number} is the same as {x.candidate.same_as}." for x in overviews if x.candidate.same_as]
     notes += [f"{x.run.name} failed: {x.problem}" for row in results.rows for x in row.seeds if x.problem]
     if waiting := sum(x.score is None and x.problem is None for row in results.rows for x in row.seeds):
         notes.append(f"Not done yet: {waiting} of {sum(len(row.seeds) for row in results.rows)} runs.")
-    optional = ("Tokens/image", "FLOPs", "Parameters", "Metric", "Each seed", "p")
+    optional = ("Tokens/image", "FLOPs", "Parameters", "Metric", "Each seed", "Its interval")
     return Table(heads, exact, short_heads, short, notes, optional)
 
 
@@ -121,9 +125,8 @@ def _exact_cells(row: Row, names: Sequence[str]) -> Iterator[list[Any]]:
         yield [*begin, *figure, *apart, each, *end]
 
 
-def _score_cells(row: Row, names: Sequence[str]) -> Iterator[list[str]]:
+def _score_cells(row: Row, values: list[str]) -> Iterator[list[str]]:
     """Yield the cells of each figure of a row, for people; one row without a score."""
-    values = [str(row.candidate.number), *(describe_value(row.candidate.values[name]) for name in names)]
     costs = row.overview.costs
     if costs is None:
         yield [*values, "impossible", *[""] * 9]
@@ -153,6 +156,28 @@ def split_names(values: Sequence[Any]) -> tuple[list[str], list[str]]:
     first = values[0]
     names = [name for name in first if any(x[name] != first[name] for x in values)]
     return names, [f"{name} is {describe_value(x)} everywhere." for name, x in first.items() if name not in names]
+
+
+def shorten_values(names: Sequence[str], values: Sequence[Values]) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """Return short words for values, where the name of a part tells it from the others, and lines that say the rest.
+
+    Args:
+        names: of the dimensions that vary.
+        values: of the rows.
+
+    Returns:
+        (dimension, value in words) -> short words; and a line for each value that has others.
+    """
+    words: dict[tuple[str, str], str] = {}
+    notes: list[str] = []
+    for name in names:
+        whole = list(dict.fromkeys(describe_value(x[name]) for x in values))
+        short = [x.partition("(")[0] for x in whole]
+        for long, brief in zip(whole, short, strict=True):
+            is_clear = short.count(brief) == 1
+            words[name, long] = brief if is_clear else long
+            notes += [f"{brief} is {long}."] if is_clear and brief != long else []
+    return words, notes
 
 
 def short_name(name: str) -> str:
@@ -186,8 +211,13 @@ def flops_text(flops: float | None) -> str:
     return f"{flops:.1f} {name}".strip()
 
 
-def _short(row: Overview, names: Sequence[str]) -> list[str]:
-    values = [str(row.candidate.number), *(describe_value(row.candidate.values[name]) for name in names)]
+def _name_values(row: Overview, names: Sequence[str], words: Mapping[tuple[str, str], str]) -> list[str]:
+    """Return the number of a composition and its values in short words."""
+    values = row.candidate.values
+    return [str(row.candidate.number), *(words[name, describe_value(values[name])] for name in names)]
+
+
+def _short(row: Overview, values: list[str]) -> list[str]:
     costs = row.costs
     if costs is None:
         return [*values, "impossible", "", "", "", ""]
