@@ -116,6 +116,18 @@ def test_a_hub_that_takes_nothing_is_noticed_before_the_run(train: Vlm, tmp_path
     assert result.exit_code == 2 and "--push-to-hub expects ORG/NAME, got 'no where'." in result.stderr
 
 
+def test_a_delta_that_nobody_else_could_use_is_refused_before_the_run(
+    train: Vlm, tmp_path: Path, cross_attention: Path
+) -> None:
+    with serving_here() as hub:
+        result = train("--push-to-hub", "me/trained", "--lora", "language_model:r=2")
+        assert hub.requests == []
+    assert result.exit_code == 2 and "step 1" not in result.stderr and not (tmp_path / "out").exists()
+    assert "nobody else can fetch its vision encoder and language model from this machine" in result.stderr
+    assert f"vlm push {cross_attention} ORG/NAME" in result.stderr
+    assert f"vlm export {tmp_path / 'out'} OUT --format merged" in result.stderr
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("value", ["true", "PATH", "elsewhere", "false"])
 def test_the_trainer_s_way_to_resume(train: Vlm, tmp_path: Path, value: str) -> None:

@@ -231,7 +231,10 @@ def _run(
 
         silence_libraries()
         keep_collecting()
-        opened = _open_repository(repository) if repository is not None and is_first_process() else None
+        opened = None
+        if repository is not None and is_first_process():
+            every = [settings] if stages is None else [stage.settings for stage in stages]
+            opened = _open_repository(repository, job, every)
         with keep_stdout():  # from the programs to which a run reports
             if stages is not None:
                 results = train_stages(job, stages, terminal, make_examiner=_make_examiner)
@@ -245,10 +248,16 @@ def _run(
         terminal.leave_line()
 
 
-def _open_repository(name: str) -> Repository:
-    """Open a repository before the run, since only this shows that the user may write there."""
+def _open_repository(name: str, job: Job, settings: Sequence[TrainingSettings]) -> Repository:
+    """Open a repository before the run, since only this shows that the user may write there.
+
+    Raises:
+        UsageError: if the user may not, or nobody else could use what the run would write.
+    """
+    from vlm_cli.publishing.fetchable import check_run
     from vlm_cli.publishing.repository import open_repository
 
+    check_run(job, settings, name)
     return open_repository(name, option="--push-to-hub")
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vlm_cli.checkpoint.completing import merging_command
 from vlm_cli.checkpoint.directory import read_config
 from vlm_cli.checkpoint.run_record import RUN_FILE
 from vlm_cli.errors import CheckpointError, UsageError, VLMError
 from vlm_cli.manifest import compare_files
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.publishing.cards import CARD_FILE, CardFacts, choose_card, finish_card, parse_card, read_card
+from vlm_cli.publishing.fetchable import check_places, completing_command
 from vlm_cli.publishing.lineage import read_lineage
 from vlm_cli.publishing.parts import agree_on_licence, languages_of, read_part
 from vlm_cli.publishing.repository import Repository
@@ -22,8 +21,6 @@ from vlm_cli.report.base_models import base_models
 from vlm_cli.report.card_sections import Card
 
 __all__ = ["PushOptions", "Shipment", "prepare", "push"]
-
-_LOCAL = ("path", "model")  # kinds of backbones that are files of this machine, unless they have a commit
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def prepare(folder: Path, options: PushOptions, repository: Repository | None = 
     if not folder.is_dir():
         raise UsageError(f"there is no directory {str(folder)!r}. Give one that `vlm build` or `vlm train` wrote.")
     config = read_config(str(folder))
-    _check_places(folder, config)
+    check_places(folder, config)
     report = compare_files(folder)
     if report is not None and report.wrong:
         raise CheckpointError(f"{str(folder)!r} does not hold the weights that it was written with: {report.wrong[0]}.")
@@ -175,32 +172,10 @@ def _find_files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if name not in (CARD_FILE, RUN_FILE)}
 
 
-def _check_places(folder: Path, config: VLMConfig) -> None:
-    """Check that others can fetch what a delta directory leaves out.
-
-    Raises:
-        UsageError: naming the parts that are files of this machine.
-    """
-    records = config.backbones if config.is_delta else {}
-    local = {x["location"]: name for name, x in records.items() if x.get("kind") in _LOCAL and not x.get("revision")}
-    if not local:
-        return
-    parts = " and ".join(name.replace("_", " ") for name in local.values())
-    raise UsageError(
-        f"{str(folder)!r} is a delta directory, and nobody else can fetch its {parts} from this machine "
-        f"({', '.join(local)}). Make it whole, and send that: {_completing_command(folder, config)}"
-    )
-
-
-def _completing_command(folder: Path, config: VLMConfig) -> str:
-    place = str(folder)
-    return merging_command(place) if config.adapters else f"vlm build OUT --from {shlex.quote(place)}"
-
-
 def _tell_places(folder: Path, config: VLMConfig) -> list[str]:
     """Note that others fetch parts of a delta directory, or that a model names folders of this machine."""
     if config.is_delta:
-        whole = _completing_command(folder, config)
+        whole = completing_command(folder, config)
         return [f"this is a delta directory: others fetch its pretrained parts, or make it whole with {whole}"]
     named = [name.partition(":")[2] or name for name, repo in base_models(config.composition).items() if repo is None]
     local = [x for x in named if Path(x).is_absolute()]
