@@ -15,11 +15,12 @@ from PIL import Image
 
 from tests.support import ROOT
 from tests.support.markdown import blocks, table
-from vlm_cli.data.formats import BENCHMARKS, recognise_question
+from vlm_cli.data.formats import BENCHMARKS, recognise, recognise_question
 from vlm_cli.data.formats.format import ANSWERED
 from vlm_cli.data.jsonl import RecordError
 from vlm_cli.data.record import Record
 from vlm_cli.data.records import Records, raise_problems, read_records
+from vlm_cli.data.sources import Embedded
 from vlm_cli.errors import DataError
 from vlm_cli.evaluation.metrics import METRICS
 from vlm_cli.prompt import Medium, Text
@@ -403,6 +404,31 @@ def test_questions_about_a_picture_count_as_one(tmp_path: Path) -> None:
         first, second = good(form(tmp_path)).good
         assert first.marking.group == second.marking.group and first.marking.group.startswith("color/")
         assert ("0001" in first.marking.group) == (form is not mme_unnamed)
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "other"),
+    [
+        ({"text": "Is it?", "label": "no", "image": "a.jpg"}, "image", "b.jpg"),
+        ({"question": "Is it?", "answer": "no", "image_source": "a", "image": "x.jpg"}, "image_source", "b"),
+        (
+            {"question": "Is it?", "answer": "no", "category": "random", "image": Embedded("inside:a#1/image", b"a")},
+            "image",
+            Embedded("inside:a#2/image", b"b"),
+        ),
+        ({"question": "Is it?", "answer": "no", "imageId": "1"}, "imageId", "2"),
+        ({"question": "Is it?", "answers": ["no"], "image_id": "1", "image_classes": []}, "image_id", "2"),
+        ({"question": "Is it?", "answers": ["no"], "questionId": 1, "docId": 1, "image": "a.png"}, "docId", 2),
+        ({"query": "Is it?", "label": "no", "imgname": "1.png"}, "imgname", "2.png"),
+    ],
+)
+def test_questions_about_a_picture_are_drawn_together(row: dict[str, Any], key: str, other: Any) -> None:
+    """They depend on each other, so that intervals count them as one; those about another picture are apart."""
+    rows = [row, {**row, "question_id": "7"}, {**row, key: other}]
+    if isinstance(value := row[key], Embedded):  # a table holds it twice
+        rows[1][key] = Embedded("inside:a#3/image", value.data)
+    groups = [recognise(x).read(x).marking.group for x in rows]
+    assert groups[0] == groups[1] != groups[2] and all(groups)
 
 
 def test_other_questions_of_yes_and_no_are_not_those_of_mme(tmp_path: Path) -> None:

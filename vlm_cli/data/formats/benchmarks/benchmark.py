@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from vlm_cli.data.formats.format import ANSWERED, Format
 from vlm_cli.data.formats.pictures import read_media
 from vlm_cli.data.jsonl import RecordError, describe_type, get_field
 from vlm_cli.data.record import Content, Marking, Segment
+from vlm_cli.data.sources.base import Embedded
 from vlm_cli.prompt import Medium, Text
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Question",
     "find_choices",
     "most_common",
+    "picture_name",
     "pictures_of",
     "question_of",
     "text_of",
@@ -144,6 +147,20 @@ def pictures_of(data: dict[str, Any], key: str = "image", name: str | None = Non
     if not found:
         raise RecordError(f'shows no picture: "{key}" is empty.')
     return found
+
+
+def picture_name(data: dict[str, Any], *keys: str) -> str:
+    """Return what the questions about one picture share, under the first of these keys that has it; empty if none has.
+
+    It is the name of the picture, or the hash of a file that a table holds, once for each of its questions.
+    """
+    for key in keys:
+        value = data.get(key)
+        if isinstance(value, Embedded):
+            return hashlib.sha256(value.data).hexdigest()
+        if isinstance(value, (str, int, float)) and value == value and str(value).strip():  # NaN is nothing
+            return str(value)
+    return ""
 
 
 def find_choices(data: dict[str, Any]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from vlm_cli.data.formats.benchmarks.benchmark import (
     Benchmark,
     Question,
     most_common,
+    picture_name,
     pictures_of,
     question_of,
     text_of,
@@ -59,6 +60,7 @@ class VQAV2(Benchmark):
             answers,
             id=text_of(data, "question_id") or None,
             kind=text_of(data, "answer_type") or None,
+            group=picture_name(data, "image_id"),
         )
 
 
@@ -77,7 +79,8 @@ class TextVQA(Benchmark):
         answers = texts_of(data, "answers")
         pictures = pictures_of(data, name=f"{text_of(data, 'image_id')}.jpg")
         identity = text_of(data, "question_id") or None
-        return Question(_parts(pictures, question_of(data)), most_common(answers), answers, id=identity)
+        group = picture_name(data, "image_id")
+        return Question(_parts(pictures, question_of(data)), most_common(answers), answers, id=identity, group=group)
 
 
 class GQA(Benchmark):
@@ -95,8 +98,13 @@ class GQA(Benchmark):
         pictures = pictures_of(data, name=f"{text_of(data, 'imageId')}.jpg")
         types = data.get("types")
         kind = text_of(types, "structural") if isinstance(types, dict) else ""
-        identity = text_of(data, "id", "question_id") or None
-        return Question(_parts(pictures, question_of(data)), text_of(data, "answer"), id=identity, kind=kind or None)
+        return Question(
+            _parts(pictures, question_of(data)),
+            text_of(data, "answer"),
+            id=text_of(data, "id", "question_id") or None,
+            kind=kind or None,
+            group=picture_name(data, "imageId"),
+        )
 
 
 class DocVQA(Benchmark):
@@ -119,6 +127,7 @@ class DocVQA(Benchmark):
             answers,
             id=text_of(data, "questionId") or None,
             kind=kinds[0] if kinds else None,
+            group=picture_name(data, "docId"),
         )
 
 
@@ -140,7 +149,10 @@ class ChartQA(Benchmark):
         answers = texts_of(data, right) if isinstance(data.get(right), list) else (text_of(data, right),)
         pictures = pictures_of(data, name=text_of(data, "imgname"))
         kind = text_of(data, "human_or_machine", "type")
-        answer = answers[0] if answers else ""
         return Question(
-            _parts(pictures, question_of(data, query)), answer, answers, kind=_CHARTS_OF.get(kind, kind) or None
+            _parts(pictures, question_of(data, query)),
+            answers[0] if answers else "",
+            answers,
+            kind=_CHARTS_OF.get(kind, kind) or None,
+            group=picture_name(data, "imgname", "image"),
         )

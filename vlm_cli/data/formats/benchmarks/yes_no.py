@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-from vlm_cli.data.formats.benchmarks.benchmark import SHORT, Benchmark, Question, pictures_of, question_of, text_of
-from vlm_cli.data.sources.base import Embedded
+from vlm_cli.data.formats.benchmarks.benchmark import (
+    SHORT,
+    Benchmark,
+    Question,
+    picture_name,
+    pictures_of,
+    question_of,
+    text_of,
+)
 from vlm_cli.prompt import Text
 
 __all__ = ["MME", "POPE"]
@@ -39,6 +45,7 @@ class POPE(Benchmark):
             text_of(data, "label", "answer"),
             id=text_of(data, "question_id") or None,
             kind=text_of(data, "category") or None,
+            group=picture_name(data, "image_source", "image"),
         )
 
 
@@ -57,8 +64,7 @@ class MME(Benchmark):
 
     def ask(self, data: dict[str, Any]) -> Question:
         pictures, category = pictures_of(data), text_of(data, "category")
-        # A table holds the picture once for each of its questions, which may name it.
-        picture = text_of(data, "question_id", "image_path") or _identity(data["image"]) or pictures[0].source
+        picture = picture_name(data, "question_id", "image_path", "image") or pictures[0].source
         return Question(
             (*pictures, Text(question_of(data))),
             text_of(data, "answer"),
@@ -66,8 +72,3 @@ class MME(Benchmark):
             kind=category or None,
             group=f"{category}/{picture}",
         )
-
-
-def _identity(image: Any) -> str:
-    """Return a text that equal pictures of a table share; empty for the name of a file."""
-    return hashlib.sha256(image.data).hexdigest() if isinstance(image, Embedded) else ""
