@@ -44,6 +44,11 @@ TOWERS: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
         "preprocess": {"size": SIDE},
     },
+    "CLIP by squash": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "preprocess": _PIXELS,
+    },
     "SigLIP": {"type": "hf", "config": {"model_type": "siglip_vision_model", **_SIZES, "vision_use_head": False}},
     "SigLIP by Lanczos": {
         "type": "hf",
@@ -85,6 +90,7 @@ _OVIS2 = {
     "between_rows_text": "<IMG_ROW>",
 }
 _WORDS = {"bias": False, "hidden_norm": "layer", "activation": "softmax", "dim_hidden": 48}
+_HEADS = {"num_heads": 2, "head_dim": 16, "dim_ff": 64, "norm_eps": 1e-6}
 _ANYRES = {"type": "anyres", "pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
 _LAYER = {"layer": -2}
 _GEMMA_3 = {"type": "linear", "bias": False, "pool": 2, "norm": "gemma", "norm_eps": 1e-6}
@@ -172,6 +178,16 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Llama",
         {"vision_tokenizer": {"type": "mlp", "pixel_shuffle": 2, **_WORDS}, "tiling": _OVIS2},
     ),
+    "CLIP, layer -1 without its norm; `perceiver` with `relu`; `llama-cross-attention`; IDEFICS's tokens": (
+        "CLIP by squash",
+        "Llama",
+        {
+            "vision_encoder": {"class_token": True, "norm": False},
+            "vision_tokenizer": {"type": "perceiver", "activation": "relu", "max_num_media": None},
+            "fusion": {"type": "llama-cross-attention", "first": 0, "every": 1, **_HEADS},
+            "added_tokens": ["<fake_token_around_image>", MEDIA_TOKEN],
+        },
+    ),
     "CLIP; `qformer` (BLIP-2)": ("CLIP", "Llama", {"vision_tokenizer": "qformer"}),
     "CLIP; `perceiver`; `cross-attention` (Flamingo)": (
         "CLIP",
@@ -206,7 +222,7 @@ def make_config(tower: str, language_model: str, settings: dict[str, Any]) -> VL
 def judge_hf(config: VLMConfig) -> str:
     """Name the class of Transformers that holds a composition, or the nearest one and what stands in the way."""
     word, fit = judge_classes(config)[0]
-    name = CLASSES[word].model.removesuffix("ForConditionalGeneration")
+    name = CLASSES[word].model.removesuffix("ForConditionalGeneration").removesuffix("ForVisionText2Text")
     return f"**{name}**" if not fit.problems else f"{name}: {' '.join(fit.problems)}"
 
 

@@ -18,6 +18,7 @@ from tests.support import (
     gemma,
     got_ocr2,
     grid_models,
+    idefics,
     idefics3,
     llava,
     llava_next,
@@ -30,6 +31,7 @@ from tests.support.published import VOCABULARY
 from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.write import export_hf
 from vlm_cli.checkpoint.published.importing import import_checkpoint
+from vlm_cli.errors import UsageError
 from vlm_cli.trust import load_image_processor
 
 #: Transformers' word for a class -> what writes a tiny checkpoint of it.
@@ -55,6 +57,9 @@ MADE: dict[str, Any] = {
     "perception_lm": perception_lm.case,
     "fast_vlm": fast_vlm.fast_vlm,
     "ovis2": ovis2.ovis2,
+    "idefics": lambda folder, is_tied: idefics.huggingface(
+        folder, bos="w1", tie_word_embeddings=is_tied, alpha_type="vector" if is_tied else "float"
+    ),
 }
 #: Settings that name a writer, a dtype or padding, or that the class does not read (logit_scale), and change no output.
 NO_MATTER = {"transformers_version", "dtype", "pad_token_id", "_pad_token_id", "_name_or_path", "image_seq_length"}
@@ -113,6 +118,16 @@ def test_an_import_is_exported_as_it_was(tmp_path: Path, kind: str, is_tied: boo
         ]
         assert pixels[0].shape == pixels[1].shape or kind == "internvl"  # its own file does not cut; the processor does
         assert pixels[0].shape != pixels[1].shape or torch.equal(*pixels)
+
+
+@pytest.mark.matrix
+def test_idefics_needs_a_token_that_begins_a_text(tmp_path: Path) -> None:
+    imported = import_checkpoint(idefics.huggingface(tmp_path / "published").source)
+    assert imported.model is not None
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="begins each prompt with a BOS token, and the tokenizer has none"):
+        export_hf(imported.model, imported.processor, tmp_path / "out", name="idefics")
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_each_class_exists() -> None:

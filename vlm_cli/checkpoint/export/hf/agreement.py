@@ -33,6 +33,8 @@ PIXEL_LEVELS = 3
 #: The share of numbers that may differ by more: where a picture grows several times, single ones differ by up to 7.
 OUTLIERS = 1e-3
 _NEW_TOKENS = 6
+#: The text beside a picture, for a class without chat templates.
+_PLAIN_TEXT = "What is it?"
 
 CROP_NOTE = (
     "Transformers' processor crops a quarter of all pictures one pixel beside where vlm crops them, and answers about "
@@ -66,9 +68,8 @@ def compare_pictures(
     Raises:
         CheckpointError: naming what differs.
     """
-    text = processor.tokenizer.special_tokens_map
-    written = render_template(their_processor.chat_template, MESSAGE, text)
-    ours_text = written.replace(draft.media_token, MEDIA_TOKEN) + draft.ends_prompts_with
+    written, ours_text = _write_prompts(processor, their_processor, draft)
+    begins = draft.plain_prompt is None  # else the prompt has its token that begins a text
     own = _crop_as_they_do(processor)
     default, pillow = their_processor.image_processor, load_image_processor(out)
     has_pillow = type(pillow) is not type(default)
@@ -76,7 +77,7 @@ def compare_pictures(
     sizes = _sizes_of(model, own)
     for width, height in sizes:
         picture, what = _make_picture(width, height), f"a picture of {width} × {height} pixels"
-        ours = own(text=ours_text, images=[picture], parse_special_tokens=True)
+        ours = own(text=ours_text, images=[picture], parse_special_tokens=True, add_special_tokens=begins)
         their_processor.image_processor = default
         by_torch = their_processor(text=written, images=[picture], return_tensors="pt")
         their_processor.image_processor = pillow
@@ -99,6 +100,14 @@ def compare_pictures(
         "largest_pixel_levels": levels,
         "notes": [CROP_NOTE] if is_moved else [],
     }
+
+
+def _write_prompts(processor: VLMProcessor, their_processor: Any, draft: Draft) -> tuple[str, str]:
+    """Return a prompt with a picture as the class's processor takes it, and the same one as vlm takes it."""
+    if draft.plain_prompt is not None:
+        return _PLAIN_TEXT, draft.plain_prompt.replace("{text}", _PLAIN_TEXT)
+    written = render_template(their_processor.chat_template, MESSAGE, processor.tokenizer.special_tokens_map)
+    return written, written.replace(draft.media_token, MEDIA_TOKEN) + draft.ends_prompts_with
 
 
 def _sizes_of(model: VLM, processor: VLMProcessor) -> list[tuple[int, int]]:

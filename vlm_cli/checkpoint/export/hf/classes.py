@@ -5,6 +5,7 @@ from vlm_cli.checkpoint.export.hf.draft import HFClass
 from vlm_cli.checkpoint.export.hf.gemma import Gemma3Class, PaliGemmaClass
 from vlm_cli.checkpoint.export.hf.got_ocr2 import GotOCR2Class
 from vlm_cli.checkpoint.export.hf.grid import AyaVisionClass, Cohere2VisionClass, InternVLClass, QianfanOCRClass
+from vlm_cli.checkpoint.export.hf.idefics import IdeficsClass
 from vlm_cli.checkpoint.export.hf.idefics3 import Idefics3Class, SmolVLMClass
 from vlm_cli.checkpoint.export.hf.llava import LLaVAClass, ViPLLaVAClass
 from vlm_cli.checkpoint.export.hf.llava_next import LLaVANeXTClass, LLaVANeXTVideoClass, LLaVAOneVisionClass
@@ -33,4 +34,5 @@ CLASSES: dict[str, HFClass] = {
     "perception_lm": PerceptionLMClass(),
     "fast_vlm": FastVLMClass(),
     "ovis2": Ovis2Class(),
+    "idefics": IdeficsClass(),
 }

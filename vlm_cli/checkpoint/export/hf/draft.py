@@ -108,6 +108,7 @@ class Draft:
         token_ids: id -> token of the tokenizer that `config` names by its id.
         has_added_rows: whether the tables get a row for each token that vlm added.
         ends_prompts_with: text that the class's processor puts after each prompt.
+        plain_prompt: what the class's processor makes of a picture and `{text}`, if it takes no chat template.
         unanswered: ids whose rows the class takes from elsewhere once a prompt has passed; no answer has them.
     """
 
@@ -120,6 +121,7 @@ class Draft:
     token_ids: Mapping[int, Any] = field(default_factory=dict)
     has_added_rows: bool = True
     ends_prompts_with: str = ""
+    plain_prompt: str | None = None
     unanswered: Sequence[int] = ()
 
 

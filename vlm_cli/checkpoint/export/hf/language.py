@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig
 from vlm_cli.checkpoint.published.layouts.hf_parts import NO_SETTINGS
 from vlm_cli.modeling.language_model import find_tables
 from vlm_cli.modeling.meta import SkipsFilling, meta_device
-from vlm_cli.trust import make_language_model
+from vlm_cli.schema import show
+from vlm_cli.trust import make_config, make_language_model
 
-__all__ = ["HFLanguageModel", "find_hf_language_model"]
+__all__ = ["HFLanguageModel", "compare_settings", "find_hf_language_model"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ def find_hf_language_model(config: PreTrainedConfig) -> HFLanguageModel:
         more = f"{what}, which scales or caps its logits; the class takes them as they leave the head."
         return HFLanguageModel(found, (more,))
     return HFLanguageModel(found, ())
+
+
+def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Say what a language model has other than the one that a class builds of its own settings.
+
+    Args:
+        ours: settings of the language model, with `model_type`.
+        theirs: those of the class's.
+    """
+    one, other = (make_config(**x).to_dict() for x in (ours, theirs))
+    return [
+        f"language_model has {key} {show(x)}; the class has {show(other.get(key))}."
+        for key, x in one.items()
+        if key not in NO_SETTINGS and x != other.get(key)
+    ]
 
 
 def _is_of_text(base: Any) -> bool:

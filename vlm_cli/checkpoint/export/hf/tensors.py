@@ -56,13 +56,18 @@ class Plan:
         made = dict(zip(_name_tables(model), zip(tables, rows_of, strict=True), strict=True))
         state: dict[str, Tensor] = {}
         for name, like in theirs.state_dict().items():
-            if not (targets := [x for x in self.targets.get(name, ()) if not x.target.startswith(_ADDED)]):
+            if not (targets := _without_added(self.targets.get(name, ()))):
                 continue
             if (table := made.get(targets[0].target)) is not None:
                 state[name] = _make_table(*table, added.first_id, len(like))
             else:
                 state[name] = _restore(targets, ours, like.shape)
         return {name: x.detach().contiguous() for name, x in state.items()}
+
+
+def _without_added(targets: Sequence[Target]) -> Sequence[Target]:
+    """Leave out rows of added tokens, which `_make_table` adds, unless the class has a table for them alone."""
+    return [x for x in targets if not x.target.startswith(_ADDED)] or targets[:1]
 
 
 def added_embedding(model: VLM) -> Tensor:
@@ -75,8 +80,11 @@ def added_embedding(model: VLM) -> Tensor:
 
 
 def _make_table(base: Tensor, rows: Tensor | None, first: int, size: int) -> Tensor:
-    """Put the rows of added tokens, from row `first` on, into a language model's table of `size` rows."""
-    if rows is None:
+    """Put the rows of added tokens, from row `first` on, into a language model's table of `size` rows.
+
+    A table that ends before them stays as it is: the class has another table for them.
+    """
+    if rows is None or size <= first:
         assert len(base) == size, f"the table has {len(base)} rows, and {size} in the class"
         return base
     table = base.new_zeros(size, base.shape[1])

@@ -196,10 +196,12 @@ def _write_processor(processor: VLMProcessor, draft: Draft, target: HFClass, nam
     forget_tokens(out, names)
     if draft.named_tokens:
         _name_tokens(out / "tokenizer_config.json", draft.named_tokens)
+    takes_template = draft.plain_prompt is None
+    template = {"chat_template": _make_template(processor, draft.media_token)} if takes_template else {}
     found = getattr(transformers, target.processor)(
         image_processor=draft.images,
         tokenizer=load_tokenizer(out),
-        chat_template=_make_template(processor, draft.media_token),
+        **template,
         **draft.processor,
         **draft.parts,
     )

@@ -40,13 +40,13 @@ from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.errors import CheckpointError
 from vlm_cli.modeling.config import VLMConfig
 
-__all__ = ["HuggingFaceIDEFICS"]
+__all__ = ["ADDED_TOKENS", "LLAMA_SETTINGS", "HuggingFaceIDEFICS"]
 
 #: Added tokens in the order of their ids; only instructed models have the last.
-_ADDED = ("<fake_token_around_image>", MEDIA_TOKEN, "<end_of_utterance>")
+ADDED_TOKENS = ("<fake_token_around_image>", MEDIA_TOKEN, "<end_of_utterance>")
 
 _NOTES = (
-    f"IDEFICS was trained with {_ADDED[0]} before and after each image, and a single one between two "
+    f"IDEFICS was trained with {ADDED_TOKENS[0]} before and after each image, and a single one between two "
     "images that follow each other. vlm takes a prompt as you write it: write these tokens, and add "
     "--special-tokens.",
     "In vlm, a prompt without images passes only Llama's layers. In IDEFICS it passes the feed-forward "
@@ -85,10 +85,10 @@ class HuggingFaceIDEFICS:
         every = _read_interval(checkpoint, config)
         added = checkpoint.tensors.get("model.embed_tokens.additional_embedding.weight")
         num_added = 0 if added is None else added.shape[0]
-        if not 2 <= num_added <= len(_ADDED):
+        if not 2 <= num_added <= len(ADDED_TOKENS):
             raise CheckpointError(
-                f"{checkpoint.name!r} adds {num_added} tokens to Llama's; IDEFICS adds {' and '.join(_ADDED[:2])}, and "
-                f"an instructed model {_ADDED[2]} too."
+                f"{checkpoint.name!r} adds {num_added} tokens to Llama's; IDEFICS adds "
+                f"{' and '.join(ADDED_TOKENS[:2])}, and an instructed model {ADDED_TOKENS[2]} too."
             )
         return CheckpointDescription(
             composition={
@@ -97,13 +97,13 @@ class HuggingFaceIDEFICS:
                 "vision_tokenizer": _read_perceiver(checkpoint, config),
                 "fusion": _read_fusion(checkpoint, config, every),
                 "language_model": {"name": checkpoint.name},
-                "added_tokens": list(_ADDED[:num_added]),
+                "added_tokens": list(ADDED_TOKENS[:num_added]),
             },
             targets_for=lambda ours: _make_targets(checkpoint, ours, vision["hidden_size"], every),
             text_config={
                 "model_type": "llama",
                 "num_key_value_heads": config["num_attention_heads"],
-                **{name: config[name] for name in _LLAMA_SETTINGS if name in config},
+                **{name: config[name] for name in LLAMA_SETTINGS if name in config},
             },
             vision_config=tower,
             first_added_id=config["vocab_size"],
@@ -130,7 +130,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "use_resampler": False,
 }
 #: Settings that Llama has under the same names.
-_LLAMA_SETTINGS = (
+LLAMA_SETTINGS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -163,7 +163,7 @@ _VISION_DEFAULTS: Mapping[str, Any] = {
 _SETTINGS = {
     "": Settings(
         config=IdeficsConfig,
-        read={*_DEFAULTS, *_LLAMA_SETTINGS, "vision_config", "perceiver_config"},
+        read={*_DEFAULTS, *LLAMA_SETTINGS, "vision_config", "perceiver_config"},
         without_effect={
             *("additional_vocab_size", "dropout", "alpha_initializer", "alphas_initializer_range", "alpha_type"),
             *("qk_layer_norms", "use_cache", "freeze_text_layers", "freeze_text_module_exceptions", "freeze_lm_head"),
@@ -299,6 +299,11 @@ def _make_resampler_rules(inner: int) -> list[Rule]:
     ]
 
 
+def _make_gate(gate: Tensor) -> Tensor:
+    """Return a block's gate as IDEFICS has it: float[1], or float[1, 1, d]."""
+    return gate if gate.shape == (1,) else gate[None, None]
+
+
 def _make_block_rules(every: int) -> list[Rule]:
     """Make the rules for the names of cross-attention blocks.
 
@@ -308,17 +313,21 @@ def _make_block_rules(every: int) -> list[Rule]:
         every: decoder layers from one block to the next.
     """
 
-    def to_block(name: str, transform: Callable[[Tensor], Tensor] = identity) -> TargetsOfMatch:
+    def to_block(
+        name: str,
+        transform: Callable[[Tensor], Tensor] = identity,
+        restore: Callable[[Tensor], Tensor] | None = None,
+    ) -> TargetsOfMatch:
         def targets_of(match: re.Match[str]) -> list[Target]:
             number = int(match[1]) * every
-            return [Target(f"fusion.blocks.{number}.{match.expand(name)}", transform=transform)]
+            return [Target(f"fusion.blocks.{number}.{match.expand(name)}", transform=transform, restore=restore)]
 
         return targets_of
 
     block = rf"{re.escape(_BLOCKS)}(\d+)\."
     return [
-        (rf"{block}alpha_cross_attn", to_block("attn_gate", torch.flatten)),  # [1, 1, d] -> [d]
-        (rf"{block}alpha_dense", to_block("ff_gate", torch.flatten)),
+        (rf"{block}alpha_cross_attn", to_block("attn_gate", torch.flatten, _make_gate)),  # [1, 1, d] -> [d]
+        (rf"{block}alpha_dense", to_block("ff_gate", torch.flatten, _make_gate)),
         (rf"{block}input_layernorm\.weight", to_block("attn.norm.weight")),
         (rf"{block}post_attention_layernorm\.weight", to_block("ff.norm.weight")),
         (rf"{block}cross_attn\.([qk])_layer_norm\.weight", to_block(r"attn.\2_norm.weight")),
