@@ -33,6 +33,7 @@ App = Callable[[], object]
 
 #: What differs from run to run: times, and what is made of them.
 VARYING = {"seconds", "images_per_second", "tokens_per_second", "memory", "resume", "resumed_from"}
+VARYING |= {"flops_per_step", "flops_per_second", "utilisation"}  # estimated from the first pass since the resume
 
 
 @dataclass(frozen=True)

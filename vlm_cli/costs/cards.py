@@ -25,7 +25,7 @@ from vlm_cli.costs.flops import Work
 from vlm_cli.errors import UnknownNameError
 from vlm_cli.registry import suggest
 
-__all__ = ["CARDS", "Card", "find_card", "measure_cpu"]
+__all__ = ["CARDS", "Card", "find_card", "find_device", "measure_cpu", "measure_peak"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,20 @@ CARDS: dict[str, Card] = {
 }
 
 
+#: What torch calls a device -> the name of its card. Others of the same family have other limits.
+_DEVICES = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA GeForce RTX 4090": "4090",
+    "NVIDIA L4": "l4",
+}
+
+
+def find_device(name: str) -> Card | None:
+    """Return the card of a device, by the name that torch has for it; None if it is not in the table."""
+    return CARDS[_DEVICES[name]] if name in _DEVICES else None
+
+
 def find_card(name: str) -> Card:
     """Return a card by its name; `cpu` is this machine's, measured now.
 
@@ -103,10 +117,7 @@ def find_card(name: str) -> Card:
 
 def measure_cpu(dtypes: Iterable[str] = ("float32", "bfloat16")) -> Card:
     """Measure this machine's limits in about a second: a product, a matrix with one vector, and a copy."""
-    peak = {}
-    for name in dtypes:
-        x = torch.ones(1024, 1024, dtype=getattr(torch, name))
-        peak[name] = 2 * 1024**3 / _time(lambda x=x: x @ x)  # type: ignore[misc]
+    peak = {name: measure_peak(name) for name in dtypes}
     peak["float16"] = peak["bfloat16"]
     large = torch.ones(8192, 4096)  # 134 MB, beyond any cache
     copied = 2 * large.nbytes / _time(large.clone)
@@ -125,6 +136,12 @@ def measure_cpu(dtypes: Iterable[str] = ("float32", "bfloat16")) -> Card:
         overlaps=False,
         source=f"measured now, with {torch.get_num_threads()} threads",
     )
+
+
+def measure_peak(dtype: str, runs: int = 3) -> float:
+    """Return the floating-point operations per second of this machine's CPU in a product of large matrices."""
+    x = torch.ones(1024, 1024, dtype=getattr(torch, dtype))
+    return 2 * 1024**3 / _time(lambda: x @ x, runs)
 
 
 def _time(work: Callable[[], object], runs: int = 5) -> float:

@@ -37,12 +37,21 @@ def _attend_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor
     return found
 
 
+def _attend_whole(query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *args: Any, **kwargs: Any) -> int:
+    """Count a layer's projections and its attention: float[B, T, d] queries, float[B, S, d] keys and values."""
+    B, T, S = *query.shape[:2], key.shape[1]
+    products = 2 * B * (2 * T + 2 * S) * width**2
+    found: int = products + sdpa_flop_count(*((B, heads, n, width // heads) for n in (T, S, S)))
+    return found
+
+
 _ATEN = torch.ops.aten
-#: Torch's formulas, and those of a CPU's fused attention, over which its counter passes.
+#: Torch's formulas, and those of fused attention on a CPU and in a frozen encoder, over which its counter passes.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attend,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attend_backward,
+    _ATEN._native_multi_head_attention: _attend_whole,
 }
 
 
@@ -67,12 +76,16 @@ class FlopCount(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        formula = _FORMULAS.get(getattr(func, "_overloadpacket", func))
         found = func(*args, **kwargs)
-        flops = 0 if formula is None else formula(*args, **kwargs, out_val=found)
+        flops = self.count(func, args, kwargs, found)
         self.total += flops
         self._note(flops, [x for x in tree_iter((args, dict(kwargs))) if isinstance(x, Tensor)], found)
         return found
+
+    def count(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> int:
+        """Count the operations of a call by its formula; none without a formula."""
+        formula = _FORMULAS.get(getattr(func, "_overloadpacket", func))
+        return 0 if formula is None else formula(*args, **kwargs, out_val=found)
 
     def _note(self, flops: int, inputs: list[Tensor], found: Any) -> None:
         """Note what an operation did, if it computed on a model's numbers and not on the host's counts and masks."""

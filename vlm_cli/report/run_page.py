@@ -69,6 +69,7 @@ def _curves(entries: Sequence[Mapping[str, Any]]) -> str:
         draw_curves("Gradient norm", {"norm": points("grad_norm")}),
         draw_curves("Images", {"images": points("images_per_second")}, unit="per second"),
         draw_curves("Tokens", {"tokens": points("tokens_per_second")}, unit="per second"),
+        draw_curves("Use of the device", {"used": points("utilisation", 100)}, unit="% of its operations"),
         draw_curves("Peak memory", {"memory": points("memory", 1 / _GIGA)}, unit="GB"),
     ]
     return "".join(figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ METRICS_FILE = "metrics.jsonl"
 #: Keys of an entry in the file, in this order. An entry has `loss` or `eval_loss`.
 _KEYS = (
     *("step", "epoch", "loss", "eval_loss", "exact", "examined", "learning_rate", "grad_norm", "images"),
-    *("images_per_second", "tokens_per_second", "memory", "seconds"),
+    *("images_per_second", "tokens_per_second", "flops_per_step", "flops_per_second", "utilisation"),
+    *("memory", "seconds"),
 )
 
 
@@ -26,6 +27,7 @@ class MetricsLog:
 
     Args:
         path: the file.
+        measure: tells the operations of steps; see `Operations.measure`.
         writes: whether this process writes the file; of several processes, only the main one does.
 
     Attributes:
@@ -34,11 +36,12 @@ class MetricsLog:
         tokens: that the model has read since the start or the resume.
     """
 
-    def __init__(self, path: Path, *, writes: bool) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, measure: Callable[..., dict[str, float]], *, writes: bool) -> None:
+        self.path, self.measure, self.writes = path, measure, writes
         self.entries: list[dict[str, Any]] = []
         self.images, self.tokens = 0, 0
-        self._images_logged, self._tokens_logged, self._seconds_logged = 0, 0, 0.0  # at the last entry with a speed
+        # at the last entry with a speed
+        self._step_logged, self._images_logged, self._tokens_logged, self._seconds_logged = 0, 0, 0, 0.0
 
     def append(self, values: Mapping[str, Any], *, seconds: float, training: float | None = None) -> dict[str, Any]:
         """Complete an entry by images, seconds and speed, and write it.
@@ -55,9 +58,12 @@ class MetricsLog:
         if "loss" in entry:
             training = seconds if training is None else training
             passed = max(training - self._seconds_logged, 1e-9)
-            entry["images_per_second"] = round((self.images - self._images_logged) / passed, 2)
-            entry["tokens_per_second"] = round((self.tokens - self._tokens_logged) / passed, 1)
+            images, tokens = self.images - self._images_logged, self.tokens - self._tokens_logged
+            entry["images_per_second"] = round(images / passed, 2)
+            entry["tokens_per_second"] = round(tokens / passed, 1)
+            entry |= self.measure(tokens, images, steps=entry["step"] - self._step_logged, seconds=passed)
             self._images_logged, self._tokens_logged, self._seconds_logged = self.images, self.tokens, training
+            self._step_logged = entry["step"]
         self.entries.append(entry)
         if self.writes:
             try:
@@ -67,11 +73,11 @@ class MetricsLog:
                 raise CheckpointError(f"cannot write {str(self.path)!r}: {error.strerror}.") from None
         return entry
 
-    def restore(self, entries: Sequence[dict[str, Any]], *, images: int, seconds: float) -> None:
+    def restore(self, entries: Sequence[dict[str, Any]], *, step: int, images: int, seconds: float) -> None:
         """Go back to the state of a checkpoint: forget the entries that were written after it."""
         self.entries = list(entries)
         self.images = self._images_logged = images
-        self._seconds_logged = seconds
+        self._step_logged, self._seconds_logged = step, seconds
         if self.writes:
             self.path.write_text("".join(map(_format_entry, self.entries)), encoding="utf-8")
 

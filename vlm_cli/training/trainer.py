@@ -7,6 +7,7 @@ Transformers and Accelerate handle devices, processes, precision and sharding. T
     MetricsLog           losses and speed              (metrics.py)
     FiniteWatch          stops at a loss of nan        (watch.py)
     order_records        order of the records          (loaders.py)
+    Operations           operations of a step          (operations.py)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from vlm_cli.errors import DataError, UsageError
 from vlm_cli.interrupt import ALL_SIGNALS, Interrupted, deferred_signals
 from vlm_cli.media.notes import NoteTally
 from vlm_cli.modeling.vlm import VLM
+from vlm_cli.report.tables import human_flops
 from vlm_cli.training.arguments import keep_use_cache, make_arguments
 from vlm_cli.training.budget import EndInTime, RunBudget
 from vlm_cli.training.callbacks import RestoreLosses, TellSteps
@@ -46,6 +48,7 @@ from vlm_cli.training.learning_settings import DEFAULT_RATE
 from vlm_cli.training.loaders import make_loader, order_by_size, order_records
 from vlm_cli.training.measures import held_out_loss, measure_model
 from vlm_cli.training.metrics import METRICS_FILE, MetricsLog
+from vlm_cli.training.operations import Operations, find_peak
 from vlm_cli.training.optimizer import make_optimizer, set_learning_rates
 from vlm_cli.training.outcome import RunOutcome, StepReport
 from vlm_cli.training.packing import count_packs
@@ -136,8 +139,22 @@ class VLMTrainer(CheckpointedTrainer):
                 callbacks=[history, *make_reporters(settings.report_to, checkpoints.folder)],
             )
         check_sharding(self.is_sharded)
-        self.metrics = MetricsLog(checkpoints.folder / METRICS_FILE, writes=self.is_world_process_zero())
+        self.operations, self._told_operations = self._make_operations(model), False
+        self.metrics = MetricsLog(
+            checkpoints.folder / METRICS_FILE, self.operations.measure, writes=self.is_world_process_zero()
+        )
         self.remove_callback(PrinterCallback)
+
+    def _make_operations(self, model: VLM) -> Operations:
+        """Make what counts the operations of a pass, where they pass through torch one by one and whole."""
+        problem = None
+        if self.settings.compile:
+            problem = "--compile joins operations to others that nobody counts"
+        elif self.is_sharded:
+            problem = "each process computes a share of each operation"
+        processes = self.args.world_size
+        peak = None if problem else find_peak(self.args.device, bf16=self.args.bf16, processes=processes)
+        return Operations(model, peak, problem)
 
     # -- the run --------------------------------------------------------------------------------------------------
 
@@ -165,7 +182,9 @@ class VLMTrainer(CheckpointedTrainer):
             self.budget.continue_from(checkpoint.step, checkpoint.seconds)
             with reading(checkpoint.path):
                 state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
-                self.metrics.restore(state.log_history, images=checkpoint.images, seconds=checkpoint.seconds)
+                self.metrics.restore(
+                    state.log_history, step=checkpoint.step, images=checkpoint.images, seconds=checkpoint.seconds
+                )
                 self.watching.restore(checkpoint.path, checkpoint.step, self.metrics.entries)
                 os.path.isdir(state.best_model_checkpoint or "")  # as Transformers asks later, where nobody explains it
         if checkpoint is not None and self.budget.is_over(checkpoint.step, checkpoint.seconds):
@@ -318,9 +337,10 @@ class VLMTrainer(CheckpointedTrainer):
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._attention():
-            return super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        images = self.train_set.count_images(inputs["records"])
+        with self._attention(), self.operations.counting(inputs["input_ids"].numel(), images):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _attention(self) -> AbstractContextManager[None]:
         is_slow = self.args.bf16 and self.args.device.type == "cpu"
@@ -421,14 +441,29 @@ class VLMTrainer(CheckpointedTrainer):
                 self.watching.last if "exact" in logs else None,
             )
         )
+        self._tell_operations(entry)
         self._update_page(is_due="eval_loss" in logs)
         measured = {name: x for name, x in entry.items() if name != "step"}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, measured)
+
+    def _tell_operations(self, entry: dict[str, Any]) -> None:
+        """Tell once what a step computes, or why nobody knows."""
+        if "loss" not in entry or self._told_operations:
+            return
+        self._told_operations = True
+        if "flops_per_step" in entry:
+            self.notify(self.operations.describe(entry["flops_per_step"]))
+        else:
+            self.notify(f"Note: the operations of a step are not counted: {self.operations.problem}.")
 
     def _update_page(self, *, is_due: bool = False, is_over: bool = False) -> None:
         step, budget = self.state.global_step, self.budget
         total = "" if budget.max_steps is None else f" of {budget.max_steps:,}"
         facts = {"step": f"{step:,}{total}", "time": f"{budget.seconds:,.0f} s"}
+        if (flops := self.metrics.last("flops_per_step")) is not None:
+            facts["operations"] = f"{human_flops(flops)}FLOP a step"
+        if (used := self.metrics.last("utilisation")) is not None and (peak := self.operations.peak) is not None:
+            facts["use of the device"] = f"{used:.1%} of {human_flops(peak)}FLOP a second"
         if not is_over:
             facts["time left"] = f"about {budget.seconds_left(step):,.0f} s"
         progress = None if is_over else min(1.0, budget.progress(step))
