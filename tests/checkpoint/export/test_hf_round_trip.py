@@ -121,6 +121,15 @@ def test_an_import_is_exported_as_it_was(tmp_path: Path, kind: str, is_tied: boo
 
 
 @pytest.mark.matrix
+def test_ovis2_with_a_tokenizer_without_image(tmp_path: Path) -> None:
+    """The class's processor searches prompts for `<image>`, which the import adds to such a tokenizer."""
+    imported = import_checkpoint(ovis2.ovis2(tmp_path / "published", tokens=ovis2.TOKENS[:-1]).source)
+    assert imported.model is not None
+    facts = export_hf(imported.model, imported.processor, tmp_path / "out", name="ovis2")
+    assert facts["largest_difference"] <= 1e-4
+
+
+@pytest.mark.matrix
 def test_idefics_needs_a_token_that_begins_a_text(tmp_path: Path) -> None:
     imported = import_checkpoint(idefics.huggingface(tmp_path / "published").source)
     assert imported.model is not None

@@ -109,6 +109,7 @@ class Draft:
         has_added_rows: whether the tables get a row for each token that vlm added.
         ends_prompts_with: text that the class's processor puts after each prompt.
         plain_prompt: what the class's processor makes of a picture and `{text}`, if it takes no chat template.
+        kept_tokens: added tokens without a row in the tables that the tokenizer keeps: prompts are searched for them.
         unanswered: ids whose rows the class takes from elsewhere once a prompt has passed; no answer has them.
     """
 
@@ -122,6 +123,7 @@ class Draft:
     has_added_rows: bool = True
     ends_prompts_with: str = ""
     plain_prompt: str | None = None
+    kept_tokens: Sequence[str] = ()
     unanswered: Sequence[int] = ()
 
 

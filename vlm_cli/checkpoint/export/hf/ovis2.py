@@ -12,6 +12,7 @@ from vlm_cli.checkpoint.export.hf.draft import Draft, HFClass, SoftToken, Source
 from vlm_cli.checkpoint.export.hf.towers import STAND_IN, NotHeld
 from vlm_cli.checkpoint.parts.plain_types import PLAIN_TYPES
 from vlm_cli.checkpoint.published.layouts.ovis2 import HuggingFaceOvis2
+from vlm_cli.composition import MEDIA_TOKEN
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = ["Ovis2Class"]
@@ -62,6 +63,7 @@ class Ovis2Class(HFClass):
             processor={"image_seq_length": source.num_positions},
             has_added_rows=False,
             unanswered=others,
+            kept_tokens=(MEDIA_TOKEN,),
         )
 
     def find_tables(self, model: VLM, config: Any) -> tuple[Tensor, Tensor]:

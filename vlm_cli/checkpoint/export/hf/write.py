@@ -114,7 +114,7 @@ def export_hf(
     word, fit = _choose(fits)
     target = CLASSES[word]
     _write_weights(model, fit, target, out, max_shard_size)
-    forgotten = set() if fit.draft.has_added_rows else set(model.config.added_tokens)
+    forgotten = set() if fit.draft.has_added_rows else set(model.config.added_tokens) - {*fit.draft.kept_tokens}
     _write_processor(processor, fit.draft, target, forgotten, out)
     theirs = load_pretrained(getattr(transformers, target.model), out, dtype=model.dtype).eval()
     their_processor = load_pretrained(getattr(transformers, target.processor), out)
