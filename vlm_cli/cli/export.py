@@ -72,6 +72,15 @@ def export(
             help="With --format gguf, do not compare llama.cpp with the model, which takes memory for both.",
         ),
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="With --format hf, if no class of Transformers holds the model, tell of every class what stands in "
+            "the way, not only of the nearest.",
+        ),
+    ] = False,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -107,6 +116,7 @@ def export(
             shim=not no_shim,
             out_type=out_type,
             check=not no_check,
+            verbose=verbose,
             trust_remote_code=source.trust_remote_code,
             backbones=source.backbones,
             allow_hosts=source.allow_hosts,

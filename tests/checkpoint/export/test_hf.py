@@ -27,6 +27,7 @@ from tests.support import disk, tiny
 from tests.support.disk import run
 from tests.support.photographs import photograph
 from vlm_cli.checkpoint.export.hf import write
+from vlm_cli.checkpoint.export.hf.classes import CLASSES
 from vlm_cli.checkpoint.export.hf.language import find_hf_language_model
 from vlm_cli.checkpoint.export.hf.write import check_hf, export_hf
 from vlm_cli.checkpoint.published.importing import import_checkpoint
@@ -236,6 +237,18 @@ def test_what_llava_cannot_hold(parts, problem):
     with pytest.raises(UsageError, match=r"What stands in the way.*:\n  LlavaForCond") as caught:
         check_hf(sized(**parts), "llava")
     assert problem in str(caught.value)
+
+
+def test_a_refusal_tells_of_the_nearest_classes():
+    config = sized(fusion="cross-attention", tokenizer="perceiver")
+    with pytest.raises(UsageError) as short:
+        check_hf(config)
+    with pytest.raises(UsageError) as whole:
+        check_hf(config, verbose=True)
+    named = [[x.model for x in CLASSES.values() if f"  {x.model}:" in str(error.value)] for error in (short, whole)]
+    assert len(named[0]) == 3 and len(named[1]) == len(CLASSES)
+    assert f"{len(CLASSES) - 3} other classes are no nearer; --verbose" in str(short.value)
+    assert "--verbose" not in str(whole.value)
 
 
 def test_what_fits_has_no_problem():

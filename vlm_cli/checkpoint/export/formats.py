@@ -38,6 +38,7 @@ class ExportSettings:
         shim: whether the directory of a VLM gets the file through which Transformers opens it.
         out_type: type of the weights in GGUF files.
         check: whether llama.cpp reads GGUF files and is compared with the model.
+        verbose: whether a refusal tells of every class of Transformers, and not of the nearest alone.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ExportSettings:
     shim: bool = True
     out_type: str = "f16"
     check: bool = True
+    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,36 +57,37 @@ class ExportFormat:
 
     Attributes:
         summary: what the directory holds.
-        check: raises a UsageError if a model of this configuration cannot be written so; called before weights load.
+        check: raises a UsageError if a model of this configuration cannot be written so; called before weights load,
+            with `verbose` as in `ExportSettings`.
         write: writes the files into an existing directory, and returns facts about them.
         next_line: what to type next, with `{out}` for the directory and the names of facts that `write` returns.
         is_vlm: whether the directory is itself a VLM, which `vlm` loads.
     """
 
     summary: str
-    check: Callable[[VLMConfig], None]
+    check: Callable[..., None]
     write: Callable[[VLM, VLMProcessor, Path, ExportSettings], dict[str, Any]]
     next_line: str
     is_vlm: bool = False
 
 
-def _accept(config: VLMConfig) -> None:
+def _accept(config: VLMConfig, *, verbose: bool = False) -> None:
     """Every model can be written so."""
 
 
-def _check_hf(config: VLMConfig, name: str | None = None) -> None:
+def _check_hf(config: VLMConfig, name: str | None = None, *, verbose: bool = False) -> None:
     from vlm_cli.checkpoint.export.hf.write import check_hf
 
-    check_hf(config, name)
+    check_hf(config, name, verbose=verbose)
 
 
-def _check_program(config: VLMConfig) -> None:
+def _check_program(config: VLMConfig, *, verbose: bool = False) -> None:
     from vlm_cli.checkpoint.export.programs import check_program
 
     check_program(config)
 
 
-def _check_onnx(config: VLMConfig) -> None:
+def _check_onnx(config: VLMConfig, *, verbose: bool = False) -> None:
     from vlm_cli.checkpoint.export.programs import check_onnx, check_program
 
     check_program(config)
@@ -117,7 +120,7 @@ def _write_delta(model: VLM, processor: VLMProcessor, out: Path, settings: Expor
     return facts
 
 
-def _check_merged(config: VLMConfig) -> None:
+def _check_merged(config: VLMConfig, *, verbose: bool = False) -> None:
     from vlm_cli.checkpoint.export.merged import check_merged
 
     check_merged(config)
@@ -136,10 +139,11 @@ def _write_hf(
 ) -> dict[str, Any]:
     from vlm_cli.checkpoint.export.hf.write import export_hf
 
-    return export_hf(model, processor, out, name=name, max_shard_size=settings.max_shard_size)
+    how: dict[str, Any] = {"max_shard_size": settings.max_shard_size, "verbose": settings.verbose}
+    return export_hf(model, processor, out, name=name, **how)
 
 
-def _check_gguf(config: VLMConfig) -> None:
+def _check_gguf(config: VLMConfig, *, verbose: bool = False) -> None:
     from vlm_cli.checkpoint.export.gguf.checking import check_gguf
 
     check_gguf(config)
@@ -242,6 +246,7 @@ def export_model(
     shim: bool = True,
     out_type: str = "f16",
     check: bool = True,
+    verbose: bool = False,
     trust_remote_code: bool = False,
     backbones: Mapping[str, str] | None = None,
     allow_hosts: Collection[str] = (),
@@ -261,6 +266,7 @@ def export_model(
         shim: whether the directory of a VLM gets the file through which Transformers opens it with `trust_remote_code`.
         out_type: type of the weights in GGUF files, a key of `OUT_TYPES`.
         check: whether llama.cpp reads GGUF files and is compared with the model.
+        verbose: whether a refusal tells of every class of Transformers, and not of the nearest alone.
         trust_remote_code: whether the language model's own code may run.
         backbones: of a delta directory, part -> where its pretrained weights are, if the user says so.
         allow_hosts: hosts that backbones may come from.
@@ -288,10 +294,12 @@ def export_model(
         shim=shim,
         out_type=out_type,
         check=check,
+        verbose=verbose,
     )
     with reserved_directory(out, overwrite=overwrite):
         places = {"backbones": backbones, "allow_hosts": allow_hosts, "verify": verify}
-        model, processor = _load(chosen, location, source or location, trust_remote_code, places, progress, **hub)
+        check_fit = partial(chosen.check, verbose=verbose)
+        model, processor = _load(check_fit, location, source or location, trust_remote_code, places, progress, **hub)
         merged = _merge(model, progress)
         with replacing_directory(out, overwrite=overwrite) as unfinished:
             progress(f"exporting {name}")
@@ -314,7 +322,7 @@ def _merge(model: VLM, progress: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _load(
-    chosen: ExportFormat,
+    check: Callable[[VLMConfig], None],
     location: str,
     source: str,
     trust_remote_code: bool,
@@ -326,6 +334,6 @@ def _load(
     from vlm_cli.checkpoint.directory import load, read_config
 
     progress("reading the configuration")
-    chosen.check(read_config(location, trust_remote_code=trust_remote_code, **hub))
+    check(read_config(location, trust_remote_code=trust_remote_code, **hub))
     progress(f"loading {source}")
     return load(location, trust_remote_code=trust_remote_code, **places, **hub)

@@ -35,18 +35,21 @@ from vlm_cli.trust import load_pretrained, load_tokenizer
 
 __all__ = ["check_hf", "export_hf", "judge_classes"]
 
+_NEAREST = 3  # classes whose problems a message lists
 
-def check_hf(config: VLMConfig, name: str | None = None) -> None:
+
+def check_hf(config: VLMConfig, name: str | None = None, *, verbose: bool = False) -> None:
     """Check that a class of Transformers holds a model.
 
     Args:
         config: of the VLM.
         name: a key of `CLASSES`; None for any class.
+        verbose: whether the error tells of each class, and not of the nearest alone.
 
     Raises:
-        UsageError: naming the settings that stand in the way of each class.
+        UsageError: naming the settings that stand in the way of the nearest classes.
     """
-    _choose(judge_classes(config, None, name))
+    _choose(judge_classes(config, None, name), verbose=verbose)
 
 
 def judge_classes(
@@ -73,20 +76,27 @@ def judge_classes(
     return sorted(fits, key=lambda item: (item[1].config is None, len(item[1].problems), not item[1].is_exact))
 
 
-def _choose(fits: list[tuple[str, Fit]]) -> tuple[str, Fit]:
+def _choose(fits: list[tuple[str, Fit]], *, verbose: bool = False) -> tuple[str, Fit]:
     """Return the class that a model is written as, of classes that judged it.
+
+    Args:
+        fits: of `judge_classes`.
+        verbose: as of `check_hf`.
 
     Raises:
         UsageError: if none holds it.
     """
     if not fits[0][1].problems:
         return fits[0]
+    told = fits if verbose else fits[:_NEAREST]
     common = [x for x in fits[0][1].problems if len(fits) > 1 and all(x in fit.problems for _, fit in fits)]
-    own = {CLASSES[word].model: [x for x in fit.problems if x not in common] for word, fit in fits}
+    own = {CLASSES[word].model: [x for x in fit.problems if x not in common] for word, fit in told}
     listed = {**({"every class": common} if common else {}), **own}
     lines = "".join(
         f"\n  {model}:" + "".join(f"\n    - {x}" for x in found) for model, found in listed.items() if found
     )
+    if more := len(fits) - len(told):
+        lines += f"\n  {more} other classes are no nearer; --verbose lists them"
     raise UsageError(
         "no class of Transformers that vlm writes holds this model. What stands in the way, the nearest class first:"
         f"{lines}\nExport another format, such as --format delta; Transformers also loads a directory of vlm as it is "
@@ -95,7 +105,13 @@ def _choose(fits: list[tuple[str, Fit]]) -> tuple[str, Fit]:
 
 
 def export_hf(
-    model: VLM, processor: VLMProcessor, out: Path, *, name: str | None = None, max_shard_size: str = "5GB"
+    model: VLM,
+    processor: VLMProcessor,
+    out: Path,
+    *,
+    name: str | None = None,
+    max_shard_size: str = "5GB",
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Write a model and its processor as a class of Transformers, load both back, and compare what they give.
 
@@ -105,13 +121,14 @@ def export_hf(
         out: an empty directory.
         name: a key of `CLASSES`; None takes the first that holds the model.
         max_shard_size: largest size of one weight file.
+        verbose: as of `check_hf`.
 
     Raises:
         UsageError: if no class holds the model.
         CheckpointError: if the two differ.
     """
     fits = judge_classes(model.config, processor, name)
-    word, fit = _choose(fits)
+    word, fit = _choose(fits, verbose=verbose)
     target = CLASSES[word]
     _write_weights(model, fit, target, out, max_shard_size)
     forgotten = set() if fit.draft.has_added_rows else set(model.config.added_tokens) - {*fit.draft.kept_tokens}
