@@ -15,7 +15,7 @@ from vlm_cli.report.encoders import EncoderTable
 from vlm_cli.report.tables import human_count
 
 STYLES = re.compile(r"\x1b\[[\d;]*m")
-NOISE = re.compile(r"it/s|Loading weights|shards:|[Ww]arning|torchao|GGUF")
+NOISE = re.compile(r"it/s|Loading weights|shards:|[Ww]arning|torchao|GGUF(?! file)")
 
 
 def lines_of(text: str) -> list[str]:

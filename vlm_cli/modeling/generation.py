@@ -356,6 +356,9 @@ class GenerationMixin(transformers.GenerationMixin):
         )
         length = inputs["input_ids"].shape[1]
         if media_counts is not None:
+            if self.lm_interface.first_position and kwargs.get("position_ids") is not None:
+                # Those of the language model count padding, too.
+                inputs["position_ids"] = kwargs["position_ids"][:, -length:]
             return inputs | {"media": media, "media_mask": media_mask, "media_counts": media_counts}
         counts = count_media(input_ids, self.config.media_token_id)
         if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > counts.shape[1]:
@@ -371,7 +374,9 @@ class GenerationMixin(transformers.GenerationMixin):
             inputs["attention_mask"] = attention_mask  # `mask_call` prepares it, also for a static cache
             if self.sees_ahead == "prompt" and mm_token_type_ids is not None:
                 inputs["prefix_mask"] = mm_token_type_ids[:, -length:] > 1
-        return inputs | {"media": media, "media_mask": media_mask, "most_readers": most_readers}
+        # A later call without a cache, or with several tokens at once, has more positions after the last medium.
+        bound = most_readers if is_first_iteration else None
+        return inputs | {"media": media, "media_mask": media_mask, "most_readers": bound}
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # Transformers chooses the kind of cache by the class of the model.

@@ -17,7 +17,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_utils import VideoMetadata
 
 from tests.checkpoint.published.layouts import test_perception_lm
-from tests.support import idefics3
+from tests.support import idefics3, perception_lm
 from tests.support.grid_models import SQUARE, internvl
 from tests.support.photographs import photograph
 from tests.support.published import VOCABULARY
@@ -79,7 +79,7 @@ def make_smolvlm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ClipCase:
 
 def make_perception_lm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ClipCase:
     case = test_perception_lm.case(folder)
-    case.processor.video_processor.size = test_perception_lm.SQUARE
+    case.processor.video_processor.size = perception_lm.SQUARE
     case.processor.video_processor.image_mean = case.processor.video_processor.image_std = [0.5] * 3
     return ClipCase(case, "<|video|>", "pixel_values_videos")
 
