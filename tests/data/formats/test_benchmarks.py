@@ -464,6 +464,9 @@ def test_questions_without_answers(tmp_path: Path) -> None:
     says = r"holds questions alone, and the answers of test splits are not published\. Put 'v2_mscoco_val2014_annot"
     with pytest.raises(DataError, match=says):
         good(questions)
+    says = "Put the file of annotations of the same split beside it, both with their published names"
+    with pytest.raises(DataError, match=says):
+        good(questions.rename(tmp_path / "renamed.json"))
 
 
 def test_answers_of_another_split(tmp_path: Path) -> None:

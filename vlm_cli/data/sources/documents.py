@@ -169,11 +169,11 @@ def _join(document: dict[str, Any], source: JsonDocument, shard: int) -> Iterato
             if wanted == "annotations" and kind.startswith("test"):
                 yield from map(partial(_unanswered, kind=kind), document["questions"])
                 return
-            name = other.name if other is not None else f"a file of {wanted}"
+            name = repr(other.name) if other is not None else f"the file of {wanted} of the same split"
             why = ", and the answers of test splits are not published" if wanted == "annotations" else ""
             raise DataError(
                 f"{name_shard(source, shard)} holds {'questions' if why else 'answers'} alone{why}. "
-                f"Put {name!r} beside it."
+                f"Put {name} beside it, both with their published names."
             )
         document = {**source.read_other(shard, other), **document}
     questions, answers = document.get("questions"), document.get("annotations")
