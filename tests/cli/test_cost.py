@@ -48,6 +48,7 @@ def test_csv_holds_what_json_holds(vlm, cost):
     [model] = cost("--text", "8")["models"]
     assert int(row["flops_total"]) == model["costs"][0]["flops"]["total"]
     assert int(row["cache_bytes"]) == model["costs"][0]["cache_bytes"]
+    assert int(row["activation_bytes"]) == int(row["peak_bytes"]) - int(row["weight_bytes"])
 
 
 @pytest.mark.matrix
@@ -59,6 +60,14 @@ def test_a_plot_is_the_same_each_time(vlm, tmp_path):
         pictures.append((tmp_path / name).read_bytes())
     assert pictures[0] == pictures[1] and b"<svg" in pictures[0]
     assert pictures[2].startswith(b"\x89PNG")
+
+
+def test_every_row_of_a_table_has_all_columns_and_no_step_is_without_a_name(vlm):
+    result = vlm("cost", "--text", "8", "--frames", "1,2")
+    heads, _, *rows = result.stdout.split("\n\n")[1].splitlines()
+    assert heads.split() == ["pictures", "frames", "text", "positions", "encoder", "tokenizer", "prefill", "token"]
+    assert [row.split()[:4] for row in rows] == [["1", "1", "8", "9"], ["1", "2", "8", "9"]]
+    assert all(line.split()[0] == "counting" for line in result.stderr.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,15 @@ def shown(open_gates: Path, environment: dict[str, str], request: pytest.Fixture
         "doctor": ["doctor", str(open_gates), "--quick"],
         "families": ["diff", "flamingo", "kosmos"],
         "models": ["diff", str(open_gates), "demo"],
+        "costs": ["cost", "--text", "8", "--against", "language-stream", "--train"],
     }
     return commands_on_a_terminal(commands, environment | {"COLUMNS": "80", "TERM": "xterm"}, request.param)
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("name", ["exact", "weights", "short", "list", "inspect", "doctor", "families", "models"])
+@pytest.mark.parametrize(
+    "name", ["exact", "weights", "short", "list", "inspect", "doctor", "families", "models", "costs"]
+)
 def test_lines_fit_the_terminal_and_no_library_speaks(name: str, shown: dict[str, str]) -> None:
     lines = lines_of(shown[name])
     path = re.compile(r"\S{77,}")  # a longer word than the terminal cannot fit, and is not broken

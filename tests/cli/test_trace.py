@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support import ROOT
+from vlm_cli.cli.trace import _number
 
 TWO = ROOT / "examples/images/two.png"
 PROMPT = f"<image:{TWO}>Describe the image."
@@ -61,7 +62,8 @@ def test_the_model_may_stand_before_options_that_bring_the_prompt(vlm: Callable[
     [
         (["What is it?"], 2, "the prompt shows no picture, so there is nothing to trace. Show one: vlm trace"),
         (["demo", PROMPT, "-m", "other"], 2, "the model is given twice, as 'demo' and as --model 'other'."),
-        (["demo"], 2, "the prompt shows no picture"),
+        (["demo"], 2, "'demo' was read as the prompt, and the prompt shows no picture. Write one after the model"),
+        ([PROMPT, "--html", "-"], 2, "- means standard output, which gets the answer."),
         ([PROMPT, "--answer", ""], 2, "--answer needs a text"),
         ([PROMPT, "--grid", "0"], 2, "--grid"),
         (["nowhere", PROMPT], 2, "unknown model 'nowhere'"),
@@ -74,6 +76,12 @@ def test_wrong_usage_is_refused(vlm: Callable[..., Any], words: list[str], code:
     result = vlm("trace", *words)
     assert result.exit_code == code and message in result.stderr, result.output
     assert not result.stdout
+
+
+def test_a_word_that_cannot_be_seen_is_quoted_and_zero_has_no_sign(vlm: Callable[..., Any]) -> None:
+    result = vlm("trace", PROMPT, "--answer", " ", "--grid", 1, "--top", 1)
+    assert "\n ' ' " in result.stdout
+    assert _number(-0.04) == "0.0" and _number(-0.06) == "-0.1"
 
 
 def test_a_file_that_exists_is_kept(vlm: Callable[..., Any], tmp_path: Path) -> None:

@@ -24,6 +24,18 @@ def test_colours_lie_where_the_values_are() -> None:
     assert abs(red[3, 36]) < 20
 
 
+@pytest.mark.parametrize("size", [(3, 2000), (2000, 3), (1, 1)])
+def test_a_thin_picture_and_a_name_of_two_lines_are_drawn(size: tuple[int, int]) -> None:
+    views = (View("whole", (0, 0, *size), 2, 2),)
+    picture = TracedPicture("a\nb.png", 1, None, None, *size, views, Image.new("RGB", size))
+    word = Word(" cat", (WordToken(1, " cat", -0.1, ()),))
+    trace = Trace(
+        "m", "p", "a", (word,), (picture,), (heat(), heat(measure="attention")), PromptLayout([], [], 0, None)
+    )
+    with Image.open(io.BytesIO(draw_trace(trace))) as sheet:
+        assert sheet.height > 128
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("num_words", "num_pictures"), [(2, 1), (100, 8)])
 def test_a_sheet_has_a_row_for_each_word(num_words: int, num_pictures: int) -> None:

@@ -284,7 +284,10 @@ def warnings_as_notes() -> Iterator[None]:
 
 @contextmanager
 def announced_steps(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Yield a function that announces the next step on stderr, and prints how long the step before took."""
+    """Yield a function that announces the next step on stderr, and prints how long the step before took.
+
+    Without a name, no other step follows at once.
+    """
     started: list[tuple[str, float]] = []
 
     def finish() -> None:
@@ -294,6 +297,8 @@ def announced_steps(quiet: bool = False) -> Iterator[Callable[[str], None]]:
 
     def announce(name: str) -> None:
         finish()
+        if not name:
+            return
         started.append((name, time.monotonic()))
         if terminal.is_terminal(sys.stderr):
             terminal.overwrite_line(f"  {name} …", end="\r")

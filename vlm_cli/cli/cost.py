@@ -24,10 +24,10 @@ from vlm_cli.cli.cost_options import (
 from vlm_cli.cli.cost_tables import csv_text, print_tables
 from vlm_cli.cli.loading import notify_of_random_tower
 from vlm_cli.cli.options import (
+    OUTPUT,
     ComposeOptions,
     JsonOption,
     ModelArgument,
-    OverwriteOption,
     QuietOption,
     flatten_options,
     resolve_dtype,
@@ -71,7 +71,7 @@ def cost(
         ),
     ] = None,
     plot: PlotOption = None,
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[bool, option(OUTPUT, "Replace FILE, if it exists.", "--overwrite")] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,

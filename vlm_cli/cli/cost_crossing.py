@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlm_cli.cli import console
+from vlm_cli.printable import count_of
 
 if TYPE_CHECKING:
     from vlm_cli.costs.subjects import Cost, Subject
@@ -63,7 +64,7 @@ def find_crossings(
         sizes = [subject.count(place).prompt for subject in subjects]
         most = min([x.context - x.positions for x in sizes if x.context is not None] + [_MOST])
         for name, measure in measures.items():
-            announce(f"where the {name} cross, {place.pictures} pictures")
+            announce(f"looking where the lines of {name} cross, {count_of(place.pictures, 'picture')}")
             changes = crossings(
                 _cost_of(subjects[0], place, measure), _cost_of(subjects[1], place, measure), max(1, most)
             )

@@ -122,5 +122,8 @@ def parse_numbers(text: str, flag: str, *, least: int = 1) -> list[int]:
 def _parse_sizes(text: str) -> list[tuple[int, int]]:
     found = [re.fullmatch(r"\s*([1-9][0-9]{0,5})[x×]([1-9][0-9]{0,5})\s*", word) for word in text.split(",")]
     if not all(found):
-        raise UsageError(f"--size expects width and height in pixels, such as --size 640x480,1024x768; got {text!r}.")
+        raise UsageError(
+            "--size expects width and height in pixels, each from 1 to 999,999, such as --size 640x480,1024x768; got "
+            f"{text!r}."
+        )
     return list(dict.fromkeys((int(m[1]), int(m[2])) for m in found if m))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlm_cli.cli import console
@@ -25,34 +25,33 @@ def print_tables(counted: Counted) -> None:
     costs = [(subject, cost) for rows in zip(*(costs for _, costs in counted), strict=True)
              for (subject, _), cost in zip(counted, rows, strict=True)]  # fmt: skip
     names = [[subject.name] if several else [] for subject, _ in costs]
-    places = [_place(cost.prompt.workload) for _, cost in costs]
-    heads = [*(["model"] if several else []), *_place_heads(costs[0][1].prompt.workload)]
+    place_heads, places = _places([cost.prompt.workload for _, cost in costs])
+    heads = [*(["model"] if several else []), *place_heads]
 
     def show(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], optional: Sequence[str] = ()) -> None:
         rows = [[*name, *place, *cell] for name, place, cell in zip(names, places, cells, strict=True)]
         console.print_table([*heads, *columns], rows, title=title, optional=optional)
 
-    show("Operations (FLOPs)", *_operations([cost for _, cost in costs]))
-    show("Memory", *_memory([cost for _, cost in costs]))
+    show("Operations (FLOPs)", *_operations([cost for _, cost in costs]), optional=["tokenizer", "encoder"])
+    show("Memory", *_memory([cost for _, cost in costs]), optional=["activations", "media", "cache"])
     if any(cost.step is not None for _, cost in costs):
-        show("A step of training", *_training([cost for _, cost in costs]))
+        show("A step of training", *_training([cost for _, cost in costs]), optional=["weights", "gradients", "states"])
     card = counted[0][0].card
     if card is not None:
         show(f"Estimated seconds on {card.name}", *_seconds([cost for _, cost in costs]))
 
 
-def _place_heads(workload: Workload) -> list[str]:
-    views = [name for name in ("size", "tiles") if getattr(workload, name) is not None]
-    return ["pictures", *views, *(["frames"] if workload.frames > 1 else []), "text"]
-
-
-def _place(workload: Workload) -> list[str]:
-    found = [str(workload.pictures)]
-    if workload.size is not None:
-        found.append(f"{workload.size[0]}x{workload.size[1]}")
-    if workload.tiles is not None:
-        found.append(str(workload.tiles))
-    return [*found, *([str(workload.frames)] if workload.frames > 1 else []), str(workload.text)]
+def _places(workloads: Sequence[Workload]) -> tuple[list[str], list[list[str]]]:
+    """Name the workloads by their sizes; sizes that none of them has get no column."""
+    shown: dict[str, Callable[[Workload], str]] = {"pictures": lambda x: str(x.pictures)}
+    if workloads[0].size is not None:
+        shown["size"] = lambda x: "" if x.size is None else f"{x.size[0]}x{x.size[1]}"
+    if workloads[0].tiles is not None:
+        shown["tiles"] = lambda x: str(x.tiles)
+    if any(x.frames > 1 for x in workloads):
+        shown["frames"] = lambda x: str(x.frames)
+    shown["text"] = lambda x: str(x.text)
+    return list(shown), [[show(x) for show in shown.values()] for x in workloads]
 
 
 def _operations(costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
@@ -77,11 +76,7 @@ def _operations(costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
 def _memory(costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
     columns = ["weights", "cache", "media", "activations", "peak"]
     return columns, [
-        list(
-            map(
-                human_bytes, (x.weight_bytes, x.cache_bytes, x.media_bytes, x.peak_bytes - x.weight_bytes, x.peak_bytes)
-            )
-        )
+        [*map(human_bytes, (x.weight_bytes, x.cache_bytes, x.media_bytes, x.activation_bytes, x.peak_bytes))]
         for x in (cost.prompt for cost in costs)
     ]
 

@@ -109,12 +109,14 @@ class TraceFiles:
         """Refuse a file that may not be written, before a model is loaded.
 
         Raises:
-            UsageError: if both have one name.
+            UsageError: if both have one name, or one is standard output.
             OutputExistsError: if one exists and --overwrite is not given.
         """
         if self.html is not None and self.html == self.png:
             raise UsageError(f"--html and --png both name {str(self.png)!r}. Give each a file of its own.")
         for path in self.makers:
+            if str(path) == "-":
+                raise UsageError("- means standard output, which gets the answer. Give --html and --png a file's name.")
             check_file(path, overwrite=self.overwrite)
 
     def write(self, found: Trace) -> None:
@@ -189,6 +191,11 @@ def trace(
     check_piped_picture(words)
     loader = reading.loader(prompts.folder, source.allow_hosts)
     media = load_images(words, loader)
+    if not media and second is None and first is not None and (first == DEMO.name or Path(first).is_dir()):
+        raise UsageError(
+            f"{first!r} was read as the prompt, and the prompt shows no picture. Write one after the model: vlm trace "
+            f'{first} "<image:photo.jpg>A photo of"'
+        )
     found = _trace(request, words, media, reading, sampling, settings)
     files.write(found)
     if as_json:
@@ -256,7 +263,7 @@ def _print_words(found: Trace) -> None:
     columns = ["word", "probability", "instead", *(heads[measure] for measure in found.measures)]
     rows = [
         [
-            word.text.strip() or repr(word.text)[1:-1],
+            _show(word.text),
             _probability(word.probability),
             _list_alternatives(word),
             *(_name_most(found, i, measure) for measure in found.measures),
@@ -270,7 +277,16 @@ def _list_alternatives(word: Word) -> str:
     """List the two likeliest tokens that the model did not write where the word begins."""
     written = word.tokens[0].text
     others = [x for x in word.alternatives if x.text != written][:2]
-    return ", ".join(f"{x.text.strip() or repr(x.text)[1:-1]} {_probability(x.probability)}" for x in others)
+    return ", ".join(f"{_show(x.text)} {_probability(x.probability)}" for x in others)
+
+
+def _show(text: str) -> str:
+    """Write a word without the spaces around it; quote one that would not be seen."""
+    return text.strip() or repr(text)
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}"  # the sum makes -0.0 to 0.0
 
 
 def _probability(value: float) -> str:
@@ -281,5 +297,5 @@ def _name_most(found: Trace, word: int, measure: Measure) -> str:
     """Say how much of a word's attention goes to a picture, or how far it falls without one; of several, to which."""
     maps = [x for picture in range(len(found.pictures)) if (x := found.map(word, picture, measure)) is not None]
     most = max(maps, key=lambda x: x.whole)
-    value = f"{most.whole:.0%}" if measure == "attention" else f"{most.whole:.1f}"
+    value = f"{most.whole:.0%}" if measure == "attention" else _number(most.whole)
     return value if len(maps) == 1 else f"picture {most.picture + 1}: {value}"

@@ -23,6 +23,7 @@ import torch
 
 from vlm_cli.costs.flops import Work
 from vlm_cli.errors import UnknownNameError
+from vlm_cli.printable import count_of
 from vlm_cli.registry import suggest
 
 __all__ = ["CARDS", "Card", "find_card", "find_device", "measure_cpu", "measure_peak"]
@@ -134,7 +135,7 @@ def measure_cpu(dtypes: Iterable[str] = ("float32", "bfloat16")) -> Card:
         moved_by_products=min(1.0, multiplied / copied),
         host=_time(lambda: one + one),
         overlaps=False,
-        source=f"measured now, with {torch.get_num_threads()} threads",
+        source=f"measured now, with {count_of(torch.get_num_threads(), 'thread')}",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlm_cli.costs.subjects import Cost, Subject
+from vlm_cli.printable import count_of
 from vlm_cli.report.plots import Panel, draw_panels
 
 __all__ = ["draw_costs"]
@@ -52,9 +53,15 @@ def _curves(
     for subject, costs in counted:
         for cost in costs:
             work = cost.prompt.workload
-            view = f", {work.size[0]}x{work.size[1]}" if work.size else f", {work.tiles} tiles" if work.tiles else ""
+            view = (
+                f", {work.size[0]}x{work.size[1]}"
+                if work.size
+                else f", {count_of(work.tiles, 'tile')}"
+                if work.tiles
+                else ""
+            )
             view += f", {work.frames} frames" if work.frames > 1 else ""
-            other = f"{work.pictures} pictures" if over_text else f"{work.text} tokens"
+            other = count_of(work.pictures, "picture") if over_text else count_of(work.text, "token")
             x = work.text if over_text else work.pictures
             curves.setdefault(f"{subject.name}, {other}{view}", []).append((x, measure(cost)))
     return {name: sorted(points) for name, points in curves.items()}

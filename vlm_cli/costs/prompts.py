@@ -84,6 +84,11 @@ class PromptCost:
     next: list[Work] = field(repr=False)
 
     @property
+    def activation_bytes(self) -> int:
+        """The most bytes beside the weights: caches, media and what operations make."""
+        return self.peak_bytes - self.weight_bytes
+
+    @property
     def fits(self) -> bool:
         """Whether the language model can read so many positions and one more."""
         return self.context is None or self.positions < self.context
@@ -94,7 +99,8 @@ class PromptCost:
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("workload", "flops", "first", "next")
         }
         flops = asdict(self.flops) | {"total": self.flops.total}
-        return {**asdict(self.workload), **found, "fits": self.fits, "flops": flops}
+        derived = {"activation_bytes": self.activation_bytes, "fits": self.fits}
+        return {**asdict(self.workload), **found, **derived, "flops": flops}
 
 
 def count_prompt(model: VLM, workload: Workload) -> PromptCost:

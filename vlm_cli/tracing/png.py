@@ -7,8 +7,9 @@ from math import isqrt
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from vlm_cli.printable import escape_controls
 from vlm_cli.tracing.trace import HeatMap, Measure, Trace
 
 __all__ = ["draw_trace", "overlay"]
@@ -46,7 +47,7 @@ def draw_trace(trace: Trace) -> bytes:
         for column, (picture, measure) in enumerate(columns):
             found = trace.map(word, picture, measure)
             assert found is not None
-            image = ImageOps.contain(trace.pictures[picture].image, (tile, tile))
+            image = _fit(trace.pictures[picture].image, tile)
             shown = overlay(image, found, trace.scale(word, measure))
             sheet.paste(shown, (_NAME + column * (tile + _GAP), top))
     data = io.BytesIO()
@@ -62,6 +63,13 @@ def _choose_tile(num_words: int, num_columns: int) -> int:
     return max(_SMALLEST_TILE, min(_TILE, rows, columns, area))
 
 
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """Scale a picture so that its longer side has `side` pixels; the shorter one keeps at least one."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(x * scale)) for x in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def _name_picture(trace: Trace, picture: int) -> str:
     found = trace.pictures[picture]
     name = f"{picture + 1}: {found.name.rsplit('/', 1)[-1]}"
@@ -69,8 +77,8 @@ def _name_picture(trace: Trace, picture: int) -> str:
 
 
 def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, color: str, font: _Font) -> None:
-    """Write a text, cut to a width in pixels."""
-    shown = text
+    """Write a text on one line, cut to a width in pixels."""
+    shown = text = escape_controls(text)
     while shown and draw.textlength(shown, font) > width:
         text = text[:-1]
         shown = f"{text}…" if text else ""

@@ -21,8 +21,8 @@ class StepSettings:
         Flag(
             help="Train small matrices beside the linear layers of PART, and leave PART as it is: LoRA. Settings are "
             "r=16, alpha=32 (twice r), targets=q_proj+v_proj (names of layers; all by default), dropout=0, and dora or "
-            "rslora. May be given several times. OUT then holds the adapters and the parts that train whole, and names "
-            "MODEL for the rest. For a directory that runs alone: vlm export OUT OTHER --format merged.",
+            "rslora. May be given several times. A trained directory then holds the adapters and the parts that train "
+            "whole, and names its model for the rest. For one that runs alone: vlm export DIR OUT --format merged.",
             heading=LEARNING,
             metavar="PART[:r=R,…]",
             repeated=True,
