@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from benchmarks.speed.results import Bar, Report, Table
 from benchmarks.speed.rounding import find_parting, write
 from vlm_cli.errors import first_line
 from vlm_cli.modeling.acceleration import accelerate
-from vlm_cli.modeling.decoding.slots import Slots
-from vlm_cli.modeling.decoding.static import capture
+from vlm_cli.modeling.decoding.read_rows import ReadRows
+from vlm_cli.modeling.decoding.static import WARM_UP, find_graph
+from vlm_cli.modeling.decoding.static_slots import StaticSlots
 from vlm_cli.modeling.decoding.steps import EagerStep
 
 COMPILED = "bare, compiled"
@@ -169,19 +169,20 @@ def _measure_slots(report: Report, models: Models, settings: Settings, tokens: i
 
 def _slots(ours: Contender, prompt: Prompt, tokens: int) -> Run:
     """Seconds of a step in which all slots are taken."""
-    inputs = ours.inputs(prompt)
-    length = ours.model.num_positions() + prompt.text
-    make = partial(Slots, ours.model, prompt.batch, longest=length, room=tokens + 1)
+    model, inputs = ours.model, ours.inputs(prompt)
+    told = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
     @torch.inference_mode()
     def run_once() -> float:
-        slots = make(graph=capture if ours.model.device.type == "cuda" else None)
-        slots.admit(slots.free, **inputs)
-        slots.step()  # a graph is captured at the third token
-        started, count = now(), 0
-        while not slots.free:
-            count += max(len(x.tokens) for x in slots.step())
-        return (now() - started) / count
+        slots, output = StaticSlots(model, graph=find_graph(model, None)), model.generate(**inputs, **told)
+        slots.put(range(prompt.batch), ReadRows.of(model, output))
+        newest = slots(output.sequences[:, -1]).argmax(-1)
+        for _ in range(WARM_UP):  # and the graph is captured
+            newest = slots(newest).argmax(-1)
+        started = now()
+        for _ in range(tokens):
+            newest = slots(newest).argmax(-1)
+        return (now() - started) / tokens
 
     return run_once
 

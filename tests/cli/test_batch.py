@@ -23,12 +23,14 @@ from tests.support.grid import first_of, grid
 from vlm_cli import VLM
 from vlm_cli.cli.progress import ProgressLine
 from vlm_cli.errors import is_out_of_memory
-from vlm_cli.generation import answers, choosing
+from vlm_cli.generation import answers, choosing, slot_choice
 from vlm_cli.generation.batch_size import BatchSize, RowCost
 from vlm_cli.generation.encoded_image import ImageSlot
 from vlm_cli.generation.images import ImageCache, Pixels, Preprocessor
 from vlm_cli.generation.journal import Journal, partial_of
 from vlm_cli.media import MediaLoader
+from vlm_cli.modeling.decoding.slot_cache import SlotCache
+from vlm_cli.modeling.decoding.static_slots import StaticSlots
 from vlm_cli.models import DEMO
 from vlm_cli.prompt import Medium
 from vlm_cli.tiling import MediumSize
@@ -169,6 +171,36 @@ def test_samples_are_repeatable_with_a_seed(answer):
     first = sample(1)
     assert all(len(row["sequences"]) == 2 for row in first)
     assert first == sample(1) and first != sample(2)
+
+
+@grid(flags=[("--stop", "e"), (), ("--temperature", 3, "--seed", 1)], quick={"flags": [("--stop", "e")]})
+def test_a_static_cache_gives_the_same(answer, monkeypatch, flags):
+    wanted = answer(PROMPTS, *flags, out="growing.jsonl")[1]
+    monkeypatch.setattr(slot_choice, "_is_static", lambda model: True)  # as on a GPU
+    put, slots = StaticSlots.put, []
+
+    def spy(self, new, rows):
+        slots.extend(new)
+        put(self, new, rows)
+
+    monkeypatch.setattr(StaticSlots, "put", spy)
+    assert answer(PROMPTS, *flags)[1] == wanted
+    assert len(slots) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--num-beams", 2), "Note: beams, or several answers to a row, go on until the last of them ends"),
+        (("--repetition-penalty", 1.5), "Note: a repetition penalty looks at all tokens of a row"),
+        (("--repetition-penalty", 1.5, "--batch-size", 1), None),
+        ((), None),
+    ],
+)
+def test_what_keeps_the_rows_of_a_batch_together_is_told(answer, flags, reason):
+    said = " ".join(answer(PROMPTS[:1], *flags)[0].stderr.split())
+    rest = "so each batch of rows takes as long as its longest answer."
+    assert f"{reason}, {rest}" in said if reason else rest not in said
 
 
 # -- together ----------------------------------------------------------------------------------------------------------
@@ -331,6 +363,23 @@ def test_where_memory_does_not_suffice_rows_are_halved_and_asked_again(answer, m
     assert written == wanted
     assert sizes == [4, 2, 1, 1, 1, 1, 1, 1, 1]
     assert "memory does not suffice for 4 rows at once; continuing with 2." in result.stderr
+
+
+def test_where_memory_ends_within_the_slots_no_row_is_lost(answer, monkeypatch):
+    wanted = answer(PROMPTS, out="enough.jsonl")[1]
+    write, calls = SlotCache.write, []
+
+    def scarce(self, slots, rows):
+        found = write(self, slots, rows)
+        calls.append(len(slots))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(SlotCache, "write", scarce)
+    result, written = answer(PROMPTS)
+    assert written == wanted and len(calls) > 2
+    assert "memory does not suffice for" in result.stderr
 
 
 def test_a_row_that_is_too_large_alone_is_an_error_and_others_go_on(answer, monkeypatch):

@@ -16,6 +16,9 @@ from tests.support.tiny import IMAGE
 from vlm_cli.checkpoint.published.importing import import_checkpoint
 from vlm_cli.doctor import CHECKS, check_invariants
 from vlm_cli.modeling import vlm as core
+from vlm_cli.modeling.decoding.read_rows import ReadRows
+from vlm_cli.modeling.decoding.static import find_graph
+from vlm_cli.modeling.decoding.static_slots import StaticSlots
 from vlm_cli.modeling.prompt_cache import PromptCache
 from vlm_cli.modeling.vlm import VLM
 
@@ -115,3 +118,31 @@ def test_a_second_turn_reads_only_what_is_new(fusion, device):
     # With another picture, nothing after it may be reused.
     found = model.generate(**other, lang_x=second, prompt_cache=cache, **GREEDY)
     assert cache.reused <= 2 and torch.equal(found, model.generate(**other, lang_x=second, **GREEDY))
+
+
+@each_fusion
+@torch.inference_mode()
+def test_rows_in_slots_of_a_captured_step(fusion, device):
+    """A row takes the slot of another while a third one goes on; each is answered as alone."""
+    model = build(fusion).to(device)
+    rows = [row.inputs() for row in tiny.rows(model, (2, 0, 1))]
+    alone = [model.generate(**x, **GREEDY, eos_token_id=None)[0, -8:].tolist() for x in rows]
+    told: Any = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    step, newest = StaticSlots(model, graph=find_graph(model, None)), torch.zeros(2, dtype=torch.long, device=device)
+
+    def write(slot: int, inputs: dict[str, Any]) -> int:
+        output = model.generate(**inputs, **told)
+        step.put([slot], ReadRows.of(model, output))
+        newest[slot] = output.sequences[0, -1]
+        return int(newest[slot])
+
+    found = [[write(0, rows[0])], [write(1, rows[1])], []]
+    for number in range(11):
+        newest.copy_(step(newest).argmax(-1))
+        found[0].append(int(newest[0]))
+        found[2 if number > 3 else 1].append(int(newest[1]))
+        if number == 3:
+            step.release(1)
+            found[2].append(write(1, rows[2]))
+    assert [x[:8] for x in found[::2]] == alone[::2] and found[1] == alone[1][:5]
+    assert (step._step._replay is not None) == (device == "cuda")  # type: ignore[union-attr]

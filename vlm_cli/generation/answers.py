@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from vlm_cli.generation.choosing import RowChooser
 from vlm_cli.generation.images import ImageCache, Preprocessor, with_images
 from vlm_cli.generation.plan import GenerationPlan, ignore_message
 from vlm_cli.generation.rows import Row
-from vlm_cli.generation.slot_choice import find_slot_problem, make_chooser
+from vlm_cli.generation.slot_choice import find_setting_problem, find_slot_problem, make_chooser, make_step
 from vlm_cli.generation.slot_queue import SlotQueue
 from vlm_cli.generation.slots import Slots
 from vlm_cli.media import MediaLoader
@@ -39,6 +40,8 @@ __all__ = ["Counts", "RowAnswerer"]
 LOOKAHEAD_BATCHES = 8  # batches of rows among which the engine looks for rows of similar length
 #: Arguments of `VLM.generate` that read a prompt and say what its first token may be.
 FIRST_TOKEN = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+#: The same for a model that is to have a static cache: slots have it, not the prompts.
+FIRST_TOKEN_ALONE = FIRST_TOKEN | {"cache_implementation": "dynamic", "disable_compile": True}
 CACHE_BYTES = 2**30  # bytes of images, or of their vision tokens, that wait for the model or may be shown again
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -108,9 +111,10 @@ class RowAnswerer:
         self.size = BatchSize(1) if self.chooser.most == 1 else size
         self.media = BatchMedia(self.model)
         # For what rows begin with in common, such as the examples of few-shot prompts.
-        shares = self.media.encodes_apart and sequences == 1 and self.chooser.most != 1
+        has_own = self.model.generation_config.cache_implementation is not None  # Transformers makes these caches alone
+        shares = self.media.encodes_apart and sequences == 1 and self.chooser.most != 1 and not has_own
         self.prompt_cache = PromptCache() if shares else None
-        self.queue = self._make_queue(sequences)
+        self.queue = self._make_queue()
         channels, height, width = plan.processor.image_processor.frame_shape
         image_bytes = max(4 * channels * height * width, count_token_bytes(self.model, MediumSize()))
         self.max_images = max(1, CACHE_BYTES // image_bytes)
@@ -143,22 +147,23 @@ class RowAnswerer:
                     done.images = []  # whoever keeps the row keeps no vision tokens; the cache has those of late
                     yield done
 
-    def _make_queue(self, sequences: int) -> SlotQueue | None:
+    def _make_queue(self) -> SlotQueue | None:
         """Make the queue for slots; None where rows are answered in batches."""
-        if sequences > 1 or not self.chooser.pads or (choose := make_chooser(self.plan, self.seed)) is None:
+        if (problem := find_setting_problem(self.plan) or find_slot_problem(self.model)) is not None:
+            if self.size.rows > 1:
+                self.notify(f"Note: {problem}, so each batch of rows takes as long as its longest answer.")
             return None
-        if (problem := find_slot_problem(self.model)) is not None:
-            self.notify(f"Note: {problem}, so each batch of rows takes as long as its longest answer.")
-            return None
-        slots = Slots(self.model, choose, lambda row, ids, newest: self.plan.is_over(row.ids, ids, newest))
+        choose, make = make_chooser(self.plan, self.seed), partial(make_step, self.model)
+        slots = Slots(self.model, make, choose, lambda row, ids, newest: self.plan.is_over(row.ids, ids, newest))
         return SlotQueue(slots, self.size, self.chooser)
 
     @torch.inference_mode()
     def _go_on(self, queue: SlotQueue) -> None:
         """Let rows that wait take free slots, or write the next tokens of those that have one."""
         started, rows = time.monotonic(), queue.choose()
+        told = FIRST_TOKEN if self.model.generation_config.cache_implementation is None else FIRST_TOKEN_ALONE
         try:
-            over = queue.seat(rows, self._run(rows, **FIRST_TOKEN)) if rows else queue.write()
+            over = queue.seat(rows, self._run(rows, **told)) if rows else queue.write()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

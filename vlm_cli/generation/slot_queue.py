@@ -57,9 +57,9 @@ class SlotQueue:
         Returns:
             Those that are over with their first token; None if they cannot be in slots.
         """
-        chosen = set(map(id, rows))
+        over, chosen = self.slots.join(rows, output), set(map(id, rows))
         self.waiting = deque(row for row in self.waiting if id(row) not in chosen)
-        return self.slots.join(rows, output)
+        return over
 
     def write(self) -> list[Seat]:
         """Write tokens of all rows in slots, and return the rows that are over. The time tells if more are faster."""
@@ -79,10 +79,11 @@ class SlotQueue:
         """Use fewer slots, after memory did not suffice, and return for how many rows it did not.
 
         Args:
-            rows: whose prompts were read; they still wait. Without any, the rows in slots wait again.
+            rows: whose prompts were read; they still wait. Without any, or where they were on their way into slots,
+                the rows in slots wait again.
         """
         seated = [seat.row for seat in self.slots.active]
-        if not rows:
+        if not rows or not self.slots.is_whole:
             self.slots.clear()
             self.waiting.extendleft(reversed(seated))
         if (number := len(rows) + len(seated)) > 1:

@@ -1,7 +1,9 @@
 """`Slots`: a fixed number of rows that are decoded together; a row that ends makes room for another.
 
-Each call of the language model writes one token of each slot.
-S slots, T columns of the cache, V columns of the logits, n new rows, k head width.
+This module knows which row has which slot, which tokens it gets, and when it ends. `SlotStep` knows how the language
+model writes one token of each slot, and where it keeps what it has read.
+
+S slots, V columns of the logits, n new rows.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlm_cli.generation.slot_cache import SlotCache
+from vlm_cli.modeling.decoding.read_rows import ReadRows, as_index, put_rows
+from vlm_cli.modeling.decoding.slot_step import SlotStep
 
 if TYPE_CHECKING:
     from transformers.generation.logits_process import LogitsProcessorList
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Chooser", "Seat", "Slots"]
 
 LOOK_EVERY = 8  # tokens between two looks of the host at a device that is not a CPU
-MIN_DROPPED = 32  # columns that no row needs before the cache is copied without them
 
 
 @dataclass(eq=False)
@@ -33,13 +35,11 @@ class Seat:
 
     Attributes:
         row: the row.
-        start: column of its first position.
         numbers: float[room], random numbers of its tokens; None if none are drawn.
         tokens: of the answer so far.
     """
 
     row: Row
-    start: int
     numbers: Tensor | None = None
     tokens: list[int] = field(default_factory=list)
 
@@ -96,12 +96,14 @@ class Slots:
 
     Args:
         model: the VLM.
+        make_step: makes what writes one token of each slot.
         choose: chooses tokens.
         is_over: says whether the newest tokens of a row end its answer: gets the row, its tokens, and how many are new.
         look_every: tokens between two looks of the host at the device; None for what suits the device.
 
     Attributes:
         seats: the row in each slot; None in a free one.
+        is_whole: whether no error has left new rows in the middle of their way into slots; `clear` helps.
         calls: of the language model, one for each token of the slots.
         decoded: positions that these calls computed, those of free slots too.
     """
@@ -109,24 +111,23 @@ class Slots:
     def __init__(
         self,
         model: VLM,
+        make_step: Callable[[], SlotStep],
         choose: Chooser,
         is_over: Callable[[Row, list[int], int], bool],
         *,
         look_every: int | None = None,
     ) -> None:
-        self.model, self.choose, self.is_over = model, choose, is_over
+        self.model, self.make_step, self.choose, self.is_over = model, make_step, choose, is_over
         self.look_every = look_every or (1 if model.device.type == "cpu" else LOOK_EVERY)
         self.calls = self.decoded = 0
         self.clear()
 
     def clear(self) -> None:
         """Forget all rows."""
-        self.cache = SlotCache()
+        self.step = self.make_step()
+        self.is_whole = True
         self.seats: list[Seat | None] = []
         self.tokens = torch.zeros(0, dtype=torch.long, device=self.model.device)  # [S], the newest of each slot
-        self.counts = torch.zeros_like(self.tokens)  # [S], media of each row
-        self.media: Tensor | None = None
-        self.media_mask: Tensor | None = None  # [S, T_img, n]
 
     @property
     def active(self) -> list[Seat]:
@@ -143,57 +144,34 @@ class Slots:
         Returns:
             The rows whose answers are over with their first token; None if the cache cannot be copied into slots.
         """
-        source, mask = self.model.lm_interface.cache_in(output), output.attention_mask.bool()
-        if not SlotCache.takes(source, mask):
+        read = ReadRows.of(self.model, output)
+        if not self.step.takes(read):
             return None
+        seats = [Seat(row, self.choose.numbers(row)) for row in rows]
+        first = self.choose(output.logits[0], self._numbers(seats))
         free = [i for i, seat in enumerate(self.seats) if seat is None]
         slots = [*free, *range(len(self.seats), len(self.seats) + len(rows))][: len(rows)]
-        shift = self.cache.write(slots, source, mask)
-        self.seats += [None] * (self.cache.num_slots - len(self.seats))
-        for seat in self.active:
-            seat.start += shift
-        lengths = mask.sum(1).tolist()
-        seats = [
-            Seat(row, self.cache.length - length, self.choose.numbers(row))
-            for row, length in zip(rows, lengths, strict=True)
-        ]
-        first = self.choose(output.logits[0], self._numbers(seats))
-        media, media_mask = self.model.media_for_decoding(output.media, output.media_mask)
-        where = torch.tensor(slots).to(first.device, non_blocking=True)
-        self._share(where, media, media_mask)
-        self.tokens = _put(self.tokens, where, first, len(self.seats))
-        self.counts = _put(self.counts, where, output.media_counts.to(first.device), len(self.seats))
+        self.is_whole = False
+        self.step.put(slots, read)
+        self.seats += [None] * (self.step.num_slots - len(self.seats))
+        self.tokens = put_rows(self.tokens, as_index(slots, first.device), first, len(self.seats))
         for slot, seat in zip(slots, seats, strict=True):
             self.seats[slot] = seat
+        self.is_whole = True
         return self._take(dict(zip(slots, first[:, None].tolist(), strict=True)))
 
     def advance(self) -> list[Seat]:
         """Write the next tokens of all rows, and return the rows that are over."""
-        self._tidy()
+        if (kept := self.step.compact()) is not None:
+            self.seats, self.tokens = [self.seats[i] for i in kept], self.tokens[as_index(kept, self.tokens.device)]
         most = min(self.look_every, *(seat.left for seat in self.active))
-        written = [self._step(i) for i in range(most)]
+        written = [self._write(i) for i in range(most)]
         tokens = torch.stack(written, dim=1).tolist()  # [S][most]
         return self._take({slot: tokens[slot] for slot, seat in enumerate(self.seats) if seat is not None})
 
-    def _step(self, ahead: int) -> Tensor:
+    def _write(self, ahead: int) -> Tensor:
         """Write one token of each slot: int[S]. The host has not seen the last `ahead` ones."""
-        length, device = self.cache.length, self.tokens.device
-        # A free slot sees what it writes alone.
-        starts = torch.tensor([length if seat is None else seat.start for seat in self.seats])
-        mask = torch.arange(length + 1) >= starts[:, None]  # [S, T + 1]
-        inputs = self.model.prepare_inputs_for_generation(
-            self.tokens[:, None],
-            next_sequence_length=1,
-            attention_mask=mask.long().to(device, non_blocking=True),
-            position_ids=(length - starts)[:, None].to(device, non_blocking=True),
-            media=self.media,
-            media_mask=self.media_mask,
-            media_counts=self.counts[:, None],
-            use_cache=True,
-            **{self.model.lm_interface.cache_name: self.cache.cache},
-        )
-        logits = self.model(**inputs, return_dict=True).logits[:, -1]
-        self.tokens = self.choose(logits, self._numbers(self.seats, ahead))
+        self.tokens = self.choose(self.step(self.tokens), self._numbers(self.seats, ahead))
         self.calls += 1
         self.decoded += len(self.seats)
         return self.tokens
@@ -218,59 +196,5 @@ class Slots:
             if not seat.left or self.is_over(seat.row, seat.tokens, len(new)):
                 over.append(seat)
                 self.seats[slot] = None
+                self.step.release(slot)
         return over
-
-    def _tidy(self) -> None:
-        """Drop slots and columns that no row needs."""
-        kept = [i for i, seat in enumerate(self.seats) if seat is not None]
-        if len(kept) <= len(self.seats) // 2:
-            self.cache.select(kept)
-            index = torch.tensor(kept).to(self.tokens.device, non_blocking=True)
-            self.seats = [self.seats[i] for i in kept]
-            self.tokens, self.counts = self.tokens[index], self.counts[index]
-            if self.media is not None and self.media_mask is not None:
-                self.media, self.media_mask = self.media[index], self.media_mask[index]
-        unused = min(seat.start for seat in self.active)
-        if unused >= max(MIN_DROPPED, self.cache.length // 4):
-            self.cache.drop(unused)
-            for seat in self.active:
-                seat.start -= unused
-
-    def _share(self, where: Tensor, media: Tensor | None, mask: Tensor | None) -> None:
-        """Put the media of new rows beside those of the others; what is shorter is padded.
-
-        Args:
-            where: int[n], slots of the new rows.
-            media: float[n, …, T_img·n, k] as `media_for_decoding` returns them; None for none.
-            mask: bool[n, T_img, n] of them.
-        """
-        total = len(self.seats)
-        if media is None or mask is None:
-            if self.media is None or self.media_mask is None:
-                return
-            media = self.media.new_zeros(len(where), *self.media.shape[1:])
-            mask = self.media_mask.new_zeros(len(where), *self.media_mask.shape[1:])
-        if self.media is None or self.media_mask is None:
-            self.media, self.media_mask = media[:0], mask[:0]
-        shape = [max(pair) for pair in zip(self.media_mask.shape[1:], mask.shape[1:], strict=True)]
-        (old, old_mask), (new, new_mask) = (
-            _padded(x, m, shape) for x, m in ((self.media, self.media_mask), (media, mask))
-        )
-        self.media, self.media_mask = _put(old, where, new, total), _put(old_mask, where, new_mask, total)
-
-
-def _put(old: Tensor, where: Tensor, new: Tensor, total: int) -> Tensor:
-    """Put rows at their places: *[S, …], int[n], *[n, …] -> *[total, …], 0 at places that are new and free."""
-    if len(old) < total:
-        old = torch.cat([old, new.new_zeros(total - len(old), *new.shape[1:])])
-    return old.index_copy(0, where, new)
-
-
-def _padded(media: Tensor, mask: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Pad media to so many media of so many vision tokens each."""
-    if tuple(mask.shape[1:]) == tuple(shape):
-        return media, mask
-    more = [wanted - has for wanted, has in zip(shape, mask.shape[1:], strict=True)]
-    apart = media.unflatten(-2, mask.shape[1:])  # [S, …, T_img, n, k]
-    apart = torch.nn.functional.pad(apart, (0, 0, 0, more[1], 0, more[0]))
-    return apart.flatten(-3, -2), torch.nn.functional.pad(mask, (0, more[1], 0, more[0]))

@@ -22,6 +22,7 @@ from vlm_cli.modeling.quantizing import quantize_model
 from vlm_cli.modeling.vlm import VLM
 
 __all__ = [
+    "ONE_POSITION",
     "accelerate",
     "check_compiler",
     "compile_decoding",
@@ -29,7 +30,7 @@ __all__ = [
     "use_one_position_attention",
 ]
 
-_ATTENTION = "sdpa_one_position"
+ONE_POSITION = "sdpa_one_position"  # the name of `one_position_attention` in Transformers' tables
 
 
 def accelerate(model: VLM, *, quantize: str | None = None, compile: bool = False) -> VLM:
@@ -84,9 +85,9 @@ def use_one_position_attention(model: VLM) -> None:
     """
     lm = model.lang_model
     if model.device.type == "cpu" and lm.config._attn_implementation == "sdpa" and lm._can_set_attn_implementation():
-        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, one_position_attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        lm.set_attn_implementation(_ATTENTION)
+        ALL_ATTENTION_FUNCTIONS.register(ONE_POSITION, one_position_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ONE_POSITION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        lm.set_attn_implementation(ONE_POSITION)
 
 
 def compile_decoding(model: VLM) -> None:

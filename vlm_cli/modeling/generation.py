@@ -21,7 +21,6 @@ from vlm_cli.modeling.batching import pad_left
 from vlm_cli.modeling.conditioning import count_media
 from vlm_cli.modeling.config import VLMConfig
 from vlm_cli.modeling.decoding.loop import decode, fits
-from vlm_cli.modeling.decoding.reading import ReadPrompts, read
 from vlm_cli.modeling.decoding.static import StaticStep
 from vlm_cli.modeling.deduplicate import is_on_host, moved, on_host
 from vlm_cli.modeling.fusion.expansion import ExpandedPrompt
@@ -41,8 +40,6 @@ class GenerationMixin(transformers.GenerationMixin):
     look_every: int | None = None
     #: The step of the last answer with a static cache, whose tensors the next one may use again.
     static_step: StaticStep | None = None
-    #: Where prompts go that `generate` only reads; None to answer them.
-    read_prompts: list[ReadPrompts] | None = None
 
     # Attributes of the `VLM` that inherits this class.
     config: VLMConfig
@@ -311,9 +308,6 @@ class GenerationMixin(transformers.GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        if self.read_prompts is not None:
-            self.read_prompts.append(read(self, input_ids, generation_config, model_kwargs))
-            return input_ids
         if not fits(generation_config, stopping_criteria, synced_gpus=synced_gpus, kwargs=model_kwargs):
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs

@@ -21,16 +21,13 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vlm_cli.modeling.decoding.choosing import are_numbers, choose
-from vlm_cli.modeling.decoding.reading import read
 from vlm_cli.modeling.decoding.rows import GrowingRows, may_wait
-from vlm_cli.modeling.decoding.static import StaticStep, capture
-from vlm_cli.modeling.decoding.steps import EagerStep
+from vlm_cli.modeling.decoding.static import StaticStep, find_graph
+from vlm_cli.modeling.decoding.steps import EagerStep, settle
 
 __all__ = ["decode", "fits"]
 
 LOOK_EVERY = 8  # tokens between two looks of the host at a device that is not a CPU
-
-_CAPTURING = ("reduce-overhead", "max-autotune")
 
 
 def fits(
@@ -78,8 +75,10 @@ def decode(
     static = find_static_step(model, ids, config, kwargs)
     if static is not None:
         kwargs[model.lm_interface.cache_name] = static.cache
-    prompts = read(model, ids, config, kwargs)
-    logits, kwargs = prompts.logits, prompts.kwargs
+    outputs = model._prefill(ids, config, kwargs, is_first_iteration=True)
+    logits = outputs.logits[:, -1].clone()  # the other positions' may be freed
+    kwargs = settle(model, outputs, kwargs)
+    del outputs
     step: Any = EagerStep(model, kwargs) if static is None else static
     if static is not None:
         static.begin(kwargs)
@@ -126,10 +125,8 @@ def find_static_step(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any
     step: StaticStep | None = model.static_step
     model.static_step = None  # an error may leave it in the middle of an answer
     if step is None or not step.serves(forward, len(ids), config.max_length):
-        # These modes of the compiler capture graphs themselves.
-        captures = compiles and getattr(config.compile_config, "mode", "reduce-overhead") in _CAPTURING
-        graph = capture if model.device.type == "cuda" and not captures else None
-        step = StaticStep(model, forward, len(ids), config.max_length, graph)
+        mode = getattr(config.compile_config, "mode", "reduce-overhead") if compiles else None
+        step = StaticStep(model, forward, len(ids), config.max_length, find_graph(model, mode))
     step.reset()
     return step
 

@@ -19,12 +19,14 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from vlm_cli.errors import first_line
 
-__all__ = ["StaticStep", "make_static_cache"]
+__all__ = ["Graph", "StaticStep", "find_graph", "make_static_cache"]
 
 ROUND = 64  # positions to which the length of a cache is rounded up, so that answers of many lengths share a step
 WARM_UP = 2  # calls before a capture, in which the compiler and libraries allocate what they need
 
 Graph = Callable[[Callable[[], None]], Callable[[], None]]
+
+_CAPTURING = ("reduce-overhead", "max-autotune")  # modes of the compiler that capture graphs themselves
 
 
 def make_static_cache(config: Any, length: int) -> StaticCache:
@@ -50,6 +52,16 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def find_graph(model: Any, compile_mode: str | None) -> Graph | None:
+    """Return what captures the step of a model on its device; None if nothing does.
+
+    Args:
+        model: the VLM.
+        compile_mode: the compiler's, if it compiles the step.
+    """
+    return capture if model.device.type == "cuda" and compile_mode not in _CAPTURING else None
 
 
 class StaticStep:

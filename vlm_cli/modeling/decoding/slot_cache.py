@@ -9,7 +9,7 @@ language model this is a batch that is padded at the left:
     slot 2      .  .  p  q  r  s  t
                                      └── all write here next
 
-S slots, h heads, C columns of which T are written, k head width, n new rows, L positions of their prompts.
+S slots, h heads, C columns of which T are written, k head width.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from vlm_cli.modeling.decoding.read_rows import ReadRows, as_index
 from vlm_cli.modeling.prompt_cache import is_plain
 
 __all__ = ["SlotCache"]
@@ -70,42 +70,31 @@ class SlotCache:
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     @staticmethod
-    def takes(source: Any, mask: Tensor) -> bool:
-        """Say whether rows that a language model has read can be copied into slots.
+    def takes(rows: ReadRows) -> bool:
+        """Say whether the cache of rows can be copied into slots."""
+        is_whole = is_plain(rows.cache) and rows.cache.get_seq_length() == rows.mask.shape[1]
+        return is_whole and not rows.lacks_positions
 
-        Args:
-            source: the language model's cache of the rows.
-            mask: bool[n, L] on the CPU, false at padding, which may stand between positions.
-        """
-        if not is_plain(source) or source.get_seq_length() != mask.shape[1]:
-            return False
-        # A window drops columns, of padding inside of a row too, so that positions would be missing.
-        return not any(is_sliding(layer) for layer in source.layers) or _valid_last(mask) is None
-
-    def write(self, slots: Sequence[int], source: Any, mask: Tensor) -> int:
+    def write(self, slots: Sequence[int], rows: ReadRows) -> int:
         """Copy rows into slots, so that their columns end at the last one that is written.
 
         Args:
             slots: of the rows; those beyond `num_slots` are made.
-            source, mask: as for `takes`.
+            rows: which `takes` approved.
 
         Returns:
             Columns that were put before all others, since a row has more positions than there were columns.
         """
-        longest, order = int(mask.sum(1).max()), _valid_last(mask)
-        shift = max(0, longest - self.length)
+        shift = max(0, max(rows.lengths) - self.length)
         length, total = self.length + shift, max(self.num_slots, 1 + max(slots))
         if self.cache is None:
-            self.cache = Cache(layers=[_SlotLayer() for _ in source.layers])
-        for layer, read in zip(self.cache.layers, source.layers, strict=True):
+            self.cache = Cache(layers=[_SlotLayer() for _ in rows.cache.layers])
+        for layer, read in zip(self.cache.layers, rows.cache.layers, strict=True):
             buffers: list[Tensor] = []
-            for old, states in zip(layer.buffers or [None, None], (read.keys, read.values), strict=True):
-                if order is not None:
-                    index = order.to(states.device, non_blocking=True)[:, None, :, None]
-                    states = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
-                states = states[:, :, -longest:]
+            for old, given in zip(layer.buffers or [None, None], (read.keys, read.values), strict=True):
+                states = rows.trim(given)
                 buffer = _resized(old, states, total, length, shift)
-                where = torch.tensor(list(slots)).to(states.device, non_blocking=True)
+                where = as_index(slots, states.device)
                 buffer[:, :, length - states.shape[2] : length].index_copy_(0, where, states)
                 buffers.append(buffer)
             layer.buffers = buffers
@@ -124,7 +113,7 @@ class SlotCache:
         """Keep some slots, which get the numbers of their order."""
         length, self.num_slots = self.length, len(slots)
         for layer in self.cache.layers:
-            index = torch.tensor(list(slots)).to(layer.buffers[0].device, non_blocking=True)
+            index = as_index(slots, layer.buffers[0].device)
             layer.buffers = [x.index_select(0, index) for x in layer.buffers]
             layer.show(length)
 
@@ -138,15 +127,3 @@ def _resized(old: Tensor | None, like: Tensor, slots: int, columns: int, shift: 
         kept = min(old.shape[2], buffer.shape[2] - shift)
         buffer[: len(old), :, shift : shift + kept] = old[:, :, :kept]
     return buffer
-
-
-def is_sliding(layer: Any) -> bool:
-    """Say whether a layer of a cache keeps its last positions alone."""
-    return bool(getattr(layer, "is_sliding", False))
-
-
-def _valid_last(mask: Tensor) -> Tensor | None:
-    """Return the order that puts padding first: bool[n, L] -> int[n, L]; None if it stands first already."""
-    if torch.equal(mask.long(), mask.long().cummax(1).values):
-        return None
-    return mask.to(torch.uint8).argsort(dim=1, stable=True)
