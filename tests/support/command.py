@@ -90,4 +90,4 @@ def _log_to_stderr() -> None:
     for logger in logging.getLogger().manager.loggerDict.values():
         for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stderr)
+                handler.stream = sys.stderr  # not `setStream`: it flushes the old one, which a test may have closed

@@ -17,7 +17,8 @@ __all__ = ["EagerStep", "settle"]
 def settle(model: Any, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the first step, once the prompt is read.
 
-    No `<image>` follows, so that one number of media, int[B, 1], holds for the rest of the answer.
+    No `<image>` follows, so that one number of media, int[B, 1], holds for the rest of the answer. A language model
+    without a cache reads the prompt again with each token, and so needs all that the prompt needed.
 
     Args:
         model: the VLM.
@@ -26,6 +27,8 @@ def settle(model: Any, outputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, is_encoder_decoder=False)
     kwargs.pop("most_readers", None)
+    if model.lm_interface.cache_in(outputs) is None:
+        return kwargs
     media, mask = kwargs.pop("media", None), kwargs.pop("media_mask", None)
     reads_all = bool(kwargs.pop("reads_all_media", False))
     if media is not None:
