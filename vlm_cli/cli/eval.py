@@ -132,10 +132,10 @@ def _evaluate(
     from vlm_cli.generation.answers import RowAnswerer
     from vlm_cli.generation.batch_size import BatchSize
 
-    if any(item.media for item in items):
-        console.note(f"Images: {loaded.processor.image_processor.describe()}")
     plan = _make_plan(loaded, questions)
     encode_items(items, records, plan)
+    if any(item.media for item in items):
+        console.note(f"Images: {loaded.processor.image_processor.describe()}")
     keep_collecting()
     with ProgressLine(len(items)) as progress:
         answerer = RowAnswerer(plan, BatchSize(questions.batch_size), notify=progress.notify)

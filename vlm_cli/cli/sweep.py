@@ -73,6 +73,10 @@ def sweep(
         raise UsageError("--data trains models, and no folder is named for them. Add --output OUT.")
     if not plan.trains and running.output is not None:
         raise UsageError("--output holds what training gives, and no records are given. Add --data SOURCE.")
+    if not plan.trains and (needless := next((x for x in ("budget", "eval_data") if x in plan.values), None)):
+        raise UsageError(
+            f"--{needless.replace('_', '-')} is of a training, and no records are given. Add --data SOURCE."
+        )
     candidates = make_candidates(plan.base, plan.dimensions, plan.settings)
     from vlm_cli.quiet import silence_libraries
     from vlm_cli.sweeps.overview import look_at

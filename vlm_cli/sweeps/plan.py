@@ -104,7 +104,7 @@ class Plan:
         """Of the weights that start at random, and of the order of the records."""
         given = self.values.get("seeds", [0])
         seeds = given if isinstance(given, list) else [given]
-        if twice := next((x for x in seeds if seeds.count(x) > 1), None):
+        if (twice := next((x for x in seeds if seeds.count(x) > 1), None)) is not None:
             raise UsageError(f"--seeds names {twice} twice, which would be the same run. Give it once.")
         return seeds
 
