@@ -69,7 +69,7 @@ def test_attention_changes_no_answer(language_model, monkeypatch):
 
     expected = scores(model, inputs)
     acceleration.use_one_position_attention(model)
-    monkeypatch.setitem(acceleration.ALL_ATTENTION_FUNCTIONS._local_mapping, acceleration._ATTENTION, counted)
+    monkeypatch.setitem(acceleration.ALL_ATTENTION_FUNCTIONS._local_mapping, acceleration.ONE_POSITION, counted)
     torch.testing.assert_close(scores(model, inputs), expected, **TOLERANCE)
     if language_model == "llama":
         assert 1 in calls  # the comparison was one

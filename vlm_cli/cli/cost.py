@@ -14,6 +14,7 @@ from vlm_cli.cli import console
 from vlm_cli.cli.command import option
 from vlm_cli.cli.cost_crossing import Crossing, find_crossings, print_crossings
 from vlm_cli.cli.cost_options import (
+    MOST,
     TRAINING,
     AgainstOption,
     CrossingOption,
@@ -60,7 +61,7 @@ def cost(
     ] = False,
     learned: Annotated[
         int | None,
-        option(TRAINING, "Learn only the last N tokens of the text; the default is all.", metavar="N", min=1),
+        option(TRAINING, "Learn only the last N tokens of the text; the default is all.", metavar="N", min=1, max=MOST),
     ] = None,
     step: StepSettings = StepSettings(),
     card: Annotated[

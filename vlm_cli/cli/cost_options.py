@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["AgainstOption", "CrossingOption", "CsvOption", "PlotOption", "WorkloadOptions", "parse_numbers"]
 
 PROMPT, COMPARE, TRAINING = "Prompt", "Comparison", "Learning"
-_MOST = 2**20  # tokens, pictures or frames
+MOST = 2**20  # tokens, pictures or frames
 
 AgainstOption = Annotated[
     str | None,
@@ -111,9 +111,9 @@ def parse_numbers(text: str, flag: str, *, least: int = 1) -> list[int]:
         UsageError: naming the option.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch(r"[0-9]{1,7}", word) and least <= int(word) <= _MOST for word in words):
+    if not all(re.fullmatch(r"[0-9]{1,7}", word) and least <= int(word) <= MOST for word in words):
         raise UsageError(
-            f"{flag} expects whole numbers from {least} to {_MOST:,} with commas between, such as {flag} 1,2,8; got "
+            f"{flag} expects whole numbers from {least} to {MOST:,} with commas between, such as {flag} 1,2,8; got "
             f"{text!r}."
         )
     return list(dict.fromkeys(map(int, words)))
