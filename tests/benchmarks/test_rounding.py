@@ -28,7 +28,7 @@ def partings(fusion: str, **other: Any) -> list[Parting]:
     return found
 
 
-@pytest.mark.sample(1)
+@pytest.mark.matrix
 @pytest.mark.parametrize("fusion", ["cross-attention", "language-stream"])
 def test_a_static_step_parts_by_rounding_alone(fusion, monkeypatch):
     found = partings(fusion, **STATIC)

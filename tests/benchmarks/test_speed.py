@@ -82,6 +82,7 @@ def test_verdict(value: float | None, limit: float | None, sense: str, verdict: 
     assert f"| {verdict} |" in page([report], "python -m benchmarks.speed")
 
 
+@pytest.mark.matrix
 def test_every_second_round_goes_the_other_way() -> None:
     ran: list[str] = []
 

@@ -42,6 +42,7 @@ def test_two_fusions_stand_side_by_side_and_cross_where_json_says(cost):
     assert kept[later] == min(kept.values())
 
 
+@pytest.mark.matrix
 def test_csv_holds_what_json_holds(vlm, cost):
     result = vlm("cost", "--text", "8", "--csv", "-q")
     [row] = csv.DictReader(io.StringIO(result.stdout))
@@ -62,6 +63,7 @@ def test_a_plot_is_the_same_each_time(vlm, tmp_path):
     assert pictures[2].startswith(b"\x89PNG")
 
 
+@pytest.mark.matrix
 def test_every_row_of_a_table_has_all_columns_and_no_step_is_without_a_name(vlm):
     result = vlm("cost", "--text", "8", "--frames", "1,2")
     heads, _, *rows = result.stdout.split("\n\n")[1].splitlines()

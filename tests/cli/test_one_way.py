@@ -166,7 +166,7 @@ def messages(request: pytest.FixtureRequest, photo: Path, model: Path) -> list[d
     return turns[request.param]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_every_way_feeds_the_same_tokens(asker: Asker, fed: list[list[int]], messages: list[dict[str, Any]]) -> None:
     answer = asker.chat(messages)
     (wanted,) = fed

@@ -64,7 +64,7 @@ def check_streams(command: str, streams: str, folder: Path) -> None:
         assert message == words
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("command", "streams"),
     first_rows(
@@ -96,6 +96,7 @@ def test_environments_of_every_kind_of_command(tmp_path, command, environment):
     assert result.returncode == 0 and "Error" not in result.stderr, result
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     first_rows(

@@ -87,7 +87,7 @@ def shrink(recipe: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.sample(1)
+@pytest.mark.matrix
 @pytest.mark.parametrize("recipe", ["llava-1.5", *sorted({*NAMES} - {"llava-1.5"})])
 def test_a_recipe_runs_from_end_to_end(recipe: str, folder: Path, tmp_path: Path, run: Any) -> None:
     built = run("build", tmp_path / "vlm", "--config", shrink(recipe, folder), "--random-weights")

@@ -39,6 +39,7 @@ def test_cells_lie_on_the_thing() -> None:
     assert not trace.lies_on(np.zeros((64, 64)), 4, 4).any()
 
 
+@pytest.mark.matrix
 def test_the_peaks_of_some_captions(capsys: pytest.CaptureFixture[str]) -> None:
     trace.main(["--scenes", "2", "--json"])
     shares = {(x["measure"], x["kind"]): x for x in json.loads(capsys.readouterr().out)}

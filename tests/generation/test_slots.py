@@ -201,6 +201,7 @@ def test_rows_with_a_common_beginning(fusion, make):
     assert found == {row.line: alone(model, row) for row in rows}
 
 
+@pytest.mark.sample(1)
 @torch.inference_mode()
 def test_a_sample_depends_on_its_seed_and_line_alone(make):
     model = tiny.open_gates(tiny.build())

@@ -32,7 +32,7 @@ def attack(shop: Workshop, kind: str, seed: int, count: int, folder: Path) -> No
     assert not wrong, f"{len(wrong)} of {count} cases went wrong:\n" + "\n".join(wrong)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_few(shop: Workshop, kind: str, hardening_seed: int, tmp_path: Path) -> None:
     attack(shop, kind, hardening_seed, FEW.get(kind, FEW_OF_OTHERS), tmp_path)

@@ -49,6 +49,7 @@ def kill(job: Job, whole: Whole, number: signal.Signals, seed: str, folder: Path
     return [f"{seed}, {number.name} {moment} of {whole.seconds:.3f} s: {problem}" for problem in found]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", first_of(COMMANDS))
 def test_a_run_that_is_killed_once(
     name: str, jobs: dict[str, Job], whole: Callable[[str], Whole], hardening_seed: int, tmp_path: Path

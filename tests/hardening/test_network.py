@@ -85,7 +85,7 @@ def server(monkeypatch) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-@pytest.mark.sample(1)
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -94,7 +94,7 @@ def reader(folder: Path, file: str, read: Callable[[str], Any]) -> Callable[[Any
     return run
 
 
-@pytest.mark.sample(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("file", "read", "least"),
     [

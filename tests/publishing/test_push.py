@@ -120,7 +120,7 @@ def test_a_second_push_deletes_what_an_earlier_model_had(push, model, hub):
     assert "model-00001-of-00002.safetensors" not in repository.newest and repository.newest["notes.txt"] == b"mine"
 
 
-@pytest.mark.sample(2)
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("files", "words", "code"),
     [

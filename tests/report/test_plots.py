@@ -10,6 +10,7 @@ from vlm_cli.report.plots import Panel, draw_panels
 PANELS = [Panel("GB", {"a": [(1, 2.0), (2, 3.0)], "b & <c>": [(1, 1.0), (2, 5.0)]}), Panel("s", {"a": [(1, 1.0)]})]
 
 
+@pytest.mark.matrix
 def test_an_svg_is_the_same_each_time_and_a_png_is_one(tmp_path):
     for name in ("a.svg", "b.svg", "c.png"):
         draw_panels(tmp_path / name, PANELS, x="tokens", title="costs")

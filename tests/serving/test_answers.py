@@ -146,6 +146,7 @@ def test_curl(server, demo):
     assert said == greedy(demo, "<image:examples/images/three.png>Q: How many things are there? A:")
 
 
+@pytest.mark.matrix
 def test_requests_that_wait_are_answered_together(server, client, demo):
     wanted = {name: greedy(demo, f"<image:examples/images/{name}>Describe the image.") for name in PICTURES[:2]}
     before = server.service.engine.load.batches

@@ -129,6 +129,7 @@ def test_a_large_body_is_refused_before_it_is_read(run):
         server.wait_until(lambda: 413 in [line["status"] for line in server.lines[1:]])
 
 
+@pytest.mark.matrix
 def test_a_full_queue_is_told_when_to_come_back(run):
     with run(queue=1, batch_size=1) as server:
         statuses = []
@@ -160,6 +161,7 @@ def slow(server):
     return b""
 
 
+@pytest.mark.matrix
 def test_a_body_that_never_ends_is_left(run):
     with run(limits=Limits(body_seconds=0.3)) as server:
         assert slow(server).startswith(b"HTTP/1.1 408")

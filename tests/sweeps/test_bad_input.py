@@ -212,6 +212,7 @@ def test_answers_to_other_questions(own, vlm, monkeypatch):
     assert vlm(*words).exit_code == 0
 
 
+@pytest.mark.matrix
 def test_another_version_is_told(own, vlm, monkeypatch):
     launch_here(monkeypatch, pretends=True)
     words = ["sweep", "base.yaml", *TRAIN, "--output", "out"]

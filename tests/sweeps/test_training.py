@@ -36,6 +36,7 @@ def scores(out: Path) -> list[dict[str, Any]]:
     return json.loads((out / "results.json").read_text())["compositions"]
 
 
+@pytest.mark.matrix
 def test_each_run_is_built_trained_and_asked_with_its_seed(done):
     out, _, ran, _ = done
     assert [words[0] for words in ran] == ["build", "train", "eval"] * 4
@@ -55,6 +56,7 @@ def test_each_run_is_built_trained_and_asked_with_its_seed(done):
         assert not (folder / "start").exists()
 
 
+@pytest.mark.matrix
 def test_the_table_holds_what_vlm_eval_found(done):
     out, _, _, printed = done
     assert printed["compositions"] == scores(out)
@@ -76,6 +78,7 @@ def test_the_table_holds_what_vlm_eval_found(done):
     )
 
 
+@pytest.mark.matrix
 def test_all_forms_of_the_table_agree(done):
     out, _, _, printed = done
     rows = list(csv.DictReader((out / "results.csv").open()))

@@ -185,6 +185,7 @@ def test_an_encoder_that_trains_is_refused() -> None:
         check_cacheable(model)
 
 
+@pytest.mark.matrix
 def test_a_run_with_features(
     vlm: Callable[..., Result], folder: Path, language_stream: Path, tmp_path: Path, encoded: list[int]
 ) -> None:

@@ -223,6 +223,7 @@ def test_without_peft_the_extra_is_named(
         load(str(trained))
 
 
+@pytest.mark.matrix
 def test_the_model_that_an_output_names_is_not_replaced_by_it(
     start: Path, trained: Path, folder: Path, vlm: Vlm, tmp_path: Path
 ) -> None:
@@ -261,6 +262,7 @@ def test_a_model_that_changed_is_noticed_and_one_that_moved_is_found(own: Path, 
         load(str(own), backbones={"language_model": str(moved)})
 
 
+@pytest.mark.matrix
 def test_a_run_names_the_place_where_it_found_what_moved(
     own: Path, folder: Path, vlm: Vlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,7 +394,7 @@ def test_two_runs_of_one_pass_each_equal_one_of_two_whose_optimizer_forgets(
     assert abs(found[0] - found[2]) > 1e-2
 
 
-@pytest.mark.sample(1)
+@pytest.mark.matrix
 @pytest.mark.parametrize("again", [False, True])
 def test_adapters_may_be_merged_first(
     trained: Path, start: Path, folder: Path, vlm: Vlm, tmp_path: Path, again: bool

@@ -83,6 +83,7 @@ def error(result: Result, code: int = 1) -> str:
     return result.stderr
 
 
+@pytest.mark.matrix
 def test_sources_without_weights_are_one_long_file(train: Vlm, tmp_path: Path) -> None:
     for out, data, flags in (
         ("one", "all.jsonl", ()),
@@ -153,6 +154,7 @@ def test_what_is_no_mixture_is_told(train: Vlm, data: str, flags: Any, code: int
     assert words in error(train("out", data, *flags), code)
 
 
+@pytest.mark.matrix
 def test_a_loss_that_is_no_number_names_source_and_row(train: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
     loss_of = vlm_cli.modeling.vlm.learned_loss
     monkeypatch.setattr(vlm_cli.modeling.vlm, "learned_loss", lambda *args, **kw: loss_of(*args, **kw) * torch.nan)

@@ -28,6 +28,7 @@ def logged(out: Path, name: str) -> dict[int, float]:
     return {entry["step"]: entry[name] for entry in metrics(out) if name in entry}
 
 
+@pytest.mark.matrix
 def test_tensorboard_gets_what_is_measured(train: Vlm, folder: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -96,6 +97,7 @@ def test_a_program_that_is_not_installed(train: Vlm, monkeypatch: pytest.MonkeyP
     assert "unknown name 'tensorbord' in --report-to. Did you mean 'tensorboard'?" in result.stderr
 
 
+@pytest.mark.matrix
 def test_a_trained_model_is_pushed_to_the_hub(train: Vlm, tmp_path: Path) -> None:
     with serving_here() as hub:
         result = train("--push-to-hub", "me/trained")
@@ -128,7 +130,7 @@ def test_a_delta_that_nobody_else_could_use_is_refused_before_the_run(
     assert f"vlm export {tmp_path / 'out'} OUT --format merged" in result.stderr
 
 
-@pytest.mark.sample(1)
+@pytest.mark.matrix
 @pytest.mark.parametrize("value", ["true", "PATH", "elsewhere", "false"])
 def test_the_trainer_s_way_to_resume(train: Vlm, tmp_path: Path, value: str) -> None:
     assert train("--keep-checkpoints").exit_code == 0

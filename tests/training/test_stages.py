@@ -135,6 +135,7 @@ def test_a_stage_says_how_its_records_are_read(plan: Any, folder: Path) -> None:
     assert found == [folder / "train.jsonl", Path("hf:ORG/NAME"), folder / "a/b.jsonl"]
 
 
+@pytest.mark.matrix
 def test_a_stage_may_stream_its_records(vlm: Vlm, plan: Any, language_stream: Path, out: Path) -> None:
     short = {"max_steps": 1, "streaming": True, "group_by_length": False}
     result = vlm("train", language_stream, "--stages", plan(ALIGN | short, TUNE | short), "--output", out)

@@ -137,6 +137,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(VLMTrainer, "compute_loss", press)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("options", "interruptions"),
     [
@@ -261,6 +262,7 @@ def test_a_row_that_cannot_be_used_ends_the_run_or_is_named(
     assert names == [f"good{i}" for i in (3, 5, 6, 8, 9, 10, 11, 0, 1, 3, 5, 6)]
 
 
+@pytest.mark.matrix
 def test_a_check_lists_what_cannot_be_used_before_the_first_step(train: Vlm, out: Path, spoilt: Path) -> None:
     """It decodes no picture, so the one without its end is found when its turn comes."""
     options = ("--epochs", 1, "--check", "--batch-size", 5)
@@ -272,6 +274,7 @@ def test_a_check_lists_what_cannot_be_used_before_the_first_step(train: Vlm, out
     assert "for 2 steps of 5 records" in result.stderr and "The run will skip them." in result.stderr
 
 
+@pytest.mark.matrix
 def test_a_file_that_disappears_leaves_a_checkpoint(
     train: Vlm, out: Path, mixture: Path, tmp_path: Path, learned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def test_parts_and_weight_decay_are_chosen(train: Vlm, out: Path, cross_attentio
     assert parts.trainable == ("language_model",) and parts.weight_decay == 0.3
 
 
+@pytest.mark.matrix
 def test_parts_have_their_own_rates_also_when_the_run_is_resumed(
     train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_parts_have_their_own_rates_also_when_the_run_is_resumed(
         assert entries[step]["learning_rate/fusion"] == fusion
 
 
+@pytest.mark.matrix
 def test_the_held_out_loss_is_the_mean_over_learned_tokens(train: Vlm, folder: Path, out: Path) -> None:
     output(train("--max-steps", 3, "--eval-data", folder / "train.jsonl", "--save-every", 2))
     values = {entry["step"]: entry["eval_loss"] for entry in metrics(out) if "eval_loss" in entry}
@@ -346,6 +348,7 @@ def test_ctrl_c_twice_stops_at_once(train: Vlm, out: Path, monkeypatch: pytest.M
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.matrix
 def test_ctrl_c_before_the_first_checkpoint(train: Vlm, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, 1, times=2)
     assert "Stopped before the first checkpoint; nothing was kept." in error(train("--max-steps", 6), 130)

@@ -108,6 +108,7 @@ def test_a_resumed_run_goes_on_with_its_page(vlm: Any, train: Any, held_out: Any
     assert json.loads((again / "training_args.json").read_text())["result"]["resumed_from"] == 4
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("measure", ["loss", pytest.param("score", marks=pytest.mark.matrix)])
 def test_the_best_checkpoint_becomes_the_output(train: Any, held_out: Any, measure: str, monkeypatch: Any) -> None:
     """The measurements are made up, so that the best step is in the middle."""

@@ -239,6 +239,7 @@ def test_what_llava_cannot_hold(parts, problem):
     assert problem in str(caught.value)
 
 
+@pytest.mark.matrix
 def test_a_refusal_tells_of_the_nearest_classes():
     config = sized(fusion="cross-attention", tokenizer="perceiver")
     with pytest.raises(UsageError) as short:
