@@ -63,6 +63,7 @@ def test_the_model_may_stand_before_options_that_bring_the_prompt(vlm: Callable[
         (["What is it?"], 2, "the prompt shows no picture, so there is nothing to trace. Show one: vlm trace"),
         (["demo", PROMPT, "-m", "other"], 2, "the model is given twice, as 'demo' and as --model 'other'."),
         (["demo"], 2, "'demo' was read as the prompt, and the prompt shows no picture. Write one after the model"),
+        ([PROMPT, "--png", "a.jpg"], 2, "--png writes no .jpg. Give a name that ends in .png."),
         ([PROMPT, "--html", "-"], 2, "- means standard output, which gets the answer."),
         ([PROMPT, "--answer", ""], 2, "--answer needs a text"),
         ([PROMPT, "--grid", "0"], 2, "--grid"),

@@ -163,3 +163,7 @@ def test_a_control_changes_the_answers(compared: object) -> None:
     )
     assert other["control"] == "wrong-image" and "control" not in plain
     assert [x["answer"] for x in plain["answers"]] != [x["answer"] for x in other["answers"]]
+
+
+def test_a_table_names_its_control(compared: object) -> None:
+    assert evaluate("stream", "--data", "rows.jsonl", *SHORT, "--control", "no-image")[1].startswith("no-image\n")

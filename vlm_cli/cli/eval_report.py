@@ -89,7 +89,7 @@ class Report:
             console.print_json(self.to_dict())
             return
         for run in self.runs:
-            title = run.name if len(self.runs) > 1 else ""
+            title = " with ".join(x for x in (run.name if len(self.runs) > 1 else "", self.control) if x)
             if to_stderr:
                 _tell_scores(run, title)
             else:

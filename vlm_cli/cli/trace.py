@@ -109,7 +109,7 @@ class TraceFiles:
         """Refuse a file that may not be written, before a model is loaded.
 
         Raises:
-            UsageError: if both have one name, or one is standard output.
+            UsageError: if both have one name, or one is standard output or has another ending.
             OutputExistsError: if one exists and --overwrite is not given.
         """
         if self.html is not None and self.html == self.png:
@@ -118,6 +118,9 @@ class TraceFiles:
             if str(path) == "-":
                 raise UsageError("- means standard output, which gets the answer. Give --html and --png a file's name.")
             check_file(path, overwrite=self.overwrite)
+        for flag, path, ending in (("--html", self.html, ".html"), ("--png", self.png, ".png")):
+            if path is not None and path.suffix.lower() not in ("", ending):
+                raise UsageError(f"{flag} writes no {path.suffix}. Give a name that ends in {ending}.")
 
     def write(self, found: Trace) -> None:
         """Write the files, all of them or none.
