@@ -118,9 +118,9 @@ class TraceFiles:
             if str(path) == "-":
                 raise UsageError("- means standard output, which gets the answer. Give --html and --png a file's name.")
             check_file(path, overwrite=self.overwrite)
-        for flag, path, ending in (("--html", self.html, ".html"), ("--png", self.png, ".png")):
-            if path is not None and path.suffix.lower() not in ("", ending):
-                raise UsageError(f"{flag} writes no {path.suffix}. Give a name that ends in {ending}.")
+        for flag, wanted, ending in (("--html", self.html, ".html"), ("--png", self.png, ".png")):
+            if wanted is not None and wanted.suffix.lower() not in ("", ending):
+                raise UsageError(f"{flag} writes no {wanted.suffix}. Give a name that ends in {ending}.")
 
     def write(self, found: Trace) -> None:
         """Write the files, all of them or none.
