@@ -94,7 +94,3 @@ def _check_tower(source: Source) -> None:
     """
     if source.tower.num_before:
         raise NotHeld("vision_encoder has a class token; the class projects every token, and vlm the patches alone.")
-
-
-def _square(source: Source) -> dict[str, int]:
-    return {"height": source.tower.image_size, "width": source.tower.image_size}
